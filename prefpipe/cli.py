@@ -1,0 +1,125 @@
+"""The command line: parse, call one stage, render errors. No logic.
+
+Heavy packages load only inside the command that needs them: `prefpipe --help` imports none of them.
+"""
+
+import importlib
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from prefpipe import __version__, flags, log
+from prefpipe.config import base
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.train import TrainConfig
+from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, UsageError
+
+STAGES: dict[str, tuple[type[BaseModel], str]] = {
+    "generate": (GenerateConfig, "prefpipe.generate"),
+    "build-pairs": (BuildPairsConfig, "prefpipe.build_pairs"),
+    "train": (TrainConfig, "prefpipe.train.stage"),
+    "evaluate": (EvaluateConfig, "prefpipe.evaluate"),
+    "iterate": (IterateConfig, "prefpipe.iterate"),
+}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Run the command line and leave with the exit code of DESIGN: errors are two lines, never a traceback."""
+    signal.signal(signal.SIGTERM, _stop)
+    verbose = "--verbose" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        log.error(error.format_message(), "see `prefpipe --help`, or `prefpipe COMMAND --help`")
+        code = UsageError.exit_code
+    except PrefpipeError as error:
+        log.error(error.message, error.hint)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        stopped = Interrupted(signal.SIGINT)
+        log.error(stopped.message, stopped.hint)
+        code = stopped.exit_code
+    except ModuleNotFoundError as error:
+        code = _missing_package(error)
+    except Exception as error:
+        code = _unexpected(error, verbose=verbose)
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _missing_package(error: ModuleNotFoundError) -> int:
+    extra = {"vllm": "cpu] or prefpipe[cuda"}.get(error.name or "", "train")
+    log.error(f"this command needs the package '{error.name}'", f"install it with: pip install 'prefpipe[{extra}]'")
+    return MissingInputError.exit_code
+
+
+def _unexpected(error: Exception, *, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    log.error(f"unexpected {type(error).__name__}: {error}", "run again with --verbose and report the traceback")
+    return 1
+
+
+def _version(value: bool) -> None:  # noqa: FBT001  (typer's callback signature)
+    if value:
+        typer.echo(f"prefpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,  # noqa: FBT002
+) -> None:
+    """Offline preference optimization: generate, build-pairs, train, evaluate, iterate."""
+
+
+@app.command("config")
+def show_config(
+    command: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")],
+) -> None:
+    """Print the documented default recipe of a command."""
+    if command not in STAGES:
+        raise UsageError(
+            f"no command '{command}'{base.suggestion(command, list(STAGES))}", f"commands are {', '.join(STAGES)}"
+        )
+    config_class, _ = STAGES[command]
+    typer.echo(f"# prefpipe {command} RECIPE.toml --out DIR\n# {config_class.__doc__}\n")
+    typer.echo(base.to_toml(config_class()))
+
+
+def _register(name: str, config_class: type[BaseModel], module: str) -> None:
+    def run(
+        recipe: Path | None, given: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool, verbose: bool
+    ) -> None:  # verbose is read by main, before anything can fail
+        config = base.load(config_class, recipe, given)
+        if dry_run:
+            typer.echo(json.dumps(base.dump(config), indent=2))
+            return
+        if out is None:
+            raise UsageError("--out is missing", f"say where the run lives: prefpipe {name} ... --out runs/NAME")
+        stage = importlib.import_module(module)
+        for line in stage.summary(stage.run(config, out, force=force), out):
+            typer.echo(line)
+
+    app.command(name)(flags.command(config_class, run))
+
+
+for _name, (_config, _module) in STAGES.items():
+    _register(_name, _config, _module)

@@ -1,0 +1,1 @@
+"""One frozen config per command; torch-free, so that reading and checking a recipe is instant."""

@@ -1,0 +1,143 @@
+"""Configs: frozen pydantic models, loaded once from defaults < recipe < flags, with every error at once.
+
+A config class sets `model_config = STRICT`. The attribute docstring (or the description of a shared field type) is the
+help text. A field annotated with RUNTIME cannot change results (batch sizes, cadence) and stays out of the fingerprint,
+as does every PATH field: inputs enter the fingerprint by content, not by name.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from prefpipe.errors import MissingInputError, UsageError
+
+STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+RUNTIME = "runtime"
+PATH = "path"
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any]) -> C:
+    """Merge defaults < recipe (TOML, or the JSON that a run saved) < flags and validate once.
+
+    `flags` maps dotted field names to values. Raises UsageError with all problems, MissingInputError without the file.
+    """
+    values = read_recipe(recipe) if recipe is not None else {}
+    for name, value in flags.items():
+        _set(values, name.split("."), value)
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        where = str(recipe) if recipe is not None else "command line"
+        raise UsageError(
+            "; ".join(f"{where}: {line}" for line in explain(cls, error)),
+            f"`prefpipe config {command_name(cls)}` prints every setting with its default",
+        ) from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings in a TOML recipe, or in the `config.json` of a run directory."""
+    if not path.is_file():
+        raise MissingInputError(f"recipe {path} does not exist", "give the path of a .toml recipe or a config.json")
+    try:
+        if path.suffix == ".json":
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            return saved["config"] if "config" in saved else saved
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path}: {error}", "fix the file; recipes are TOML, saved configs JSON") from error
+
+
+def explain(cls: type[BaseModel], error: ValidationError) -> list[str]:
+    """One sentence per problem: the dotted field, what is wrong with which value, and the nearest right name."""
+    return [_sentence(cls, problem) for problem in error.errors()]
+
+
+def command_name(cls: type[BaseModel]) -> str:
+    """`BuildPairsConfig` -> `build-pairs`."""
+    words = cls.__name__.removesuffix("Config")
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in words).lstrip("-")
+
+
+def suggestion(word: str, candidates: list[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing when no candidate is near."""
+    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def dump(config: BaseModel) -> dict[str, Any]:
+    """All values as JSON types; `load` of them gives the same config."""
+    return config.model_dump(mode="json")
+
+
+def result_fields(config: BaseModel) -> dict[str, Any]:
+    """The values that can change results, by dotted name: what the fingerprint of a run is made of."""
+    values: dict[str, Any] = {}
+    for name, field in fields(type(config)):
+        if RUNTIME in field.metadata or PATH in field.metadata:
+            continue
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        values[name] = value
+    return values
+
+
+def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf field with its dotted name, nested tables included."""
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def to_toml(config: BaseModel) -> str:
+    """A documented recipe with every setting at its present value."""
+    lines: list[str] = []
+    table = ""
+    for name, field in sorted(fields(type(config)), key=lambda item: item[0].count(".")):
+        *path, leaf = name.split(".")
+        if ".".join(path) != table:
+            table = ".".join(path)
+            lines.append(f"[{table}]")
+        value: Any = config
+        for part in [*path, leaf]:
+            value = getattr(value, part)
+        lines += [f"# {field.description}", f"{leaf} = {json.dumps(value, ensure_ascii=False)}", ""]
+    return "\n".join(lines)
+
+
+def _set(values: dict[str, Any], path: list[str], value: object) -> None:
+    *tables, leaf = path
+    for table in tables:
+        values = values.setdefault(table, {})
+    values[leaf] = value
+
+
+def _sentence(cls: type[BaseModel], problem: Any) -> str:
+    location = [part for part in problem["loc"] if isinstance(part, str)]
+    name = ".".join(str(part) for part in problem["loc"])
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        known = [".".join(f.split(".")[len(location) - 1 :]) for f, _ in fields(cls)]
+        return f"unknown setting '{name}'{suggestion(location[-1], known)}"
+    if problem["type"] == "literal_error":
+        allowed = _allowed(cls, location)
+        listed = ", ".join(repr(a) for a in allowed)
+        return f"{name} = {value!r} is not one of {listed}{suggestion(str(value), allowed)}"
+    return f"{name} = {value!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _allowed(cls: type[BaseModel], location: list[str]) -> list[str]:
+    field = dict(fields(cls))[".".join(location)]
+    choices = get_args(field.annotation)
+    nested = [a for choice in choices for a in get_args(choice)]
+    return [str(a) for a in (nested or choices) if a is not Ellipsis]

@@ -1,0 +1,40 @@
+"""Settings of `prefpipe evaluate`."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from prefpipe.config import shared
+from prefpipe.config.base import STRICT
+
+
+class EvaluateConfig(BaseModel):
+    """Rate a policy on held-out prompts: one greedy and several sampled answers for each."""
+
+    model_config = STRICT
+
+    model: shared.Model = shared.DEFAULT_MODEL
+    adapter: shared.Adapter = "none"
+    prompts: shared.Prompts = ""
+    split: shared.Split = "heldout"
+    limit: shared.Limit = 0
+    engine: shared.Engine = "vllm"
+    reward: shared.RewardName = "short_sentence"
+    """Reward that decides whether an answer passes."""
+    pass_reward: float = 1.0
+    """An answer passes when its reward is at least this."""
+    num_samples: Annotated[int, Field(ge=1)] = 2
+    """Sampled answers for every prompt, beside the greedy one."""
+    temperature: shared.Temperature = 1.0
+    top_p: shared.TopP = 1.0
+    max_tokens: shared.MaxTokens = 256
+    max_prompt_tokens: shared.MaxPromptTokens = 1024
+    special_tokens_in_prompts: shared.SpecialTokens = "drop"
+    chat_template: shared.ChatTemplate = "model"
+    dtype: shared.Dtype = "bfloat16"
+    seed: shared.Seed = 0
+    round: Annotated[int, Field(ge=0)] = 0
+    """Number of the round that made the policy; 0 is the start."""
+    shard_rows: shared.ShardRows = 64
+    max_num_seqs: shared.MaxNumSeqs = 64
+    kv_cache_mib: shared.KvCacheMib = 512

@@ -1,0 +1,38 @@
+"""Settings of `prefpipe generate`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from prefpipe.config import shared
+from prefpipe.config.base import STRICT
+
+
+class GenerateConfig(BaseModel):
+    """Sample completions for prompts, with reference log-probs and rewards beside them."""
+
+    model_config = STRICT
+
+    model: shared.Model = shared.DEFAULT_MODEL
+    adapter: shared.Adapter = "none"
+    prompts: shared.Prompts = ""
+    split: shared.Split = "train"
+    limit: shared.Limit = 0
+    engine: shared.Engine = "vllm"
+    reference: Literal["policy", "base", "none"] = "policy"
+    """Whose log-probs to cache: the policy that samples (free, captured while sampling), the base model (one more
+    pass with the adapter off), or none."""
+    rewards: shared.Rewards = ()
+    num_samples: Annotated[int, Field(ge=1)] = 8
+    """Completions for every prompt."""
+    temperature: shared.Temperature = 1.0
+    top_p: shared.TopP = 1.0
+    max_tokens: shared.MaxTokens = 256
+    max_prompt_tokens: shared.MaxPromptTokens = 1024
+    special_tokens_in_prompts: shared.SpecialTokens = "drop"
+    chat_template: shared.ChatTemplate = "model"
+    dtype: shared.Dtype = "bfloat16"
+    seed: shared.Seed = 0
+    shard_rows: shared.ShardRows = 64
+    max_num_seqs: shared.MaxNumSeqs = 64
+    kv_cache_mib: shared.KvCacheMib = 512

@@ -1,0 +1,44 @@
+"""Settings of `prefpipe iterate`: one table per stage."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from prefpipe.config import shared
+from prefpipe.config.base import STRICT
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.train import TrainConfig
+
+_OWNED = {
+    "generate": ("model", "adapter", "reference"),
+    "build_pairs": ("completions",),
+    "train": ("model", "adapter", "pairs"),
+    "evaluate": ("model", "adapter", "round"),
+}
+
+
+class IterateConfig(BaseModel):
+    """Rounds of generate, build-pairs, train and evaluate; round n starts from the adapter of round n - 1."""
+
+    model_config = STRICT
+
+    model: shared.Model = shared.DEFAULT_MODEL
+    rounds: Annotated[int, Field(ge=1)] = 2
+    """How many rounds."""
+    reference: Literal["previous", "base"] = "previous"
+    """Reference of a round: the policy it starts from (its log-probs cost nothing), or the base model (adapter off)."""
+    generate: GenerateConfig = GenerateConfig()
+    build_pairs: BuildPairsConfig = BuildPairsConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _tables_leave_links_alone(self) -> "IterateConfig":
+        for table, names in _OWNED.items():
+            settings = getattr(self, table)
+            given = [n for n in names if getattr(settings, n) != type(settings).model_fields[n].default]
+            if given:
+                raise ValueError(f"iterate links the stages itself: remove {', '.join(given)} from [{table}]")
+        return self

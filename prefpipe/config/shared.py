@@ -1,0 +1,53 @@
+"""Field types that several commands share, so that one thing has one name, one check and one help text."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from prefpipe.config.base import PATH, RUNTIME, suggestion
+
+DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
+REWARD_NAMES = ("short_sentence",)
+
+
+def _check_reward(name: str) -> str:
+    if name in REWARD_NAMES or ":" in name:
+        return name
+    raise ValueError(
+        f"no such reward{suggestion(name, list(REWARD_NAMES))}; rewards are {', '.join(REWARD_NAMES)} "
+        "or your own 'module:function'"
+    )
+
+
+Model = Annotated[str, PATH, Field(description="Model: a directory, a hub id, or embedded:smollm2-135m-instruct.")]
+Adapter = Annotated[str, PATH, Field(description="Directory of a PEFT LoRA adapter on top of the model, or 'none'.")]
+ChatTemplate = Annotated[str, PATH, Field(description="'model' for the model's own chat template, or a Jinja file.")]
+Prompts = Annotated[
+    str, PATH, Field(description="Prompts: JSONL or Parquet with `messages` (or a text column `prompt`).")
+]
+Split = Annotated[str, Field(description="Which rows of the prompts by their `split` column; 'all' for every row.")]
+Limit = Annotated[int, Field(ge=0, description="Use only the first so many prompts of the split; 0 for all.")]
+Engine = Annotated[
+    Literal["vllm", "transformers", "fake"],
+    Field(description="What samples: vllm, transformers (slower, everywhere), fake (canned text, for tests)."),
+]
+Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="Number type of weights and compute.")]
+RewardName = Annotated[str, AfterValidator(_check_reward)]
+Rewards = Annotated[
+    tuple[RewardName, ...],
+    Field(description=f"Rewards for every completion: {', '.join(REWARD_NAMES)}, or your own 'module:function'."),
+]
+Temperature = Annotated[float, Field(ge=0, le=2, description="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: keep the smallest set with this mass.")]
+MaxTokens = Annotated[int, Field(ge=1, description="Longest completion, in tokens.")]
+MaxPromptTokens = Annotated[int, Field(ge=1, description="Longer prompts are dropped, with a line in dropped.parquet.")]
+SpecialTokens = Annotated[
+    Literal["drop", "allow"],
+    Field(description="A prompt whose text spells control tokens: drop it (with its reason), or allow."),
+]
+Seed = Annotated[int, Field(ge=0, description="Seed of everything random in this run.")]
+ShardRows = Annotated[int, RUNTIME, Field(ge=1, description="Prompts in one shard: the unit of commit and of resume.")]
+MaxNumSeqs = Annotated[int, RUNTIME, Field(ge=1, description="Sequences that the engine works on at once.")]
+KvCacheMib = Annotated[
+    int, RUNTIME, Field(ge=16, description="Size of vLLM's KV cache on CPU, in MiB (a GPU takes its free memory).")
+]

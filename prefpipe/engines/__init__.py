@@ -1,0 +1,17 @@
+"""Engines by name, loaded only when asked for: each brings its own heavy packages."""
+
+import importlib
+
+from prefpipe.engines.base import Engine, EngineSettings
+
+ENGINES = {
+    "vllm": "prefpipe.engines.vllm:VllmEngine",
+    "transformers": "prefpipe.engines.transformers:TransformersEngine",
+    "fake": "prefpipe.engines.fake:FakeEngine",
+}
+
+
+def load(name: str, settings: EngineSettings) -> Engine:
+    """Start an engine."""
+    module, _, engine = ENGINES[name].partition(":")
+    return getattr(importlib.import_module(module), engine)(settings)

@@ -1,0 +1,190 @@
+# pyright: basic
+# vLLM ships incomplete types; this file is the only one that sees it.
+"""vLLM in this process: its own request loop, raw log-probs captured while sampling, adapters by path."""
+
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from types import TracebackType
+from typing import Any, Self
+
+from prefpipe.engines.base import Draw, EngineSettings, Request, Sample, Sequence
+from prefpipe.errors import DataError
+
+# Read by vLLM when it is imported. In process: no children that outlive a kill, and a quarter of the start-up time.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CONFIGURE_LOGGING": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class VllmEngine:
+    """One vLLM engine for one policy. The adapter is applied per request, so the base can score with it off."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        on_cpu = not _cuda_is_available()
+        if on_cpu:
+            # Eager anyway: without it the first log-prob request compiles a C++ kernel for two seconds.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        import vllm
+        from vllm.lora.request import LoRARequest
+
+        self._vllm = vllm
+        self._settings = settings
+        self._adapter = None
+        options: dict[str, Any] = {}
+        if on_cpu:
+            options |= {"enforce_eager": True, "kv_cache_memory_bytes": settings.kv_cache_mib << 20, "block_size": 32}
+        if settings.policy.adapter is not None:
+            # The name carries the content: vLLM's prefix cache is keyed by name and path, not by weights.
+            name = f"adapter-{settings.policy.adapter_weights}"
+            self._adapter = LoRARequest(name, 1, str(settings.policy.adapter.absolute()))
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(settings)}
+        with _quiet():
+            self._llm = vllm.LLM(
+                model=str(settings.policy.directory),
+                dtype=settings.dtype,
+                max_model_len=settings.max_model_len + 1,  # scoring a completion of full length asks for one more
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=max(2048, settings.max_model_len + 1),
+                logprobs_mode="raw_logprobs",
+                generation_config="vllm",
+                max_logprobs=1,
+                load_format="safetensors",
+                seed=0,
+                **options,
+            )
+        self._engine = self._llm.llm_engine
+
+    @property
+    def scorer(self) -> str:
+        """Names the numerics of the log-probs."""
+        return f"vllm-{self._vllm.__version__}/{self._settings.dtype}"
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
+        """Yield each request when all its draws are done, keeping about 2 x max_num_seqs draws in the engine."""
+        waiting: dict[str, tuple[Request, list[Sample]]] = {}
+
+        def draws() -> Iterator[tuple[str, list[int], Any, bool]]:
+            for request in requests:
+                waiting[request.prompt_id] = (request, [])
+                for draw in request.draws:
+                    yield f"{request.prompt_id}:{draw.sample_index}", request.prompt_token_ids, self._sampling(draw), True
+
+        for key, output in self._run(draws()):
+            prompt_id, _, sample_index = key.rpartition(":")
+            request, samples = waiting[prompt_id]
+            samples.append(_to_sample(int(sample_index), output.outputs[0]))
+            if len(samples) == len(request.draws):
+                del waiting[prompt_id]
+                yield request, sorted(samples, key=lambda s: s.sample_index)
+
+    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+        """Prompt log-probs of prompt + completion; only the completion's are kept."""
+        params = self._vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        lengths: dict[str, Sequence] = {}
+
+        def given() -> Iterator[tuple[str, list[int], Any, bool]]:
+            for sequence in sequences:
+                lengths[sequence.completion_id] = sequence
+                yield sequence.completion_id, sequence.prompt_token_ids + sequence.token_ids, params, adapter
+
+        for key, output in self._run(given()):
+            sequence = lengths.pop(key)
+            flat = output.prompt_logprobs
+            starts = flat.start_indices[len(sequence.prompt_token_ids) :]
+            if [flat.token_ids[s] for s in starts] != sequence.token_ids:
+                raise DataError(f"vLLM scored other tokens than it was given for {key}", "report this with your vLLM version")
+            yield key, [float(flat.logprobs[s]) for s in starts]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _quiet():
+            self._engine.engine_core.shutdown()
+            del self._llm, self._engine
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+            gc.collect()
+
+    def _run(self, requests: Iterator[tuple[str, list[int], Any, bool]]) -> Iterator[tuple[str, Any]]:
+        """vLLM's step loop with a window: requests enter as others leave, results come out one by one."""
+        window = 2 * self._settings.max_num_seqs
+        unfinished = 0
+        while True:
+            for key, token_ids, params, adapter in islice(requests, window - unfinished):
+                prompt = {"type": "token", "prompt_token_ids": token_ids}
+                self._engine.add_request(key, prompt, params, lora_request=self._adapter if adapter else None)
+                unfinished += 1
+            if not unfinished:
+                return
+            for output in self._engine.step():
+                if output.finished:
+                    unfinished -= 1
+                    yield output.request_id, output
+
+    def _sampling(self, draw: Draw) -> Any:
+        greedy = draw.temperature == 0
+        return self._vllm.SamplingParams(
+            temperature=draw.temperature,
+            top_p=1.0 if greedy else self._settings.top_p,
+            seed=None if greedy else draw.seed,
+            max_tokens=self._settings.max_tokens,
+            stop_token_ids=sorted(self._settings.chat.eos_token_ids),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _to_sample(sample_index: int, output: Any) -> Sample:
+    token_ids = list(output.token_ids)
+    return Sample(sample_index, token_ids, [float(v) for v in output.logprobs.logprobs], output.finish_reason)
+
+
+def _lora_rank(settings: EngineSettings) -> int:
+    import json
+
+    assert settings.policy.adapter is not None
+    config = json.loads((settings.policy.adapter / "adapter_config.json").read_text())
+    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    return next(r for r in _LORA_RANKS if r >= rank)
+
+
+def _cuda_is_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Start-up and shutdown of vLLM print over the progress bar, some of it from C++: send both streams nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        kept = [(stream, os.dup(stream)) for stream in (1, 2)]
+        try:
+            for stream, _ in kept:
+                os.dup2(nowhere.fileno(), stream)
+            yield
+        finally:
+            for stream, copy in kept:
+                os.dup2(copy, stream)
+                os.close(copy)

@@ -1,0 +1,150 @@
+"""`prefpipe evaluate`: greedy and sampled answers of a policy on held-out prompts, rated, with intervals."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefpipe import chat as chats
+from prefpipe import fsio, ingest, log, models, sampling, store
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.engines.base import Draw
+from prefpipe.errors import UsageError
+from prefpipe.ids import content_id, sample_seed
+from prefpipe.sampling import Sampled
+from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
+from prefpipe.store import Manifest
+
+_DATASET = "evaluations"
+_RESAMPLES = 2000
+
+
+def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
+    """Sample every held-out prompt that has no committed shard yet, rate the answers, sum up."""
+    if not config.prompts:
+        raise UsageError("no prompts given", "pass --prompts FILE (JSONL or Parquet)")
+    prompts_file = Path(config.prompts)
+    prompts, repeated = ingest.read_prompts(prompts_file, config.split, config.limit)
+    policy = models.resolve(config.model, config.adapter)
+    chat = chats.load(policy.directory, config.chat_template)
+    reward = sampling.load_rewards([config.reward])[config.reward]
+    inputs = {"prompts": store.input_digest(prompts_file), "policy": policy.id, **chat.digests}
+    with store.open_run(out, "evaluate", config, inputs, force=force) as run_:
+        manifest = run_.manifest()
+        if manifest is not None:
+            log.info(f"{out} is complete already")
+            return manifest
+        ready, faulty = sampling.prepare(
+            prompts, chat, max_prompt_tokens=config.max_prompt_tokens, control_tokens=config.special_tokens_in_prompts
+        )
+        run_.write_dropped(Dropped, to_table(Dropped, repeated + faulty))
+        shards = sampling.shard(ready, run_.saved["shard_rows"])
+        missing = [(index, rows) for index, rows in shards if not run_.has_part(_DATASET, index)]
+        if missing:
+            start = fsio.monotonic()
+            settings = sampling.engine_settings(
+                policy, chat, [r for _, rows in missing for r in rows], dtype=config.dtype, top_p=config.top_p,
+                max_tokens=config.max_tokens, max_num_seqs=config.max_num_seqs, kv_cache_mib=config.kv_cache_mib,
+            )  # fmt: skip
+
+            def commit(index: int, sampled: list[Sampled]) -> None:
+                scores = sampling.rate(sampled, chat, reward, config.reward)
+                rows = [_row(config, policy.id, chat, s, i, x) for s, own in zip(sampled, scores, strict=True) for i, x in enumerate(own)]
+                run_.write_part(_DATASET, Evaluation, index, to_table(Evaluation, rows))
+
+            with sampling.start_engine(config.engine, settings) as engine:
+                tokens = sampling.sample_shards(missing, engine, lambda p: draws(config, p), commit)
+            run_.log_timing(event="sampled", tokens=tokens, seconds=round(fsio.monotonic() - start, 3))
+        rows = [row for index, _ in shards for row in from_table(Evaluation, run_.read_part(_DATASET, Evaluation, index))]
+        return run_.finish({"round": config.round, **summarize(rows, config.pass_reward)}, {"policy": policy.id})
+
+
+def summary(manifest: Manifest, out: Path) -> list[str]:
+    """What the command prints when it is done."""
+    t = manifest["totals"]
+    lines = [f"{t['prompts']} prompts rated in {out}"]
+    for decoding in ("greedy", "sampled"):
+        d = t[decoding]
+        lines.append(
+            f"  {decoding}: pass {d['pass']:.1%} [{d['low']:.1%}, {d['high']:.1%}], mean reward {d['mean_reward']:.3f}, "
+            f"mean length {d['mean_words']:.1f} words, degenerate {d['degenerate']:.1%}"
+        )
+    return lines
+
+
+def draws(config: EvaluateConfig, prompt: Prompt) -> tuple[Draw, ...]:
+    """Draw 0 is greedy, the others are sampled."""
+    sampled = range(1, config.num_samples + 1)
+    return (
+        Draw(0, 0, 0.0),
+        *(Draw(k, sample_seed(config.seed, prompt.prompt_id, k), config.temperature) for k in sampled),
+    )
+
+
+def summarize(rows: Sequence[Evaluation], pass_reward: float) -> dict[str, Any]:
+    """Pass rate with a 95 % interval, mean reward, mean length and degenerate share, for greedy and sampled answers.
+
+    Greedy: Wilson interval (one answer per prompt). Sampled: bootstrap over prompts, since the answers to one prompt
+    are not independent.
+    """
+    texts = Counter((r.decoding, r.text.strip()) for r in rows)
+    result: dict[str, Any] = {"prompts": len({r.prompt_id for r in rows})}
+    for decoding in ("greedy", "sampled"):
+        own = [r for r in rows if r.decoding == decoding]
+        passed: dict[str, list[bool]] = {}
+        for r in own:
+            passed.setdefault(r.prompt_id, []).append(r.reward is not None and r.reward >= pass_reward)
+        interval = wilson([p for (p,) in passed.values()]) if decoding == "greedy" else bootstrap(list(passed.values()))
+        rewards = [r.reward for r in own if r.reward is not None]
+        result[decoding] = {
+            "answers": len(own),
+            "pass": sum(map(sum, passed.values())) / len(own),
+            "low": interval[0],
+            "high": interval[1],
+            "mean_reward": sum(rewards) / len(rewards) if rewards else 0.0,
+            "mean_words": sum(len(r.text.split()) for r in own) / len(own),
+            "degenerate": sum(is_degenerate(r, texts[(decoding, r.text.strip())] > 2) for r in own) / len(own),
+        }
+    return result
+
+
+def wilson(passed: Sequence[bool], z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a share (Wilson 1927), 95 % by default."""
+    n, p = len(passed), sum(passed) / len(passed)
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
+
+
+def bootstrap(groups: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """95 % percentile interval of the pass rate when whole groups (prompts) are resampled; deterministic."""
+    source = random.Random(0)
+    rates = sorted(_rate(source.choices(groups, k=len(groups))) for _ in range(_RESAMPLES))
+    return rates[int(0.025 * _RESAMPLES)], rates[int(0.975 * _RESAMPLES) - 1]
+
+
+def is_degenerate(row: Evaluation, repeated: bool) -> bool:  # noqa: FBT001  (a fact about the row, given by the caller)
+    """Under three words, never ended, the same three words three times, or one text given to several prompts."""
+    words = row.text.split()
+    trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
+    loops = bool(trigrams) and max(trigrams.values()) >= 3
+    return len(words) < 3 or row.finish_reason == "length" or loops or repeated
+
+
+def _rate(groups: Sequence[Sequence[bool]]) -> float:
+    return sum(map(sum, groups)) / sum(map(len, groups))
+
+
+def _row(config: EvaluateConfig, policy: str, chat: chats.Chat, sampled: Sampled, i: int, score: Any) -> Evaluation:
+    sample, prompt = sampled.samples[i], sampled.ready.prompt
+    decoding = "greedy" if sample.sample_index == 0 else "sampled"
+    settings = [config.engine, config.temperature, config.top_p, config.max_tokens, config.seed, config.dtype]
+    return Evaluation(
+        completion_id=content_id(prompt.prompt_id, policy, settings, decoding, sample.sample_index),
+        prompt_id=prompt.prompt_id, sample_index=sample.sample_index, round=config.round, decoding=decoding,
+        messages=prompt.messages, text=chat.decode(sample.token_ids), token_ids=sample.token_ids,
+        finish_reason=sample.finish_reason, policy=policy, name=config.reward, reward=score.reward,
+        status=score.status, detail=score.detail,
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""Identity of weights, adapter, tokenizer and chat template, by content: names and paths never enter a digest.
+
+A policy is named `weights:HEX` or `weights:HEX+adapter:HEX`, so that a refusal can say which part differs.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from prefpipe.errors import DataError, MissingInputError
+from prefpipe.ids import canonical_json
+
+# Config fields that change the forward pass; the rest (paths, versions, defaults for sampling) does not.
+_IGNORED_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures_version"}
+_IGNORED_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "lora_dropout"}
+_CHUNK = 8 << 20
+
+
+def policy_id(weights: str, adapter: str | None) -> str:
+    """The name of a policy from the digests of its parts."""
+    return f"weights:{weights}" + (f"+adapter:{adapter}" if adapter else "")
+
+
+def weights_digest(directory: Path) -> str:
+    """blake3 over the sorted (name, dtype, shape, content) of every tensor and the config: re-sharding changes nothing."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kept = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG}
+    return _digest(_tensor_files(directory, "model*.safetensors"), kept)
+
+
+def adapter_digest(directory: Path) -> str:
+    """Digest of a LoRA adapter: its tensors and the settings that change what they do."""
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        raise MissingInputError(f"{directory} is not a PEFT adapter: no adapter_config.json", "give an adapter directory")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
+    return _digest(
+        _tensor_files(directory, "adapter_model.safetensors"), {k: v for k, v in kept.items() if k not in _IGNORED_ADAPTER}
+    )
+
+
+def text_digest(text: str) -> str:
+    """128-bit digest of a text, such as a chat template."""
+    return blake3(text.encode()).hexdigest(16)
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """Digest of tokenizer.json without padding and truncation, which change when a tokenizer is used."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
+    return text_digest(canonical_json(kept))
+
+
+def _tensor_files(directory: Path, pattern: str) -> list[Path]:
+    files = sorted(directory.glob(pattern))
+    if not files:
+        raise MissingInputError(
+            f"{directory} has no weights ({pattern})", "prefpipe reads safetensors only; convert with save_pretrained"
+        )
+    return files
+
+
+def _digest(files: list[Path], config: dict[str, Any]) -> str:
+    entries = sorted(entry for file in files for entry in _tensors(file))
+    return blake3(canonical_json([entries, config]).encode()).hexdigest(16)
+
+
+def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
+    """(name, dtype, shape, blake3 of the bytes) of every tensor in a safetensors file, read once from start to end."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise DataError(f"{path} is damaged: its header is longer than the file", "fetch the file again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: unreadable header", "fetch the file again") from error
+        header.pop("__metadata__", None)
+        found: list[tuple[str, str, list[int], str]] = []
+        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+            start, end = tensor["data_offsets"]
+            if not 0 <= start <= end <= size - 8 - length:
+                raise DataError(f"{path} is damaged: tensor {name} reaches past its end", "fetch the file again")
+            file.seek(8 + length + start)
+            found.append((name, tensor["dtype"], tensor["shape"], _bytes_digest(file, end - start)))
+        return found
+
+
+def _bytes_digest(file: Any, length: int) -> str:
+    hasher = blake3()
+    while length > 0:
+        block = file.read(min(length, _CHUNK))
+        if not block:
+            break
+        hasher.update(block)
+        length -= len(block)
+    return hasher.hexdigest(16)

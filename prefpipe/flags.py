@@ -1,0 +1,81 @@
+"""A config class as command-line options: one flag per field, dotted for nested tables, nothing else."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from prefpipe.config.base import fields
+
+OPERATIONS = ("out", "force", "dry_run", "verbose")  # flags that are not settings: they cannot change a result
+
+
+def command(cls: type[BaseModel], run: Callable[..., None]) -> Callable[..., None]:
+    """A function for typer: `run(recipe, flags, out, force, dry_run, verbose)` with only the flags that were given."""
+    names = {name: name.replace(".", "__") for name, _ in fields(cls)}
+
+    def call(**given: Any) -> None:
+        flags = {name: given[argument] for name, argument in names.items() if given[argument] not in (None, [])}
+        run(given["recipe"], flags, **{name: given[name] for name in OPERATIONS})
+
+    parameters = [_recipe(), *_operations(), *(_option(name, field) for name, field in fields(cls))]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads the signature
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__doc__ = cls.__doc__
+    return call
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    shown = field.default
+    default = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+    text = f"{field.description} [default: {default if default not in ('', ()) else 'none'}]"
+    if field.annotation is bool:
+        flag = f"{flag}/--no-{name.replace('_', '-')}"
+    several = get_origin(field.annotation) is tuple
+    kind: Any = list[str] if several else (bool if field.annotation is bool else str)
+    return inspect.Parameter(
+        name.replace(".", "__"),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, typer.Option(flag, help=text, metavar=_metavar(field), show_default=False)],
+    )
+
+
+def _metavar(field: FieldInfo) -> str:
+    choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
+    if choices:
+        return "|".join(choices)
+    kind = field.annotation
+    return "TEXT..." if get_origin(kind) is tuple else {int: "INT", float: "FLOAT", bool: "BOOL"}.get(kind, "TEXT")
+
+
+def _recipe() -> inspect.Parameter:
+    return inspect.Parameter(
+        "recipe",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Path | None, typer.Argument(help="TOML recipe, or a config.json that a run saved.")],
+    )
+
+
+def _operations() -> list[inspect.Parameter]:
+    options: dict[str, tuple[Any, Any, str]] = {
+        "out": (Path | None, None, "Directory of this run; the same command resumes it."),
+        "force": (bool, False, "Start over: what is in --out moves to its quarantine/ folder."),
+        "dry_run": (bool, False, "Print the resolved settings as JSON and stop."),
+        "verbose": (bool, False, "Show the traceback of an unexpected error."),
+    }
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, typer.Option("--" + name.replace("_", "-"), help=text)],
+        )
+        for name, (kind, default, text) in options.items()
+    ]

@@ -1,0 +1,22 @@
+"""`python -m prefpipe.forward.dequantize SOURCE.gguf DIRECTORY`: a quantised GGUF as a bf16 safetensors model."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def dequantize(source: Path, into: Path) -> None:
+    """Write model, tokenizer and generation config of a GGUF file to a directory that loads as any model does."""
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    # The weights are not quantised any more; saving refuses while the model still says that they are.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(into)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(into)
+
+
+if __name__ == "__main__":
+    dequantize(Path(sys.argv[1]), Path(sys.argv[2]))

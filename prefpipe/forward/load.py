@@ -1,0 +1,67 @@
+"""Load a model with tree attention, with or without a LoRA adapter, and save an adapter."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from prefpipe.errors import UsageError
+from prefpipe.forward import attention
+from prefpipe.forward.logps import SCORER_VERSION, causal_model
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def scorer_name(dtype: str) -> str:
+    """Names the numerics of log-probs from this forward pass."""
+    return f"forward-{SCORER_VERSION}/{dtype}"
+
+
+def load_model(directory: Path, dtype: str) -> PreTrainedModel:
+    """A frozen causal language model in eval mode (no dropout), on the GPU when there is one. safetensors only."""
+    attention.register()
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=DTYPES[dtype], attn_implementation=attention.NAME, use_safetensors=True, local_files_only=True
+    )
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UsageError(f"{directory}: an output head with a bias is not supported", "use a model without one")
+    model.requires_grad_(requires_grad=False)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int) -> PeftModel:
+    """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype."""
+    torch.manual_seed(seed)
+    targets = target_modules if target_modules == "all-linear" else [t.strip() for t in target_modules.split(",")]
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    except ValueError as error:
+        raise UsageError(f"lora_target_modules = {target_modules!r}: {error}", "name linear modules of this model") from error
+
+
+def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
+    """An adapter from disk on a loaded model."""
+    return PeftModel.from_pretrained(model, directory, is_trainable=trainable, autocast_adapter_dtype=False).eval()
+
+
+def adapter_off(model: torch.nn.Module, *, off: bool) -> AbstractContextManager[None]:
+    """The base model for the length of a `with` block, when `off`; no second copy exists."""
+    return model.disable_adapter() if off and isinstance(model, PeftModel) else nullcontext()
+
+
+def save_adapter(model: PeftModel, directory: Path, base_name: str) -> None:
+    """A PEFT adapter that plain peft and vLLM load; no pickle."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base_name
+        config.inference_mode = True
+    model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+
+
+def switch_attention(model: torch.nn.Module, implementation: str) -> None:
+    """Use another attention implementation from now on: transformers' own for sampling with a KV cache."""
+    causal_model(model).set_attn_implementation(implementation)

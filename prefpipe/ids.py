@@ -1,0 +1,31 @@
+"""Content ids and per-sample seeds. blake2b only, never `hash()`: the same content has the same id everywhere."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from array import array
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def content_id(*parts: object) -> str:
+    """A 128-bit id of JSON-serialisable parts, as 32 hex digits."""
+    return hashlib.blake2b(canonical_json(parts).encode(), digest_size=16).hexdigest()
+
+
+def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
+    """A 63-bit seed that depends on (seed, prompt_id, sample_index) only, never on order, sharding or batch size."""
+    key = f"{seed}/{prompt_id}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def ids_digest(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+    """128-bit digest of the exact ids that a log-probability belongs to; the boundary is part of it."""
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(len(prompt_token_ids).to_bytes(8, "little"))
+    hasher.update(array("i", prompt_token_ids).tobytes())
+    hasher.update(array("i", token_ids).tobytes())
+    return hasher.hexdigest()

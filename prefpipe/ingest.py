@@ -1,0 +1,166 @@
+"""Foreign formats become our rows: prompts for generate and evaluate, TRL-style preference files for train."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefpipe import store
+from prefpipe.chat import Chat, RowFault, encode, encode_prompt, render
+from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.ids import content_id, ids_digest
+from prefpipe.schemas import Dropped, Message, Messages, Pair, Prompt
+
+_PROMPT_COLUMNS = ("messages", "prompt", "answer", "split", "source", "meta", "prompt_id")
+_NO_LIMIT = 1 << 30
+
+
+def read_prompts(path: Path, split: str, limit: int) -> tuple[list[Prompt], list[Dropped]]:
+    """Prompts of a JSONL or Parquet file, the rows of `split` ("all" for every row), at most `limit` (0: no limit).
+
+    A row has `messages` (list of role and content) or `prompt` (the same, or plain text as one user message). A
+    repeated prompt goes to the ledger. Raises MissingInputError, or DataError naming file, line and field.
+    """
+    kept: dict[str, Prompt] = {}
+    dropped: list[Dropped] = []
+    splits: set[str] = set()
+    for where, row in _rows(path):
+        prompt = _to_prompt(row, where)
+        splits.add(prompt.split)
+        if split not in ("all", prompt.split):
+            continue
+        if prompt.prompt_id in kept:
+            dropped.append(Dropped(prompt.prompt_id, "duplicate", f"{where} repeats an earlier prompt"))
+        elif not limit or len(kept) < limit:
+            kept[prompt.prompt_id] = prompt
+    if not kept:
+        raise DataError(
+            f"{path} has no prompt with split '{split}' (splits there: {', '.join(sorted(splits)) or 'none'})",
+            "choose one with --split, or 'all'",
+        )
+    return list(kept.values()), dropped
+
+
+def read_pairs(path: Path, chat: Chat) -> tuple[list[Pair], list[Dropped]]:
+    """Pairs of a TRL preference file (`prompt`, `chosen`, `rejected`; text or messages), tokenised once.
+
+    The prompt is the common token prefix of the prompt alone and both renderings; what follows is the completion, with
+    its end-of-sequence token exactly once and nothing after it. Faulty rows go to the ledger.
+    """
+    pairs: list[Pair] = []
+    dropped: list[Dropped] = []
+    for where, row in _rows(path):
+        prompt, chosen, rejected = (
+            _messages(_field(row, name, where), where, name, role)
+            for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+        )
+        try:
+            pairs.append(_to_pair(chat, prompt, chosen, rejected, where))
+        except RowFault as fault:
+            dropped.append(Dropped(where, fault.reason, fault.detail))
+    if not pairs:
+        raise DataError(f"{path} has no usable pair ({len(dropped)} rows dropped)", "see the reasons in dropped.parquet")
+    return pairs, dropped
+
+
+def _to_pair(chat: Chat, prompt: Messages, chosen: Messages, rejected: Messages, where: str) -> Pair:
+    if chosen == rejected:
+        raise RowFault("identical", "chosen and rejected are the same")
+    alone = encode_prompt(chat, prompt, max_tokens=_NO_LIMIT, control_tokens="allow")
+    whole = [encode(chat, render(chat, [*prompt, *turn], add_generation_prompt=False)) for turn in (chosen, rejected)]
+    shared = _common_prefix(alone, *whole)
+    prompt_ids = alone[:shared]
+    answers = [_until_eos(ids[shared:], chat) for ids in whole]
+    prompt_id = content_id(prompt, None)
+    ids = [content_id(prompt_ids, answer, "import") for answer in answers]
+    return Pair(
+        pair_id=content_id(*ids), prompt_id=prompt_id, chosen_completion_id=ids[0], rejected_completion_id=ids[1],
+        prompt=prompt, chosen=chosen, rejected=rejected, prompt_token_ids=prompt_ids, chosen_token_ids=answers[0],
+        rejected_token_ids=answers[1], chosen_ids_digest=ids_digest(prompt_ids, answers[0]),
+        rejected_ids_digest=ids_digest(prompt_ids, answers[1]), chosen_reward=None, rejected_reward=None,
+        reward_gap=None, preference_prob=None, chosen_finish_reason="imported", rejected_finish_reason="imported",
+        weight=1.0, ref_chosen_logps=None, ref_rejected_logps=None, ref_chosen_token_logps=None,
+        ref_rejected_token_logps=None, reference=None, scorer=None,
+    )  # fmt: skip
+
+
+def _until_eos(ids: list[int], chat: Chat) -> list[int]:
+    """A completion ends with its end-of-sequence token: what the template adds after it is no part of it."""
+    last = max((i for i, t in enumerate(ids) if t in chat.eos_token_ids), default=None)
+    ids = ids if last is None else ids[: last + 1]
+    if not ids:
+        raise RowFault("empty", "a completion without tokens")
+    return ids
+
+
+def _common_prefix(*sequences: list[int]) -> int:
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def _to_prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    name = "messages" if row.get("messages") is not None else "prompt"
+    messages = _messages(_field(row, name, where), where, name, "user")
+    answer = row.get("answer")
+    if answer is not None and not isinstance(answer, str):
+        raise DataError(f"{where}: field 'answer' is {type(answer).__name__}, not text", "write it as text")
+    extra = {k: v for k, v in row.items() if k not in _PROMPT_COLUMNS}
+    return Prompt(
+        prompt_id=content_id(messages, answer),
+        messages=messages,
+        answer=answer,
+        split=str(row.get("split") or "train"),
+        source=str(row.get("source") or ""),
+        meta=json.dumps(extra, ensure_ascii=False, default=str),
+    )
+
+
+def _messages(value: object, where: str, name: str, role: str) -> Messages:
+    if isinstance(value, str):
+        return [Message(role=role, content=value)]
+    if isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    ):
+        return [Message(role=m["role"], content=m["content"]) for m in value]
+    raise DataError(
+        f"{where}: field '{name}' is neither text nor a list of messages with 'role' and 'content'",
+        'write it as [{"role": "user", "content": "..."}] or as plain text',
+    )
+
+
+def _field(row: Mapping[str, Any], name: str, where: str) -> object:
+    if row.get(name) is None:
+        raise DataError(f"{where}: field '{name}' is missing (fields: {', '.join(row) or 'none'})", f"add '{name}'")
+    return row[name]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of a JSONL or Parquet file."""
+    if not path.is_file():
+        raise MissingInputError(f"{path} does not exist", "check the path; it is relative to the current directory")
+    if path.suffix == ".parquet":
+        for number, row in enumerate(store.read_parquet(path).to_pylist()):
+            yield f"{path}, row {number}", row
+    elif path.suffix in (".jsonl", ".json"):
+        yield from _json_lines(path)
+    else:
+        raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", "give .jsonl or .parquet")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}: not valid JSON: {error}", "every line is one JSON object") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: not a JSON object", "every line is one JSON object")
+            yield where, row

@@ -1,0 +1,102 @@
+"""What people see on stderr: messages and progress. The only writer to stderr; stdout is for data."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from prefpipe.fsio import monotonic
+
+Advance = Callable[[float], None]
+_PLAIN_EVERY_S = 5.0
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def info(message: str) -> None:
+    """A line about what is going on."""
+    _console().print(Text(message))
+
+
+def warn(message: str) -> None:
+    """Something that the user should look at; the run goes on."""
+    _console().print(Text("warning: ", style="yellow") + Text(message))
+
+
+def error(message: str, hint: str) -> None:
+    """What happened, then what to do."""
+    console = _console()
+    console.print(Text("error: ", style="bold red") + Text(message))
+    console.print(Text("hint: ", style="cyan") + Text(hint))
+
+
+@contextmanager
+def progress(description: str, total: float, unit: str) -> Iterator[Advance]:
+    """Show progress of `total` units: a bar with rate and ETA, or a plain line every few seconds without a terminal.
+
+    Yields a function that takes the number of units just done.
+    """
+    console = _console()
+    if console.is_terminal:
+        with _bar(console, unit) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda amount: bars.update(task, advance=amount)
+    else:
+        yield from _plain(description, total, unit)
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second, or nothing before the first one is done."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.2f}/s")
+
+
+def _bar(console: Console, unit: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _plain(description: str, total: float, unit: str) -> Iterator[Advance]:
+    start = last = monotonic()
+    done = 0.0
+
+    def line() -> str:
+        spent = monotonic() - start
+        rate = done / spent if spent > 0 else 0.0
+        eta = f"{(total - done) / rate:.0f} s" if rate > 0 else "?"
+        return f"{description}: {done:.0f}/{total:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s, ETA {eta}"
+
+    def advance(amount: float) -> None:
+        nonlocal done, last
+        done += amount
+        if monotonic() - last >= _PLAIN_EVERY_S:
+            last = monotonic()
+            print(line(), file=sys.stderr, flush=True)
+
+    yield advance
+    print(line(), file=sys.stderr, flush=True)

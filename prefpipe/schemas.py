@@ -1,0 +1,177 @@
+"""Row types. One frozen dataclass per dataset; its Arrow schema and nullability derive from the annotations."""
+
+import dataclasses
+import types
+import typing
+from typing import Annotated, Any, TypedDict, TypeVar
+
+import pyarrow as pa
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Float32 = Annotated[float, pa.float32()]
+Int32 = Annotated[int, pa.int32()]
+Messages = list[Message]
+TokenIds = list[Int32]
+TokenLogps = list[Float32]
+
+VERSION = 1
+_MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
+_SCALARS: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a completion answers. Key: prompt_id = content hash of messages + answer."""
+
+    prompt_id: str
+    messages: Messages
+    answer: str | None
+    split: str
+    source: str
+    meta: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled answer, as the exact token ids; text is for people. `token_ids` holds the EOS when it was sampled."""
+
+    completion_id: str
+    prompt_id: str
+    sample_index: Int32
+    text: str
+    prompt_token_ids: TokenIds
+    token_ids: TokenIds
+    finish_reason: str
+    policy: str
+    ids_digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RefLogps:
+    """Raw reference log-probs (nats, temperature 1) of a completion's tokens, and their float32 sum."""
+
+    completion_id: str
+    reference: str
+    scorer: str
+    ids_digest: str
+    token_logps: TokenLogps
+    ref_logps: Float32
+    num_tokens: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """One reward of one completion; long form, so rewards add up. status: ok, wrong, crash, timeout, unparsable."""
+
+    completion_id: str
+    name: str
+    reward: float | None
+    status: str
+    detail: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A chosen and a rejected completion of one prompt, ready for `prefpipe train` and, by column names, for TRL."""
+
+    pair_id: str
+    prompt_id: str
+    chosen_completion_id: str
+    rejected_completion_id: str
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    prompt_token_ids: TokenIds
+    chosen_token_ids: TokenIds
+    rejected_token_ids: TokenIds
+    chosen_ids_digest: str
+    rejected_ids_digest: str
+    chosen_reward: float | None
+    rejected_reward: float | None
+    reward_gap: float | None
+    preference_prob: float | None
+    chosen_finish_reason: str
+    rejected_finish_reason: str
+    weight: float
+    ref_chosen_logps: Float32 | None
+    ref_rejected_logps: Float32 | None
+    ref_chosen_token_logps: TokenLogps | None
+    ref_rejected_token_logps: TokenLogps | None
+    reference: str | None
+    scorer: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One rated answer of a policy on a held-out prompt. decoding: greedy or sampled."""
+
+    completion_id: str
+    prompt_id: str
+    sample_index: Int32
+    round: Int32
+    decoding: str
+    messages: Messages
+    text: str
+    token_ids: TokenIds
+    finish_reason: str
+    policy: str
+    name: str
+    reward: float | None
+    status: str
+    detail: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A row that did not go on, and why. `id` is a prompt_id, completion_id or pair, or the place in an input file."""
+
+    id: str
+    reason: str
+    detail: str
+
+
+R = TypeVar("R")
+
+
+def arrow_schema(row_type: type) -> pa.Schema:
+    """The Arrow schema of a row type, with dataset name and version in its metadata."""
+    hints = typing.get_type_hints(row_type, include_extras=True)
+    fields = [_field(f.name, hints[f.name]) for f in dataclasses.fields(row_type)]
+    return pa.schema(fields, metadata={"prefpipe.dataset": row_type.__name__, "prefpipe.version": str(VERSION)})
+
+
+def to_table(row_type: type[R], rows: list[R]) -> pa.Table:
+    """Rows as an Arrow table of the row type's schema."""
+    names = [f.name for f in dataclasses.fields(row_type)]  # type: ignore[arg-type]  # R is always a dataclass here
+    schema = arrow_schema(row_type)
+    columns = [pa.array([getattr(row, n) for row in rows], type=schema.field(n).type) for n in names]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def from_table(row_type: type[R], table: pa.Table) -> list[R]:
+    """An Arrow table as rows."""
+    return [row_type(**row) for row in table.to_pylist()]
+
+
+def _field(name: str, hint: Any) -> pa.Field:
+    nullable = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    if nullable:
+        hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+    return pa.field(name, _data_type(hint), nullable=nullable)
+
+
+def _data_type(hint: Any) -> pa.DataType:
+    if hint is Message:
+        return _MESSAGE
+    if typing.get_origin(hint) is list:
+        return pa.list_(pa.field("element", _data_type(typing.get_args(hint)[0]), nullable=False))
+    if typing.get_origin(hint) is Annotated:
+        return typing.get_args(hint)[1]
+    return _SCALARS[hint]

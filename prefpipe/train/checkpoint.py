@@ -1,0 +1,61 @@
+"""Training checkpoints: a directory is complete or invisible, and only one whose digests match is resumed from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from prefpipe import fsio, log
+
+_KEEP = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where training stands after `step` steps; metrics_bytes is the size of metrics.jsonl at that moment."""
+
+    step: int
+    metrics_bytes: int
+    tensors: dict[str, torch.Tensor]
+
+
+def save(folder: Path, checkpoint: Checkpoint, fingerprint: str) -> None:
+    """Publish a checkpoint, then remove all but the newest two (by step number, never by time)."""
+    target = folder / f"step-{checkpoint.step:08d}"
+    if target.exists():
+        return
+
+    def fill(into: Path) -> None:
+        save_file({k: v.contiguous() for k, v in checkpoint.tensors.items()}, into / "state.safetensors")
+        record = {
+            "step": checkpoint.step,
+            "metrics_bytes": checkpoint.metrics_bytes,
+            "fingerprint": fingerprint,
+            "blake3": fsio.file_digest(into / "state.safetensors"),
+        }
+        (into / "state.json").write_text(json.dumps(record), encoding="utf-8")
+
+    fsio.publish_dir(target, fill)
+    for old in _steps(folder)[:-_KEEP]:
+        fsio.remove_dir(old)
+
+
+def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
+    """The newest checkpoint of this run that verifies; damaged ones move to quarantine/."""
+    for path in reversed(_steps(folder)):
+        try:
+            record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            intact = fsio.file_digest(path / "state.safetensors") == record["blake3"]
+        except (OSError, ValueError, KeyError):
+            record, intact = {}, False
+        if intact and record["fingerprint"] == fingerprint:
+            return Checkpoint(record["step"], record["metrics_bytes"], load_file(path / "state.safetensors"))
+        log.warn(f"checkpoint {path} is damaged or of another run: it moves to quarantine/")
+        fsio.move_aside(path, folder.parent / "quarantine")
+    return None
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))

@@ -1,0 +1,72 @@
+"""AdamW on float32 master copies of low-precision weights, and the learning-rate schedule.
+
+A bf16 weight has 8 bits of mantissa: an update of 1e-5 relative is rounded away. The masters take the updates and
+gather the gradients of all micro-batches in float32; the model gets their rounded copies.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+
+class MasterAdamW:
+    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters of a model."""
+
+    def __init__(self, model: torch.nn.Module, weight_decay: float) -> None:
+        self._model = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._master = {n: p.detach().float().clone().requires_grad_() for n, p in self._model.items()}
+        self._adamw = torch.optim.AdamW(list(self._master.values()), lr=0.0, weight_decay=weight_decay, fused=True)
+
+    def gather_gradients(self) -> None:
+        """Add the gradients of one micro-batch to the masters' and clear them."""
+        for name, parameter in self._model.items():
+            if parameter.grad is None:
+                continue
+            master = self._master[name]
+            grad = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+    def step(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip, update, copy back. Returns the gradient norm before clipping; when it is not finite nothing moves."""
+        masters = list(self._master.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(masters, max_grad_norm))
+        if math.isfinite(norm):
+            for group in self._adamw.param_groups:
+                group["lr"] = learning_rate
+            self._adamw.step()
+            with torch.no_grad():
+                for name, parameter in self._model.items():
+                    parameter.copy_(self._master[name])
+        self._adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Masters and moments as named tensors."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, master in self._master.items():
+            tensors[f"master/{name}"] = master.detach()
+            for key, value in self._adamw.state[master].items():
+                tensors[f"{key}/{name}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state` gave, and the model's weights with it."""
+        with torch.no_grad():
+            for name, master in self._master.items():
+                master.copy_(tensors[f"master/{name}"])
+                self._model[name].copy_(master)
+                keys = [k for k in tensors if k.endswith(f"/{name}") and not k.startswith("master/")]
+                self._adamw.state[master] = {k.split("/", 1)[0]: tensors[k].clone() for k in keys}
+
+
+def learning_rate(step: int, num_steps: int, *, peak: float, warmup_ratio: float, schedule: str) -> float:
+    """Rate of step 0..num_steps-1: a linear rise over the warmup, then constant, or linear or cosine towards zero."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    left = 1 - (step - warmup) / max(1, num_steps - warmup)
+    return peak * left if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * (1 - left)))
