@@ -146,7 +146,11 @@ def _counts(ledger: pl.DataFrame) -> dict[str, int]:
 
 def _to_pairs(kept: pl.DataFrame, completions: pl.DataFrame, runs: Sequence[Path]) -> pa.Table:
     """Fetch texts, ids and reference log-probs for the chosen rows only, and lay them out as pairs."""
-    pairs = kept.join(_read(runs, "prompts", Prompt).unique("prompt_id").select("prompt_id", prompt="messages"), on="prompt_id", maintain_order="left")
+    pairs = kept.join(
+        _read(runs, "prompts", Prompt).unique("prompt_id").select("prompt_id", prompt="messages"),
+        on="prompt_id",
+        maintain_order="left",
+    )
     tokens = completions.select("completion_id", "prompt_token_ids", "token_ids", "ids_digest", raw_text="text")
     references = _references(runs)
     for side in _SIDES:
@@ -167,9 +171,13 @@ def _to_pairs(kept: pl.DataFrame, completions: pl.DataFrame, runs: Sequence[Path
         pairs = pairs.join(own, on=key, maintain_order="left")
         pairs = pairs.join(logps, on=key, how="left", maintain_order="left")
     ids = [content_id(c, r) for c, r in pairs.select("chosen_completion_id", "rejected_completion_id").iter_rows()]
-    return pairs.with_columns(
-        pair_id=pl.Series(ids, dtype=pl.String), preference_prob=pl.lit(None, dtype=pl.Float64), weight=pl.lit(1.0)
-    ).select(arrow_schema(Pair).names).to_arrow()
+    return (
+        pairs.with_columns(
+            pair_id=pl.Series(ids, dtype=pl.String), preference_prob=pl.lit(None, dtype=pl.Float64), weight=pl.lit(1.0)
+        )
+        .select(arrow_schema(Pair).names)
+        .to_arrow()
+    )
 
 
 def _as_message(column: str) -> pl.Expr:
@@ -184,7 +192,9 @@ def _references(runs: Sequence[Path]) -> pl.DataFrame:
     found = _read(having, "ref_logps", RefLogps).unique("completion_id", keep="first")
     names = found["reference"].unique().sort().to_list()
     if len(names) > 1:
-        raise DataError(f"the runs hold log-probs of {len(names)} references: {', '.join(names)}", "pass runs with one reference")
+        raise DataError(
+            f"the runs hold log-probs of {len(names)} references: {', '.join(names)}", "pass runs with one reference"
+        )
     return found
 
 

@@ -54,7 +54,8 @@ def load(directory: Path, chat_template: str = "model") -> Chat:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise MissingInputError(
-            f"{directory} has no tokenizer.json", "make one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"{directory} has no tokenizer.json",
+            "make one with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
@@ -101,10 +102,16 @@ def render(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bo
     try:
         compiled = _environment().from_string(chat.template)
         return compiled.render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, documents=None, **chat.named_tokens
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **chat.named_tokens,
         )
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is not valid Jinja: {error}", "fix it, or pass --chat-template FILE") from error
+        raise DataError(
+            f"the chat template is not valid Jinja: {error}", "fix it, or pass --chat-template FILE"
+        ) from error
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         raise RowFault("template_refused", str(error)) from error
 
@@ -159,8 +166,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     """The environment that chat templates are written for (transformers' conventions)."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = fsio.local_time
+    available: dict[str, Any] = environment.globals  # jinja2 types it by the defaults it happens to hold
+    available.update(raise_exception=_raise, strftime_now=fsio.local_time)
     return environment
 
 

@@ -105,9 +105,7 @@ def show_config(
 
 
 def _register(name: str, config_class: type[BaseModel], module: str) -> None:
-    def run(
-        recipe: Path | None, given: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool, verbose: bool
-    ) -> None:  # verbose is read by main, before anything can fail
+    def run(recipe: Path | None, given: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
         config = base.load(config_class, recipe, given)
         if dry_run:
             typer.echo(json.dumps(base.dump(config), indent=2))

@@ -1,13 +1,13 @@
 """The error tree: every failure a user can cause or meet, with its exit code.
 
-    PrefpipeError                 1   anything else
-      UsageError                  2   bad flag, recipe, name or value; OUT belongs to another config
-      DataError                  65   bad or corrupt data, or no row survives
-      MissingInputError          66   an input is not there
-      StorageError               74   I/O error, disk full
-      LockedError                75   another process holds OUT
-      IdentityError              76   cache or model does not belong here (identity, audit)
-      Interrupted           130/143   SIGINT / SIGTERM after a clean stop, resumable
+PrefpipeError                 1   anything else
+  UsageError                  2   bad flag, recipe, name or value; OUT belongs to another config
+  DataError                  65   bad or corrupt data, or no row survives
+  MissingInputError          66   an input is not there
+  StorageError               74   I/O error, disk full
+  LockedError                75   another process holds OUT
+  IdentityError              76   cache or model does not belong here (identity, audit)
+  Interrupted           130/143   SIGINT / SIGTERM after a clean stop, resumable
 """
 
 

@@ -51,13 +51,19 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
 
             def commit(index: int, sampled: list[Sampled]) -> None:
                 scores = sampling.rate(sampled, chat, reward, config.reward)
-                rows = [_row(config, policy.id, chat, s, i, x) for s, own in zip(sampled, scores, strict=True) for i, x in enumerate(own)]
+                rows = [
+                    _row(config, policy.id, chat, s, i, x)
+                    for s, own in zip(sampled, scores, strict=True)
+                    for i, x in enumerate(own)
+                ]
                 run_.write_part(_DATASET, Evaluation, index, to_table(Evaluation, rows))
 
             with sampling.start_engine(config.engine, settings) as engine:
                 tokens = sampling.sample_shards(missing, engine, lambda p: draws(config, p), commit)
             run_.log_timing(event="sampled", tokens=tokens, seconds=round(fsio.monotonic() - start, 3))
-        rows = [row for index, _ in shards for row in from_table(Evaluation, run_.read_part(_DATASET, Evaluation, index))]
+        rows = [
+            row for index, _ in shards for row in from_table(Evaluation, run_.read_part(_DATASET, Evaluation, index))
+        ]
         return run_.finish({"round": config.round, **summarize(rows, config.pass_reward)}, {"policy": policy.id})
 
 
@@ -68,8 +74,9 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     for decoding in ("greedy", "sampled"):
         d = t[decoding]
         lines.append(
-            f"  {decoding}: pass {d['pass']:.1%} [{d['low']:.1%}, {d['high']:.1%}], mean reward {d['mean_reward']:.3f}, "
-            f"mean length {d['mean_words']:.1f} words, degenerate {d['degenerate']:.1%}"
+            f"  {decoding}: pass {d['pass']:.1%} [{d['low']:.1%}, {d['high']:.1%}], "
+            f"mean reward {d['mean_reward']:.3f}, mean length {d['mean_words']:.1f} words, "
+            f"degenerate {d['degenerate']:.1%}"
         )
     return lines
 

@@ -14,8 +14,22 @@ from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import canonical_json
 
 # Config fields that change the forward pass; the rest (paths, versions, defaults for sampling) does not.
-_IGNORED_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures_version"}
-_IGNORED_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "lora_dropout"}
+_IGNORED_CONFIG = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures_version",
+}
+_IGNORED_ADAPTER = {
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "task_type",
+    "lora_dropout",
+}
 _CHUNK = 8 << 20
 
 
@@ -25,7 +39,7 @@ def policy_id(weights: str, adapter: str | None) -> str:
 
 
 def weights_digest(directory: Path) -> str:
-    """blake3 over the sorted (name, dtype, shape, content) of every tensor and the config: re-sharding changes nothing."""
+    """blake3 over name, dtype, shape and content of every tensor, and the config: re-sharding changes nothing."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kept = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG}
     return _digest(_tensor_files(directory, "model*.safetensors"), kept)
@@ -35,11 +49,14 @@ def adapter_digest(directory: Path) -> str:
     """Digest of a LoRA adapter: its tensors and the settings that change what they do."""
     path = directory / "adapter_config.json"
     if not path.is_file():
-        raise MissingInputError(f"{directory} is not a PEFT adapter: no adapter_config.json", "give an adapter directory")
+        raise MissingInputError(
+            f"{directory} is not a PEFT adapter: no adapter_config.json", "give an adapter directory"
+        )
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
     return _digest(
-        _tensor_files(directory, "adapter_model.safetensors"), {k: v for k, v in kept.items() if k not in _IGNORED_ADAPTER}
+        _tensor_files(directory, "adapter_model.safetensors"),
+        {k: v for k, v in kept.items() if k not in _IGNORED_ADAPTER},
     )
 
 

@@ -15,12 +15,15 @@ OPERATIONS = ("out", "force", "dry_run", "verbose")  # flags that are not settin
 
 
 def command(cls: type[BaseModel], run: Callable[..., None]) -> Callable[..., None]:
-    """A function for typer: `run(recipe, flags, out, force, dry_run, verbose)` with only the flags that were given."""
+    """A function for typer: `run(recipe, flags, out, force, dry_run)` with only the flags that were given.
+
+    `verbose` is declared here and read by `cli.main`, which must know it before anything can fail.
+    """
     names = {name: name.replace(".", "__") for name, _ in fields(cls)}
 
     def call(**given: Any) -> None:
         flags = {name: given[argument] for name, argument in names.items() if given[argument] not in (None, [])}
-        run(given["recipe"], flags, **{name: given[name] for name in OPERATIONS})
+        run(given["recipe"], flags, out=given["out"], force=given["force"], dry_run=given["dry_run"])
 
     parameters = [_recipe(), *_operations(), *(_option(name, field) for name, field in fields(cls))]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads the signature
@@ -50,8 +53,9 @@ def _metavar(field: FieldInfo) -> str:
     choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
     if choices:
         return "|".join(choices)
-    kind = field.annotation
-    return "TEXT..." if get_origin(kind) is tuple else {int: "INT", float: "FLOAT", bool: "BOOL"}.get(kind, "TEXT")
+    kind: Any = field.annotation
+    names: dict[Any, str] = {int: "INT", float: "FLOAT", bool: "BOOL"}
+    return "TEXT..." if get_origin(kind) is tuple else names.get(kind, "TEXT")
 
 
 def _recipe() -> inspect.Parameter:

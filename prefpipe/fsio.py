@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,7 +47,7 @@ def fault(point: str, path: Path | None = None) -> None:
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Generator[None]:
     """Turn what the operating system says into one StorageError that names the path and the free space."""
     try:
         yield
@@ -174,7 +174,7 @@ def sync_dir(path: Path) -> None:
 
 
 @contextmanager
-def lock(directory: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
     """Hold `directory` for this process; the kernel frees the lock when the process ends, however it ends.
 
     Raises LockedError, naming the owner, when another process holds it and `wait` is not set.

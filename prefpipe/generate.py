@@ -106,7 +106,9 @@ class _Stage:
         shards = [self.run.read_part("completions", Completion, i) for i in range(num_shards)]
         means: dict[str, float | None] = {}
         for name in self.rewards:
-            parts = [self.run.read_part(_reward_folder(name), Reward, i)["reward"].to_pylist() for i in range(num_shards)]
+            parts = [
+                self.run.read_part(_reward_folder(name), Reward, i)["reward"].to_pylist() for i in range(num_shards)
+            ]
             values = [v for part in parts for v in part if v is not None]
             means[name] = sum(values) / len(values) if values else None
         return {

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from array import array
+from collections.abc import Sequence
 
 
 def canonical_json(value: object) -> str:

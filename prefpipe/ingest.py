@@ -55,15 +55,17 @@ def read_pairs(path: Path, chat: Chat) -> tuple[list[Pair], list[Dropped]]:
             for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
         )
         try:
-            pairs.append(_to_pair(chat, prompt, chosen, rejected, where))
+            pairs.append(_to_pair(chat, prompt, chosen, rejected))
         except RowFault as fault:
             dropped.append(Dropped(where, fault.reason, fault.detail))
     if not pairs:
-        raise DataError(f"{path} has no usable pair ({len(dropped)} rows dropped)", "see the reasons in dropped.parquet")
+        raise DataError(
+            f"{path} has no usable pair ({len(dropped)} rows dropped)", "see the reasons in dropped.parquet"
+        )
     return pairs, dropped
 
 
-def _to_pair(chat: Chat, prompt: Messages, chosen: Messages, rejected: Messages, where: str) -> Pair:
+def _to_pair(chat: Chat, prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
     if chosen == rejected:
         raise RowFault("identical", "chosen and rejected are the same")
     alone = encode_prompt(chat, prompt, max_tokens=_NO_LIMIT, control_tokens="allow")

@@ -1,7 +1,7 @@
 """`prefpipe iterate`: rounds of generate -> build-pairs -> train -> evaluate, each step a fresh process.
 
     OUT/round-0/evaluate           the policy before training
-    OUT/round-1/generate.json      the exact config of a step: `prefpipe generate OUT/round-1/generate.json --out ...` replays it
+    OUT/round-1/generate.json      the exact config of a step: `prefpipe generate THIS.json --out DIR` replays it
     OUT/round-1/generate/          its run directory; a step that is complete is not run again
 
 A process per step frees all memory by construction, and a killed round resumes inside the step that was cut.
@@ -79,7 +79,9 @@ def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
         reference = "base" if config.reference == "base" else "policy"
         sampling = {**linked, "reference": reference, "seed": config.generate.seed + number}
         yield Step(number, "generate", config.generate.model_copy(update=sampling))
-        yield Step(number, "build-pairs", config.build_pairs.model_copy(update={"completions": (str(here / "generate"),)}))
+        yield Step(
+            number, "build-pairs", config.build_pairs.model_copy(update={"completions": (str(here / "generate"),)})
+        )
         training = {**linked, "pairs": (str(here / "build-pairs"),), "seed": config.train.seed + number}
         yield Step(number, "train", config.train.model_copy(update=training))
         adapter = str(here / "train" / "adapter")
@@ -118,7 +120,8 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
         f"answers      {out}/round-*/evaluate/evaluations/*.parquet",
         f"metrics      {last}/train/metrics.jsonl",
         f"replay       prefpipe train {last}/train.json --out runs/replay",
-        "next         prefpipe config iterate > mine.toml; put your model and prompts in; prefpipe iterate mine.toml --out runs/mine",
+        "next         prefpipe config iterate > mine.toml   (put your model and prompts in)",
+        "             prefpipe iterate mine.toml --out runs/mine",
     ]
 
 
@@ -156,7 +159,9 @@ def _answers(out: Path, num_rounds: int) -> list[str]:
     """Greedy answers of every round to the first prompts."""
     by_round = [
         {e.prompt_id: e for e in from_table(Evaluation, table) if e.decoding == "greedy"}
-        for table in (store.read_dataset(out / f"round-{n}/evaluate", "evaluations", Evaluation) for n in range(num_rounds))
+        for table in (
+            store.read_dataset(out / f"round-{n}/evaluate", "evaluations", Evaluation) for n in range(num_rounds)
+        )
     ]
     lines: list[str] = []
     for prompt_id in list(by_round[0])[:_SHOWN]:

@@ -1,7 +1,7 @@
 """What people see on stderr: messages and progress. The only writer to stderr; stdout is for data."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -45,7 +45,7 @@ def error(message: str, hint: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str) -> Iterator[Advance]:
+def progress(description: str, total: float, unit: str) -> Generator[Advance]:
     """Show progress of `total` units: a bar with rate and ETA, or a plain line every few seconds without a terminal.
 
     Yields a function that takes the number of units just done.

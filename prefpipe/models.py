@@ -60,7 +60,9 @@ def resolve(model: str, adapter: str = "none") -> Policy:
     """
     directory = _directory(model)
     if not (directory / "config.json").is_file():
-        raise MissingInputError(f"{model} is not a model directory: no config.json", "give a directory, a hub id or embedded:NAME")
+        raise MissingInputError(
+            f"{model} is not a model directory: no config.json", "give a directory, a hub id or embedded:NAME"
+        )
     weights = _weights_digest(directory)
     if adapter == "none":
         return Policy(directory, None, weights, None)
@@ -100,14 +102,18 @@ def _directory(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
-        raise MissingInputError(f"model {model} is not a directory", "give a directory, a hub id (org/name) or embedded:NAME")
+        raise MissingInputError(
+            f"model {model} is not a directory", "give a directory, a hub id (org/name) or embedded:NAME"
+        )
     return _download(model)
 
 
 def _download(hub_id: str) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise MissingInputError(f"{hub_id} must be fetched from the hub", "install it with: pip install 'prefpipe[train]'")
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  (only when a hub id is used)
+        raise MissingInputError(
+            f"{hub_id} must be fetched from the hub", "install it with: pip install 'prefpipe[train]'"
+        )
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))

@@ -105,7 +105,9 @@ def rate(sampled: Sequence[Sampled], chat: Chat, reward: RewardFunction, name: s
     ]
     scores = reward(answers)
     if scores and all(s.status == "crash" for s in scores):
-        raise DataError(f"reward {name} failed on all {len(scores)} completions: {scores[0].detail}", "fix the function")
+        raise DataError(
+            f"reward {name} failed on all {len(scores)} completions: {scores[0].detail}", "fix the function"
+        )
     values = iter(scores)
     return [[next(values) for _ in s.samples] for s in sampled]
 

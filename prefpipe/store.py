@@ -1,17 +1,17 @@
 """Run directories: shards, commit records, manifests, resume. The only reader and writer of Parquet.
 
-    OUT/config.json                    first: the resolved settings, and the identity of the run
-        NAME/part-00000.parquet        data of one shard
-        NAME/part-00000.ok.json        its commit record, the only truth: rows, bytes, blake3, fingerprint
-        dropped.parquet                rows that did not go on, with their reason
-        manifest.json                  last: every record and its digest; a run is complete when it exists and matches
-        timing.jsonl                   times and rates, outside every digest
-        quarantine/                    damaged or superseded files: moved, never deleted
+OUT/config.json                    first: the resolved settings, and the identity of the run
+    NAME/part-00000.parquet        data of one shard
+    NAME/part-00000.ok.json        its commit record, the only truth: rows, bytes, blake3, fingerprint
+    dropped.parquet                rows that did not go on, with their reason
+    manifest.json                  last: every record and its digest; a run is complete when it exists and matches
+    timing.jsonl                   times and rates, outside every digest
+    quarantine/                    damaged or superseded files: moved, never deleted
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -112,8 +112,15 @@ class Run:
 
     def _write(self, path: Path, row_type: type, table: pa.Table) -> None:
         table = _gate(row_type, table, path)
-        fsio.write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True, compression="zstd"))
-        record = {"dataset": row_type.__name__, **_describe(path), "rows": table.num_rows, "fingerprint": self.fingerprint}
+        fsio.write_atomic(
+            path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True, compression="zstd")
+        )
+        record = {
+            "dataset": row_type.__name__,
+            **_describe(path),
+            "rows": table.num_rows,
+            "fingerprint": self.fingerprint,
+        }
         fsio.write_text(_record_path(path), json.dumps(record) + "\n")
 
     def _quarantine(self, path: Path) -> None:
@@ -122,15 +129,18 @@ class Run:
 
 
 @contextmanager
-def open_run(
-    out: Path, command: str, config: BaseModel, inputs: Mapping[str, str], *, force: bool
-) -> Iterator[Run]:
+def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, str], *, force: bool) -> Generator[Run]:
     """Hold `out` for one run of `command`; `inputs` maps each input to its content digest.
 
     Raises UsageError when `out` belongs to other settings or inputs (`force` moves the old files to quarantine/),
     LockedError when another process writes there.
     """
-    identity = {"command": command, "schema": VERSION, **result_fields(config), **{f"input:{k}": v for k, v in inputs.items()}}
+    identity = {
+        "command": command,
+        "schema": VERSION,
+        **result_fields(config),
+        **{f"input:{k}": v for k, v in inputs.items()},
+    }
     identity = json.loads(json.dumps(identity))
     with fsio.lock(out):
         path = out / "config.json"
@@ -146,7 +156,7 @@ def open_run(
                 fsio.move_aside(old, out / "quarantine")
             saved = None
         if saved is None:
-            saved = {"command": command, "config": dump(config), "identity": identity}
+            saved = dict[str, Any](command=command, config=dump(config), identity=identity)
             fsio.write_text(path, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
         yield Run(out, command, content_id(identity), inputs, saved["config"])
 
@@ -188,7 +198,8 @@ def read_dataset(run_dir: Path, dataset: str, row_type: type, columns: list[str]
     if not names:
         present = sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
         raise MissingInputError(
-            f"{run_dir} has no dataset '{dataset}'", f"it was made by `{manifest['command']}` and has: {', '.join(present)}"
+            f"{run_dir} has no dataset '{dataset}'",
+            f"it was made by `{manifest['command']}` and has: {', '.join(present)}",
         )
     for name in names:
         if not _matches(run_dir / name, manifest["files"][name]["blake3"]):
@@ -225,10 +236,10 @@ def _gate(row_type: type, table: pa.Table, path: Path) -> pa.Table:
     for field in schema:
         column = table.column(field.name)
         if not field.nullable and column.null_count:
-            row = pc.index(pc.is_null(column), value=True).as_py()
+            row = column.is_null().to_pylist().index(True)
             raise DataError(f"{path}: column '{field.name}' has no value in row {row}", "fix that row of the input")
-        values = pc.list_flatten(column) if pa.types.is_list(field.type) else column
-        if pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py():
+        values = column.combine_chunks().flatten() if pa.types.is_list(field.type) else column
+        if pa.types.is_floating(values.type) and pc.call_function("any", [values.is_nan()]).as_py():
             raise DataError(f"{path}: column '{field.name}' holds NaN", "find the model or reward that returned it")
     return table
 

@@ -49,7 +49,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".json":
             saved = json.loads(path.read_text(encoding="utf-8"))
-            return saved["config"] if "config" in saved else saved
+            return saved.get("config", saved)
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path}: {error}", "fix the file; recipes are TOML, saved configs JSON") from error

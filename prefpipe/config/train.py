@@ -1,4 +1,4 @@
-"""Settings of `prefpipe train`. Names follow transformers.TrainingArguments and TRL's DPOConfig where they have them."""
+"""Settings of `prefpipe train`, named as in transformers.TrainingArguments and TRL's DPOConfig where they have them."""
 
 from typing import Annotated, Literal
 

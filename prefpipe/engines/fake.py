@@ -10,7 +10,10 @@ from typing import Self
 from prefpipe import chat as chats
 from prefpipe.engines.base import Draw, EngineSettings, Request, Sample, Sequence
 
-_WORDS = "a the small large old new quiet bright tool animal plant place makes keeps likes water food light".split()
+_WORDS = (
+    *("a", "the", "small", "large", "old", "new", "quiet", "bright", "tool", "animal"),
+    *("plant", "place", "makes", "keeps", "likes", "water", "food", "light"),
+)
 
 
 class FakeEngine:

@@ -1,4 +1,4 @@
-"""The engine that works wherever transformers does: its own batched sampling loop, and scoring by the trainer's forward."""
+"""The engine that works wherever transformers does: batched sampling, and scoring by the trainer's own forward."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -52,9 +52,10 @@ class TransformersEngine:
                 rows = [_Row(r, d, torch.Generator().manual_seed(d.seed)) for r in batch for d in r.draws]
                 self._decode(rows)
                 for request, own in groupby(rows, key=lambda row: row.request):
-                    yield request, [
-                        Sample(r.draw.sample_index, r.token_ids, r.token_logps, r.finish_reason) for r in own
-                    ]
+                    yield (
+                        request,
+                        [Sample(r.draw.sample_index, r.token_ids, r.token_logps, r.finish_reason) for r in own],
+                    )
         finally:
             load.switch_attention(self._model, NAME)
 
@@ -101,7 +102,7 @@ class TransformersEngine:
 
 
 def _draw(logps: torch.Tensor, row: _Row, top_p: float) -> torch.Tensor:
-    """One token from log-probs [V] by the Gumbel trick: greedy at temperature 0, the nucleus of mass top_p otherwise."""
+    """One token from log-probs [V] by the Gumbel trick; greedy at temperature 0, else from the nucleus."""
     if row.draw.temperature == 0:
         return logps.argmax()
     scaled = (logps / row.draw.temperature).log_softmax(-1)

@@ -6,8 +6,9 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,7 +55,7 @@ class VllmEngine:
         with _quiet():
             self._llm = vllm.LLM(
                 model=str(settings.policy.directory),
-                dtype=settings.dtype,
+                dtype=settings.dtype,  # pyright: ignore[reportArgumentType]  (checked by the config)
                 max_model_len=settings.max_model_len + 1,  # scoring a completion of full length asks for one more
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=max(2048, settings.max_model_len + 1),
@@ -80,7 +81,12 @@ class VllmEngine:
             for request in requests:
                 waiting[request.prompt_id] = (request, [])
                 for draw in request.draws:
-                    yield f"{request.prompt_id}:{draw.sample_index}", request.prompt_token_ids, self._sampling(draw), True
+                    yield (
+                        f"{request.prompt_id}:{draw.sample_index}",
+                        request.prompt_token_ids,
+                        self._sampling(draw),
+                        True,
+                    )
 
         for key, output in self._run(draws()):
             prompt_id, _, sample_index = key.rpartition(":")
@@ -107,7 +113,9 @@ class VllmEngine:
             flat = output.prompt_logprobs
             starts = flat.start_indices[len(sequence.prompt_token_ids) :]
             if [flat.token_ids[s] for s in starts] != sequence.token_ids:
-                raise DataError(f"vLLM scored other tokens than it was given for {key}", "report this with your vLLM version")
+                raise DataError(
+                    f"vLLM scored other tokens than it was given for {key}", "report this with your vLLM version"
+                )
             yield key, [float(flat.logprobs[s]) for s in starts]
 
     def __enter__(self) -> Self:
@@ -130,7 +138,7 @@ class VllmEngine:
         unfinished = 0
         while True:
             for key, token_ids, params, adapter in islice(requests, window - unfinished):
-                prompt = {"type": "token", "prompt_token_ids": token_ids}
+                prompt: Any = {"type": "token", "prompt_token_ids": token_ids}
                 self._engine.add_request(key, prompt, params, lora_request=self._adapter if adapter else None)
                 unfinished += 1
             if not unfinished:
@@ -141,6 +149,8 @@ class VllmEngine:
                     yield output.request_id, output
 
     def _sampling(self, draw: Draw) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+
         greedy = draw.temperature == 0
         return self._vllm.SamplingParams(
             temperature=draw.temperature,
@@ -151,7 +161,7 @@ class VllmEngine:
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
-            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
 
@@ -176,9 +186,9 @@ def _cuda_is_available() -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Start-up and shutdown of vLLM print over the progress bar, some of it from C++: send both streams nowhere."""
-    with open(os.devnull, "w") as nowhere:
+    with Path(os.devnull).open("w") as nowhere:
         kept = [(stream, os.dup(stream)) for stream in (1, 2)]
         try:
             for stream, _ in kept:

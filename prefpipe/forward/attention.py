@@ -25,11 +25,11 @@ def register() -> None:
 
 
 def tree_attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    _attention_mask: torch.Tensor | None,
     *,
     tree_spans: Sequence[Span],
     scaling: float | None = None,

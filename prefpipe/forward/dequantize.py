@@ -11,9 +11,8 @@ def dequantize(source: Path, into: Path) -> None:
     """Write model, tokenizer and generation config of a GGUF file to a directory that loads as any model does."""
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
     # The weights are not quantised any more; saving refuses while the model still says that they are.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    del model.hf_quantizer
+    delattr(model.config, "quantization_config")
     model.save_pretrained(into)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(into)
 

@@ -38,6 +38,9 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch calls it by position)
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
+        (grad,) = grad_outputs
         return grad.unsqueeze(1).to(slopes.dtype) * slopes, None, None

@@ -5,7 +5,7 @@ prompt's last state, which all K share. T = tokens in the row, N = completion to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,8 +47,8 @@ class Layout:
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on a device."""
-        tensors = (self.input_ids, self.position_ids, self.sources, self.targets, self.owners)
-        return Layout(*(t.to(device, non_blocking=True) for t in tensors), self.spans, self.num_completions)
+        fields = ("input_ids", "position_ids", "sources", "targets", "owners")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in fields})
 
 
 def flatten(trees: Sequence[Tree]) -> Layout:
@@ -77,4 +77,12 @@ def flatten(trees: Sequence[Tree]) -> Layout:
             owners += [owner] * length
             owner += 1
         spans.append(Span(start, prompt_length, tuple(completions)))
-    return Layout(*map(torch.tensor, (input_ids, position_ids, sources, targets, owners)), tuple(spans), owner)
+    return Layout(
+        input_ids=torch.tensor(input_ids),
+        position_ids=torch.tensor(position_ids),
+        sources=torch.tensor(sources),
+        targets=torch.tensor(targets),
+        owners=torch.tensor(owners),
+        spans=tuple(spans),
+        num_completions=owner,
+    )

@@ -30,7 +30,8 @@ def load_model(directory: Path, dtype: str) -> PreTrainedModel:
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UsageError(f"{directory}: an output head with a bias is not supported", "use a model without one")
     model.requires_grad_(requires_grad=False)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval()
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int) -> PeftModel:
@@ -41,7 +42,9 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: str,
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
     except ValueError as error:
-        raise UsageError(f"lora_target_modules = {target_modules!r}: {error}", "name linear modules of this model") from error
+        raise UsageError(
+            f"lora_target_modules = {target_modules!r}: {error}", "name linear modules of this model"
+        ) from error
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
@@ -59,7 +62,7 @@ def save_adapter(model: PeftModel, directory: Path, base_name: str) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
         config.inference_mode = True
-    model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
 
 
 def switch_attention(model: torch.nn.Module, implementation: str) -> None:

@@ -1,8 +1,11 @@
 """Per-token log-probs of completions: the one forward pass that scoring, audit and training share."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from prefpipe.forward.attention import NAME
 from prefpipe.forward.head import frozen_head_logps
@@ -14,6 +17,7 @@ SCORER_VERSION = 1  # raise it when the numbers below can change: cached values 
 def tree_logps(model: torch.nn.Module, layout: Layout) -> torch.Tensor:
     """float32 log-probs [N] of every completion token of a layout, in its order."""
     causal = causal_model(model)
+    head = cast(torch.nn.Linear, causal.get_output_embeddings())
     layout = layout.to(causal.device)
     hidden = causal.base_model(
         input_ids=layout.input_ids.unsqueeze(0),
@@ -21,7 +25,7 @@ def tree_logps(model: torch.nn.Module, layout: Layout) -> torch.Tensor:
         use_cache=False,
         tree_spans=layout.spans,
     ).last_hidden_state[0]
-    return frozen_head_logps(hidden[layout.sources], causal.get_output_embeddings().weight, layout.targets)
+    return frozen_head_logps(hidden[layout.sources], head.weight, layout.targets)
 
 
 def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -30,9 +34,9 @@ def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:
     return sums.index_add(0, layout.owners.to(token_logps.device), token_logps)
 
 
-def causal_model(model: torch.nn.Module) -> torch.nn.Module:
+def causal_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 @torch.no_grad()
@@ -59,7 +63,7 @@ def self_test(model: torch.nn.Module, trees: Sequence[Tree]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(shared, plain, strict=True))
 
 
-def _plain_logps(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+def _plain_logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
     ids = torch.tensor([[*prompt, *completion]], device=model.device)
     logps = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     targets = ids[0, len(prompt) :]

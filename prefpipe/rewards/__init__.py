@@ -23,7 +23,9 @@ def load(name: str) -> RewardFunction:
     try:
         found = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        raise MissingInputError(f"reward {name}: no module '{error.name}'", "run from the folder that holds it") from error
+        raise MissingInputError(
+            f"reward {name}: no module '{error.name}'", "run from the folder that holds it"
+        ) from error
     except AttributeError as error:
         raise UsageError(f"reward {name}: {module} has no '{function}'", "check the name of the function") from error
     finally:
@@ -32,7 +34,7 @@ def load(name: str) -> RewardFunction:
 
 
 def _call_users(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored]:
-    """`function(prompts, completions, answer)` as in TRL: lists of messages in, one number or None per completion out."""
+    """`function(prompts, completions, answer)` as in TRL: lists of messages in, a number or None per completion out."""
     try:
         values = function(
             prompts=[a.messages for a in answers],

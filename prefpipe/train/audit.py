@@ -56,15 +56,15 @@ def audit(pairs: Sequence[TrainPair], rows: int, score: Score, beta: float) -> A
 
 
 def check(found: Audit, *, exact: bool, full_precision: bool) -> None:
-    """Raise IdentityError when the cache does not belong to the model. `exact`: fp32 and the same scorer on both sides."""
+    """Raise IdentityError when the cache does not belong to the model. `exact`: the same fp32 scorer on both sides."""
     signed_limit = max(_SIGNED, 4 * _NOISE / math.sqrt(found.tokens))
     absolute_limit = _ABSOLUTE_32 if full_precision else _ABSOLUTE_16
     bad = abs(found.signed_mean) > signed_limit or found.absolute_mean > absolute_limit
     if bad or (exact and found.largest_h > _EXACT_H):
         raise IdentityError(
-            f"the cached reference log-probs do not belong to this model: re-scored on {found.pairs} pairs they differ by "
-            f"{found.signed_mean:+.4f} per token on average (limit {signed_limit:.4f}), {found.absolute_mean:.4f} in "
-            f"absolute value (limit {absolute_limit}), up to {found.largest_h:.4f} nats in one pair; "
+            f"the cached reference log-probs do not belong to this model: re-scored on {found.pairs} pairs they differ "
+            f"by {found.signed_mean:+.4f} per token on average (limit {signed_limit:.4f}), by {found.absolute_mean:.4f} "
+            f"in absolute value (limit {absolute_limit}), up to {found.largest_h:.4f} nats in one pair; "
             f"the step-0 loss would be {found.loss:.4f}, not ln 2 = 0.6931",
             "make the values again with `prefpipe generate`, or pass the model, adapter and dtype that made them",
         )

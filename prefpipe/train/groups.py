@@ -1,7 +1,7 @@
 """Which pairs make a step, and how a step is cut into micro-batches of token trees. No tensors, no model.
 
-A global batch is G pairs fixed by (seed, epoch, step). Inside it, pairs of one prompt share a tree, so that a prompt and
-a completion are computed once however many pairs they are in. Trees are packed under a token budget; since every
+A global batch is G pairs fixed by (seed, epoch, step). Inside it, pairs of one prompt share a tree, so that a prompt
+and a completion are computed once however many pairs they are in. Trees are packed under a token budget; since every
 micro-batch adds its sum of losses divided by G, the budget never changes the result.
 """
 
@@ -53,7 +53,7 @@ def global_batches(num_pairs: int, batch_size: int, seed: int, epoch: int) -> li
 
 
 def micro_batches(pairs: Sequence[TrainPair], max_tokens: int) -> list[MicroBatch]:
-    """Cut a global batch: best-fit decreasing over prompt groups. A group above the budget is a micro-batch of its own."""
+    """Cut a global batch: best-fit decreasing over prompt groups. A group above the budget stands alone."""
     groups = sorted(_groups(pairs), key=lambda g: (-g.tree.num_tokens, g.pairs[0].pair_id))
     bins: list[list[_Group]] = []
     loads: list[int] = []

@@ -33,7 +33,7 @@ class LossSpec:
 
 
 def sigmoid(batch: LossBatch, beta: float) -> torch.Tensor:
-    """DPO: -log sigmoid(beta * h), h = (chosen - ref_chosen) - (rejected - ref_rejected). Rafailov et al. 2023, eq. 7."""
+    """DPO: -log sigmoid(beta h), h = (chosen - ref_chosen) - (rejected - ref_rejected). Rafailov et al. 2023, eq. 7."""
     chosen, rejected = log_ratios(batch)
     return -logsigmoid(beta * (chosen - rejected))
 

@@ -52,10 +52,10 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
             pairs, scorers = _with_references(run_, pairs, rows, model, config.dtype, policy)
             found = _audit(model, pairs, scorers, config, base_is_reference=reference == policy.base_id != policy.id)
         last = _train(run_, model, pairs, config)
-        fsio_adapter = out / "adapter"
-        if not fsio_adapter.exists():
-            fsio.publish_dir(fsio_adapter, lambda into: _save(model, into, policy, config.model))
-        trained = fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(fsio_adapter))
+        adapter = out / "adapter"
+        if not adapter.exists():
+            fsio.publish_dir(adapter, lambda into: _save(model, into, policy, config.model))
+        trained = fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(adapter))
         totals = {"pairs": len(pairs), "steps": loop.num_steps(len(pairs), config), "last_step": last}
         totals |= {"dropped": len(dropped), "audit": found.to_dict() if found else None}
         return run_.finish(totals, {"policy": trained, "initial": policy.id, "reference": reference})
@@ -64,7 +64,9 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
 def summary(manifest: Manifest, out: Path) -> list[str]:
     """What the command prints when it is done."""
     t = manifest["totals"]
-    shown = ", ".join(f"{k} {v:.4g}" for k, v in t["last_step"].items() if k in ("loss", "rewards/margins", "grad_norm"))
+    shown = ", ".join(
+        f"{k} {v:.4g}" for k, v in t["last_step"].items() if k in ("loss", "rewards/margins", "grad_norm")
+    )
     return [f"trained on {t['pairs']} pairs in {t['steps']} steps: {out}/adapter", f"  last step: {shown}"]
 
 
@@ -98,7 +100,9 @@ def _reference(rows: Sequence[Pair], policy: Policy, config: TrainConfig) -> str
     if not any(LOSSES[name].needs_reference for name in config.loss_type):
         return None
     if len(named) > 1:
-        raise DataError(f"the pairs hold log-probs of {len(named)} references: {', '.join(named)}", "train on one at a time")
+        raise DataError(
+            f"the pairs hold log-probs of {len(named)} references: {', '.join(named)}", "train on one at a time"
+        )
     if named and named[0] not in (policy.id, policy.base_id):
         theirs, ours = dict(p.split(":") for p in named[0].split("+")), dict(p.split(":") for p in policy.id.split("+"))
         differing = [k for k in ("weights", "adapter") if theirs.get(k) != ours.get(k)]
@@ -140,13 +144,17 @@ def _with_references(
     if not missing:
         return pairs, scorers
     if not run_.has_part("ref_logps", 0):
-        log.info(f"{len(missing)} of {len(pairs)} pairs have no reference log-probs: scoring them once with the initial policy")
+        log.info(
+            f"{len(missing)} of {len(pairs)} pairs have no reference log-probs: scoring them with the initial policy"
+        )
         run_.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, _score_missing(missing, model, dtype, policy)))
     cached = {r.completion_id: r for r in from_table(RefLogps, run_.read_part("ref_logps", RefLogps, 0))}
     filled = [
         p
         if p.ref_chosen is not None and p.ref_rejected is not None
-        else replace(p, ref_chosen=tuple(cached[p.chosen_id].token_logps), ref_rejected=tuple(cached[p.rejected_id].token_logps))
+        else replace(
+            p, ref_chosen=tuple(cached[p.chosen_id].token_logps), ref_rejected=tuple(cached[p.rejected_id].token_logps)
+        )
         for p in pairs
     ]
     return filled, scorers | {r.scorer for r in cached.values()}

@@ -1,0 +1,60 @@
+"""Fixtures for all tests: a tiny model, and the command line as a user calls it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_model
+
+ROOT = Path(__file__).resolve().parents[1]
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a byte tokenizer and a ChatML template."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture with other weights."""
+    return make_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture
+def prompts_file(tmp_path: Path) -> Path:
+    """Six prompts for training and three held out."""
+    path = tmp_path / "prompts.jsonl"
+    topics = [("kettle", "train"), ("owl", "train"), ("bread", "train"), ("rain", "train"), ("salt", "train")]
+    topics += [("harp", "train"), ("moss", "heldout"), ("tram", "heldout"), ("clay", "heldout")]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Tell me about {t}."}], "answer": t, "split": s} for t, s in topics
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """Run `prefpipe ARGUMENTS` in a process of its own; `env` adds environment variables, `cwd` is where it runs."""
+
+    def run(
+        *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "prefpipe", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=cwd or ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            timeout=240,
+        )
+
+    return run
