@@ -118,6 +118,6 @@ def start_engine(name: str, settings: EngineSettings) -> Engine:
     return engines.load(name, settings)
 
 
-def load_rewards(names: Sequence[str]) -> dict[str, RewardFunction]:
-    """Reward functions by name."""
-    return {name: rewards.load(name) for name in names}
+def load_rewards(names: Sequence[str]) -> tuple[dict[str, RewardFunction], dict[str, str]]:
+    """Reward functions by name, and what identifies them."""
+    return {n: rewards.load(n) for n in names}, {f"reward {n}": rewards.identity(n) for n in names}

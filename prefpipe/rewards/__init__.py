@@ -1,12 +1,14 @@
 """Rewards by name, or a function of the user's as `module:function`."""
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefpipe import fsio
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import rules
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
@@ -18,10 +20,15 @@ def load(name: str) -> RewardFunction:
     """A reward by name; `module:function` is the user's own, with TRL's signature for reward functions."""
     if name in REWARDS:
         return REWARDS[name]
+    function = _find(name)
+    return lambda answers: _call_users(function, answers)
+
+
+def _find(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # a module beside the recipe is what users mean
     try:
-        found = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         raise MissingInputError(
             f"reward {name}: no module '{error.name}'", "run from the folder that holds it"
@@ -30,7 +37,14 @@ def load(name: str) -> RewardFunction:
         raise UsageError(f"reward {name}: {module} has no '{function}'", "check the name of the function") from error
     finally:
         sys.path.pop(0)
-    return lambda answers: _call_users(found, answers)
+
+
+def identity(name: str) -> str:
+    """What a reward is, for the fingerprint of a run: the version of our rules, or the bytes of the user's module."""
+    if name in REWARDS:
+        return f"rules-{rules.VERSION}"
+    source = inspect.getsourcefile(_find(name))
+    return fsio.file_digest(Path(source)) if source else name
 
 
 def _call_users(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored]:

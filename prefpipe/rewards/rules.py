@@ -5,17 +5,20 @@ from collections.abc import Sequence
 
 from prefpipe.rewards.base import Answer, Scored
 
+VERSION = 1  # raise it when a reward below can change: a run never mixes two versions
 FEWEST_WORDS, MOST_WORDS = 5, 10
+_LONG_WORD = 5
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 
 
 def short_sentence(answers: Sequence[Answer]) -> list[Scored]:
-    """One sentence of 5 to 10 words that ends with a full stop and names the topic, graded from 0 to 1.
+    """One sentence of 5 to 10 words that ends with a full stop, names the topic and says something of its own, 0 to 1.
 
-    reward = (2 * length + sentence + topic) / 4 with length = min(1, words/5, 10/words), so that one word too few
-    costs as clearly as some too many and "A falcon." never beats a good sentence; sentence and topic are 0 or 1.
+    reward = (2 * length + sentence + topic + own) / 5. length = min(1, words/5, 10/words): one word too few costs as
+    clearly as some too many, so "A falcon." never beats a good sentence. sentence, topic and own are 0 or 1; own is 0
+    for an answer that echoes the instruction ("A river in one short sentence."), which is how the first policies won.
     """
-    return [_short_sentence(a.text.strip(), a.answer or "") for a in answers]
+    return [_short_sentence(a.text.strip(), a.answer or "", a.messages[-1]["content"]) for a in answers]
 
 
 def num_words(text: str) -> int:
@@ -33,13 +36,23 @@ def names(topic: str, text: str) -> bool:
     return bool(topic) and re.search(rf"\b{re.escape(topic)}(e?s)?\b", text, re.IGNORECASE) is not None
 
 
-def _short_sentence(text: str, topic: str) -> Scored:
+def echoes(prompt: str, topic: str, text: str) -> bool:
+    """Whether a longer word of the prompt (five letters or more), the topic's own aside, comes back in the text."""
+    instruction = _words(prompt) - _words(topic)
+    return any(len(word) >= _LONG_WORD and word in instruction for word in _words(text))
+
+
+def _short_sentence(text: str, topic: str, prompt: str) -> Scored:
     words = num_words(text)
     length = min(1.0, words / FEWEST_WORDS, MOST_WORDS / words) if words else 0.0
-    reward = (2 * length + is_one_sentence(text) + names(topic, text)) / 4
-    missing = [
-        *([f"{words} words"] if length < 1 else []),
-        *([] if is_one_sentence(text) else ["not one sentence"]),
-        *([] if names(topic, text) else ["topic missing"]),
-    ]
-    return Scored(reward, "ok", ", ".join(missing) or None)
+    holds = {
+        "not one sentence": is_one_sentence(text),
+        "topic missing": names(topic, text),
+        "echoes the prompt": bool(words) and not echoes(prompt, topic, text),
+    }
+    missing = [*([f"{words} words"] if length < 1 else []), *(problem for problem, fine in holds.items() if not fine)]
+    return Scored((2 * length + sum(holds.values())) / 5, "ok", ", ".join(missing) or None)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text.lower()))

@@ -63,9 +63,9 @@ def check(found: Audit, *, exact: bool, full_precision: bool) -> None:
     if bad or (exact and found.largest_h > _EXACT_H):
         raise IdentityError(
             f"the cached reference log-probs do not belong to this model: re-scored on {found.pairs} pairs they differ "
-            f"by {found.signed_mean:+.4f} per token on average (limit {signed_limit:.4f}), by {found.absolute_mean:.4f} "
-            f"in absolute value (limit {absolute_limit}), up to {found.largest_h:.4f} nats in one pair; "
-            f"the step-0 loss would be {found.loss:.4f}, not ln 2 = 0.6931",
+            f"by {found.signed_mean:+.4f} per token on average (limit {signed_limit:.4f}) and "
+            f"{found.absolute_mean:.4f} in absolute value (limit {absolute_limit}), up to {found.largest_h:.4f} nats "
+            f"in one pair; the step-0 loss would be {found.loss:.4f}, not ln 2 = 0.6931",
             "make the values again with `prefpipe generate`, or pass the model, adapter and dtype that made them",
         )
 

@@ -1,0 +1,62 @@
+# Two commands: `make demo` and `make test`. `make help` lists the rest.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK ?= cpu
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/$(LOCK).txt)
+# The CPU build of torch. Where this index cannot be reached pip warns and takes what it has.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Plain progress lines and no colours when the output is not a terminal are chosen by prefpipe itself.
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup demo test check fix lock clean
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: $(VENV)/installed-$(LOCK)  ## Install everything into .venv (LOCK=cuda for a GPU machine)
+
+$(VENV)/installed-$(LOCK): requirements/$(LOCK).txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) (several minutes on a slow line)"
+ifeq ($(LOCK),cpu)
+	@$(BIN)/python -c "import torch" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH)
+endif
+	@echo "installing the $$(grep -c '==' requirements/$(LOCK).txt) pinned packages of requirements/$(LOCK).txt"
+	@$(BIN)/python -m pip install --quiet --no-deps -r requirements/$(LOCK).txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/installed-* && touch $@
+
+demo: setup  ## Two rounds on a real 135M model: about 10 minutes on 2 cores, the second time seconds
+	@$(BIN)/prefpipe iterate stages/iterate/demo.toml --out runs/demo
+
+test: setup check  ## The whole test suite
+	@$(BIN)/python -m pytest -m "not vllm" -q
+	@$(BIN)/python -m pytest -m vllm -q
+
+check: setup  ## Format, lint, types, layers
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+fix: setup  ## Format and fix what can be fixed
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lock:  ## Resolve both lock files again
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet uv
+	@for lock in cpu cuda; do \
+	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra dev --extra $$lock \
+	    --override requirements/overrides-$$lock.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	    $(UV_OPTIONS) --no-emit-index-url --no-emit-find-links --annotation-style line --no-header \
+	    --output-file requirements/$$lock.txt && \
+	  sed -i -e 's/+cpu//' -e "1i # Made by \`make lock\` from pyproject.toml and overrides-$$lock.txt (which says what is left out, and why)." \
+	    requirements/$$lock.txt; \
+	done
+
+clean:  ## Remove .venv and runs/
+	@rm -rf $(VENV) runs

@@ -1,0 +1,125 @@
+"""Rewards by name, and a user's own function in TRL's signature."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prefpipe import rewards
+from prefpipe.config import shared
+from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.rewards import rules
+from prefpipe.rewards.base import Answer
+from prefpipe.schemas import Message
+
+QUESTION = [Message(role="user", content="Name a bird.")]
+ANSWERS = [Answer(QUESTION, "An owl.", "owl"), Answer(QUESTION, "No.", None)]
+HERE = "tests.rewards.test_rewards"
+seen: dict[str, Any] = {}
+
+
+def remember(prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any) -> list[float]:
+    """A user's reward with all of TRL's arguments."""
+    seen.update(prompts=prompts, completions=completions, answer=answer)
+    return [0.5, 1]
+
+
+def mixed(completions: list[Any], **_columns: Any) -> list[Any]:
+    return [None, float("nan")]
+
+
+def infinite(completions: list[Any], **_columns: Any) -> list[Any]:
+    return [float("inf"), "good"]
+
+
+def one(completions: list[Any], **_columns: Any) -> list[float]:
+    return [1.0]
+
+
+def explodes(completions: list[Any], **_columns: Any) -> list[float]:
+    raise ValueError("no such bird")
+
+
+def from_numpy(completions: list[Any], **_columns: Any) -> np.ndarray:
+    return np.array([0.25, 0.5], dtype=np.float32)
+
+
+def as_bools(completions: list[Any], **_columns: Any) -> Sequence[bool]:
+    return (True, False)
+
+
+def test_a_reward_of_ours_by_name() -> None:
+    assert rewards.load("short_sentence") is rules.short_sentence
+    assert set(rewards.REWARDS) == set(shared.REWARD_NAMES)
+
+
+def test_a_users_function_gets_what_trl_gives_it() -> None:
+    """TRL: prompts and completions are lists of messages, further columns come by name."""
+    scores = rewards.load(f"{HERE}:remember")(ANSWERS)
+    assert [(s.reward, s.status, s.detail) for s in scores] == [(0.5, "ok", None), (1.0, "ok", None)]
+    assert seen == {
+        "prompts": [QUESTION, QUESTION],
+        "completions": [[{"role": "assistant", "content": "An owl."}], [{"role": "assistant", "content": "No."}]],
+        "answer": ["owl", None],
+    }
+
+
+def test_none_is_unparsable_and_nan_a_crash_of_that_row() -> None:
+    """TRL reads None as "does not apply"; a number that is none must not reach a ranking."""
+    nothing, bad = rewards.load(f"{HERE}:mixed")(ANSWERS)
+    assert (nothing.reward, nothing.status) == (None, "unparsable")
+    assert (bad.reward, bad.status) == (None, "crash")
+    assert bad.detail is not None
+    assert "nan" in bad.detail
+    endless, text = rewards.load(f"{HERE}:infinite")(ANSWERS)
+    assert (endless.reward, endless.status) == (None, "crash")
+    assert text.detail == "the function returned 'good'"
+
+
+def test_a_wrong_count_is_a_crash_of_every_row() -> None:
+    scores = rewards.load(f"{HERE}:one")(ANSWERS)
+    assert [(s.reward, s.status, s.detail) for s in scores] == [(None, "crash", "1 rewards for 2 completions")] * 2
+
+
+def test_an_exception_is_a_crash_of_every_row_with_its_words() -> None:
+    scores = rewards.load(f"{HERE}:explodes")(ANSWERS)
+    assert [(s.reward, s.status, s.detail) for s in scores] == [(None, "crash", "ValueError: no such bird")] * 2
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """TRL turns what the function returns into a float32 tensor: numpy numbers and truth values are fine there."""
+    assert [s.reward for s in rewards.load(f"{HERE}:from_numpy")(ANSWERS)] == [0.25, 0.5]
+    assert [s.reward for s in rewards.load(f"{HERE}:as_bools")(ANSWERS)] == [1.0, 0.0]
+
+
+def test_a_module_that_is_not_there() -> None:
+    with pytest.raises(MissingInputError, match="no module 'no_such_module'") as caught:
+        rewards.load("no_such_module:f")
+    assert "folder" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", [f"{HERE}:no_such_function", f"{HERE}:"])
+def test_a_function_that_is_not_there(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{HERE} has no '"):
+        rewards.load(name)
+
+
+def test_a_name_without_a_module_is_an_error_of_the_user() -> None:
+    with pytest.raises((UsageError, MissingInputError), match="reward :f"):
+        rewards.load(":f")
+
+
+def test_a_module_beside_the_recipe_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_reward.py").write_text("def f(completions, **_):\n    return [1.0] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    assert [s.reward for s in rewards.load("my_own_reward:f")(ANSWERS)] == [1.0, 1.0]
+
+
+def test_a_module_that_is_broken_is_an_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader must learn that the own file is at fault, and not read "unexpected SyntaxError"."""
+    (tmp_path / "my_broken_reward.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="my_broken_reward"):
+        rewards.load("my_broken_reward:f")
