@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,6 +9,10 @@ LOCK ?= cpu
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/$(LOCK).txt)
 # The CPU build of torch. Where this index cannot be reached pip warns and takes what it has.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# One line for every twenty packages: progress with and without a terminal.
+COUNT = awk -v total=$$(grep -c '^[a-z].*==' requirements/$(LOCK).txt) \
+  '/^(Collecting|Requirement already)/ { if (++n % 20 == 0 || n == total) print "  " n " of " total " packages" } \
+   /^Installing collected/ { print "  unpacking them" } /ERROR|error:/ { print } { fflush() }'
 # Plain progress lines and no colours when the output is not a terminal are chosen by prefpipe itself.
 export PYTHONUNBUFFERED := 1
 
@@ -20,13 +25,12 @@ setup: $(VENV)/installed-$(LOCK)  ## Install everything into .venv (LOCK=cuda fo
 
 $(VENV)/installed-$(LOCK): requirements/$(LOCK).txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing $(TORCH) (several minutes on a slow line)"
 ifeq ($(LOCK),cpu)
-	@$(BIN)/python -c "import torch" 2>/dev/null || \
-	  $(BIN)/python -m pip install --quiet --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH)
+	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing $(TORCH), CPU build" && \
+	  $(BIN)/python -m pip install --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH); }
 endif
-	@echo "installing the $$(grep -c '==' requirements/$(LOCK).txt) pinned packages of requirements/$(LOCK).txt"
-	@$(BIN)/python -m pip install --quiet --no-deps -r requirements/$(LOCK).txt
+	@echo "installing the pinned packages of requirements/$(LOCK).txt"
+	@$(BIN)/python -m pip install --no-deps --progress-bar off -r requirements/$(LOCK).txt | $(COUNT)
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/installed-* && touch $@
 

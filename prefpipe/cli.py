@@ -54,7 +54,9 @@ def main() -> None:
         code = stopped.exit_code
     except ModuleNotFoundError as error:
         code = _missing_package(error)
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # polars panics derive from BaseException
         code = _unexpected(error, verbose=verbose)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
@@ -70,7 +72,7 @@ def _missing_package(error: ModuleNotFoundError) -> int:
     return MissingInputError.exit_code
 
 
-def _unexpected(error: Exception, *, verbose: bool) -> int:
+def _unexpected(error: BaseException, *, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
     log.error(f"unexpected {type(error).__name__}: {error}", "run again with --verbose and report the traceback")

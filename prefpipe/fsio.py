@@ -130,6 +130,12 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
 
 
+def sync_file(path: Path) -> None:
+    """Make what was appended to a file durable."""
+    with storage_errors(path):
+        _fsync(path)
+
+
 def truncate(path: Path, size: int) -> None:
     """Cut a log file back to `size` bytes (a resumed run drops the lines after its checkpoint)."""
     with storage_errors(path):

@@ -55,7 +55,8 @@ class Run:
             return manifest
         for name in damaged:
             log.warn(f"{self.out / name} is damaged or missing: it moves to quarantine/ and is made again")
-            self._quarantine(self.out / name)
+            for piece in _made_together(name):
+                self._quarantine(self.out / piece)
         self._quarantine(path)
         return None
 
@@ -264,6 +265,13 @@ def _committed(out: Path) -> list[Path]:
     published = [p for folder in ("adapter",) for p in (out / folder).rglob("*") if p.is_file()]
     extra = [out / "metrics.jsonl"] if (out / "metrics.jsonl").exists() else []
     return sorted(p for p in [*parts, *published, *extra] if "quarantine" not in p.relative_to(out).parts)
+
+
+def _made_together(name: str) -> list[str]:
+    """What is remade with a damaged file: a shard alone, a published directory whole, metrics with their training."""
+    if name.endswith(".parquet"):
+        return [name]
+    return [name.split("/")[0]] if "/" in name else [name, "adapter", "checkpoints"]
 
 
 def _record_path(part: Path) -> Path:

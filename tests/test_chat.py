@@ -34,7 +34,7 @@ TEMPLATES = {
     "{% break %}{% endfor %}",
     "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
     "json as ASCII": "{{ messages | tojson(ensure_ascii=true) }}",
-    "trimmed blocks": "{% for m in messages %}\n    {% if true %}\n    {{ m.content }}\n    {% endif %}\n{% endfor %}\n",
+    "trimmed blocks": "{% for m in messages %}\n    {% if true %}\n  {{ m.content }}\n    {% endif %}\n{% endfor %}\n",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "slices": "{{ messages[-1]['content'][:3] }}{% for m in messages[::-1] %}{{ m['role'] }}{% endfor %}",
     "no tools": "{% if tools %}{{ tools }}{% endif %}{% if documents is none %}x{% endif %}{{ unknown_name }}",
@@ -193,7 +193,7 @@ def test_a_template_that_is_not_jinja_is_one_error_with_a_hint(copy: Path) -> No
 
 
 def test_load_names_what_is_missing(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="chat template nowhere.jinja does not exist"):
+    with pytest.raises(MissingInputError, match=r"chat template nowhere\.jinja does not exist"):
         chats.load(copy, "nowhere.jinja")
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(MissingInputError, match="has no chat template") as caught:

@@ -205,6 +205,7 @@ def _train(run_: Run, model: PeftModel, pairs: Sequence[TrainPair], config: Trai
             advance(1)
             done = step.step + 1
             if done % config.save_steps == 0 or done == total:
+                fsio.sync_file(metrics)  # the checkpoint vouches for its size
                 state = Checkpoint(done, metrics.stat().st_size, optimizer.state())
                 checkpoint.save(folder, state, run_.fingerprint)
     run_.log_timing(event="trained", steps=total - first, seconds=round(fsio.monotonic() - start, 3))

@@ -1,13 +1,14 @@
 """Rewards by name, and a user's own function in TRL's signature."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from prefpipe import rewards
+from prefpipe import fsio, rewards
 from prefpipe.config import shared
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import rules
@@ -44,6 +45,17 @@ def explodes(completions: list[Any], **_columns: Any) -> list[float]:
 
 def from_numpy(completions: list[Any], **_columns: Any) -> np.ndarray:
     return np.array([0.25, 0.5], dtype=np.float32)
+
+
+class Counter:
+    """A reward with state is an object that can be called."""
+
+    def __call__(self, completions: list[Any], **_columns: Any) -> list[float]:
+        return [1.0 for _ in completions]
+
+
+counter = Counter()
+half = partial(one)
 
 
 def as_bools(completions: list[Any], **_columns: Any) -> Sequence[bool]:
@@ -92,6 +104,26 @@ def test_numbers_of_numpy_are_numbers() -> None:
     """TRL turns what the function returns into a float32 tensor: numpy numbers and truth values are fine there."""
     assert [s.reward for s in rewards.load(f"{HERE}:from_numpy")(ANSWERS)] == [0.25, 0.5]
     assert [s.reward for s in rewards.load(f"{HERE}:as_bools")(ANSWERS)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["remember", "counter", "half", "Counter"])
+def test_a_users_reward_is_identified_by_the_bytes_of_its_module(name: str) -> None:
+    """Whatever can be called: an edit of the module must start another run."""
+    assert rewards.identity(f"{HERE}:{name}") == fsio.file_digest(Path(__file__))
+
+
+def test_a_wrapped_reward_is_identified_by_the_users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decorator of another module must not hide edits of the user's own."""
+    source = tmp_path / "my_wrapped_reward.py"
+    source.write_text(
+        "from contextlib import contextmanager\n@contextmanager\ndef f(completions, **_):\n    yield [1.0]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert rewards.identity("my_wrapped_reward:f") == fsio.file_digest(source)
+
+
+def test_our_reward_is_identified_by_its_version() -> None:
+    assert rewards.identity("short_sentence") == f"rules-{rules.VERSION}"
 
 
 def test_a_module_that_is_not_there() -> None:

@@ -5,85 +5,100 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefpipe.rewards.base import Answer
-from prefpipe.rewards.rules import is_one_sentence, names, num_words, short_sentence
+from prefpipe.rewards.rules import echoes, is_one_sentence, names, num_words, short_sentence
+from prefpipe.schemas import Message
+
+PROMPT = "Tell me about a thing in one short sentence of at most ten words."
+
+
+def answer(text: str, topic: str | None) -> Answer:
+    return Answer([Message(role="user", content=PROMPT)], text, topic)
 
 
 @pytest.mark.parametrize(
     ("text", "topic", "reward", "detail"),
     [
-        # (2 * length + sentence + topic) / 4, length = min(1, words/5, 10/words)
-        ("A falcon is a fast bird of prey.", "falcon", (2 * 1 + 1 + 1) / 4, None),
-        ("A falcon.", "falcon", (2 * 2 / 5 + 1 + 1) / 4, "2 words"),
-        ("A falcon is a bird", "falcon", (2 * 1 + 0 + 1) / 4, "not one sentence"),
-        ("A falcon is a bird. It is fast.", "falcon", (2 * 1 + 0 + 1) / 4, "not one sentence"),
-        ("A falcon is a bird!", "falcon", (2 * 1 + 0 + 1) / 4, "not one sentence"),
-        ("A falcon is\na fast bird.", "falcon", (2 * 1 + 0 + 1) / 4, "not one sentence"),
-        ("It is a fast bird.", "falcon", (2 * 1 + 1 + 0) / 4, "topic missing"),
+        # (2 * length + sentence + topic + own) / 5, length = min(1, words/5, 10/words)
+        ("A falcon is a fast bird of prey.", "falcon", (2 * 1 + 1 + 1 + 1) / 5, None),
+        ("A falcon.", "falcon", (2 * 2 / 5 + 1 + 1 + 1) / 5, "2 words"),
+        ("A falcon is a bird", "falcon", (2 * 1 + 0 + 1 + 1) / 5, "not one sentence"),
+        ("A falcon is a bird. It is fast.", "falcon", (2 * 1 + 0 + 1 + 1) / 5, "not one sentence"),
+        ("A falcon is a bird!", "falcon", (2 * 1 + 0 + 1 + 1) / 5, "not one sentence"),
+        ("A falcon is\na fast bird.", "falcon", (2 * 1 + 0 + 1 + 1) / 5, "not one sentence"),
+        ("It is a fast bird.", "falcon", (2 * 1 + 1 + 0 + 1) / 5, "topic missing"),
+        ("A falcon in one short sentence.", "falcon", (2 * 1 + 1 + 1 + 0) / 5, "echoes the prompt"),
         ("Falcons are fast birds of prey.", "falcon", 1.0, None),
         ("Many churches are built of stone.", "church", 1.0, None),
-        ("A carpet lies on the floor.", "car", (2 * 1 + 1 + 0) / 4, "topic missing"),
+        ("A carpet lies on the floor.", "car", (2 * 1 + 1 + 0 + 1) / 5, "topic missing"),
         ("A FALCON flies over the field.", "falcon", 1.0, None),
         ("A polar bear lives on ice.", "polar bear", 1.0, None),
-        ("one " * 19 + "falcon.", "falcon", (2 * 10 / 20 + 1 + 1) / 4, "20 words"),
+        ("one " * 19 + "falcon.", "falcon", (2 * 10 / 20 + 1 + 1 + 1) / 5, "20 words"),
         ("  A falcon is a fast bird. \n", "falcon", 1.0, None),
-        ("", "falcon", 0.0, "0 words, not one sentence, topic missing"),
-        (".", "falcon", (2 * 1 / 5 + 1 + 0) / 4, "1 words, topic missing"),
+        ("", "falcon", 0.0, "0 words, not one sentence, topic missing, echoes the prompt"),
+        (".", "falcon", (2 * 1 / 5 + 1 + 0 + 1) / 5, "1 words, topic missing"),
         ("It costs 3.5 coins at most.", "coin", 1.0, None),
         ("C++ is a fast old language.", "C++", 1.0, None),
     ],
 )
 def test_rewards_by_hand(text: str, topic: str, reward: float, detail: str | None) -> None:
-    (scored,) = short_sentence([Answer([], text, topic)])
+    (scored,) = short_sentence([answer(text, topic)])
     assert scored.reward == pytest.approx(reward, abs=1e-12)
     assert scored.status == "ok"
     assert scored.detail == detail
 
 
 def test_a_fragment_never_beats_a_sentence() -> None:
-    """"A falcon." 2 of 5 words: (0.8 + 2) / 4 = 0.7. The sentence has all: 1."""
+    """ "A falcon." has 2 of 5 words: (0.8 + 3) / 5 = 0.76. The sentence has all: 1."""
     fragment, sentence = short_sentence(
-        [Answer([], "A falcon.", "falcon"), Answer([], "A falcon is a fast bird of prey.", "falcon")]
+        [answer("A falcon.", "falcon"), answer("A falcon is a fast bird of prey.", "falcon")]
     )
-    assert fragment.reward == pytest.approx(0.7)
+    assert fragment.reward == pytest.approx(0.76)
     assert sentence.reward == 1.0
 
 
 def test_one_word_too_few_costs_more_than_one_too_many() -> None:
-    """4 words: length 4/5, so (1.6 + 2) / 4 = 0.9. 11 words: length 10/11, so (20/11 + 2) / 4 = 0.954..."""
-    few, many = short_sentence(
-        [Answer([], "A falcon flies fast.", "falcon"), Answer([], "falcon " * 10 + "falcon.", "falcon")]
-    )
-    assert few.reward == pytest.approx(0.9)
-    assert many.reward == pytest.approx((20 / 11 + 2) / 4)
+    """4 words: length 4/5, so (1.6 + 3) / 5 = 0.92. 11 words: length 10/11, so (20/11 + 3) / 5 = 0.9636."""
+    few, many = short_sentence([answer("A falcon flies fast.", "falcon"), answer("falcon " * 10 + "falcon.", "falcon")])
+    assert few.reward == pytest.approx(0.92)
+    assert many.reward == pytest.approx((20 / 11 + 3) / 5)
+
+
+def test_an_echo_is_a_long_word_of_the_instruction_and_not_of_the_topic() -> None:
+    """Words of five letters or more count; a topic that the instruction spells too is no echo."""
+    assert echoes(PROMPT, "falcon", "A short one.")
+    assert echoes(PROMPT, "falcon", "SHORT!")
+    assert not echoes(PROMPT, "falcon", "Tell me of ten at most.")
+    assert not echoes(PROMPT, "short story", "A short story is old.")
+    assert not echoes(PROMPT, "falcon", "Shortly after.")
 
 
 def test_without_a_topic_nothing_is_named() -> None:
-    (scored,) = short_sentence([Answer([], "A falcon is a fast bird.", None)])
-    assert scored.reward == pytest.approx(0.75)
+    (scored,) = short_sentence([answer("A falcon is a fast bird.", None)])
+    assert scored.reward == pytest.approx(0.8)
     assert not names("", "anything")
 
 
 @given(st.text(), st.one_of(st.none(), st.text(max_size=10)))
 def test_any_text_is_rated_between_0_and_1(text: str, topic: str | None) -> None:
-    (scored,) = short_sentence([Answer([], text, topic)])
+    (scored,) = short_sentence([answer(text, topic)])
     assert scored.reward is not None
     assert 0 <= scored.reward <= 1
     assert scored.status == "ok"
 
 
 @given(
-    st.lists(st.sampled_from(["falcon", "falcons", "bird", "a", "it.", "so"]), max_size=12),
+    st.lists(st.sampled_from(["falcon", "falcons", "bird", "a", "it.", "so", "words"]), max_size=12),
     st.sampled_from([".", "", "!", "..", " ."]),
 )
-def test_all_three_rules_and_nothing_less_earn_1(words: list[str], end: str) -> None:
-    text = " ".join(words) + end
-    (scored,) = short_sentence([Answer([], text, "falcon")])
-    holds = 5 <= num_words(text.strip()) <= 10 and is_one_sentence(text.strip()) and names("falcon", text)
-    assert (scored.reward == 1.0) == holds
-    assert (scored.detail is None) == holds
+def test_all_rules_and_nothing_less_earn_1(words: list[str], end: str) -> None:
+    text = (" ".join(words) + end).strip()
+    (scored,) = short_sentence([answer(text, "falcon")])
+    rules = (5 <= num_words(text) <= 10, is_one_sentence(text), names("falcon", text), "words" not in words)
+    assert (scored.reward == 1.0) == all(rules)
+    assert (scored.detail is None) == all(rules)
 
 
 def test_answers_are_rated_one_by_one_in_their_order() -> None:
-    answers = [Answer([], text, "owl") for text in ("An owl hunts at night.", "", "An owl.")]
+    answers = [answer(text, "owl") for text in ("An owl hunts at night.", "", "An owl.")]
     assert short_sentence(answers) == [short_sentence([a])[0] for a in answers]
     assert short_sentence([]) == []

@@ -1,0 +1,272 @@
+"""Settings load once, from defaults < recipe < flags, with every error at once, and survive being saved."""
+
+import json
+import tempfile
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import annotated_types
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from prefpipe.cli import STAGES
+from prefpipe.config import base
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.train import TrainConfig
+from prefpipe.errors import MissingInputError, UsageError
+
+CLASSES = (GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
+RUNTIME = {"shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"}
+PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs"}
+OWNED = {
+    *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
+    *("train.model", "train.adapter", "train.pairs", "evaluate.model", "evaluate.adapter", "evaluate.round"),
+}  # `iterate` sets these itself
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=12)
+
+
+def load(cls: type[BaseModel], text: str, flags: dict[str, Any] | None = None, suffix: str = ".toml") -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"recipe{suffix}"
+        path.write_text(text, encoding="utf-8")
+        return base.load(cls, path, flags or {})
+
+
+def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
+    """Legal values of a field, from its annotation and bounds."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("reward", "rewards"):
+        one = st.sampled_from(("short_sentence", "my.module:function"))
+        return one if leaf == "reward" else st.lists(one, max_size=3).map(tuple)
+    if typing.get_origin(field.annotation) is tuple:
+        return st.lists(_one(typing.get_args(field.annotation)[0], []), min_size=1, max_size=3).map(tuple)
+    return _one(field.annotation, field.metadata)
+
+
+def _one(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    if typing.get_origin(kind) is Literal:
+        return st.sampled_from(typing.get_args(kind))
+    bounds: dict[str, Any] = {}
+    for m in metadata:
+        if isinstance(m, annotated_types.Ge | annotated_types.Gt):
+            bounds |= {"min_value": getattr(m, "ge", getattr(m, "gt", None))}
+            bounds |= {"exclude_min": True} if isinstance(m, annotated_types.Gt) else {}
+        if isinstance(m, annotated_types.Le | annotated_types.Lt):
+            bounds |= {"max_value": getattr(m, "le", getattr(m, "lt", None))}
+            bounds |= {"exclude_max": True} if isinstance(m, annotated_types.Lt) else {}
+    if kind is int:
+        return st.integers(**bounds)
+    return st.floats(allow_nan=False, allow_infinity=False, **bounds) if kind is float else TEXT
+
+
+@st.composite
+def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
+    """Some settings of a class with legal values, by dotted name."""
+    known = {name: field for name, field in base.fields(cls) if cls is not IterateConfig or name not in OWNED}
+    names = draw(st.lists(st.sampled_from(sorted(known)), max_size=8, unique=True))
+    found = {name: draw(values(name, known[name])) for name in names}
+    for name in [n for n in known if n.endswith("loss_type") and (n in found or f"{n[:-4]}weights" in found)]:
+        weights = f"{name[:-4]}weights"
+        losses = found.setdefault(name, draw(values(name, known[name])))
+        found[weights] = tuple(draw(st.floats(-9, 9)) for _ in losses)
+    return found
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *tables, leaf = name.split(".")
+        inner = tree
+        for table in tables:
+            inner = inner.setdefault(table, {})
+        inner[leaf] = value
+    return tree
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_flags_save_and_load_give_the_same_config(cls: type[BaseModel]) -> None:
+    @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+    @given(flat=changes(cls))
+    def check(flat: dict[str, Any]) -> None:
+        direct = cls.model_validate(nested(flat))
+        typed = {n: [str(x) for x in v] if isinstance(v, tuple) else str(v) for n, v in flat.items()}
+        loaded = base.load(cls, None, {n: v for n, v in typed.items() if v != []})
+        assert loaded == direct
+        saved = json.dumps({"command": "x", "config": base.dump(loaded), "identity": {}}, ensure_ascii=False)
+        assert load(cls, saved, suffix=".json") == direct
+        assert load(cls, json.dumps(base.dump(loaded)), suffix=".json") == direct
+        assert load(cls, base.to_toml(loaded)) == direct
+
+    check()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_fingerprint_ignores_runtime_settings_and_paths_and_nothing_else(cls: type[BaseModel]) -> None:
+    names = {name for name, _ in base.fields(cls)}
+    ignored = {n for n in names if n.rsplit(".", 1)[-1] in RUNTIME | PATHS}
+    assert set(base.result_fields(cls())) == names - ignored
+
+    @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+    @given(flat=changes(cls))
+    def check(flat: dict[str, Any]) -> None:
+        changed = base.result_fields(cls.model_validate(nested(flat)))
+        default = base.result_fields(cls())
+        assert {n for n in changed if changed[n] != default[n]} <= set(flat) - ignored
+        assert all(changed[n] == flat[n] for n in flat if n not in ignored)
+
+    check()
+
+
+@pytest.mark.parametrize("name", [n for n, f in base.fields(TrainConfig) if f.annotation is float])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_number_that_is_none_is_refused(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=name):  # inf has no place in a saved recipe, and nan is never equal to itself
+        base.load(TrainConfig, None, {name: value})
+
+
+def test_nan_is_refused_where_no_bound_refuses_it() -> None:
+    with pytest.raises(UsageError, match="pass_reward"):
+        base.load(EvaluateConfig, None, {"pass_reward": "nan"})
+
+
+def test_precedence_is_defaults_then_recipe_then_flags() -> None:
+    recipe = "beta = 0.2\nlora_r = 4\n"
+    loaded = load(TrainConfig, recipe, {"beta": "0.3"})
+    assert (loaded.beta, loaded.lora_r, loaded.lora_alpha) == (0.3, 4, TrainConfig().lora_alpha)
+    nested_recipe = "rounds = 3\n[train]\nbeta = 0.2\nlora_r = 4\n"
+    both = load(IterateConfig, nested_recipe, {"train.beta": "0.3", "generate.seed": "9"})
+    assert (both.rounds, both.train.beta, both.train.lora_r, both.generate.seed) == (3, 0.3, 4, 9)
+
+
+def test_no_recipe_and_no_flags_are_the_defaults() -> None:
+    assert all(base.load(cls, None, {}) == cls() for cls in CLASSES)
+
+
+def test_all_errors_come_at_once_with_file_name_and_suggestion() -> None:
+    recipe = 'num_sampels = 4\nengine = "transfomers"\ntemperature = 3\nseed = "x"\n'
+    with pytest.raises(UsageError) as caught:
+        load(GenerateConfig, recipe)
+    message = caught.value.message
+    assert message.count("recipe.toml: ") == 4
+    assert "unknown setting 'num_sampels' (did you mean 'num_samples'?)" in message
+    assert "engine = 'transfomers' is not one of 'vllm', 'transformers', 'fake' (did you mean 'transformers'?)" in message
+    assert "temperature = 3: Input should be less than or equal to 2" in message
+    assert "seed = 'x': " in message
+    assert "prefpipe config generate" in caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("cls", "text", "words"),
+    [
+        (TrainConfig, 'loss_type = ["sigmoid", "sigmod"]\nloss_weights = [1, 1]', "loss_type.1 = 'sigmod' is not one of"),
+        (TrainConfig, 'loss_type = ["sigmod"]', "(did you mean 'sigmoid'?)"),
+        (IterateConfig, '[generate]\nengine = "vlm"', "generate.engine = 'vlm' is not one of 'vllm'"),
+        (IterateConfig, "[generate]\nnum_sample = 3", "unknown setting 'generate.num_sample' (did you mean 'num_samples'?)"),
+        (IterateConfig, "[evaluat]\nseed = 3", "unknown setting 'evaluat'"),
+        (GenerateConfig, 'rewards = ["short_sentense"]', "(did you mean 'short_sentence'?)"),
+        (BuildPairsConfig, 'reward = "nothing_like_it"', "rewards are short_sentence or your own 'module:function'"),
+        (TrainConfig, 'loss_type = ["sigmoid", "nll"]', "2 losses but 1 loss_weights"),
+        (IterateConfig, "[generate.deeper]\nx = 1", "unknown setting 'generate.deeper'"),
+    ],
+)
+def test_sentences(cls: type[BaseModel], text: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(cls, text)
+    assert words in caught.value.message
+
+
+def test_errors_of_flags_name_the_command_line() -> None:
+    with pytest.raises(UsageError, match="command line: limit = '-1'"):
+        base.load(GenerateConfig, None, {"limit": "-1"})
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags"), [(TrainConfig, {"loss_type": ["sigmoid", "nll"]}), (IterateConfig, {"generate.model": "x"})]
+)
+def test_an_error_of_several_settings_does_not_print_all_of_them(cls: type[BaseModel], flags: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as caught:
+        base.load(cls, None, flags)
+    assert " = {" not in caught.value.message
+
+
+def test_a_suggestion_is_a_setting_of_the_same_table() -> None:
+    with pytest.raises(UsageError) as caught:
+        load(IterateConfig, "[generate]\nlearning_rat = 1e-4\n")
+    assert "learning_rate'" not in caught.value.message  # a setting of [train]: [generate] would refuse it as well
+
+
+@pytest.mark.parametrize("text", ["seed = 1\nbeta = \n", "seed = 1\nseed = 2\n", "seed = 1\nx y\n"])
+def test_a_toml_error_names_file_and_line(text: str) -> None:
+    with pytest.raises(UsageError, match=r"recipe\.toml: .*line 2"):
+        load(TrainConfig, text)
+
+
+def test_a_json_error_names_file_and_line() -> None:
+    with pytest.raises(UsageError, match=r"recipe\.json: .*line 2"):
+        load(TrainConfig, '{"seed": 1,\n}', suffix=".json")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "3", '{"config": 3}', "null"])
+def test_json_that_is_no_table_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"recipe\.json"):
+        load(TrainConfig, text, suffix=".json")
+
+
+def test_a_value_where_a_table_belongs_is_refused_with_and_without_flags() -> None:
+    with pytest.raises(UsageError, match="generate = 3"):
+        load(IterateConfig, "generate = 3")
+    with pytest.raises(UsageError, match="generate"):
+        load(IterateConfig, "generate = 3", {"generate.seed": "1"})
+
+
+def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes('model = "größe"'.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"r\.toml"):
+        base.load(TrainConfig, tmp_path / "r.toml", {})
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"absent\.toml does not exist"):
+        base.load(TrainConfig, tmp_path / "absent.toml", {})
+
+
+def test_loading_does_not_change_the_flags() -> None:
+    flags = {"train.beta": "0.3", "rounds": "1"}
+    base.load(IterateConfig, None, flags)
+    assert flags == {"train.beta": "0.3", "rounds": "1"}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_setting_is_documented(cls: type[BaseModel]) -> None:
+    for name, field in base.fields(cls):
+        assert field.description, name
+        assert field.description.endswith((".", ").")), name
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_configs_are_frozen_and_their_recipe_names_every_setting(cls: type[BaseModel]) -> None:
+    assert cls.model_config.get("frozen")
+    assert cls.model_config.get("extra") == "forbid"
+    written = tomllib.loads(base.to_toml(cls()))
+    flat = {f"{k}.{inner}" for k, v in written.items() if isinstance(v, dict) for inner in v}
+    flat |= {k for k, v in written.items() if not isinstance(v, dict)}
+    assert flat == {name for name, _ in base.fields(cls)}
+
+
+def test_command_names_are_those_of_the_command_line() -> None:
+    assert {base.command_name(cls) for cls in CLASSES} == set(STAGES)
+    assert all(base.command_name(cls) == name for name, (cls, _) in STAGES.items())
+
+
+def test_suggestion() -> None:
+    assert base.suggestion("trian", ["train", "generate"]) == " (did you mean 'train'?)"
+    assert base.suggestion("zzz", ["train", "generate"]) == ""

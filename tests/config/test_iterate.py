@@ -1,0 +1,52 @@
+"""The tables of `iterate` hold what a user may choose; the links between stages are not theirs to set."""
+
+import pytest
+from pydantic import ValidationError
+
+from prefpipe.config import base
+from prefpipe.config.iterate import IterateConfig
+from prefpipe.errors import UsageError
+
+LINKS = {
+    "generate.model": "m",
+    "generate.adapter": "a",
+    "generate.reference": "base",
+    "build_pairs.completions": ["runs/g"],
+    "train.model": "m",
+    "train.adapter": "a",
+    "train.pairs": ["runs/p"],
+    "evaluate.model": "m",
+    "evaluate.adapter": "a",
+    "evaluate.round": "3",
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_is_refused_by_name(name: str) -> None:
+    table, _, leaf = name.partition(".")
+    with pytest.raises(UsageError, match=rf"remove {leaf} from \[{table}\]"):
+        base.load(IterateConfig, None, {name: LINKS[name]})
+
+
+def test_all_links_of_a_table_are_named_at_once() -> None:
+    with pytest.raises(UsageError, match=r"remove model, adapter from \[train\]"):
+        base.load(IterateConfig, None, {"train.model": "m", "train.adapter": "a"})
+
+
+def test_every_other_setting_of_a_table_is_free() -> None:
+    loaded = base.load(IterateConfig, None, {"generate.limit": "3", "evaluate.split": "all", "train.seed": "4"})
+    assert (loaded.generate.limit, loaded.evaluate.split, loaded.train.seed) == (3, "all", 4)
+
+
+def test_a_link_at_its_default_may_be_written() -> None:
+    assert base.load(IterateConfig, None, {"train.adapter": "none"}) == IterateConfig()
+
+
+def test_at_least_one_round() -> None:
+    with pytest.raises(ValidationError):
+        IterateConfig(rounds=0)
+
+
+def test_tables_have_the_names_of_the_commands() -> None:
+    tables = {name.partition(".")[0] for name, _ in base.fields(IterateConfig) if "." in name}
+    assert tables == {"generate", "build_pairs", "train", "evaluate"}

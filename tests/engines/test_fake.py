@@ -1,0 +1,83 @@
+"""The fake engine: deterministic, honest about ends, and shaped like a real one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefpipe import chat as chats
+from prefpipe import models
+from prefpipe.engines import load
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sequence
+from prefpipe.engines.fake import FakeEngine
+
+
+def settings(model: Path, max_tokens: int = 200) -> EngineSettings:
+    return EngineSettings(models.resolve(str(model)), chats.load(model), "float32", 1.0, max_tokens, 1024, 4, 64)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    return load("fake", settings(tiny_model))
+
+
+def request(name: str, *seeds: int) -> Request:
+    return Request(name, [1, 2, 3], tuple(Draw(k, seed, 1.0) for k, seed in enumerate(seeds)))
+
+
+def test_a_sample_depends_on_its_seed_only(engine: Engine) -> None:
+    (_, [alone]) = next(iter(engine.generate([request("a", 7)])))
+    for (_, samples), position in zip(engine.generate([request("b", 7, 8), request("c", 9, 7)]), (0, 1), strict=True):
+        again = samples[position]
+        assert (again.token_ids, again.token_logps) == (alone.token_ids, alone.token_logps)
+        assert samples[1 - position].token_ids != alone.token_ids
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5, unique=True), st.integers(1, 120))
+def test_samples_end_as_those_of_a_real_engine(tiny_model: Path, seeds: list[int], max_tokens: int) -> None:
+    """stop: the last id is the end of sequence; length: exactly max_tokens ids and no end; log-probs are below 0."""
+    fake = FakeEngine(settings(tiny_model, max_tokens))
+    ((request_, samples),) = fake.generate([request("a", *seeds)])
+    assert [s.sample_index for s in samples] == [d.sample_index for d in request_.draws]
+    for sample in samples:
+        assert 1 <= len(sample.token_ids) <= max_tokens
+        assert len(sample.token_logps) == len(sample.token_ids)
+        assert all(v < 0 for v in sample.token_logps)
+        if sample.finish_reason == "stop":
+            assert sample.token_ids.index(2) == len(sample.token_ids) - 1
+        else:
+            assert sample.finish_reason == "length"
+            assert len(sample.token_ids) == max_tokens
+            assert 2 not in sample.token_ids
+
+
+def test_greedy_does_not_depend_on_the_seed(engine: Engine) -> None:
+    given_ = [Request(str(s), [1], (Draw(0, s, 0.0),)) for s in range(3)]
+    assert len({tuple(samples[0].token_ids) for _, samples in engine.generate(given_)}) == 1
+
+
+def test_scoring_equals_what_sampling_captured_and_shifts_without_the_adapter(engine: Engine) -> None:
+    """Adapter off: 1/8 nat less per token, so that a test can tell the two references apart."""
+    ((_, samples),) = engine.generate([request("a", 1, 2)])
+    given_ = [Sequence(str(s.sample_index), [1, 2, 3], s.token_ids) for s in samples]
+    on, off = dict(engine.score(given_, adapter=True)), dict(engine.score(given_, adapter=False))
+    for sample in samples:
+        assert on[str(sample.sample_index)] == sample.token_logps
+        assert off[str(sample.sample_index)] == [v - 0.125 for v in sample.token_logps]
+
+
+def test_requests_are_taken_one_by_one(engine: Engine) -> None:
+    """A stream: the second request is not asked for before the first one is done."""
+    taken: list[str] = []
+
+    def stream() -> Iterator[Request]:
+        for name in "abc":
+            taken.append(name)
+            yield request(name, 1)
+
+    with engine as running:
+        for number, (done, _) in enumerate(running.generate(stream()), start=1):
+            assert done.prompt_id == taken[-1]
+            assert len(taken) == number

@@ -1,0 +1,228 @@
+"""The transformers engine on the tiny model in fp32: its samples and log-probs against transformers' own."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from prefpipe import chat as chats
+from prefpipe import engines, models
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
+from prefpipe.engines.transformers import _batches, _draw, _Row
+from prefpipe.forward.load import add_lora, load_model, save_adapter
+
+MAX_TOKENS = 24
+PROMPTS = {name: list(map(ord, name)) for name in ("a bird", "an owl", "a song", "the sea at night", "x")}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path) -> EngineSettings:
+    policy = models.resolve(str(tiny_model))
+    return EngineSettings(policy, chats.load(tiny_model), "float32", 1.0, MAX_TOKENS, 64, 8, 64)
+
+
+@pytest.fixture(scope="module")
+def engine(settings: EngineSettings) -> Iterator[Engine]:
+    with engines.load("transformers", settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that changes the model: B is not zero."""
+    directory = tmp_path_factory.mktemp("adapter")
+    model = add_lora(load_model(tiny_model, "float32"), r=4, alpha=8, target_modules="all-linear", seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    save_adapter(model, directory, "tiny")
+    return directory
+
+
+def requests(*draws: Draw, prompts: dict[str, list[int]] = PROMPTS) -> list[Request]:
+    return [Request(name, ids, draws) for name, ids in prompts.items()]
+
+
+def sampled(engine: Engine, given_: list[Request]) -> dict[str, list[Sample]]:
+    return {request.prompt_id: samples for request, samples in engine.generate(given_)}
+
+
+def sequences(samples: dict[str, list[Sample]]) -> list[Sequence]:
+    return [
+        Sequence(f"{name}/{s.sample_index}", PROMPTS[name], s.token_ids) for name, own in samples.items() for s in own
+    ]
+
+
+DRAWS = tuple(Draw(k, 100 + k, 1.0) for k in range(6))
+
+
+def test_greedy_equals_generate_of_transformers(engine: Engine, tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = GenerationConfig(do_sample=False, max_new_tokens=MAX_TOKENS, eos_token_id=2, pad_token_id=0)
+    found = sampled(engine, requests(Draw(0, 0, 0.0)))
+    assert set(found) == set(PROMPTS)
+    for name, ids in PROMPTS.items():
+        expected = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), generation_config=config)
+        assert found[name][0].token_ids == expected[0, len(ids) :].tolist()
+
+
+def test_log_probs_are_those_of_the_plain_model(engine: Engine, tiny_model: Path) -> None:
+    """Captured while sampling and scored by the forward pass: within 2e-5 of full logits, before temperature."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    found = sampled(engine, requests(*(replace(d, temperature=0.7) for d in DRAWS)))
+    scored = dict(engine.score(sequences(found), adapter=True))
+    for sequence in sequences(found):
+        name, _, index = sequence.completion_id.partition("/")
+        ids = torch.tensor([[*sequence.prompt_token_ids, *sequence.token_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits[0].log_softmax(-1)
+        length = len(sequence.token_ids)
+        plain = logps[-length - 1 : -1].gather(1, ids[0, -length:, None])[:, 0].tolist()
+        assert scored[sequence.completion_id] == pytest.approx(plain, abs=2e-5)
+        assert found[name][int(index)].token_logps == pytest.approx(plain, abs=2e-5)
+
+
+def test_every_draw_comes_back_once_and_ends_rightly(engine: Engine) -> None:
+    """stop: the end is the last id and the only one; length: MAX_TOKENS ids without an end. Both happen here."""
+    found = sampled(engine, requests(*DRAWS))
+    assert {name: [s.sample_index for s in own] for name, own in found.items()} == {
+        name: [d.sample_index for d in DRAWS] for name in PROMPTS
+    }
+    reasons = set()
+    for sample in (s for own in found.values() for s in own):
+        reasons.add(sample.finish_reason)
+        assert len(sample.token_logps) == len(sample.token_ids)
+        if sample.finish_reason == "stop":
+            assert sample.token_ids.index(2) == len(sample.token_ids) - 1
+        else:
+            assert len(sample.token_ids) == MAX_TOKENS
+            assert 2 not in sample.token_ids
+    assert reasons == {"stop", "length"}
+
+
+def test_an_end_at_the_last_token_is_a_stop(settings: EngineSettings, engine: Engine) -> None:
+    """With max_tokens = the length of a stopped sample, the same sample comes back, still as stop."""
+    found = sampled(engine, requests(*DRAWS))
+    name, sample = next((n, s) for n, own in found.items() for s in own if s.finish_reason == "stop")
+    draw = DRAWS[sample.sample_index]
+    with engines.load("transformers", replace(settings, max_tokens=len(sample.token_ids))) as short:
+        ((_, [again]),) = short.generate([Request(name, PROMPTS[name], (draw,))])
+    assert (again.token_ids, again.finish_reason) == (sample.token_ids, "stop")
+
+
+def test_a_seed_gives_the_same_sample_in_any_batch(engine: Engine) -> None:
+    """Alone, together with others, and in another order: the ids are the same, the log-probs within rounding."""
+    together = sampled(engine, requests(*DRAWS))
+    backwards = sampled(engine, list(reversed(requests(*DRAWS))))
+    assert sampled(engine, requests(*DRAWS)) == together
+    for name, ids in PROMPTS.items():
+        for draw in DRAWS:
+            ((_, [alone]),) = engine.generate([Request(name, ids, (draw,))])
+            for other in (together[name][draw.sample_index], backwards[name][draw.sample_index]):
+                assert alone.token_ids == other.token_ids
+                assert alone.token_logps == pytest.approx(other.token_logps, abs=2e-5)
+
+
+def test_other_seeds_give_other_samples(engine: Engine) -> None:
+    ((_, samples),) = engine.generate([Request("x", PROMPTS["x"], DRAWS)])
+    assert len({tuple(s.token_ids) for s in samples}) == len(DRAWS)
+
+
+def test_scoring_while_sampling_goes_on_disturbs_neither(engine: Engine) -> None:
+    """A stage scores a committed shard (reference: base) while the next prompts are being sampled."""
+    expected = sampled(engine, requests(*DRAWS))
+    found: dict[str, list[Sample]] = {}
+    for request, samples in engine.generate(requests(*DRAWS)):
+        found[request.prompt_id] = samples
+        scored = dict(engine.score(sequences({request.prompt_id: samples}), adapter=False))
+        for sample in samples:
+            values = scored[f"{request.prompt_id}/{sample.sample_index}"]
+            assert values == pytest.approx(sample.token_logps, abs=2e-5)
+    assert found == expected
+
+
+def test_the_adapter_changes_samples_and_can_be_switched_off(
+    settings: EngineSettings, engine: Engine, adapter: Path, tiny_model: Path
+) -> None:
+    policy = models.resolve(str(tiny_model), str(adapter))
+    with engines.load("transformers", replace(settings, policy=policy)) as tuned:
+        found = sampled(tuned, requests(*DRAWS))
+        on = dict(tuned.score(sequences(found), adapter=True))
+        off = dict(tuned.score(sequences(found), adapter=False))
+        again = dict(tuned.score(sequences(found), adapter=True))
+    base = dict(engine.score(sequences(found), adapter=False))
+    assert off == base
+    assert again == on
+    assert max(abs(a - b) for key in on for a, b in zip(on[key], off[key], strict=True)) > 0.1
+    for name, own in found.items():
+        for sample in own:
+            assert sample.token_logps == pytest.approx(on[f"{name}/{sample.sample_index}"], abs=2e-5)
+
+
+def test_the_scorer_names_engine_and_dtype(engine: Engine) -> None:
+    assert engine.scorer.startswith("transformers-")
+    assert engine.scorer.endswith("/float32")
+
+
+def draws_of(probabilities: list[float], temperature: float, top_p: float, number: int) -> torch.Tensor:
+    """Shares of the tokens in `number` draws."""
+    row = _Row(Request("", [], ()), Draw(0, 0, temperature), torch.Generator().manual_seed(0))
+    logps = torch.tensor(probabilities).log()
+    found = torch.stack([_draw(logps, row, top_p) for _ in range(number)])
+    return found.bincount(minlength=len(probabilities)) / number
+
+
+def test_top_p_keeps_the_nucleus_only() -> None:
+    """0.5 + 0.3 reach 0.7 with the token that crosses it; renormalised that is 5/8 and 3/8.
+
+    4000 draws: the standard deviation of a share is below 0.008, so 0.04 are five of them.
+    """
+    shares = draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 0.7, 4000)
+    assert shares[[0, 2]].tolist() == [0, 0]
+    assert shares[[1, 3]].tolist() == pytest.approx([5 / 8, 3 / 8], abs=0.04)
+
+
+def test_without_top_p_every_token_has_its_share() -> None:
+    assert draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000).tolist() == pytest.approx([0.15, 0.5, 0.05, 0.3], abs=0.04)
+
+
+def test_temperature_sharpens_before_top_p_cuts() -> None:
+    """Temperature 1/2 squares: 0.25, 0.09, 0.0225, 0.0025 of 0.365; the first has 0.685, so 0.6 keeps it alone.
+
+    At temperature 1 the first has 0.5 < 0.6 and the second is kept too.
+    """
+    assert draws_of([0.5, 0.3, 0.15, 0.05], 0.5, 0.6, 500).tolist() == [1, 0, 0, 0]
+    assert draws_of([0.5, 0.3, 0.15, 0.05], 1.0, 0.6, 500)[1] > 0.2
+    shares = draws_of([0.5, 0.3, 0.15, 0.05], 0.5, 1.0, 4000)
+    assert shares.tolist() == pytest.approx([0.685, 0.2466, 0.0616, 0.0068], abs=0.04)
+
+
+def test_greedy_takes_the_best_whatever_top_p_says() -> None:
+    assert draws_of([0.1, 0.2, 0.7], 0.0, 0.01, 20).tolist() == [0, 0, 1]
+
+
+def test_the_smallest_nucleus_is_the_best_token() -> None:
+    assert draws_of([0.1, 0.2, 0.7], 1.0, 1e-6, 50).tolist() == [0, 0, 1]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), max_size=20),
+    st.integers(1, 8),
+)
+def test_batches_hold_every_request_once_within_the_limit(shapes: list[tuple[int, int]], max_rows: int) -> None:
+    """One length per batch; more rows than max_rows only when one request alone has more."""
+    given_ = [
+        Request(str(i), [0] * length, tuple(Draw(k, 0, 1.0) for k in range(draws)))
+        for i, (length, draws) in enumerate(shapes)
+    ]
+    batches = list(_batches(given_, max_rows))
+    assert sorted(r.prompt_id for b in batches for r in b) == sorted(r.prompt_id for r in given_)
+    for batch in batches:
+        assert len({len(r.prompt_token_ids) for r in batch}) == 1
+        assert len(batch) == 1 or sum(len(r.draws) for r in batch) <= max_rows

@@ -1,0 +1,175 @@
+"""Adapters on disk: what is written loads anywhere and means the same."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+
+from prefpipe import fsio
+from prefpipe.errors import UsageError
+from prefpipe.forward import load
+from prefpipe.forward.layout import Tree
+from prefpipe.forward.logps import causal_model, score, self_test
+
+TREES = [Tree([5, 6, 7, 8], [[9, 10, 11], [12, 2]]), Tree([20], [[30, 31]])]
+
+
+def flat(values: list[list[list[float]]]) -> torch.Tensor:
+    return torch.tensor([v for tree in values for completion in tree for v in completion])
+
+
+def moved(model_directory: Path, seed: int = 3) -> PeftModel:
+    """A LoRA policy that has left its base: B is not zero."""
+    base = load.load_model(model_directory, "float32")
+    model = load.add_lora(base, r=4, alpha=8, target_modules="all-linear", seed=seed)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return model
+
+
+def save(model: PeftModel, directory: Path) -> Path:
+    fsio.publish_dir(directory, lambda into: load.save_adapter(model, into, "some/base"))
+    return directory
+
+
+def test_a_new_adapter_changes_nothing_and_its_seed_fixes_it(tiny_model: Path):
+    """B = 0, so the policy is the base to the bit."""
+    base = flat(score(load.load_model(tiny_model, "float32"), TREES))
+    models = [
+        load.add_lora(load.load_model(tiny_model, "float32"), r=4, alpha=8, target_modules="all-linear", seed=s)
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(flat(score(models[0], TREES)), base)
+    first, same, other = ([p for p in m.parameters() if p.requires_grad] for m in models)
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_only_the_adapter_is_trainable_and_the_head_has_none(tiny_model: Path):
+    model = moved(tiny_model)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in n for n in trainable)
+    assert not any("lm_head" in n for n in trainable)
+    assert not any(m.training for m in model.modules())
+
+
+def test_round_trip_gives_the_same_values_and_weights(tiny_model: Path, tmp_path: Path):
+    model = moved(tiny_model)
+    save(model, tmp_path / "a")
+    again = load.load_adapter(load.load_model(tiny_model, "float32"), tmp_path / "a", trainable=True)
+    assert torch.equal(flat(score(again, TREES)), flat(score(model, TREES)))
+    theirs = {n: p for n, p in again.named_parameters() if p.requires_grad}
+    ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[n], ours[n]) for n in ours)
+
+
+def test_plain_peft_and_transformers_load_it_and_agree(tiny_model: Path, tmp_path: Path):
+    model = moved(tiny_model)
+    save(model, tmp_path / "a")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="sdpa")
+    plain = PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+    found: list[float] = []
+    with torch.no_grad():
+        for tree in TREES:
+            for completion in tree.completions:
+                ids = torch.tensor([[*tree.prompt, *completion]])
+                logps = plain(input_ids=ids).logits[0].log_softmax(-1)
+                found += [float(logps[len(tree.prompt) - 1 + i, t]) for i, t in enumerate(completion)]
+    torch.testing.assert_close(flat(score(model, TREES)), torch.tensor(found), rtol=0, atol=2e-5)
+
+
+def test_adapter_off_gives_the_base_and_comes_back(tiny_model: Path):
+    base = flat(score(load.load_model(tiny_model, "float32"), TREES))
+    model = moved(tiny_model)
+    on = flat(score(model, TREES))
+    assert float((on - base).abs().max()) > 0.1
+    with load.adapter_off(model, off=True):
+        assert torch.equal(flat(score(model, TREES)), base)
+    with load.adapter_off(model, off=False):
+        assert torch.equal(flat(score(model, TREES)), on)
+    assert torch.equal(flat(score(model, TREES)), on)
+
+
+def test_files_hold_no_pickle_and_others_may_read_them(tiny_model: Path, tmp_path: Path):
+    """safetensors leaves mode 0600 behind; published files follow the umask as any other file does."""
+    mask = os.umask(0o022)
+    try:
+        directory = save(moved(tiny_model), tmp_path / "a")
+    finally:
+        os.umask(mask)
+    files = [p for p in directory.rglob("*") if p.is_file()]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in files}
+    for path in files:
+        assert path.suffix in (".json", ".safetensors", ".md"), path
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644, path
+        assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04"), path  # zip and pickle begin so
+
+
+def test_the_config_names_the_base_and_no_embeddings_are_copied(tiny_model: Path, tmp_path: Path):
+    directory = save(moved(tiny_model), tmp_path / "a")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/base"
+    assert config["inference_mode"] is True
+    assert (directory / "adapter_model.safetensors").stat().st_size < (tiny_model / "model.safetensors").stat().st_size
+
+
+def test_unknown_target_modules_are_a_usage_error(tiny_model: Path):
+    with pytest.raises(UsageError, match="no_such_layer"):
+        load.add_lora(
+            load.load_model(tiny_model, "float32"), r=4, alpha=8, target_modules="no_such_layer", seed=0
+        )
+
+
+def untied(directory: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def test_lora_on_the_head_is_refused_or_counted(tmp_path: Path):
+    """The log-prob head reads W alone: an adapter on it would be trained by nothing and left out of every value.
+
+    With B = 0 the self-test cannot see it, so it must be refused by name, or its part must be in the values.
+    """
+    base = load.load_model(untied(tmp_path / "m"), "float32")
+    try:
+        model = load.add_lora(base, r=4, alpha=8, target_modules="q_proj,lm_head", seed=0)
+    except UsageError as error:
+        assert "lm_head" in error.message
+        return
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    assert self_test(model, TREES) <= 2e-5
+
+
+def test_attention_switches_for_sampling_and_back(tiny_model: Path):
+    model = moved(tiny_model)
+    before = flat(score(model, TREES))
+    load.switch_attention(model, "sdpa")
+    assert causal_model(model).config._attn_implementation == "sdpa"
+    load.switch_attention(model, "prefpipe_tree")
+    assert torch.equal(flat(score(model, TREES)), before)
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path: Path):
+    phi = PhiConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    PhiForCausalLM(phi).save_pretrained(tmp_path / "phi")
+    with pytest.raises(UsageError, match="bias"):
+        load.load_model(tmp_path / "phi", "float32")

@@ -1,0 +1,101 @@
+"""Every setting is a flag, every flag is a setting or one of four operations, and help says what it does."""
+
+import json
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from prefpipe import cli, flags
+from prefpipe.config import base
+
+COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]  # the app is always a group
+FREE = ("--out", "--force", "--dry-run", "--verbose", "--help")
+
+
+def parameters(command: str) -> dict[str, Any]:
+    return {p.name: p for p in COMMANDS[command].params}
+
+
+@pytest.mark.parametrize("command", cli.STAGES)
+def test_flags_are_the_fields_and_the_operations(command: str) -> None:
+    fields = {name.replace(".", "__") for name, _ in base.fields(cli.STAGES[command][0])}
+    assert set(parameters(command)) - {"help"} == fields | {"recipe", *flags.OPERATIONS}
+
+
+@pytest.mark.parametrize("command", cli.STAGES)
+def test_a_flag_is_spelled_like_its_field(command: str) -> None:
+    found = parameters(command)
+    for name, field in base.fields(cli.STAGES[command][0]):
+        expected = "--" + name.replace("_", "-")
+        options = found[name.replace(".", "__")].opts
+        assert options == [expected], (name, options)
+        assert field.annotation is not bool or found[name.replace(".", "__")].secondary_opts
+
+
+@pytest.mark.parametrize("command", cli.STAGES)
+def test_help_has_the_description_and_the_default(command: str) -> None:
+    found = parameters(command)
+    for name, field in base.fields(cli.STAGES[command][0]):
+        text = found[name.replace(".", "__")].help
+        assert text.startswith(field.description)
+        assert text.endswith("]")
+        shown = field.default
+        words = shown if isinstance(shown, tuple) else [shown]
+        assert all(str(w) in text.rpartition("[default: ")[2] for w in words)
+    assert all(p.help for p in found.values() if p.name != "help")
+
+
+def test_choices_and_kinds_are_shown() -> None:
+    found = parameters("generate")
+    assert found["engine"].metavar == "vllm|transformers|fake"
+    assert found["num_samples"].metavar == "INT"
+    assert found["temperature"].metavar == "FLOAT"
+    assert found["rewards"].metavar == "TEXT..."
+    assert parameters("train")["loss_type"].metavar == "TEXT..."
+    assert parameters("iterate")["generate__engine"].metavar == "vllm|transformers|fake"
+
+
+def test_operations_are_no_settings() -> None:
+    for cls, _ in cli.STAGES.values():
+        leaves = {name.rsplit(".", 1)[-1] for name, _ in base.fields(cls)}
+        assert not leaves & {"recipe", *flags.OPERATIONS}
+
+
+def called(command: str, *arguments: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """What `run` gets for a command line."""
+    got: list[Any] = []
+    app = typer.Typer(add_completion=False)
+    app.command()(flags.command(cli.STAGES[command][0], lambda *a, **k: got.append((*a, k))))
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return got[0]
+
+
+def test_only_flags_that_were_given_arrive() -> None:
+    recipe, given, operations = called("generate", "r.toml", "--limit", "0", "--rewards", "a:b", "--rewards", "c:d")
+    assert str(recipe) == "r.toml"
+    assert given == {"limit": "0", "rewards": ["a:b", "c:d"]}
+    assert operations == {"out": None, "force": False, "dry_run": False}
+
+
+def test_nested_flags_arrive_by_dotted_name() -> None:
+    _, given, operations = called("iterate", "--train.learning-rate", "1e-4", "--out", "o", "--force", "--dry-run")
+    assert given == {"train.learning_rate": "1e-4"}
+    assert str(operations["out"]) == "o"
+    assert operations["force"] is operations["dry_run"] is True
+
+
+@pytest.mark.parametrize("command", cli.STAGES)
+def test_every_default_can_be_given_as_a_flag(command: str) -> None:
+    cls = cli.STAGES[command][0]
+    arguments: list[str] = []
+    for name, field in base.fields(cls):
+        many = field.default if isinstance(field.default, tuple) else [field.default]
+        for value in many:
+            arguments += ["--" + name.replace("_", "-"), str(value)]
+    _, given, _ = called(command, *arguments)
+    assert base.load(cls, None, given) == cls()
+    assert json.loads(json.dumps(given)) == given

@@ -1,0 +1,101 @@
+"""Pairs for training tests: random token ids with reference log-probs of a real tiny model, as a run on disk."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from prefpipe import models, store
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.train import TrainConfig
+from prefpipe.forward import load
+from prefpipe.forward.layout import Tree
+from prefpipe.forward.logps import score
+from prefpipe.ids import content_id, ids_digest
+from prefpipe.schemas import Pair, to_table
+from prefpipe.train.groups import TrainPair
+
+EOS = 2
+
+
+def bare_pairs(count: int, *, num_prompts: int = 5, seed: int = 0) -> list[Pair]:
+    """Pairs without reference; chosen ends with EOS and uses low ids, rejected uses high ones, so there is a lesson."""
+    generator = random.Random(seed)
+
+    def draw(low: int, high: int, ids: tuple[int, int]) -> list[int]:
+        return [generator.randrange(*ids) for _ in range(generator.randint(low, high))]
+
+    prompts = [draw(4, 12, (3, 260)) for _ in range(num_prompts)]
+    rows: list[Pair] = []
+    for number in range(count):
+        prompt = prompts[number % num_prompts]
+        chosen, rejected = [*draw(2, 10, (3, 100)), EOS], draw(2, 10, (160, 260))
+        keys = [content_id(prompt, ids, number) for ids in (chosen, rejected)]
+        rows.append(
+            Pair(
+                pair_id=content_id(*keys), prompt_id=content_id(prompt), chosen_completion_id=keys[0],
+                rejected_completion_id=keys[1], prompt=[{"role": "user", "content": "?"}],
+                chosen=[{"role": "assistant", "content": "!"}], rejected=[{"role": "assistant", "content": "."}],
+                prompt_token_ids=prompt, chosen_token_ids=chosen, rejected_token_ids=rejected,
+                chosen_ids_digest=ids_digest(prompt, chosen), rejected_ids_digest=ids_digest(prompt, rejected),
+                chosen_reward=1.0, rejected_reward=0.0, reward_gap=1.0, preference_prob=None,
+                chosen_finish_reason="stop", rejected_finish_reason="length", weight=1.0, ref_chosen_logps=None,
+                ref_rejected_logps=None, ref_chosen_token_logps=None, ref_rejected_token_logps=None, reference=None,
+                scorer=None,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def with_reference(
+    rows: Sequence[Pair], model_directory: Path, *, adapter: Path | None = None, dtype: str = "float32"
+) -> list[Pair]:
+    """The same pairs with log-probs of a model, with or without an adapter, as `prefpipe generate` records them."""
+    policy = models.resolve(str(model_directory), str(adapter) if adapter else "none")
+    model: torch.nn.Module = load.load_model(model_directory, dtype)
+    if adapter is not None:
+        model = load.load_adapter(model, adapter, trainable=False)  # type: ignore[arg-type]
+    found: list[Pair] = []
+    for row in rows:
+        tree = Tree(row.prompt_token_ids, (row.chosen_token_ids, row.rejected_token_ids))
+        ((chosen, rejected),) = score(model, [tree])
+        found.append(with_values(row, chosen, rejected, policy.id, load.scorer_name(dtype)))
+    return found
+
+
+def with_values(row: Pair, chosen: list[float], rejected: list[float], reference: str | None, scorer: str) -> Pair:
+    """A pair with these token log-probs, and sums that go with them."""
+    return replace(
+        row, ref_chosen_token_logps=chosen, ref_rejected_token_logps=rejected, ref_chosen_logps=sum(chosen),
+        ref_rejected_logps=sum(rejected), reference=reference, scorer=scorer,
+    )  # fmt: skip
+
+
+def write_pairs(out: Path, rows: list[Pair]) -> Path:
+    """A complete run of build-pairs that holds these rows."""
+    with store.open_run(out, "build-pairs", BuildPairsConfig(), {"test": content_id(str(out))}, force=False) as run:
+        run.write_part("pairs", Pair, 0, to_table(Pair, rows))
+        run.finish({"pairs": len(rows)}, {})
+    return out
+
+
+def to_train_pairs(rows: Sequence[Pair]) -> list[TrainPair]:
+    return [
+        TrainPair(
+            r.pair_id, r.chosen_completion_id, r.rejected_completion_id, tuple(r.prompt_token_ids),
+            tuple(r.chosen_token_ids), tuple(r.rejected_token_ids), tuple(r.ref_chosen_token_logps or ()),
+            tuple(r.ref_rejected_token_logps or ()), r.weight,
+        )
+        for r in rows
+    ]  # fmt: skip
+
+
+def config(model: Path, *pairs: Path, **changes: object) -> TrainConfig:
+    """Settings for a few quick fp32 steps."""
+    values: dict[str, object] = {
+        "model": str(model), "pairs": tuple(map(str, pairs)), "dtype": "float32", "learning_rate": 3e-3,
+        "train_batch_size": 4, "num_train_epochs": 2, "lora_r": 4, "lora_alpha": 8, "save_steps": 1,
+    }  # fmt: skip
+    return TrainConfig.model_validate({**values, **changes})

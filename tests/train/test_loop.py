@@ -1,0 +1,180 @@
+"""The loop against a plain training loop written here, its resume, its metrics, and how it stops on bad numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn.functional import logsigmoid
+
+from prefpipe.config.train import TrainConfig
+from prefpipe.errors import DataError
+from prefpipe.forward import load
+from prefpipe.train import loop
+from prefpipe.train.groups import TrainPair, global_batches
+from prefpipe.train.loop import StepMetrics
+from prefpipe.train.optimizer import MasterAdamW, learning_rate
+from tests.train import data
+
+
+def policy(tiny_model: Path, dtype: str = "float32") -> PeftModel:
+    return load.add_lora(load.load_model(tiny_model, dtype), r=4, alpha=8, target_modules="all-linear", seed=0)
+
+
+def lora(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_model: Path) -> list[TrainPair]:
+    """Ten pairs of five prompts, with the base's own log-probs; weights that are not all 1."""
+    own = data.to_train_pairs(data.with_reference(data.bare_pairs(10), tiny_model))
+    return [replace(p, weight=w) for p, w in zip(own, [0.5, 1.5] * 5, strict=True)]
+
+
+def run(model: torch.nn.Module, pairs: Sequence[TrainPair], config: TrainConfig) -> list[StepMetrics]:
+    return list(loop.steps(model, MasterAdamW(model, config.weight_decay), pairs, config, 0))
+
+
+def plain_logp(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+    ids = torch.tensor([[*prompt, *completion]])
+    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    return logps.gather(1, torch.tensor(completion).unsqueeze(1)).sum()
+
+
+def plain_training(model: PeftModel, pairs: Sequence[TrainPair], config: TrainConfig) -> list[float]:
+    """Textbook DPO + 0.5 NLL: a row per completion, transformers' attention, torch's AdamW; loss is sum w l / G."""
+    load.switch_attention(model, "sdpa")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trainable, weight_decay=config.weight_decay)
+    total, losses = loop.num_steps(len(pairs), config), []
+    for step in range(total):
+        epoch, within = divmod(step, total // config.num_train_epochs)
+        batch = [pairs[i] for i in global_batches(len(pairs), config.train_batch_size, config.seed, epoch)[within]]
+        loss = torch.zeros(())
+        for p in batch:
+            chosen, rejected = (plain_logp(model, p.prompt, ids) for ids in (p.chosen, p.rejected))
+            h = (chosen - sum(p.ref_chosen or ())) - (rejected - sum(p.ref_rejected or ()))
+            loss = loss + p.weight * (-logsigmoid(config.beta * h) - 0.5 * chosen / len(p.chosen)) / len(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+        adamw.param_groups[0]["lr"] = learning_rate(
+            step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio, schedule=config.lr_scheduler_type
+        )
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_equals_a_plain_training_loop(tiny_model: Path, pairs: list[TrainPair]):
+    """Six steps of two epochs, a smaller last batch, clipping, weights: losses to 1e-5, weights to 1e-3 relative."""
+    config = data.config(
+        tiny_model, loss_type=("sigmoid", "nll"), loss_weights=(1.0, 0.5), weight_decay=0.01, max_grad_norm=0.5
+    )
+    ours, theirs = policy(tiny_model), policy(tiny_model)
+    start = torch.cat([v.flatten() for v in lora(ours).values()])
+    found = run(ours, pairs, config)
+    expected = plain_training(theirs, pairs, config)
+    assert [m.num_pairs for m in found] == [4, 4, 2, 4, 4, 2]
+    assert [m.values["loss"] for m in found] == pytest.approx(expected, rel=1e-5)
+    mine, other = (torch.cat([v.flatten() for v in lora(m).values()]) for m in (ours, theirs))
+    assert (mine - other).norm() <= 1e-3 * (other - start).norm()
+
+
+def test_step_0_is_ln_2_and_the_margin_rises(tiny_model: Path, pairs: list[TrainPair]):
+    pairs = [replace(p, weight=1.0) for p in pairs]
+    found = run(policy(tiny_model), pairs, data.config(tiny_model, num_train_epochs=5, beta=1.0))
+    first, last = found[0].values, found[-1].values
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(first["rewards/margins"]) < 1e-4
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["rewards/margins"] > 1
+    assert last["rewards/accuracies"] == 1
+
+
+def test_metrics_are_means_over_the_step(tiny_model: Path, pairs: list[TrainPair]):
+    """Step 0, policy = reference: logps/chosen is the mean of the cached sums of the step's pairs."""
+    config = data.config(tiny_model, max_tokens_per_micro_batch=40)
+    first = next(loop.steps(*_started(policy(tiny_model)), pairs, config, 0))
+    rows = global_batches(len(pairs), 4, config.seed, 0)[0]
+    expected = sum(sum(pairs[r].ref_chosen or ()) for r in rows) / 4
+    assert first.values["logps/chosen"] == pytest.approx(expected, rel=1e-5)
+    assert (first.step, first.num_steps, first.num_pairs) == (0, 6, 4)
+    assert first.values["epoch"] == pytest.approx(1 / 3)
+    assert first.values["learning_rate"] == pytest.approx(config.learning_rate / 2)  # warmup of one step
+    assert set(first.values) == {
+        "loss", "grad_norm", "learning_rate", "epoch", "logps/chosen", "logps/rejected", "rewards/chosen",
+        "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    }  # fmt: skip
+
+
+def _started(model: PeftModel) -> tuple[PeftModel, MasterAdamW]:
+    return model, MasterAdamW(model, 0.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_from_any_step_is_the_same_to_the_bit(tiny_model: Path, pairs: list[TrainPair], dtype: str):
+    config = data.config(tiny_model, dtype=dtype)
+    whole = policy(tiny_model, dtype)
+    metrics = run(whole, pairs, config)
+    for stop in (1, 3, 5):
+        model, optimizer = _started(policy(tiny_model, dtype))
+        steps = loop.steps(model, optimizer, pairs, config, 0)
+        before = [next(steps) for _ in range(stop)]
+        saved = {k: v.clone() for k, v in optimizer.state().items()}
+        fresh, again = _started(policy(tiny_model, dtype))
+        again.load_state(saved)
+        after = list(loop.steps(fresh, again, pairs, config, stop))
+        assert before + after == metrics
+        assert all(torch.equal(v, lora(whole)[k]) for k, v in lora(fresh).items())
+
+
+def test_identical_sides_give_no_dpo_gradient(tiny_model: Path, pairs: list[TrainPair]):
+    """chosen == rejected: h = 0 for any policy, and the two gradients cancel."""
+    same = [replace(p, rejected=p.chosen, ref_rejected=p.ref_chosen, weight=1.0) for p in pairs[:4]]
+    (metrics,) = run(policy(tiny_model), same, data.config(tiny_model, num_train_epochs=1))
+    assert metrics.values["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert metrics.values["grad_norm"] == pytest.approx(0, abs=1e-6)
+    assert metrics.values["rewards/accuracies"] == 0.5
+
+
+def test_row_weights_scale_the_gradient(tiny_model: Path, pairs: list[TrainPair]):
+    """All weights doubled: loss and gradient norm double."""
+    config = data.config(tiny_model, num_train_epochs=1, train_batch_size=10)
+    ones, twos = (run(policy(tiny_model), [replace(p, weight=w) for p in pairs], config)[0] for w in (1.0, 2.0))
+    assert twos.values["loss"] == pytest.approx(2 * ones.values["loss"], rel=1e-6)
+    assert twos.values["grad_norm"] == pytest.approx(2 * ones.values["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_the_pairs_and_moves_nothing(
+    tiny_model: Path, pairs: list[TrainPair], weight: float
+):
+    bad = [replace(pairs[0], weight=weight), *pairs[1:4]]
+    model, optimizer = _started(policy(tiny_model))
+    before = lora(model)
+    with pytest.raises(DataError, match=r"step 0: .*" + pairs[0].pair_id) as caught:
+        list(loop.steps(model, optimizer, bad, data.config(tiny_model), 0))
+    assert caught.value.exit_code == 65
+    assert all(torch.equal(v, before[k]) for k, v in lora(model).items())
+
+
+def test_nll_alone_needs_no_reference(tiny_model: Path, pairs: list[TrainPair]):
+    """Its step-0 loss is the mean over pairs of -logp / length, and no reward is reported."""
+    bare = [replace(p, ref_chosen=None, ref_rejected=None, weight=1.0) for p in pairs[:4]]
+    config = data.config(tiny_model, loss_type=("nll",), num_train_epochs=1)
+    (metrics,) = run(policy(tiny_model), bare, config)
+    expected = sum(-sum(p.ref_chosen or ()) / len(p.chosen) for p in pairs[:4]) / 4
+    assert metrics.values["loss"] == pytest.approx(expected, rel=1e-5)
+    assert not any(name.startswith("rewards/") for name in metrics.values)
+
+
+def test_number_of_steps(tiny_model: Path):
+    """10 pairs in steps of 4 are 3 steps an epoch, the last of 2 pairs."""
+    assert loop.num_steps(10, data.config(tiny_model, num_train_epochs=3)) == 9
+    assert loop.num_steps(8, data.config(tiny_model, num_train_epochs=1)) == 2
+    assert loop.num_steps(1, data.config(tiny_model, num_train_epochs=1)) == 1
