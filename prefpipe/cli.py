@@ -5,6 +5,7 @@ Heavy packages load only inside the command that needs them: `prefpipe --help` i
 
 import importlib
 import json
+import os
 import signal
 import sys
 import traceback
@@ -39,6 +40,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 def main() -> None:
     """Run the command line and leave with the exit code of DESIGN: errors are two lines, never a traceback."""
     signal.signal(signal.SIGTERM, _stop)
+    # Threads that wait by spinning starve each other on a busy machine: vLLM samples 6 to 12 times slower (docs/LOG.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     verbose = "--verbose" in sys.argv
     try:
         code = app(standalone_mode=False)

@@ -9,6 +9,7 @@ A process per step frees all memory by construction, and a killed round resumes 
 
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from prefpipe.store import Manifest
 
 Runner = Callable[[str, Path, Path], None]  # command, saved config, run directory
 _SHOWN = 3
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,6 @@ def _answers(out: Path, num_rounds: int) -> list[str]:
         lines.append(f"> {by_round[0][prompt_id].messages[-1]['content']}")
         for number, answers in enumerate(by_round):
             name = "start" if number == 0 else f"round {number}"
-            lines.append(f"  {name:<8} {' '.join(answers[prompt_id].text.split())}")
+            lines.append(f"  {name:<8} {textwrap.shorten(answers[prompt_id].text, _WIDTH, placeholder=' ...')}")
         lines.append("")
     return lines

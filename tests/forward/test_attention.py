@@ -84,7 +84,7 @@ def test_finite_differences():
 
 
 def test_a_completion_is_untouched_by_its_siblings_and_by_other_trees():
-    """Completion (3, 2) of the first tree: replacing everything but its prompt and itself leaves its output as it was."""
+    """Completion (3, 2) of the first tree: replacing all but its prompt and itself leaves its output as it was."""
     layout = flatten([Tree([0, 0, 0], [[0, 0], [0, 0]]), Tree([0, 0], [[0]])])
     query, key, value = tensors(len(layout.input_ids))
     before, _ = tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans)

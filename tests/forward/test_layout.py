@@ -49,7 +49,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
 @settings(max_examples=200, deadline=None)
 @given(TREES)
 def test_sources_targets_and_owners_are_consistent(trees: list[Tree]):
-    """Against the definition, completion by completion: what the row holds, who predicts what, and at which position."""
+    """Against the definition, completion by completion: what the row holds, who predicts what, at which position."""
     layout = flatten(trees)
     assert len(layout.input_ids) == len(layout.position_ids) == sum(t.num_tokens for t in trees)
     completions = [c for tree in trees for c in tree.completions]

@@ -18,7 +18,10 @@ LN2 = math.log(2)
 
 def pair(number: int, chosen: Values, rejected: Values) -> TrainPair:
     """A pair whose token ids name it, so that a score function can look its values up."""
-    ids = tuple(1000 * number + i for i in range(len(chosen))), tuple(1000 * number + 500 + i for i in range(len(rejected)))
+    ids = (
+        tuple(1000 * number + i for i in range(len(chosen))),
+        tuple(1000 * number + 500 + i for i in range(len(rejected))),
+    )
     return TrainPair(f"p{number:03d}", "c", "r", (1, 2), ids[0], ids[1], chosen, rejected, 1.0)
 
 
@@ -175,8 +178,8 @@ def test_the_exact_rule_looks_at_single_pairs():
 
 
 def values(**given: float) -> Audit:
-    return Audit(**{"pairs": 32, "tokens": 10**6, "signed_mean": 0.0, "absolute_mean": 0.0, "largest_h": 0.0, "loss": LN2,
-                    **given})  # type: ignore[arg-type]  # fmt: skip
+    clean = Audit(pairs=32, tokens=10**6, signed_mean=0.0, absolute_mean=0.0, largest_h=0.0, loss=LN2)
+    return replace(clean, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from prefpipe.train.checkpoint import Checkpoint, newest, save
 
 
 def at(step: int) -> Checkpoint:
-    return Checkpoint(step, 100 * step, {"master/w": torch.full((3,), float(step)), "step/w": torch.tensor(float(step))})
+    return Checkpoint(
+        step, 100 * step, {"master/w": torch.full((3,), float(step)), "step/w": torch.tensor(float(step))}
+    )
 
 
 @pytest.fixture

@@ -135,9 +135,7 @@ def test_gradients_are_the_same_for_every_budget(tiny_model: Path):
             dtype="float32", train_batch_size=12, max_grad_norm=1e9, max_tokens_per_micro_batch=budget,
             loss_type=("sigmoid", "nll"), loss_weights=(1.0, 0.3),
         )  # fmt: skip
-        model = load.add_lora(
-            load.load_model(tiny_model, "float32"), r=4, alpha=8, target_modules="all-linear", seed=0
-        )
+        model = load.add_lora(load.load_model(tiny_model, "float32"), r=4, alpha=8, target_modules="all-linear", seed=0)
         optimizer = MasterAdamW(model, weight_decay=0.0)
         (metrics,) = loop.steps(model, optimizer, pairs, config, 0)
         found.append({k: v.clone() for k, v in optimizer.state().items() if k.startswith("exp_avg/")})

@@ -173,6 +173,19 @@ def test_nll_alone_needs_no_reference(tiny_model: Path, pairs: list[TrainPair]):
     assert not any(name.startswith("rewards/") for name in metrics.values)
 
 
+def test_a_metric_of_some_pairs_does_not_depend_on_the_token_budget(tiny_model: Path, pairs: list[TrainPair]):
+    """NLL with references on the pairs of three prompts of five: whatever is reported, micro-batches must not change it."""
+    mixed = [replace(p, ref_chosen=None, ref_rejected=None) if i % 5 < 2 else p for i, p in enumerate(pairs)]
+    found: list[dict[str, float]] = []
+    for budget in (10**6, 16):
+        config = data.config(
+            tiny_model, loss_type=("nll",), num_train_epochs=1, train_batch_size=10, max_tokens_per_micro_batch=budget
+        )
+        found.append(run(policy(tiny_model), mixed, config)[0].values)
+    assert found[0].keys() == found[1].keys()
+    assert list(found[0].values()) == pytest.approx(list(found[1].values()), rel=1e-4)
+
+
 def test_number_of_steps(tiny_model: Path):
     """10 pairs in steps of 4 are 3 steps an epoch, the last of 2 pairs."""
     assert loop.num_steps(10, data.config(tiny_model, num_train_epochs=3)) == 9

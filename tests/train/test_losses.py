@@ -162,9 +162,7 @@ def test_metrics_without_reference_hold_log_probs_only_and_no_graph():
 @pytest.mark.parametrize("missing", ["both", "chosen", "rejected"])
 def test_a_loss_that_needs_the_reference_says_so(missing: str):
     one = torch.ones(1)
-    given = LossBatch(
-        one, one, one if missing == "rejected" else None, one if missing == "chosen" else None, one, one
-    )
+    given = LossBatch(one, one, one if missing == "rejected" else None, one if missing == "chosen" else None, one, one)
     with pytest.raises(ValueError, match="reference"):
         sigmoid(given, 0.1)
     assert nll(given, 0.1).tolist() == [-1.0]

@@ -1,4 +1,4 @@
-"""Master-weight AdamW against torch's own, in bf16, through bad gradients and saved state; schedules at known points."""
+"""Master-weight AdamW against torch's own, in bf16, through bad gradients and saved state; schedules."""
 
 import math
 
@@ -157,7 +157,7 @@ def rates(num_steps: int, warmup_ratio: float, schedule: str) -> list[float]:
 
 
 def test_schedules_at_known_points():
-    """10 steps, warmup 2 of them: 1/3, 2/3, then 8 steps from the peak: linear falls by 1/8, cosine is half-way at 4."""
+    """10 steps, warmup 2 of them: 1/3, 2/3, then 8 steps from the peak: linear falls by 1/8, cosine is 1/2 at 4."""
     linear, cosine, constant = (rates(10, 0.2, s) for s in ("linear", "cosine", "constant"))
     assert linear == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     assert cosine[:3] == pytest.approx([1 / 3, 2 / 3, 1])
@@ -169,9 +169,7 @@ def test_schedules_at_known_points():
 
 
 @settings(deadline=None)
-@given(
-    st.integers(1, 300), st.floats(0, 1, exclude_max=True), st.sampled_from(["linear", "cosine", "constant"])
-)
+@given(st.integers(1, 300), st.floats(0, 1, exclude_max=True), st.sampled_from(["linear", "cosine", "constant"]))
 def test_rates_are_positive_rise_then_never_rise_again(num_steps: int, warmup_ratio: float, schedule: str):
     found = rates(num_steps, warmup_ratio, schedule)
     top = found.index(max(found))

@@ -217,9 +217,7 @@ def test_the_reference_of_another_model_is_refused_by_name(pairs: Path, other_mo
     assert "(different: weights)" in error.message
 
 
-def test_the_reference_of_another_adapter_is_refused_by_name(
-    tiny_model: Path, trained: Path, tmp_path: Path
-):
+def test_the_reference_of_another_adapter_is_refused_by_name(tiny_model: Path, trained: Path, tmp_path: Path):
     """Made by base + adapter, trained from the base: neither the initial policy nor its base."""
     own = data.with_reference(data.bare_pairs(4), tiny_model, adapter=trained / "adapter")
     error = refused(data.config(tiny_model, data.write_pairs(tmp_path / "p", own)), tmp_path / "t")
@@ -251,9 +249,7 @@ def test_a_consistent_corruption_of_the_cache_is_caught_by_the_audit(
         return [v + shift for v in values or ()]
 
     shifted = [
-        data.with_values(
-            r, moved(r.ref_chosen_token_logps), moved(r.ref_rejected_token_logps), r.reference, scorer
-        )
+        data.with_values(r, moved(r.ref_chosen_token_logps), moved(r.ref_rejected_token_logps), r.reference, scorer)
         for r in rows
     ]
     error = refused(data.config(tiny_model, data.write_pairs(tmp_path / "p", shifted)), tmp_path / "t")
@@ -424,7 +420,7 @@ def test_an_architecture_that_trees_compute_wrongly_is_refused(tmp_path: Path):
     torch.manual_seed(0)
     config = GraniteConfig(
         vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3, logits_scaling=8.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_key_value_heads=1, initializer_range=0.3, logits_scaling=8.0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     source = data.write_pairs(tmp_path / "p", data.bare_pairs(4))

@@ -1,0 +1,241 @@
+"""The real vLLM engine on the tiny model in fp32, against the transformers engine; run it alone.
+
+The engines start one after the other, so fixtures gather what an engine gives and close it; the tests look at that.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefpipe import chat as chats
+from prefpipe import engines, models, store
+from prefpipe.chat import encode, encode_prompt
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
+from prefpipe.forward.load import add_lora, load_model, save_adapter
+from prefpipe.ids import content_id, ids_digest
+from prefpipe.ingest import read_prompts
+from prefpipe.schemas import Completion, RefLogps, from_table
+from tests.conftest import Cli
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's own warnings are not ours to fix
+
+MAX_TOKENS, MAX_NUM_SEQS = 20, 4
+DRAWS = (Draw(0, 0, 0.0), Draw(1, 11, 1.0), Draw(2, 12, 0.7))
+Samples = dict[str, list[Sample]]
+Logps = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an engine gave for the same requests: first, again in reverse order, and scores of the first."""
+
+    first: Samples
+    again: Samples
+    scored: Logps
+    base: Logps
+    scorer: str
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path) -> EngineSettings:
+    """Room for the longest prompt and a full completion, to the token."""
+    chat = chats.load(tiny_model)
+    longest = max(len(r.prompt_token_ids) for r in requests(chat))
+    policy = models.resolve(str(tiny_model))
+    return EngineSettings(policy, chat, "float32", 0.8, MAX_TOKENS, longest + MAX_TOKENS, MAX_NUM_SEQS, 64)
+
+
+@pytest.fixture(scope="module")
+def tuned(settings: EngineSettings, tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
+    """The settings with a LoRA adapter that changes the model: B is not zero."""
+    directory = tmp_path_factory.mktemp("adapter")
+    base = settings.policy.directory
+    model = add_lora(load_model(base, "float32"), r=4, alpha=8, target_modules="all-linear", seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    save_adapter(model, directory, "tiny")
+    return replace(settings, policy=models.resolve(str(base), str(directory)))
+
+
+@pytest.fixture(scope="module")
+def plain(settings: EngineSettings) -> Facts:
+    return gather("vllm", settings)
+
+
+@pytest.fixture(scope="module")
+def adapted(tuned: EngineSettings) -> Facts:
+    return gather("vllm", tuned)
+
+
+def requests(chat: chats.Chat) -> list[Request]:
+    """30 requests of 3 draws: more than ten windows of 2 * MAX_NUM_SEQS draws, with prompts of many lengths."""
+    return [Request(f"p{n}", encode(chat, f"bird {n}" + "!" * n), DRAWS) for n in range(30)]
+
+
+def sequences(chat: chats.Chat, samples: Samples) -> list[Sequence]:
+    prompts = {r.prompt_id: r.prompt_token_ids for r in requests(chat)}
+    return [
+        Sequence(f"{name}/{s.sample_index}", prompts[name], s.token_ids) for name, own in samples.items() for s in own
+    ]
+
+
+def collect(engine: Engine, given: Iterable[Request]) -> Samples:
+    found: Samples = {}
+    for request, samples in engine.generate(given):
+        assert request.prompt_id not in found
+        found[request.prompt_id] = samples
+    return found
+
+
+def gather(name: str, settings: EngineSettings) -> Facts:
+    given = requests(settings.chat)
+    with engines.load(name, settings) as engine:
+        first = collect(engine, given)
+        to_score = sequences(settings.chat, first)
+        return Facts(
+            first=first,
+            again=collect(engine, reversed(given)),
+            scored=dict(engine.score(to_score, adapter=True)),
+            base=dict(engine.score(to_score, adapter=False)),
+            scorer=engine.scorer,
+        )
+
+
+def reference(settings: EngineSettings, samples: Samples, *, adapter: bool) -> Logps:
+    """The transformers engine's own scores of the same ids."""
+    with engines.load("transformers", settings) as engine:
+        return dict(engine.score(sequences(settings.chat, samples), adapter=adapter))
+
+
+def captured(samples: Samples) -> Logps:
+    return {f"{name}/{s.sample_index}": s.token_logps for name, own in samples.items() for s in own}
+
+
+def distance(a: Logps, b: Logps) -> float:
+    """Largest difference of one token; the same completions with the same lengths."""
+    assert a.keys() == b.keys()
+    return max(abs(x - y) for key in a for x, y in zip(a[key], b[key], strict=True))
+
+
+def test_every_draw_comes_back_once(plain: Facts, settings: EngineSettings) -> None:
+    assert set(plain.first) == {r.prompt_id for r in requests(settings.chat)}
+    assert all([s.sample_index for s in own] == [0, 1, 2] for own in plain.first.values())
+
+
+def test_samples_end_rightly(plain: Facts) -> None:
+    """stop: the end is the last id and the only one; length: MAX_TOKENS ids without an end. Both happen."""
+    samples = [s for own in plain.first.values() for s in own]
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    for s in samples:
+        assert len(s.token_logps) == len(s.token_ids)
+        if s.finish_reason == "stop":
+            assert s.token_ids.index(2) == len(s.token_ids) - 1
+        else:
+            assert len(s.token_ids) == MAX_TOKENS
+            assert 2 not in s.token_ids
+
+
+def test_a_seed_gives_the_same_ids_in_another_order(plain: Facts) -> None:
+    assert {k: [s.token_ids for s in own] for k, own in plain.again.items()} == {
+        k: [s.token_ids for s in own] for k, own in plain.first.items()
+    }
+    assert distance(captured(plain.again), captured(plain.first)) < 1e-3
+
+
+def test_draws_differ(plain: Facts) -> None:
+    """Draw 0 is greedy, 1 and 2 have seeds of their own."""
+    assert sum(len({tuple(s.token_ids) for s in own}) == 3 for own in plain.first.values()) > 25
+
+
+def test_log_probs_are_raw_whatever_temperature_and_top_p(plain: Facts, settings: EngineSettings) -> None:
+    """Captured, scored again, and scored by transformers: within 1e-3 nat per token; draw 2 has temperature 0.7."""
+    truth = reference(settings, plain.first, adapter=True)
+    assert distance(captured(plain.first), truth) < 1e-3
+    assert distance(plain.scored, captured(plain.first)) < 1e-3
+    assert distance(plain.base, plain.scored) < 1e-3
+
+
+def test_the_scorer_names_engine_version_and_dtype(plain: Facts) -> None:
+    assert plain.scorer.startswith("vllm-")
+    assert plain.scorer.endswith("/float32")
+
+
+def test_the_adapter_is_applied(adapted: Facts, plain: Facts, tuned: EngineSettings) -> None:
+    truth = reference(tuned, adapted.first, adapter=True)
+    assert distance(captured(adapted.first), truth) < 2e-3
+    assert distance(adapted.scored, truth) < 2e-3
+    assert adapted.first != plain.first
+
+
+def test_the_adapter_can_be_switched_off(adapted: Facts, settings: EngineSettings, tuned: EngineSettings) -> None:
+    """adapter=False gives the values of the model without any adapter, far from those with it."""
+    assert distance(adapted.base, reference(settings, adapted.first, adapter=False)) < 2e-3
+    assert distance(adapted.base, adapted.scored) > 0.1
+
+
+def test_scoring_while_sampling_goes_on_disturbs_neither(tuned: EngineSettings, adapted: Facts) -> None:
+    """A stage scores a committed shard (reference: base) while the next prompts are in the engine."""
+    base: Logps = {}
+    found: Samples = {}
+    with engines.load("vllm", tuned) as engine:
+        for request, samples in engine.generate(requests(tuned.chat)):
+            found[request.prompt_id] = samples
+            base.update(engine.score(sequences(tuned.chat, {request.prompt_id: samples}), adapter=False))
+    assert {k: [s.token_ids for s in own] for k, own in found.items()} == {
+        k: [s.token_ids for s in own] for k, own in adapted.first.items()
+    }
+    assert distance(base, adapted.base) < 2e-3
+
+
+def test_generate_is_killed_resumes_and_says_when_it_is_done(
+    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """Renames: config.json, the ledger and its record, then six per shard of two prompts (3 datasets with records).
+
+    The 13th is inside the second shard: the first one is committed and must stay as it is, byte for byte.
+    """
+    out = tmp_path / "g"
+    command = (
+        "generate", "--engine", "vllm", "--model", tiny_model, "--dtype", "float32", "--prompts", prompts_file,
+        "--num-samples", 3, "--max-tokens", 12, "--shard-rows", 2, "--max-num-seqs", 4, "--kv-cache-mib", 64,
+        "--out", out,
+    )  # fmt: skip
+    killed = cli(*command, env={"PREFPIPE_FAULT": "rename:13:kill"})
+    assert killed.returncode == -9, killed.stderr
+    committed = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("part-*") if p.name.startswith("part-")}
+    assert any(p.name == "part-00000.ok.json" and p.parent.name == "completions" for p in committed)
+    assert not (out / "manifest.json").exists()
+    resumed = cli(*command)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "18 completions of 6 prompts" in resumed.stdout
+    for path in (p for p in committed if "part-00000" in p.name):
+        assert (path.stat().st_mtime_ns, path.read_bytes()) == committed[path]
+    check_completions(out, tiny_model, prompts_file)
+    done = cli(*command)
+    assert done.returncode == 0, done.stderr
+    assert "is complete already" in done.stderr
+    assert "starting engine" not in done.stderr
+
+
+def check_completions(out: Path, model: Path, prompts_file: Path) -> None:
+    """Every id that the command must give, each once, with log-probs that a transformers engine agrees with."""
+    chat, policy = chats.load(model), models.resolve(str(model))
+    prompts, _ = read_prompts(prompts_file, "train", 0)
+    settings = ["vllm", 1.0, 1.0, 12, 0, "float32"]
+    completions = from_table(Completion, store.read_dataset(out, "completions", Completion))
+    expected = [content_id(p.prompt_id, policy.id, settings, k) for p in prompts for k in range(3)]
+    assert [c.completion_id for c in completions] == expected
+    prompt_ids = {p.prompt_id: encode_prompt(chat, p.messages, max_tokens=1024, control_tokens="drop") for p in prompts}
+    assert all(c.prompt_token_ids == prompt_ids[c.prompt_id] for c in completions)
+    assert all(c.ids_digest == ids_digest(c.prompt_token_ids, c.token_ids) for c in completions)
+    logps = {
+        r.completion_id: r.token_logps for r in from_table(RefLogps, store.read_dataset(out, "ref_logps", RefLogps))
+    }
+    with engines.load("transformers", EngineSettings(policy, chat, "float32", 1.0, 12, 64, 8, 64)) as engine:
+        given = [Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in completions]
+        assert distance(logps, dict(engine.score(given, adapter=True))) < 1e-3

@@ -1,0 +1,139 @@
+"""The project is what it says: mirrors, registries, recipes, licences of data, and no paths of one machine."""
+
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from prefpipe.cli import STAGES
+from prefpipe.config import base, shared
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.train import TrainConfig
+from prefpipe.engines import ENGINES
+from prefpipe.rewards import REWARDS
+from prefpipe.train.losses import LOSSES
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "prefpipe"
+WITHOUT_MIRROR = {
+    *("__main__.py", "forward/dequantize.py", "engines/base.py", "rewards/base.py"),
+    *(f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "shared", "train")),  # config/test_base.py
+}
+TESTED_ELSEWHERE = {"errors.py": "test_cli.py", "log.py": "test_cli.py"}
+RECIPES = sorted((ROOT / "stages").rglob("*.toml"))
+RECIPE_CASES = [pytest.param(p, id=str(p.relative_to(ROOT / "stages"))) for p in RECIPES]
+
+
+def modules() -> list[str]:
+    return sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+
+
+def recipe_class(path: Path) -> type:
+    return STAGES[path.relative_to(ROOT / "stages").parts[0]][0]
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) - WITHOUT_MIRROR))
+def test_every_module_has_a_test_file(module: str) -> None:
+    path = Path(module)
+    mirror = ROOT / "tests" / TESTED_ELSEWHERE.get(module, path.with_name(f"test_{path.name}"))
+    assert mirror.is_file(), f"write {mirror.relative_to(ROOT)}"
+
+
+def test_exceptions_from_the_mirror_exist() -> None:
+    assert WITHOUT_MIRROR | set(TESTED_ELSEWHERE) <= set(modules())
+
+
+def test_registries_and_settings_name_the_same_things() -> None:
+    assert set(shared.REWARD_NAMES) == set(REWARDS)
+    (loss_choice, _) = get_args(TrainConfig.model_fields["loss_type"].annotation)
+    assert set(get_args(loss_choice)) == set(LOSSES)
+    for cls in (GenerateConfig, EvaluateConfig):
+        assert set(get_args(cls.model_fields["engine"].annotation)) == set(ENGINES)
+
+
+@pytest.mark.parametrize("cls", [GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig])
+def test_every_setting_is_read_outside_of_the_settings(cls: type) -> None:
+    code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py") if p.parent.name != "config")
+    for name, _ in base.fields(cls):
+        assert re.search(rf"\.{name}\b|\"{name}\"", code), f"{cls.__name__}.{name} is documented but never used"
+
+
+def test_iterate_reads_its_own_settings() -> None:
+    code = (PACKAGE / "iterate.py").read_text()
+    for name in ("model", "rounds", "reference", "generate", "build_pairs", "train", "evaluate"):
+        assert f"config.{name}" in code
+
+
+@pytest.mark.parametrize("path", RECIPE_CASES)
+def test_a_recipe_loads_and_lists_only_what_differs_from_the_defaults(path: Path) -> None:
+    cls = recipe_class(path)
+    loaded = base.dump(base.load(cls, path, {}))
+    defaults = base.dump(cls())
+
+    def same(values: dict[str, object], given: dict[str, object], standard: dict[str, object], at: str) -> list[str]:
+        found: list[str] = []
+        for key, value in values.items():
+            if isinstance(value, dict):
+                found += same(value, given[key], standard[key], f"{at}{key}.")  # type: ignore[arg-type]  # nested tables
+            elif given[key] == standard[key]:
+                found.append(f"{at}{key}")
+        return found
+
+    assert same(base.read_recipe(path), loaded, defaults, "") == []
+
+
+@pytest.mark.parametrize("path", RECIPE_CASES)
+def test_the_header_of_a_recipe_gives_purpose_and_command(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    command = path.relative_to(ROOT / "stages").parts[0]
+    assert any(f"prefpipe {command} {path.relative_to(ROOT)}" in line for line in header), "no command in the header"
+
+
+@pytest.mark.parametrize("path", RECIPE_CASES)
+def test_files_that_a_recipe_names_exist(path: Path) -> None:
+    for value in re.findall(r'"((?:data|stages)/[^"]+)"', path.read_text()):
+        assert (ROOT / value).is_file(), value
+
+
+def test_there_are_recipes_and_they_are_toml() -> None:
+    assert RECIPES
+    others = [p.name for p in (ROOT / "stages").rglob("*") if p.is_file() and p.suffix not in (".toml", ".md")]
+    assert others == []
+
+
+def test_the_data_card_has_the_digests_and_row_counts_of_its_files() -> None:
+    rows = re.findall(r"\| `([^`]+)` \| (\d+)[^|]*\|.*\| `([0-9a-f]{64})` \|", (ROOT / "data" / "README.md").read_text())
+    listed = {name: (int(count), digest) for name, count, digest in rows}
+    shipped = [p for p in (ROOT / "data").iterdir() if p.suffix in (".jsonl", ".parquet", ".csv")]
+    assert set(listed) == {p.name for p in shipped}
+    for path in shipped:
+        content = path.read_bytes()
+        assert listed[path.name] == (len(content.splitlines()), hashlib.sha256(content).hexdigest())
+
+
+def test_no_file_names_a_place_on_someones_machine() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    place = re.compile(rb"(?<![\w.:/-])/(?:home|Users|root|work)/")
+    found = [n for n in listed.stdout.splitlines() if (ROOT / n).is_file() and place.search((ROOT / n).read_bytes())]
+    assert found == []
+
+
+def test_exit_codes_are_those_of_the_design() -> None:
+    from prefpipe import errors  # noqa: PLC0415  (beside its use)
+
+    codes = {c.__name__: c.exit_code for c in vars(errors).values() if isinstance(c, type)}
+    assert codes == {
+        "PrefpipeError": 1, "UsageError": 2, "DataError": 65, "MissingInputError": 66, "StorageError": 74,
+        "LockedError": 75, "IdentityError": 76, "Interrupted": 1,
+    }  # fmt: skip
+    assert (errors.Interrupted(2).exit_code, errors.Interrupted(15).exit_code) == (130, 143)
