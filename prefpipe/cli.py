@@ -118,8 +118,10 @@ def _register(name: str, config_class: type[BaseModel], module: str) -> None:
         if out is None:
             raise UsageError("--out is missing", f"say where the run lives: prefpipe {name} ... --out runs/NAME")
         stage = importlib.import_module(module)
-        for line in stage.summary(stage.run(config, out, force=force), out):
-            typer.echo(line)
+        manifest = stage.run(config, out, force=force)
+        if os.environ.get("RANK", "0") == "0":
+            for line in stage.summary(manifest, out):
+                typer.echo(line)
 
     app.command(name)(flags.command(config_class, run))
 

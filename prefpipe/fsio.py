@@ -217,6 +217,15 @@ def file_digest(path: Path) -> str:
     return hasher.hexdigest(16)
 
 
+def available_memory() -> int | None:
+    """Bytes that the kernel says can be had without swapping, or None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def monotonic() -> float:
     """Seconds for measuring durations."""
     return time.monotonic()

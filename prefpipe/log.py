@@ -1,5 +1,6 @@
 """What people see on stderr: messages and progress. The only writer to stderr; stdout is for data."""
 
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ _PLAIN_EVERY_S = 5.0
 
 
 def _console() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    # Under torchrun only rank 0 speaks.
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def info(message: str) -> None:
@@ -51,7 +53,9 @@ def progress(description: str, total: float, unit: str) -> Generator[Advance]:
     Yields a function that takes the number of units just done.
     """
     console = _console()
-    if console.is_terminal:
+    if console.quiet:
+        yield lambda _amount: None
+    elif console.is_terminal:
         with _bar(console, unit) as bars:
             task = bars.add_task(description, total=total)
             yield lambda amount: bars.update(task, advance=amount)

@@ -48,8 +48,12 @@ class TrainConfig(BaseModel):
     seed: shared.Seed = 0
     audit_rows: Annotated[int, Field(ge=1)] = 32
     """Pairs re-scored before step 0 to prove that the cached reference log-probs belong to this model."""
-    max_tokens_per_micro_batch: Annotated[int, RUNTIME, Field(ge=16)] = 4096
-    """Token budget of one forward pass; it never changes the result beyond rounding."""
+    group_by_prompt: bool = False
+    """Draw the pairs of a prompt into the same step: they share its forward pass, their gradients are correlated."""
+    max_tokens_per_micro_batch: Annotated[int, RUNTIME, Field(ge=0)] = 0
+    """Token budget of one forward pass, 0 to fit the free memory; it never changes the result beyond rounding."""
+    distributed: Annotated[Literal["ddp", "fsdp2"], RUNTIME] = "ddp"
+    """Under torchrun: replicate the model on every rank (ddp), or cut its parameters over the ranks (fsdp2)."""
     save_steps: Annotated[int, RUNTIME, Field(ge=1)] = 50
     """Optimizer steps between checkpoints."""
 

@@ -7,14 +7,15 @@ from types import TracebackType
 from typing import Self
 
 import torch
-import transformers
 from transformers import DynamicCache
 
+from prefpipe import log
 from prefpipe.engines.base import Draw, EngineSettings, Request, Sample, Sequence
 from prefpipe.forward import load
-from prefpipe.forward.attention import NAME
 from prefpipe.forward.layout import Tree
-from prefpipe.forward.logps import causal_model, score
+from prefpipe.forward.logps import TreeModel, causal_model, plain_attention, score, settle_rows
+
+_PROMPTS_PER_CHUNK = 64
 
 
 @dataclass
@@ -25,7 +26,6 @@ class _Row:
     draw: Draw
     source: torch.Generator
     token_ids: list[int] = field(default_factory=list)
-    token_logps: list[float] = field(default_factory=list)
     finish_reason: str = ""
 
 
@@ -34,39 +34,55 @@ class TransformersEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._model: torch.nn.Module = load.load_model(settings.policy.directory, settings.dtype)
+        policy: torch.nn.Module = load.load_model(settings.policy.directory, settings.dtype)
         if settings.policy.adapter is not None:
-            self._model = load.load_adapter(self._model, settings.policy.adapter, trainable=False)
+            policy = load.load_adapter(policy, settings.policy.adapter, trainable=False)
+        self._model = TreeModel(policy)
+        self._settled = False
         self._eos = torch.tensor(sorted(settings.chat.eos_token_ids))
 
     @property
     def scorer(self) -> str:
-        """Names the numerics of sampled log-probs: they come from decoding with a KV cache, not from `score`."""
-        return f"transformers-{transformers.__version__}-decode/{self._settings.dtype}"
+        """Names the numerics of the log-probs: they are the trainer's own forward."""
+        return load.scorer_name(self._settings.dtype)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        """Yield each request with its samples; batches hold up to max_num_seqs draws over prompts of one length."""
-        load.switch_attention(self._model, "sdpa")
-        try:
-            for batch in _batches(requests, self._settings.max_num_seqs):
-                rows = [_Row(r, d, torch.Generator().manual_seed(d.seed)) for r in batch for d in r.draws]
-                self._decode(rows)
-                for request, own in groupby(rows, key=lambda row: row.request):
-                    yield (
-                        request,
-                        [Sample(r.draw.sample_index, r.token_ids, r.token_logps, r.finish_reason) for r in own],
-                    )
-        finally:
-            load.switch_attention(self._model, NAME)
+        """Yield each request with its samples; batches hold up to max_num_seqs draws over prompts of one length.
+
+        Log-probs come from one scoring pass over what was sampled: the trainer's forward, not the decoding kernels.
+        """
+        for batch in _batches(requests, self._settings.max_num_seqs):
+            rows = [_Row(r, d, torch.Generator().manual_seed(d.seed)) for r in batch for d in r.draws]
+            self._decode(rows)
+            own = [[row for row in rows if row.request is request] for request in batch]
+            scored = self._score(
+                [Tree(r.prompt_token_ids, [x.token_ids for x in o]) for r, o in zip(batch, own, strict=True)]
+            )
+            for request, drawn, logps in zip(batch, own, scored, strict=True):
+                yield (
+                    request,
+                    [
+                        Sample(row.draw.sample_index, row.token_ids, values, row.finish_reason)
+                        for row, values in zip(drawn, logps, strict=True)
+                    ],
+                )
 
     def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        """The trainer's own forward; neighbours with the same prompt share it."""
-        load.switch_attention(self._model, NAME)
-        with load.adapter_off(self._model, off=not adapter):
-            for prompt, group in groupby(sequences, key=lambda s: tuple(s.prompt_token_ids)):
-                own = list(group)
-                (values,) = score(self._model, [Tree(prompt, [s.token_ids for s in own])])
-                yield from zip((s.completion_id for s in own), values, strict=True)
+        """The trainer's own forward without gradient; neighbours with the same prompt share it."""
+        with load.adapter_off(self._model.policy, off=not adapter):
+            for prompts in _chunks(groupby(sequences, key=lambda s: tuple(s.prompt_token_ids))):
+                trees = [Tree(prompt, [s.token_ids for s in own]) for prompt, own in prompts]
+                for (_, own), values in zip(prompts, self._score(trees), strict=True):
+                    yield from zip((s.completion_id for s in own), values, strict=True)
+
+    def _score(self, trees: list[Tree]) -> list[list[list[float]]]:
+        if not self._settled:
+            reason = settle_rows(self._model, trees[:1], self._settings.dtype)
+            if reason is not None:
+                log.warn(f"every completion is scored in a row of its own: {reason}")
+            self._settled = True
+        self._model.set_rows(self._model.rows)
+        return list(score(self._model, trees))
 
     def __enter__(self) -> Self:
         return self
@@ -79,17 +95,20 @@ class TransformersEngine:
     @torch.no_grad()
     def _decode(self, rows: list[_Row]) -> None:
         """Sample all rows to their end; finished rows leave the batch and its cache."""
-        device = causal_model(self._model).device
-        cache = DynamicCache(config=causal_model(self._model).config)
+        causal = causal_model(self._model.policy)
+        causal.set_attn_implementation(plain_attention(causal))
+        device = causal.device
+        cache = DynamicCache(config=causal.config)
         ids = torch.tensor([row.request.prompt_token_ids for row in rows], device=device)
         active = list(rows)
         while active:
-            logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = self._model.policy(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
+                :, -1
+            ]
             logps = logits.float().log_softmax(-1).cpu()
             chosen = torch.stack([_draw(logps[i], row, self._settings.top_p) for i, row in enumerate(active)])
-            for i, (row, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+            for row, token in zip(active, chosen.tolist(), strict=True):
                 row.token_ids.append(token)
-                row.token_logps.append(float(logps[i, token]))
             stopped = torch.isin(chosen, self._eos).tolist()
             for row, stop in zip(active, stopped, strict=True):
                 full = len(row.token_ids) == self._settings.max_tokens
@@ -135,3 +154,18 @@ def _by_length(requests: list[Request], max_rows: int) -> Iterator[list[Request]
                 batch = []
             batch.append(request)
         yield batch
+
+
+_Prompt = tuple[tuple[int, ...], list[Sequence]]
+
+
+def _chunks(prompts: Iterable[tuple[tuple[int, ...], Iterator[Sequence]]]) -> Iterator[list[_Prompt]]:
+    """Prompts with their sequences, a few at a time: enough to fill a scoring pass, few enough to stay in memory."""
+    waiting: list[_Prompt] = []
+    for prompt, own in prompts:
+        waiting.append((prompt, list(own)))
+        if len(waiting) == _PROMPTS_PER_CHUNK:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting

@@ -1,27 +1,60 @@
-"""Attention over token trees: a completion sees its prompt and itself, nothing of its siblings or of other trees.
+"""Attention over token trees: a completion sees its trunk and itself, nothing of its siblings or of other trees.
 
 Registered with transformers under NAME; a model whose attention implementation is NAME takes `tree_spans=` in its
-forward call. H = query heads, G = key/value heads, D = head size, P = prompt tokens, R = completion tokens.
+forward call. Three exact ways to compute it: PyTorch's variable-length kernel (CUDA, 16 bit), SDPA per tree (everywhere
+else), and plain matrix products where the model caps its scores or has attention sinks, which neither kernel knows.
+H = query heads, G = key/value heads, D = head size, T = tokens in the row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from prefpipe.errors import UsageError
 from prefpipe.forward.layout import Span
 
 NAME = "prefpipe_tree"
+Kernel = Callable[..., Any]
 
 
 def register() -> None:
-    """Make NAME known to transformers; needs no mask of its own."""
+    """Make NAME known to transformers; it needs no mask of transformers' making."""
     AttentionInterface.register(NAME, tree_attention)
     AttentionMaskInterface.register(NAME, lambda *_args, **_kwargs: None)
+
+
+def why_not_shared(config: PreTrainedConfig) -> str | None:
+    """Why completions of this model cannot share a row, or None: then the self-test has the last word."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    layers = set(getattr(text, "layer_types", None) or ())
+    if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
+        return "its attention bias (ALiBi) counts rows, not positions"
+    if text.model_type in ("mamba", "mamba2", "rwkv", "recurrent_gemma", "xlstm") or layers - _ATTENTION_LAYERS:
+        return "it has recurrent layers, whose state would run from one completion into the next"
+    if any("mrope_section" in r for r in (rope, *rope.values()) if isinstance(r, dict)):
+        return "its positions have several axes (M-RoPE)"
+    return None
+
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What a model's attention does beside softmax(q k^T * scaling): GQA repeats, window, score cap, sinks [H]."""
+
+    repeats: int
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
 
 
 def tree_attention(
@@ -38,45 +71,108 @@ def tree_attention(
     s_aux: torch.Tensor | None = None,
     **_other: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, H, T, D], key and value [1, G, T, D] -> output [1, T, H, D].
-
-    Raises UsageError for soft-capping and attention sinks, which would be computed wrongly.
-    """
-    if softcap is not None or s_aux is not None:
-        raise UsageError(
-            "this model's attention uses soft-capping or sinks, which token trees do not compute",
-            "use a model without them (Llama, Qwen, Mistral, SmolLM and most others)",
-        )
-    repeats = query.shape[1] // key.shape[1]
+    """query [1, H, T, D], key and value [1, G, T, D] -> output [1, T, H, D]."""
+    rules = _Rules(query.shape[1] // key.shape[1], scaling, sliding_window, softcap, s_aux)
+    plain = softcap is None and s_aux is None
+    if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] <= 256:
+        return variable_length(query, key, value, tuple(tree_spans), rules.scaling, rules.window, varlen_attn), None
     pieces: list[torch.Tensor] = []
     for span in tree_spans:
-        prompt = slice(span.start, span.start + span.prompt_length)
-        pieces.append(_attend(query, key, value, prompt, [prompt], repeats, scaling, sliding_window))
+        trunk = slice(span.start, span.start + span.trunk_length)
+        pieces.append(_attend(query, key, value, [trunk], rules))
         for start, length in span.completions:
-            own = slice(start, start + length)
-            pieces.append(_attend(query, key, value, own, [prompt, own], repeats, scaling, sliding_window))
+            if length:
+                pieces.append(_attend(query, key, value, [trunk, slice(start, start + length)], rules))
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-def _attend(
+def variable_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rows: slice,
-    context: list[slice],
-    repeats: int,
+    spans: tuple[Span, ...],
     scaling: float | None,
     window: int | None,
+    kernel: Kernel,
 ) -> torch.Tensor:
-    """Causal attention of `rows` over `context`, whose last rows are `rows` themselves. [1, H, R, D]."""
-    keys = torch.cat([key[:, :, part] for part in context], dim=2).repeat_interleave(repeats, dim=1)
-    values = torch.cat([value[:, :, part] for part in context], dim=2).repeat_interleave(repeats, dim=1)
-    queries = query[:, :, rows]
+    """The same through one call of a variable-length kernel: queries stay in place, every completion's keys are the
+    trunk's and its own, copied together; the kernel aligns the causal mask at the end. Output [1, T, H, D]."""
+    plan = _plan(spans)
+    device = query.device
+    rows = plan.key_rows.to(device)
+    out = kernel(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1)[rows],
+        value[0].transpose(0, 1)[rows],
+        plan.query_offsets.to(device),
+        plan.key_offsets.to(device),
+        plan.longest_query,
+        plan.longest_key,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    query_offsets: torch.Tensor
+    key_offsets: torch.Tensor
+    key_rows: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
+@lru_cache(maxsize=8)
+def _plan(spans: tuple[Span, ...]) -> _Plan:
+    """Offsets of the kernel's sequences; made once per row, used by every layer."""
+    lengths: list[tuple[int, int]] = []
+    rows: list[int] = []
+    for span in spans:
+        trunk = range(span.start, span.start + span.trunk_length)
+        for start, length in ((span.start, span.trunk_length), *span.completions):
+            own = range(start, start + length)
+            if length:
+                keys = [*trunk] if start == span.start else [*trunk, *own]
+                rows += keys
+                lengths.append((length, len(keys)))
+    offsets = torch.tensor([(0, 0), *lengths]).cumsum(0).to(torch.int32)
+    longest_query, longest_key = (max(pair[i] for pair in lengths) for i in (0, 1))
+    return _Plan(offsets[:, 0].contiguous(), offsets[:, 1].contiguous(), torch.tensor(rows), longest_query, longest_key)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: list[slice], rules: _Rules
+) -> torch.Tensor:
+    """Causal attention of the last slice over all slices of `context`. [1, H, R, D]."""
+    queries = query[:, :, context[-1]]
+    keys = torch.cat([key[:, :, part] for part in context], dim=2).repeat_interleave(rules.repeats, dim=1)
+    values = torch.cat([value[:, :, part] for part in context], dim=2).repeat_interleave(rules.repeats, dim=1)
     length, total = queries.shape[2], keys.shape[2]
-    if length == total and (window is None or total <= window):
-        return scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
-    mask = _visible(length, total, window, query.device)
-    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+    if rules.softcap is not None or rules.sinks is not None:
+        return _by_products(queries, keys, values, rules)
+    if length == total and (rules.window is None or total <= rules.window):
+        return scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)
+    mask = _visible(length, total, rules.window, query.device)
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=rules.scaling)
+
+
+def _by_products(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: _Rules) -> torch.Tensor:
+    """Scores capped by cap * tanh(score / cap) (Gemma 2), and a sink per head that takes weight and gives nothing
+    (gpt-oss); softmax in float32, as these models' own code has it."""
+    scale = rules.scaling if rules.scaling is not None else queries.shape[-1] ** -0.5
+    scores = queries @ keys.transpose(2, 3) * scale
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    mask = _visible(scores.shape[2], scores.shape[3], rules.window, scores.device)
+    scores = scores.float().masked_fill(~mask, -torch.inf)
+    if rules.sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = rules.sinks.float().reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    return weights.to(values.dtype) @ values
 
 
 def _visible(length: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:

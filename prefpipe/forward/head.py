@@ -1,46 +1,122 @@
 """Log-probs of target tokens from hidden states, chunk by chunk: never a [N, V] tensor.
 
-N = completion tokens, H = hidden size, V = vocabulary. With a frozen head the gradient of log p(y) with respect to the
-state h is u = W[y] - sum_v p_v W_v, whatever the loss; it is stored in the forward pass, so that backward is one
-multiply and no matrix product is done twice.
+N = target tokens, H = hidden size, V = vocabulary. For any loss, d log p(y) / d h = sum_v (1[v = y] - p_v) dl_v / dh. With
+a frozen head that vector is stored in the forward pass (for plain logits u = W[y] - sum_v p_v W_v), so that backward is
+one multiply and no matrix product is done twice. A trainable head recomputes its chunks in backward and gathers its own
+gradient in float32. Statistics are float32 whatever the dtype.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedConfig
 
-CHUNK = 256  # rows; [CHUNK, V] in fp32 is the largest tensor made here
+CHUNK = 256  # rows; [CHUNK, V] in float32 is the largest tensor made here
 
 
-def frozen_head_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """hidden [N, H], weight [V, H] (no gradient), targets [N] -> float32 log-probs [N] in nats."""
-    return _FrozenHead.apply(hidden, weight, targets)
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model does to `h @ W.T` before the softmax: multiply by scale, then cap * tanh(x / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def logit_rule(config: PreTrainedConfig) -> LogitRule:
+    """The rule of a model family, by the names its config uses: Cohere, Granite, Falcon-H1, Gemma."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= getattr(text, name, None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    return LogitRule(scale, getattr(text, "final_logit_softcapping", None))
+
+
+def target_logps(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rule: LogitRule = LogitRule()
+) -> torch.Tensor:
+    """hidden [N, H], weight [V, H], targets [N] -> float32 log-probs [N] in nats."""
+    head = _TrainableHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
+    return head.apply(hidden, weight, targets, rule)
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, rule: LogitRule) -> torch.Tensor:
+    logits = (hidden @ weight.T).float()
+    if rule.scale != 1.0:
+        logits.mul_(rule.scale)
+    return logits if rule.cap is None else logits.div_(rule.cap).tanh_().mul_(rule.cap)
+
+
+def _slopes(logits: torch.Tensor, log_total: torch.Tensor, targets: torch.Tensor, rule: LogitRule) -> torch.Tensor:
+    """(1[v = y] - p_v) dl_v / dx_v for raw scores x = h @ W.T, [R, V]; overwrites the logits where it can."""
+    inner = None if rule.cap is None else 1 - (logits / rule.cap).square_()
+    slopes = logits.sub_(log_total).exp_().neg_()
+    slopes.scatter_add_(1, targets, torch.ones_like(targets, dtype=slopes.dtype))
+    if inner is not None:
+        slopes.mul_(inner)
+    return slopes if rule.scale == 1.0 else slopes.mul_(rule.scale)
 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        needs_grad = hidden.requires_grad
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rule: LogitRule
+    ) -> torch.Tensor:
         logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty_like(hidden) if needs_grad else None
+        stored = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, hidden.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
             wanted = targets[rows].unsqueeze(1)
-            logits = (hidden[rows] @ weight.T).float()
+            logits = _logits(hidden[rows], weight, rule)
             log_total = logits.logsumexp(dim=1, keepdim=True)
             logps[rows] = (logits.gather(1, wanted) - log_total).squeeze(1)
-            if slopes is not None:
-                probabilities = logits.sub_(log_total).exp_()
-                slopes[rows] = weight[targets[rows]] - probabilities.to(weight.dtype) @ weight
-        ctx.save_for_backward(slopes)
+            if stored is not None:
+                stored[rows] = _slopes(logits, log_total, wanted, rule).to(weight.dtype) @ weight
+        ctx.save_for_backward(stored)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch calls it by position)
         ctx: Any, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
-        (slopes,) = ctx.saved_tensors
+    ) -> tuple[torch.Tensor, None, None, None]:
+        (stored,) = ctx.saved_tensors
         (grad,) = grad_outputs
-        return grad.unsqueeze(1).to(slopes.dtype) * slopes, None, None
+        return grad.unsqueeze(1).to(stored.dtype) * stored, None, None, None
+
+
+class _TrainableHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rule: LogitRule
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.rule = rule
+        return _FrozenHead.forward(_Nothing(), hidden.detach(), weight, targets, rule)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch calls it by position)
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        (grad,) = grad_outputs
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for start in range(0, hidden.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = _logits(hidden[rows], weight, ctx.rule)
+            log_total = logits.logsumexp(dim=1, keepdim=True)
+            slopes = _slopes(logits, log_total, targets[rows].unsqueeze(1), ctx.rule).mul_(grad[rows].unsqueeze(1))
+            hidden_grad[rows] = slopes.to(weight.dtype) @ weight
+            weight_grad.addmm_(slopes.T, hidden[rows].float())
+        return hidden_grad, weight_grad.to(weight.dtype), None, None
+
+
+class _Nothing:
+    """A context that keeps nothing: the trainable head saves its own tensors."""
+
+    def save_for_backward(self, *_tensors: torch.Tensor | None) -> None:
+        return None

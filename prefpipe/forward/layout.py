@@ -1,7 +1,8 @@
-"""Token trees as one flat row: `[prompt | y1 | ... | yK]` for every group, no padding anywhere.
+"""Token trees as one flat row: `[trunk | y1 | ... | yK]` for every group, no padding anywhere.
 
-Positions restart after the prompt for every completion; the first token of each completion is predicted from the
-prompt's last state, which all K share. T = tokens in the row, N = completion tokens, C = completions.
+The trunk is the prompt and the longest token prefix that all completions share. Positions restart after the trunk for
+every completion; the first token after it is predicted from the trunk's last state, which all K share.
+T = tokens in the row, U = distinct predictions, N = completion tokens (a shared one counts K times), C = completions.
 """
 
 from collections.abc import Sequence
@@ -18,36 +19,47 @@ class Tree:
     completions: Sequence[Sequence[int]]
 
     @property
+    def num_logical_tokens(self) -> int:
+        """Tokens that separate rows compute: the prompt again for every completion."""
+        return len(self.prompt) * len(self.completions) + sum(map(len, self.completions))
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens at the start of the completions that are the same in all of them."""
+        return common_prefix(self.completions) if len(self.completions) > 1 else 0
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens computed when the prompt is shared."""
-        return len(self.prompt) + sum(map(len, self.completions))
+        """Tokens that the tree computes."""
+        return len(self.prompt) + sum(map(len, self.completions)) - self.num_shared * (len(self.completions) - 1)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where one tree lies in the row: the prompt's start and length, and (start, length) of every completion."""
+    """Where one tree lies in the row: the trunk's start and length, and (start, length) of every completion's own part."""
 
     start: int
-    prompt_length: int
+    trunk_length: int
     completions: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A flat row. input_ids, position_ids [T]; sources [N] are rows whose state predicts targets [N];
-    owners [N] say which completion (numbered through all trees) each target belongs to."""
+    """A flat row. input_ids, position_ids [T]. sources [U] are the rows whose state predicts targets [U]. entries [N]
+    number the prediction behind every completion token, owners [N] its completion (counted through all trees)."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     sources: torch.Tensor
     targets: torch.Tensor
+    entries: torch.Tensor
     owners: torch.Tensor
     spans: tuple[Span, ...]
     num_completions: int
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on a device."""
-        fields = ("input_ids", "position_ids", "sources", "targets", "owners")
+        fields = ("input_ids", "position_ids", "sources", "targets", "entries", "owners")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in fields})
 
 
@@ -57,32 +69,56 @@ def flatten(trees: Sequence[Tree]) -> Layout:
     position_ids: list[int] = []
     sources: list[int] = []
     targets: list[int] = []
+    entries: list[int] = []
     owners: list[int] = []
     spans: list[Span] = []
     owner = 0
     for tree in trees:
-        if not tree.prompt or not all(tree.completions):
+        if not tree.prompt or not tree.completions or not all(tree.completions):
             raise ValueError("a tree needs a prompt and completions of at least one token")
-        start, prompt_length = len(input_ids), len(tree.prompt)
-        input_ids += tree.prompt
-        position_ids += range(prompt_length)
-        completions: list[tuple[int, int]] = []
+        shared = tree.num_shared
+        start, trunk_length = len(input_ids), len(tree.prompt) + shared
+        trunk_end = start + trunk_length - 1
+        input_ids += [*tree.prompt, *tree.completions[0][:shared]]
+        position_ids += range(trunk_length)
+        common = range(len(sources), len(sources) + shared)
+        sources += range(start + len(tree.prompt) - 1, trunk_end)
+        targets += tree.completions[0][:shared]
+        own_parts: list[tuple[int, int]] = []
         for completion in tree.completions:
-            begin, length = len(input_ids), len(completion)
-            completions.append((begin, length))
-            input_ids += completion
-            position_ids += range(prompt_length, prompt_length + length)
-            sources += [start + prompt_length - 1, *range(begin, begin + length - 1)]
-            targets += completion
-            owners += [owner] * length
+            own = completion[shared:]
+            begin, length = len(input_ids), len(own)
+            own_parts.append((begin, length))
+            input_ids += own
+            position_ids += range(trunk_length, trunk_length + length)
+            entries += [*common, *range(len(sources), len(sources) + length)]
+            sources += [trunk_end, *range(begin, begin + length - 1)][:length]
+            targets += own
+            owners += [owner] * len(completion)
             owner += 1
-        spans.append(Span(start, prompt_length, tuple(completions)))
+        spans.append(Span(start, trunk_length, tuple(own_parts)))
     return Layout(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
         sources=torch.tensor(sources),
         targets=torch.tensor(targets),
+        entries=torch.tensor(entries),
         owners=torch.tensor(owners),
         spans=tuple(spans),
         num_completions=owner,
     )
+
+
+def separate(trees: Sequence[Tree]) -> list[Tree]:
+    """Every completion as a tree of its own: nothing shared, the same order."""
+    return [Tree(tree.prompt, (completion,)) for tree in trees for completion in tree.completions]
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix that all sequences share."""
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length

@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from prefpipe.errors import UsageError
 from prefpipe.forward import attention
-from prefpipe.forward.logps import SCORER_VERSION, causal_model
+from prefpipe.forward.logps import SCORER_VERSION
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -25,7 +25,7 @@ def load_model(directory: Path, dtype: str) -> PreTrainedModel:
     attention.register()
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=DTYPES[dtype], attn_implementation=attention.NAME, use_safetensors=True, local_files_only=True
+        directory, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
     )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UsageError(f"{directory}: an output head with a bias is not supported", "use a model without one")
@@ -57,14 +57,15 @@ def adapter_off(model: torch.nn.Module, *, off: bool) -> AbstractContextManager[
     return model.disable_adapter() if off and isinstance(model, PeftModel) else nullcontext()
 
 
-def save_adapter(model: PeftModel, directory: Path, base_name: str) -> None:
-    """A PEFT adapter that plain peft and vLLM load; no pickle."""
+def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trainable parameters of a PEFT model by their names in its state dict (shards, where they are sharded)."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: torch.nn.Module, tensors: dict[str, torch.Tensor], directory: Path, base_name: str) -> None:
+    """A PEFT adapter that plain peft and vLLM load; no pickle. `tensors` as `adapter_tensors` gives them, whole."""
+    assert isinstance(model, PeftModel)
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
         config.inference_mode = True
-    model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
-
-
-def switch_attention(model: torch.nn.Module, implementation: str) -> None:
-    """Use another attention implementation from now on: transformers' own for sampling with a KV cache."""
-    causal_model(model).set_attn_implementation(implementation)
+    model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True, save_embedding_layers=False)

@@ -1,31 +1,72 @@
 """Per-token log-probs of completions: the one forward pass that scoring, audit and training share."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, cast
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from prefpipe.forward.attention import NAME
-from prefpipe.forward.head import frozen_head_logps
-from prefpipe.forward.layout import Layout, Tree, flatten
+from prefpipe.errors import UsageError
+from prefpipe.forward.attention import NAME, why_not_shared
+from prefpipe.forward.head import logit_rule, target_logps
+from prefpipe.forward.layout import Layout, Tree, flatten, separate
 
-SCORER_VERSION = 1  # raise it when the numbers below can change: cached values of another version are refused
+SCORER_VERSION = 2  # raise it when the numbers below can change: cached values of another version are refused
+SCORING_TOKENS = 8192  # one scoring pass keeps no activations, so it can be larger than a training pass
+Rows = Literal["shared", "separate"]
+_TOLERANCE = {"float32": 1e-3, "float16": 0.5, "bfloat16": 1.0}  # nats in one token; a wrong mask is off by many
 
 
-def tree_logps(model: torch.nn.Module, layout: Layout) -> torch.Tensor:
-    """float32 log-probs [N] of every completion token of a layout, in its order."""
-    causal = causal_model(model)
-    head = cast(torch.nn.Linear, causal.get_output_embeddings())
-    layout = layout.to(causal.device)
-    hidden = causal.base_model(
+class TreeModel(torch.nn.Module):
+    """A causal language model (PEFT-wrapped or not) as a function from a layout to token log-probs.
+
+    A module of its own, so that DDP and FSDP2 see one forward call that holds body and head. `rows` is "shared" (token
+    trees) or "separate" (transformers' own attention, one completion at a time: for models that cannot share a row).
+    """
+
+    def __init__(self, policy: torch.nn.Module, rows: Rows = "shared") -> None:
+        super().__init__()
+        self.policy = policy
+        self.set_rows(rows)
+
+    def set_rows(self, rows: Rows) -> None:
+        """Choose how completions are computed from now on, and the attention implementation with it."""
+        self.rows: Rows = rows
+        causal = causal_model(self.policy)
+        causal.set_attn_implementation(NAME if rows == "shared" else plain_attention(causal))
+
+    def forward(self, layout: Layout) -> torch.Tensor:
+        """float32 log-probs [N] of every completion token of a layout, in its order."""
+        causal = causal_model(self.policy)
+        head = cast(torch.nn.Linear, causal.get_output_embeddings())
+        layout = layout.to(head.weight.device)
+        hidden = _shared_states(causal, layout) if self.rows == "shared" else _separate_states(causal, layout)
+        logps = target_logps(hidden[layout.sources], head.weight, layout.targets, logit_rule(causal.config))
+        return logps[layout.entries]
+
+    def layout(self, trees: Sequence[Tree]) -> Layout:
+        """Trees laid out as this model computes them; the order of completions and tokens is that of `trees`."""
+        return flatten(trees if self.rows == "shared" else separate(trees))
+
+
+def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
+    """Hidden states [T, H] of a row of trees."""
+    body = cast(torch.nn.Module, causal.base_model)
+    return body(
         input_ids=layout.input_ids.unsqueeze(0),
         position_ids=layout.position_ids.unsqueeze(0),
         use_cache=False,
         tree_spans=layout.spans,
     ).last_hidden_state[0]
-    return frozen_head_logps(hidden[layout.sources], head.weight, layout.targets)
+
+
+def _separate_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
+    """The same for trees of one completion each, by one plain forward pass per tree."""
+    body = cast(torch.nn.Module, causal.base_model)
+    rows = [slice(s.start, s.start + s.trunk_length + sum(n for _, n in s.completions)) for s in layout.spans]
+    passes = [body(input_ids=layout.input_ids[row].unsqueeze(0), use_cache=False) for row in rows]
+    return torch.cat([out.last_hidden_state[0] for out in passes])
 
 
 def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -34,33 +75,75 @@ def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:
     return sums.index_add(0, layout.owners.to(token_logps.device), token_logps)
 
 
+def plain_attention(causal: PreTrainedModel) -> str:
+    """transformers' own attention for a model: SDPA, or eager where SDPA is missing or would drop the score cap."""
+    capped = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if causal._supports_sdpa and not capped else "eager"
+
+
 def causal_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, trees: Sequence[Tree]) -> list[list[list[float]]]:
-    """Token log-probs of every completion of every tree, without gradient."""
-    layout = flatten(trees)
-    values = iter(tree_logps(model, layout).tolist())
-    return [[[next(values) for _ in completion] for completion in tree.completions] for tree in trees]
+def score(model: TreeModel, trees: Iterable[Tree], max_tokens: int = SCORING_TOKENS) -> Iterator[list[list[float]]]:
+    """Token log-probs of every completion, tree by tree, without gradient; trees are packed up to `max_tokens`."""
+    for packed in pack(trees, max_tokens):
+        values = iter(model(model.layout(packed)).tolist())
+        for tree in packed:
+            yield [[next(values) for _ in completion] for completion in tree.completions]
+
+
+def pack(trees: Iterable[Tree], max_tokens: int) -> Iterator[list[Tree]]:
+    """Neighbouring trees, as many as fit; a tree above the budget stands alone."""
+    waiting: list[Tree] = []
+    load = 0
+    for tree in trees:
+        if waiting and load + tree.num_tokens > max_tokens:
+            yield waiting
+            waiting, load = [], 0
+        waiting.append(tree)
+        load += tree.num_tokens
+    if waiting:
+        yield waiting
+
+
+def settle_rows(model: TreeModel, trees: Sequence[Tree], dtype: str) -> str | None:
+    """Choose shared or separate rows by what the architecture allows and what a self-test on `trees` shows.
+
+    Returns why rows are separate, or None. Raises UsageError when separate rows are wrong too.
+    """
+    reason = why_not_shared(causal_model(model.policy).config)
+    model.set_rows("separate" if reason else "shared")
+    difference = self_test(model, trees)
+    if reason is None and not difference <= _TOLERANCE[dtype]:
+        reason = f"shared rows differ from plain ones by {difference:.3g} nats in one token"
+        model.set_rows("separate")
+        difference = self_test(model, trees)
+    if not difference <= _TOLERANCE[dtype]:
+        raise UsageError(
+            f"this model's log-probs differ by {difference:.3g} nats in one token from transformers' own forward",
+            "its output head is not supported yet; please report the architecture",
+        )
+    return reason
 
 
 @torch.no_grad()
-def self_test(model: torch.nn.Module, trees: Sequence[Tree]) -> float:
-    """Largest |difference| per token between token trees and one plain forward pass per completion (nats).
+def self_test(model: TreeModel, trees: Sequence[Tree]) -> float:
+    """Largest |difference| per token between this model's forward and plain forward passes of transformers (nats).
 
-    The plain pass is transformers' own, with its full logits: it knows nothing of trees, heads or spans.
+    The plain pass is one completion at a time with full logits: it knows nothing of trees, heads or spans.
     """
-    shared = [torch.tensor(c) for tree in score(model, trees) for c in tree]
-    causal = causal_model(model)
-    causal.set_attn_implementation("sdpa")
+    ours = [torch.tensor(c) for tree in score(model, trees) for c in tree]
+    causal = causal_model(model.policy)
+    implementation = causal.config._attn_implementation
+    causal.set_attn_implementation(plain_attention(causal))
     try:
         plain = [_plain_logps(causal, tree.prompt, c) for tree in trees for c in tree.completions]
     finally:
-        causal.set_attn_implementation(NAME)
-    return max(float((a - b).abs().max()) for a, b in zip(shared, plain, strict=True))
+        causal.set_attn_implementation(implementation)
+    return max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True))
 
 
 def _plain_logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:

@@ -45,11 +45,21 @@ class _Group:
     rejected: tuple[int, ...]
 
 
-def global_batches(num_pairs: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers of every step of an epoch; the last step may be smaller."""
-    order = list(range(num_pairs))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return [order[start : start + batch_size] for start in range(0, num_pairs, batch_size)]
+def global_batches(
+    prompts: Sequence[tuple[int, ...]], batch_size: int, seed: int, epoch: int, *, together: bool
+) -> list[list[int]]:
+    """Row numbers of every step of an epoch; the last step may be smaller.
+
+    `together` draws the pairs of a prompt one after the other, so that they share its forward pass; the price is
+    correlated gradients inside a step.
+    """
+    order = list(range(len(prompts)))
+    source = random.Random(f"{seed}/{epoch}")
+    source.shuffle(order)
+    if together:
+        first = {prompt: place for place, prompt in reversed(list(enumerate(prompts[row] for row in order)))}
+        order.sort(key=lambda row: first[prompts[row]])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def micro_batches(pairs: Sequence[TrainPair], max_tokens: int) -> list[MicroBatch]:

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
+from prefpipe import log
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError
-from prefpipe.forward.layout import flatten
-from prefpipe.forward.logps import completion_logps, tree_logps
+from prefpipe.errors import DataError, PrefpipeError
+from prefpipe.forward.layout import Layout
+from prefpipe.forward.logps import TreeModel, completion_logps
 from prefpipe.train import losses
 from prefpipe.train.groups import MicroBatch, TrainPair, global_batches, micro_batches
 from prefpipe.train.losses import LossBatch
 from prefpipe.train.optimizer import MasterAdamW, learning_rate
+from prefpipe.train.parallel import World, sum_over_ranks
+
+_SMALLEST_BUDGET = 64
 
 
 @dataclass(frozen=True)
@@ -26,56 +30,95 @@ class StepMetrics:
     values: dict[str, float]
 
 
+@dataclass
+class Trainer:
+    """What a step needs. `wrapped` is the model as the ranks share it; the budget is in tokens and may shrink."""
+
+    model: TreeModel
+    wrapped: torch.nn.Module
+    optimizer: MasterAdamW
+    config: TrainConfig
+    world: World
+    budget: int
+
+
 def num_steps(num_pairs: int, config: TrainConfig) -> int:
     """Optimizer steps of the whole run."""
     return config.num_train_epochs * math.ceil(num_pairs / config.train_batch_size)
 
 
-def steps(
-    model: torch.nn.Module, optimizer: MasterAdamW, pairs: Sequence[TrainPair], config: TrainConfig, first: int
-) -> Iterator[StepMetrics]:
+def steps(trainer: Trainer, pairs: Sequence[TrainPair], first: int) -> Iterator[StepMetrics]:
     """Run steps `first`.. to the end. Raises DataError when loss or gradient is not finite."""
+    config = trainer.config
     total = num_steps(len(pairs), config)
     per_epoch = total // config.num_train_epochs
     for step in range(first, total):
         epoch, within = divmod(step, per_epoch)
-        rows = global_batches(len(pairs), config.train_batch_size, config.seed, epoch)[within]
-        values = _accumulate(model, optimizer, [pairs[row] for row in rows], config)
+        batches = global_batches(
+            [p.prompt for p in pairs], config.train_batch_size, config.seed, epoch, together=config.group_by_prompt
+        )
+        batch = [pairs[row] for row in batches[within]]
+        values = _accumulate(trainer, batch)
         rate = learning_rate(
             step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio, schedule=config.lr_scheduler_type
         )
-        values["grad_norm"] = optimizer.step(rate, config.max_grad_norm)
+        values["grad_norm"] = trainer.optimizer.step(rate, config.max_grad_norm)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise DataError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, pairs "
-                + ", ".join(pairs[row].pair_id for row in rows),
+                + ", ".join(p.pair_id for p in batch),
                 "look at these pairs, or lower learning_rate; the last checkpoint is intact",
             )
         values["learning_rate"] = rate
         values["epoch"] = (step + 1) / per_epoch
-        yield StepMetrics(step, total, len(rows), values)
+        yield StepMetrics(step, total, len(batch), values)
 
 
-def _accumulate(
-    model: torch.nn.Module, optimizer: MasterAdamW, batch: Sequence[TrainPair], config: TrainConfig
-) -> dict[str, float]:
-    """Gradients of one global batch; every micro-batch adds its sum over G, so its cut does not matter."""
+def _accumulate(trainer: Trainer, batch: Sequence[TrainPair]) -> dict[str, float]:
+    """Gradients of one global batch. Out of memory: the budget halves and the same batch is done again."""
+    while True:
+        try:
+            return _try_batch(trainer, batch)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            trainer.optimizer.drop_gradients()
+            if trainer.world.size > 1 or trainer.budget <= _SMALLEST_BUDGET:
+                raise PrefpipeError(
+                    f"out of memory with {trainer.budget} tokens in a micro-batch",
+                    "lower --max-tokens-per-micro-batch and run the same command again: it resumes",
+                ) from error
+        trainer.budget //= 2
+        log.warn(f"out of memory: micro-batches now hold {trainer.budget} tokens; the step is done again")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _try_batch(trainer: Trainer, batch: Sequence[TrainPair]) -> dict[str, float]:
+    """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
+    config, world = trainer.config, trainer.world
     sums: dict[str, float] = {}
-    for micro in micro_batches(batch, config.max_tokens_per_micro_batch):
-        loss_batch, weights = _forward(model, micro)
+    for micro, counts in world.deal(micro_batches(batch, trainer.budget)):
+        layout = trainer.model.layout(micro.trees)
+        loss_batch, weights = to_loss_batch(trainer.wrapped(layout), layout, micro)
         per_pair = losses.combine(config.loss_type, config.loss_weights, loss_batch, config.beta)
-        loss = (weights * per_pair).sum() / len(batch)
-        loss.backward()
-        optimizer.gather_gradients()
-        sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
-        for name, values in losses.metrics(loss_batch, config.beta).items():
-            sums[name] = sums.get(name, 0.0) + float(values.sum()) / len(batch)
-    return sums
+        loss = (weights * per_pair).sum() / len(batch) * float(counts)
+        (loss * world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
+        trainer.optimizer.gather_gradients()
+        if counts:
+            found = {
+                name: float(values.sum()) / len(batch)
+                for name, values in losses.metrics(loss_batch, config.beta).items()
+            }
+            found |= {"loss": float(loss.detach()), "tokens/unique": float(layout.input_ids.numel())}
+            found["tokens/logical"] = float(
+                sum(len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in micro.pairs)
+            )
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+    return sum_over_ranks(sums, world)
 
 
-def _forward(model: torch.nn.Module, micro: MicroBatch) -> tuple[LossBatch, torch.Tensor]:
-    layout = flatten(micro.trees)
-    logps = completion_logps(tree_logps(model, layout), layout)
+def to_loss_batch(token_logps: torch.Tensor, layout: Layout, micro: MicroBatch) -> tuple[LossBatch, torch.Tensor]:
+    """Policy and reference log-probs of a micro-batch's pairs, and the pairs' weights."""
+    logps = completion_logps(token_logps, layout)
     device = logps.device
 
     def column(values: Sequence[float]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """AdamW on float32 master copies of low-precision weights, and the learning-rate schedule.
 
 A bf16 weight has 8 bits of mantissa: an update of 1e-5 relative is rounded away. The masters take the updates and
-gather the gradients of all micro-batches in float32; the model gets their rounded copies.
+gather the gradients of all micro-batches in float32; the model gets their rounded copies. Sharded parameters (FSDP2)
+have sharded masters; `state` is always whole, so that a run may resume with another number of ranks.
 """
 
 import math
@@ -9,12 +10,14 @@ from collections.abc import Mapping
 
 import torch
 
+from prefpipe.train.parallel import like, whole
+
 
 class MasterAdamW:
     """AdamW (Loshchilov & Hutter 2019) over the trainable parameters of a model."""
 
     def __init__(self, model: torch.nn.Module, weight_decay: float) -> None:
-        self._model = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._model = {_plain(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._master = {n: p.detach().float().clone().requires_grad_() for n, p in self._model.items()}
         self._adamw = torch.optim.AdamW(list(self._master.values()), lr=0.0, weight_decay=weight_decay, fused=True)
 
@@ -28,10 +31,16 @@ class MasterAdamW:
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             parameter.grad = None
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step that is done again."""
+        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._model.values():
+            parameter.grad = None
+
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip, update, copy back. Returns the gradient norm before clipping; when it is not finite nothing moves."""
         masters = list(self._master.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(masters, max_grad_norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)))
         if math.isfinite(norm):
             for group in self._adamw.param_groups:
                 group["lr"] = learning_rate
@@ -43,22 +52,25 @@ class MasterAdamW:
         return norm
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters and moments as named tensors."""
+        """Masters and moments as whole named tensors; a collective call when they are sharded."""
         tensors: dict[str, torch.Tensor] = {}
         for name, master in self._master.items():
-            tensors[f"master/{name}"] = master.detach()
+            tensors[f"master/{name}"] = whole(master.detach())
             for key, value in self._adamw.state[master].items():
-                tensors[f"{key}/{name}"] = value
+                tensors[f"{key}/{name}"] = whole(value)
         return tensors
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state` gave, and the model's weights with it."""
         with torch.no_grad():
             for name, master in self._master.items():
-                master.copy_(tensors[f"master/{name}"])
+                master.copy_(like(tensors[f"master/{name}"], master))
                 self._model[name].copy_(master)
-                keys = [k for k in tensors if k.endswith(f"/{name}") and not k.startswith("master/")]
-                self._adamw.state[master] = {k.split("/", 1)[0]: tensors[k].clone() for k in keys}
+                keys = {k.split("/", 1)[0] for k in tensors if k.split("/", 1)[1] == name} - {"master"}
+                self._adamw.state[master] = {
+                    key: tensors[f"{key}/{name}"].clone() if key == "step" else like(tensors[f"{key}/{name}"], master)
+                    for key in keys
+                }
 
 
 def learning_rate(step: int, num_steps: int, *, peak: float, warmup_ratio: float, schedule: str) -> float:
@@ -70,3 +82,8 @@ def learning_rate(step: int, num_steps: int, *, peak: float, warmup_ratio: float
         return peak
     left = 1 - (step - warmup) / max(1, num_steps - warmup)
     return peak * left if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without DDP's prefix: checkpoints do not depend on how the model was shared."""
+    return name.removeprefix("module.")

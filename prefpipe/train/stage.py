@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
-from peft import PeftModel
+import torch
 
 from prefpipe import chat as chats
 from prefpipe import fingerprint, fsio, ingest, log, models, store
@@ -13,52 +15,95 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
-from prefpipe.forward.logps import score, self_test
+from prefpipe.forward.logps import TreeModel, score, settle_rows
 from prefpipe.ids import ids_digest
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, Pair, RefLogps, from_table, to_table
 from prefpipe.store import Manifest, Run
-from prefpipe.train import audit, checkpoint, loop
+from prefpipe.train import audit, checkpoint, loop, memory, parallel
 from prefpipe.train.checkpoint import Checkpoint
 from prefpipe.train.groups import TrainPair
+from prefpipe.train.loop import StepMetrics, Trainer
 from prefpipe.train.losses import LOSSES
 from prefpipe.train.optimizer import MasterAdamW
+from prefpipe.train.parallel import World
 
-_SELF_TEST_LIMIT = {"float32": 1e-3, "float16": 0.5, "bfloat16": 1.0}  # nats in one token; a wrong mask is off by many
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains on: checked rows, dropped ones, where it starts, which reference, and what identifies it all."""
+
+    rows: list[Pair]
+    dropped: list[Dropped]
+    policy: Policy
+    reference: str | None
+    inputs: dict[str, str]
 
 
 def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     """Read pairs, prove that the cache belongs to the model, train from the newest checkpoint, save the adapter."""
+    world = parallel.start()
+    try:
+        job = prepare(config)
+        opened = store.open_run(out, "train", config, job.inputs, force=force) if world.leads else nullcontext(None)
+        with opened as run_:
+            manifest = world.tell(run_.manifest() if run_ else None)
+            if manifest is not None:
+                log.info(f"{out} is complete already")
+                return manifest
+            return _run(run_, world, job, config)
+    finally:
+        parallel.stop(world)
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Read and check everything that training needs, without loading a model."""
     if not config.pairs:
         raise UsageError("no pairs given", "pass --pairs DIR (a run of prefpipe build-pairs) or a .jsonl file")
     sources = [Path(source) for source in config.pairs]
     inputs = {f"pairs.{i}": store.input_digest(path) for i, path in enumerate(sources)}
     policy = models.resolve(config.model, config.adapter)
     chat = chats.load(policy.directory, config.chat_template) if any(s.is_file() for s in sources) else None
+    rows, dropped = _read(sources, chat)
     inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
-    with store.open_run(out, "train", config, inputs, force=force) as run_:
-        manifest = run_.manifest()
-        if manifest is not None:
-            log.info(f"{out} is complete already")
-            return manifest
-        rows, dropped = _read(sources, chat)
-        run_.write_dropped(Dropped, to_table(Dropped, dropped))
-        reference = _reference(rows, policy, config)
-        model = _load(policy, config)
-        pairs = [_to_train_pair(row) for row in rows]
-        _self_test(model, pairs, config.dtype)
-        found = None
-        if any(LOSSES[name].needs_reference for name in config.loss_type):
-            pairs, scorers = _with_references(run_, pairs, rows, model, config.dtype, policy)
-            found = _audit(model, pairs, scorers, config, base_is_reference=reference == policy.base_id != policy.id)
-        last = _train(run_, model, pairs, config)
-        adapter = out / "adapter"
-        if not adapter.exists():
-            fsio.publish_dir(adapter, lambda into: _save(model, into, policy, config.model))
-        trained = fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(adapter))
-        totals = {"pairs": len(pairs), "steps": loop.num_steps(len(pairs), config), "last_step": last}
-        totals |= {"dropped": len(dropped), "audit": found.to_dict() if found else None}
-        return run_.finish(totals, {"policy": trained, "initial": policy.id, "reference": reference})
+    return Job(rows, dropped, policy, _reference(rows, policy, config), inputs)
+
+
+def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manifest:
+    """`run_` is the output directory, held by rank 0 only."""
+    if run_:
+        run_.write_dropped(Dropped, to_table(Dropped, job.dropped))
+    model = load_policy(job.policy, config)
+    pairs = to_train_pairs(job.rows)
+    choose_rows(model, pairs, config.dtype)
+    found = None
+    if any(LOSSES[name].needs_reference for name in config.loss_type):
+        pairs, scorers = _with_references(run_, world, pairs, job, model, config.dtype)
+        base_is_reference = job.reference == job.policy.base_id != job.policy.id
+        found = _audit(model, pairs, scorers, config, base_is_reference=base_is_reference)
+    tokens = world.tell(config.max_tokens_per_micro_batch or fitting_tokens(model, pairs))
+    wrapped = parallel.wrap(model, world, config.distributed)
+    optimizer = MasterAdamW(wrapped, config.weight_decay)
+    trainer = Trainer(model, wrapped, optimizer, config, world, tokens)
+    last = _train(run_, trainer, pairs)
+    adapter = parallel.whole_adapter(model.policy)
+    manifest = None
+    if run_:
+        manifest = _finish(run_, job, pairs, model, adapter, config, {"last_step": last, "audit": found})
+    return cast(Manifest, world.tell(manifest))
+
+
+def _finish(
+    run_: Run, job: Job, pairs: Sequence[TrainPair], model: TreeModel, adapter: dict[str, torch.Tensor],
+    config: TrainConfig, results: dict[str, Any],
+) -> Manifest:  # fmt: skip
+    """Save the adapter and the manifest."""
+    target, policy = run_.out / "adapter", job.policy
+    if not target.exists():
+        fsio.publish_dir(target, lambda into: _save(model, adapter, into, policy, config.model))
+    trained = fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(target))
+    totals = {"pairs": len(pairs), "steps": loop.num_steps(len(pairs), config), "dropped": len(job.dropped), **results}
+    return run_.finish(totals, {"policy": trained, "initial": policy.id, "reference": job.reference})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
@@ -114,57 +159,80 @@ def _reference(rows: Sequence[Pair], policy: Policy, config: TrainConfig) -> str
     return named[0] if named else policy.id
 
 
-def _load(policy: Policy, config: TrainConfig) -> PeftModel:
+def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
+    """The one model of a run: the base with a new adapter, or with the one it continues."""
     log.info(f"loading {policy.directory.name} ({config.dtype})")
     base = load.load_model(policy.directory, config.dtype)
     if policy.adapter is not None:
-        return load.load_adapter(base, policy.adapter, trainable=True)
-    return load.add_lora(
-        base, r=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules, seed=config.seed
+        return TreeModel(load.load_adapter(base, policy.adapter, trainable=True))
+    return TreeModel(
+        load.add_lora(
+            base, r=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules, seed=config.seed
+        )
     )
 
 
-def _self_test(model: PeftModel, pairs: Sequence[TrainPair], dtype: str) -> None:
-    """Token trees against transformers' own forward on two short pairs: an unsupported architecture shows here."""
+def choose_rows(model: TreeModel, pairs: Sequence[TrainPair], dtype: str) -> None:
+    """Token trees against transformers' own forward on two short pairs; separate rows, with a notice, where they fail."""
     short = sorted(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))[:2]
-    difference = self_test(model, [Tree(p.prompt, (p.chosen, p.rejected)) for p in short])
-    if not difference <= _SELF_TEST_LIMIT[dtype]:
-        raise UsageError(
-            f"token trees and plain forward passes of this model differ by {difference:.3g} nats in one token",
-            "this architecture is not supported yet; please report it",
-        )
+    reason = settle_rows(model, [tree_of(p) for p in short], dtype)
+    if reason is not None:
+        log.warn(f"every completion is computed in a row of its own, at up to twice the cost: {reason}")
+
+
+def tree_of(pair: TrainPair) -> Tree:
+    """A pair as a tree of two completions."""
+    return Tree(pair.prompt, (pair.chosen, pair.rejected))
+
+
+def fitting_tokens(model: TreeModel, pairs: Sequence[TrainPair]) -> int:
+    """The token budget that the free memory allows, from a probe on the data."""
+    trees = [tree_of(p) for p in pairs]
+    footprint = memory.measure(model, trees)
+    tokens = memory.budget(
+        footprint, memory.free_bytes(next(model.parameters()).device), max(tree.num_tokens for tree in trees)
+    )
+    log.info(f"micro-batches of up to {tokens} tokens ({footprint.activations_per_token / 1024:.0f} KiB per token)")
+    return tokens
 
 
 def _with_references(
-    run_: Run, pairs: list[TrainPair], rows: Sequence[Pair], model: PeftModel, dtype: str, policy: Policy
+    run_: Run | None, world: World, pairs: list[TrainPair], job: Job, model: TreeModel, dtype: str
 ) -> tuple[list[TrainPair], set[str]]:
     """Fill missing reference values from the initial policy, before step 0, and keep them as a cache in OUT."""
-    scorers = {row.scorer for row in rows if row.scorer is not None}
+    scorers = {row.scorer for row in job.rows if row.scorer is not None}
     missing = [p for p in pairs if p.ref_chosen is None or p.ref_rejected is None]
     if not missing:
         return pairs, scorers
-    if not run_.has_part("ref_logps", 0):
-        log.info(
-            f"{len(missing)} of {len(pairs)} pairs have no reference log-probs: scoring them with the initial policy"
-        )
-        run_.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, _score_missing(missing, model, dtype, policy)))
-    cached = {r.completion_id: r for r in from_table(RefLogps, run_.read_part("ref_logps", RefLogps, 0))}
+    if not world.tell(run_.has_part("ref_logps", 0) if run_ else False):
+        log.info(f"{len(missing)} of {len(pairs)} pairs have no reference log-probs: the initial policy scores them")
+        rows = _score_missing(missing[world.rank :: world.size], model, dtype, job.policy)
+        found = {r.completion_id: r for share in world.gather(rows) for r in share}
+        if run_:
+            run_.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [found[key] for key in sorted(found)]))
+    cached = world.tell(_cached(run_))
     filled = [
         p
         if p.ref_chosen is not None and p.ref_rejected is not None
-        else replace(
-            p, ref_chosen=tuple(cached[p.chosen_id].token_logps), ref_rejected=tuple(cached[p.rejected_id].token_logps)
-        )
+        else replace(p, ref_chosen=cached[p.chosen_id], ref_rejected=cached[p.rejected_id])
         for p in pairs
     ]
-    return filled, scorers | {r.scorer for r in cached.values()}
+    return filled, scorers | {load.scorer_name(dtype)}
 
 
-def _score_missing(pairs: Sequence[TrainPair], model: PeftModel, dtype: str, policy: Policy) -> list[RefLogps]:
+def _cached(run_: Run | None) -> dict[str, tuple[float, ...]]:
+    if run_ is None:
+        return {}
+    rows = from_table(RefLogps, run_.read_part("ref_logps", RefLogps, 0))
+    return {r.completion_id: tuple(r.token_logps) for r in rows}
+
+
+def _score_missing(pairs: Sequence[TrainPair], model: TreeModel, dtype: str, policy: Policy) -> list[RefLogps]:
+    """This rank's share, prompts together, so that each is computed once."""
     found: dict[str, RefLogps] = {}
+    ordered = sorted(pairs, key=lambda p: p.prompt)
     with log.progress("reference log-probs", len(pairs), "pairs") as advance:
-        for p in pairs:
-            (values,) = score(model, [Tree(p.prompt, (p.chosen, p.rejected))])
+        for p, values in zip(ordered, score(model, map(tree_of, ordered)), strict=True):
             for key, ids, logps in ((p.chosen_id, p.chosen, values[0]), (p.rejected_id, p.rejected, values[1])):
                 digest = ids_digest(p.prompt, ids)
                 found[key] = RefLogps(key, policy.id, load.scorer_name(dtype), digest, logps, sum(logps), len(logps))
@@ -173,57 +241,74 @@ def _score_missing(pairs: Sequence[TrainPair], model: PeftModel, dtype: str, pol
 
 
 def _audit(
-    model: PeftModel, pairs: Sequence[TrainPair], scorers: set[str], config: TrainConfig, *, base_is_reference: bool
-) -> audit.Audit:
-    with load.adapter_off(model, off=base_is_reference):
-        found = audit.audit(pairs, config.audit_rows, lambda trees: score(model, trees), config.beta)
+    model: TreeModel, pairs: Sequence[TrainPair], scorers: set[str], config: TrainConfig, *, base_is_reference: bool
+) -> dict[str, float]:
+    with load.adapter_off(model.policy, off=base_is_reference):
+        found = audit.audit(pairs, config.audit_rows, lambda trees: list(score(model, trees)), config.beta)
     full = config.dtype == "float32" and all(s.endswith("/float32") for s in scorers)
     audit.check(found, exact=scorers == {load.scorer_name("float32")} and full, full_precision=full)
     log.info(
         f"audit: {found.pairs} pairs re-scored, {found.signed_mean:+.4f} signed and {found.absolute_mean:.4f} absolute "
         f"nats per token, step-0 loss {found.loss:.4f} (ln 2 = 0.6931): the cache belongs to this model"
     )
-    return found
+    return found.to_dict()
 
 
-def _train(run_: Run, model: PeftModel, pairs: Sequence[TrainPair], config: TrainConfig) -> dict[str, float]:
-    """Run the loop from the newest checkpoint; returns the metrics of the last step."""
-    optimizer = MasterAdamW(model, config.weight_decay)
-    folder, metrics = run_.out / "checkpoints", run_.out / "metrics.jsonl"
-    resumed = checkpoint.newest(folder, run_.fingerprint)
+def _train(run_: Run | None, trainer: Trainer, pairs: Sequence[TrainPair]) -> dict[str, float]:
+    """Run the loop from the newest checkpoint; returns the metrics of the last step (rank 0)."""
+    world, config = trainer.world, trainer.config
+    resumed = world.tell(checkpoint.newest(run_.out / "checkpoints", run_.fingerprint) if run_ else None)
     if resumed is not None:
-        optimizer.load_state(resumed.tensors)
+        trainer.optimizer.load_state(resumed.tensors)
         log.info(f"resuming after step {resumed.step}")
     first = resumed.step if resumed else 0
-    fsio.truncate(metrics, resumed.metrics_bytes if resumed else 0)
+    if run_:
+        fsio.truncate(run_.out / "metrics.jsonl", resumed.metrics_bytes if resumed else 0)
     start = fsio.monotonic()
     total = loop.num_steps(len(pairs), config)
     with log.progress("training", total, "steps") as advance:
         advance(first)
-        for step in loop.steps(model, optimizer, pairs, config, first):
-            fsio.append_line(metrics, json.dumps({"step": step.step, **step.values}))
-            advance(1)
+        for step in loop.steps(trainer, pairs, first):
             done = step.step + 1
-            if done % config.save_steps == 0 or done == total:
-                fsio.sync_file(metrics)  # the checkpoint vouches for its size
-                state = Checkpoint(done, metrics.stat().st_size, optimizer.state())
-                checkpoint.save(folder, state, run_.fingerprint)
+            keep = done % config.save_steps == 0 or done == total
+            state = trainer.optimizer.state() if keep else None  # every rank takes part
+            if run_:
+                _record(run_, step, state)
+            advance(1)
+    if run_ is None:
+        return {}
     run_.log_timing(event="trained", steps=total - first, seconds=round(fsio.monotonic() - start, 3))
-    *_, last = metrics.read_text(encoding="utf-8").splitlines()
+    *_, last = (run_.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(last)
 
 
-def _save(model: PeftModel, into: Path, policy: Policy, base_name: str) -> None:
-    load.save_adapter(model, into, base_name)
+def _record(run_: Run, step: StepMetrics, state: dict[str, torch.Tensor] | None) -> None:
+    """Append the metrics of a step and, with a state, save a checkpoint that vouches for them."""
+    metrics = run_.out / "metrics.jsonl"
+    fsio.append_line(metrics, json.dumps({"step": step.step, **step.values}))
+    if state is not None:
+        fsio.sync_file(metrics)
+        done = Checkpoint(step.step + 1, metrics.stat().st_size, state)
+        checkpoint.save(run_.out / "checkpoints", done, run_.fingerprint)
+
+
+def _save(model: TreeModel, adapter: dict[str, torch.Tensor], into: Path, policy: Policy, base_name: str) -> None:
+    name = str(policy.directory) if base_name.startswith("embedded:") else base_name
+    load.save_adapter(model.policy, adapter, into, name)
     (into / "prefpipe.json").write_text(models.adapter_base_record(policy.weights), encoding="utf-8")
 
 
-def _to_train_pair(row: Pair) -> TrainPair:
+def to_train_pairs(rows: Sequence[Pair]) -> list[TrainPair]:
+    """Rows of the dataset as what training needs of them."""
+
     def optional(values: list[float] | None) -> tuple[float, ...] | None:
         return None if values is None else tuple(values)
 
-    return TrainPair(
-        row.pair_id, row.chosen_completion_id, row.rejected_completion_id, tuple(row.prompt_token_ids),
-        tuple(row.chosen_token_ids), tuple(row.rejected_token_ids), optional(row.ref_chosen_token_logps),
-        optional(row.ref_rejected_token_logps), row.weight,
-    )  # fmt: skip
+    return [
+        TrainPair(
+            row.pair_id, row.chosen_completion_id, row.rejected_completion_id, tuple(row.prompt_token_ids),
+            tuple(row.chosen_token_ids), tuple(row.rejected_token_ids), optional(row.ref_chosen_token_logps),
+            optional(row.ref_rejected_token_logps), row.weight,
+        )
+        for row in rows
+    ]  # fmt: skip

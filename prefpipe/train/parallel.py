@@ -1,0 +1,115 @@
+"""One process or many: torch's DDP or FSDP2 under torchrun. Rank 0 leads: it alone writes files and talks.
+
+A step's micro-batches are dealt out to the ranks; a rank that gets one fewer repeats one with weight zero, so that every
+rank makes the same number of forward and backward calls and no collective waits for a call that never comes.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from prefpipe.forward.load import adapter_tensors
+from prefpipe.forward.logps import TreeModel, causal_model
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: rank of size. A world of one needs no process group."""
+
+    rank: int
+    size: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def tell(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+    def deal(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """This rank's items, and whether each counts; equally many on every rank, for at least one item in all."""
+        own = [(item, True) for item in items[self.rank :: self.size]]
+        rounds = -(-len(items) // self.size)
+        return own + [(items[0], False)] * (rounds - len(own))
+
+
+def start() -> World:
+    """Join the process group that torchrun describes in the environment, or be alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return World(dist.get_rank(), size)
+
+
+def stop(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def wrap(model: TreeModel, world: World, strategy: str) -> torch.nn.Module:
+    """The model as the ranks share it: replicated (ddp), or with every layer's parameters cut over the ranks (fsdp2)."""
+    if world.size == 1:
+        return model
+    if strategy == "ddp":
+        return DistributedDataParallel(model)
+    for layer in _decoder_layers(model):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor gathered from its shards (a collective call), or itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_adapter(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, gathered where they are sharded; a collective call."""
+    return {name: whole(tensor) for name, tensor in adapter_tensors(policy).items()}
+
+
+def like(tensor: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, cut and placed as `template` is."""
+    if isinstance(template, DTensor):
+        return distribute_tensor(tensor.to(template.device), template.device_mesh, template.placements)
+    return tensor.to(template.device)
+
+
+def sum_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:
+    """Sums of the same keys over all ranks."""
+    if world.size == 1:
+        return values
+    sums = [each for each in world.gather(values) if each]
+    return {key: sum(each[key] for each in sums) for key in sums[0]}
+
+
+def _decoder_layers(model: TreeModel) -> list[torch.nn.Module]:
+    """The repeated blocks of the model: the longest module list in its body."""
+    lists = [m for m in causal_model(model.policy).modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(cast(torch.nn.ModuleList, max(lists, key=len)))
