@@ -1,7 +1,7 @@
 """Stage 2, `prefpipe build-pairs`: completions with rewards -> pairs, and a ledger of every candidate that is none."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -31,7 +31,7 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
         completions = _read(runs, "completions", Completion).unique("completion_id", keep="first", maintain_order=True)
         rewards = _read(runs, f"rewards/{config.reward}", Reward)
         rated = _with_rewards(completions, rewards)
-        selected = best_worst(rated, config.pairs_per_prompt)
+        selected = RULES[config.rule](rated, config.pairs_per_prompt)
         kept, dropped = keep_useful(selected, config.min_gap, drop_truncated_chosen=config.truncated_chosen == "drop")
         ledger = pl.concat([_unrated(completions, rated), _unpaired(rated, selected), dropped])
         run_.write_dropped(Dropped, ledger.to_arrow())
@@ -80,6 +80,9 @@ def best_worst(rated: pl.DataFrame, pairs_per_prompt: int) -> pl.DataFrame:
     )
 
 
+RULES: dict[str, Callable[[pl.DataFrame, int], pl.DataFrame]] = {"best-worst": best_worst}
+
+
 def keep_useful(
     selected: pl.DataFrame, min_gap: float, *, drop_truncated_chosen: bool
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -110,7 +113,11 @@ def _with_rewards(completions: pl.DataFrame, rewards: pl.DataFrame) -> pl.DataFr
     foreign = rewards.join(completions, on="completion_id", how="anti").height
     if foreign:
         raise DataError(f"{foreign} rewards belong to no completion of these runs", "pass the runs they were made for")
-    usable = rewards.filter(pl.col("reward").is_not_null()).select("completion_id", "reward")
+    usable = (
+        rewards.filter(pl.col("reward").is_not_null())
+        .unique("completion_id", keep="first", maintain_order=True)
+        .select("completion_id", "reward")
+    )
     return completions.join(usable, on="completion_id", maintain_order="left").select(
         "prompt_id",
         "completion_id",
@@ -166,11 +173,20 @@ def _to_pairs(kept: pl.DataFrame, completions: pl.DataFrame, runs: Sequence[Path
             pl.col("completion_id").alias(key),
             pl.col("ref_logps").alias(f"ref_{side}_logps"),
             pl.col("token_logps").alias(f"ref_{side}_token_logps"),
-            *([pl.col("reference"), pl.col("scorer")] if side == "chosen" else []),
+            pl.col("reference").alias(f"{side}_reference"),
+            pl.col("scorer").alias(f"{side}_scorer"),
         )
         pairs = pairs.join(own, on=key, maintain_order="left")
         pairs = pairs.join(logps, on=key, how="left", maintain_order="left")
     ids = [content_id(c, r) for c, r in pairs.select("chosen_completion_id", "rejected_completion_id").iter_rows()]
+    one_scorer = pl.col("chosen_scorer") == pl.col("rejected_scorer")  # null unless both sides have values
+    pairs = pairs.with_columns(
+        pl.when(one_scorer).then(pl.col(name))
+        for side in _SIDES
+        for name in (f"ref_{side}_logps", f"ref_{side}_token_logps")
+    ).with_columns(
+        reference=pl.when(one_scorer).then("chosen_reference"), scorer=pl.when(one_scorer).then("chosen_scorer")
+    )
     return (
         pairs.with_columns(
             pair_id=pl.Series(ids, dtype=pl.String), preference_prob=pl.lit(None, dtype=pl.Float64), weight=pl.lit(1.0)

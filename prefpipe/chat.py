@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -49,7 +51,7 @@ class Chat:
 def load(directory: Path, chat_template: str = "model") -> Chat:
     """Read tokenizer, template and end-of-sequence ids of a model directory.
 
-    Raises MissingInputError without tokenizer.json or template, DataError when the template is not valid Jinja.
+    Raises MissingInputError without tokenizer.json or template, DataError without an end-of-sequence token.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -84,14 +86,19 @@ def encode_prompt(chat: Chat, messages: Sequence[Message], *, max_tokens: int, c
     """
     _check_messages(messages)
     if control_tokens == "drop":
-        for message in messages:
-            spelled = next((t for t in chat.control_tokens if t in message["content"]), None)
-            if spelled is not None:
-                raise RowFault("control_tokens", f"the {message['role']} message spells {spelled}")
+        check_control_tokens(chat, messages)
     ids = encode(chat, render(chat, messages, add_generation_prompt=True))
     if len(ids) > max_tokens:
         raise RowFault("too_long", f"{len(ids)} tokens, max_prompt_tokens is {max_tokens}")
     return ids
+
+
+def check_control_tokens(chat: Chat, messages: Sequence[Message]) -> None:
+    """Raise RowFault when a message spells a control token, which would be tokenised as one."""
+    for message in messages:
+        spelled = next((t for t in chat.control_tokens if t in message["content"]), None)
+        if spelled is not None:
+            raise RowFault("control_tokens", f"the {message['role']} message spells {spelled}")
 
 
 def render(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -164,11 +171,29 @@ def _eos_ids(directory: Path, tokenizer: Tokenizer, named: dict[str, str]) -> fr
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """The environment that chat templates are written for (transformers' conventions)."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _to_json
     available: dict[str, Any] = environment.globals  # jinja2 types it by the defaults it happens to hold
     available.update(raise_exception=_raise, strftime_now=fsio.local_time)
     return environment
+
+
+def _to_json(value: object, **options: Any) -> str:
+    settings: dict[str, Any] = {"ensure_ascii": False, **options}
+    return json.dumps(value, **settings)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant says, for those who make masks from it; here it only renders."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2's way to name what an extension parses)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The body of the block, as if the tag were not there."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _raise(message: str) -> NoReturn:

@@ -40,7 +40,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 def main() -> None:
     """Run the command line and leave with the exit code of DESIGN: errors are two lines, never a traceback."""
     signal.signal(signal.SIGTERM, _stop)
-    # Threads that wait by spinning starve each other on a busy machine: vLLM samples 6 to 12 times slower (docs/LOG.md).
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _stop)
+    # Threads that wait by spinning starve each other on a busy machine: vLLM is 6 to 12 times slower (docs/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     verbose = "--verbose" in sys.argv
     try:
@@ -48,13 +50,9 @@ def main() -> None:
     except typer.TyperException as error:
         log.error(error.format_message(), "see `prefpipe --help`, or `prefpipe COMMAND --help`")
         code = UsageError.exit_code
-    except PrefpipeError as error:
+    except (PrefpipeError, Interrupted) as error:
         log.error(error.message, error.hint)
         code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        stopped = Interrupted(signal.SIGINT)
-        log.error(stopped.message, stopped.hint)
-        code = stopped.exit_code
     except ModuleNotFoundError as error:
         code = _missing_package(error)
     except SystemExit:

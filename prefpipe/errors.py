@@ -58,11 +58,14 @@ class IdentityError(PrefpipeError):
     exit_code = 76
 
 
-class Interrupted(PrefpipeError):
-    """A signal asked the command to stop; committed work is kept and the same command resumes."""
+class Interrupted(BaseException):
+    """A signal asked the command to stop; committed work is kept and the same command resumes.
+
+    Like KeyboardInterrupt no Exception, so that a user's `except Exception` does not swallow it.
+    """
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(
-            f"stopped by signal {signal_number}", "run the same command again: it resumes where it stopped"
-        )
+        self.message = f"stopped by signal {signal_number}"
+        self.hint = "run the same command again: it resumes where it stopped"
         self.exit_code = 128 + signal_number
+        super().__init__(self.message)

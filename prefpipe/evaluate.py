@@ -97,7 +97,7 @@ def summarize(rows: Sequence[Evaluation], pass_reward: float) -> dict[str, Any]:
     Greedy: Wilson interval (one answer per prompt). Sampled: bootstrap over prompts, since the answers to one prompt
     are not independent.
     """
-    texts = Counter((r.decoding, r.text.strip()) for r in rows)
+    texts = Counter((d, t) for d, t, _ in {(r.decoding, r.text.strip(), r.prompt_id) for r in rows})
     result: dict[str, Any] = {"prompts": len({r.prompt_id for r in rows})}
     for decoding in ("greedy", "sampled"):
         own = [r for r in rows if r.decoding == decoding]

@@ -40,7 +40,7 @@ def policy_id(weights: str, adapter: str | None) -> str:
 
 def weights_digest(directory: Path) -> str:
     """blake3 over name, dtype, shape and content of every tensor, and the config: re-sharding changes nothing."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = _json(directory / "config.json")
     kept = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG}
     return _digest(_tensor_files(directory, "model*.safetensors"), kept)
 
@@ -52,7 +52,7 @@ def adapter_digest(directory: Path) -> str:
         raise MissingInputError(
             f"{directory} is not a PEFT adapter: no adapter_config.json", "give an adapter directory"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _json(path)
     kept = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
     return _digest(
         _tensor_files(directory, "adapter_model.safetensors"),
@@ -67,9 +67,19 @@ def text_digest(text: str) -> str:
 
 def tokenizer_digest(directory: Path) -> str:
     """Digest of tokenizer.json without padding and truncation, which change when a tokenizer is used."""
-    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = _json(directory / "tokenizer.json")
     kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
     return text_digest(canonical_json(kept))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}", "fetch or save the model again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a JSON object", "fetch or save the model again")
+    return value
 
 
 def _tensor_files(directory: Path, pattern: str) -> list[Path]:
@@ -98,14 +108,20 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise DataError(f"{path} is damaged: unreadable header", "fetch the file again") from error
+        if not isinstance(header, dict):
+            raise DataError(f"{path} is damaged: its header is not an object", "fetch the file again")
         header.pop("__metadata__", None)
         found: list[tuple[str, str, list[int], str]] = []
-        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-            start, end = tensor["data_offsets"]
-            if not 0 <= start <= end <= size - 8 - length:
+        for name, tensor in sorted(header.items()):
+            try:
+                start, end = tensor["data_offsets"]
+                dtype, shape, inside = tensor["dtype"], tensor["shape"], 0 <= start <= end <= size - 8 - length
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{path} is damaged: tensor {name} is not described", "fetch the file again") from error
+            if not inside:
                 raise DataError(f"{path} is damaged: tensor {name} reaches past its end", "fetch the file again")
             file.seek(8 + length + start)
-            found.append((name, tensor["dtype"], tensor["shape"], _bytes_digest(file, end - start)))
+            found.append((name, dtype, shape, _bytes_digest(file, end - start)))
         return found
 
 

@@ -7,6 +7,7 @@ temporary file, then SIGKILL). Points: `write`, `fsync`, `rename`, `fsync_dir`, 
 
 import errno
 import os
+import re
 import shutil
 import signal
 import time
@@ -22,6 +23,7 @@ from blake3 import blake3
 from prefpipe.errors import LockedError, StorageError
 
 _CHUNK = 8 << 20
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 _passes: Counter[str] = Counter()  # only counts fault points; never read by product code
 
 
@@ -139,7 +141,7 @@ def sync_file(path: Path) -> None:
 def truncate(path: Path, size: int) -> None:
     """Cut a log file back to `size` bytes (a resumed run drops the lines after its checkpoint)."""
     with storage_errors(path):
-        if path.exists():
+        if path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
 
 
@@ -163,10 +165,21 @@ def remove_dir(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove temporary files of writers that were killed; call it only while holding the directory's lock."""
-    for leftover in directory.rglob(".*.tmp"):
-        with storage_errors(leftover):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    """Remove temporary files of writers that were killed; call it only while holding the directory's lock.
+
+    Folders with a lock of their own (the steps of a round) belong to somebody else, and so does their content.
+    """
+    with storage_errors(directory):
+        for entry in sorted(directory.iterdir()):
+            if is_leftover(entry):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            elif entry.is_dir() and not entry.is_symlink() and not (entry / ".lock").exists():
+                remove_leftovers(entry)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a name is that of a temporary file of ours."""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def sync_dir(path: Path) -> None:
@@ -202,7 +215,6 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
     try:
         with storage_errors(owner):
             owner.write_text(f"process {os.getpid()} on {os.uname().nodename}, since {utc_now()}\n")
-        remove_leftovers(directory)
         yield
     finally:
         held.release()

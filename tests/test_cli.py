@@ -281,7 +281,7 @@ def test_ctrl_c_is_exit_130_and_resumes(tiny_model: Path, prompts_file: Path, tm
     command, env, folder = with_own_reward(tiny_model, prompts_file, tmp_path / "w", "time.sleep(60)")
     with subprocess.Popen(
         command, env=env, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (a shell's `&` ignores it)
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 60
         while not (folder / "calls" / "1").exists() and time.monotonic() < deadline:

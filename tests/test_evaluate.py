@@ -42,6 +42,7 @@ def test_wilson_against_published_intervals(passed: int, total: int, low: float,
     assert wilson([True] * passed + [False] * (total - passed)) == pytest.approx((low, high), abs=5e-5)
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=300))
 def test_wilson_holds_the_share_and_solves_its_equation(passed: list[bool]) -> None:
     """The ends are the shares q at which (p - q)^2 = z^2 q (1 - q) / n."""

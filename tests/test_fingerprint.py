@@ -74,15 +74,19 @@ def test_real_shards_of_save_pretrained_have_the_same_digest(tiny_model: Path, t
 
 def test_a_move_and_another_library_version_change_nothing(tmp_path: Path) -> None:
     base = fingerprint.weights_digest(model(tmp_path / "a"))
-    noise = {"_name_or_path": "x", "transformers_version": "9", "dtype": "float16", "torch_dtype": "f", "use_cache": False}
+    noise = {
+        "_name_or_path": "x",
+        "transformers_version": "9",
+        "dtype": "float16",
+        "torch_dtype": "f",
+        "use_cache": False,
+    }
     assert fingerprint.weights_digest(model(tmp_path / "b", config={**noise, **CONFIG})) == base
 
 
 @settings(deadline=None, max_examples=20)
 @given(name=st.sampled_from(sorted(weights())), place=st.integers(min_value=0, max_value=11))
-def test_one_other_value_changes_the_digest(
-    tmp_path_factory: pytest.TempPathFactory, name: str, place: int
-) -> None:
+def test_one_other_value_changes_the_digest(tmp_path_factory: pytest.TempPathFactory, name: str, place: int) -> None:
     folder = tmp_path_factory.mktemp("models")
     changed = weights()
     changed[name].view(-1)[place] = torch.nextafter(changed[name].view(-1)[place], torch.tensor(9.0))
@@ -189,9 +193,9 @@ def test_a_flipped_bit_is_another_digest_or_a_named_damage(tmp_path: Path) -> No
         try:
             found = fingerprint.weights_digest(directory)
         except DataError as error:
-            assert str(path) in error.message
-        else:
-            assert found != expected
+            found = error.message
+        assert found != expected
+        assert len(found) == len(expected) or str(path) in found
 
     check()
 

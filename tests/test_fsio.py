@@ -58,9 +58,7 @@ def umask(mask: int) -> Generator[None]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    old=st.none() | TEXT, new=TEXT, point=st.sampled_from(WRITE_POINTS), action=st.sampled_from(("enospc", "eio"))
-)
+@given(old=st.none() | TEXT, new=TEXT, point=st.sampled_from(WRITE_POINTS), action=st.sampled_from(("enospc", "eio")))
 def test_a_failed_write_leaves_the_old_file_or_the_whole_new_one(
     old: str | None, new: str, point: str, action: str
 ) -> None:
@@ -141,6 +139,7 @@ def test_a_torn_write_kills_the_process_and_the_next_writer_cleans_up(tmp_path: 
     assert left.name.endswith(".tmp")
     assert left.stat().st_size == 500
     with fsio.lock(path.parent):
+        fsio.remove_leftovers(path.parent)
         assert not left.exists()
     assert not path.exists()
 
@@ -214,6 +213,14 @@ def test_leftovers_are_removed_at_any_depth_and_nothing_else(tmp_path: Path) -> 
         "keep",
         "keep.tmp",
     ]
+
+
+def test_temporary_files_of_a_live_writer_further_down_are_left_alone(tmp_path: Path) -> None:
+    busy = tmp_path / "round-1" / "train" / ".adapter.1.tmp"
+    with fsio.lock(busy.parent):  # a step whose `iterate` was killed and that still writes
+        busy.write_text("half")
+        with fsio.lock(tmp_path):  # `iterate` again
+            assert busy.exists()
 
 
 @settings(deadline=None, max_examples=30)

@@ -87,9 +87,8 @@ def test_one_other_token_changes_the_digest(tokens: list[int], data: st.DataObje
 
 
 def test_ids_do_not_depend_on_the_hash_seed_of_the_process() -> None:
-    code = (
-        "from prefpipe.ids import *; print(content_id({'b': 1, 'a': ['x']}), sample_seed(1, 'p', 2), ids_digest([1], [2]))"
-    )
+    values = "content_id({'b': 1, 'a': ['x']}), sample_seed(1, 'p', 2), ids_digest([1], [2])"
+    code = f"from prefpipe.ids import *; print({values})"
     printed = {
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,

@@ -122,11 +122,12 @@ def test_an_error_names_file_line_and_field(write: Write, row: Any, error: str) 
     assert caught.value.hint
 
 
-def test_text_that_is_no_unicode_is_an_error_with_its_place(write: Write, tmp_path: Path) -> None:
+def test_text_that_is_no_unicode_is_told_with_its_place(write: Write, tmp_path: Path) -> None:
     r"""Half of a surrogate pair ("\ud800") is legal JSON but can be neither hashed nor stored as UTF-8."""
     path = write({"prompt": "fine"}, r'{"prompt": "half \ud800"}')
-    with pytest.raises(DataError, match="line 2"):
-        read_prompts(path, "train", 0)
+    prompts, dropped = read_prompts(path, "train", 0)
+    assert len(prompts) == 1
+    assert [(d.id, d.reason) for d in dropped] == [(f"{path}, line 2", "not_unicode")]
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.jsonl, line 1"):
@@ -221,18 +222,22 @@ def test_what_both_answers_share_stays_in_both(write: Write, chat: Chat) -> None
     assert chat.decode(row.rejected_token_ids) == "The elk."
 
 
-@pytest.mark.parametrize("ending", ["<|im_end|>\n", "<|im_end|><|im_end|>", "<|im_end|><|endoftext|>", ""])
+@pytest.mark.parametrize("ending", ["<|im_end|>\n", "<|im_end|><|im_end|>", "<|im_end|><|endoftext|>"])
 def test_one_end_whatever_the_template_adds(write: Write, chat: Chat, ending: str) -> None:
-    """The docstring's promise: "with its end-of-sequence token exactly once and nothing after it".
-
-    An answer without its end would teach the policy not to stop.
-    """
+    """The docstring's promise: "with its end-of-sequence token exactly once and nothing after it"."""
     template = OPENING + "{{ messages[1].content }}" + ending + "{% endif %}"
     changed = replace(chat, template=template, eos_token_ids=frozenset({0, EOS}))
     ((row,), _) = read_pairs(write(pair("P", "abc", "abd")), changed)
     for ids, answer in ((row.chosen_token_ids, "abc"), (row.rejected_token_ids, "abd")):
         assert ids[:-1] == encode(chat, answer)
         assert ids[-1] in changed.eos_token_ids
+
+
+def test_no_end_where_the_template_has_none(write: Write, chat: Chat) -> None:
+    """An end that the template does not write would be a token that the model never sees there."""
+    changed = replace(chat, template=OPENING + "{{ messages[1].content }}{% endif %}")
+    ((row,), _) = read_pairs(write(pair("P", "abc", "abd")), changed)
+    assert row.chosen_token_ids == encode(chat, "abc")
 
 
 def test_an_answer_that_spells_a_control_token_goes_to_the_ledger(write: Write, chat: Chat) -> None:

@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import MissingInputError, PrefpipeError, UsageError
 from prefpipe.store import Manifest
-from tests.conftest import Cli
+from tests.conftest import ROOT, Cli
 
 PER_ROUND = ("generate", "build-pairs", "train", "evaluate")
 MakeConfig = Callable[..., IterateConfig]
@@ -34,7 +38,13 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeCo
     rows = [("kettle", "train"), ("owl", "train"), ("moss", "heldout")]
     lines = [{"messages": [{"role": "user", "content": f"Name a {t}."}], "answer": t, "split": s} for t, s in rows]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sampling = {"prompts": str(prompts), "engine": "transformers", "dtype": "float32", "max_tokens": 8, "num_samples": 2}
+    sampling = {
+        "prompts": str(prompts),
+        "engine": "transformers",
+        "dtype": "float32",
+        "max_tokens": 8,
+        "num_samples": 2,
+    }
     reward = "tests.e2e.letters:most_letters"
 
     def make(**changes: object) -> IterateConfig:
@@ -106,7 +116,9 @@ def test_the_manifest_has_a_row_for_the_start_and_every_round(finished: tuple[Pa
 
 def test_a_round_starts_from_the_policy_of_the_round_before(finished: tuple[Path, Manifest]) -> None:
     out, _ = finished
-    identity = {n: store.read_manifest(out / n)["identity"] for n in ("round-1/train", "round-2/generate", "round-2/train")}
+    identity = {
+        n: store.read_manifest(out / n)["identity"] for n in ("round-1/train", "round-2/generate", "round-2/train")
+    }
     trained = identity["round-1/train"]["policy"]
     assert identity["round-2/generate"]["policy"] == identity["round-2/generate"]["reference"] == trained
     assert identity["round-2/train"]["initial"] == identity["round-2/train"]["reference"] == trained
@@ -143,7 +155,7 @@ def test_other_settings_of_a_step_are_refused(config: MakeConfig, finished: tupl
         iterate.run(config(rounds=3), out, force=False, runner=never)
 
 
-@pytest.mark.parametrize("failing", [1, 3, 4, 8])
+@pytest.mark.parametrize("failing", [3, 8])
 def test_a_failed_step_is_resumed_and_the_result_is_the_same(
     config: MakeConfig, finished: tuple[Path, Manifest], tmp_path: Path, failing: int
 ) -> None:
@@ -236,5 +248,36 @@ def test_one_round_through_the_command_line(cli: Cli, config: MakeConfig, tmp_pa
     assert "| start" in done.stdout
     assert "| 1 " in done.stdout
     again = cli("iterate", tmp_path / "mine.json", "--out", tmp_path / "o")
-    assert (again.returncode, again.stdout) == (0, done.stdout)
+    assert again.returncode == 0, again.stderr
+    assert done.stdout.endswith(again.stdout)  # after what the steps said
     assert "is complete already" in again.stderr
+
+
+STALLING = """
+import os, time
+from pathlib import Path
+
+def reward(completions, **columns):
+    Path("pid.tmp").write_text(str(os.getpid()))
+    os.replace("pid.tmp", "pid")
+    time.sleep(60)
+"""
+
+
+def test_sigterm_reaches_the_running_step_and_gives_exit_143(config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(STALLING)
+    sampling = {"prompts": config().evaluate.prompts, "engine": "fake"}
+    stalled = config(evaluate={**sampling, "reward": "own:reward"})
+    (tmp_path / "mine.json").write_text(json.dumps(base.dump(stalled)))
+    command = [sys.executable, "-m", "prefpipe", "iterate", "mine.json", "--out", "o"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.terminate()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "error: stopped by signal 15" in stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

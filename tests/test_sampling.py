@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe import chat as chats
@@ -78,6 +78,7 @@ def ready(number: int) -> list[Ready]:
     return [Ready(prompt(str(i)), [5 + i % 200]) for i in range(number)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))
 def test_shards_commit_whole_once_and_in_prompt_order(number: int, rows: int, in_flight: int, seed: int) -> None:
     """Every shard is committed once, with its prompts in their order and every prompt with its own samples."""

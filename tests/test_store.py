@@ -237,9 +237,8 @@ def test_flipped_bits_in_the_pages_of_a_file_without_digest_never_change_data_si
         try:
             found = store.read_parquet(path)
         except DataError as error:
-            assert str(path) in error.message
-        else:
-            assert found.equals(expected)
+            found = error.message
+        assert str(path) in found if isinstance(found, str) else found.equals(expected)
 
     check()
 
@@ -382,7 +381,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     complete(tmp_path)
     before = data_files(tmp_path)
     other = CONFIG.model_copy(update={"num_samples": 4, "temperature": 0.5})
-    with pytest.raises(UsageError, match="num_samples: 8 there, 4 now; temperature: 1.0 there, 0.5 now") as caught:
+    with pytest.raises(UsageError, match=r"num_samples: 8 there, 4 now; temperature: 1\.0 there, 0\.5 now") as caught:
         complete(tmp_path, config=other)
     assert caught.value.exit_code == 2
     assert "--force" in caught.value.hint
@@ -394,9 +393,9 @@ def test_other_inputs_and_another_command_are_refused_and_named(tmp_path: Path) 
     complete(tmp_path)
     with pytest.raises(UsageError, match="input:prompts: 'digest-of-prompts' there, 'other' now"):
         complete(tmp_path, inputs={"prompts": "other"})
-    with pytest.raises(UsageError, match="command: 'generate' there, 'train' now"):
-        with store.open_run(tmp_path, "train", CONFIG, INPUTS, force=False):
-            pass
+    other = store.open_run(tmp_path, "train", CONFIG, INPUTS, force=False)
+    with pytest.raises(UsageError, match="command: 'generate' there, 'train' now"), other:
+        pass
 
 
 def test_runtime_settings_and_paths_do_not_matter_and_resume_follows_the_first_start(tmp_path: Path) -> None:

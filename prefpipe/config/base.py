@@ -7,6 +7,7 @@ as does every PATH field: inputs enter the fingerprint by content, not by name.
 
 import difflib
 import json
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,9 @@ from pydantic.fields import FieldInfo
 
 from prefpipe.errors import MissingInputError, UsageError
 
-STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+STRICT = ConfigDict(
+    frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+)
 RUNTIME = "runtime"
 PATH = "path"
 
@@ -49,6 +52,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".json":
             saved = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(saved, dict) or not isinstance(saved.get("config", {}), dict):
+                raise UsageError(f"recipe {path} is not a JSON object", "give a .toml recipe or a config.json of a run")
             return saved.get("config", saved)
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -111,14 +116,22 @@ def to_toml(config: BaseModel) -> str:
         value: Any = config
         for part in [*path, leaf]:
             value = getattr(value, part)
-        lines += [f"# {field.description}", f"{leaf} = {json.dumps(value, ensure_ascii=False)}", ""]
+        description = " ".join((field.description or "").split())
+        lines += [
+            *(f"# {line}" for line in textwrap.wrap(description, 110)),
+            f"{leaf} = {json.dumps(value, ensure_ascii=False)}",
+            "",
+        ]
     return "\n".join(lines)
 
 
 def _set(values: dict[str, Any], path: list[str], value: object) -> None:
     *tables, leaf = path
     for table in tables:
-        values = values.setdefault(table, {})
+        inner = values.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"{table} = {inner!r} is not a table", f"write its settings under [{table}]")
+        values = inner
     values[leaf] = value
 
 
@@ -127,12 +140,15 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     value = problem["input"]
     if problem["type"] == "extra_forbidden":
-        known = [".".join(f.split(".")[len(location) - 1 :]) for f, _ in fields(cls)]
+        table = [*location[:-1]]
+        known = [f.split(".")[len(table)] for f, _ in fields(cls) if f.split(".")[: len(table)] == table]
         return f"unknown setting '{name}'{suggestion(location[-1], known)}"
     if problem["type"] == "literal_error":
         allowed = _allowed(cls, location)
         listed = ", ".join(repr(a) for a in allowed)
         return f"{name} = {value!r} is not one of {listed}{suggestion(str(value), allowed)}"
+    if not location or isinstance(value, dict):
+        return ": ".join([*location, problem["msg"].removeprefix("Value error, ")])
     return f"{name} = {value!r}: {problem['msg'].removeprefix('Value error, ')}"
 
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from prefpipe.engines.base import Draw, EngineSettings, Request, Sample, Sequence
-from prefpipe.errors import DataError
+from prefpipe.errors import DataError, UsageError
 
 # Read by vLLM when it is imported. In process: no children that outlive a kill, and a quarter of the start-up time.
 _ENVIRONMENT = {
@@ -51,7 +51,10 @@ class VllmEngine:
             # The name carries the content: vLLM's prefix cache is keyed by name and path, not by weights.
             name = f"adapter-{settings.policy.adapter_weights}"
             self._adapter = LoRARequest(name, 1, str(settings.policy.adapter.absolute()))
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(settings)}
+            # Two slots: on CPU a request without adapter reads the last slot, which must stay empty.
+            options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": _lora_rank(settings)}
+        if on_cpu and self._adapter is not None:
+            _score_with_the_base_head()
         with _quiet():
             self._llm = vllm.LLM(
                 model=str(settings.policy.directory),
@@ -67,6 +70,7 @@ class VllmEngine:
                 **options,
             )
         self._engine = self._llm.llm_engine
+        self._arrived: dict[str, Any] = {}
 
     @property
     def scorer(self) -> str:
@@ -135,18 +139,20 @@ class VllmEngine:
     def _run(self, requests: Iterator[tuple[str, list[int], Any, bool]]) -> Iterator[tuple[str, Any]]:
         """vLLM's step loop with a window: requests enter as others leave, results come out one by one."""
         window = 2 * self._settings.max_num_seqs
-        unfinished = 0
+        unfinished: set[str] = set()
         while True:
-            for key, token_ids, params, adapter in islice(requests, window - unfinished):
+            for key, token_ids, params, adapter in islice(requests, window - len(unfinished)):
                 prompt: Any = {"type": "token", "prompt_token_ids": token_ids}
                 self._engine.add_request(key, prompt, params, lora_request=self._adapter if adapter else None)
-                unfinished += 1
+                unfinished.add(key)
             if not unfinished:
                 return
-            for output in self._engine.step():
-                if output.finished:
-                    unfinished -= 1
-                    yield output.request_id, output
+            # A shard is scored while the next ones are sampled: each loop takes its own outputs and leaves the others.
+            if not unfinished & self._arrived.keys():
+                self._arrived |= {o.request_id: o for o in self._engine.step() if o.finished}
+            for key in sorted(unfinished & self._arrived.keys()):
+                unfinished.remove(key)
+                yield key, self._arrived.pop(key)
 
     def _sampling(self, draw: Draw) -> Any:
         from vllm.sampling_params import RequestOutputKind
@@ -175,8 +181,23 @@ def _lora_rank(settings: EngineSettings) -> int:
 
     assert settings.policy.adapter is not None
     config = json.loads((settings.policy.adapter / "adapter_config.json").read_text())
+    if "lm_head" in (config.get("target_modules") or ()) or config.get("modules_to_save"):
+        raise UsageError(
+            f"adapter {settings.policy.adapter} changes the output head", "use an adapter of linear layers of the body"
+        )
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     return next(r for r in _LORA_RANKS if r >= rank)
+
+
+def _score_with_the_base_head() -> None:
+    """vLLM 0.32 on CPU fails on prompt log-probs with LoRA: its head picks one adapter per sequence, but prompt scoring
+    has many rows per sequence. No adapter of ours touches the head (train refuses it), so the base head is exact."""
+    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+
+    def base_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer._get_logits(*args, **kwargs)
+
+    LogitsProcessorWithLoRA._get_logits = base_logits
 
 
 def _cuda_is_available() -> bool:

@@ -1,8 +1,8 @@
 """Rewards by name, or a function of the user's as `module:function`."""
 
 import importlib
-import inspect
 import math
+import numbers
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +35,8 @@ def _find(name: str) -> Callable[..., Any]:
         ) from error
     except AttributeError as error:
         raise UsageError(f"reward {name}: {module} has no '{function}'", "check the name of the function") from error
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(f"reward {name} cannot be imported: {error}", "write it as module:function") from error
     finally:
         sys.path.pop(0)
 
@@ -43,7 +45,8 @@ def identity(name: str) -> str:
     """What a reward is, for the fingerprint of a run: the version of our rules, or the bytes of the user's module."""
     if name in REWARDS:
         return f"rules-{rules.VERSION}"
-    source = inspect.getsourcefile(_find(name))
+    _find(name)
+    source = sys.modules[name.partition(":")[0]].__file__
     return fsio.file_digest(Path(source)) if source else name
 
 
@@ -66,6 +69,6 @@ def _call_users(function: Callable[..., Any], answers: Sequence[Answer]) -> list
 def _scored(value: object) -> Scored:
     if value is None:
         return Scored(None, "unparsable", "the function returned None")
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
         return Scored(None, "crash", f"the function returned {value!r}")
     return Scored(float(value))

@@ -33,7 +33,7 @@ def is_one_sentence(text: str) -> bool:
 
 def names(topic: str, text: str) -> bool:
     """Whether the topic stands in the text as words of its own, in the singular or with a plural s."""
-    return bool(topic) and re.search(rf"\b{re.escape(topic)}(e?s)?\b", text, re.IGNORECASE) is not None
+    return bool(topic) and re.search(rf"(?<!\w){re.escape(topic)}(e?s)?(?!\w)", text, re.IGNORECASE) is not None
 
 
 def echoes(prompt: str, topic: str, text: str) -> bool:

@@ -157,7 +157,9 @@ def test_all_errors_come_at_once_with_file_name_and_suggestion() -> None:
     message = caught.value.message
     assert message.count("recipe.toml: ") == 4
     assert "unknown setting 'num_sampels' (did you mean 'num_samples'?)" in message
-    assert "engine = 'transfomers' is not one of 'vllm', 'transformers', 'fake' (did you mean 'transformers'?)" in message
+    assert (
+        "engine = 'transfomers' is not one of 'vllm', 'transformers', 'fake' (did you mean 'transformers'?)" in message
+    )
     assert "temperature = 3: Input should be less than or equal to 2" in message
     assert "seed = 'x': " in message
     assert "prefpipe config generate" in caught.value.hint
@@ -167,10 +169,18 @@ def test_all_errors_come_at_once_with_file_name_and_suggestion() -> None:
 @pytest.mark.parametrize(
     ("cls", "text", "words"),
     [
-        (TrainConfig, 'loss_type = ["sigmoid", "sigmod"]\nloss_weights = [1, 1]', "loss_type.1 = 'sigmod' is not one of"),
+        (
+            TrainConfig,
+            'loss_type = ["sigmoid", "sigmod"]\nloss_weights = [1, 1]',
+            "loss_type.1 = 'sigmod' is not one of",
+        ),
         (TrainConfig, 'loss_type = ["sigmod"]', "(did you mean 'sigmoid'?)"),
         (IterateConfig, '[generate]\nengine = "vlm"', "generate.engine = 'vlm' is not one of 'vllm'"),
-        (IterateConfig, "[generate]\nnum_sample = 3", "unknown setting 'generate.num_sample' (did you mean 'num_samples'?)"),
+        (
+            IterateConfig,
+            "[generate]\nnum_sample = 3",
+            "unknown setting 'generate.num_sample' (did you mean 'num_samples'?)",
+        ),
         (IterateConfig, "[evaluat]\nseed = 3", "unknown setting 'evaluat'"),
         (GenerateConfig, 'rewards = ["short_sentense"]', "(did you mean 'short_sentence'?)"),
         (BuildPairsConfig, 'reward = "nothing_like_it"', "rewards are short_sentence or your own 'module:function'"),

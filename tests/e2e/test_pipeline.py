@@ -49,7 +49,9 @@ def test_pairs_carry_the_log_probs_of_their_completions(
     cli("generate", "--model", tiny_model, "--prompts", prompts_file, "--engine", "fake", "--rewards",
         "short_sentence", "--out", tmp_path / "g")  # fmt: skip
     cli("build-pairs", "--completions", tmp_path / "g", "--out", tmp_path / "p")
-    logps = {r.completion_id: r for r in from_table(RefLogps, store.read_dataset(tmp_path / "g", "ref_logps", RefLogps))}
+    logps = {
+        r.completion_id: r for r in from_table(RefLogps, store.read_dataset(tmp_path / "g", "ref_logps", RefLogps))
+    }
     pairs = from_table(Pair, store.read_dataset(tmp_path / "p", "pairs", Pair))
     assert pairs
     for pair in pairs:

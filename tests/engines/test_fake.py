@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from prefpipe import chat as chats
@@ -35,6 +36,7 @@ def test_a_sample_depends_on_its_seed_only(engine: Engine) -> None:
         assert samples[1 - position].token_ids != alone.token_ids
 
 
+@limits(deadline=None)
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5, unique=True), st.integers(1, 120))
 def test_samples_end_as_those_of_a_real_engine(tiny_model: Path, seeds: list[int], max_tokens: int) -> None:
     """stop: the last id is the end of sequence; length: exactly max_tokens ids and no end; log-probs are below 0."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -211,6 +212,7 @@ def test_the_smallest_nucleus_is_the_best_token() -> None:
     assert draws_of([0.1, 0.2, 0.7], 1.0, 1e-6, 50).tolist() == [0, 0, 1]
 
 
+@limits(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), max_size=20),
     st.integers(1, 8),

@@ -30,7 +30,7 @@ Logps = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Facts:
-    """What an engine gave for the same requests: first, again in reverse order, and scores of the first."""
+    """What one engine gave: samples, the same requests again in reverse order, and scores of the first samples."""
 
     first: Samples
     again: Samples
@@ -64,12 +64,23 @@ def tuned(settings: EngineSettings, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def plain(settings: EngineSettings) -> Facts:
-    return gather("vllm", settings)
+    given = requests(settings.chat)
+    with engines.load("vllm", settings) as engine:
+        first = collect(engine, given)
+        to_score = sequences(settings.chat, first)
+        return Facts(
+            first=first,
+            again=collect(engine, reversed(given)),
+            scored=dict(engine.score(to_score, adapter=True)),
+            base=dict(engine.score(to_score, adapter=False)),
+            scorer=engine.scorer,
+        )
 
 
 @pytest.fixture(scope="module")
-def adapted(tuned: EngineSettings) -> Facts:
-    return gather("vllm", tuned)
+def adapted(tuned: EngineSettings) -> Samples:
+    with engines.load("vllm", tuned) as engine:
+        return collect(engine, requests(tuned.chat))
 
 
 def requests(chat: chats.Chat) -> list[Request]:
@@ -92,20 +103,6 @@ def collect(engine: Engine, given: Iterable[Request]) -> Samples:
     return found
 
 
-def gather(name: str, settings: EngineSettings) -> Facts:
-    given = requests(settings.chat)
-    with engines.load(name, settings) as engine:
-        first = collect(engine, given)
-        to_score = sequences(settings.chat, first)
-        return Facts(
-            first=first,
-            again=collect(engine, reversed(given)),
-            scored=dict(engine.score(to_score, adapter=True)),
-            base=dict(engine.score(to_score, adapter=False)),
-            scorer=engine.scorer,
-        )
-
-
 def reference(settings: EngineSettings, samples: Samples, *, adapter: bool) -> Logps:
     """The transformers engine's own scores of the same ids."""
     with engines.load("transformers", settings) as engine:
@@ -114,6 +111,10 @@ def reference(settings: EngineSettings, samples: Samples, *, adapter: bool) -> L
 
 def captured(samples: Samples) -> Logps:
     return {f"{name}/{s.sample_index}": s.token_logps for name, own in samples.items() for s in own}
+
+
+def token_ids(samples: Samples) -> dict[str, list[list[int]]]:
+    return {name: [s.token_ids for s in own] for name, own in samples.items()}
 
 
 def distance(a: Logps, b: Logps) -> float:
@@ -141,9 +142,7 @@ def test_samples_end_rightly(plain: Facts) -> None:
 
 
 def test_a_seed_gives_the_same_ids_in_another_order(plain: Facts) -> None:
-    assert {k: [s.token_ids for s in own] for k, own in plain.again.items()} == {
-        k: [s.token_ids for s in own] for k, own in plain.first.items()
-    }
+    assert token_ids(plain.again) == token_ids(plain.first)
     assert distance(captured(plain.again), captured(plain.first)) < 1e-3
 
 
@@ -165,31 +164,50 @@ def test_the_scorer_names_engine_version_and_dtype(plain: Facts) -> None:
     assert plain.scorer.endswith("/float32")
 
 
-def test_the_adapter_is_applied(adapted: Facts, plain: Facts, tuned: EngineSettings) -> None:
-    truth = reference(tuned, adapted.first, adapter=True)
-    assert distance(captured(adapted.first), truth) < 2e-3
-    assert distance(adapted.scored, truth) < 2e-3
-    assert adapted.first != plain.first
+def test_the_adapter_is_applied_when_sampling(adapted: Samples, plain: Facts, tuned: EngineSettings) -> None:
+    assert distance(captured(adapted), reference(tuned, adapted, adapter=True)) < 2e-3
+    assert adapted != plain.first
 
 
-def test_the_adapter_can_be_switched_off(adapted: Facts, settings: EngineSettings, tuned: EngineSettings) -> None:
-    """adapter=False gives the values of the model without any adapter, far from those with it."""
-    assert distance(adapted.base, reference(settings, adapted.first, adapter=False)) < 2e-3
-    assert distance(adapted.base, adapted.scored) > 0.1
+def test_scoring_switches_the_adapter_on_and_off(
+    adapted: Samples, settings: EngineSettings, tuned: EngineSettings
+) -> None:
+    """adapter=False gives the values of the model without any adapter, far from those with it, in any order."""
+    given = sequences(tuned.chat, adapted)
+    with engines.load("vllm", tuned) as engine:
+        off = dict(engine.score(given, adapter=False))
+        on = dict(engine.score(given, adapter=True))
+        off_again = dict(engine.score(given, adapter=False))
+    assert distance(on, reference(tuned, adapted, adapter=True)) < 2e-3
+    assert distance(off, reference(settings, adapted, adapter=False)) < 2e-3
+    assert distance(off_again, off) < 1e-3
+    assert distance(on, off) > 0.1
 
 
-def test_scoring_while_sampling_goes_on_disturbs_neither(tuned: EngineSettings, adapted: Facts) -> None:
-    """A stage scores a committed shard (reference: base) while the next prompts are in the engine."""
+def test_scoring_while_sampling_goes_on_disturbs_neither(settings: EngineSettings, plain: Facts) -> None:
+    """A stage scores a committed shard while the next prompts are in the engine."""
+    scored: Logps = {}
+    found: Samples = {}
+    with engines.load("vllm", settings) as engine:
+        for request, samples in engine.generate(requests(settings.chat)):
+            found[request.prompt_id] = samples
+            scored.update(engine.score(sequences(settings.chat, {request.prompt_id: samples}), adapter=False))
+    assert token_ids(found) == token_ids(plain.first)
+    assert distance(scored, plain.base) < 1e-3
+
+
+def test_the_base_is_scored_while_the_adapter_samples(
+    tuned: EngineSettings, settings: EngineSettings, adapted: Samples
+) -> None:
+    """`--reference base` with an adapter: what a round of `iterate --reference base` does."""
     base: Logps = {}
     found: Samples = {}
     with engines.load("vllm", tuned) as engine:
         for request, samples in engine.generate(requests(tuned.chat)):
             found[request.prompt_id] = samples
             base.update(engine.score(sequences(tuned.chat, {request.prompt_id: samples}), adapter=False))
-    assert {k: [s.token_ids for s in own] for k, own in found.items()} == {
-        k: [s.token_ids for s in own] for k, own in adapted.first.items()
-    }
-    assert distance(base, adapted.base) < 2e-3
+    assert token_ids(found) == token_ids(adapted)
+    assert distance(base, reference(settings, adapted, adapter=False)) < 2e-3
 
 
 def test_generate_is_killed_resumes_and_says_when_it_is_done(

@@ -1,4 +1,4 @@
-"""Damage or lose any one file of a complete run, run the command again: the run is whole again, and nothing was deleted."""
+"""Damage or lose any one file of a complete run, run the command again: it is whole again, and nothing was deleted."""
 
 import shutil
 from collections.abc import Callable

@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ def kill(command: str, saved: Path, out: Path, fault: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generate run (g) and a build-pairs run (p) that nothing disturbed, with their configs."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     prompts = ROOT / "data" / "prompts.jsonl"
@@ -63,7 +62,7 @@ def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     pairs = BuildPairsConfig(completions=(str(folder / "g"),))
     (folder / "p.json").write_text(pairs.model_dump_json())
     build_pairs.run(pairs, folder / "p", force=False)
-    yield folder
+    return folder
 
 
 def check_generate(uninterrupted: Path, out: Path, fault: str) -> None:

@@ -22,9 +22,10 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "prefpipe"
 WITHOUT_MIRROR = {
     *("__main__.py", "forward/dequantize.py", "engines/base.py", "rewards/base.py"),
-    *(f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "shared", "train")),  # config/test_base.py
+    *(
+        f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "shared", "train")
+    ),  # config/test_base.py
 }
-TESTED_ELSEWHERE = {"errors.py": "test_cli.py", "log.py": "test_cli.py"}
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))
 RECIPE_CASES = [pytest.param(p, id=str(p.relative_to(ROOT / "stages"))) for p in RECIPES]
 
@@ -40,12 +41,12 @@ def recipe_class(path: Path) -> type:
 @pytest.mark.parametrize("module", sorted(set(modules()) - WITHOUT_MIRROR))
 def test_every_module_has_a_test_file(module: str) -> None:
     path = Path(module)
-    mirror = ROOT / "tests" / TESTED_ELSEWHERE.get(module, path.with_name(f"test_{path.name}"))
+    mirror = ROOT / "tests" / path.with_name(f"test_{path.name}")
     assert mirror.is_file(), f"write {mirror.relative_to(ROOT)}"
 
 
 def test_exceptions_from_the_mirror_exist() -> None:
-    assert WITHOUT_MIRROR | set(TESTED_ELSEWHERE) <= set(modules())
+    assert set(modules()) >= WITHOUT_MIRROR
 
 
 def test_registries_and_settings_name_the_same_things() -> None:
@@ -107,7 +108,9 @@ def test_there_are_recipes_and_they_are_toml() -> None:
 
 
 def test_the_data_card_has_the_digests_and_row_counts_of_its_files() -> None:
-    rows = re.findall(r"\| `([^`]+)` \| (\d+)[^|]*\|.*\| `([0-9a-f]{64})` \|", (ROOT / "data" / "README.md").read_text())
+    rows = re.findall(
+        r"\| `([^`]+)` \| (\d+)[^|]*\|.*\| `([0-9a-f]{64})` \|", (ROOT / "data" / "README.md").read_text()
+    )
     listed = {name: (int(count), digest) for name, count, digest in rows}
     shipped = [p for p in (ROOT / "data").iterdir() if p.suffix in (".jsonl", ".parquet", ".csv")]
     assert set(listed) == {p.name for p in shipped}
@@ -126,14 +129,3 @@ def test_no_file_names_a_place_on_someones_machine() -> None:
     place = re.compile(rb"(?<![\w.:/-])/(?:home|Users|root|work)/")
     found = [n for n in listed.stdout.splitlines() if (ROOT / n).is_file() and place.search((ROOT / n).read_bytes())]
     assert found == []
-
-
-def test_exit_codes_are_those_of_the_design() -> None:
-    from prefpipe import errors  # noqa: PLC0415  (beside its use)
-
-    codes = {c.__name__: c.exit_code for c in vars(errors).values() if isinstance(c, type)}
-    assert codes == {
-        "PrefpipeError": 1, "UsageError": 2, "DataError": 65, "MissingInputError": 66, "StorageError": 74,
-        "LockedError": 75, "IdentityError": 76, "Interrupted": 1,
-    }  # fmt: skip
-    assert (errors.Interrupted(2).exit_code, errors.Interrupted(15).exit_code) == (130, 143)

@@ -1,7 +1,7 @@
 """The rule reward: one short sentence about the topic."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe.rewards.base import Answer
@@ -78,6 +78,7 @@ def test_without_a_topic_nothing_is_named() -> None:
     assert not names("", "anything")
 
 
+@settings(deadline=None)
 @given(st.text(), st.one_of(st.none(), st.text(max_size=10)))
 def test_any_text_is_rated_between_0_and_1(text: str, topic: str | None) -> None:
     (scored,) = short_sentence([answer(text, topic)])
@@ -86,6 +87,7 @@ def test_any_text_is_rated_between_0_and_1(text: str, topic: str | None) -> None
     assert scored.status == "ok"
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["falcon", "falcons", "bird", "a", "it.", "so", "words"]), max_size=12),
     st.sampled_from([".", "", "!", "..", " ."]),

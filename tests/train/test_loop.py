@@ -174,7 +174,7 @@ def test_nll_alone_needs_no_reference(tiny_model: Path, pairs: list[TrainPair]):
 
 
 def test_a_metric_of_some_pairs_does_not_depend_on_the_token_budget(tiny_model: Path, pairs: list[TrainPair]):
-    """NLL with references on the pairs of three prompts of five: whatever is reported, micro-batches must not change it."""
+    """NLL with references on the pairs of three prompts of five: micro-batches must not change a metric."""
     mixed = [replace(p, ref_chosen=None, ref_rejected=None) if i % 5 < 2 else p for i, p in enumerate(pairs)]
     found: list[dict[str, float]] = []
     for budget in (10**6, 16):

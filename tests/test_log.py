@@ -1,0 +1,60 @@
+"""Words go to stderr: two-line errors, and progress that says rate and remaining time without a terminal."""
+
+import re
+
+import pytest
+
+from prefpipe import log
+
+
+def test_an_error_is_two_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    log.error("it broke", "mend it")
+    assert capfd.readouterr() == ("", "error: it broke\nhint: mend it\n")
+
+
+def test_info_and_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+    log.info("going on")
+    log.warn("look here")
+    assert capfd.readouterr() == ("", "going on\nwarning: look here\n")
+
+
+def test_text_is_printed_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    text = "[bold]no markup[/bold] :smile: " + "a long line " * 40 + "[/]"
+    log.info(text)
+    log.error(text, text)
+    assert capfd.readouterr().err == f"{text}\nerror: {text}\nhint: {text}\n"
+
+
+def test_progress_without_a_terminal_ends_with_a_whole_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with log.progress("sampling", 3, "prompts") as advance:
+        advance(1)
+        advance(2)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"sampling: 3/3 prompts, \d+\.\d\d/s, \d+ s, ETA 0 s\n", err)
+
+
+def test_progress_of_nothing_does_not_divide_by_zero(capfd: pytest.CaptureFixture[str]) -> None:
+    with log.progress("sampling", 0, "prompts"):
+        pass
+    assert capfd.readouterr().err.startswith("sampling: 0/0 prompts, 0.00/s, 0 s, ETA ?")
+
+
+def test_progress_shows_a_line_every_few_seconds(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "_PLAIN_EVERY_S", 0.0)
+    with log.progress("training", 2, "steps") as advance:
+        advance(1)
+        advance(1)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "training: 1/2 steps",
+        "training: 2/2 steps",
+        "training: 2/2 steps",
+    ]
+
+
+def test_an_error_inside_comes_out(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), log.progress("x", 1, "y"):
+        raise ZeroDivisionError
