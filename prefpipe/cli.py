@@ -124,5 +124,14 @@ def _register(name: str, config_class: type[BaseModel], module: str) -> None:
     app.command(name)(flags.command(config_class, run))
 
 
+def _plan(recipe: Path | None, given: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
+    """What a training run will cost. Writes nothing, so that --out and --force have nothing to do."""
+    if out is not None or force or dry_run:
+        raise UsageError("plan writes nothing", "leave out --out, --force and --dry-run")
+    for line in importlib.import_module("prefpipe.plan").run(base.load(TrainConfig, recipe, given)):
+        typer.echo(line)
+
+
 for _name, (_config, _module) in STAGES.items():
     _register(_name, _config, _module)
+app.command("plan", help="Predict memory, tokens, steps and time of a training run.")(flags.command(TrainConfig, _plan))

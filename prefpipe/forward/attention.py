@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
+from prefpipe.errors import UsageError
 from prefpipe.forward.layout import Span
 
 NAME = "prefpipe_tree"
@@ -33,14 +34,27 @@ def why_not_shared(config: PreTrainedConfig) -> str | None:
     """Why completions of this model cannot share a row, or None: then the self-test has the last word."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
+    rules = [r for r in (rope, *rope.values()) if isinstance(r, dict)]
     layers = set(getattr(text, "layer_types", None) or ())
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
         return "its attention bias (ALiBi) counts rows, not positions"
     if text.model_type in ("mamba", "mamba2", "rwkv", "recurrent_gemma", "xlstm") or layers - _ATTENTION_LAYERS:
         return "it has recurrent layers, whose state would run from one completion into the next"
-    if any("mrope_section" in r for r in (rope, *rope.values()) if isinstance(r, dict)):
+    if any("mrope_section" in r for r in rules):
         return "its positions have several axes (M-RoPE)"
+    if any(r.get("rope_type") == "longrope" for r in rules):
+        return "its rotary frequencies depend on the longest position in the row (longrope)"
     return None
+
+
+def check_positions(config: PreTrainedConfig) -> None:
+    """Raise UsageError for rotary frequencies that grow with what was computed before: no value would be repeatable."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if any(r.get("rope_type") == "dynamic" for r in (rope, *rope.values()) if isinstance(r, dict)):
+        raise UsageError(
+            "this model's rotary embedding (dynamic NTK) depends on the longest sequence seen so far",
+            "set a fixed rope_type (such as yarn or linear) in its config.json",
+        )
 
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -1,9 +1,9 @@
 """Log-probs of target tokens from hidden states, chunk by chunk: never a [N, V] tensor.
 
-N = target tokens, H = hidden size, V = vocabulary. For any loss, d log p(y) / d h = sum_v (1[v = y] - p_v) dl_v / dh. With
-a frozen head that vector is stored in the forward pass (for plain logits u = W[y] - sum_v p_v W_v), so that backward is
-one multiply and no matrix product is done twice. A trainable head recomputes its chunks in backward and gathers its own
-gradient in float32. Statistics are float32 whatever the dtype.
+N = target tokens, H = hidden size, V = vocabulary. For any loss, d log p(y) / d h = sum_v (1[v = y] - p_v) dl_v / dh.
+With a frozen head that vector is stored in the forward pass (for plain logits u = W[y] - sum_v p_v W_v), so that
+backward is one multiply and no matrix product is done twice. A trainable head recomputes its chunks in backward and
+gathers its own gradient in float32. Statistics are float32 whatever the dtype.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedConfig
 
 CHUNK = 256  # rows; [CHUNK, V] in float32 is the largest tensor made here
 
@@ -24,9 +23,8 @@ class LogitRule:
     cap: float | None = None
 
 
-def logit_rule(config: PreTrainedConfig) -> LogitRule:
-    """The rule of a model family, by the names its config uses: Cohere, Granite, Falcon-H1, Gemma."""
-    text = config.get_text_config()
+def logit_rule(text: object) -> LogitRule:
+    """The rule of a model family, by the names that its (text) config uses: Cohere, Granite, Falcon-H1, Gemma."""
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= getattr(text, name, None) or 1.0

@@ -36,7 +36,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Span:
-    """Where one tree lies in the row: the trunk's start and length, and (start, length) of every completion's own part."""
+    """Where a tree lies in the row: the trunk's start and length, (start, length) of every completion's own part."""
 
     start: int
     trunk_length: int

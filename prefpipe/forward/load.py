@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from prefpipe.errors import UsageError
 from prefpipe.forward import attention
-from prefpipe.forward.logps import SCORER_VERSION
+from prefpipe.forward.logps import SCORER_VERSION, causal_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -27,6 +27,7 @@ def load_model(directory: Path, dtype: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
     )
+    attention.check_positions(model.config)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UsageError(f"{directory}: an output head with a bias is not supported", "use a model without one")
     model.requires_grad_(requires_grad=False)
@@ -40,7 +41,7 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: str,
     targets = target_modules if target_modules == "all-linear" else [t.strip() for t in target_modules.split(",")]
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+        return _check_head(get_peft_model(model, config, autocast_adapter_dtype=False).eval())
     except ValueError as error:
         raise UsageError(
             f"lora_target_modules = {target_modules!r}: {error}", "name linear modules of this model"
@@ -49,7 +50,16 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: str,
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
     """An adapter from disk on a loaded model."""
-    return PeftModel.from_pretrained(model, directory, is_trainable=trainable, autocast_adapter_dtype=False).eval()
+    return _check_head(
+        PeftModel.from_pretrained(model, directory, is_trainable=trainable, autocast_adapter_dtype=False).eval()
+    )
+
+
+def _check_head(model: PeftModel) -> PeftModel:
+    """The output head is read as a plain matrix: an adapter on it would be left out of every value."""
+    if type(causal_model(model).get_output_embeddings()) is not torch.nn.Linear:
+        raise UsageError("the adapter changes the output head", "leave lm_head out of lora_target_modules")
+    return model
 
 
 def adapter_off(model: torch.nn.Module, *, off: bool) -> AbstractContextManager[None]:

@@ -42,7 +42,9 @@ class TreeModel(torch.nn.Module):
         head = cast(torch.nn.Linear, causal.get_output_embeddings())
         layout = layout.to(head.weight.device)
         hidden = _shared_states(causal, layout) if self.rows == "shared" else _separate_states(causal, layout)
-        logps = target_logps(hidden[layout.sources], head.weight, layout.targets, logit_rule(causal.config))
+        logps = target_logps(
+            hidden[layout.sources], head.weight, layout.targets, logit_rule(causal.config.get_text_config())
+        )
         return logps[layout.entries]
 
     def layout(self, trees: Sequence[Tree]) -> Layout:
@@ -52,8 +54,7 @@ class TreeModel(torch.nn.Module):
 
 def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Hidden states [T, H] of a row of trees."""
-    body = cast(torch.nn.Module, causal.base_model)
-    return body(
+    return causal.base_model(
         input_ids=layout.input_ids.unsqueeze(0),
         position_ids=layout.position_ids.unsqueeze(0),
         use_cache=False,
@@ -63,7 +64,7 @@ def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
 
 def _separate_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """The same for trees of one completion each, by one plain forward pass per tree."""
-    body = cast(torch.nn.Module, causal.base_model)
+    body = causal.base_model
     rows = [slice(s.start, s.start + s.trunk_length + sum(n for _, n in s.completions)) for s in layout.spans]
     passes = [body(input_ids=layout.input_ids[row].unsqueeze(0), use_cache=False) for row in rows]
     return torch.cat([out.last_hidden_state[0] for out in passes])
@@ -78,7 +79,7 @@ def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:
 def plain_attention(causal: PreTrainedModel) -> str:
     """transformers' own attention for a model: SDPA, or eager where SDPA is missing or would drop the score cap."""
     capped = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "sdpa" if causal._supports_sdpa and not capped else "eager"
+    return "sdpa" if causal._supports_sdpa and not capped else "eager"  # pyright: ignore[reportPrivateUsage]  (no public name)
 
 
 def causal_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -114,19 +115,28 @@ def settle_rows(model: TreeModel, trees: Sequence[Tree], dtype: str) -> str | No
 
     Returns why rows are separate, or None. Raises UsageError when separate rows are wrong too.
     """
-    reason = why_not_shared(causal_model(model.policy).config)
-    model.set_rows("separate" if reason else "shared")
-    difference = self_test(model, trees)
-    if reason is None and not difference <= _TOLERANCE[dtype]:
-        reason = f"shared rows differ from plain ones by {difference:.3g} nats in one token"
-        model.set_rows("separate")
-        difference = self_test(model, trees)
-    if not difference <= _TOLERANCE[dtype]:
-        raise UsageError(
-            f"this model's log-probs differ by {difference:.3g} nats in one token from transformers' own forward",
-            "its output head is not supported yet; please report the architecture",
-        )
+    reason = why_not_shared(causal_model(model.policy).config) or _why_not(model, "shared", trees, dtype)
+    if reason is not None:
+        failed = _why_not(model, "separate", trees, dtype)
+        if failed is not None:
+            raise UsageError(
+                f"this architecture is not supported yet: {failed}", "please report the model; another one will do"
+            )
     return reason
+
+
+def _why_not(model: TreeModel, rows: Rows, trees: Sequence[Tree], dtype: str) -> str | None:
+    """Why rows of this kind cannot be trusted for this model, or None; leaves the model set to them."""
+    try:
+        model.set_rows(rows)
+        difference = self_test(model, trees)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"its code does not take {rows} rows ({type(error).__name__}: {error})"
+    if difference <= _TOLERANCE[dtype]:
+        return None
+    return f"{rows} rows differ from plain forward passes by {difference:.3g} nats in one token"
 
 
 @torch.no_grad()
@@ -137,17 +147,17 @@ def self_test(model: TreeModel, trees: Sequence[Tree]) -> float:
     """
     ours = [torch.tensor(c) for tree in score(model, trees) for c in tree]
     causal = causal_model(model.policy)
-    implementation = causal.config._attn_implementation
     causal.set_attn_implementation(plain_attention(causal))
     try:
         plain = [_plain_logps(causal, tree.prompt, c) for tree in trees for c in tree.completions]
     finally:
-        causal.set_attn_implementation(implementation)
+        model.set_rows(model.rows)
     return max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True))
 
 
 def _plain_logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
     ids = torch.tensor([[*prompt, *completion]], device=model.device)
-    logps = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    kept = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1).logits[0, :-1]
+    logps = kept.float().log_softmax(-1)
     targets = ids[0, len(prompt) :]
-    return logps[len(prompt) - 1 : -1].gather(1, targets.unsqueeze(1)).squeeze(1).cpu()
+    return logps.gather(1, targets.unsqueeze(1)).squeeze(1).cpu()

@@ -41,6 +41,7 @@ def audit(pairs: Sequence[TrainPair], rows: int, score: Score, beta: float) -> A
     for pair in chosen:
         (values,) = score([Tree(pair.prompt, (pair.chosen, pair.rejected))])
         cached = (pair.ref_chosen or (), pair.ref_rejected or ())
+        check_lengths(pair)
         deltas = [[now - then for now, then in zip(v, c, strict=True)] for v, c in zip(values, cached, strict=True)]
         differences += [d for side in deltas for d in side]
         gaps.append(sum(deltas[0]) - sum(deltas[1]))
@@ -50,17 +51,33 @@ def audit(pairs: Sequence[TrainPair], rows: int, score: Score, beta: float) -> A
         tokens=tokens,
         signed_mean=sum(differences) / tokens,
         absolute_mean=sum(map(abs, differences)) / tokens,
-        largest_h=max(map(abs, gaps)),
-        loss=sum(math.log1p(math.exp(-beta * h)) for h in gaps) / len(gaps),
+        largest_h=max(map(abs, gaps)) if all(map(math.isfinite, gaps)) else math.inf,
+        loss=sum(_softplus(-beta * h) for h in gaps) / len(gaps),
     )
+
+
+def check_lengths(pair: TrainPair) -> None:
+    """Raise IdentityError when cached values are not one per token."""
+    for side, ids, values in (("chosen", pair.chosen, pair.ref_chosen), ("rejected", pair.rejected, pair.ref_rejected)):
+        if values is not None and len(values) != len(ids):
+            raise IdentityError(
+                f"pair {pair.pair_id}: {len(values)} cached log-probs for {len(ids)} {side} tokens",
+                "the cache was edited or damaged: make the values again with `prefpipe generate`",
+            )
+
+
+def _softplus(x: float) -> float:
+    """log(1 + exp(x)) without overflow."""
+    return max(0.0, x) + math.log1p(math.exp(-abs(x)))
 
 
 def check(found: Audit, *, exact: bool, full_precision: bool) -> None:
     """Raise IdentityError when the cache does not belong to the model. `exact`: the same fp32 scorer on both sides."""
     signed_limit = max(_SIGNED, 4 * _NOISE / math.sqrt(found.tokens))
     absolute_limit = _ABSOLUTE_32 if full_precision else _ABSOLUTE_16
-    bad = abs(found.signed_mean) > signed_limit or found.absolute_mean > absolute_limit
-    if bad or (exact and found.largest_h > _EXACT_H):
+    # Written so that NaN fails.
+    good = abs(found.signed_mean) <= signed_limit and found.absolute_mean <= absolute_limit
+    if not good or (exact and not found.largest_h <= _EXACT_H):
         raise IdentityError(
             f"the cached reference log-probs do not belong to this model: re-scored on {found.pairs} pairs they differ "
             f"by {found.signed_mean:+.4f} per token on average (limit {signed_limit:.4f}) and "

@@ -3,11 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from prefpipe import fsio, log
+from prefpipe.ids import content_id
 
 _KEEP = 2
 
@@ -35,7 +37,8 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str) -> None:
             "fingerprint": fingerprint,
             "blake3": fsio.file_digest(into / "state.safetensors"),
         }
-        (into / "state.json").write_text(json.dumps(record), encoding="utf-8")
+        sealed = {**record, "record_id": content_id(record)}
+        (into / "state.json").write_text(json.dumps(sealed), encoding="utf-8")
 
     fsio.publish_dir(target, fill)
     for old in _steps(folder)[:-_KEEP]:
@@ -45,16 +48,25 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str) -> None:
 def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
     """The newest checkpoint of this run that verifies; damaged ones move to quarantine/."""
     for path in reversed(_steps(folder)):
-        try:
-            record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            intact = fsio.file_digest(path / "state.safetensors") == record["blake3"]
-        except (OSError, ValueError, KeyError):
-            record, intact = {}, False
-        if intact and record["fingerprint"] == fingerprint:
+        record = _verified(path)
+        if record is not None and record["fingerprint"] == fingerprint:
             return Checkpoint(record["step"], record["metrics_bytes"], load_file(path / "state.safetensors"))
         log.warn(f"checkpoint {path} is damaged or of another run: it moves to quarantine/")
         fsio.move_aside(path, folder.parent / "quarantine")
     return None
+
+
+def _verified(path: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint whose record and tensors are intact."""
+    try:
+        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        seal = record.pop("record_id")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    tensors = path / "state.safetensors"
+    if seal != content_id(record) or not tensors.is_file() or fsio.file_digest(tensors) != record["blake3"]:
+        return None
+    return record
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ architectures is needed. They grow linearly with the tokens of a micro-batch.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -58,7 +59,7 @@ def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
     score_seconds = fsio.monotonic() - start
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    vocabulary = causal_model(model.policy).get_output_embeddings().weight.shape[0]
+    vocabulary = cast(torch.nn.Linear, causal_model(model.policy).get_output_embeddings()).weight.shape[0]
     return Footprint(
         weights=frozen,
         adapter=2 * sum(p.nbytes for p in trainable),

@@ -1,13 +1,13 @@
 """One process or many: torch's DDP or FSDP2 under torchrun. Rank 0 leads: it alone writes files and talks.
 
-A step's micro-batches are dealt out to the ranks; a rank that gets one fewer repeats one with weight zero, so that every
-rank makes the same number of forward and backward calls and no collective waits for a call that never comes.
+A step's micro-batches are dealt out to the ranks; a rank that gets one fewer repeats one with weight zero, so that
+every rank makes the same number of forward and backward calls and no collective waits for a call that never comes.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,14 +74,15 @@ def stop(world: World) -> None:
 
 
 def wrap(model: TreeModel, world: World, strategy: str) -> torch.nn.Module:
-    """The model as the ranks share it: replicated (ddp), or with every layer's parameters cut over the ranks (fsdp2)."""
+    """The model as the ranks share it: replicated (ddp), or with the parameters of every layer cut (fsdp2)."""
     if world.size == 1:
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model)
     for layer in _decoder_layers(model):
         fully_shard(layer)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,4 +113,4 @@ def sum_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:
 def _decoder_layers(model: TreeModel) -> list[torch.nn.Module]:
     """The repeated blocks of the model: the longest module list in its body."""
     lists = [m for m in causal_model(model.policy).modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(cast(torch.nn.ModuleList, max(lists, key=len)))
+    return list(max(lists, key=len))

@@ -31,7 +31,7 @@ from prefpipe.train.parallel import World
 
 @dataclass(frozen=True)
 class Job:
-    """What a run trains on: checked rows, dropped ones, where it starts, which reference, and what identifies it all."""
+    """What a run trains on: checked rows, dropped ones, where it starts, which reference, what identifies it."""
 
     rows: list[Pair]
     dropped: list[Dropped]
@@ -77,10 +77,15 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
     pairs = to_train_pairs(job.rows)
     choose_rows(model, pairs, config.dtype)
     found = None
+    for pair in pairs:
+        audit.check_lengths(pair)
     if any(LOSSES[name].needs_reference for name in config.loss_type):
-        pairs, scorers = _with_references(run_, world, pairs, job, model, config.dtype)
         base_is_reference = job.reference == job.policy.base_id != job.policy.id
+        with load.adapter_off(model.policy, off=base_is_reference):
+            pairs, scorers = _with_references(run_, world, pairs, job, model, config.dtype)
         found = _audit(model, pairs, scorers, config, base_is_reference=base_is_reference)
+    elif any(p.ref_chosen is None or p.ref_rejected is None for p in pairs):
+        pairs = [replace(p, ref_chosen=None, ref_rejected=None) for p in pairs]  # metrics of some pairs would mislead
     tokens = world.tell(config.max_tokens_per_micro_batch or fitting_tokens(model, pairs))
     wrapped = parallel.wrap(model, world, config.distributed)
     optimizer = MasterAdamW(wrapped, config.weight_decay)
@@ -173,9 +178,10 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
 
 
 def choose_rows(model: TreeModel, pairs: Sequence[TrainPair], dtype: str) -> None:
-    """Token trees against transformers' own forward on two short pairs; separate rows, with a notice, where they fail."""
-    short = sorted(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))[:2]
-    reason = settle_rows(model, [tree_of(p) for p in short], dtype)
+    """Token trees against transformers' own forward on the shortest and the longest pair: windows and length-dependent
+    positions show in the longest. Separate rows, with a notice, where they fail."""
+    shortest, *_, longest = sorted([*pairs, pairs[0]], key=lambda p: tree_of(p).num_tokens)
+    reason = settle_rows(model, [tree_of(shortest), tree_of(longest)], dtype)
     if reason is not None:
         log.warn(f"every completion is computed in a row of its own, at up to twice the cost: {reason}")
 
@@ -205,8 +211,8 @@ def _with_references(
     if not missing:
         return pairs, scorers
     if not world.tell(run_.has_part("ref_logps", 0) if run_ else False):
-        log.info(f"{len(missing)} of {len(pairs)} pairs have no reference log-probs: the initial policy scores them")
-        rows = _score_missing(missing[world.rank :: world.size], model, dtype, job.policy)
+        log.info(f"{len(missing)} of {len(pairs)} pairs have no reference log-probs: they are scored once, now")
+        rows = _score_missing(missing[world.rank :: world.size], model, dtype, job.reference or job.policy.id)
         found = {r.completion_id: r for share in world.gather(rows) for r in share}
         if run_:
             run_.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [found[key] for key in sorted(found)]))
@@ -227,7 +233,7 @@ def _cached(run_: Run | None) -> dict[str, tuple[float, ...]]:
     return {r.completion_id: tuple(r.token_logps) for r in rows}
 
 
-def _score_missing(pairs: Sequence[TrainPair], model: TreeModel, dtype: str, policy: Policy) -> list[RefLogps]:
+def _score_missing(pairs: Sequence[TrainPair], model: TreeModel, dtype: str, reference: str) -> list[RefLogps]:
     """This rank's share, prompts together, so that each is computed once."""
     found: dict[str, RefLogps] = {}
     ordered = sorted(pairs, key=lambda p: p.prompt)
@@ -235,7 +241,7 @@ def _score_missing(pairs: Sequence[TrainPair], model: TreeModel, dtype: str, pol
         for p, values in zip(ordered, score(model, map(tree_of, ordered)), strict=True):
             for key, ids, logps in ((p.chosen_id, p.chosen, values[0]), (p.rejected_id, p.rejected, values[1])):
                 digest = ids_digest(p.prompt, ids)
-                found[key] = RefLogps(key, policy.id, load.scorer_name(dtype), digest, logps, sum(logps), len(logps))
+                found[key] = RefLogps(key, reference, load.scorer_name(dtype), digest, logps, sum(logps), len(logps))
             advance(1)
     return list(found.values())
 
