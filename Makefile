@@ -16,7 +16,7 @@ COUNT = awk -v total=$$(grep -c '^[a-z].*==' requirements/$(LOCK).txt) \
 # Plain progress lines and no colours when the output is not a terminal are chosen by prefpipe itself.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test check fix lock clean
+.PHONY: help setup demo test check fix bench lock clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ check: setup  ## Format, lint, types, layers
 
 fix: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: setup  ## Measurements against public peers (about 20 minutes; QUICK=--quick for a look)
+	@mkdir -p runs && for name in train_vs_trl plan_accuracy; do \
+	  $(BIN)/python benchmarks/$$name.py $(QUICK) --json runs/$$name.json || exit 1; \
+	done
 
 lock:  ## Resolve both lock files again
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

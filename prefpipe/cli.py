@@ -52,7 +52,7 @@ def main() -> None:
         code = UsageError.exit_code
     except (PrefpipeError, Interrupted) as error:
         log.error(error.message, error.hint)
-        code = error.exit_code
+        code = _failed(error.exit_code)
     except ModuleNotFoundError as error:
         code = _missing_package(error)
     except SystemExit:
@@ -70,14 +70,24 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 def _missing_package(error: ModuleNotFoundError) -> int:
     extra = {"vllm": "cpu] or prefpipe[cuda"}.get(error.name or "", "train")
     log.error(f"this command needs the package '{error.name}'", f"install it with: pip install 'prefpipe[{extra}]'")
-    return MissingInputError.exit_code
+    return _failed(MissingInputError.exit_code)
+
+
+def _failed(code: int) -> int:
+    """The exit code of an error. Under torchrun the process ends here and now: while the error is cleared away, DDP
+    would wait for ranks that wait for this one; torchrun ends the others as soon as this one is gone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _unexpected(error: BaseException, *, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
     log.error(f"unexpected {type(error).__name__}: {error}", "run again with --verbose and report the traceback")
-    return 1
+    return _failed(1)
 
 
 def _version(value: bool) -> None:  # noqa: FBT001  (typer's callback signature)

@@ -95,7 +95,8 @@ def test_every_default_can_be_given_as_a_flag(command: str) -> None:
     for name, field in base.fields(cls):
         many = field.default if isinstance(field.default, tuple) else [field.default]
         for value in many:
-            arguments += ["--" + name.replace("_", "-"), str(value)]
+            flag = name.replace("_", "-")
+            arguments += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     _, given, _ = called(command, *arguments)
     assert base.load(cls, None, given) == cls()
     assert json.loads(json.dumps(given)) == given

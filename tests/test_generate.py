@@ -15,7 +15,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines import fake
 from prefpipe.engines.base import EngineSettings, Request, Sample, Sequence
 from prefpipe.errors import DataError, MissingInputError, UsageError
-from prefpipe.forward.load import add_lora, load_model, save_adapter
+from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.ids import content_id, ids_digest, sample_seed
 from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, from_table
 from prefpipe.store import Manifest
@@ -65,7 +65,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("adapter")
     model = add_lora(load_model(tiny_model, "float32"), r=2, alpha=2, target_modules="q_proj", seed=0)
-    save_adapter(model, directory, "tiny")
+    save_adapter(model, adapter_tensors(model), directory, "tiny")
     weights = models.resolve(str(tiny_model)).weights
     (directory / "prefpipe.json").write_text(models.adapter_base_record(weights))
     return directory

@@ -76,7 +76,7 @@ def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _attention_mask: torch.Tensor | None,
+    _attention_mask: torch.Tensor | None = None,  # or in _other, by its name: the spans say it all
     *,
     tree_spans: Sequence[Span],
     scaling: float | None = None,
@@ -97,7 +97,7 @@ def tree_attention(
         for start, length in span.completions:
             if length:
                 pieces.append(_attend(query, key, value, [trunk, slice(start, start + length)], rules))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
 def variable_length(
@@ -161,26 +161,34 @@ def _attend(
 ) -> torch.Tensor:
     """Causal attention of the last slice over all slices of `context`. [1, H, R, D]."""
     queries = query[:, :, context[-1]]
-    keys = torch.cat([key[:, :, part] for part in context], dim=2).repeat_interleave(rules.repeats, dim=1)
-    values = torch.cat([value[:, :, part] for part in context], dim=2).repeat_interleave(rules.repeats, dim=1)
+    keys, values = (_joined(tensor, context) for tensor in (key, value))
     length, total = queries.shape[2], keys.shape[2]
     if rules.softcap is not None or rules.sinks is not None:
         return _by_products(queries, keys, values, rules)
-    if length == total and (rules.window is None or total <= rules.window):
+    if rules.repeats == 1 and length == total and (rules.window is None or total <= rules.window):
         return scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)
-    mask = _visible(length, total, rules.window, query.device)
-    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=rules.scaling)
+    # The query heads of a group stand one below the other as further rows: repeating keys and values for them would
+    # copy both, and autograd would keep the copies.
+    folded = queries.reshape(1, keys.shape[1], rules.repeats * length, queries.shape[3])
+    mask = _bias(length, total, rules.window, rules.repeats, query.dtype, query.device)
+    out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=rules.scaling)
+    return out.reshape(queries.shape)
+
+
+def _joined(tensor: torch.Tensor, context: list[slice]) -> torch.Tensor:
+    parts = [tensor[:, :, part] for part in context]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _by_products(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: _Rules) -> torch.Tensor:
     """Scores capped by cap * tanh(score / cap) (Gemma 2), and a sink per head that takes weight and gives nothing
     (gpt-oss); softmax in float32, as these models' own code has it."""
+    keys, values = (tensor.repeat_interleave(rules.repeats, dim=1) for tensor in (keys, values))
     scale = rules.scaling if rules.scaling is not None else queries.shape[-1] ** -0.5
     scores = queries @ keys.transpose(2, 3) * scale
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
-    mask = _visible(scores.shape[2], scores.shape[3], rules.window, scores.device)
-    scores = scores.float().masked_fill(~mask, -torch.inf)
+    scores = scores.float() + _bias(*scores.shape[2:], rules.window, 1, torch.float32, scores.device)
     if rules.sinks is None:
         weights = scores.softmax(-1)
     else:
@@ -189,9 +197,16 @@ def _by_products(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return weights.to(values.dtype) @ values
 
 
-def _visible(length: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[length, total] bool: row i stands at position total - length + i; the window counts positions."""
+@lru_cache(maxsize=256)
+def _bias(
+    length: int, total: int, window: int | None, repeats: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[repeats * length, total]: 0 where a row sees, -inf where not. Row i stands at position total - length + i, the
+    rows of every further head of a group below; the window counts positions. One tensor serves all layers, in the
+    dtype of the scores: SDPA would turn a boolean mask into such a tensor in every layer, and autograd keep them."""
     at = torch.arange(total - length, total, device=device).unsqueeze(1)
     seen = torch.arange(total, device=device).unsqueeze(0)
-    mask = seen <= at
-    return mask if window is None else mask & (seen > at - window)
+    visible = seen <= at
+    if window is not None:
+        visible &= seen > at - window
+    return torch.zeros(length, total, dtype=dtype, device=device).masked_fill(~visible, -torch.inf).repeat(repeats, 1)

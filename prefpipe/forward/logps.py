@@ -13,7 +13,7 @@ from prefpipe.forward.head import logit_rule, target_logps
 from prefpipe.forward.layout import Layout, Tree, flatten, separate
 
 SCORER_VERSION = 2  # raise it when the numbers below can change: cached values of another version are refused
-SCORING_TOKENS = 8192  # one scoring pass keeps no activations, so it can be larger than a training pass
+SCORING_TOKENS = 2048  # of one scoring pass; larger ones were slower on CPU (docs/LOG.md)
 Rows = Literal["shared", "separate"]
 _TOLERANCE = {"float32": 1e-3, "float16": 0.5, "bfloat16": 1.0}  # nats in one token; a wrong mask is off by many
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +50,8 @@ def num_steps(num_pairs: int, config: TrainConfig) -> int:
 def steps(trainer: Trainer, pairs: Sequence[TrainPair], first: int) -> Iterator[StepMetrics]:
     """Run steps `first`.. to the end. Raises DataError when loss or gradient is not finite."""
     config = trainer.config
+    if any(p.ref_chosen is None or p.ref_rejected is None for p in pairs):
+        pairs = [replace(p, ref_chosen=None, ref_rejected=None) for p in pairs]  # metrics of some pairs would mislead
     total = num_steps(len(pairs), config)
     per_epoch = total // config.num_train_epochs
     for step in range(first, total):

@@ -66,10 +66,12 @@ class MasterAdamW:
             for name, master in self._master.items():
                 master.copy_(like(tensors[f"master/{name}"], master))
                 self._model[name].copy_(master)
-                keys = {k.split("/", 1)[0] for k in tensors if k.split("/", 1)[1] == name} - {"master"}
+                keys = [k.split("/", 1)[0] for k in tensors if k.split("/", 1)[1] == name]
+                # In the given order on every rank: `state` gathers these one by one, in collective calls.
+                # The fused kernel counts steps on the parameter's device.
                 self._adamw.state[master] = {
-                    key: tensors[f"{key}/{name}"].clone() if key == "step" else like(tensors[f"{key}/{name}"], master)
-                    for key in keys
+                    key: value.to(master.device, copy=True) if key == "step" else like(value, master)
+                    for key, value in ((key, tensors[f"{key}/{name}"]) for key in keys if key != "master")
                 }
 
 

@@ -78,7 +78,7 @@ def wrap(model: TreeModel, world: World, strategy: str) -> torch.nn.Module:
     if world.size == 1:
         return model
     if strategy == "ddp":
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, broadcast_buffers=False)  # buffers are constants
     for layer in _decoder_layers(model):
         fully_shard(layer)
     fully_shard(model)
@@ -96,10 +96,11 @@ def whole_adapter(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def like(tensor: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, cut and placed as `template` is."""
+    """A copy of a whole tensor that every rank has, cut and placed as `template` is."""
     if isinstance(template, DTensor):
-        return distribute_tensor(tensor.to(template.device), template.device_mesh, template.placements)
-    return tensor.to(template.device)
+        own = tensor.to(template.device, copy=True)
+        return distribute_tensor(own, template.device_mesh, template.placements, src_data_rank=None)
+    return tensor.to(template.device, copy=True)
 
 
 def sum_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:

@@ -43,17 +43,16 @@ class Job:
 def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     """Read pairs, prove that the cache belongs to the model, train from the newest checkpoint, save the adapter."""
     world = parallel.start()
-    try:
-        job = prepare(config)
-        opened = store.open_run(out, "train", config, job.inputs, force=force) if world.leads else nullcontext(None)
-        with opened as run_:
-            manifest = world.tell(run_.manifest() if run_ else None)
-            if manifest is not None:
-                log.info(f"{out} is complete already")
-                return manifest
-            return _run(run_, world, job, config)
-    finally:
-        parallel.stop(world)
+    job = prepare(config)
+    opened = store.open_run(out, "train", config, job.inputs, force=force) if world.leads else nullcontext(None)
+    with opened as run_:
+        manifest = world.tell(run_.manifest() if run_ else None)
+        if manifest is not None:
+            log.info(f"{out} is complete already")
+        else:
+            manifest = _run(run_, world, job, config)
+    parallel.stop(world)  # after an error the process just ends: leaving the group would wait for the other ranks
+    return manifest
 
 
 def prepare(config: TrainConfig) -> Job:
@@ -81,11 +80,10 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
         audit.check_lengths(pair)
     if any(LOSSES[name].needs_reference for name in config.loss_type):
         base_is_reference = job.reference == job.policy.base_id != job.policy.id
-        with load.adapter_off(model.policy, off=base_is_reference):
+        # A new adapter changes nothing yet, but it costs time: it is off too while the base is scored.
+        with load.adapter_off(model.policy, off=job.reference == job.policy.base_id):
             pairs, scorers = _with_references(run_, world, pairs, job, model, config.dtype)
         found = _audit(model, pairs, scorers, config, base_is_reference=base_is_reference)
-    elif any(p.ref_chosen is None or p.ref_rejected is None for p in pairs):
-        pairs = [replace(p, ref_chosen=None, ref_rejected=None) for p in pairs]  # metrics of some pairs would mislead
     tokens = world.tell(config.max_tokens_per_micro_batch or fitting_tokens(model, pairs))
     wrapped = parallel.wrap(model, world, config.distributed)
     optimizer = MasterAdamW(wrapped, config.weight_decay)

@@ -24,7 +24,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
 
 CLASSES = (GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
-RUNTIME = {"shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"}
+RUNTIME = {"distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"}
 PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs"}
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
@@ -62,6 +62,8 @@ def _one(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         if isinstance(m, annotated_types.Le | annotated_types.Lt):
             bounds |= {"max_value": getattr(m, "le", getattr(m, "lt", None))}
             bounds |= {"exclude_max": True} if isinstance(m, annotated_types.Lt) else {}
+    if kind is bool:
+        return st.booleans()
     if kind is int:
         return st.integers(**bounds)
     return st.floats(allow_nan=False, allow_infinity=False, **bounds) if kind is float else TEXT

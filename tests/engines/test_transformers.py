@@ -1,6 +1,9 @@
 """The transformers engine on the tiny model in fp32: its samples and log-probs against transformers' own."""
 
-from collections.abc import Iterator
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig
 
+from prefpipe import build_pairs, engines, generate, models
 from prefpipe import chat as chats
-from prefpipe import engines, models
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.train import TrainConfig
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
 from prefpipe.engines.transformers import _batches, _draw, _Row
-from prefpipe.forward.load import add_lora, load_model, save_adapter
+from prefpipe.forward.layout import Tree
+from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter, scorer_name
+from prefpipe.forward.logps import TreeModel, score
+from prefpipe.train import stage
 
 MAX_TOKENS = 24
 PROMPTS = {name: list(map(ord, name)) for name in ("a bird", "an owl", "a song", "the sea at night", "x")}
@@ -42,7 +51,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.05)
-    save_adapter(model, directory, "tiny")
+    save_adapter(model, adapter_tensors(model), directory, "tiny")
     return directory
 
 
@@ -87,6 +96,89 @@ def test_log_probs_are_those_of_the_plain_model(engine: Engine, tiny_model: Path
         plain = logps[-length - 1 : -1].gather(1, ids[0, -length:, None])[:, 0].tolist()
         assert scored[sequence.completion_id] == pytest.approx(plain, abs=2e-5)
         assert found[name][int(index)].token_logps == pytest.approx(plain, abs=2e-5)
+
+
+def test_log_probs_captured_and_scored_are_the_same_numbers(engine: Engine) -> None:
+    """One forward pass serves both: the same tree gives the same bits; in another row of trees, within rounding."""
+    for name, ids in PROMPTS.items():
+        ((_, samples),) = engine.generate([Request(name, ids, DRAWS)])
+        scored = dict(engine.score(sequences({name: samples}), adapter=True))
+        assert [scored[f"{name}/{s.sample_index}"] for s in samples] == [s.token_logps for s in samples]
+    found = sampled(engine, requests(*DRAWS))
+    scored = dict(engine.score(sequences(found), adapter=True))
+    for name, own in found.items():
+        for sample in own:
+            assert scored[f"{name}/{sample.sample_index}"] == pytest.approx(sample.token_logps, abs=2e-5)
+
+
+def test_neighbours_with_one_prompt_are_scored_as_one_tree(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five prompts with six draws each: five trees of six completions in the order given; scattered they are 30."""
+    seen: list[list[int]] = []
+
+    def watched(model: TreeModel, trees: Iterable[Tree]) -> Iterator[list[list[float]]]:
+        given_ = list(trees)
+        seen.append([len(t.completions) for t in given_])
+        return score(model, given_)
+
+    given_ = sequences(sampled(engine, requests(*DRAWS)))
+    monkeypatch.setattr("prefpipe.engines.transformers.score", watched)
+    together = dict(engine.score(given_, adapter=True))
+    scattered = given_[::6] + [s for i, s in enumerate(given_) if i % 6]
+    apart = dict(engine.score(scattered, adapter=True))
+    assert seen[0] == [6] * 5
+    assert seen[1] == [1] * 5 + [5] * 5
+    assert list(together) == [s.completion_id for s in given_]
+    for key, values in together.items():
+        assert apart[key] == pytest.approx(values, abs=2e-5)
+
+
+def test_a_model_that_cannot_share_rows_generates_with_a_notice(
+    tmp_path: Path, tiny_model: Path, settings: EngineSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bloom: its log-probs are those of plain rows, and the notice comes once."""
+    shutil.copytree(tiny_model, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    torch.manual_seed(0)
+    bloom = BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3)
+    AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "m")
+    policy = models.resolve(str(tmp_path / "m"))
+    with engines.load("transformers", replace(settings, policy=policy, max_num_seqs=6)) as running:
+        found = sampled(running, requests(*DRAWS))
+    assert capsys.readouterr().err.count("a row of its own: its attention bias (ALiBi)") == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    for sequence in sequences(found):
+        name, _, index = sequence.completion_id.partition("/")
+        ids = torch.tensor([[*sequence.prompt_token_ids, *sequence.token_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits[0].log_softmax(-1)
+        length = len(sequence.token_ids)
+        plain = logps[-length - 1 : -1].gather(1, ids[0, -length:, None])[:, 0].tolist()
+        assert found[name][int(index)].token_logps == pytest.approx(plain, abs=2e-5)
+
+
+@pytest.mark.parametrize("reference", ["policy", "base"])
+def test_generated_pairs_audit_at_ln_2(tiny_model: Path, prompts_file: Path, tmp_path: Path, reference: str) -> None:
+    """generate -> build-pairs -> train in one process, fp32: what was cached is what training computes, to 1e-6.
+
+    The audit packs one pair, generation all draws of a prompt: other rows of trees, the same values.
+    """
+    reward = "tests.e2e.letters:most_letters"
+    sampling = GenerateConfig(
+        model=str(tiny_model), prompts=str(prompts_file), engine="transformers", dtype="float32", num_samples=4,
+        max_tokens=12, rewards=(reward,), reference=reference,
+    )  # fmt: skip
+    generate.run(sampling, tmp_path / "g", force=False)
+    pairing = BuildPairsConfig(
+        completions=(str(tmp_path / "g"),), reward=reward, pairs_per_prompt=2, truncated_chosen="keep"
+    )
+    build_pairs.run(pairing, tmp_path / "p", force=False)
+    training = TrainConfig(model=str(tiny_model), pairs=(str(tmp_path / "p"),), dtype="float32", train_batch_size=4)
+    manifest = stage.run(training, tmp_path / "t", force=False)
+    found = manifest["totals"]["audit"]
+    assert found["pairs"] == manifest["totals"]["pairs"] >= 8
+    assert found["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["absolute_mean"] < 1e-5
+    first = json.loads((tmp_path / "t" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_every_draw_comes_back_once_and_ends_rightly(engine: Engine) -> None:
@@ -166,8 +258,10 @@ def test_the_adapter_changes_samples_and_can_be_switched_off(
             assert sample.token_logps == pytest.approx(on[f"{name}/{sample.sample_index}"], abs=2e-5)
 
 
-def test_the_scorer_names_engine_and_dtype(engine: Engine) -> None:
-    assert engine.scorer.startswith("transformers-")
+def test_the_scorer_names_forward_and_dtype(engine: Engine) -> None:
+    """The numerics are the trainer's own forward, so that is what its values are signed with."""
+    assert engine.scorer == scorer_name("float32")
+    assert engine.scorer.startswith("forward-")
     assert engine.scorer.endswith("/float32")
 
 

@@ -14,7 +14,7 @@ from prefpipe import chat as chats
 from prefpipe import engines, models, store
 from prefpipe.chat import encode, encode_prompt
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
-from prefpipe.forward.load import add_lora, load_model, save_adapter
+from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.ids import content_id, ids_digest
 from prefpipe.ingest import read_prompts
 from prefpipe.schemas import Completion, RefLogps, from_table
@@ -58,7 +58,7 @@ def tuned(settings: EngineSettings, tmp_path_factory: pytest.TempPathFactory) ->
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.05)
-    save_adapter(model, directory, "tiny")
+    save_adapter(model, adapter_tensors(model), directory, "tiny")
     return replace(settings, policy=models.resolve(str(base), str(directory)))
 
 

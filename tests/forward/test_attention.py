@@ -1,41 +1,54 @@
 """Tree attention against scaled_dot_product_attention under an explicit mask of who sees whom."""
 
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PretrainedConfig
 
 from prefpipe.errors import UsageError
-from prefpipe.forward.attention import tree_attention
+from prefpipe.forward.attention import check_positions, tree_attention, variable_length, why_not_shared
 from prefpipe.forward.layout import Layout, Tree, flatten
 
 HEADS, GROUPS, SIZE = 6, 2, 8
 MODULE = torch.nn.Identity()
+WINDOWS = [None, 1, 4, 12, 1000]
 
 
-def trees(num_completions: int) -> list[Tree]:
-    """Three trees whose prompts and completions have different lengths, one of a single prompt token."""
+def trees(num_completions: int, shared: int = 0) -> list[Tree]:
+    """Three trees whose prompts and completions have different lengths, one of a single prompt token.
+
+    `shared` tokens are the same at the start of every completion; the first of them is nothing but those.
+    """
     lengths = [3, 1, 7, 4, 2, 5, 9, 6]
-    completions = [[0] * n for n in lengths[:num_completions]]
+    completions = [[99] * shared + [number] * n for number, n in enumerate(lengths[:num_completions])]
+    if shared:
+        completions[0] = [99] * shared
     return [Tree([0] * 5, completions), Tree([0], completions[::-1]), Tree([0] * 11, completions)]
 
 
 def visible(layout: Layout, window: int | None) -> torch.Tensor:
-    """[T, T]: row i sees row j when j is of its own prompt or completion, at a position not after its own.
+    """[T, T]: row i sees row j when j is of its own trunk or completion, at a position not after its own.
 
     With a window w it sees the positions p - w + 1 .. p, as transformers' sliding windows do.
     """
     count = len(layout.input_ids)
     tree, part = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.long)
     for number, span in enumerate(layout.spans):
-        tree[span.start : span.start + span.prompt_length] = number
-        part[span.start : span.start + span.prompt_length] = -1
+        tree[span.start : span.start + span.trunk_length] = number
+        part[span.start : span.start + span.trunk_length] = -1
         for own, (start, length) in enumerate(span.completions):
             tree[start : start + length] = number
             part[start : start + length] = own
     same_tree = tree[:, None] == tree[None, :]
-    prompt_or_own = (part[None, :] == -1) | (part[:, None] == part[None, :])
+    trunk_or_own = (part[None, :] == -1) | (part[:, None] == part[None, :])
     ahead = layout.position_ids[:, None] - layout.position_ids[None, :]
-    seen = same_tree & prompt_or_own & (ahead >= 0)
+    seen = same_tree & trunk_or_own & (ahead >= 0)
     return seen if window is None else seen & (ahead < window)
 
 
@@ -45,23 +58,78 @@ def tensors(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 12, 1000])
+def same_in_value_and_gradient(found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.autograd.grad(out, inputs, slope) for out in (found, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("num_completions", [1, 2, 8])
-def test_equals_masked_attention_in_value_and_gradient(num_completions: int, window: int | None):
-    layout = flatten(trees(num_completions))
-    query, key, value = tensors(len(layout.input_ids))
+def test_equals_masked_attention_in_value_and_gradient(num_completions: int, window: int | None, shared: int):
+    layout = flatten(trees(num_completions, shared))
+    query, key, value = inputs = tensors(len(layout.input_ids))
     found, weights = tree_attention(
         MODULE, query, key, value, None, tree_spans=layout.spans, scaling=0.2, sliding_window=window
     )
     wide = [t.repeat_interleave(HEADS // GROUPS, dim=1) for t in (key, value)]
     expected = scaled_dot_product_attention(query, *wide, attn_mask=visible(layout, window), scale=0.2).transpose(1, 2)
     assert weights is None
+    same_in_value_and_gradient(found, expected, inputs)
+
+
+def slow_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor, longest_query: int, longest_key: int, *, scale: float | None,
+    window_size: tuple[int, int], enable_gqa: bool,
+) -> torch.Tensor:  # fmt: skip
+    """What torch.nn.attention.varlen.varlen_attn promises, one row at a time: sequence s has the queries
+    query_offsets[s]:query_offsets[s + 1] and keys likewise; the causal mask is aligned at the end (bottom right);
+    window_size = (left, right) counts keys beside the own one, -1 is no limit."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    repeats = query.shape[1] // key.shape[1]
+    assert enable_gqa == (repeats > 1)
+    assert window_size[1] == 0
+    assert query_offsets.dtype == key_offsets.dtype == torch.int32
+    queries, keys = (list(itertools.pairwise(offsets.tolist())) for offsets in (query_offsets, key_offsets))
+    assert longest_query == max(b - a for a, b in queries)
+    assert longest_key == max(b - a for a, b in keys)
+    rows: list[torch.Tensor] = []
+    for (q_start, q_end), (k_start, k_end) in zip(queries, keys, strict=True):
+        for row in range(q_start, q_end):
+            own = k_end - (q_end - row)
+            first = k_start if window_size[0] < 0 else max(k_start, own - window_size[0])
+            k, v = (t[first : own + 1].repeat_interleave(repeats, dim=1) for t in (key, value))
+            weights = (torch.einsum("hd,khd->hk", query[row], k) * scale).softmax(-1)
+            rows.append(torch.einsum("hk,khd->hd", weights, v))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("num_completions", [1, 2, 8])
+def test_variable_length_equals_tree_attention(num_completions: int, window: int | None, shared: int):
+    """The plan for the CUDA kernel, with a slow kernel in its place; the default scale with one of the windows."""
+    layout = flatten(trees(num_completions, shared))
+    query, key, value = inputs = tensors(len(layout.input_ids))
+    scaling = 0.2 if window != 4 else None
+    found = variable_length(query, key, value, layout.spans, scaling, window, slow_kernel)
+    expected, _ = tree_attention(
+        MODULE, query, key, value, None, tree_spans=layout.spans, scaling=scaling, sliding_window=window
+    )
+    same_in_value_and_gradient(found, expected, inputs)
+
+
+def test_variable_length_without_grouped_heads():
+    layout = flatten(trees(2))
+    query, key, value = tensors(len(layout.input_ids))
+    inputs = [query[:, :GROUPS], key, value]
+    found = variable_length(*inputs, layout.spans, None, None, slow_kernel)
+    expected, _ = tree_attention(MODULE, *inputs, None, tree_spans=layout.spans)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    ours = torch.autograd.grad(found, (query, key, value), slope)
-    theirs = torch.autograd.grad(expected, (query, key, value), slope)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_scale_defaults_to_one_over_root_of_the_head_size():
@@ -72,20 +140,25 @@ def test_scale_defaults_to_one_over_root_of_the_head_size():
     torch.testing.assert_close(default, given)
 
 
-def test_finite_differences():
-    """All three inputs in float64, grouped heads, a window that cuts into the prompt."""
-    layout = flatten([Tree([0, 0, 0], [[0, 0], [0]])])
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["plain", "softcap"])
+def test_finite_differences(softcap: float | None):
+    """All three inputs in float64, grouped heads, a window that cuts into the trunk.
+
+    With a cap the weights pass through float32, as in the models' own code: the step and the tolerance are wider.
+    """
+    layout = flatten([Tree([0, 0, 0], [[1, 0], [2]])])
     query, key, value = (t[..., :3].detach().requires_grad_() for t in tensors(len(layout.input_ids), torch.float64))
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
-        return tree_attention(MODULE, *inputs, None, tree_spans=layout.spans, sliding_window=2)[0]
+        return tree_attention(MODULE, *inputs, None, tree_spans=layout.spans, sliding_window=2, softcap=softcap)[0]
 
-    assert torch.autograd.gradcheck(run, (query, key, value))
+    limits = {} if softcap is None else {"eps": 1e-3, "atol": 2e-3}
+    assert torch.autograd.gradcheck(run, (query, key, value), **limits)
 
 
 def test_a_completion_is_untouched_by_its_siblings_and_by_other_trees():
-    """Completion (3, 2) of the first tree: replacing all but its prompt and itself leaves its output as it was."""
-    layout = flatten([Tree([0, 0, 0], [[0, 0], [0, 0]]), Tree([0, 0], [[0]])])
+    """Completion (3, 2) of the first tree: replacing all but its trunk and itself leaves its output as it was."""
+    layout = flatten([Tree([0, 0, 0], [[1, 0], [2, 0]]), Tree([0, 0], [[0]])])
     query, key, value = tensors(len(layout.input_ids))
     before, _ = tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans)
     changed = [t.detach().clone() for t in (query, key, value)]
@@ -96,9 +169,108 @@ def test_a_completion_is_untouched_by_its_siblings_and_by_other_trees():
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
-@pytest.mark.parametrize("unsupported", [{"softcap": 50.0}, {"s_aux": torch.zeros(HEADS)}], ids=["softcap", "sinks"])
-def test_soft_capping_and_sinks_are_refused(unsupported: dict[str, object]):
-    layout = flatten(trees(1))
-    query, key, value = tensors(len(layout.input_ids))
-    with pytest.raises(UsageError, match="soft-capping or sinks"):
-        tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans, **unsupported)
+def eager(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor,
+    softcap: float | None, sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Gemma 2's and gpt-oss's formulas over the whole row under a mask: cap tanh(s / cap), one more logit per head."""
+    key, value = (t.repeat_interleave(HEADS // GROUPS, dim=1) for t in (key, value))
+    scores = query @ key.mT * 0.2
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    scores = scores + torch.where(seen, 0.0, -torch.inf)
+    if sinks is None:
+        return (scores.softmax(-1) @ value).transpose(1, 2)
+    total = scores.exp().sum(-1, keepdim=True) + sinks.exp().reshape(1, -1, 1, 1)
+    return (scores.exp() / total @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("capped", "sunk"), [(True, False), (False, True), (True, True)])
+def test_soft_cap_and_sinks_equal_an_eager_oracle(capped: bool, sunk: bool, window: int | None, shared: int):
+    """Gemma 2's cap and gpt-oss's sinks, each and both, in value and in all gradients, those of the sinks too."""
+    layout = flatten(trees(8, shared))
+    query, key, value = inputs = tensors(len(layout.input_ids))
+    softcap = 0.8 if capped else None
+    sinks = torch.linspace(-1.0, 2.0, HEADS).requires_grad_() if sunk else None
+    found, _ = tree_attention(
+        MODULE, query, key, value, None, tree_spans=layout.spans, scaling=0.2, sliding_window=window, softcap=softcap,
+        s_aux=sinks,
+    )  # fmt: skip
+    expected = eager(query, key, value, visible(layout, window), softcap, sinks)
+    same_in_value_and_gradient(found, expected, [*inputs, *([] if sinks is None else [sinks])])
+    plain, _ = tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans, scaling=0.2)
+    assert float((found - plain).detach().abs().max()) > 0.1  # they do change the output
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4,
+        "original_max_position_embeddings": 24}  # fmt: skip
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+NOT_SHARED: dict[str, tuple[Callable[[], Any], str]] = {
+    "falcon-alibi": (lambda: transformers.FalconConfig(alibi=True), "ALiBi"),
+    "bloom": (transformers.BloomConfig, "ALiBi"),
+    "mpt": (transformers.MptConfig, "ALiBi"),
+    "mamba": (transformers.MambaConfig, "recurrent"),
+    "mamba2": (transformers.Mamba2Config, "recurrent"),
+    "rwkv": (transformers.RwkvConfig, "recurrent"),
+    "recurrent_gemma": (transformers.RecurrentGemmaConfig, "recurrent"),
+    "jamba": (transformers.JambaConfig, "recurrent"),
+    "bamba": (transformers.BambaConfig, "recurrent"),
+    "zamba": (transformers.ZambaConfig, "recurrent"),
+    "zamba2": (transformers.Zamba2Config, "recurrent"),
+    "falcon_h1": (transformers.FalconH1Config, "recurrent"),
+    "nemotron_h": (transformers.NemotronHConfig, "recurrent"),
+    "granitemoehybrid": (transformers.GraniteMoeHybridConfig, "recurrent"),
+    "lfm2": (
+        lambda: transformers.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), "recurrent"
+    ),
+    "qwen3_next": (transformers.Qwen3NextConfig, "recurrent"),
+    "minimax": (transformers.MiniMaxConfig, "recurrent"),
+    "olmo_hybrid": (transformers.OlmoHybridConfig, "recurrent"),
+    "qwen2_vl": (
+        lambda: transformers.Qwen2VLConfig(
+            text_config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+        ),
+        "M-RoPE",
+    ),
+    "longrope": (
+        lambda: transformers.Phi3Config(**TINY, original_max_position_embeddings=24, rope_parameters=LONG), "longrope"
+    ),
+    "longrope of one layer type": (
+        lambda: SimpleNamespace(get_text_config=lambda: SimpleNamespace(
+            model_type="x", rope_parameters={"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}
+        )),
+        "longrope",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_SHARED)
+def test_models_that_cannot_share_a_row_are_named(name: str):
+    make, why = NOT_SHARED[name]
+    assert why in (why_not_shared(make()) or "nothing")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        transformers.LlamaConfig, transformers.Gemma2Config, transformers.Gemma3TextConfig, transformers.GptOssConfig,
+        transformers.Qwen3Config, transformers.CohereConfig, transformers.GPT2Config, transformers.Llama4TextConfig,
+        lambda: transformers.FalconConfig(alibi=False),
+    ],
+)  # fmt: skip
+def test_models_that_may_share_a_row(make: Callable[[], PretrainedConfig]):
+    assert why_not_shared(make()) is None
+
+
+def test_rotary_frequencies_that_grow_with_use_are_refused():
+    growing = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    with pytest.raises(UsageError, match="dynamic NTK"):
+        check_positions(transformers.LlamaConfig(rope_parameters=growing))
+    layered: Any = SimpleNamespace(
+        get_text_config=lambda: SimpleNamespace(rope_parameters={"full_attention": growing, "other": LONG})
+    )
+    with pytest.raises(UsageError, match="dynamic NTK"):
+        check_positions(layered)
+    for fixed in ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, None):
+        check_positions(transformers.LlamaConfig(rope_parameters=fixed))

@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from prefpipe import fsio
 from prefpipe.errors import UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
-from prefpipe.forward.logps import causal_model, score, self_test
+from prefpipe.forward.logps import TreeModel, causal_model, score
 
 TREES = [Tree([5, 6, 7, 8], [[9, 10, 11], [12, 2]]), Tree([20], [[30, 31]])]
 
 
-def flat(values: list[list[list[float]]]) -> torch.Tensor:
-    return torch.tensor([v for tree in values for completion in tree for v in completion])
+def values(model: torch.nn.Module) -> torch.Tensor:
+    """Log-probs of every token of TREES."""
+    return torch.tensor([v for tree in score(TreeModel(model), TREES) for completion in tree for v in completion])
 
 
 def moved(model_directory: Path, seed: int = 3) -> PeftModel:
@@ -35,18 +36,18 @@ def moved(model_directory: Path, seed: int = 3) -> PeftModel:
 
 
 def save(model: PeftModel, directory: Path) -> Path:
-    fsio.publish_dir(directory, lambda into: load.save_adapter(model, into, "some/base"))
+    fsio.publish_dir(directory, lambda into: load.save_adapter(model, load.adapter_tensors(model), into, "some/base"))
     return directory
 
 
 def test_a_new_adapter_changes_nothing_and_its_seed_fixes_it(tiny_model: Path):
     """B = 0, so the policy is the base to the bit."""
-    base = flat(score(load.load_model(tiny_model, "float32"), TREES))
+    base = values(load.load_model(tiny_model, "float32"))
     models = [
         load.add_lora(load.load_model(tiny_model, "float32"), r=4, alpha=8, target_modules="all-linear", seed=s)
         for s in (0, 0, 1)
     ]
-    assert torch.equal(flat(score(models[0], TREES)), base)
+    assert torch.equal(values(models[0]), base)
     first, same, other = ([p for p in m.parameters() if p.requires_grad] for m in models)
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -65,7 +66,7 @@ def test_round_trip_gives_the_same_values_and_weights(tiny_model: Path, tmp_path
     model = moved(tiny_model)
     save(model, tmp_path / "a")
     again = load.load_adapter(load.load_model(tiny_model, "float32"), tmp_path / "a", trainable=True)
-    assert torch.equal(flat(score(again, TREES)), flat(score(model, TREES)))
+    assert torch.equal(values(again), values(model))
     theirs = {n: p for n, p in again.named_parameters() if p.requires_grad}
     ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert theirs.keys() == ours.keys()
@@ -84,19 +85,19 @@ def test_plain_peft_and_transformers_load_it_and_agree(tiny_model: Path, tmp_pat
                 ids = torch.tensor([[*tree.prompt, *completion]])
                 logps = plain(input_ids=ids).logits[0].log_softmax(-1)
                 found += [float(logps[len(tree.prompt) - 1 + i, t]) for i, t in enumerate(completion)]
-    torch.testing.assert_close(flat(score(model, TREES)), torch.tensor(found), rtol=0, atol=2e-5)
+    torch.testing.assert_close(values(model), torch.tensor(found), rtol=0, atol=2e-5)
 
 
 def test_adapter_off_gives_the_base_and_comes_back(tiny_model: Path):
-    base = flat(score(load.load_model(tiny_model, "float32"), TREES))
+    base = values(load.load_model(tiny_model, "float32"))
     model = moved(tiny_model)
-    on = flat(score(model, TREES))
+    on = values(model)
     assert float((on - base).abs().max()) > 0.1
     with load.adapter_off(model, off=True):
-        assert torch.equal(flat(score(model, TREES)), base)
+        assert torch.equal(values(model), base)
     with load.adapter_off(model, off=False):
-        assert torch.equal(flat(score(model, TREES)), on)
-    assert torch.equal(flat(score(model, TREES)), on)
+        assert torch.equal(values(model), on)
+    assert torch.equal(values(model), on)
 
 
 def test_files_hold_no_pickle_and_others_may_read_them(tiny_model: Path, tmp_path: Path):
@@ -137,29 +138,40 @@ def untied(directory: Path) -> Path:
     return directory
 
 
-def test_lora_on_the_head_is_refused_or_counted(tmp_path: Path):
+def test_lora_on_the_head_is_refused(tmp_path: Path):
     """The log-prob head reads W alone: an adapter on it would be trained by nothing and left out of every value.
 
-    With B = 0 the self-test cannot see it, so it must be refused by name, or its part must be in the values.
+    With B = 0 the self-test cannot see it, so it is refused by name; also when it comes from a file.
     """
-    base = load.load_model(untied(tmp_path / "m"), "float32")
-    try:
-        model = load.add_lora(base, r=4, alpha=8, target_modules="q_proj,lm_head", seed=0)
-    except UsageError:
-        return
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    assert self_test(model, TREES) <= 2e-5
+    untied(tmp_path / "m")
+    with pytest.raises(UsageError, match="output head"):
+        load.add_lora(load.load_model(tmp_path / "m", "float32"), r=4, alpha=8, target_modules="q_proj,lm_head", seed=0)
+    adapted = get_peft_model(load.load_model(tmp_path / "m", "float32"), LoraConfig(target_modules=["lm_head"]))
+    adapted.save_pretrained(str(tmp_path / "a"), save_embedding_layers=False)
+    with pytest.raises(UsageError, match="output head"):
+        load.load_adapter(load.load_model(tmp_path / "m", "float32"), tmp_path / "a", trainable=False)
 
 
 def test_attention_switches_for_sampling_and_back(tiny_model: Path):
-    model = moved(tiny_model)
-    before = flat(score(model, TREES))
-    load.switch_attention(model, "sdpa")
-    assert causal_model(model).config._attn_implementation == "sdpa"
-    load.switch_attention(model, "prefpipe_tree")
-    assert torch.equal(flat(score(model, TREES)), before)
+    model = TreeModel(moved(tiny_model))
+    before = values(model.policy)
+    model.set_rows("separate")
+    assert causal_model(model.policy).config._attn_implementation == "sdpa"
+    model.set_rows("shared")
+    assert causal_model(model.policy).config._attn_implementation == "prefpipe_tree"
+    assert torch.equal(values(model.policy), before)
+
+
+def test_rotary_frequencies_that_grow_with_use_are_refused_by_the_loader(tmp_path: Path):
+    """Dynamic NTK keeps the longest length it has seen: no value would be the same twice."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(UsageError, match="dynamic NTK"):
+        load.load_model(tmp_path / "m", "float32")
 
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path):

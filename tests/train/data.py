@@ -12,10 +12,14 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
-from prefpipe.forward.logps import score
+from prefpipe.forward.logps import TreeModel, score
 from prefpipe.ids import content_id, ids_digest
 from prefpipe.schemas import Pair, to_table
+from prefpipe.train import parallel
 from prefpipe.train.groups import TrainPair
+from prefpipe.train.loop import Trainer
+from prefpipe.train.optimizer import MasterAdamW
+from prefpipe.train.parallel import World
 
 EOS = 2
 
@@ -57,10 +61,10 @@ def with_reference(
     model: torch.nn.Module = load.load_model(model_directory, dtype)
     if adapter is not None:
         model = load.load_adapter(model, adapter, trainable=False)  # type: ignore[arg-type]
-    found: list[Pair] = []
+    policy_model, found = TreeModel(model), list[Pair]()
     for row in rows:
         tree = Tree(row.prompt_token_ids, (row.chosen_token_ids, row.rejected_token_ids))
-        ((chosen, rejected),) = score(model, [tree])
+        ((chosen, rejected),) = score(policy_model, [tree])
         found.append(with_values(row, chosen, rejected, policy.id, load.scorer_name(dtype)))
     return found
 
@@ -99,3 +103,17 @@ def config(model: Path, *pairs: Path, **changes: object) -> TrainConfig:
         "train_batch_size": 4, "num_train_epochs": 2, "lora_r": 4, "lora_alpha": 8, "save_steps": 1,
     }  # fmt: skip
     return TrainConfig.model_validate({**values, **changes})
+
+
+def policy(model_directory: Path, dtype: str = "float32") -> TreeModel:
+    """The base with a new adapter (B = 0, seed 0), as a run of `config` starts."""
+    base = load.load_model(model_directory, dtype)
+    return TreeModel(load.add_lora(base, r=4, alpha=8, target_modules="all-linear", seed=0))
+
+
+def trainer(model: TreeModel, settings: TrainConfig) -> Trainer:
+    """A trainer alone in the world; without a budget in the settings every step is one micro-batch."""
+    world = World(0, 1)
+    wrapped = parallel.wrap(model, world, settings.distributed)
+    budget = settings.max_tokens_per_micro_batch or 10**9
+    return Trainer(model, wrapped, MasterAdamW(wrapped, settings.weight_decay), settings, world, budget)

@@ -1,5 +1,6 @@
 """Which pairs make a step, how they are packed, and that the cut never changes the gradient."""
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.forward import load
 from prefpipe.train import loop
 from prefpipe.train.groups import MicroBatch, TrainPair, global_batches, micro_batches
-from prefpipe.train.optimizer import MasterAdamW
+from tests.train import data
 
 PROMPTS = st.sampled_from([(1,), (1, 2, 3), (4, 5), (6, 7, 8, 9, 10)])
 COMPLETIONS = st.sampled_from([(20,), (21, 22), (23, 24, 25), (26, 27, 28, 29, 30, 31)])
@@ -28,10 +28,15 @@ PAIRS = st.lists(st.tuples(PROMPTS, COMPLETIONS, COMPLETIONS), min_size=1, max_s
 )
 
 
+def prompts(count: int, distinct: int = 7) -> list[tuple[int, ...]]:
+    """Prompts of `count` rows, drawn from a few."""
+    return [(i * i % distinct,) for i in range(count)]
+
+
 @settings(deadline=None)
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.integers(0, 5))
-def test_an_epoch_holds_every_row_exactly_once(num_pairs: int, size: int, seed: int, epoch: int):
-    steps = global_batches(num_pairs, size, seed, epoch)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.integers(0, 5), st.booleans())
+def test_an_epoch_holds_every_row_exactly_once(num_pairs: int, size: int, seed: int, epoch: int, together: bool):
+    steps = global_batches(prompts(num_pairs), size, seed, epoch, together=together)
     assert sorted(row for step in steps for row in step) == list(range(num_pairs))
     assert all(len(step) == size for step in steps[:-1])
     assert 1 <= len(steps[-1]) <= size
@@ -39,13 +44,42 @@ def test_an_epoch_holds_every_row_exactly_once(num_pairs: int, size: int, seed: 
 
 def test_order_is_fixed_by_seed_and_epoch():
     """The same (seed, epoch) gives the same steps in any process; another of either gives another order."""
-    first = global_batches(40, 8, seed=3, epoch=0)
-    assert first == global_batches(40, 8, seed=3, epoch=0)
-    assert first != global_batches(40, 8, seed=3, epoch=1)
-    assert first != global_batches(40, 8, seed=4, epoch=0)
+    batches = lambda seed, epoch: global_batches(prompts(40), 8, seed, epoch, together=False)  # noqa: E731
+    first = batches(3, 0)
+    assert first == batches(3, 0)
+    assert first != batches(3, 1)
+    assert first != batches(4, 0)
     order = list(range(40))
     random.Random("3/0").shuffle(order)
     assert [row for step in first for row in step] == order
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([(1,), (1, 2), (2,), (3, 4, 5)]), min_size=1, max_size=40), st.integers(0, 5),
+    st.integers(0, 3),
+)  # fmt: skip
+def test_together_keeps_the_pairs_of_a_prompt_adjacent(rows: list[tuple[int, ...]], seed: int, epoch: int):
+    """A permutation in which every prompt is one block; blocks and the rows inside keep the order of the shuffle."""
+    apart, together = (
+        [row for step in global_batches(rows, 5, seed, epoch, together=flag) for row in step] for flag in (False, True)
+    )
+    assert sorted(together) == list(range(len(rows)))
+    blocks = [rows[row] for row in together]
+    changes = sum(a != b for a, b in itertools.pairwise(blocks))
+    assert changes == len(set(rows)) - 1
+    order = list(dict.fromkeys(rows[row] for row in apart))  # prompts by their first appearance in the shuffle
+    assert list(dict.fromkeys(blocks)) == order
+    for prompt in order:
+        assert [r for r in together if rows[r] == prompt] == [r for r in apart if rows[r] == prompt]
+
+
+def test_together_shares_more_prompts_in_a_step():
+    """16 pairs of 4 prompts in steps of 4: one prompt a step instead of several, one tree instead of several."""
+    rows = [(i % 4,) for i in range(16)]
+    found = global_batches(rows, 4, seed=0, epoch=0, together=True)
+    assert [len({rows[row] for row in step}) for step in found] == [1] * 4
+    assert sum(len({rows[r] for r in step}) for step in global_batches(rows, 4, 0, 0, together=False)) > 4
 
 
 def completion(micro: MicroBatch, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -98,6 +132,17 @@ def test_a_completion_of_several_pairs_is_in_the_tree_once():
     assert (micro.chosen, micro.rejected) == ((0, 0, 1), (1, 2, 2))
 
 
+def test_a_completion_of_five_pairs_is_computed_once():
+    """best > w0 .. w4 in one step: 6 completions in the tree, the chosen one is number 0 in all five pairs."""
+    best, worse = (20, 21, 22), [(30 + n, 21) for n in range(5)]
+    pairs = [pair(n, (1, 2), best, w) for n, w in enumerate(worse)]
+    (micro,) = micro_batches(pairs, 1000)
+    (tree,) = micro.trees
+    assert tree.completions == (best, *worse)
+    assert (micro.chosen, micro.rejected) == ((0,) * 5, (1, 2, 3, 4, 5))
+    assert (tree.num_tokens, sum(2 * 2 + 3 + 2 for _ in pairs)) == (2 + 3 + 10, 45)
+
+
 def test_an_oversize_group_stands_alone():
     """Budget 6: the group of 2 + 3 + 3 = 8 tokens alone, two groups of 1 + 1 + 1 = 3 together."""
     big = pair(0, (1, 2), (3, 4, 5), (6, 7, 8))
@@ -135,10 +180,9 @@ def test_gradients_are_the_same_for_every_budget(tiny_model: Path):
             dtype="float32", train_batch_size=12, max_grad_norm=1e9, max_tokens_per_micro_batch=budget,
             loss_type=("sigmoid", "nll"), loss_weights=(1.0, 0.3),
         )  # fmt: skip
-        model = load.add_lora(load.load_model(tiny_model, "float32"), r=4, alpha=8, target_modules="all-linear", seed=0)
-        optimizer = MasterAdamW(model, weight_decay=0.0)
-        (metrics,) = loop.steps(model, optimizer, pairs, config, 0)
-        found.append({k: v.clone() for k, v in optimizer.state().items() if k.startswith("exp_avg/")})
+        trainer = data.trainer(data.policy(tiny_model), config)
+        (metrics,) = loop.steps(trainer, pairs, 0)
+        found.append({k: v.clone() for k, v in trainer.optimizer.state().items() if k.startswith("exp_avg/")})
         losses.append(metrics.values["loss"])
     assert len(micro_batches(pairs, 200)) > 1
     assert len(micro_batches(pairs, 40)) == 5

@@ -4,24 +4,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from peft import PeftModel
 from torch.nn.functional import logsigmoid
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError
-from prefpipe.forward import load
+from prefpipe.errors import DataError, PrefpipeError
+from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.train import loop
-from prefpipe.train.groups import TrainPair, global_batches
+from prefpipe.train.groups import TrainPair, global_batches, micro_batches
 from prefpipe.train.loop import StepMetrics
-from prefpipe.train.optimizer import MasterAdamW, learning_rate
+from prefpipe.train.optimizer import learning_rate
+from prefpipe.train.parallel import World
 from tests.train import data
-
-
-def policy(tiny_model: Path, dtype: str = "float32") -> PeftModel:
-    return load.add_lora(load.load_model(tiny_model, dtype), r=4, alpha=8, target_modules="all-linear", seed=0)
+from tests.train.data import policy, trainer
 
 
 def lora(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -35,8 +33,12 @@ def pairs(tiny_model: Path) -> list[TrainPair]:
     return [replace(p, weight=w) for p, w in zip(own, [0.5, 1.5] * 5, strict=True)]
 
 
-def run(model: torch.nn.Module, pairs: Sequence[TrainPair], config: TrainConfig) -> list[StepMetrics]:
-    return list(loop.steps(model, MasterAdamW(model, config.weight_decay), pairs, config, 0))
+def run(model: TreeModel, pairs: Sequence[TrainPair], config: TrainConfig) -> list[StepMetrics]:
+    return list(loop.steps(trainer(model, config), pairs, 0))
+
+
+def batches(pairs: Sequence[TrainPair], config: TrainConfig, epoch: int) -> list[list[int]]:
+    return global_batches([p.prompt for p in pairs], config.train_batch_size, config.seed, epoch, together=False)
 
 
 def plain_logp(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
@@ -45,15 +47,16 @@ def plain_logp(model: torch.nn.Module, prompt: Sequence[int], completion: Sequen
     return logps.gather(1, torch.tensor(completion).unsqueeze(1)).sum()
 
 
-def plain_training(model: PeftModel, pairs: Sequence[TrainPair], config: TrainConfig) -> list[float]:
+def plain_training(policy_model: TreeModel, pairs: Sequence[TrainPair], config: TrainConfig) -> list[float]:
     """Textbook DPO + 0.5 NLL: a row per completion, transformers' attention, torch's AdamW; loss is sum w l / G."""
-    load.switch_attention(model, "sdpa")
+    policy_model.set_rows("separate")
+    model = policy_model.policy
     trainable = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trainable, weight_decay=config.weight_decay)
     total, losses = loop.num_steps(len(pairs), config), []
     for step in range(total):
         epoch, within = divmod(step, total // config.num_train_epochs)
-        batch = [pairs[i] for i in global_batches(len(pairs), config.train_batch_size, config.seed, epoch)[within]]
+        batch = [pairs[i] for i in batches(pairs, config, epoch)[within]]
         loss = torch.zeros(())
         for p in batch:
             chosen, rejected = (plain_logp(model, p.prompt, ids) for ids in (p.chosen, p.rejected))
@@ -99,8 +102,8 @@ def test_step_0_is_ln_2_and_the_margin_rises(tiny_model: Path, pairs: list[Train
 def test_metrics_are_means_over_the_step(tiny_model: Path, pairs: list[TrainPair]):
     """Step 0, policy = reference: logps/chosen is the mean of the cached sums of the step's pairs."""
     config = data.config(tiny_model, max_tokens_per_micro_batch=40)
-    first = next(loop.steps(*_started(policy(tiny_model)), pairs, config, 0))
-    rows = global_batches(len(pairs), 4, config.seed, 0)[0]
+    first = next(loop.steps(trainer(policy(tiny_model), config), pairs, 0))
+    rows = batches(pairs, config, 0)[0]
     expected = sum(sum(pairs[r].ref_chosen or ()) for r in rows) / 4
     assert first.values["logps/chosen"] == pytest.approx(expected, rel=1e-5)
     assert (first.step, first.num_steps, first.num_pairs) == (0, 6, 4)
@@ -108,12 +111,14 @@ def test_metrics_are_means_over_the_step(tiny_model: Path, pairs: list[TrainPair
     assert first.values["learning_rate"] == pytest.approx(config.learning_rate / 2)  # warmup of one step
     assert set(first.values) == {
         "loss", "grad_norm", "learning_rate", "epoch", "logps/chosen", "logps/rejected", "rewards/chosen",
-        "rewards/rejected", "rewards/margins", "rewards/accuracies",
+        "rewards/rejected", "rewards/margins", "rewards/accuracies", "tokens/unique", "tokens/logical",
     }  # fmt: skip
-
-
-def _started(model: PeftModel) -> tuple[PeftModel, MasterAdamW]:
-    return model, MasterAdamW(model, 0.0)
+    logical = sum(2 * len(pairs[r].prompt) + len(pairs[r].chosen) + len(pairs[r].rejected) for r in rows)
+    assert first.values["tokens/logical"] == logical
+    by_prompt = {pairs[r].prompt: {c for q in rows for c in (pairs[q].chosen, pairs[q].rejected)
+                                   if pairs[q].prompt == pairs[r].prompt} for r in rows}  # fmt: skip
+    unique = sum(len(prompt) + sum(map(len, completions)) for prompt, completions in by_prompt.items())
+    assert first.values["tokens/unique"] == unique < logical
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,13 +127,16 @@ def test_resume_from_any_step_is_the_same_to_the_bit(tiny_model: Path, pairs: li
     whole = policy(tiny_model, dtype)
     metrics = run(whole, pairs, config)
     for stop in (1, 3, 5):
-        model, optimizer = _started(policy(tiny_model, dtype))
-        steps = loop.steps(model, optimizer, pairs, config, 0)
+        interrupted = trainer(policy(tiny_model, dtype), config)
+        steps = loop.steps(interrupted, pairs, 0)
         before = [next(steps) for _ in range(stop)]
-        saved = {k: v.clone() for k, v in optimizer.state().items()}
-        fresh, again = _started(policy(tiny_model, dtype))
-        again.load_state(saved)
-        after = list(loop.steps(fresh, again, pairs, config, stop))
+        saved = {k: v.clone() for k, v in interrupted.optimizer.state().items()}
+        kept = {k: v.clone() for k, v in saved.items()}
+        fresh = policy(tiny_model, dtype)
+        again = trainer(fresh, config)
+        again.optimizer.load_state(saved)
+        after = list(loop.steps(again, pairs, stop))
+        assert all(torch.equal(v, kept[k]) for k, v in saved.items())  # what was loaded is a copy
         assert before + after == metrics
         assert all(torch.equal(v, lora(whole)[k]) for k, v in lora(fresh).items())
 
@@ -155,10 +163,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_pairs_and_moves_nothing(
     tiny_model: Path, pairs: list[TrainPair], weight: float
 ):
     bad = [replace(pairs[0], weight=weight), *pairs[1:4]]
-    model, optimizer = _started(policy(tiny_model))
+    model = policy(tiny_model)
     before = lora(model)
     with pytest.raises(DataError, match=r"step 0: .*" + pairs[0].pair_id) as caught:
-        list(loop.steps(model, optimizer, bad, data.config(tiny_model), 0))
+        run(model, bad, data.config(tiny_model))
     assert caught.value.exit_code == 65
     assert all(torch.equal(v, before[k]) for k, v in lora(model).items())
 
@@ -184,6 +192,117 @@ def test_a_metric_of_some_pairs_does_not_depend_on_the_token_budget(tiny_model: 
         found.append(run(policy(tiny_model), mixed, config)[0].values)
     assert found[0].keys() == found[1].keys()
     assert list(found[0].values()) == pytest.approx(list(found[1].values()), rel=1e-4)
+
+
+def first_moment(model: TreeModel, pairs: Sequence[TrainPair], config: TrainConfig) -> torch.Tensor:
+    """After one step Adam's first moment is 0.1 x the (unclipped) gradient."""
+    started = trainer(model, config)
+    next(loop.steps(started, pairs, 0))
+    moments = [v.flatten() for k, v in sorted(started.optimizer.state().items()) if k.startswith("exp_avg/")]
+    return torch.cat(moments)
+
+
+@pytest.mark.parametrize("rows", ["shared", "separate"])
+def test_every_budget_gives_the_same_gradient(tiny_model: Path, rows: Literal["shared", "separate"]):
+    """128 pairs of 20 prompts, weights, DPO + NLL, cut by {10^9, 2000, 512, 64} tokens: relative 1e-5.
+
+    In separate rows too, and both kinds agree with each other.
+    """
+    many = [
+        replace(p, ref_chosen=(-50.0,), ref_rejected=(-55.0,), weight=0.5 + (i % 3) / 2)
+        for i, p in enumerate(data.to_train_pairs(data.bare_pairs(128, num_prompts=20)))
+    ]
+    counts: list[int] = []
+    found: list[torch.Tensor] = []
+    for budget in (10**9, 2000, 512, 64):
+        counts.append(len(micro_batches(many, budget)))
+        config = data.config(
+            tiny_model, train_batch_size=128, loss_type=("sigmoid", "nll"), loss_weights=(1.0, 0.3),
+            max_grad_norm=1e9, max_tokens_per_micro_batch=budget,
+        )  # fmt: skip
+        model = policy(tiny_model)
+        model.set_rows(rows)
+        found.append(first_moment(model, many, config))
+    assert counts == [1, 1, 4, 20]
+    model.set_rows("shared")
+    found.append(first_moment(policy(tiny_model), many, config))
+    assert found[0].norm() > 0
+    for other in found[1:]:
+        assert (other - found[0]).norm() <= 1e-5 * found[0].norm()
+
+
+class Full:
+    """Runs out of memory in the forward calls whose numbers are given (all from the first for None)."""
+
+    def __init__(self, model: TreeModel, at: set[int] | None) -> None:
+        self.calls = 0
+        self._at = at
+        causal_model(model.policy).base_model.layers[1].register_forward_pre_hook(self)
+
+    def __call__(self, *_: object) -> None:
+        self.calls += 1
+        if self._at is None or self.calls in self._at:
+            raise torch.OutOfMemoryError("no room")
+
+
+@pytest.mark.parametrize(
+    ("at", "budget"), [({1}, 80), ({3}, 80), ({3, 5}, 160)], ids=["at once", "in a later micro-batch", "twice"]
+)
+def test_out_of_memory_halves_the_budget_and_does_the_batch_again(
+    tiny_model: Path, pairs: list[TrainPair], at: set[int], budget: int, capsys: pytest.CaptureFixture[str]
+):
+    """Gradients of the micro-batches before it are forgotten: weights and metrics are those of an undisturbed run."""
+    config = data.config(tiny_model, train_batch_size=10, max_tokens_per_micro_batch=budget)
+    whole, disturbed = policy(tiny_model), policy(tiny_model)
+    expected = run(whole, pairs, config)
+    full = Full(disturbed, at)
+    started = trainer(disturbed, config)
+    found = list(loop.steps(started, pairs, 0))
+    assert full.calls > max(at)
+    assert started.budget == budget // 2 ** len(at)
+    assert "out of memory: micro-batches now hold" in capsys.readouterr().err
+    for name, weight in lora(disturbed).items():
+        torch.testing.assert_close(weight, lora(whole)[name], rtol=0, atol=1e-6)
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.values == pytest.approx(other.values, rel=1e-4, abs=1e-5)
+
+
+def test_out_of_memory_at_the_smallest_budget_names_the_flag(tiny_model: Path, pairs: list[TrainPair]):
+    """Budgets 256, 128, 64 are tried, then it stops; nothing has moved and no gradient is left behind."""
+    model = policy(tiny_model)
+    before = lora(model)
+    full = Full(model, None)
+    started = trainer(model, data.config(tiny_model, max_tokens_per_micro_batch=256))
+    with pytest.raises(PrefpipeError, match="64 tokens") as caught:
+        list(loop.steps(started, pairs, 0))
+    assert "--max-tokens-per-micro-batch" in (caught.value.hint or "")
+    assert caught.value.exit_code == 1
+    assert full.calls == 3
+    assert all(torch.equal(v, before[k]) for k, v in lora(model).items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_rank_of_several_cannot_change_the_budget_alone(tiny_model: Path, pairs: list[TrainPair]):
+    """The other ranks would wait for calls that never come: it stops at once, and names the flag."""
+    model = policy(tiny_model)
+    full = Full(model, {1})
+    started = replace(trainer(model, data.config(tiny_model, max_tokens_per_micro_batch=256)), world=World(0, 2))
+    with pytest.raises(PrefpipeError, match="256 tokens") as caught:
+        list(loop.steps(started, pairs, 0))
+    assert "--max-tokens-per-micro-batch" in (caught.value.hint or "")
+    assert (full.calls, started.budget) == (1, 256)
+
+
+def test_grouping_by_prompt_changes_the_order_only(tiny_model: Path, pairs: list[TrainPair]):
+    """All pairs in one step: the same gradient; in steps of two: both pairs of a prompt share a tree."""
+    apart, together = (
+        data.config(tiny_model, group_by_prompt=flag, train_batch_size=10, num_train_epochs=1) for flag in (False, True)
+    )
+    (one,), (other,) = (run(policy(tiny_model), pairs, config) for config in (apart, together))
+    assert one.values == pytest.approx(other.values, rel=1e-5, abs=1e-6)
+    by_two = data.config(tiny_model, group_by_prompt=True, train_batch_size=2, num_train_epochs=1)
+    for step in run(policy(tiny_model), pairs, by_two):
+        assert step.values["tokens/unique"] < step.values["tokens/logical"] - 4  # the prompt once instead of 4 times
 
 
 def test_number_of_steps(tiny_model: Path):

@@ -139,6 +139,23 @@ def test_saved_state_continues_to_the_bit(dtype: torch.dtype):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+def test_moments_are_loaded_and_saved_in_the_given_order():
+    """Sharded moments are gathered one by one in collective calls: every rank must go through them in one order, which
+    a set of names does not have from process to process."""
+    model = network()
+    optimizer = MasterAdamW(model, weight_decay=0.0)
+    set_gradients(model, 0)
+    optimizer.gather_gradients()
+    optimizer.step(1e-2, 1.0)
+    state = optimizer.state()
+    for given_ in (state, dict(reversed(state.items()))):
+        again = MasterAdamW(network(), weight_decay=0.0)
+        again.load_state(given_)
+        orders = [[k for k in s if k.endswith("/0.weight") and "master" not in k] for s in (given_, again.state())]
+        assert orders[0] == orders[1]
+        assert len(orders[0]) == 3
+
+
 def test_loading_state_brings_the_models_weights_back():
     model = network(torch.bfloat16)
     optimizer = MasterAdamW(model, weight_decay=0.0)

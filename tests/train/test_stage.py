@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig, LlamaForCausalLM, PretrainedConfig
 
 from prefpipe import fsio, models, store
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, PrefpipeError, StorageError, UsageError
 from prefpipe.forward import load
+from prefpipe.forward.head import LogitRule
 from prefpipe.schemas import Dropped, Pair, RefLogps, from_table
 from prefpipe.train import stage
 from tests.conftest import Cli
@@ -399,7 +400,7 @@ def test_a_foreign_run_resumes_with_the_values_it_made(
     written = part.stat().st_mtime_ns
     capsys.readouterr()
     run(config, tmp_path / "t")
-    assert "scoring them with the initial policy" not in capsys.readouterr().err
+    assert "they are scored once, now" not in capsys.readouterr().err
     assert part.stat().st_mtime_ns == written
     same_result(tmp_path / "t", tmp_path / "whole")
 
@@ -415,17 +416,46 @@ def test_no_pairs_is_a_usage_error(tiny_model: Path, tmp_path: Path):
         run(data.config(tiny_model), tmp_path / "t")
 
 
-def test_an_architecture_that_trees_compute_wrongly_is_refused(tmp_path: Path):
-    """Granite divides its logits, which the head does not know: the self-test says so before anything is trained."""
+def save_model(config: PretrainedConfig, into: Path) -> Path:
     torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(into)
+    return into
+
+
+def test_scaled_logits_train_in_shared_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Granite divides its logits by 8: the head does so too, and step 0 is ln 2 exactly."""
     config = GraniteConfig(
         vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, initializer_range=0.3, logits_scaling=8.0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     source = data.write_pairs(tmp_path / "p", data.bare_pairs(4))
-    with pytest.raises(UsageError, match="differ by"):
-        run(data.config(tmp_path / "m", source), tmp_path / "t")
+    run(data.config(save_model(config, tmp_path / "m"), source), tmp_path / "t")
+    assert metrics(tmp_path / "t")[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert "a row of its own" not in capsys.readouterr().err
+
+
+def test_an_architecture_that_cannot_share_rows_trains_in_separate_ones_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Bloom's positions are biases of the row: a notice, then the same training; the loss falls from ln 2."""
+    config = BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3)
+    source = data.write_pairs(tmp_path / "p", data.bare_pairs(4))
+    run(data.config(save_model(config, tmp_path / "m"), source), tmp_path / "t")
+    assert "a row of its own, at up to twice the cost: its attention bias (ALiBi)" in capsys.readouterr().err
+    lines = metrics(tmp_path / "t")
+    assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[0]["tokens/unique"] == lines[0]["tokens/logical"]
+
+
+def test_an_architecture_that_is_computed_wrongly_is_refused(
+    tmp_path: Path, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A logit rule that the model does not have: the self-test says so before anything is trained."""
+    monkeypatch.setattr("prefpipe.forward.logps.logit_rule", lambda _text: LogitRule(cap=1.0))
+    with pytest.raises(UsageError, match=r"not supported yet: .* differ .* by \d"):
+        run(data.config(tiny_model, pairs), tmp_path / "t")
+    assert not (tmp_path / "t" / "adapter").exists()
 
 
 def test_bfloat16_trains_on_a_cache_of_its_own_dtype(tiny_model: Path, tmp_path: Path):
