@@ -3,8 +3,9 @@
     python benchmarks/train_vs_trl.py [--quick] [--only NAME ...] --json FILE
 
 Every side runs in a process of its own, so that peaks of memory do not mix. TRL tokenises the texts; its ids, its
-initial adapter and its order are handed to prefpipe. Times are medians of steps. CPU ratios say nothing about a GPU:
-TRL's output head scores every position on CPU, which flatters us here; `body` leaves both heads out.
+initial adapter and its order are handed to prefpipe. Times are CPU seconds of the one thread (wall seconds, were the
+machine idle), medians of steps. CPU ratios say nothing about a GPU: TRL's output head scores every position on CPU,
+which flatters us here; `body` leaves both heads out.
 """
 
 import argparse
@@ -184,9 +185,9 @@ def _resident() -> int:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def worker_trl(case: Case, folder: Path) -> None:
@@ -205,9 +206,9 @@ def worker_trl(case: Case, folder: Path) -> None:
     precompute = DPOTrainer._precompute_ref_logps
 
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         result = precompute(self, *args, **kwargs)
-        spent["reference"] = time.perf_counter() - start
+        spent["reference"] = time.process_time() - start
         return result
 
     DPOTrainer._precompute_ref_logps = timed
@@ -240,10 +241,10 @@ def worker_trl(case: Case, folder: Path) -> None:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
-            times.append(-time.perf_counter())
+            times.append(-time.process_time())
 
         def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-            times[-1] += time.perf_counter()
+            times[-1] += time.process_time()
 
     trainer.add_callback(Clock())
     peak = Peak()
@@ -302,10 +303,10 @@ def worker_ours(case: Case, folder: Path) -> None:
         for r in json.loads((folder / "ids.json").read_text())
     ]
     trees = _trees(rows)
-    start = time.perf_counter()
+    start = time.process_time()
     with load.adapter_off(model.policy, off=True):  # as TRL does, and as `prefpipe train` does
         scored = list(score(model, trees))
-    reference_s = time.perf_counter() - start
+    reference_s = time.process_time() - start
     cached = {(t.prompt, c): v for t, own in zip(trees, scored, strict=True)
               for c, v in zip(t.completions, own, strict=True)}  # fmt: skip
     given = [
