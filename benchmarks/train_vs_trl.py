@@ -294,7 +294,7 @@ def worker_ours(case: Case, folder: Path) -> None:
     torch.set_num_threads(1)
     config = TrainConfig(
         loss_type=("sigmoid",), learning_rate=LEARNING_RATE, lr_scheduler_type="constant", warmup_ratio=0.0,
-        train_batch_size=case.batch, dtype=case.dtype, max_tokens_per_micro_batch=2048,
+        train_batch_size=case.batch, dtype=case.dtype, max_tokens_per_micro_batch=768,
     )  # fmt: skip
     base = load.load_model(models.resolve(MODEL).directory, case.dtype)
     model = TreeModel(load.load_adapter(base, folder / "adapter", trainable=True))

@@ -19,7 +19,7 @@ def run(config: TrainConfig) -> list[str]:
     stage.choose_rows(model, pairs, config.dtype)
     footprint = measure(model, [Tree(p.prompt, (p.chosen, p.rejected)) for p in pairs])
     device = next(model.parameters()).device
-    tokens = config.max_tokens_per_micro_batch or budget(footprint, free_bytes(device), longest_tree(pairs))
+    tokens = config.max_tokens_per_micro_batch or budget(footprint, device, free_bytes(device), longest_tree(pairs))
     unique = unique_tokens(pairs, config, tokens)
     return _lines(config, pairs, footprint, unique, min(tokens, max(unique.values())))
 

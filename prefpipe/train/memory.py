@@ -18,7 +18,8 @@ from prefpipe.forward.logps import TreeModel, causal_model
 
 _PROBE_TOKENS = 256
 _SHARE = 0.8  # of the free memory that a step may use; the rest is for fragmentation and what else runs
-_SMALLEST, _LARGEST = 256, 32768
+_SMALLEST = 256
+_LARGEST = {"cuda": 32768, "cpu": 768}  # on CPU more is not faster (docs/LOG.md), it only takes memory
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
     )
 
 
-def budget(footprint: Footprint, free_bytes: float, longest_tree: int) -> int:
+def budget(footprint: Footprint, device: torch.device, free_bytes: float, longest_tree: int) -> int:
     """Tokens of a micro-batch that fit into the free memory beside what is fixed; at least the longest tree."""
     left = _SHARE * free_bytes - footprint.optimizer - footprint.head - footprint.activations_fixed
     fitting = int(left / max(1.0, footprint.activations_per_token))
-    return max(longest_tree, min(_LARGEST, max(_SMALLEST, fitting)))
+    return max(longest_tree, min(_LARGEST.get(device.type, 32768), max(_SMALLEST, fitting)))
 
 
 def free_bytes(device: torch.device) -> float:

@@ -4,6 +4,7 @@ A step's micro-batches are dealt out to the ranks; a rank that gets one fewer re
 every rank makes the same number of forward and backward calls and no collective waits for a call that never comes.
 """
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def start() -> World:
 def stop(world: World) -> None:
     """Leave the process group."""
     if world.size > 1:
+        gc.collect()
         dist.destroy_process_group()
 
 

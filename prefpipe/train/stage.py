@@ -193,9 +193,8 @@ def fitting_tokens(model: TreeModel, pairs: Sequence[TrainPair]) -> int:
     """The token budget that the free memory allows, from a probe on the data."""
     trees = [tree_of(p) for p in pairs]
     footprint = memory.measure(model, trees)
-    tokens = memory.budget(
-        footprint, memory.free_bytes(next(model.parameters()).device), max(tree.num_tokens for tree in trees)
-    )
+    device = next(model.parameters()).device
+    tokens = memory.budget(footprint, device, memory.free_bytes(device), max(tree.num_tokens for tree in trees))
     log.info(f"micro-batches of up to {tokens} tokens ({footprint.activations_per_token / 1024:.0f} KiB per token)")
     return tokens
 

@@ -16,6 +16,7 @@ from prefpipe.train import memory
 from prefpipe.train.memory import Footprint, budget, free_bytes, measure
 from tests.train import data
 
+CUDA = torch.device("cuda")
 FOOTPRINT = Footprint(
     weights=10**9, adapter=10**6, optimizer=8 * 10**6, head=3 * 10**7, activations_fixed=10**6,
     activations_per_token=2e5, train_seconds_per_token=1e-3, score_seconds_per_token=3e-4,
@@ -97,7 +98,7 @@ def test_probing_leaves_the_random_state(model: TreeModel):
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1e12), min_size=2, max_size=8), st.integers(1, 10**5))
 def test_the_budget_grows_with_free_memory_and_holds_the_longest_tree(free: list[float], longest: int):
-    found = [budget(FOOTPRINT, f, longest) for f in sorted(free)]
+    found = [budget(FOOTPRINT, CUDA, f, longest) for f in sorted(free)]
     assert found == sorted(found)
     assert all(longest <= tokens <= max(longest, 32768) for tokens in found)
     assert all(tokens >= 256 for tokens in found)
@@ -108,18 +109,19 @@ def test_the_budget_grows_with_free_memory_and_holds_the_longest_tree(free: list
 def test_a_step_of_the_budget_fits_into_the_share_of_free_memory(free: float, factor: float):
     """What comes on top of the loaded weights and adapter stays below 80 % of what was free; larger activations give
     a smaller budget."""
-    tokens = budget(FOOTPRINT, free, 1)
+    tokens = budget(FOOTPRINT, CUDA, free, 1)
     on_top = FOOTPRINT.peak(tokens) - FOOTPRINT.weights - FOOTPRINT.adapter
     assert on_top <= 0.8 * free
     heavier = replace(FOOTPRINT, activations_per_token=FOOTPRINT.activations_per_token * factor)
-    assert budget(heavier, free, 1) <= tokens
+    assert budget(heavier, CUDA, free, 1) <= tokens
 
 
 def test_by_hand():
     """free 1e9: 0.8e9 - 8e6 - 3e7 - 1e6 = 761e6 bytes left, 2e5 each: 3805 tokens."""
-    assert budget(FOOTPRINT, 1e9, 100) == 3805
-    assert budget(FOOTPRINT, 1e9, 5000) == 5000
-    assert budget(FOOTPRINT, 0, 100) == 256
+    assert budget(FOOTPRINT, CUDA, 1e9, 100) == 3805
+    assert budget(FOOTPRINT, CUDA, 1e9, 5000) == 5000
+    assert budget(FOOTPRINT, CUDA, 0, 100) == 256
+    assert budget(FOOTPRINT, torch.device("cpu"), 1e9, 100) == 768
 
 
 def test_free_memory_is_what_the_kernel_says():
