@@ -22,6 +22,7 @@ from prefpipe.forward.layout import Span
 
 NAME = "prefpipe_tree"
 Kernel = Callable[..., Any]
+_Masks = dict[tuple[int, int, int, torch.dtype], torch.Tensor]  # by length, total, repeats, dtype
 
 
 def register() -> None:
@@ -62,13 +63,15 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class _Rules:
-    """What a model's attention does beside softmax(q k^T * scaling): GQA repeats, window, score cap, sinks [H]."""
+    """What a model's attention does beside softmax(q k^T * scaling): GQA repeats, window, score cap, sinks [H]; and the
+    masks of the row that were made so far."""
 
     repeats: int
     scaling: float | None
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
+    masks: _Masks
 
 
 def tree_attention(
@@ -86,8 +89,9 @@ def tree_attention(
     **_other: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, G, T, D] -> output [1, T, H, D]."""
-    rules = _Rules(query.shape[1] // key.shape[1], scaling, sliding_window, softcap, s_aux)
     plain = softcap is None and s_aux is None
+    masks = _masks(tuple(tree_spans), sliding_window, query.device)
+    rules = _Rules(query.shape[1] // key.shape[1], scaling, sliding_window, softcap, s_aux, masks)
     if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] <= 256:
         return variable_length(query, key, value, tuple(tree_spans), rules.scaling, rules.window, varlen_attn), None
     pieces: list[torch.Tensor] = []
@@ -170,7 +174,7 @@ def _attend(
     # The query heads of a group stand one below the other as further rows: repeating keys and values for them would
     # copy both, and autograd would keep the copies.
     folded = queries.reshape(1, keys.shape[1], rules.repeats * length, queries.shape[3])
-    mask = _bias(length, total, rules.window, rules.repeats, query.dtype, query.device)
+    mask = _bias(length, total, rules, rules.repeats, query)
     out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=rules.scaling)
     return out.reshape(queries.shape)
 
@@ -188,7 +192,8 @@ def _by_products(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     scores = queries @ keys.transpose(2, 3) * scale
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
-    scores = scores.float() + _bias(*scores.shape[2:], rules.window, 1, torch.float32, scores.device)
+    scores = scores.float()
+    scores = scores + _bias(*scores.shape[2:], rules, 1, scores)
     if rules.sinks is None:
         weights = scores.softmax(-1)
     else:
@@ -197,16 +202,24 @@ def _by_products(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return weights.to(values.dtype) @ values
 
 
-@lru_cache(maxsize=256)
-def _bias(
-    length: int, total: int, window: int | None, repeats: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+@lru_cache(maxsize=4)
+def _masks(_spans: tuple[Span, ...], _window: int | None, _device: torch.device) -> _Masks:
+    """Where the layers of one forward pass (and its recomputation) share the masks of a row. Only the last rows stay:
+    a mask has length * total numbers, those of a long prompt fill gigabytes."""
+    return {}
+
+
+def _bias(length: int, total: int, rules: _Rules, repeats: int, scores: torch.Tensor) -> torch.Tensor:
     """[repeats * length, total]: 0 where a row sees, -inf where not. Row i stands at position total - length + i, the
     rows of every further head of a group below; the window counts positions. One tensor serves all layers, in the
     dtype of the scores: SDPA would turn a boolean mask into such a tensor in every layer, and autograd keep them."""
-    at = torch.arange(total - length, total, device=device).unsqueeze(1)
-    seen = torch.arange(total, device=device).unsqueeze(0)
-    visible = seen <= at
-    if window is not None:
-        visible &= seen > at - window
-    return torch.zeros(length, total, dtype=dtype, device=device).masked_fill(~visible, -torch.inf).repeat(repeats, 1)
+    key = (length, total, repeats, scores.dtype)
+    if key not in rules.masks:
+        at = torch.arange(total - length, total, device=scores.device).unsqueeze(1)
+        seen = torch.arange(total, device=scores.device).unsqueeze(0)
+        visible = seen <= at
+        if rules.window is not None:
+            visible &= seen > at - rules.window
+        zeros = torch.zeros(length, total, dtype=scores.dtype, device=scores.device)
+        rules.masks[key] = zeros.masked_fill(~visible, -torch.inf).repeat(repeats, 1)
+    return rules.masks[key]

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig
 
 from prefpipe.errors import UsageError
-from prefpipe.forward.attention import check_positions, tree_attention, variable_length, why_not_shared
+from prefpipe.forward.attention import _masks, check_positions, tree_attention, variable_length, why_not_shared
 from prefpipe.forward.layout import Layout, Tree, flatten
 
 HEADS, GROUPS, SIZE = 6, 2, 8
@@ -201,6 +201,33 @@ def test_soft_cap_and_sinks_equal_an_eager_oracle(capped: bool, sunk: bool, wind
     same_in_value_and_gradient(found, expected, [*inputs, *([] if sinks is None else [sinks])])
     plain, _ = tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans, scaling=0.2)
     assert float((found - plain).detach().abs().max()) > 0.1  # they do change the output
+
+
+def test_masks_of_earlier_rows_are_forgotten():
+    """A mask of a long prompt fills gigabytes: of 40 rows with lengths of their own, those of four may stay."""
+    _masks.cache_clear()
+    for number in range(40):
+        layout = flatten([Tree([0] * (5 + number), [[1], [2, 2]])])
+        query, key, value = tensors(len(layout.input_ids))
+        for _layer in range(3):
+            tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans)
+    kept = _masks.cache_info()
+    assert (kept.currsize, kept.misses) == (4, 40)  # and every row's were made once for all its layers
+
+
+def test_heads_and_dtypes_of_other_models_have_masks_of_their_own():
+    """The same row through models with 3, 1 and 6 query heads per group, in fp32 and fp64, one after the other."""
+    layout = flatten(trees(2))
+    query, key, value = tensors(len(layout.input_ids))
+    for dtype in (torch.float32, torch.float64):
+        for groups in (2, 6, 1):
+            k, v = (t.repeat_interleave(3, dim=1)[:, :groups].to(dtype) for t in (key, value))
+            found, _ = tree_attention(MODULE, query.to(dtype), k, v, None, tree_spans=layout.spans)
+            capped, _ = tree_attention(MODULE, query.to(dtype), k, v, None, tree_spans=layout.spans, softcap=1e4)
+            wide = [t.repeat_interleave(HEADS // groups, dim=1) for t in (k, v)]
+            expected = scaled_dot_product_attention(query.to(dtype), *wide, attn_mask=visible(layout, None))
+            torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(capped, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4,
