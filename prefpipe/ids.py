@@ -29,3 +29,13 @@ def ids_digest(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str
     hasher.update(array("i", prompt_token_ids).tobytes())
     hasher.update(array("i", token_ids).tobytes())
     return hasher.hexdigest()
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix that all token sequences share."""
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length

@@ -8,7 +8,7 @@ from typing import Any
 from prefpipe import store
 from prefpipe.chat import Chat, RowFault, check_control_tokens, encode, encode_prompt, render
 from prefpipe.errors import DataError, MissingInputError, UsageError
-from prefpipe.ids import content_id, ids_digest
+from prefpipe.ids import common_prefix, content_id, ids_digest
 from prefpipe.schemas import Dropped, Message, Messages, Pair, Prompt
 
 _PROMPT_COLUMNS = ("messages", "prompt", "answer", "split", "source", "meta", "prompt_id")
@@ -73,7 +73,7 @@ def _to_pair(chat: Chat, prompt: Messages, chosen: Messages, rejected: Messages)
     chosen, rejected = (_answer_turns(prompt, turns, chat) for turns in (chosen, rejected))
     alone = encode_prompt(chat, prompt, max_tokens=_NO_LIMIT, control_tokens="allow")
     whole = [encode(chat, render(chat, [*prompt, *turn], add_generation_prompt=False)) for turn in (chosen, rejected)]
-    shared = _common_prefix(alone, *whole)
+    shared = common_prefix([alone, *whole])
     prompt_ids = alone[:shared]
     answers = [_until_eos(ids[shared:], chat) for ids in whole]
     if answers[0] == answers[1]:
@@ -112,15 +112,6 @@ def _until_eos(ids: list[int], chat: Chat) -> list[int]:
     if not ids:
         raise RowFault("empty", "a completion without tokens")
     return ids
-
-
-def _common_prefix(*sequences: list[int]) -> int:
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length
 
 
 def _to_prompt(row: Mapping[str, Any], where: str) -> Prompt:

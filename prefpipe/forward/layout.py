@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from prefpipe.ids import common_prefix
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -112,13 +114,3 @@ def flatten(trees: Sequence[Tree]) -> Layout:
 def separate(trees: Sequence[Tree]) -> list[Tree]:
     """Every completion as a tree of its own: nothing shared, the same order."""
     return [Tree(tree.prompt, (completion,)) for tree in trees for completion in tree.completions]
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest prefix that all sequences share."""
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length
