@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.forward.layout import Tree
 from prefpipe.train import loop, stage
 from prefpipe.train.groups import TrainPair, global_batches, micro_batches
 from prefpipe.train.memory import Footprint, budget, free_bytes, measure
@@ -17,7 +16,7 @@ def run(config: TrainConfig) -> list[str]:
     model = stage.load_policy(job.policy, config)
     pairs = stage.to_train_pairs(job.rows)
     stage.choose_rows(model, pairs, config.dtype)
-    footprint = measure(model, [Tree(p.prompt, (p.chosen, p.rejected)) for p in pairs])
+    footprint = measure(model, [stage.tree_of(p) for p in pairs])
     device = next(model.parameters()).device
     tokens = config.max_tokens_per_micro_batch or budget(footprint, device, free_bytes(device), longest_tree(pairs))
     unique = unique_tokens(pairs, config, tokens)
@@ -26,7 +25,7 @@ def run(config: TrainConfig) -> list[str]:
 
 def longest_tree(pairs: Sequence[TrainPair]) -> int:
     """Tokens of the longest pair as a tree: no micro-batch can be smaller."""
-    return max(Tree(p.prompt, (p.chosen, p.rejected)).num_tokens for p in pairs)
+    return max(stage.tree_of(p).num_tokens for p in pairs)
 
 
 def unique_tokens(pairs: Sequence[TrainPair], config: TrainConfig, tokens: int) -> dict[str, int]:

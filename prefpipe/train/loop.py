@@ -54,11 +54,14 @@ def steps(trainer: Trainer, pairs: Sequence[TrainPair], first: int) -> Iterator[
         pairs = [replace(p, ref_chosen=None, ref_rejected=None) for p in pairs]  # metrics of some pairs would mislead
     total = num_steps(len(pairs), config)
     per_epoch = total // config.num_train_epochs
+    prompts = [p.prompt for p in pairs]
+    batches: list[list[int]] = []
     for step in range(first, total):
         epoch, within = divmod(step, per_epoch)
-        batches = global_batches(
-            [p.prompt for p in pairs], config.train_batch_size, config.seed, epoch, together=config.group_by_prompt
-        )
+        if step == first or within == 0:
+            batches = global_batches(
+                prompts, config.train_batch_size, config.seed, epoch, together=config.group_by_prompt
+            )
         batch = [pairs[row] for row in batches[within]]
         values = _accumulate(trainer, batch)
         rate = learning_rate(
