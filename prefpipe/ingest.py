@@ -9,7 +9,7 @@ from prefpipe import store
 from prefpipe.chat import Chat, RowFault, check_control_tokens, encode, encode_prompt, render
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import common_prefix, content_id, ids_digest
-from prefpipe.schemas import Dropped, Message, Messages, Pair, Prompt
+from prefpipe.schemas import Dropped, Label, Message, Messages, Pair, Prompt
 
 _PROMPT_COLUMNS = ("messages", "prompt", "answer", "split", "source", "meta", "prompt_id")
 _NO_LIMIT = 1 << 30
@@ -69,13 +69,56 @@ def read_pairs(path: Path, chat: Chat) -> tuple[list[Pair], list[Dropped]]:
     return pairs, dropped
 
 
+def read_labels(path: Path, chat: Chat) -> tuple[list[Label], list[Dropped]]:
+    """Labels of a TRL unpaired file (`prompt`, `completion`, `label`; text or messages), tokenised as pairs are.
+
+    Raises DataError for a label that is not true or false; faulty rows and repeated ones go to the ledger.
+    """
+    labels: dict[str, Label] = {}
+    dropped: list[Dropped] = []
+    for where, row in _rows(path):
+        value = _field(row, "label", where)
+        if not isinstance(value, bool):
+            raise DataError(f"{where}: field 'label' is {value!r}", "write true (desirable) or false (undesirable)")
+        try:
+            prompt = _messages(_field(row, "prompt", where), where, "prompt", "user")
+            turns = _messages(_field(row, "completion", where), where, "completion", "assistant")
+            label = _to_label(chat, prompt, turns, label=value)
+        except RowFault as fault:
+            dropped.append(Dropped(where, fault.reason, fault.detail))
+            continue
+        if label.completion_id in labels:
+            dropped.append(Dropped(label.completion_id, "duplicate", f"{where} repeats an earlier row"))
+        labels.setdefault(label.completion_id, label)
+    if not labels:
+        raise DataError(
+            f"{path} has no usable label ({len(dropped)} rows dropped)", "see the reasons in dropped.parquet"
+        )
+    return list(labels.values()), dropped
+
+
+def _to_label(chat: Chat, prompt: Messages, turns: Messages, *, label: bool) -> Label:
+    turns = _answer_turns(prompt, turns, chat)
+    prompt_ids, (answer,) = _tokenise(chat, prompt, [turns])
+    return Label(
+        completion_id=content_id(prompt_ids, answer, "import"), prompt_id=content_id(prompt, None), prompt=prompt,
+        completion=turns, label=label, prompt_token_ids=prompt_ids, token_ids=answer,
+        ids_digest=ids_digest(prompt_ids, answer), finish_reason="imported", reward=None, weight=1.0, ref_logps=None,
+        ref_token_logps=None, reference=None, scorer=None,
+    )  # fmt: skip
+
+
+def _tokenise(chat: Chat, prompt: Messages, answers: list[Messages]) -> tuple[list[int], list[list[int]]]:
+    """Prompt ids, the common token prefix of the prompt alone and every rendering; and what follows, up to its end."""
+    alone = encode_prompt(chat, prompt, max_tokens=_NO_LIMIT, control_tokens="allow")
+    whole = [encode(chat, render(chat, [*prompt, *turns], add_generation_prompt=False)) for turns in answers]
+    shared = common_prefix([alone, *whole])
+    return alone[:shared], [_until_eos(ids[shared:], chat) for ids in whole]
+
+
 def _to_pair(chat: Chat, prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
     chosen, rejected = (_answer_turns(prompt, turns, chat) for turns in (chosen, rejected))
-    alone = encode_prompt(chat, prompt, max_tokens=_NO_LIMIT, control_tokens="allow")
-    whole = [encode(chat, render(chat, [*prompt, *turn], add_generation_prompt=False)) for turn in (chosen, rejected)]
-    shared = common_prefix([alone, *whole])
-    prompt_ids = alone[:shared]
-    answers = [_until_eos(ids[shared:], chat) for ids in whole]
+    prompt_ids, answers = _tokenise(chat, prompt, [chosen, rejected])
     if answers[0] == answers[1]:
         raise RowFault("identical", "chosen and rejected have the same tokens")
     prompt_id = content_id(prompt, None)

@@ -109,6 +109,66 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
+class Label:
+    """A completion marked desirable (true) or undesirable (false), for KTO and other unpaired losses."""
+
+    completion_id: str
+    prompt_id: str
+    prompt: Messages
+    completion: Messages
+    label: bool
+    prompt_token_ids: TokenIds
+    token_ids: TokenIds
+    ids_digest: str
+    finish_reason: str
+    reward: float | None
+    weight: float
+    ref_logps: Float32 | None
+    ref_token_logps: TokenLogps | None
+    reference: str | None
+    scorer: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class KlBank:
+    """A prompt with the completion of another prompt: KTO's z0 is the mean log-ratio of such rows (2402.01306, eq. 8).
+
+    Key: bank_id = hash(prompt ids, completion ids). Fixed when labels are built, so that its reference is cacheable.
+    """
+
+    bank_id: str
+    prompt_id: str
+    completion_id: str
+    prompt_token_ids: TokenIds
+    token_ids: TokenIds
+    ids_digest: str
+    ref_logps: Float32 | None
+    ref_token_logps: TokenLogps | None
+    reference: str | None
+    scorer: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedGroup:
+    """The completions of one prompt from best to worst; every list has one entry per completion, in that order."""
+
+    prompt_id: str
+    prompt: Messages
+    prompt_token_ids: TokenIds
+    completion_ids: list[str]
+    completions: list[Messages]
+    token_ids: list[TokenIds]
+    ids_digests: list[str]
+    rewards: list[float]
+    finish_reasons: list[str]
+    weight: float
+    ref_logps: list[Float32] | None
+    ref_token_logps: list[TokenLogps] | None
+    reference: str | None
+    scorer: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """One rated answer of a policy on a held-out prompt. decoding: greedy or sampled."""
 

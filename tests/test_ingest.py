@@ -16,7 +16,7 @@ from prefpipe import chat as chats
 from prefpipe.chat import Chat, encode, render
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id, ids_digest
-from prefpipe.ingest import read_pairs, read_prompts
+from prefpipe.ingest import read_labels, read_pairs, read_prompts
 from prefpipe.schemas import Message, Pair
 from tests.conftest import ROOT
 
@@ -303,6 +303,31 @@ def test_no_usable_pair_is_an_error(write: Write, chat: Chat) -> None:
     path = write(pair(chosen="No."))
     with pytest.raises(DataError, match=rf"{path} has no usable pair \(1 rows dropped\)"):
         read_pairs(path, chat)
+
+
+def test_labels_have_the_ids_of_pairs_with_the_same_texts(write: Write, chat: Chat) -> None:
+    (pair,), _ = read_pairs(write({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, name="pairs.jsonl"), chat)
+    rows = [{"prompt": "Hi", "completion": text, "label": text == "Yes"} for text in ("Yes", "No")]
+    (good, bad), dropped = read_labels(write(*rows), chat)
+    assert (good.label, bad.label, dropped) == (True, False, [])
+    assert (good.token_ids, bad.token_ids) == (pair.chosen_token_ids, pair.rejected_token_ids)
+    assert good.prompt_token_ids == pair.prompt_token_ids
+    assert (good.completion_id, good.ids_digest) == (pair.chosen_completion_id, pair.chosen_ids_digest)
+
+
+@pytest.mark.parametrize("label", ["yes", 1, None])
+def test_a_label_is_true_or_false(write: Write, chat: Chat, label: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: field 'label'"):
+        read_labels(write({"prompt": "Hi", "completion": "Yes", "label": label}), chat)
+
+
+def test_faulty_and_repeated_labels_go_to_the_ledger(write: Write, chat: Chat) -> None:
+    good = {"prompt": "Hi", "completion": "Yes", "label": True}
+    labels, dropped = read_labels(write(good, {**good, "label": False}, {**good, "completion": []}), chat)
+    assert [row.label for row in labels] == [True]
+    assert [row.reason for row in dropped] == ["duplicate", "empty"]
+    with pytest.raises(DataError, match="no usable label"):
+        read_labels(write({**good, "completion": []}), chat)
 
 
 def test_the_shipped_prompts_load_completely() -> None:

@@ -11,9 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe import schemas
-from prefpipe.schemas import Completion, Dropped, Evaluation, Message, Pair, Prompt, RefLogps, Reward
+from prefpipe.schemas import (
+    Completion,
+    Dropped,
+    Evaluation,
+    KlBank,
+    Label,
+    Message,
+    Pair,
+    Prompt,
+    RankedGroup,
+    RefLogps,
+    Reward,
+)
 
-ROW_TYPES = (Prompt, Completion, RefLogps, Reward, Pair, Evaluation, Dropped)
+ROW_TYPES = (Prompt, Completion, RefLogps, Reward, Pair, Label, KlBank, RankedGroup, Evaluation, Dropped)
+REFERENCE = {"ref_logps", "ref_token_logps", "reference", "scorer"}
 NULLABLE = {
     Prompt: {"answer"},
     Completion: set[str](),
@@ -23,6 +36,9 @@ NULLABLE = {
         *("chosen_reward", "rejected_reward", "reward_gap", "preference_prob", "reference", "scorer"),
         *("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_token_logps", "ref_rejected_token_logps"),
     },
+    Label: {"reward", *REFERENCE},
+    KlBank: REFERENCE,
+    RankedGroup: REFERENCE,
     Evaluation: {"reward", "detail"},
     Dropped: set[str](),
 }

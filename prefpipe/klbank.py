@@ -1,0 +1,42 @@
+"""Mismatched rows for KTO's reference point z0: the prompt of one row with the completion of another."""
+
+import random
+from collections.abc import Sequence
+
+from prefpipe.errors import DataError
+from prefpipe.ids import content_id, ids_digest
+from prefpipe.schemas import KlBank, Label
+
+
+def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
+    """Up to `size` distinct rows (prompt i, completion j), never of the same prompt; the order of labels is no matter.
+
+    Every prompt and every completion is used about equally often: completions are dealt in shuffled order, each to the
+    prompt that follows in a shuffled round of prompts. Raises DataError with fewer than two prompts.
+    """
+    rows = sorted(labels, key=lambda row: row.completion_id)
+    prompts = sorted({row.prompt_id: row.prompt_token_ids for row in rows}.items())
+    if len(prompts) < 2:
+        raise DataError("KTO needs completions of at least two prompts to estimate its reference point", "add prompts")
+    source = random.Random(f"klbank/{seed}")
+    source.shuffle(prompts)
+    bank: dict[str, KlBank] = {}
+    for turn in range(len(prompts)):
+        source.shuffle(rows)
+        for place, row in enumerate(rows):
+            if len(bank) >= size:
+                return sorted(bank.values(), key=lambda r: r.bank_id)
+            prompt_id, prompt_ids = prompts[(place + turn) % len(prompts)]
+            if prompt_id == row.prompt_id:
+                prompt_id, prompt_ids = prompts[(place + turn + 1) % len(prompts)]
+            made = _row(prompt_id, prompt_ids, row)
+            bank.setdefault(made.bank_id, made)
+    return sorted(bank.values(), key=lambda r: r.bank_id)
+
+
+def _row(prompt_id: str, prompt_ids: list[int], row: Label) -> KlBank:
+    return KlBank(
+        bank_id=content_id(prompt_ids, row.token_ids), prompt_id=prompt_id, completion_id=row.completion_id,
+        prompt_token_ids=prompt_ids, token_ids=row.token_ids, ids_digest=ids_digest(prompt_ids, row.token_ids),
+        ref_logps=None, ref_token_logps=None, reference=None, scorer=None,
+    )  # fmt: skip
