@@ -5,6 +5,7 @@ A fault is armed from outside: `PREFPIPE_FAULT="point:n:action"` makes the n-th 
 temporary file, then SIGKILL). Points: `write`, `fsync`, `rename`, `fsync_dir`, `append`.
 """
 
+import ctypes
 import errno
 import os
 import re
@@ -236,6 +237,34 @@ def available_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def restart_resident_peak() -> bool:
+    """Let `resident_peak` count from now on. False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def resident_peak() -> int:
+    """Most bytes of memory that this process held since the last restart of the count."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the kernel, where the C library (glibc) knows how; it keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def monotonic() -> float:

@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_model(directory: Path, seed: int = 0, spread: float = 0.3) -> Path:
+def make_model(directory: Path, seed: int = 0, spread: float = 0.3, hidden_size: int = 64) -> Path:
     """Write a random model; another seed gives other weights. `spread` is the standard deviation of the weights."""
     directory.mkdir(parents=True)
     _tokenizer().save(str(directory / "tokenizer.json"))
@@ -25,8 +25,8 @@ def make_model(directory: Path, seed: int = 0, spread: float = 0.3) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=264,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

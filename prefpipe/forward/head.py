@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK = 256  # rows; [CHUNK, V] in float32 is the largest tensor made here
+CHUNK = 256  # rows of one product with the head: [CHUNK, V] is the largest tensor made here
+_CACHED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,42 @@ def target_logps(
     return head.apply(hidden, weight, targets, rule)
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, rule: LogitRule) -> torch.Tensor:
-    logits = (hidden @ weight.T).float()
+def chunk_bytes(weight: torch.Tensor) -> int:
+    """Bytes of the largest thing made here: the raw scores of a chunk, and float32 work on the rows done at once."""
+    return weight.shape[0] * (CHUNK * weight.element_size() + 3 * 4 * _rows_at_once(weight.device))
+
+
+def _rows_at_once(device: torch.device) -> int:
+    """On CPU a few rows stay in the cache through all passes over them: twice as fast for 16-bit weights; on a GPU
+    many small kernels would wait for their launches."""
+    return _CACHED_ROWS if device.type == "cpu" else CHUNK
+
+
+def _to_logps(raw: torch.Tensor, targets: torch.Tensor, rule: LogitRule, *, slopes: bool) -> torch.Tensor:
+    """float32 log-probs [R] of targets [R] from raw scores x = h @ W.T [R, V]; `slopes` overwrites x with
+    (1[v = y] - p_v) dl_v / dx_v, rounded to its dtype."""
+    step = _rows_at_once(raw.device)
+    return torch.cat(
+        [_block(raw[i : i + step], targets[i : i + step].unsqueeze(1), rule, slopes=slopes)
+         for i in range(0, raw.shape[0], step)]
+    )  # fmt: skip
+
+
+def _block(raw: torch.Tensor, targets: torch.Tensor, rule: LogitRule, *, slopes: bool) -> torch.Tensor:
+    logits = raw.float()  # float32 scores are worked on in place
     if rule.scale != 1.0:
         logits.mul_(rule.scale)
-    return logits if rule.cap is None else logits.div_(rule.cap).tanh_().mul_(rule.cap)
+    if rule.cap is not None:
+        logits.div_(rule.cap).tanh_().mul_(rule.cap)
+    log_total = logits.logsumexp(dim=1, keepdim=True)
+    logps = (logits.gather(1, targets) - log_total).squeeze(1)
+    if slopes:
+        raw.copy_(_slopes(logits, log_total, targets, rule))
+    return logps
 
 
 def _slopes(logits: torch.Tensor, log_total: torch.Tensor, targets: torch.Tensor, rule: LogitRule) -> torch.Tensor:
-    """(1[v = y] - p_v) dl_v / dx_v for raw scores x = h @ W.T, [R, V]; overwrites the logits where it can."""
+    """(1[v = y] - p_v) dl_v / dx_v, [R, V]; overwrites the logits."""
     inner = None if rule.cap is None else 1 - (logits / rule.cap).square_()
     slopes = logits.sub_(log_total).exp_().neg_()
     slopes.scatter_add_(1, targets, torch.ones_like(targets, dtype=slopes.dtype))
@@ -66,12 +94,10 @@ class _FrozenHead(torch.autograd.Function):
         stored = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, hidden.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            wanted = targets[rows].unsqueeze(1)
-            logits = _logits(hidden[rows], weight, rule)
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            logps[rows] = (logits.gather(1, wanted) - log_total).squeeze(1)
+            raw = hidden[rows] @ weight.T
+            logps[rows] = _to_logps(raw, targets[rows], rule, slopes=stored is not None)
             if stored is not None:
-                stored[rows] = _slopes(logits, log_total, wanted, rule).to(weight.dtype) @ weight
+                stored[rows] = raw @ weight
         ctx.save_for_backward(stored)
         return logps
 
@@ -105,9 +131,9 @@ class _TrainableHead(torch.autograd.Function):
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, hidden.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = _logits(hidden[rows], weight, ctx.rule)
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            slopes = _slopes(logits, log_total, targets[rows].unsqueeze(1), ctx.rule).mul_(grad[rows].unsqueeze(1))
+            slopes = (hidden[rows] @ weight.T).float()  # the head's own gradient is gathered in float32
+            _to_logps(slopes, targets[rows], ctx.rule, slopes=True)
+            slopes.mul_(grad[rows].unsqueeze(1))
             hidden_grad[rows] = slopes.to(weight.dtype) @ weight
             weight_grad.addmm_(slopes.T, hidden[rows].float())
         return hidden_grad, weight_grad.to(weight.dtype), None, None

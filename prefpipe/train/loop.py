@@ -99,26 +99,30 @@ def _accumulate(trainer: Trainer, batch: Sequence[TrainPair]) -> dict[str, float
 
 def _try_batch(trainer: Trainer, batch: Sequence[TrainPair]) -> dict[str, float]:
     """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
-    config, world = trainer.config, trainer.world
     sums: dict[str, float] = {}
-    for micro, counts in world.deal(micro_batches(batch, trainer.budget)):
-        layout = trainer.model.layout(micro.trees)
-        loss_batch, weights = to_loss_batch(trainer.wrapped(layout), layout, micro)
-        per_pair = losses.combine(config.loss_type, config.loss_weights, loss_batch, config.beta)
-        loss = (weights * per_pair).sum() / len(batch) * float(counts)
-        (loss * world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
-        trainer.optimizer.gather_gradients()
-        if counts:
-            found = {
-                name: float(values.sum()) / len(batch)
-                for name, values in losses.metrics(loss_batch, config.beta).items()
-            }
-            found |= {"loss": float(loss.detach()), "tokens/unique": float(layout.input_ids.numel())}
-            found["tokens/logical"] = float(
-                sum(len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in micro.pairs)
-            )
-            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-    return sum_over_ranks(sums, world)
+    for micro, counts in trainer.world.deal(micro_batches(batch, trainer.budget)):
+        found = _micro_batch(trainer, micro, len(batch), counts=counts)
+        sums = {name: sums.get(name, 0.0) + value for name, value in found.items()} if counts else sums
+    return sum_over_ranks(sums, trainer.world)
+
+
+def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, *, counts: bool) -> dict[str, float]:
+    """Add the gradients of a micro-batch of a global batch of `size` pairs; returns its share of the step's metrics.
+
+    Nothing of its graph may outlive this call: nodes that stay between freed activations keep the heap from joining
+    them, and the next micro-batch then takes half as much again.
+    """
+    config = trainer.config
+    layout = trainer.model.layout(micro.trees)
+    loss_batch, weights = to_loss_batch(trainer.wrapped(layout), layout, micro)
+    per_pair = losses.combine(config.loss_type, config.loss_weights, loss_batch, config.beta)
+    loss = (weights * per_pair).sum() / size * float(counts)
+    (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
+    trainer.optimizer.gather_gradients()
+    found = {name: float(values.sum()) / size for name, values in losses.metrics(loss_batch, config.beta).items()}
+    found |= {"loss": float(loss.detach()), "tokens/unique": float(layout.input_ids.numel())}
+    found["tokens/logical"] = float(sum(len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in micro.pairs))
+    return found
 
 
 def to_loss_batch(token_logps: torch.Tensor, layout: Layout, micro: MicroBatch) -> tuple[LossBatch, torch.Tensor]:

@@ -1,7 +1,9 @@
 """What a step costs in memory and time, measured on a probe: the basis of the token budget and of `prefpipe plan`.
 
-Activations are what autograd keeps for backward; a hook counts their storages exactly, on any device, so no table of
-architectures is needed. They grow linearly with the tokens of a micro-batch.
+A probe runs forward and backward on the data at hand, so no table of architectures is needed. Two numbers come out:
+what autograd keeps for backward, counted storage by storage, and what the allocator really took at the highest point.
+The second is what a step needs; on CPU glibc's heap makes it up to twice the first (docs/LOG.md). The first is its
+least, and all there is where the system does not tell the second. Both grow linearly with the tokens of a micro-batch.
 """
 
 import os
@@ -12,11 +14,12 @@ from typing import cast
 import torch
 
 from prefpipe import fsio
-from prefpipe.forward.head import CHUNK
+from prefpipe.forward.head import chunk_bytes
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model
 
 _PROBE_TOKENS = 256
+_PASSES = 2  # a heap that was used before is what training meets: the first passes shape it
 _SHARE = 0.8  # of the free memory that a step may use; the rest is for fragmentation and what else runs
 _SMALLEST = 256
 _LARGEST = {"cuda": 32768, "cpu": 768}  # on CPU more is not faster (docs/LOG.md), it only takes memory
@@ -25,7 +28,8 @@ _LARGEST = {"cuda": 32768, "cpu": 768}  # on CPU more is not faster (docs/LOG.md
 @dataclass(frozen=True)
 class Footprint:
     """Bytes: weights of the model, adapter with gradients, optimizer (masters, moments, their gradients), the head's
-    largest chunk, fixed and per-token activations. Seconds per token: forward + backward, and forward alone."""
+    largest chunk, fixed and per-token activations with what backward adds to them. Seconds per token: forward +
+    backward, and forward alone."""
 
     weights: int
     adapter: int
@@ -37,7 +41,7 @@ class Footprint:
     score_seconds_per_token: float
 
     def activations(self, tokens: int) -> float:
-        """Bytes kept for backward by a micro-batch."""
+        """Bytes that forward and backward of a micro-batch take at their highest point, beside the head's chunk."""
         return self.activations_fixed + self.activations_per_token * tokens
 
     def peak(self, tokens: int) -> float:
@@ -47,28 +51,33 @@ class Footprint:
 
 def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
     """Run a small and a twice as large probe made of the data's own trees, forward and backward; leaves no gradient."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trainable)
+    head = chunk_bytes(cast(torch.nn.Linear, causal_model(model.policy).get_output_embeddings()).weight)
     small, large = _take(trees, _PROBE_TOKENS), _take(trees, 2 * _PROBE_TOKENS)
-    bytes_small, _ = _kept(model, small)
-    bytes_large, train_seconds = _kept(model, large)
     tokens_small, tokens_large = (sum(t.num_tokens for t in probe) for probe in (small, large))
+    device = next(model.parameters()).device
+    start = _held(device)
+    (kept_small, taken_small, _), (kept_large, taken_large, seconds) = (_probe(model, p, start) for p in (small, large))
+    bytes_small, bytes_large = (
+        max(kept, taken - gradients - head) for kept, taken in ((kept_small, taken_small), (kept_large, taken_large))
+    )
     slope = max(0.0, (bytes_large - bytes_small) / max(1, tokens_large - tokens_small))
     if tokens_large == tokens_small:
         slope = bytes_large / tokens_large
-    start = fsio.monotonic()
+    begin = fsio.monotonic()
     with torch.no_grad():
         model(model.layout(large))
-    score_seconds = fsio.monotonic() - start
-    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    vocabulary = cast(torch.nn.Linear, causal_model(model.policy).get_output_embeddings()).weight.shape[0]
+    score_seconds = fsio.monotonic() - begin
+    fsio.return_free_memory()  # or the kernel would not count it as free when the budget is chosen
     return Footprint(
-        weights=frozen,
-        adapter=2 * sum(p.nbytes for p in trainable),
+        weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        adapter=2 * gradients,
         optimizer=16 * sum(p.numel() for p in trainable),
-        head=3 * 4 * CHUNK * vocabulary,
+        head=head,
         activations_fixed=max(0.0, bytes_large - slope * tokens_large),
         activations_per_token=slope,
-        train_seconds_per_token=train_seconds / tokens_large,
+        train_seconds_per_token=seconds / tokens_large,
         score_seconds_per_token=score_seconds / tokens_large,
     )
 
@@ -97,6 +106,31 @@ def _take(trees: Sequence[Tree], tokens: int) -> list[Tree]:
         taken.append(tree)
         load += tree.num_tokens
     return taken
+
+
+def _probe(model: TreeModel, trees: Sequence[Tree], start: int) -> tuple[int, int, float]:
+    """Bytes kept for backward, bytes taken over `start` at the highest point, seconds; of the last pass."""
+    device = next(model.parameters()).device
+    counted = _restart_peak(device)
+    for _ in range(_PASSES - 1):
+        _kept(model, trees)
+    kept, seconds = _kept(model, trees)
+    return kept, _peak(device) - start if counted else 0, seconds
+
+
+def _held(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else fsio.resident_memory()
+
+
+def _restart_peak(device: torch.device) -> bool:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    return fsio.restart_resident_peak()
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else fsio.resident_peak()
 
 
 def _kept(model: TreeModel, trees: Sequence[Tree]) -> tuple[int, float]:

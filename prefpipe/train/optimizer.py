@@ -19,6 +19,9 @@ class MasterAdamW:
     def __init__(self, model: torch.nn.Module, weight_decay: float) -> None:
         self._model = {_plain(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._master = {n: p.detach().float().clone().requires_grad_() for n, p in self._model.items()}
+        # Made now and kept: made during a step they would lie between its activations and fragment the heap.
+        for master in self._master.values():
+            master.grad = torch.zeros_like(master)
         self._adamw = torch.optim.AdamW(list(self._master.values()), lr=0.0, weight_decay=weight_decay, fused=True)
 
     def gather_gradients(self) -> None:
@@ -26,14 +29,17 @@ class MasterAdamW:
         for name, parameter in self._model.items():
             if parameter.grad is None:
                 continue
-            master = self._master[name]
-            grad = parameter.grad.float()
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            self._gradient(name).add_(parameter.grad)
             parameter.grad = None
+
+    def _gradient(self, name: str) -> torch.Tensor:
+        gradient = self._master[name].grad
+        assert gradient is not None
+        return gradient
 
     def drop_gradients(self) -> None:
         """Forget the gradients of a step that is done again."""
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad(set_to_none=False)
         for parameter in self._model.values():
             parameter.grad = None
 
@@ -48,7 +54,7 @@ class MasterAdamW:
             with torch.no_grad():
                 for name, parameter in self._model.items():
                     parameter.copy_(self._master[name])
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad(set_to_none=False)
         return norm
 
     def state(self) -> dict[str, torch.Tensor]:

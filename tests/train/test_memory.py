@@ -1,5 +1,7 @@
 """The memory probe: what it counts is what autograd keeps, it grows with tokens, and the budget follows from it."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,6 +16,8 @@ from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.train import memory
 from prefpipe.train.memory import Footprint, budget, free_bytes, measure
+from tests import tiny
+from tests.conftest import ROOT
 from tests.train import data
 
 CUDA = torch.device("cuda")
@@ -42,9 +46,8 @@ def test_activations_are_linear_in_tokens(tiny_model: Path, rows: Literal["share
     for number in (4, 8, 16):
         assert kept[2 * number] == pytest.approx(2 * kept[number], rel=0.1)
     found = measure(model, trees(40))
-    assert found.activations_per_token > 0
     for number, size in kept.items():
-        assert found.activations(number * 64) == pytest.approx(size, rel=0.1)
+        assert found.activations(number * 64) >= 0.9 * size  # what the allocator took is never less
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -60,11 +63,11 @@ def test_what_is_counted_is_at_least_what_a_layer_must_keep(model: TreeModel):
 
 def test_separate_rows_cost_what_they_compute(tiny_model: Path):
     """Prompts of 24 and two completions of 2 tokens: a tree computes 28 tokens, separate rows 52."""
-    found: list[float] = []
+    found: list[int] = []
     for rows in ("shared", "separate"):
         model = data.policy(tiny_model)
         model.set_rows(rows)
-        found.append(measure(model, trees(40, 2)).activations_per_token)
+        found.append(memory._kept(model, trees(40, 2))[0])
     assert 1.4 < found[1] / found[0] < 52 / 28 * 1.1
 
 
@@ -75,7 +78,7 @@ def test_fixed_parts_are_counted_from_the_parameters(model: TreeModel):
     assert found.adapter == 2 * 4 * count
     assert found.optimizer == 16 * count  # master, gradient, two moments in fp32
     assert found.weights == sum(p.nbytes for p in causal_model(model.policy).parameters() if not p.requires_grad)
-    assert found.head == 3 * 4 * CHUNK * 264
+    assert found.head == 264 * (4 * CHUNK + 3 * 4 * 8)  # scores of a chunk, and float32 work on eight rows of it
     assert min(found.train_seconds_per_token, found.score_seconds_per_token) > 0
     assert found.peak(1000) == found.weights + found.adapter + found.optimizer + found.head + found.activations(1000)
 
@@ -84,8 +87,39 @@ def test_a_single_pair_longer_than_the_probe_is_enough(model: TreeModel):
     """Both probes are then the same tree: the slope is its bytes per token."""
     long = Tree([5] * 600, ([6] * 30, [7] * 30))
     found = measure(model, [long])
-    assert found.activations(660) == pytest.approx(memory._kept(model, [long])[0], rel=0.01)
-    assert found.activations_fixed == 0
+    assert found.activations(660) >= memory._kept(model, [long])[0]
+    assert found.activations_fixed == pytest.approx(0, abs=1)
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from prefpipe import fsio
+from prefpipe.train import memory
+from tests import tiny
+from tests.conftest import ROOT
+from tests.train import data
+from tests.train.test_memory import trees
+
+model = data.policy(Path(sys.argv[1]))
+start = fsio.resident_memory()
+predicted = memory.measure(model, trees(1, 200)).activations(1696)  # four times the small probe
+fsio.restart_resident_peak()
+for _ in range(2):
+    memory._kept(model, trees(4, 200))
+print(predicted, fsio.resident_peak() - start)
+"""
+
+
+def test_the_prediction_is_near_what_the_process_takes(tmp_path: Path):
+    """A model whose activations dwarf the noise of a process; `benchmarks/plan_accuracy.py` does it on a real one."""
+    large = tiny.make_model(tmp_path / "model", spread=0.02, hidden_size=1024)
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(large)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    predicted, taken = map(float, done.stdout.split())
+    assert taken > 5e7
+    assert predicted == pytest.approx(taken, rel=0.35)
 
 
 def test_probing_leaves_the_random_state(model: TreeModel):
