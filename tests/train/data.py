@@ -16,10 +16,10 @@ from prefpipe.forward.logps import TreeModel, score
 from prefpipe.ids import content_id, ids_digest
 from prefpipe.schemas import Pair, to_table
 from prefpipe.train import parallel
-from prefpipe.train.groups import TrainPair
 from prefpipe.train.loop import Trainer
 from prefpipe.train.optimizer import MasterAdamW
 from prefpipe.train.parallel import World
+from prefpipe.train.rows import TrainPair
 
 EOS = 2
 

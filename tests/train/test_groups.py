@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.train import loop
-from prefpipe.train.groups import MicroBatch, TrainPair, global_batches, micro_batches
+from prefpipe.train.groups import MicroBatch, global_batches, micro_batches
+from prefpipe.train.rows import TrainPair
 from tests.train import data
 
 PROMPTS = st.sampled_from([(1,), (1, 2, 3), (4, 5), (6, 7, 8, 9, 10)])
@@ -92,12 +93,10 @@ def completion(micro: MicroBatch, number: int) -> tuple[tuple[int, ...], tuple[i
 @given(PAIRS, st.integers(1, 60))
 def test_micro_batches_hold_every_pair_once_and_point_at_its_completions(pairs: list[TrainPair], budget: int):
     found = micro_batches(pairs, budget)
-    assert sorted(p.pair_id for m in found for p in m.pairs) == [p.pair_id for p in pairs]
+    assert sorted(p.row_id for m in found for p in m.rows) == [p.pair_id for p in pairs]
     for micro in found:
-        assert len(micro.pairs) == len(micro.chosen) == len(micro.rejected)
-        for own, chosen, rejected in zip(micro.pairs, micro.chosen, micro.rejected, strict=True):
-            assert completion(micro, chosen) == (own.prompt, own.chosen)
-            assert completion(micro, rejected) == (own.prompt, own.rejected)
+        for own, places in zip(micro.rows, micro.places, strict=True):
+            assert [completion(micro, place) for place in places] == [(own.prompt, a.ids) for a in own.answers]
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,7 +128,7 @@ def test_a_completion_of_several_pairs_is_in_the_tree_once():
     a, b, c = (20,), (21, 22), (23,)
     (micro,) = micro_batches([pair(0, (1, 2), a, b), pair(1, (1, 2), a, c), pair(2, (1, 2), b, c)], 1000)
     assert [t.completions for t in micro.trees] == [(a, b, c)]
-    assert (micro.chosen, micro.rejected) == ((0, 0, 1), (1, 2, 2))
+    assert micro.places == ((0, 1), (0, 2), (1, 2))
 
 
 def test_a_completion_of_five_pairs_is_computed_once():
@@ -139,7 +138,7 @@ def test_a_completion_of_five_pairs_is_computed_once():
     (micro,) = micro_batches(pairs, 1000)
     (tree,) = micro.trees
     assert tree.completions == (best, *worse)
-    assert (micro.chosen, micro.rejected) == ((0,) * 5, (1, 2, 3, 4, 5))
+    assert micro.places == ((0, 1), (0, 2), (0, 3), (0, 4), (0, 5))
     assert (tree.num_tokens, sum(2 * 2 + 3 + 2 for _ in pairs)) == (2 + 3 + 10, 45)
 
 
@@ -147,13 +146,13 @@ def test_an_oversize_group_stands_alone():
     """Budget 6: the group of 2 + 3 + 3 = 8 tokens alone, two groups of 1 + 1 + 1 = 3 together."""
     big = pair(0, (1, 2), (3, 4, 5), (6, 7, 8))
     small = [pair(1, (9,), (1,), (2,)), pair(2, (8,), (1,), (2,))]
-    assert [[p.pair_id for p in m.pairs] for m in micro_batches([*small, big], 6)] == [["p000"], ["p001", "p002"]]
+    assert [[p.row_id for p in m.rows] for m in micro_batches([*small, big], 6)] == [["p000"], ["p001", "p002"]]
 
 
 def test_the_cut_does_not_depend_on_where_equal_groups_stand():
     """Ties in size are ordered by pair_id: the row order of a step does not matter."""
     pairs = [pair(i, (i + 1,), (50,), (51,)) for i in range(6)]
-    cuts = [[[p.pair_id for p in m.pairs] for m in micro_batches(rows, 6)] for rows in (pairs, pairs[::-1])]
+    cuts = [[[p.row_id for p in m.rows] for m in micro_batches(rows, 6)] for rows in (pairs, pairs[::-1])]
     assert cuts[0] == cuts[1]
 
 
