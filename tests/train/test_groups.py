@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.train import loop
-from prefpipe.train.groups import MicroBatch, global_batches, micro_batches
+from prefpipe.train.groups import MicroBatch, balanced_batches, bank_rows, global_batches, micro_batches, tree_of
 from prefpipe.train.rows import TrainPair
 from tests.train import data
 
@@ -81,6 +81,49 @@ def test_together_shares_more_prompts_in_a_step():
     found = global_batches(rows, 4, seed=0, epoch=0, together=True)
     assert [len({rows[row] for row in step}) for step in found] == [1] * 4
     assert sum(len({rows[r] for r in step}) for step in global_batches(rows, 4, 0, 0, together=False)) > 4
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 3))
+def test_balanced_steps_hold_every_row_once_and_both_classes_in_proportion(labels: list[bool], size: int, epoch: int):
+    """Any window of the order holds its share of desirable rows to within one."""
+    found = balanced_batches(labels, size, 0, epoch)
+    assert sorted(row for step in found for row in step) == list(range(len(labels)))
+    assert all(len(step) == size for step in found[:-1])
+    share = sum(labels) / len(labels)
+    for step in found:
+        assert abs(sum(labels[row] for row in step) - share * len(step)) <= 1 + 1e-9
+
+
+def test_balanced_steps_are_shuffled_anew_in_every_epoch_and_fixed_by_the_seed():
+    labels = [True] * 30 + [False] * 10
+    first = balanced_batches(labels, 8, 3, 0)
+    assert first == balanced_batches(labels, 8, 3, 0)
+    assert first != balanced_batches(labels, 8, 3, 1)
+    assert first != balanced_batches(labels, 8, 4, 0)
+    assert [sum(labels[row] for row in step) for step in first] == [6] * 5
+    order = [row for step in first for row in step if labels[row]]
+    assert order != sorted(order)
+
+
+def test_bank_rows_are_distinct_fixed_by_seed_and_step_and_reach_every_row():
+    assert bank_rows(20, 6, 1, 5) == bank_rows(20, 6, 1, 5)
+    assert bank_rows(20, 6, 1, 5) != bank_rows(20, 6, 1, 6)
+    assert bank_rows(20, 6, 1, 5) != bank_rows(20, 6, 2, 5)
+    seen = {row for step in range(60) for row in bank_rows(20, 6, 1, step)}
+    assert seen == set(range(20))
+    assert sorted(bank_rows(4, 16, 0, 0)) == [0, 1, 2, 3]
+    assert bank_rows(0, 16, 0, 0) == []
+
+
+def test_a_scored_prompt_leads_every_completion_and_is_computed_once():
+    """Prompt 5 6 7, completions 20 and 21 22: tree 5 with 6 7 20 and 6 7 21 22; tokens 3 + 1 + 2, as without."""
+    rows = [pair(0, (5, 6, 7), (20,), (21, 22))]
+    (micro,) = micro_batches(rows, 100, score_prompt=True)
+    (tree,) = micro.trees
+    assert (tree.prompt, tree.completions) == ((5,), ((6, 7, 20), (6, 7, 21, 22)))
+    assert micro.places == ((0, 1),)
+    assert tree.num_tokens == tree_of(rows[0]).num_tokens == 6
 
 
 def completion(micro: MicroBatch, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
