@@ -62,6 +62,8 @@ class TrainConfig(BaseModel):
     """For kto: run directories with labels, or JSONL/Parquet files with `prompt`, `completion`, `label`."""
     groups: Annotated[tuple[str, ...], PATH] = ()
     """For plackett_luce: run directories with ranked groups of completions."""
+    ref_logps: Annotated[tuple[str, ...], PATH] = ()
+    """Runs of `prefpipe score` or `generate` whose reference log-probs take the place of those in the rows."""
     chat_template: shared.ChatTemplate = "model"
     loss_type: tuple[Loss, ...] = ("sigmoid",)
     """Losses to add up, as in TRL: sigmoid (DPO), nll (mean per-token NLL of the chosen completion), ipo, kto, simpo,

@@ -1,8 +1,9 @@
 """What a training run reads: pairs, labels or ranked groups from runs and files, checked; no model is loaded here."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from prefpipe import chat as chats
 from prefpipe import ingest, models, store
@@ -11,7 +12,7 @@ from prefpipe.errors import DataError, IdentityError, UsageError
 from prefpipe.ids import ids_digest
 from prefpipe.klbank import kl_bank
 from prefpipe.models import Policy
-from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, from_table
+from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
 from prefpipe.train import rows as train_rows
 from prefpipe.train.lossbatch import Kind
 from prefpipe.train.losses import LOSSES
@@ -59,11 +60,14 @@ def prepare(config: TrainConfig) -> Job:
     read = _read(sources, kind, chat, config)
     for row in (*read.rows, *read.bank):
         _check_ids(row)
+    needs_reference = any(LOSSES[name].needs_reference for name in config.loss_type)
+    if config.ref_logps:
+        inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
+        _take_values(read, config, needs_reference=needs_reference)
     inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
     rows = _train_rows(kind, read.rows)
     _check_extras(config, rows)
     bank = train_rows.from_bank(read.bank)
-    needs_reference = any(LOSSES[name].needs_reference for name in config.loss_type)
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy) if needs_reference else None
     scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
     return Job(kind, rows, bank, read.dropped, policy, reference, scorers, inputs)
@@ -111,17 +115,68 @@ def _train_rows(kind: Kind, rows: Iterable[Stored]) -> list[TrainRow]:
     return list(train_rows.from_groups([row for row in rows if isinstance(row, RankedGroup)]))
 
 
+def _parts(row: Stored) -> list[tuple[str, list[int], str]]:
+    """(completion_id or bank_id, token ids, digest) of every completion of a row."""
+    if isinstance(row, Pair):
+        return [
+            (row.chosen_completion_id, row.chosen_token_ids, row.chosen_ids_digest),
+            (row.rejected_completion_id, row.rejected_token_ids, row.rejected_ids_digest),
+        ]
+    if isinstance(row, RankedGroup):
+        return list(zip(row.completion_ids, row.token_ids, row.ids_digests, strict=True))
+    return [(row.bank_id if isinstance(row, KlBank) else row.completion_id, row.token_ids, row.ids_digest)]
+
+
+def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> None:
+    """Reference values of --ref-logps in place of the columns of every row whose completions are all there."""
+    if not needs_reference:
+        raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
+    digests = {key: digest for row in (*read.rows, *read.bank) for key, _, digest in _parts(row)}
+    values = ingest.read_ref_logps([Path(run) for run in config.ref_logps], digests)
+    if not values:
+        raise DataError(
+            f"none of {len(digests)} completions has log-probs in {', '.join(config.ref_logps)}",
+            "score these rows: prefpipe score --inputs DIR --out NEW",
+        )
+    read.rows = [_with_values(row, values) for row in read.rows]
+    read.bank = [replace(row, **_columns(values[row.bank_id])) if row.bank_id in values else row for row in read.bank]
+
+
+def _with_values(row: Stored, values: Mapping[str, RefLogps]) -> Stored:
+    own = [values[key] for key, _, _ in _parts(row) if key in values]
+    if len(own) < len(_parts(row)):
+        return row
+    if isinstance(row, Pair):
+        return replace(
+            row, ref_chosen_logps=own[0].ref_logps, ref_rejected_logps=own[1].ref_logps,
+            ref_chosen_token_logps=own[0].token_logps, ref_rejected_token_logps=own[1].token_logps,
+            reference=own[0].reference, scorer=own[0].scorer,
+        )  # fmt: skip
+    if isinstance(row, RankedGroup):
+        return replace(
+            row, ref_logps=[r.ref_logps for r in own], ref_token_logps=[r.token_logps for r in own],
+            reference=own[0].reference, scorer=own[0].scorer,
+        )  # fmt: skip
+    return replace(row, **_columns(own[0]))
+
+
+def _columns(values: RefLogps) -> dict[str, Any]:
+    return {
+        "ref_logps": values.ref_logps, "ref_token_logps": values.token_logps, "reference": values.reference,
+        "scorer": values.scorer,
+    }  # fmt: skip
+
+
 def _check_ids(row: Stored) -> None:
     """Raise IdentityError when a row's token ids are not those that its digests were made of."""
-    if isinstance(row, Pair):
-        key, found = row.pair_id, [(row.chosen_token_ids, row.chosen_ids_digest)]
-        found.append((row.rejected_token_ids, row.rejected_ids_digest))
-    elif isinstance(row, RankedGroup):
-        key, found = row.prompt_id, list(zip(row.token_ids, row.ids_digests, strict=True))
-    else:
-        key = row.bank_id if isinstance(row, KlBank) else row.completion_id
-        found = [(row.token_ids, row.ids_digest)]
-    if any(ids_digest(row.prompt_token_ids, ids) != digest for ids, digest in found):
+    if any(ids_digest(row.prompt_token_ids, ids) != digest for _, ids, digest in _parts(row)):
+        key = (
+            row.pair_id
+            if isinstance(row, Pair)
+            else row.prompt_id
+            if isinstance(row, RankedGroup)
+            else _parts(row)[0][0]
+        )
         raise IdentityError(
             f"row {key}: its token ids are not those that its log-probs were computed for",
             "rows were edited or shuffled: make them again with `prefpipe build-pairs`",

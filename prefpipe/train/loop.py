@@ -13,7 +13,7 @@ from prefpipe.errors import DataError, PrefpipeError
 from prefpipe.forward.logps import TreeModel
 from prefpipe.train import losses
 from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
-from prefpipe.train.groups import balanced_batches, bank_rows, global_batches, micro_batches
+from prefpipe.train.groups import MicroBatch, balanced_batches, bank_rows, global_batches, micro_batches
 from prefpipe.train.lossbatch import LabelBatch
 from prefpipe.train.optimizer import MasterAdamW, learning_rate
 from prefpipe.train.parallel import World, sum_over_ranks
@@ -115,24 +115,34 @@ def _accumulate(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[Trai
 
 def _try_batch(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
     """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
-    config, world, settings = trainer.config, trainer.world, settings_of(trainer.config)
     z0 = _z0(trainer, bank) if bank else 0.0
     sums: dict[str, float] = {}
-    for micro, counts in world.deal(micro_batches(batch, trainer.budget, score_prompt=scores_prompt(config))):
-        layout = trainer.model.layout(micro.trees)
-        loss_batch, weights = to_loss_batch(trainer.wrapped(layout), layout, micro, config, z0)
-        per_row = losses.combine(config.loss_type, config.loss_weights, loss_batch, settings)
-        loss = (weights * per_row).sum() / len(batch) * float(counts)
-        (loss * world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
-        trainer.optimizer.gather_gradients()
-        if counts:
-            found = {"loss": float(loss.detach()), "tokens/unique": float(layout.input_ids.numel())}
-            found["tokens/logical"] = float(sum(logical_tokens(row) for row in micro.rows))
-            for name, (values, counted) in losses.metrics(loss_batch, config.beta).items():
-                found[name], found[f"{_COUNT}{name}"] = float((values * counted).sum()), float(counted.sum())
-            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-    values = _means(sum_over_ranks(sums, world))
+    cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config))
+    for micro, counts in trainer.world.deal(cut):
+        found = _micro_batch(trainer, micro, len(batch), z0, counts=counts)
+        sums = {name: sums.get(name, 0.0) + value for name, value in found.items()} if counts else sums
+    values = _means(sum_over_ranks(sums, trainer.world))
     return {**values, "kto/z0": z0} if bank else values
+
+
+def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, counts: bool) -> dict[str, float]:
+    """Add the gradients of a micro-batch of a global batch of `size` rows; returns its share of the step's metrics.
+
+    Nothing of its graph may outlive this call: nodes that stay between freed activations keep the heap from joining
+    them, and the next micro-batch then takes half as much again.
+    """
+    config = trainer.config
+    layout = trainer.model.layout(micro.trees)
+    loss_batch, weights = to_loss_batch(trainer.wrapped(layout), layout, micro, config, z0)
+    per_row = losses.combine(config.loss_type, config.loss_weights, loss_batch, settings_of(config))
+    loss = (weights * per_row).sum() / size * float(counts)
+    (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
+    trainer.optimizer.gather_gradients()
+    found = {"loss": float(loss.detach()), "tokens/unique": float(layout.input_ids.numel())}
+    found["tokens/logical"] = float(sum(map(logical_tokens, micro.rows)))
+    for name, (values, counted) in losses.metrics(loss_batch, config.beta).items():
+        found[name], found[f"{_COUNT}{name}"] = float((values * counted).sum()), float(counted.sum())
+    return found
 
 
 def _z0(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:

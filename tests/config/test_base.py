@@ -25,7 +25,7 @@ from prefpipe.errors import MissingInputError, UsageError
 
 CLASSES = (GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
 RUNTIME = {"distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"}
-PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups"}
+PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"}
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
     *(

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import models
+from prefpipe import models, store
+from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError, IdentityError, PrefpipeError, UsageError
+from prefpipe.forward import load
+from prefpipe.ids import ids_digest
 from prefpipe.klbank import kl_bank
+from prefpipe.schemas import RefLogps, to_table
 from prefpipe.train.inputs import prepare
 from prefpipe.train.rows import TrainLabel, TrainPair
 from tests.train import data
@@ -133,3 +137,52 @@ def test_a_missing_dataset_of_a_run_is_named(tiny_model: Path, tmp_path: Path):
     run = data.write_run(tmp_path / "r", pairs=BARE)
     with pytest.raises((DataError, UsageError, PrefpipeError), match="labels"):
         prepare(data.config(tiny_model, **kto(run)))
+
+
+def scored(out: Path, tiny_model: Path) -> Path:
+    """A run that holds ref_logps of the completions of BARE, as `score` and `generate` write them."""
+    own = data.with_reference(BARE, tiny_model)
+    found = [
+        RefLogps(row.completion_id, row.reference or "", row.scorer or "", row.ids_digest,
+                 row.ref_token_logps or [], sum(row.ref_token_logps or []), len(row.token_ids))
+        for row in data.labels_of(own)
+    ]  # fmt: skip
+    with store.open_run(out, "score", BuildPairsConfig(), {"test": str(out)}, force=False) as run:
+        run.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, found))
+        run.finish({"rows": len(found)}, {})
+    return out
+
+
+def test_values_of_a_scored_run_win_over_the_columns(tiny_model: Path, tmp_path: Path):
+    """Columns of a model that is not here would be refused; the run has values of the one that is, for every kind."""
+    foreign = [data.with_values(r, [-9.0] * len(r.chosen_token_ids), [-9.0] * len(r.rejected_token_ids), OTHER, "x")
+               for r in BARE]  # fmt: skip
+    run = data.write_run(tmp_path / "r", pairs=foreign, labels=data.labels_of(foreign), groups=data.groups_of(BARE))
+    values = (str(scored(tmp_path / "s", tiny_model)),)
+    own = data.labels_of(data.with_reference(BARE, tiny_model))
+    expected = {r.completion_id: tuple(r.ref_token_logps or ()) for r in own}
+    kinds: list[dict[str, object]] = [
+        {"pairs": (str(run),)}, {"loss_type": ("apo_zero_unpaired",), "labels": (str(run),)},
+        {"loss_type": ("plackett_luce",), "groups": (str(run),)},
+    ]  # fmt: skip
+    for changes in kinds:
+        job = prepare(data.config(tiny_model, ref_logps=values, **changes))
+        assert job.reference == models.resolve(str(tiny_model)).id
+        assert job.scorers == {load.scorer_name("float32")}
+        assert "ref_logps.0" in job.inputs
+        for row in job.rows:
+            for answer in row.answers:
+                assert answer.reference == pytest.approx(expected[answer.completion_id], abs=1e-6)
+    refused(76, tiny_model, run)
+
+
+def test_a_scored_run_of_other_rows_or_for_other_ids_is_refused(tiny_model: Path, tmp_path: Path):
+    values = (str(scored(tmp_path / "s", tiny_model)),)
+    others = data.write_run(tmp_path / "o", pairs=data.bare_pairs(4, seed=3))
+    assert "none of 8 completions has log-probs" in refused(65, tiny_model, others, ref_logps=values).message
+    ids = [*BARE[0].chosen_token_ids, 5]
+    edited = replace(BARE[0], chosen_token_ids=ids, chosen_ids_digest=ids_digest(BARE[0].prompt_token_ids, ids))
+    run = data.write_run(tmp_path / "e", pairs=[edited, *BARE[1:]])
+    assert "other token ids" in refused(76, tiny_model, run, ref_logps=values).message
+    good = data.write_run(tmp_path / "g", pairs=BARE)
+    assert "read by none of simpo" in refused(2, tiny_model, good, loss_type=("simpo",), ref_logps=values).message
