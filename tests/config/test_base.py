@@ -34,6 +34,7 @@ OWNED = {
         "train.pairs",
         "train.labels",
         "train.groups",
+        "train.ref_logps",
         "evaluate.model",
         "evaluate.adapter",
         "evaluate.round",
