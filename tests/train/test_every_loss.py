@@ -11,7 +11,7 @@ import torch
 
 from prefpipe import fsio, store
 from prefpipe.config.train import PAIR_LOSSES, TrainConfig
-from prefpipe.errors import DataError, StorageError
+from prefpipe.errors import DataError, PrefpipeError, StorageError
 from prefpipe.forward.logps import TreeModel
 from prefpipe.klbank import kl_bank
 from prefpipe.schemas import RefLogps
@@ -294,11 +294,14 @@ def test_orpo_from_a_base_model_without_a_chat_template(cli: Cli, tiny_model: Pa
                         "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     lines = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "Who knows?"} for n in range(4)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ("train", "--loss-type", "orpo", "--pairs", tmp_path / "pairs.jsonl", "--model", base, *FAST)
-    refused = cli(*command, "--out", tmp_path / "no")
-    assert refused.returncode != 0
-    assert "chat-template" in refused.stderr
-    done = cli(*command, "--chat-template", template, "--out", tmp_path / "t")
+    given = data.config(base, tmp_path / "pairs.jsonl", loss_type=("orpo",))
+    with pytest.raises(PrefpipeError) as refused:
+        run(given, tmp_path / "no")
+    assert "chat-template" in refused.value.message + refused.value.hint
+    done = cli(
+        "train", "--loss-type", "orpo", "--pairs", tmp_path / "pairs.jsonl", "--model", base, *FAST, "--chat-template",
+        template, "--out", tmp_path / "t",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = metrics(tmp_path / "t")
     assert found[-1]["loss"] < found[0]["loss"]
