@@ -59,9 +59,9 @@ def worker(dtype: str, tokens: int, out: Path) -> None:
     from prefpipe.forward.layout import Tree
     from prefpipe.forward.logps import TreeModel
     from prefpipe.train import loop, memory
-    from prefpipe.train.groups import TrainPair
     from prefpipe.train.optimizer import MasterAdamW
     from prefpipe.train.parallel import World
+    from prefpipe.train.rows import TrainPair
 
     torch.set_num_threads(1)
     source = random.Random(0)

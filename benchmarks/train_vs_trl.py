@@ -287,9 +287,10 @@ def worker_ours(case: Case, folder: Path) -> None:
     from prefpipe.forward import load
     from prefpipe.forward.logps import TreeModel, score
     from prefpipe.train import loop
-    from prefpipe.train.groups import TrainPair, global_batches, micro_batches
+    from prefpipe.train.groups import global_batches, micro_batches
     from prefpipe.train.optimizer import MasterAdamW
     from prefpipe.train.parallel import World
+    from prefpipe.train.rows import TrainPair
 
     torch.set_num_threads(1)
     config = TrainConfig(

@@ -1,15 +1,15 @@
 """Foreign formats become our rows: prompts for generate and evaluate, TRL-style preference files for train."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefpipe import store
 from prefpipe.chat import Chat, RowFault, check_control_tokens, encode, encode_prompt, render
-from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.ids import common_prefix, content_id, ids_digest
-from prefpipe.schemas import Dropped, Label, Message, Messages, Pair, Prompt
+from prefpipe.schemas import Dropped, Label, Message, Messages, Pair, Prompt, RefLogps, from_table
 
 _PROMPT_COLUMNS = ("messages", "prompt", "answer", "split", "source", "meta", "prompt_id")
 _NO_LIMIT = 1 << 30
@@ -95,6 +95,29 @@ def read_labels(path: Path, chat: Chat) -> tuple[list[Label], list[Dropped]]:
             f"{path} has no usable label ({len(dropped)} rows dropped)", "see the reasons in dropped.parquet"
         )
     return list(labels.values()), dropped
+
+
+def read_ref_logps(runs: Sequence[Path], digests: Mapping[str, str]) -> dict[str, RefLogps]:
+    """The cached reference values of the completions in `digests` (completion_id -> ids_digest) from runs of `score` or
+    `generate`; the first run that has a completion counts. Which ones are missing is for the caller.
+
+    Raises IdentityError when a value was made for other token ids, DataError for values of several references.
+    """
+    found: dict[str, RefLogps] = {}
+    for run in runs:
+        for row in from_table(RefLogps, store.read_dataset(run, "ref_logps", RefLogps)):
+            if row.completion_id not in digests or row.completion_id in found:
+                continue
+            if row.ids_digest != digests[row.completion_id]:
+                raise IdentityError(
+                    f"{run}: log-probs of {row.completion_id} were made for other token ids (ids_digest)",
+                    "score these rows: prefpipe score --inputs DIR --out NEW",
+                )
+            found[row.completion_id] = row
+    references = sorted({row.reference for row in found.values()})
+    if len(references) > 1:
+        raise DataError(f"the runs hold log-probs of several references: {', '.join(references)}", "pass one at a time")
+    return found
 
 
 def _to_label(chat: Chat, prompt: Messages, turns: Messages, *, label: bool) -> Label:

@@ -11,25 +11,24 @@ from prefpipe.schemas import KlBank, Label
 def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
     """Up to `size` distinct rows (prompt i, completion j), never of the same prompt; the order of labels is no matter.
 
-    Every prompt and every completion is used about equally often: completions are dealt in shuffled order, each to the
-    prompt that follows in a shuffled round of prompts. Raises DataError with fewer than two prompts.
+    Prompts and completions are used about equally often: in a shuffled round of prompts each completion goes to the
+    prompt at some distance from its own, then at another distance, until the bank is full. Raises DataError with fewer
+    than two prompts.
     """
     rows = sorted(labels, key=lambda row: row.completion_id)
     prompts = sorted({row.prompt_id: row.prompt_token_ids for row in rows}.items())
     if len(prompts) < 2:
         raise DataError("KTO needs completions of at least two prompts to estimate its reference point", "add prompts")
     source = random.Random(f"klbank/{seed}")
-    source.shuffle(prompts)
+    for shuffled in (rows, prompts):
+        source.shuffle(shuffled)
+    place = {prompt_id: i for i, (prompt_id, _) in enumerate(prompts)}
     bank: dict[str, KlBank] = {}
-    for turn in range(len(prompts)):
-        source.shuffle(rows)
-        for place, row in enumerate(rows):
+    for distance in source.sample(range(1, len(prompts)), len(prompts) - 1):
+        for row in rows:
             if len(bank) >= size:
                 return sorted(bank.values(), key=lambda r: r.bank_id)
-            prompt_id, prompt_ids = prompts[(place + turn) % len(prompts)]
-            if prompt_id == row.prompt_id:
-                prompt_id, prompt_ids = prompts[(place + turn + 1) % len(prompts)]
-            made = _row(prompt_id, prompt_ids, row)
+            made = _row(*prompts[(place[row.prompt_id] + distance) % len(prompts)], row)
             bank.setdefault(made.bank_id, made)
     return sorted(bank.values(), key=lambda r: r.bank_id)
 

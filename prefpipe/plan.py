@@ -4,51 +4,51 @@ from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.train import loop, stage
-from prefpipe.train.groups import TrainPair, global_batches, micro_batches
+from prefpipe.train.batches import scores_prompt
+from prefpipe.train.groups import micro_batches, tree_of
+from prefpipe.train.inputs import prepare
 from prefpipe.train.memory import Footprint, budget, free_bytes, measure
+from prefpipe.train.rows import TrainRow
 
 _GIB = 2**30
 
 
 def run(config: TrainConfig) -> list[str]:
     """Lines of a table: memory by part, tokens, steps, time, and what the cached reference saves."""
-    job = stage.prepare(config)
+    job = prepare(config)
     model = stage.load_policy(job.policy, config)
-    pairs = stage.to_train_pairs(job.rows)
-    stage.choose_rows(model, pairs, config.dtype)
-    footprint = measure(model, [stage.tree_of(p) for p in pairs])
+    stage.choose_rows(model, job.rows, config.dtype)
+    footprint = measure(model, [tree_of(row) for row in job.rows])
     device = next(model.parameters()).device
-    tokens = config.max_tokens_per_micro_batch or budget(footprint, device, free_bytes(device), longest_tree(pairs))
-    unique = unique_tokens(pairs, config, tokens)
-    return _lines(config, pairs, footprint, unique, min(tokens, max(unique.values())))
+    tokens = config.max_tokens_per_micro_batch or budget(footprint, device, free_bytes(device), longest_tree(job.rows))
+    unique = unique_tokens(job.rows, config, tokens)
+    return _lines(config, job.kind, len(job.rows), footprint, unique, min(tokens, max(unique.values())))
 
 
-def longest_tree(pairs: Sequence[TrainPair]) -> int:
-    """Tokens of the longest pair as a tree: no micro-batch can be smaller."""
-    return max(stage.tree_of(p).num_tokens for p in pairs)
+def longest_tree(rows: Sequence[TrainRow]) -> int:
+    """Tokens of the longest row as a tree: no micro-batch can be smaller."""
+    return max(tree_of(row).num_tokens for row in rows)
 
 
-def unique_tokens(pairs: Sequence[TrainPair], config: TrainConfig, tokens: int) -> dict[str, int]:
+def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) -> dict[str, int]:
     """Tokens of one epoch: computed, logical (every row apart), and of the largest micro-batch."""
     computed = largest = 0
-    prompts = [p.prompt for p in pairs]
-    for rows in global_batches(prompts, config.train_batch_size, config.seed, 0, together=config.group_by_prompt):
-        for micro in micro_batches([pairs[row] for row in rows], tokens):
+    for numbers in loop.epoch_batches(rows, config, 0):
+        for micro in micro_batches([rows[n] for n in numbers], tokens, score_prompt=scores_prompt(config)):
             load = sum(tree.num_tokens for tree in micro.trees)
             computed, largest = computed + load, max(largest, load)
-    logical = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-    return {"computed": computed, "logical": logical, "largest micro-batch": largest}
+    return {"computed": computed, "logical": sum(map(loop.logical_tokens, rows)), "largest micro-batch": largest}
 
 
 def _lines(
-    config: TrainConfig, pairs: Sequence[TrainPair], footprint: Footprint, unique: dict[str, int], tokens: int
+    config: TrainConfig, kind: str, count: int, footprint: Footprint, unique: dict[str, int], tokens: int
 ) -> list[str]:
     largest = unique["largest micro-batch"]
     epochs = config.num_train_epochs
     seconds = epochs * unique["computed"] * footprint.train_seconds_per_token
     reference = epochs * unique["computed"] * footprint.score_seconds_per_token
     rows = {
-        "pairs, steps": f"{len(pairs)}, {loop.num_steps(len(pairs), config)} of {config.train_batch_size} pairs",
+        f"{kind}, steps": f"{count}, {loop.num_steps(count, config)} of {config.train_batch_size} {kind}",
         "tokens per epoch": f"{unique['computed']:,} computed, {unique['logical']:,} as separate rows",
         "micro-batch": f"at most {tokens:,} tokens; the largest one holds {largest:,}",
         "weights": f"{footprint.weights / _GIB:.3f} GiB ({config.dtype})",

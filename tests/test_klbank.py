@@ -18,7 +18,10 @@ def labels(prompts: int, each: int) -> list[Label]:
     ]
 
 
-@pytest.mark.parametrize(("prompts", "each", "size"), [(2, 1, 256), (2, 3, 4), (5, 2, 20), (40, 4, 256), (3, 1, 1)])
+SIZES = [(2, 1, 256), (2, 3, 4), (5, 2, 20), (6, 1, 256), (5, 2, 256), (40, 4, 256), (3, 1, 1)]
+
+
+@pytest.mark.parametrize(("prompts", "each", "size"), SIZES)
 def test_no_row_holds_a_prompt_with_its_own_completion(prompts: int, each: int, size: int) -> None:
     rows = labels(prompts, each)
     owner = {row.completion_id: row.prompt_id for row in rows}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefpipe import plan
-from prefpipe.train.groups import TrainPair
+from prefpipe.train.rows import TrainPair
 from tests.conftest import Cli
 from tests.train import data
 

@@ -14,7 +14,7 @@ from prefpipe.config.train import TrainConfig
 _OWNED = {
     "generate": ("model", "adapter", "reference"),
     "build_pairs": ("completions",),
-    "train": ("model", "adapter", "pairs"),
+    "train": ("model", "adapter", "pairs", "labels", "groups", "ref_logps"),
     "evaluate": ("model", "adapter", "round"),
 }
 

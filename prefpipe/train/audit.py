@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from prefpipe.errors import IdentityError
+from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward.layout import Tree
-from prefpipe.train.groups import TrainPair
+from prefpipe.train.groups import tree_of
+from prefpipe.train.rows import TrainRow
 
 Score = Callable[[Sequence[Tree]], list[list[list[float]]]]
 _NOISE = 0.055  # standard deviation per token between 16-bit kernels
@@ -19,9 +20,12 @@ _SIGNED, _ABSOLUTE_16, _ABSOLUTE_32, _EXACT_H = 0.01, 0.10, 0.001, 1e-3
 
 @dataclass(frozen=True)
 class Audit:
-    """What re-scoring found: signed and absolute mean difference per token, and the largest |h| of a pair, in nats."""
+    """What re-scoring found: signed and absolute mean difference per token, and the largest |h| of a row, in nats.
 
-    pairs: int
+    h is the difference of log-ratios between the first and the last completion of a row; the log-ratio of a single one.
+    """
+
+    rows: int
     tokens: int
     signed_mean: float
     absolute_mean: float
@@ -33,21 +37,23 @@ class Audit:
         return asdict(self)
 
 
-def audit(pairs: Sequence[TrainPair], rows: int, score: Score, beta: float) -> Audit:
-    """Re-score `rows` pairs spread over the data, always with the longest and the shortest."""
-    chosen = _spread(pairs, rows)
+def audit(rows: Sequence[TrainRow], count: int, score: Score, beta: float) -> Audit:
+    """Re-score `count` rows spread over the data, always with the longest and the shortest."""
+    chosen = _spread(rows, count)
     differences: list[float] = []
     gaps: list[float] = []
-    for pair in chosen:
-        (values,) = score([Tree(pair.prompt, (pair.chosen, pair.rejected))])
-        cached = (pair.ref_chosen or (), pair.ref_rejected or ())
-        check_lengths(pair)
-        deltas = [[now - then for now, then in zip(v, c, strict=True)] for v, c in zip(values, cached, strict=True)]
-        differences += [d for side in deltas for d in side]
-        gaps.append(sum(deltas[0]) - sum(deltas[1]))
+    for row in chosen:
+        check_cached(row)
+        (values,) = score([tree_of(row)])
+        deltas = [
+            [now - then for now, then in zip(found, answer.reference or (), strict=True)]
+            for found, answer in zip(values, row.answers, strict=True)
+        ]
+        differences += [d for own in deltas for d in own]
+        gaps.append(sum(deltas[0]) - (sum(deltas[-1]) if len(deltas) > 1 else 0.0))
     tokens = len(differences)
     return Audit(
-        pairs=len(chosen),
+        rows=len(chosen),
         tokens=tokens,
         signed_mean=sum(differences) / tokens,
         absolute_mean=sum(map(abs, differences)) / tokens,
@@ -56,13 +62,20 @@ def audit(pairs: Sequence[TrainPair], rows: int, score: Score, beta: float) -> A
     )
 
 
-def check_lengths(pair: TrainPair) -> None:
-    """Raise IdentityError when cached values are not one per token."""
-    for side, ids, values in (("chosen", pair.chosen, pair.ref_chosen), ("rejected", pair.rejected, pair.ref_rejected)):
-        if values is not None and len(values) != len(ids):
+def check_cached(row: TrainRow) -> None:
+    """Raise IdentityError when cached values are not one per token, DataError when one is not a finite number."""
+    for answer in row.answers:
+        values = answer.reference or ()
+        if not all(map(math.isfinite, values)):
+            raise DataError(
+                f"row {row.row_id}: a cached log-prob of completion {answer.completion_id} is not a finite number",
+                "make the values again with `prefpipe score`; a value is never replaced by a guess",
+            )
+        if answer.reference is not None and len(values) != len(answer.ids):
             raise IdentityError(
-                f"pair {pair.pair_id}: {len(values)} cached log-probs for {len(ids)} {side} tokens",
-                "the cache was edited or damaged: make the values again with `prefpipe generate`",
+                f"row {row.row_id}: {len(values)} cached log-probs for {len(answer.ids)} tokens of completion "
+                f"{answer.completion_id}",
+                "the cache was edited or damaged: make the values again with `prefpipe score`",
             )
 
 
@@ -79,15 +92,15 @@ def check(found: Audit, *, exact: bool, full_precision: bool) -> None:
     good = abs(found.signed_mean) <= signed_limit and found.absolute_mean <= absolute_limit
     if not good or (exact and not found.largest_h <= _EXACT_H):
         raise IdentityError(
-            f"the cached reference log-probs do not belong to this model: re-scored on {found.pairs} pairs they differ "
+            f"the cached reference log-probs do not belong to this model: re-scored on {found.rows} rows they differ "
             f"by {found.signed_mean:+.4f} per token on average (limit {signed_limit:.4f}) and "
             f"{found.absolute_mean:.4f} in absolute value (limit {absolute_limit}), up to {found.largest_h:.4f} nats "
-            f"in one pair; the step-0 loss would be {found.loss:.4f}, not ln 2 = 0.6931",
+            f"in one row; -log sigmoid(beta h) would be {found.loss:.4f} at step 0, not ln 2 = 0.6931",
             "make the values again with `prefpipe generate`, or pass the model, adapter and dtype that made them",
         )
 
 
-def _spread(pairs: Sequence[TrainPair], rows: int) -> list[TrainPair]:
-    ordered = sorted(pairs, key=lambda p: (len(p.chosen) + len(p.rejected), p.pair_id))
-    count = min(rows, len(ordered))
-    return [ordered[round(i * (len(ordered) - 1) / max(1, count - 1))] for i in range(count)]
+def _spread(rows: Sequence[TrainRow], count: int) -> list[TrainRow]:
+    ordered = sorted(rows, key=lambda row: (sum(len(a.ids) for a in row.answers), row.row_id))
+    taken = min(count, len(ordered))
+    return [ordered[round(i * (len(ordered) - 1) / max(1, taken - 1))] for i in range(taken)]

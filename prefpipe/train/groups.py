@@ -1,7 +1,7 @@
-"""Which pairs make a step, and how a step is cut into micro-batches of token trees. No tensors, no model.
+"""Which rows make a step, and how a step is cut into micro-batches of token trees. No tensors, no model.
 
-A global batch is G pairs fixed by (seed, epoch, step). Inside it, pairs of one prompt share a tree, so that a prompt
-and a completion are computed once however many pairs they are in. Trees are packed under a token budget; since every
+A global batch is G rows fixed by (seed, epoch, step). Inside it, rows of one prompt share a tree, so that a prompt and
+a completion are computed once however many rows they are in. Trees are packed under a token budget; since every
 micro-batch adds its sum of losses divided by G, the budget never changes the result.
 """
 
@@ -10,39 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefpipe.forward.layout import Tree
-
-
-@dataclass(frozen=True)
-class TrainPair:
-    """What training needs of a pair. Reference log-probs are per token, or None."""
-
-    pair_id: str
-    chosen_id: str
-    rejected_id: str
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    ref_chosen: tuple[float, ...] | None
-    ref_rejected: tuple[float, ...] | None
-    weight: float
+from prefpipe.train.rows import TrainRow
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Trees, and for every pair the numbers of its chosen and rejected completion (counted through all trees)."""
+    """Trees, and for every row the numbers of its completions in its own order (counted through all trees)."""
 
     trees: tuple[Tree, ...]
-    pairs: tuple[TrainPair, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Group:
-    tree: Tree
-    pairs: tuple[TrainPair, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
+    rows: tuple[TrainRow, ...]
+    places: tuple[tuple[int, ...], ...]
 
 
 def global_batches(
@@ -50,7 +27,7 @@ def global_batches(
 ) -> list[list[int]]:
     """Row numbers of every step of an epoch; the last step may be smaller.
 
-    `together` draws the pairs of a prompt one after the other, so that they share its forward pass; the price is
+    `together` draws the rows of a prompt one after the other, so that they share its forward pass; the price is
     correlated gradients inside a step.
     """
     order = list(range(len(prompts)))
@@ -62,46 +39,75 @@ def global_batches(
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def micro_batches(pairs: Sequence[TrainPair], max_tokens: int) -> list[MicroBatch]:
-    """Cut a global batch: best-fit decreasing over prompt groups. A group above the budget stands alone."""
-    groups = sorted(_groups(pairs), key=lambda g: (-g.tree.num_tokens, g.pairs[0].pair_id))
-    bins: list[list[_Group]] = []
+def balanced_batches(desirable: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row numbers of every step of an epoch, shuffled inside each class and dealt so that every step holds both
+    classes in the proportion of the data, to within one row."""
+    source = random.Random(f"{seed}/{epoch}")
+    placed: list[tuple[float, int]] = []
+    for label in (True, False):
+        own = [row for row, value in enumerate(desirable) if value is label]
+        source.shuffle(own)
+        placed += [((place + 0.5) / len(own), row) for place, row in enumerate(own)]
+    order = [row for _, row in sorted(placed)]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def bank_rows(size: int, count: int, seed: int, step: int) -> list[int]:
+    """Which of `size` bank rows a step looks at: at most `count`, none twice, fixed by (seed, step)."""
+    return random.Random(f"bank/{seed}/{step}").sample(range(size), min(count, size))
+
+
+def micro_batches(rows: Sequence[TrainRow], max_tokens: int, *, score_prompt: bool = False) -> list[MicroBatch]:
+    """Cut a global batch: best-fit decreasing over prompt groups. A group above the budget stands alone.
+
+    With `score_prompt` a tree's prompt is the first token only, and the rest of it leads every completion: the layout
+    still computes it once, and its log-probs are there.
+    """
+    groups = sorted(_groups(rows, score_prompt), key=lambda g: (-g.trees[0].num_tokens, g.rows[0].row_id))
+    bins: list[list[MicroBatch]] = []
     loads: list[int] = []
     for group in groups:
-        fitting = [i for i, load in enumerate(loads) if load + group.tree.num_tokens <= max_tokens]
+        size = group.trees[0].num_tokens
+        fitting = [i for i, load in enumerate(loads) if load + size <= max_tokens]
         if fitting:
             best = max(fitting, key=lambda i: loads[i])
             bins[best].append(group)
-            loads[best] += group.tree.num_tokens
+            loads[best] += size
         else:
             bins.append([group])
-            loads.append(group.tree.num_tokens)
+            loads.append(size)
     return [_merge(own) for own in bins]
 
 
-def _groups(pairs: Sequence[TrainPair]) -> list[_Group]:
-    by_prompt: dict[tuple[int, ...], list[TrainPair]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(pair.prompt, []).append(pair)
-    return [_group(prompt, own) for prompt, own in by_prompt.items()]
+def tree_of(row: TrainRow) -> Tree:
+    """A row's prompt and completions as a tree of its own."""
+    return Tree(row.prompt, tuple(answer.ids for answer in row.answers))
 
 
-def _group(prompt: tuple[int, ...], pairs: list[TrainPair]) -> _Group:
+def _groups(rows: Sequence[TrainRow], score_prompt: bool) -> list[MicroBatch]:  # noqa: FBT001  (internal)
+    by_prompt: dict[tuple[int, ...], list[TrainRow]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt, []).append(row)
+    return [_group(prompt, own, score_prompt) for prompt, own in by_prompt.items()]
+
+
+def _group(prompt: tuple[int, ...], rows: list[TrainRow], score_prompt: bool) -> MicroBatch:  # noqa: FBT001  (internal)
     number: dict[tuple[int, ...], int] = {}
-    for pair in pairs:
-        for completion in (pair.chosen, pair.rejected):
-            number.setdefault(completion, len(number))
-    chosen, rejected = tuple(number[p.chosen] for p in pairs), tuple(number[p.rejected] for p in pairs)
-    return _Group(Tree(prompt, tuple(number)), tuple(pairs), chosen, rejected)
+    for row in rows:
+        for answer in row.answers:
+            number.setdefault(answer.ids, len(number))
+    places = tuple(tuple(number[answer.ids] for answer in row.answers) for row in rows)
+    tree = Tree(prompt, tuple(number))
+    if score_prompt:
+        tree = Tree(prompt[:1], tuple(prompt[1:] + ids for ids in number))
+    return MicroBatch((tree,), tuple(rows), places)
 
 
-def _merge(groups: list[_Group]) -> MicroBatch:
-    chosen: list[int] = []
-    rejected: list[int] = []
+def _merge(groups: list[MicroBatch]) -> MicroBatch:
+    places: list[tuple[int, ...]] = []
     offset = 0
     for group in groups:
-        chosen += [offset + i for i in group.chosen]
-        rejected += [offset + i for i in group.rejected]
-        offset += len(group.tree.completions)
-    pairs = tuple(p for g in groups for p in g.pairs)
-    return MicroBatch(tuple(g.tree for g in groups), pairs, tuple(chosen), tuple(rejected))
+        places += [tuple(offset + i for i in own) for own in group.places]
+        offset += len(group.trees[0].completions)
+    rows = tuple(row for group in groups for row in group.rows)
+    return MicroBatch(tuple(group.trees[0] for group in groups), rows, tuple(places))

@@ -1,77 +1,101 @@
-"""Preference losses: pure functions of a LossBatch, one value per pair. B = pairs. Log-probs are summed nats."""
+"""The registry of losses, how they add up, and what is reported beside them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.nn.functional import logsigmoid
 
-
-@dataclass(frozen=True)
-class LossBatch:
-    """Float32 tensors [B]: policy and reference log-probs (summed over completion tokens), and completion lengths."""
-
-    chosen_logps: torch.Tensor
-    rejected_logps: torch.Tensor
-    ref_chosen_logps: torch.Tensor | None
-    ref_rejected_logps: torch.Tensor | None
-    chosen_lengths: torch.Tensor
-    rejected_lengths: torch.Tensor
-
-    def __post_init__(self) -> None:
-        shapes = {t.shape for t in vars(self).values() if t is not None}
-        if len(shapes) != 1 or self.chosen_logps.dim() != 1:
-            raise ValueError(f"a loss batch holds [B] tensors, got {sorted(map(tuple, shapes))}")
+from prefpipe.train import listwise, pairwise, unpaired
+from prefpipe.train.lossbatch import Kind, LabelBatch, Logps, LossBatch, LossSettings, RankBatch
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss function `fn(batch, beta) -> [B]` and whether it reads reference log-probs."""
+    """A loss `fn(batch, settings) -> [B]`, the kind of examples it takes, and what it needs of them."""
 
-    fn: Callable[[LossBatch, float], torch.Tensor]
-    needs_reference: bool
-
-
-def sigmoid(batch: LossBatch, beta: float) -> torch.Tensor:
-    """DPO: -log sigmoid(beta h), h = (chosen - ref_chosen) - (rejected - ref_rejected). Rafailov et al. 2023, eq. 7."""
-    chosen, rejected = log_ratios(batch)
-    return -logsigmoid(beta * (chosen - rejected))
-
-
-def nll(batch: LossBatch, beta: float) -> torch.Tensor:  # noqa: ARG001  (every loss has this signature)
-    """Mean per-token negative log-likelihood of the chosen completion: the NLL term of Pang et al. 2024, eq. 1."""
-    return -batch.chosen_logps / batch.chosen_lengths
+    fn: Callable[[Any, LossSettings], torch.Tensor]
+    kind: Kind = "pairs"
+    needs_reference: bool = True
+    needs_preference_prob: bool = False
+    needs_reward_gap: bool = False
+    needs_z0: bool = False
 
 
 LOSSES: dict[str, LossSpec] = {
-    "sigmoid": LossSpec(sigmoid, needs_reference=True),
-    "nll": LossSpec(nll, needs_reference=False),
+    "sigmoid": LossSpec(pairwise.sigmoid),
+    "sigmoid_norm": LossSpec(pairwise.sigmoid_norm),
+    "hinge": LossSpec(pairwise.hinge),
+    "ipo": LossSpec(pairwise.ipo),
+    "robust": LossSpec(pairwise.robust),
+    "exo_pair": LossSpec(pairwise.exo_pair),
+    "nca_pair": LossSpec(pairwise.nca_pair),
+    "bco_pair": LossSpec(pairwise.bco_pair),
+    "sppo_hard": LossSpec(pairwise.sppo_hard),
+    "sppo": LossSpec(pairwise.sppo, needs_preference_prob=True),
+    "apo_zero": LossSpec(pairwise.apo_zero),
+    "apo_down": LossSpec(pairwise.apo_down),
+    "dpop": LossSpec(pairwise.dpop),
+    "rdpo": LossSpec(pairwise.rdpo),
+    "margin": LossSpec(pairwise.margin, needs_reward_gap=True),
+    "odpo": LossSpec(pairwise.odpo, needs_reward_gap=True),
+    "soft": LossSpec(pairwise.soft, needs_preference_prob=True),
+    "rainbow": LossSpec(pairwise.rainbow),
+    "simpo": LossSpec(pairwise.simpo, needs_reference=False),
+    "alphapo": LossSpec(pairwise.alphapo, needs_reference=False),
+    "cpo": LossSpec(pairwise.cpo, needs_reference=False),
+    "orpo": LossSpec(pairwise.orpo, needs_reference=False),
+    "nll": LossSpec(pairwise.nll, needs_reference=False),
+    "kto": LossSpec(unpaired.kto, kind="labels", needs_z0=True),
+    "apo_zero_unpaired": LossSpec(unpaired.apo_zero_unpaired, kind="labels"),
+    "plackett_luce": LossSpec(listwise.plackett_luce, kind="groups"),
 }
 
 
-def log_ratios(batch: LossBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """log(policy / reference) of chosen and rejected, [B] each. Raises ValueError without reference log-probs."""
-    if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
-        raise ValueError("this loss needs reference log-probs")
-    return batch.chosen_logps - batch.ref_chosen_logps, batch.rejected_logps - batch.ref_rejected_logps
-
-
-def combine(names: Sequence[str], weights: Sequence[float], batch: LossBatch, beta: float) -> torch.Tensor:
+def combine(names: Sequence[str], weights: Sequence[float], batch: LossBatch, s: LossSettings) -> torch.Tensor:
     """The weighted sum of losses, [B]."""
-    losses = [weight * LOSSES[name].fn(batch, beta) for name, weight in zip(names, weights, strict=True)]
+    losses = [weight * LOSSES[name].fn(batch, s) for name, weight in zip(names, weights, strict=True)]
     return torch.stack(losses).sum(dim=0)
 
 
-def metrics(batch: LossBatch, beta: float) -> Mapping[str, torch.Tensor]:
-    """Per-pair metrics under TRL's names, [B] each; a tie counts half in rewards/accuracies."""
-    found = {"logps/chosen": batch.chosen_logps, "logps/rejected": batch.rejected_logps}
-    if batch.ref_chosen_logps is not None:
-        chosen, rejected = log_ratios(batch)
-        margin = beta * (chosen - rejected)
+def metrics(batch: LossBatch, beta: float) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Metrics under TRL's names: name -> (values [B], which of them count [B]). A tie counts half in accuracies.
+
+    Labels: chosen and rejected are the desirable and the undesirable rows. Groups: the best and the worst completion.
+    """
+    if isinstance(batch, LabelBatch):
+        found = _label_metrics(batch, beta)
+    elif isinstance(batch, RankBatch):
+        last = batch.present.sum(-1, keepdim=True) - 1
+        found = _pair_metrics(_at(batch.completions, torch.zeros_like(last)), _at(batch.completions, last), beta)
+    else:
+        found = _pair_metrics(batch.chosen, batch.rejected, beta)
+    return {name: (values.detach(), counted) for name, (values, counted) in found.items()}
+
+
+def _at(group: Logps, place: torch.Tensor) -> Logps:
+    """One completion [B] of every group, by its place [B, 1]."""
+    policy, lengths = (t.gather(-1, place)[:, 0] for t in (group.policy, group.lengths))
+    return Logps(policy, lengths, None if group.reference is None else group.reference.gather(-1, place)[:, 0])
+
+
+def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    every = torch.ones_like(chosen.policy)
+    found = {"logps/chosen": (chosen.policy, every), "logps/rejected": (rejected.policy, every)}
+    if chosen.reference is not None and rejected.reference is not None:
+        rewards = beta * chosen.ratios, beta * rejected.ratios
+        difference = rewards[0] - rewards[1]
         found |= {
-            "rewards/chosen": beta * chosen,
-            "rewards/rejected": beta * rejected,
-            "rewards/margins": margin,
-            "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
+            "rewards/chosen": (rewards[0], every),
+            "rewards/rejected": (rewards[1], every),
+            "rewards/margins": (difference, every),
+            "rewards/accuracies": ((difference > 0).float() + 0.5 * (difference == 0).float(), every),
         }
-    return {name: values.detach() for name, values in found.items()}
+    return found
+
+
+def _label_metrics(batch: LabelBatch, beta: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    rewards = beta * batch.completion.ratios
+    classes = {"chosen": batch.desirable.float(), "rejected": 1 - batch.desirable.float()}
+    found = {f"logps/{name}": (batch.completion.policy, counted) for name, counted in classes.items()}
+    return found | {f"rewards/{name}": (rewards, counted) for name, counted in classes.items()}

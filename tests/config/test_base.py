@@ -20,15 +20,25 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
-from prefpipe.config.train import TrainConfig
+from prefpipe.config.train import PAIR_LOSSES, READS, TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
 
 CLASSES = (GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
 RUNTIME = {"distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"}
-PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs"}
+PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"}
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
-    *("train.model", "train.adapter", "train.pairs", "evaluate.model", "evaluate.adapter", "evaluate.round"),
+    *(
+        "train.model",
+        "train.adapter",
+        "train.pairs",
+        "train.labels",
+        "train.groups",
+        "train.ref_logps",
+        "evaluate.model",
+        "evaluate.adapter",
+        "evaluate.round",
+    ),
 }  # `iterate` sets these itself
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=12)
 
@@ -77,9 +87,27 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
     found = {name: draw(values(name, known[name])) for name in names}
     for name in [n for n in known if n.endswith("loss_type") and (n in found or f"{n[:-4]}weights" in found)]:
         weights = f"{name[:-4]}weights"
-        losses = found.setdefault(name, draw(values(name, known[name])))
+        losses = found[name] = _of_one_kind(found.get(name) or draw(values(name, known[name])))
         found[weights] = tuple(draw(st.floats(-9, 9)) for _ in losses)
+    for prefix in [name[: -len("loss_type")] for name in known if name.endswith("loss_type")]:
+        _keep_what_is_read(found, prefix)
     return found
+
+
+def _of_one_kind(losses: tuple[str, ...]) -> tuple[str, ...]:
+    """Each loss once, and only those that train on the same rows as the first."""
+    paired = losses[0] in PAIR_LOSSES
+    return tuple(dict.fromkeys(name for name in losses if name == losses[0] or (paired and name in PAIR_LOSSES)))
+
+
+def _keep_what_is_read(found: dict[str, Any], prefix: str) -> None:
+    """Drop settings that the losses do not read, and margins out of reach; EXO gets the smoothing it needs."""
+    losses = found.get(f"{prefix}loss_type", ("sigmoid",))
+    read = {setting for name in losses for setting in READS[name]} - {"simpo_gamma", "simpo_gamma_beta_ratio"}
+    for setting in {name for names in READS.values() for name in names} - read:
+        found.pop(f"{prefix}{setting}", None)
+    if "exo_pair" in losses and not found.get(f"{prefix}label_smoothing"):
+        found[f"{prefix}label_smoothing"] = 0.125
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, score
 from prefpipe.ids import content_id, ids_digest
-from prefpipe.schemas import Pair, to_table
+from prefpipe.schemas import KlBank, Label, Pair, RankedGroup, to_table
 from prefpipe.train import parallel
-from prefpipe.train.groups import TrainPair
 from prefpipe.train.loop import Trainer
 from prefpipe.train.optimizer import MasterAdamW
 from prefpipe.train.parallel import World
+from prefpipe.train.rows import TrainPair
 
 EOS = 2
 
@@ -79,9 +79,54 @@ def with_values(row: Pair, chosen: list[float], rejected: list[float], reference
 
 def write_pairs(out: Path, rows: list[Pair]) -> Path:
     """A complete run of build-pairs that holds these rows."""
+    return write_run(out, pairs=rows)
+
+
+def labels_of(rows: Sequence[Pair]) -> list[Label]:
+    """The two completions of every pair as labels of their own, with the reference values that the pair has."""
+    found: dict[str, Label] = {}
+    for row in rows:
+        for desirable, key, ids, values in (
+            (True, row.chosen_completion_id, row.chosen_token_ids, row.ref_chosen_token_logps),
+            (False, row.rejected_completion_id, row.rejected_token_ids, row.ref_rejected_token_logps),
+        ):
+            found[key] = Label(
+                completion_id=key, prompt_id=row.prompt_id, prompt=row.prompt, completion=row.chosen, label=desirable,
+                prompt_token_ids=row.prompt_token_ids, token_ids=ids, ids_digest=ids_digest(row.prompt_token_ids, ids),
+                finish_reason="stop", reward=None, weight=row.weight, ref_token_logps=values,
+                ref_logps=None if values is None else sum(values), reference=row.reference, scorer=row.scorer,
+            )  # fmt: skip
+    return list(found.values())
+
+
+def groups_of(rows: Sequence[Pair]) -> list[RankedGroup]:
+    """A group per prompt: all chosen completions before all rejected ones, no reference values."""
+    by_prompt: dict[str, list[Pair]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt_id, []).append(row)
+    found: list[RankedGroup] = []
+    for key, own in by_prompt.items():
+        ids = [p.chosen_token_ids for p in own] + [p.rejected_token_ids for p in own]
+        keys = [p.chosen_completion_id for p in own] + [p.rejected_completion_id for p in own]
+        prompt = own[0].prompt_token_ids
+        found.append(
+            RankedGroup(
+                prompt_id=key, prompt=own[0].prompt, prompt_token_ids=prompt, completion_ids=keys,
+                completions=[own[0].chosen] * len(ids), token_ids=ids, weight=1.0, reference=None, scorer=None,
+                ids_digests=[ids_digest(prompt, i) for i in ids], rewards=[float(-i) for i in range(len(ids))],
+                finish_reasons=["stop"] * len(ids), ref_logps=None, ref_token_logps=None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def write_run(out: Path, **datasets: Sequence[object]) -> Path:
+    """A complete run of build-pairs that holds these datasets, each under its name."""
     with store.open_run(out, "build-pairs", BuildPairsConfig(), {"test": content_id(str(out))}, force=False) as run:
-        run.write_part("pairs", Pair, 0, to_table(Pair, rows))
-        run.finish({"pairs": len(rows)}, {})
+        for name, rows in datasets.items():
+            row_type = {"pairs": Pair, "labels": Label, "kl_bank": KlBank, "groups": RankedGroup}[name]
+            run.write_part(name, row_type, 0, to_table(row_type, list(rows)))
+        run.finish({name: len(rows) for name, rows in datasets.items()}, {})
     return out
 
 

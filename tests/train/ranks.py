@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 from prefpipe.forward.layout import flatten
 from prefpipe.forward.logps import Rows
 from prefpipe.train import loop, parallel
-from prefpipe.train.groups import TrainPair
+from prefpipe.train.groups import tree_of
 from prefpipe.train.loop import Trainer
 from prefpipe.train.optimizer import MasterAdamW
 from prefpipe.train.parallel import World
-from prefpipe.train.stage import tree_of
+from prefpipe.train.rows import TrainPair
 from tests.train import data
 
 

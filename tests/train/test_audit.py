@@ -10,7 +10,7 @@ import pytest
 from prefpipe.errors import IdentityError
 from prefpipe.forward.layout import Tree
 from prefpipe.train.audit import Audit, Score, audit, check
-from prefpipe.train.groups import TrainPair
+from prefpipe.train.rows import TrainPair
 
 Values = tuple[float, ...]
 LN2 = math.log(2)
@@ -53,7 +53,7 @@ def test_numbers_derived_by_hand():
     cached = [pair(0, (-1.0, -2.0), (-3.0,))]
     now = scorer([replace(cached[0], ref_chosen=(-0.8, -2.1), ref_rejected=(-2.7,))])
     found = audit(cached, 8, now, beta=0.5)
-    assert (found.pairs, found.tokens) == (1, 3)
+    assert (found.rows, found.tokens) == (1, 3)
     assert found.signed_mean == pytest.approx(0.4 / 3)
     assert found.absolute_mean == pytest.approx(0.2)
     assert found.largest_h == pytest.approx(0.2)
@@ -81,7 +81,7 @@ def test_rows_are_spread_and_hold_the_longest_and_the_shortest(rows: int):
         return own(trees)
 
     found = audit(pairs, rows, watched, beta=0.1)
-    assert found.pairs == len(seen) == min(rows, 64)
+    assert found.rows == len(seen) == min(rows, 64)
     lengths = [sum(map(len, t.completions)) for t in seen]
     every = [len(p.chosen) + len(p.rejected) for p in pairs]
     assert lengths[0] == min(every)
@@ -126,7 +126,7 @@ def test_faults_are_refused_in_both_precisions(change: Callable[[Values], Sequen
     with pytest.raises(IdentityError) as caught:
         check(found, exact=False, full_precision=full_precision)
     assert caught.value.exit_code == 76
-    assert "64 pairs" in caught.value.message
+    assert "64 rows" in caught.value.message
 
 
 @pytest.mark.parametrize("full_precision", [True, False], ids=["fp32", "bf16"])
@@ -178,7 +178,7 @@ def test_the_exact_rule_looks_at_single_pairs():
 
 
 def values(**given: float) -> Audit:
-    clean = Audit(pairs=32, tokens=10**6, signed_mean=0.0, absolute_mean=0.0, largest_h=0.0, loss=LN2)
+    clean = Audit(rows=32, tokens=10**6, signed_mean=0.0, absolute_mean=0.0, largest_h=0.0, loss=LN2)
     return replace(clean, **given)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.train import loop
-from prefpipe.train.groups import MicroBatch, TrainPair, global_batches, micro_batches
+from prefpipe.train.groups import MicroBatch, balanced_batches, bank_rows, global_batches, micro_batches, tree_of
+from prefpipe.train.rows import TrainPair
 from tests.train import data
 
 PROMPTS = st.sampled_from([(1,), (1, 2, 3), (4, 5), (6, 7, 8, 9, 10)])
@@ -82,6 +83,49 @@ def test_together_shares_more_prompts_in_a_step():
     assert sum(len({rows[r] for r in step}) for step in global_batches(rows, 4, 0, 0, together=False)) > 4
 
 
+@settings(deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 3))
+def test_balanced_steps_hold_every_row_once_and_both_classes_in_proportion(labels: list[bool], size: int, epoch: int):
+    """Any window of the order holds its share of desirable rows to within one."""
+    found = balanced_batches(labels, size, 0, epoch)
+    assert sorted(row for step in found for row in step) == list(range(len(labels)))
+    assert all(len(step) == size for step in found[:-1])
+    share = sum(labels) / len(labels)
+    for step in found:
+        assert abs(sum(labels[row] for row in step) - share * len(step)) <= 1 + 1e-9
+
+
+def test_balanced_steps_are_shuffled_anew_in_every_epoch_and_fixed_by_the_seed():
+    labels = [True] * 30 + [False] * 10
+    first = balanced_batches(labels, 8, 3, 0)
+    assert first == balanced_batches(labels, 8, 3, 0)
+    assert first != balanced_batches(labels, 8, 3, 1)
+    assert first != balanced_batches(labels, 8, 4, 0)
+    assert [sum(labels[row] for row in step) for step in first] == [6] * 5
+    order = [row for step in first for row in step if labels[row]]
+    assert order != sorted(order)
+
+
+def test_bank_rows_are_distinct_fixed_by_seed_and_step_and_reach_every_row():
+    assert bank_rows(20, 6, 1, 5) == bank_rows(20, 6, 1, 5)
+    assert bank_rows(20, 6, 1, 5) != bank_rows(20, 6, 1, 6)
+    assert bank_rows(20, 6, 1, 5) != bank_rows(20, 6, 2, 5)
+    seen = {row for step in range(60) for row in bank_rows(20, 6, 1, step)}
+    assert seen == set(range(20))
+    assert sorted(bank_rows(4, 16, 0, 0)) == [0, 1, 2, 3]
+    assert bank_rows(0, 16, 0, 0) == []
+
+
+def test_a_scored_prompt_leads_every_completion_and_is_computed_once():
+    """Prompt 5 6 7, completions 20 and 21 22: tree 5 with 6 7 20 and 6 7 21 22; tokens 3 + 1 + 2, as without."""
+    rows = [pair(0, (5, 6, 7), (20,), (21, 22))]
+    (micro,) = micro_batches(rows, 100, score_prompt=True)
+    (tree,) = micro.trees
+    assert (tree.prompt, tree.completions) == ((5,), ((6, 7, 20), (6, 7, 21, 22)))
+    assert micro.places == ((0, 1),)
+    assert tree.num_tokens == tree_of(rows[0]).num_tokens == 6
+
+
 def completion(micro: MicroBatch, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Prompt and tokens of a completion, counted through all trees."""
     flat = [(tuple(t.prompt), tuple(c)) for t in micro.trees for c in t.completions]
@@ -92,12 +136,10 @@ def completion(micro: MicroBatch, number: int) -> tuple[tuple[int, ...], tuple[i
 @given(PAIRS, st.integers(1, 60))
 def test_micro_batches_hold_every_pair_once_and_point_at_its_completions(pairs: list[TrainPair], budget: int):
     found = micro_batches(pairs, budget)
-    assert sorted(p.pair_id for m in found for p in m.pairs) == [p.pair_id for p in pairs]
+    assert sorted(p.row_id for m in found for p in m.rows) == [p.pair_id for p in pairs]
     for micro in found:
-        assert len(micro.pairs) == len(micro.chosen) == len(micro.rejected)
-        for own, chosen, rejected in zip(micro.pairs, micro.chosen, micro.rejected, strict=True):
-            assert completion(micro, chosen) == (own.prompt, own.chosen)
-            assert completion(micro, rejected) == (own.prompt, own.rejected)
+        for own, places in zip(micro.rows, micro.places, strict=True):
+            assert [completion(micro, place) for place in places] == [(own.prompt, a.ids) for a in own.answers]
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,7 +171,7 @@ def test_a_completion_of_several_pairs_is_in_the_tree_once():
     a, b, c = (20,), (21, 22), (23,)
     (micro,) = micro_batches([pair(0, (1, 2), a, b), pair(1, (1, 2), a, c), pair(2, (1, 2), b, c)], 1000)
     assert [t.completions for t in micro.trees] == [(a, b, c)]
-    assert (micro.chosen, micro.rejected) == ((0, 0, 1), (1, 2, 2))
+    assert micro.places == ((0, 1), (0, 2), (1, 2))
 
 
 def test_a_completion_of_five_pairs_is_computed_once():
@@ -139,7 +181,7 @@ def test_a_completion_of_five_pairs_is_computed_once():
     (micro,) = micro_batches(pairs, 1000)
     (tree,) = micro.trees
     assert tree.completions == (best, *worse)
-    assert (micro.chosen, micro.rejected) == ((0,) * 5, (1, 2, 3, 4, 5))
+    assert micro.places == ((0, 1), (0, 2), (0, 3), (0, 4), (0, 5))
     assert (tree.num_tokens, sum(2 * 2 + 3 + 2 for _ in pairs)) == (2 + 3 + 10, 45)
 
 
@@ -147,13 +189,13 @@ def test_an_oversize_group_stands_alone():
     """Budget 6: the group of 2 + 3 + 3 = 8 tokens alone, two groups of 1 + 1 + 1 = 3 together."""
     big = pair(0, (1, 2), (3, 4, 5), (6, 7, 8))
     small = [pair(1, (9,), (1,), (2,)), pair(2, (8,), (1,), (2,))]
-    assert [[p.pair_id for p in m.pairs] for m in micro_batches([*small, big], 6)] == [["p000"], ["p001", "p002"]]
+    assert [[p.row_id for p in m.rows] for m in micro_batches([*small, big], 6)] == [["p000"], ["p001", "p002"]]
 
 
 def test_the_cut_does_not_depend_on_where_equal_groups_stand():
     """Ties in size are ordered by pair_id: the row order of a step does not matter."""
     pairs = [pair(i, (i + 1,), (50,), (51,)) for i in range(6)]
-    cuts = [[[p.pair_id for p in m.pairs] for m in micro_batches(rows, 6)] for rows in (pairs, pairs[::-1])]
+    cuts = [[[p.row_id for p in m.rows] for m in micro_batches(rows, 6)] for rows in (pairs, pairs[::-1])]
     assert cuts[0] == cuts[1]
 
 

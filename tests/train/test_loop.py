@@ -14,10 +14,11 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, PrefpipeError
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.train import loop
-from prefpipe.train.groups import TrainPair, global_batches, micro_batches
+from prefpipe.train.groups import global_batches, micro_batches
 from prefpipe.train.loop import StepMetrics
 from prefpipe.train.optimizer import learning_rate
 from prefpipe.train.parallel import World
+from prefpipe.train.rows import TrainPair
 from tests.train import data
 from tests.train.data import policy, trainer
 
@@ -82,7 +83,7 @@ def test_equals_a_plain_training_loop(tiny_model: Path, pairs: list[TrainPair]):
     start = torch.cat([v.flatten() for v in lora(ours).values()])
     found = run(ours, pairs, config)
     expected = plain_training(theirs, pairs, config)
-    assert [m.num_pairs for m in found] == [4, 4, 2, 4, 4, 2]
+    assert [m.num_rows for m in found] == [4, 4, 2, 4, 4, 2]
     assert [m.values["loss"] for m in found] == pytest.approx(expected, rel=1e-5)
     mine, other = (torch.cat([v.flatten() for v in lora(m).values()]) for m in (ours, theirs))
     assert (mine - other).norm() <= 1e-3 * (other - start).norm()
@@ -106,7 +107,7 @@ def test_metrics_are_means_over_the_step(tiny_model: Path, pairs: list[TrainPair
     rows = batches(pairs, config, 0)[0]
     expected = sum(sum(pairs[r].ref_chosen or ()) for r in rows) / 4
     assert first.values["logps/chosen"] == pytest.approx(expected, rel=1e-5)
-    assert (first.step, first.num_steps, first.num_pairs) == (0, 6, 4)
+    assert (first.step, first.num_steps, first.num_rows) == (0, 6, 4)
     assert first.values["epoch"] == pytest.approx(1 / 3)
     assert first.values["learning_rate"] == pytest.approx(config.learning_rate / 2)  # warmup of one step
     assert set(first.values) == {

@@ -1,0 +1,231 @@
+"""What a training run reads: pairs, labels or ranked groups from runs and files, checked; no model is loaded here."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from prefpipe import chat as chats
+from prefpipe import ingest, models, store
+from prefpipe.config.train import TrainConfig
+from prefpipe.errors import DataError, IdentityError, UsageError
+from prefpipe.ids import ids_digest
+from prefpipe.klbank import kl_bank
+from prefpipe.models import Policy
+from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
+from prefpipe.train import rows as train_rows
+from prefpipe.train.lossbatch import Kind
+from prefpipe.train.losses import LOSSES
+from prefpipe.train.rows import TrainLabel, TrainPair, TrainRow, has_references
+
+_HOW = {
+    "pairs": "pass --pairs DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, chosen, rejected",
+    "labels": "pass --labels DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, completion, label",
+    "groups": "pass --groups DIR (a run of prefpipe build-pairs with ranked groups)",
+}
+Stored = Pair | Label | RankedGroup | KlBank
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains on: checked rows and KTO's bank, dropped rows, where it starts, which reference its cached
+    values are of and who computed them, what identifies it."""
+
+    kind: Kind
+    rows: list[TrainRow]
+    bank: list[TrainLabel]
+    dropped: list[Dropped]
+    policy: Policy
+    reference: str | None
+    scorers: set[str]
+    inputs: dict[str, str]
+
+
+@dataclass
+class _Read:
+    """Rows of all sources, as they are stored."""
+
+    rows: list[Stored] = field(default_factory=list[Stored])
+    bank: list[KlBank] = field(default_factory=list[KlBank])
+    dropped: list[Dropped] = field(default_factory=list[Dropped])
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Read and check everything that training needs, without loading a model."""
+    kind = kind_of(config)
+    sources = [Path(source) for source in getattr(config, kind)]
+    inputs = {f"{kind}.{i}": store.input_digest(path) for i, path in enumerate(sources)}
+    policy = models.resolve(config.model, config.adapter)
+    chat = chats.load(policy.directory, config.chat_template) if any(s.is_file() for s in sources) else None
+    read = _read(sources, kind, chat, config)
+    for row in (*read.rows, *read.bank):
+        _check_ids(row)
+    needs_reference = any(LOSSES[name].needs_reference for name in config.loss_type)
+    if config.ref_logps:
+        inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
+        _take_values(read, config, needs_reference=needs_reference)
+    inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
+    rows = _train_rows(kind, read.rows)
+    _check_extras(config, rows)
+    bank = train_rows.from_bank(read.bank)
+    reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy) if needs_reference else None
+    scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
+    return Job(kind, rows, bank, read.dropped, policy, reference, scorers, inputs)
+
+
+def kind_of(config: TrainConfig) -> Kind:
+    """What the losses train on; the only inputs given must be of that kind."""
+    kind = LOSSES[config.loss_type[0]].kind
+    given = [name for name in _HOW if getattr(config, name)]
+    if not given:
+        raise UsageError(f"no {kind} given: loss {config.loss_type[0]} trains on them", _HOW[kind])
+    if given != [kind]:
+        others = ", ".join(f"--{name}" for name in given if name != kind)
+        raise UsageError(f"loss {config.loss_type[0]} trains on {kind}, but {others} is given", _HOW[kind])
+    if kind == "labels" and config.group_by_prompt:
+        raise UsageError("group_by_prompt = true: labels are drawn class by class", "leave it out for labels")
+    return kind
+
+
+def _read(sources: Sequence[Path], kind: Kind, chat: chats.Chat | None, config: TrainConfig) -> _Read:
+    read = _Read()
+    for source in sources:
+        if source.is_file() and chat is not None and kind != "groups":
+            own, faulty = ingest.read_pairs(source, chat) if kind == "pairs" else ingest.read_labels(source, chat)
+            read.rows += own
+            read.dropped += faulty
+        else:
+            row_type = {"pairs": Pair, "labels": Label, "groups": RankedGroup}[kind]
+            read.rows += from_table(row_type, store.read_dataset(source, kind, row_type))
+            if (source / "kl_bank").is_dir():
+                read.bank += from_table(KlBank, store.read_dataset(source, "kl_bank", KlBank))
+    if not any(LOSSES[name].needs_z0 for name in config.loss_type):
+        read.bank = []
+    elif not read.bank:
+        labels = [row for row in read.rows if isinstance(row, Label)]
+        read.bank = kl_bank(labels, config.kl_bank_size, config.seed)
+    return read
+
+
+def _train_rows(kind: Kind, rows: Iterable[Stored]) -> list[TrainRow]:
+    if kind == "pairs":
+        return list(train_rows.from_pairs([row for row in rows if isinstance(row, Pair)]))
+    if kind == "labels":
+        return list(train_rows.from_labels([row for row in rows if isinstance(row, Label)]))
+    return list(train_rows.from_groups([row for row in rows if isinstance(row, RankedGroup)]))
+
+
+def _parts(row: Stored) -> list[tuple[str, list[int], str]]:
+    """(completion_id or bank_id, token ids, digest) of every completion of a row."""
+    if isinstance(row, Pair):
+        return [
+            (row.chosen_completion_id, row.chosen_token_ids, row.chosen_ids_digest),
+            (row.rejected_completion_id, row.rejected_token_ids, row.rejected_ids_digest),
+        ]
+    if isinstance(row, RankedGroup):
+        return list(zip(row.completion_ids, row.token_ids, row.ids_digests, strict=True))
+    return [(row.bank_id if isinstance(row, KlBank) else row.completion_id, row.token_ids, row.ids_digest)]
+
+
+def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> None:
+    """Reference values of --ref-logps in place of the columns of every row whose completions are all there."""
+    if not needs_reference:
+        raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
+    digests = {key: digest for row in (*read.rows, *read.bank) for key, _, digest in _parts(row)}
+    values = ingest.read_ref_logps([Path(run) for run in config.ref_logps], digests)
+    if not values:
+        raise DataError(
+            f"none of {len(digests)} completions has log-probs in {', '.join(config.ref_logps)}",
+            "score these rows: prefpipe score --inputs DIR --out NEW",
+        )
+    read.rows = [_with_values(row, values) for row in read.rows]
+    read.bank = [replace(row, **_columns(values[row.bank_id])) if row.bank_id in values else row for row in read.bank]
+
+
+def _with_values(row: Stored, values: Mapping[str, RefLogps]) -> Stored:
+    own = [values[key] for key, _, _ in _parts(row) if key in values]
+    if len(own) < len(_parts(row)):
+        return row
+    if isinstance(row, Pair):
+        return replace(
+            row, ref_chosen_logps=own[0].ref_logps, ref_rejected_logps=own[1].ref_logps,
+            ref_chosen_token_logps=own[0].token_logps, ref_rejected_token_logps=own[1].token_logps,
+            reference=own[0].reference, scorer=own[0].scorer,
+        )  # fmt: skip
+    if isinstance(row, RankedGroup):
+        return replace(
+            row, ref_logps=[r.ref_logps for r in own], ref_token_logps=[r.token_logps for r in own],
+            reference=own[0].reference, scorer=own[0].scorer,
+        )  # fmt: skip
+    return replace(row, **_columns(own[0]))
+
+
+def _columns(values: RefLogps) -> dict[str, Any]:
+    return {
+        "ref_logps": values.ref_logps, "ref_token_logps": values.token_logps, "reference": values.reference,
+        "scorer": values.scorer,
+    }  # fmt: skip
+
+
+def _check_ids(row: Stored) -> None:
+    """Raise IdentityError when a row's token ids are not those that its digests were made of."""
+    if any(ids_digest(row.prompt_token_ids, ids) != digest for _, ids, digest in _parts(row)):
+        key = (
+            row.pair_id
+            if isinstance(row, Pair)
+            else row.prompt_id
+            if isinstance(row, RankedGroup)
+            else _parts(row)[0][0]
+        )
+        raise IdentityError(
+            f"row {key}: its token ids are not those that its log-probs were computed for",
+            "rows were edited or shuffled: make them again with `prefpipe build-pairs`",
+        )
+
+
+def _check_extras(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
+    """Raise DataError when a loss reads a column that is null, or a reward gap that has no logarithm."""
+    pairs = [row for row in rows if isinstance(row, TrainPair)]
+    for name in config.loss_type:
+        spec = LOSSES[name]
+        for needed, column in ((spec.needs_preference_prob, "preference_prob"), (spec.needs_reward_gap, "reward_gap")):
+            lacking = [row.pair_id for row in pairs if getattr(row, column) is None] if needed else []
+            if lacking:
+                raise DataError(
+                    f"loss {name} reads {column}, which {len(lacking)} of {len(pairs)} pairs lack (first {lacking[0]})",
+                    "build pairs that have it, or choose another loss: see docs/losses.md",
+                )
+        flat = [row.pair_id for row in pairs if name == "odpo" and not (row.reward_gap or 0.0) > 0]
+        if flat:
+            raise DataError(
+                f"loss odpo takes the logarithm of reward_gap, which is not above 0 in {len(flat)} pairs (first "
+                f"{flat[0]})",
+                "drop these pairs, or use the loss margin",
+            )
+
+
+def _reference(stored: Sequence[Stored], rows: Sequence[TrainRow], policy: Policy) -> str:
+    """The reference of the cached values; refuses values of a model that cannot be checked here."""
+    named = sorted({row.reference for row in stored if row.reference is not None})
+    if len(named) > 1:
+        raise DataError(
+            f"the rows hold log-probs of {len(named)} references: {', '.join(named)}", "train on one at a time"
+        )
+    if not named:
+        return policy.id
+    missing = sum(not has_references(row) for row in rows)
+    if named[0] not in (policy.id, policy.base_id):
+        if missing:
+            raise DataError(
+                f"{missing} of {len(rows)} rows have no log-probs of their reference {named[0]}, which is not the "
+                "policy that training starts from",
+                "fill them first: prefpipe score (its output takes the place of these rows)",
+            )
+        theirs, ours = dict(p.split(":") for p in named[0].split("+")), dict(p.split(":") for p in policy.id.split("+"))
+        differing = [k for k in ("weights", "adapter") if theirs.get(k) != ours.get(k)]
+        raise IdentityError(
+            f"the cached reference log-probs were made by {named[0]}, but training starts from {policy.id} "
+            f"(different: {', '.join(differing)})",
+            "pass the --model and --adapter that made them, or generate again with this model",
+        )
+    return named[0]

@@ -1,0 +1,120 @@
+"""From token log-probs to what losses read: sums, prefixes, prompts, labels and padded groups, against plain slices."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefpipe.forward.layout import flatten
+from prefpipe.train import rows as train_rows
+from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
+from prefpipe.train.groups import micro_batches
+from prefpipe.train.lossbatch import LabelBatch, LossBatch, PairBatch, RankBatch
+from prefpipe.train.rows import TrainRow
+from tests.train import data
+
+PAIRS = [
+    replace(p, ref_chosen=(-0.5,) * len(p.chosen), ref_rejected=(-0.25,) * len(p.rejected), weight=1 + i / 8)
+    for i, p in enumerate(data.to_train_pairs(data.bare_pairs(6)))
+]
+
+
+def value(position: int, token: int) -> float:
+    """A log-prob that depends on where a token stands after its prompt and which one it is; exact in float32."""
+    return -(position + 1) / 4 - token / 1024
+
+
+def made(rows: list[TrainRow], z0: float = 0.0, **changes: object) -> tuple[LossBatch, torch.Tensor, list[TrainRow]]:
+    """The batch of one micro-batch, with token log-probs from `value`, counted from the first token of the tree."""
+    config = data.config(Path(), **changes)
+    (micro,) = micro_batches(rows, 10**6, score_prompt=scores_prompt(config))
+    layout = flatten(micro.trees)
+    values = [value(i, t) for tree in micro.trees for c in tree.completions for i, t in enumerate(c)]
+    batch, weights = to_loss_batch(torch.tensor(values), layout, micro, config, z0)
+    return batch, weights, list(micro.rows)
+
+
+def sums(ids: tuple[int, ...], taken: int | None = None, after: int = 0) -> float:
+    return sum(value(after + i, t) for i, t in enumerate(ids[:taken]))
+
+
+def test_pairs_by_plain_slices():
+    batch, weights, rows = made(list(PAIRS))
+    assert isinstance(batch, PairBatch)
+    for n, row in enumerate(rows):
+        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
+            assert float(side.policy[n]) == pytest.approx(sums(answer.ids), rel=1e-6)
+            assert float(side.lengths[n]) == len(answer.ids)
+            assert side.reference is not None
+            assert float(side.reference[n]) == sum(answer.reference or ())
+    assert weights.tolist() == [row.weight for row in rows]
+    assert batch.nll is batch.preference_prob is batch.chosen.policy_prefix is None
+
+
+def test_prefixes_end_with_the_shorter_side():
+    batch, _, rows = made(list(PAIRS), ld_alpha=0.5)
+    assert isinstance(batch, PairBatch)
+    for n, row in enumerate(rows):
+        shorter = min(len(a.ids) for a in row.answers)
+        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
+            assert side.policy_prefix is not None
+            assert side.reference_prefix is not None
+            assert float(side.policy_prefix[n]) == pytest.approx(sums(answer.ids, shorter), rel=1e-6)
+            assert float(side.reference_prefix[n]) == sum((answer.reference or ())[:shorter])
+
+
+def test_a_scored_prompt_is_in_the_nll_alone():
+    """Its first token has no prediction; completions keep their own sums."""
+    batch, _, rows = made(list(PAIRS), loss_type=("nll",), nll_scope="prompt_response")
+    assert isinstance(batch, PairBatch)
+    assert batch.nll is not None
+    for n, row in enumerate(rows):
+        rest = row.prompt[1:]
+        chosen = row.answers[0].ids
+        assert float(batch.nll.policy[n]) == pytest.approx(sums(rest + chosen), rel=1e-6)
+        assert float(batch.nll.lengths[n]) == len(rest) + len(chosen)
+        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
+            assert float(side.policy[n]) == pytest.approx(sums(answer.ids, after=len(rest)), rel=1e-5)
+
+
+def test_probabilities_and_gaps_are_there_when_every_pair_has_them():
+    graded = [replace(p, preference_prob=0.5 + i / 16, reward_gap=float(i)) for i, p in enumerate(PAIRS)]
+    batch, _, rows = made(list(graded))
+    assert isinstance(batch, PairBatch)
+    assert batch.preference_prob is not None
+    assert batch.reward_gap is not None
+    by_id = {p.pair_id: p for p in graded}
+    assert batch.preference_prob.tolist() == [by_id[r.row_id].preference_prob for r in rows]
+    assert batch.reward_gap.tolist() == [by_id[r.row_id].reward_gap for r in rows]
+    mixed, _, _ = made([*graded[:3], *PAIRS[3:]])
+    assert isinstance(mixed, PairBatch)
+    assert mixed.preference_prob is None
+
+
+def test_labels_and_their_reference_point():
+    labels = train_rows.from_labels(data.labels_of(data.bare_pairs(6)))
+    batch, _, rows = made(list(labels), z0=0.75)
+    assert isinstance(batch, LabelBatch)
+    wanted = {row.row_id: row.desirable for row in labels}
+    assert batch.desirable.tolist() == [wanted[row.row_id] for row in rows]
+    assert float(batch.z0) == 0.75
+    assert batch.completion.reference is None
+    assert batch.completion.policy.tolist() == pytest.approx([sums(row.answers[0].ids) for row in rows], rel=1e-6)
+
+
+def test_groups_of_different_sizes_are_padded():
+    groups = train_rows.from_groups(data.groups_of(data.bare_pairs(7, num_prompts=3)))
+    batch, _, rows = made(list(groups))
+    assert isinstance(batch, RankBatch)
+    sizes = [len(row.answers) for row in rows]
+    assert sorted(sizes) == [4, 4, 6]
+    assert batch.present.sum(-1).tolist() == sizes
+    for n, row in enumerate(rows):
+        found = batch.completions.policy[n, : sizes[n]].tolist()
+        assert found == pytest.approx([sums(a.ids) for a in row.answers], rel=1e-6)
+
+
+def test_settings_are_those_of_the_config():
+    found = settings_of(data.config(Path(), loss_type=("dpop",), beta=0.3, dpop_lambda=7.0))
+    assert (found.beta, found.dpop_lambda) == (0.3, 7.0)

@@ -1,0 +1,49 @@
+"""Missing reference values are made once, kept in the run, and are those of the model."""
+
+from pathlib import Path
+
+import pytest
+
+from prefpipe import store
+from prefpipe.config.train import TrainConfig
+from prefpipe.forward import load
+from prefpipe.schemas import RefLogps, from_table
+from prefpipe.train import references
+from prefpipe.train import rows as train_rows
+from prefpipe.train.parallel import World
+from tests.train import data
+
+ALONE = World(0, 1)
+
+
+def test_values_of_every_kind_of_row_are_made_once_and_read_back(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Rows that have values are not scored; the second call reads what the first one wrote, to the bit."""
+    bare = data.bare_pairs(4)
+    known = data.with_reference(bare, tiny_model)
+    expected = {a.completion_id: a.reference for p in train_rows.from_pairs(known) for a in p.answers}
+    model = data.policy(tiny_model)
+    mixed = [*train_rows.from_pairs([known[0], *bare[1:3]]), *train_rows.from_labels(data.labels_of(bare[3:]))]
+    with store.open_run(tmp_path / "t", "train", TrainConfig(), {"x": "y"}, force=False) as run:
+        first = references.values_for(run, ALONE, mixed, model, "float32", "weights:x")
+        assert "4 of 5 rows have no reference log-probs" in capsys.readouterr().err
+        again = references.values_for(run, ALONE, mixed, model, "float32", "weights:x")
+        assert "scored once" not in capsys.readouterr().err
+        rows = from_table(RefLogps, run.read_part("ref_logps", RefLogps, 0))
+    assert first == again
+    keys = {a.completion_id for row in mixed[1:] for a in row.answers}
+    assert set(first) == keys
+    for key in keys:
+        assert first[key] == pytest.approx(expected[key], abs=2e-5)
+    assert {(r.reference, r.scorer) for r in rows} == {("weights:x", load.scorer_name("float32"))}
+    filled = references.filled(mixed, first)
+    assert filled[0] == mixed[0]
+    assert all(train_rows.has_references(row) for row in filled)
+
+
+def test_nothing_missing_writes_nothing(tiny_model: Path, tmp_path: Path):
+    known = train_rows.from_pairs(data.with_reference(data.bare_pairs(2), tiny_model))
+    with store.open_run(tmp_path / "t", "train", TrainConfig(), {"x": "y"}, force=False) as run:
+        assert references.values_for(run, ALONE, known, data.policy(tiny_model), "float32", "weights:x") == {}
+        assert not run.has_part("ref_logps", 0)
