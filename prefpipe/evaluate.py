@@ -29,7 +29,7 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     prompts, repeated = ingest.read_prompts(prompts_file, config.split, config.limit)
     policy = models.resolve(config.model, config.adapter)
     chat = chats.load(policy.directory, config.chat_template)
-    reward_functions, reward_ids = sampling.load_rewards([config.reward])
+    reward_functions, reward_ids = sampling.load_rewards([config.reward], config.reward_settings)
     reward = reward_functions[config.reward]
     inputs = {"prompts": store.input_digest(prompts_file), "policy": policy.id, **chat.digests, **reward_ids}
     with store.open_run(out, "evaluate", config, inputs, force=force) as run_:

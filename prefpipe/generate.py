@@ -24,7 +24,7 @@ def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
     prompts, repeated = ingest.read_prompts(prompts_file, config.split, config.limit)
     policy = models.resolve(config.model, config.adapter)
     chat = chats.load(policy.directory, config.chat_template)
-    reward_functions, reward_ids = sampling.load_rewards(config.rewards)
+    reward_functions, reward_ids = sampling.load_rewards(config.rewards, config.reward_settings)
     inputs = {"prompts": store.input_digest(prompts_file), "policy": policy.id, **chat.digests, **reward_ids}
     with store.open_run(out, "generate", config, inputs, force=force) as run_:
         manifest = run_.manifest()

@@ -1,10 +1,12 @@
 """Prompts to an engine to committed shards, for generate and evaluate. Nothing is sampled twice."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from prefpipe import engines, log, rewards
 from prefpipe.chat import Chat, RowFault, encode_prompt
+from prefpipe.config.rewards import Settings
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample
 from prefpipe.errors import DataError
 from prefpipe.models import Policy
@@ -99,8 +101,9 @@ def shard(ready: Sequence[Ready], rows: int) -> list[tuple[int, Sequence[Ready]]
 def rate(sampled: Sequence[Sampled], chat: Chat, reward: RewardFunction, name: str) -> list[list[Scored]]:
     """The scores of every sample of every prompt; a reward that crashes on all of them is an error."""
     answers = [
-        Answer(s.ready.prompt.messages, chat.decode(sample.token_ids), s.ready.prompt.answer)
+        Answer(p.messages, chat.decode(sample.token_ids), p.answer, p.meta, len(sample.token_ids))
         for s in sampled
+        for p in [s.ready.prompt]
         for sample in s.samples
     ]
     scores = reward(answers)
@@ -118,6 +121,11 @@ def start_engine(name: str, settings: EngineSettings) -> Engine:
     return engines.load(name, settings)
 
 
-def load_rewards(names: Sequence[str]) -> tuple[dict[str, RewardFunction], dict[str, str]]:
-    """Reward functions by name, and what identifies them."""
-    return {n: rewards.load(n) for n in names}, {f"reward {n}": rewards.identity(n) for n in names}
+def load_rewards(
+    names: Sequence[str], tables: Mapping[str, Settings] = MappingProxyType({})
+) -> tuple[dict[str, RewardFunction], dict[str, str]]:
+    """Reward functions by name with their settings, and what identifies them."""
+    return (
+        {n: rewards.load(n, tables) for n in names},
+        {f"reward {n}": rewards.identity(n, tables) for n in names},
+    )

@@ -109,7 +109,7 @@ BAD_USAGE = {
     "bad choice": (("generate", "--engine", "vlm", "--out", "x"), "engine = 'vlm' is not one of 'vllm'"),
     "bad number": (("generate", "--temperature", "hot", "--out", "x"), "temperature = 'hot'"),
     "two problems": (("generate", "--temperature", "3", "--seed", "-1", "--out", "x"), "temperature = '3'"),
-    "unknown reward": (("build-pairs", "--reward", "short_sentense", "--out", "x"), "did you mean 'short_sentence'?"),
+    "unknown reward": (("evaluate", "--reward", "short_sentense", "--out", "x"), "did you mean 'short_sentence'?"),
     "no out": (("generate", "--prompts", "p.jsonl"), "--out is missing"),
     "no prompts": (("generate", "--out", "OUT"), "no prompts given"),
     "no completions": (("build-pairs", "--out", "OUT"), "no completions given"),

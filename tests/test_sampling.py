@@ -193,7 +193,7 @@ def test_rewards_are_loaded_by_name_and_identified_by_content() -> None:
     assert list(functions) == [LETTERS, "short_sentence"]
     assert ids == {
         f"reward {LETTERS}": fsio.file_digest(Path(letters.__file__)),
-        "reward short_sentence": f"rules-{rules.VERSION}",
+        "reward short_sentence": f"short_sentence-{rules.VERSION}",
     }
 
 

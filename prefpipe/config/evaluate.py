@@ -19,6 +19,7 @@ class EvaluateConfig(BaseModel):
     split: shared.Split = "heldout"
     limit: shared.Limit = 0
     engine: shared.Engine = "vllm"
+    reward_settings: shared.RewardSettings = {}
     reward: shared.RewardName = "short_sentence"
     """Reward that decides whether an answer passes."""
     pass_reward: float = 1.0

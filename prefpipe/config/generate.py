@@ -22,6 +22,7 @@ class GenerateConfig(BaseModel):
     reference: Literal["policy", "base", "none"] = "policy"
     """Whose log-probs to cache: the policy that samples (free, captured while sampling), the base model (one more
     pass with the adapter off), or none."""
+    reward_settings: shared.RewardSettings = {}
     rewards: shared.Rewards = ()
     num_samples: Annotated[int, Field(ge=1)] = 8
     """Completions for every prompt."""

@@ -2,20 +2,24 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
+from prefpipe.config import rewards
 from prefpipe.config.base import PATH, RUNTIME, suggestion
 
 DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
-REWARD_NAMES = ("short_sentence",)
+REWARD_NAMES = tuple(rewards.KINDS)
 
 
-def _check_reward(name: str) -> str:
-    if name in REWARD_NAMES or ":" in name:
+def _check_reward(name: str, info: ValidationInfo) -> str:
+    """A kind, the user's module:function, or a table (if the tables hold an error of their own, that is said alone)."""
+    tables = info.data.get("reward_settings")
+    if name in REWARD_NAMES or ":" in name or tables is None or name in tables:
         return name
+    known = [*tables, *REWARD_NAMES]
     raise ValueError(
-        f"no such reward{suggestion(name, list(REWARD_NAMES))}; rewards are {', '.join(REWARD_NAMES)} "
-        "or your own 'module:function'"
+        f"no such reward{suggestion(name, known)}; rewards are {', '.join(known)}, "
+        "a table [reward_settings.NAME] or your own 'module:function'"
     )
 
 
@@ -32,10 +36,14 @@ Engine = Annotated[
     Field(description="What samples: vllm, transformers (slower, everywhere), fake (canned text, for tests)."),
 ]
 Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="Number type of weights and compute.")]
-RewardName = Annotated[str, AfterValidator(_check_reward)]
+RewardSettings = rewards.RewardSettings
+RewardName = Annotated[str, AfterValidator(_check_reward)]  # declare reward_settings before it
 Rewards = Annotated[
     tuple[RewardName, ...],
-    Field(description=f"Rewards for every completion: {', '.join(REWARD_NAMES)}, or your own 'module:function'."),
+    Field(
+        description=f"Rewards for every completion: {', '.join(REWARD_NAMES)}, the name of a table "
+        "[reward_settings.NAME], or your own 'module:function'."
+    ),
 ]
 Temperature = Annotated[float, Field(ge=0, le=2, description="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: keep the smallest set with this mass.")]

@@ -10,6 +10,7 @@ import pytest
 
 from prefpipe import fsio, rewards
 from prefpipe.config import shared
+from prefpipe.config.rewards import ShortSentence
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import rules
 from prefpipe.rewards.base import Answer
@@ -63,7 +64,8 @@ def as_bools(completions: list[Any], **_columns: Any) -> Sequence[bool]:
 
 
 def test_a_reward_of_ours_by_name() -> None:
-    assert rewards.load("short_sentence") is rules.short_sentence
+    answers = [Answer(QUESTION, "An owl is a bird at night.", "owl")]
+    assert rewards.load("short_sentence")(answers) == rules.short_sentence(ShortSentence())(answers)
     assert set(rewards.REWARDS) == set(shared.REWARD_NAMES)
 
 
@@ -123,7 +125,7 @@ def test_a_wrapped_reward_is_identified_by_the_users_module(tmp_path: Path, monk
 
 
 def test_our_reward_is_identified_by_its_version() -> None:
-    assert rewards.identity("short_sentence") == f"rules-{rules.VERSION}"
+    assert rewards.identity("short_sentence") == f"short_sentence-{rules.VERSION}"
 
 
 def test_a_module_that_is_not_there() -> None:
