@@ -160,7 +160,8 @@ class Code(BaseModel):
     kind: Literal["code"] = "code"
     partial: bool = False
     """With input and output cases: the share of cases passed; off, only a program that passes all earns 1."""
-    timeout_seconds: TimeoutSeconds = 10.0
+    timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """CPU seconds of one run of the program, rounded up; the wall clock ends it at twice that and two seconds."""
     memory_mib: Annotated[int, Field(ge=32)] = 512
     """Address space of the program, in MiB."""
     isolation: Literal["strict", "limits"] = "strict"
