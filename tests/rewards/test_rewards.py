@@ -1,5 +1,6 @@
 """Rewards by name, and a user's own function in TRL's signature."""
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefpipe import fsio, rewards
+from prefpipe import fsio, rewards, store
 from prefpipe.config import shared
-from prefpipe.config.rewards import ShortSentence
+from prefpipe.config.rewards import KINDS, Math, ShortSentence
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import rules
 from prefpipe.rewards.base import Answer
-from prefpipe.schemas import Message
+from prefpipe.schemas import Message, Reward
+from tests.conftest import Cli
 
 QUESTION = [Message(role="user", content="Name a bird.")]
 ANSWERS = [Answer(QUESTION, "An owl.", "owl"), Answer(QUESTION, "No.", None)]
@@ -157,3 +159,49 @@ def test_a_module_that_is_broken_is_an_error_of_the_user(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="my_broken_reward"):
         rewards.load("my_broken_reward:f")
+
+
+def test_a_table_of_settings_is_a_reward_and_part_of_the_run(
+    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'rewards = ["short", "length"]\nnum_samples = 2\nengine = "fake"\nmodel = "{tiny_model}"\n'
+        f'prompts = "{prompts_file}"\n[reward_settings.short]\nkind = "length"\nmax = 3\n'
+        '[reward_settings.unused]\nkind = "judge"\n'
+    )
+    done = cli("generate", recipe, "--out", tmp_path / "g")
+    assert done.returncode == 0, done.stderr
+    rows = {n: store.read_dataset(tmp_path / "g", f"rewards/{n}", Reward).to_pylist() for n in ("short", "length")}
+    assert {r["name"] for r in rows["short"]} == {"short"}
+    assert [r["reward"] for r in rows["short"]] != [r["reward"] for r in rows["length"]]
+    again = cli("generate", tmp_path / "g" / "config.json", "--out", tmp_path / "g")
+    assert (again.returncode, "complete already" in again.stderr) == (0, True)
+    recipe.write_text(recipe.read_text().replace("max = 3", "max = 4").replace("judge", "regex"))
+    changed = cli("generate", recipe, "--out", tmp_path / "g")
+    assert changed.returncode == 2
+    assert "reward short" in changed.stderr
+    assert '"max":4' in changed.stderr
+    recipe.write_text(recipe.read_text().replace("max = 4", "max = 3"))  # a table that no reward names changes nothing
+    assert cli("generate", recipe, "--out", tmp_path / "g").returncode == 0
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    monkeypatch.delitem(sys.modules, "prefpipe.rewards.json_schema", raising=False)
+    with pytest.raises(MissingInputError, match="needs the package 'jsonschema'") as caught:
+        rewards.load("json_schema")
+    assert "prefpipe[rewards]" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", sorted(set(rewards.REWARDS) - {"reward_model"}))
+def test_every_kind_is_a_reward_with_its_defaults_and_has_an_identity(kind: str) -> None:
+    assert callable(rewards.load(kind))
+    assert rewards.identity(kind).startswith(f"{kind}-")
+    assert rewards.identity(kind) == rewards.identity("mine", {"mine": KINDS[kind]()})
+
+
+def test_runtime_settings_are_no_part_of_the_identity() -> None:
+    tables = [Math(num_workers=n) for n in (0, 3)]
+    assert len({rewards.identity("m", {"m": t}) for t in tables}) == 1
+    assert rewards.identity("m", {"m": Math(precision=2)}) != rewards.identity("m", {"m": Math()})

@@ -1,0 +1,174 @@
+"""Rewards from a sequence-classification model, with its own tokenizer and chat template."""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from prefpipe import chat as chats
+from prefpipe import log, models
+from prefpipe.chat import Chat, RowFault, encode, render
+from prefpipe.config.base import suggestion
+from prefpipe.config.rewards import RewardModel
+from prefpipe.errors import UsageError
+from prefpipe.rewards.base import Answer, RewardFunction, Scored
+
+VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation that a model can rate: its place in the batch, and its token ids."""
+
+    index: int
+    token_ids: list[int]
+
+
+def inputs(settings: RewardModel) -> dict[str, str]:
+    """Weights, tokenizer and chat template, by content."""
+    policy = models.resolve(_name(settings))
+    return {"model": policy.id, **chats.load(policy.directory, settings.chat_template).digests}
+
+
+def reward_model(settings: RewardModel) -> RewardFunction:
+    """The raw logit of the model for prompt and completion, as its own chat template renders them; no squashing.
+
+    Batched by length within `tokens_per_batch`; how a batch is made changes nothing but float noise. A conversation
+    that the template refuses, that spells a control token or is longer than `max_length` gets no reward, status
+    unparsable; a logit that is no finite number gets none either, status crash. The weights load at the first call.
+    """
+    directory = models.resolve(_name(settings)).directory
+    chat = chats.load(directory, settings.chat_template)
+    label = find_label(directory, settings.label)
+    longest = min(settings.max_length, _config(directory).get("max_position_embeddings") or settings.max_length)
+    model = functools.cache(lambda: load(directory, settings.dtype))
+
+    def rate(answers: Sequence[Answer]) -> list[Scored]:
+        scores: dict[int, Scored] = {}
+        rows: list[Row] = []
+        for index, answer in enumerate(answers):
+            try:
+                rows.append(Row(index, tokenise(chat, answer, longest)))
+            except RowFault as fault:
+                scores[index] = Scored(None, "unparsable", f"{fault.reason}: {fault.detail}")
+        for batch in batches(rows, settings.tokens_per_batch):
+            values = logits(model(), [row.token_ids for row in batch])[:, label].tolist()
+            scores |= {row.index: _scored(value) for row, value in zip(batch, values, strict=True)}
+        return [scores[index] for index in range(len(answers))]
+
+    return rate
+
+
+def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:
+    """Token ids of prompt and completion in the reward model's own terms. Raises RowFault when they cannot be rated."""
+    messages = [*answer.messages, {"role": "assistant", "content": answer.text}]
+    chats.check_control_tokens(chat, messages)  # pyright: ignore[reportArgumentType]  (a Message is such a dict)
+    ids = encode(chat, render(chat, messages, add_generation_prompt=False))  # pyright: ignore[reportArgumentType]
+    if not ids:
+        raise RowFault("empty", "the chat template renders nothing")
+    if len(ids) > max_length:
+        raise RowFault("too_long", f"{len(ids)} tokens, max_length is {max_length}")
+    return ids
+
+
+def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[Row]]:
+    """Rows by length, longest first (so that memory shows at once), as many as fit with their padding."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda r: (-len(r.token_ids), r.index)):
+        if batch and (len(batch) + 1) * len(batch[0].token_ids) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def logits(model: Any, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits [B, labels] in float32 of rows of token ids, padded on the right.
+
+    transformers takes the state of the last token that is not the padding token. Many reward models pad with the token
+    that also ends a turn, so that the wrong state would be taken: the padding here is a token that no row holds.
+    """
+    config = model.config.get_text_config()
+    config.pad_token_id = padding(config.pad_token_id, token_ids)
+    longest = max(map(len, token_ids))
+    ids = torch.tensor([[*row, *[config.pad_token_id] * (longest - len(row))] for row in token_ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in token_ids])
+    with torch.inference_mode():
+        return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
+
+
+def padding(own: int | None, token_ids: Sequence[Sequence[int]]) -> int:
+    """The model's own padding token if no row holds it, else the smallest token that none holds."""
+    used = {token for row in token_ids for token in row}
+    return own if own is not None and own not in used else next(t for t in range(len(used) + 1) if t not in used)
+
+
+def load(directory: Path, dtype: str) -> Any:
+    """The model in eval mode, on the GPU when there is one; safetensors only, no code of the model's own.
+
+    Raises UsageError when weights of the head are missing: transformers would draw them at random.
+    """
+    log.info(f"loading reward model {directory.name} ({dtype})")
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it warns of is an error below
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=_DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            f"reward model {directory} cannot be loaded: {error}", "give a sequence-classification model"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    if report["missing_keys"]:
+        raise UsageError(
+            f"reward model {directory} has no weights for {', '.join(sorted(report['missing_keys']))}",
+            "give a model trained for sequence classification, not a language model",
+        )
+    return model.requires_grad_(requires_grad=False).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def find_label(directory: Path, label: str) -> int:
+    """Which logit is the reward. Raises UsageError for a model of several labels when none of them is named."""
+    config = _config(directory)
+    names = {int(k): str(v) for k, v in config.get("id2label", {}).items()} or dict(
+        enumerate(f"LABEL_{i}" for i in range(config.get("num_labels", 2)))
+    )
+    if not label and len(names) == 1:
+        return 0
+    found = [i for i, name in names.items() if label in (name, str(i))]
+    if len(found) != 1:
+        raise UsageError(
+            f"label = '{label}' is none of the {len(names)} labels of {directory}"
+            f"{suggestion(label, list(names.values()))}",
+            f"set label to one of {', '.join(names.values())}",
+        )
+    return found[0]
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def _name(settings: RewardModel) -> str:
+    if not settings.model:
+        raise UsageError(
+            "reward_model has no model", 'set it: [reward_settings.NAME] with kind = "reward_model" and model = "..."'
+        )
+    return settings.model
+
+
+def _scored(value: float) -> Scored:
+    if value != value or value in (float("inf"), float("-inf")):
+        return Scored(None, "crash", f"the logit is {value}")
+    return Scored(value)
