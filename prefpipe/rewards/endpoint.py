@@ -84,58 +84,67 @@ def pause(settings: Judge, attempt: int, retry_after: str | None) -> float:
 
 
 def _ask(client: httpx.Client, settings: Judge, question: Question, key: str, stopping: threading.Event) -> Reply:
-    for attempt in range(settings.retries + 1):
-        last = attempt == settings.retries
-        try:
-            response = client.post(f"{settings.base_url}/chat/completions", json=body(settings, question))
-        except httpx.TimeoutException:
-            if last:
-                return Reply(None, "timeout", f"no answer within {settings.timeout_seconds:g} s, {attempt + 1} times")
-            retry_after = None
-        except httpx.TransportError as error:
-            if last:
-                raise StorageError(
-                    f"the judge at {settings.base_url} cannot be reached: {_without(key, str(error))}",
-                    "start the endpoint and run the same command again: it resumes",
-                ) from None
-            retry_after = None
-        else:
-            if response.status_code not in _AGAIN or last:
-                return _reply(response, settings, key)
-            retry_after = response.headers.get("retry-after")
-        if stopping.wait(pause(settings, attempt, retry_after)):
-            break
-    return Reply(None, "crash", "stopped")
+    attempt = 0
+    while True:
+        answer = _post(client, settings, question)
+        if attempt == settings.retries or not _may_go_well_again(answer):
+            return _reply(answer, settings, key)
+        asked = None if isinstance(answer, httpx.TransportError) else answer.headers.get("retry-after")
+        if stopping.wait(pause(settings, attempt, asked)):
+            return Reply(None, "crash", "stopped")
+        attempt += 1
 
 
-def _reply(response: httpx.Response, settings: Judge, key: str) -> Reply:
-    code = response.status_code
-    said = _without(key, response.text)[:_SHOWN]
-    if code in _REFUSED:
-        sent = (
-            f"with the key in {settings.api_key_env}" if key else f"without a key ({settings.api_key_env} is not set)"
+def _post(client: httpx.Client, settings: Judge, question: Question) -> httpx.Response | httpx.TransportError:
+    try:
+        return client.post(f"{settings.base_url}/chat/completions", json=body(settings, question))
+    except httpx.TransportError as error:
+        return error
+
+
+def _may_go_well_again(answer: httpx.Response | httpx.TransportError) -> bool:
+    return isinstance(answer, httpx.TransportError) or answer.status_code in _AGAIN
+
+
+def _reply(answer: httpx.Response | httpx.TransportError, settings: Judge, key: str) -> Reply:
+    if isinstance(answer, httpx.TimeoutException):
+        return Reply(
+            None, "timeout", f"no answer within {settings.timeout_seconds:g} s, asked {settings.retries + 1} times"
         )
+    if isinstance(answer, httpx.TransportError):
+        raise StorageError(
+            f"the judge at {settings.base_url} cannot be reached: {_without(key, str(answer))}",
+            "start the endpoint and run the same command again: it resumes",
+        )
+    said = _without(key, answer.text)[:_SHOWN]
+    _raise_if_refused(answer.status_code, said, settings, key)
+    if answer.status_code != 200:
+        return Reply(None, "crash", f"{answer.status_code} {said}")
+    try:
+        choice = answer.json()["choices"][0]
+        text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return Reply(None, "crash", f"no chat completion: {said}")
+    if finish_reason == "length":
+        return Reply(None, "unparsable", f"the judge's answer is cut at max_tokens = {settings.max_tokens}")
+    if not isinstance(text, str) or not text.strip():
+        return Reply(None, "unparsable", "the judge's answer is empty")
+    return Reply(_without(key, text))
+
+
+def _raise_if_refused(code: int, said: str, settings: Judge, key: str) -> None:
+    if code in _REFUSED:
+        name = settings.api_key_env
+        sent = f"with the key in {name}" if key else f"without a key ({name} is not set)"
         raise UsageError(
             f"the judge at {settings.base_url} refuses model '{settings.model}' {sent}: {code} {said}",
-            f"check base_url and model, and put the key into the environment variable {settings.api_key_env}",
+            f"check base_url and model, and put the key into the environment variable {name}",
         )
     if code == 429:
         raise StorageError(
             f"the judge at {settings.base_url} takes no more requests: 429 {said}",
             "lower concurrency or raise retries, and run the same command again: it resumes",
         )
-    if code != 200:
-        return Reply(None, "crash", f"{code} {said}")
-    try:
-        choice = response.json()["choices"][0]
-        text = choice["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        return Reply(None, "crash", f"no chat completion: {said}")
-    if choice.get("finish_reason") == "length":
-        return Reply(None, "unparsable", f"the judge's answer is cut at max_tokens = {settings.max_tokens}")
-    if not isinstance(text, str) or not text.strip():
-        return Reply(None, "unparsable", "the judge's answer is empty")
-    return Reply(_without(key, text))
 
 
 def _without(key: str, text: str) -> str:

@@ -165,8 +165,8 @@ def test_generate_with_a_reward_model(
 ) -> None:
     tables = {"rm": {"kind": "reward_model", "model": str(directory), "dtype": "float32"}}
     done = cli(
-        "generate", "--model", tiny_model, "--prompts", prompts_file, "--engine", "fake", "--num-samples", 2, "--rewards",
-        "rm", "--reward-settings", json.dumps(tables), "--out", tmp_path / "g",
+        "generate", "--model", tiny_model, "--prompts", prompts_file, "--engine", "fake", "--num-samples", 2,
+        "--rewards", "rm", "--reward-settings", json.dumps(tables), "--out", tmp_path / "g",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     means = json.loads((tmp_path / "g" / "manifest.json").read_text())["totals"]["mean_reward"]
