@@ -13,6 +13,7 @@ from prefpipe.config import base, shared
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.rewards import KINDS
 from prefpipe.config.train import TrainConfig
 from prefpipe.engines import ENGINES
 from prefpipe.rewards import REWARDS
@@ -75,6 +76,10 @@ def test_a_recipe_loads_and_lists_only_what_differs_from_the_defaults(path: Path
     cls = recipe_class(path)
     loaded = base.dump(base.load(cls, path, {}))
     defaults = base.dump(cls())
+    for stage in (loaded, *(v for v in loaded.values() if isinstance(v, dict))):
+        for name, table in (stage.get("reward_settings") or {}).items():  # each against the defaults of its kind
+            place = defaults if stage is loaded else defaults[next(k for k, v in loaded.items() if v is stage)]
+            place["reward_settings"][name] = base.dump(KINDS[table["kind"]]()) | {"kind": None}
 
     def same(values: dict[str, object], given: dict[str, object], standard: dict[str, object], at: str) -> list[str]:
         found: list[str] = []
