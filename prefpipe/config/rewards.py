@@ -199,17 +199,23 @@ def _without_secrets(url: str) -> str:
 
 
 class Judge(BaseModel):
-    """What a language model behind an OpenAI-compatible endpoint thinks of a completion."""
+    """What a language model, behind an OpenAI-compatible endpoint or in an engine here, thinks of a completion."""
 
     model_config = STRICT
 
     kind: Literal["judge"] = "judge"
     mode: Literal["rating", "pairwise"] = "rating"
     """rating: each completion alone, 1 to 10. pairwise: completions of a prompt against each other, in both orders."""
+    engine: Literal["endpoint", "vllm", "transformers"] = "endpoint"
+    """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id)."""
     base_url: Annotated[str, PATH, AfterValidator(_without_secrets)] = "http://localhost:8000/v1"
     """Address of the endpoint; /chat/completions is added."""
     model: str = "default"
-    """Name of the model at the endpoint."""
+    """Name of the model at the endpoint; for an engine its directory or hub id."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of weights and compute in an engine."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 4096
+    """Longest question to a judge in an engine, in tokens; a longer one gets no verdict."""
     api_key_env: Annotated[str, RUNTIME, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
     """Environment variable that holds the key; without it none is sent. The key itself is never written anywhere."""
     criteria: str = "Correctness comes first, then usefulness to the user, then clarity. Length is no merit."
@@ -229,7 +235,7 @@ class Judge(BaseModel):
     backoff_seconds: Annotated[float, RUNTIME, Field(ge=0)] = 1.0
     """Pause before the first repetition; it doubles, and is never shorter than what the endpoint asks for."""
     concurrency: Annotated[int, RUNTIME, Field(ge=1)] = 16
-    """Requests under way at once."""
+    """Requests under way at once, or sequences that an engine works on."""
 
 
 Settings = (

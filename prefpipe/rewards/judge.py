@@ -8,6 +8,7 @@ from typing import Any
 
 from prefpipe import log
 from prefpipe.config.rewards import Judge
+from prefpipe.rewards import local_judge
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.endpoint import Question, Reply, ask_all
 
@@ -45,18 +46,20 @@ class Verdict:
     problem: Scored | None
 
 
-def inputs(_settings: Judge) -> dict[str, str]:
-    """No file is read; the model is named by the settings, and what stands behind the name is the endpoint's."""
-    return {}
+def inputs(settings: Judge) -> dict[str, str]:
+    """The model of an engine by content; at an endpoint a model has only its name."""
+    return {} if settings.engine == "endpoint" else local_judge.inputs(settings)
 
 
-def judge(settings: Judge, ask: Ask = ask_all) -> RewardFunction:
+def judge(settings: Judge, given: Ask | None = None) -> RewardFunction:
     """rating: (rating - 1) / 9 of a rating from 1 to 10. pairwise: the mean over comparisons with other completions of
     the prompt; each is asked in both orders and gives 1 for winning both, 0 for losing both and 0.5 for anything else.
 
     Status ok with the judge's reason or the count of comparisons; unparsable, timeout or crash with the reason and
-    without a reward when no verdict came. Verdicts are never guessed from prose.
+    without a reward when no verdict came. Verdicts are never guessed from prose. `given` is who is asked in place of
+    the endpoint or engine of the settings.
     """
+    ask = given or (ask_all if settings.engine == "endpoint" else local_judge.ask_in_engine(settings))
     return lambda answers: (_rate if settings.mode == "rating" else _compare)(settings, answers, ask)
 
 

