@@ -180,6 +180,8 @@ class RewardModel(BaseModel):
     """Reward model: a directory or a hub id."""
     chat_template: Annotated[str, PATH] = "model"
     """'model' for the reward model's own chat template, or a Jinja file."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs it: transformers (any such model), or vLLM's pooling (faster on a GPU, for the models it knows)."""
     label: str = ""
     """Which logit is the reward, by its name or number; a model with a single logit needs none."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -187,7 +189,7 @@ class RewardModel(BaseModel):
     max_length: Annotated[int, Field(ge=1)] = 4096
     """Longer conversations (in tokens, prompt included) are not rated: a cut one would be another conversation."""
     tokens_per_batch: Annotated[int, RUNTIME, Field(ge=1)] = 16384
-    """Tokens in one forward pass, padding included."""
+    """transformers: tokens in one forward pass, padding included; vLLM makes its own batches."""
 
 
 def _without_secrets(url: str) -> str:

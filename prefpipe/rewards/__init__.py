@@ -1,6 +1,7 @@
 """Rewards by name, or a function of the user's as `module:function`."""
 
 import importlib
+import json
 import math
 import numbers
 import sys
@@ -32,6 +33,7 @@ REWARDS = {
     "judge": "prefpipe.rewards.judge",
 }
 _EXTRAS = {"math": "verify", "reasoning_gym": "verify", "reward_model": "train"}  # any other: rewards
+_GIVEN = {"prompts", "completions", "answer"}
 _NO_TABLES: Mapping[str, Settings] = MappingProxyType({})
 
 
@@ -98,12 +100,18 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _call_users(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored]:
-    """`function(prompts, completions, answer)` as in TRL: lists of messages in, a number or None per completion out."""
+    """`function(prompts, completions, answer, COLUMN...)` as in TRL: lists of messages in, numbers or None out.
+
+    The further columns of the prompts file come by name, None where a prompt lacks one.
+    """
+    metas = [json.loads(a.meta) for a in answers]
+    columns = {name: [m.get(name) for m in metas] for name in sorted({n for m in metas for n in m} - _GIVEN)}
     try:
         values = function(
             prompts=[a.messages for a in answers],
             completions=[[{"role": "assistant", "content": a.text}] for a in answers],
             answer=[a.answer for a in answers],
+            **columns,
         )
         values = list(values)
     except Exception as error:

@@ -1,8 +1,10 @@
 """Rewards from a sequence-classification model, with its own tokenizer and chat template."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from prefpipe import log, models
 from prefpipe.chat import Chat, RowFault, encode, render
 from prefpipe.config.base import suggestion
 from prefpipe.config.rewards import RewardModel
+from prefpipe.engines import pooling
 from prefpipe.errors import UsageError
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+Logits = dict[int, list[float]]  # by the index of a row, one number per label
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -48,7 +52,8 @@ def reward_model(settings: RewardModel) -> RewardFunction:
     chat = chats.load(directory, settings.chat_template)
     label = find_label(directory, settings.label)
     longest = min(settings.max_length, _config(directory).get("max_position_embeddings") or settings.max_length)
-    model = functools.cache(lambda: load(directory, settings.dtype))
+    started = contextlib.ExitStack()
+    logits_of = functools.cache(lambda: started.enter_context(_classifier(settings, directory, longest)))
 
     def rate(answers: Sequence[Answer]) -> list[Scored]:
         scores: dict[int, Scored] = {}
@@ -58,12 +63,43 @@ def reward_model(settings: RewardModel) -> RewardFunction:
                 rows.append(Row(index, tokenise(chat, answer, longest)))
             except RowFault as fault:
                 scores[index] = Scored(None, "unparsable", f"{fault.reason}: {fault.detail}")
-        for batch in batches(rows, settings.tokens_per_batch):
-            values = logits(model(), [row.token_ids for row in batch])[:, label].tolist()
-            scores |= {row.index: _scored(value) for row, value in zip(batch, values, strict=True)}
+        if rows:
+            found = logits_of()(rows)
+            scores |= {row.index: _scored(found[row.index][label]) for row in rows}
         return [scores[index] for index in range(len(answers))]
 
+    weakref.finalize(rate, started.close)
     return rate
+
+
+@contextlib.contextmanager
+def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generator[Callable[[list[Row]], Logits]]:
+    """A function from rows to the logits of each, by its index."""
+    if settings.engine == "vllm":
+        _check_architecture(directory)  # vLLM would make a classifier of any language model
+        log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
+        with pooling.classifier(directory, settings.dtype, longest) as classify:
+            yield lambda rows: dict(zip((r.index for r in rows), classify([r.token_ids for r in rows]), strict=True))
+        return
+    model = load(directory, settings.dtype)
+
+    def by_batch(rows: list[Row]) -> Logits:
+        found: Logits = {}
+        for batch in batches(rows, settings.tokens_per_batch):
+            values = logits(model, [row.token_ids for row in batch]).tolist()
+            found |= {row.index: value for row, value in zip(batch, values, strict=True)}
+        return found
+
+    yield by_batch
+
+
+def _check_architecture(directory: Path) -> None:
+    names = _config(directory).get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        raise UsageError(
+            f"reward model {directory} is {', '.join(names) or 'of no known architecture'}",
+            "give a model trained for sequence classification, not a language model",
+        )
 
 
 def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "prefpipe"
 WITHOUT_MIRROR = {
-    *("__main__.py", "forward/dequantize.py", "engines/base.py", "rewards/base.py"),
+    *("__main__.py", "forward/dequantize.py", "engines/base.py", "engines/pooling.py", "rewards/base.py"),
     *(
         f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "shared", "train")
     ),  # config/test_base.py

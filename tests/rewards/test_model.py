@@ -140,6 +140,15 @@ def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
         rate(ANSWERS)
 
 
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's own warnings are not ours to fix
+def test_vllm_gives_the_same_raw_logits(directory: Path, tiny_model: Path) -> None:
+    scores = reward_model(options(directory, engine="vllm"))(ANSWERS)
+    assert [s.reward for s in scores] == pytest.approx(oracle(directory, ANSWERS), abs=1e-3)
+    with pytest.raises(UsageError, match="is LlamaForCausalLM"):
+        reward_model(options(tiny_model, engine="vllm", label="0"))(ANSWERS)
+
+
 def test_without_a_model() -> None:
     for reads in (inputs, reward_model):
         with pytest.raises(UsageError, match="reward_model has no model"):

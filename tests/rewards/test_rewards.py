@@ -26,7 +26,8 @@ seen: dict[str, Any] = {}
 
 def remember(prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any) -> list[float]:
     """A user's reward with all of TRL's arguments."""
-    seen.update(prompts=prompts, completions=completions, answer=answer)
+    seen.clear()
+    seen.update(prompts=prompts, completions=completions, answer=answer, **columns)
     return [0.5, 1]
 
 
@@ -80,6 +81,15 @@ def test_a_users_function_gets_what_trl_gives_it() -> None:
         "completions": [[{"role": "assistant", "content": "An owl."}], [{"role": "assistant", "content": "No."}]],
         "answer": ["owl", None],
     }
+
+
+def test_further_columns_of_the_prompts_come_by_name() -> None:
+    """As TRL passes the columns of its dataset; a column named like an argument does not replace it."""
+    given = [Answer(QUESTION, "a", "x", '{"level": 3, "answer": "y"}'), Answer(QUESTION, "b", None, '{"topic": ["z"]}')]
+    assert [s.reward for s in rewards.load(f"{HERE}:remember")(given)] == [0.5, 1.0]
+    assert {k: v for k, v in seen.items() if k not in ("prompts", "completions")} == {
+        "answer": ["x", None], "level": [3, None], "topic": [None, ["z"]],
+    }  # fmt: skip
 
 
 def test_none_is_unparsable_and_nan_a_crash_of_that_row() -> None:
