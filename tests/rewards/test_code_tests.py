@@ -17,6 +17,13 @@ from prefpipe.rewards.code_tests import cases, code, extract, inputs
 from prefpipe.schemas import Message
 
 QUESTION = [Message(role="user", content="?")]
+FORGED = """import os
+for descriptor in range(3, 64):
+    try:
+        os.write(descriptor, b"okok")
+    except OSError:
+        pass
+os._exit(0)"""
 TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
 GOOD = "def add(a, b):\n    return a + b\n"
 SUMS = json.dumps(
@@ -51,14 +58,11 @@ def inside(program: str, **settings: object) -> Scored:
         (f"import ctypes\nctypes.string_at(0)\n{GOOD}", 0.0, "wrong", "ended with signal 11"),
         ("def add(a, b):\n    raise SystemExit(0)", 0.0, "wrong", "tests: ended with exit code 0"),
         (f"import builtins\nbuiltins.AssertionError = None\n{GOOD.replace('+', '-')}", 0.0, "wrong", "AssertionError"),
-        (f"import os\nos.write(4, b'ok'); os.write(5, b'ok'); os.write(6, b'ok')\n{GOOD}", None, None, None),
+        (f"{FORGED}\n{GOOD}", 0.0, "wrong", "okok"),
     ],
 )
-def test_programs(text: str, reward: float | None, status: str | None, words: str | None) -> None:
+def test_programs(text: str, reward: float, status: str, words: str | None) -> None:
     scored = rate(text)
-    if status is None:  # a verdict that is made up is worth nothing
-        assert scored.reward == 0.0
-        return
     assert (scored.reward, scored.status) == (reward, status)
     assert words is None or words in (scored.detail or "")
 
@@ -191,7 +195,8 @@ def test_no_process_is_left_after_an_interrupt() -> None:
 
 def _runs_sandbox(process: Path) -> bool:
     try:
-        return b"sandbox.py" in (process / "cmdline").read_bytes()
+        parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+        return b"sandbox.py" in (process / "cmdline").read_bytes() and int(parent) == os.getpid()
     except OSError:
         return False
 
