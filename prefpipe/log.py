@@ -48,7 +48,7 @@ def error(message: str, hint: str) -> None:
 
 @contextmanager
 def progress(description: str, total: float, unit: str) -> Generator[Advance]:
-    """Show progress of `total` units: a bar with rate and ETA, or a plain line every few seconds without a terminal.
+    """Show progress of `total` units (0: nobody knows how many): a bar with rate and ETA, or a plain line every few seconds without a terminal.
 
     Yields a function that takes the number of units just done.
     """
@@ -57,7 +57,7 @@ def progress(description: str, total: float, unit: str) -> Generator[Advance]:
         yield lambda _amount: None
     elif console.is_terminal:
         with _bar(console, unit) as bars:
-            task = bars.add_task(description, total=total)
+            task = bars.add_task(description, total=total or None)
             yield lambda amount: bars.update(task, advance=amount)
     else:
         yield from _plain(description, total, unit)
@@ -92,6 +92,8 @@ def _plain(description: str, total: float, unit: str) -> Iterator[Advance]:
     def line() -> str:
         spent = monotonic() - start
         rate = done / spent if spent > 0 else 0.0
+        if not total:
+            return f"{description}: {done:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s"
         eta = f"{(total - done) / rate:.0f} s" if rate > 0 else "?"
         return f"{description}: {done:.0f}/{total:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s, ETA {eta}"
 

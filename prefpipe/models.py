@@ -72,6 +72,13 @@ def resolve(model: str, adapter: str = "none") -> Policy:
     return Policy(directory, path, weights, digest)
 
 
+def context_length(directory: Path) -> int | None:
+    """The most tokens that a model takes, as its config says it; None where it does not."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else None
+
+
 def adapter_base_record(weights: str) -> str:
     """What `train` writes beside an adapter, so that it can never be put on another base by mistake."""
     return json.dumps({"base": fingerprint.policy_id(weights, None)}, indent=2) + "\n"
