@@ -4,11 +4,11 @@ A chat template is applied once, when a prompt enters the pipeline; from then on
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -232,8 +232,9 @@ def _default_system(chat: Chat) -> str:
     except RowFault:
         return ""
     before_second = text.split(second)[0]
-    header = os.path.commonprefix([opening[::-1], before_second[::-1]])
-    added = opening[: len(opening) - len(header)]
+    pairs = zip(reversed(opening), reversed(before_second), strict=False)
+    header = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    added = opening[: len(opening) - header]
     for token in chat.control_tokens:
         added = added.replace(token, " ")
     words = added.split()

@@ -1,9 +1,9 @@
-"""Rows of public datasets, whatever their columns are called, as one thing: a prompt, its answers, and how they are rated.
+"""Rows of public datasets, whatever their columns are called, as one thing: a prompt, its answers, their ratings.
 
 | format | columns |
 |---|---|
-| preference | `chosen`, `rejected`, and `prompt`; or without it: conversations that share their first turns, transcripts in text |
-| list | `prompt` (or `instruction`, `input`) and `completions` (or `generations`, `responses`), with or without ratings |
+| preference | `chosen`, `rejected`, and `prompt`, or without it conversations or transcripts with equal first turns |
+| list | `prompt` (or `instruction`, `input`) and `completions` (or `generations`, `responses`), rated or not |
 | label | `prompt`, `completion`, `label` |
 | completion | `prompt`, `completion` |
 """

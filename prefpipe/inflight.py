@@ -1,7 +1,7 @@
 """Which prompts the engine was working on when it died: the record that finds the one prompt that kills it.
 
-OUT/inflight.log has a line when a prompt enters the engine, when it leaves it, and when an attempt ends. A prompt that was
-inside when an attempt ended without a word is under suspicion and runs alone the next time. Alone, an engine that
+OUT/inflight.log has a line when a prompt enters the engine, when it leaves it, and when an attempt ends. A prompt that
+was inside when an attempt ended without a word is under suspicion and runs alone the next time. Alone, an engine that
 fails convicts it at once; a process that vanishes (which may have been anybody's kill -9) convicts it the second time.
 """
 
@@ -16,6 +16,9 @@ from prefpipe.fsio import Appender
 
 _NAME = "inflight.log"
 _CONVICTED = 2
+# What the end of an attempt says against a prompt that was alone in the engine. A new start without an end before it:
+# the process was gone in between.
+_ENDS = {"stopped": 0, "start": 1, "died": _CONVICTED}
 
 
 @dataclass
@@ -76,33 +79,22 @@ class Inflight:
 
 
 def _read(path: Path) -> tuple[dict[str, None], Counter[str]]:
-    """(prompts that were inside when an attempt ended badly, how heavily each is charged); a torn last line is ignored."""
+    """(prompts that were inside at a bad end, how heavily each is charged); a torn last line is ignored."""
     inside: dict[str, bool] = {}
     suspects: dict[str, None] = {}
     charges: Counter[str] = Counter()
-
-    def charge(weight: int) -> None:
-        for prompt_id, alone in inside.items():
-            suspects[prompt_id] = None
-            charges[prompt_id] += weight if alone else 0
-        inside.clear()
-
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else ():
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    for line in [*lines, "start"]:
         word, _, prompt_id = line.partition(" ")
-        match word:
-            case "take" | "alone":
-                inside[prompt_id] = word == "alone"
-            case "done":
-                inside.pop(prompt_id, None)
-            case "died":
-                charge(_CONVICTED)
-            case "stopped":
-                inside.clear()
-            case "start":
-                charge(1)
-            case "killer":
-                charges[prompt_id] = _CONVICTED
-            case _:
-                continue
-    charge(1)
+        if word in ("take", "alone"):
+            inside[prompt_id] = word == "alone"
+        elif word == "done":
+            inside.pop(prompt_id, None)
+        elif word == "killer":
+            charges[prompt_id] = _CONVICTED
+        elif word in _ENDS:
+            weight = _ENDS[word]
+            suspects |= dict.fromkeys(inside) if weight else {}
+            charges.update({i: weight for i, alone in inside.items() if alone})
+            inside.clear()
     return suspects, charges

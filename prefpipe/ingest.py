@@ -1,7 +1,7 @@
 """Foreign files become our rows, tokenised once: prompts to sample from, answered prompts to score and to train on."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,10 +9,10 @@ from typing import Any
 
 from prefpipe import formats, store
 from prefpipe.chat import Chat, RowFault, encode_messages, encode_prompt
-from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.formats import Answered
 from prefpipe.ids import common_prefix, content_id, ids_digest
-from prefpipe.schemas import Completion, Dropped, Label, Message, Messages, Pair, Prompt, Reward
+from prefpipe.schemas import Completion, Dropped, Label, Message, Messages, Pair, Prompt, RefLogps, Reward, from_table
 
 RATING = "rating"  # the name of a reward that came with the answers
 IMPORTED = "imported"
@@ -139,6 +139,33 @@ def read_labels(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[lis
             f"{path} has no usable label ({len(dropped)} rows dropped)", "see the reasons in dropped.parquet"
         )
     return list(labels.values()), dropped
+
+
+def read_ref_logps(runs: Sequence[Path], digests: Mapping[str, str]) -> dict[str, RefLogps]:
+    """The cached reference values of the completions in `digests` (completion_id -> ids_digest) from runs of `score` or
+    `generate`, part by part; the first run that has a completion counts. Which ones are missing is for the caller.
+
+    Raises IdentityError when a value was made for other token ids, DataError for values of several references.
+    """
+    found: dict[str, RefLogps] = {}
+    for run in runs:
+        manifest = store.read_manifest(run)
+        for name in store.part_names(run, manifest, "ref_logps"):
+            table = store.read_file(run, manifest, name, RefLogps)
+            wanted = [
+                i for i, key in enumerate(table["completion_id"].to_pylist()) if key in digests and key not in found
+            ]
+            for row in from_table(RefLogps, table.take(wanted)) if wanted else ():
+                if row.ids_digest != digests[row.completion_id]:
+                    raise IdentityError(
+                        f"{run / name}: log-probs of {row.completion_id} were made for other token ids (ids_digest)",
+                        "score these rows: prefpipe score --inputs DIR --out NEW",
+                    )
+                found[row.completion_id] = row
+    references = sorted({row.reference for row in found.values()})
+    if len(references) > 1:
+        raise DataError(f"the runs hold log-probs of several references: {', '.join(references)}", "pass one at a time")
+    return found
 
 
 def chunks(path: str | Path, size: int) -> Iterator[list[Placed]]:

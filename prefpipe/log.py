@@ -47,8 +47,9 @@ def error(message: str, hint: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str) -> Generator[Advance]:
-    """Show progress of `total` units (0: nobody knows how many): a bar with rate and ETA, or a plain line every few seconds without a terminal.
+def progress(description: str, total: float | None, unit: str) -> Generator[Advance]:
+    """Show progress of `total` units (None: nobody knows how many): a bar with rate and ETA, or a plain line
+    every few seconds without a terminal.
 
     Yields a function that takes the number of units just done.
     """
@@ -57,7 +58,7 @@ def progress(description: str, total: float, unit: str) -> Generator[Advance]:
         yield lambda _amount: None
     elif console.is_terminal:
         with _bar(console, unit) as bars:
-            task = bars.add_task(description, total=total or None)
+            task = bars.add_task(description, total=total)
             yield lambda amount: bars.update(task, advance=amount)
     else:
         yield from _plain(description, total, unit)
@@ -85,14 +86,14 @@ def _bar(console: Console, unit: str) -> Progress:
     )
 
 
-def _plain(description: str, total: float, unit: str) -> Iterator[Advance]:
+def _plain(description: str, total: float | None, unit: str) -> Iterator[Advance]:
     start = last = monotonic()
     done = 0.0
 
     def line() -> str:
         spent = monotonic() - start
         rate = done / spent if spent > 0 else 0.0
-        if not total:
+        if total is None:
             return f"{description}: {done:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s"
         eta = f"{(total - done) / rate:.0f} s" if rate > 0 else "?"
         return f"{description}: {done:.0f}/{total:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s, ETA {eta}"

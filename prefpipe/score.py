@@ -153,13 +153,13 @@ class _Stage:
                     self.commit(*waiting.pop(int(index)))
                     yield len(scored)
 
-    def _expected(self) -> float:
+    def _expected(self) -> float | None:
         """Rows to score, for the progress bar, where all inputs say it: runs of completions do."""
         if not all(Path(s).is_dir() for s in self.config.inputs):
-            return 0
+            return None
         counts = [store.read_manifest(Path(s)) for s in self.config.inputs]
         known = all(m["command"] == "generate" for m in counts)
-        return sum(m["totals"]["completions"] for m in counts) if known else 0
+        return sum(m["totals"]["completions"] for m in counts) if known else None
 
     def commit(self, shard: Shard, batch: Batch, logps: Logps) -> None:
         """Write one shard: rows with their reference values, log-probs, rewards, and what was left out."""

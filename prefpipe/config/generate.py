@@ -39,7 +39,7 @@ class GenerateConfig(BaseModel):
     seed: shared.Seed = 0
     part: shared.Part = "1/1"
     check: Annotated[int, Field(ge=0)] = 0
-    """Rows whose log-probs the other scorer (transformers for vllm, vllm for transformers) makes again, for parity.json."""
+    """Rows that the other scorer (transformers for vllm, vllm for transformers) scores again, for parity.json."""
     shard_rows: shared.ShardRows = 64
     max_num_seqs: shared.MaxNumSeqs = 64
     tensor_parallel_size: shared.TensorParallelSize = 1

@@ -16,8 +16,8 @@ class ScoreConfig(BaseModel):
     model: shared.Model = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
     inputs: Annotated[tuple[str, ...], PATH] = ()
-    """Run directories (generate, build-pairs, score), JSONL or Parquet files of preference, unpaired, rated or transcript
-    rows, or hf://datasets/ paths."""
+    """Run directories (generate, build-pairs, score), JSONL or Parquet files of preference, unpaired or rated rows, or
+    hf://datasets/ paths to such files."""
     reference: Literal["policy", "none"] = "policy"
     """Whose log-probs to add: those of the model with its adapter, or none (rewards only; no model is loaded)."""
     engine: shared.Engine = "vllm"
