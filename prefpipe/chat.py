@@ -176,7 +176,8 @@ def render(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bo
 
 def encode(chat: Chat, text: str) -> list[int]:
     """Token ids of rendered text; the template already holds every control token, so none is added."""
-    return chat.tokenizer.encode(text, add_special_tokens=False).ids
+    (found,) = chat.tokenizer.encode_batch_fast([text], add_special_tokens=False)  # `encode` also finds the offsets
+    return found.ids
 
 
 def _spelled(chat: Chat, text: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from prefpipe import log, sampling, store
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.engines.base import Draw, Engine
-from prefpipe.ids import content_id, sample_seed
+from prefpipe.ids import numbered_id, sample_seed
 from prefpipe.rewards.base import Scored
 from prefpipe.sampling import Sampled, Task
 from prefpipe.schemas import Evaluation, Prompt, from_table, to_table
@@ -141,7 +141,7 @@ def _row(config: EvaluateConfig, policy: str, sampled: Sampled, i: int, score: S
     sample, prompt = sampled.samples[i], sampled.ready.prompt
     decoding = "greedy" if sample.sample_index == 0 else "sampled"
     return Evaluation(
-        completion_id=content_id(sampling.prompt_key(config, policy, sampled.ready), decoding, sample.sample_index),
+        completion_id=numbered_id(sampling.prompt_key(config, policy, sampled.ready), sample.sample_index),
         prompt_id=prompt.prompt_id, sample_index=sample.sample_index, round=config.round, decoding=decoding,
         messages=prompt.messages, text=sampled.texts[i], token_ids=sample.token_ids,
         finish_reason=sample.finish_reason, policy=policy, name=config.reward, reward=score.reward,

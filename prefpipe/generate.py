@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from prefpipe import log, parity, sampling, store
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, Sequence
-from prefpipe.ids import content_id, ids_digest, sample_seed
+from prefpipe.ids import ids_digest, numbered_id, sample_seed
 from prefpipe.sampling import Sampled, Task
 from prefpipe.schemas import Completion, Prompt, RefLogps, Reward, from_table, to_table
 from prefpipe.store import Manifest, Run
@@ -130,7 +130,7 @@ class _Stage:
         key = sampling.prompt_key(self.config, policy, ready)
         for sample, text in zip(sampled.samples, sampled.texts, strict=True):
             yield Completion(
-                completion_id=content_id(key, sample.sample_index),
+                completion_id=numbered_id(key, sample.sample_index),
                 prompt_id=ready.prompt.prompt_id,
                 sample_index=sample.sample_index,
                 text=text,
@@ -149,8 +149,9 @@ class _Stage:
             given = [Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in completions]
             scored = dict(engine.score(given, adapter=False))
             logps = [scored[c.completion_id] for c in completions]
-        assert self.reference is not None
+        reference, scorer = self.reference, engine.scorer
+        assert reference is not None
         return [
-            RefLogps(c.completion_id, self.reference, engine.scorer, c.ids_digest, values, sum(values), len(values))
+            RefLogps(c.completion_id, reference, scorer, c.ids_digest, values, sum(values), len(values))
             for c, values in zip(completions, logps, strict=True)
         ]

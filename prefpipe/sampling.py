@@ -1,5 +1,6 @@
 """Prompts to an engine to committed shards, for generate and evaluate. Nothing is sampled twice."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.schemas import Dropped, Prompt, to_table
 from prefpipe.store import Run
 
+_SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 16, 512
 Config = GenerateConfig | EvaluateConfig
 
 
@@ -93,7 +95,7 @@ def run_shards(run: Run, task: Task, config: Config, work: Work) -> int:
         Dropped(i, "engine_died", "the engine died twice while it worked on this prompt") for i in inflight.killers
     ]
     run.write_dropped(Dropped, to_table(Dropped, task.repeated + faulty + killers))
-    shards = shard(ready, run.saved["shard_rows"])
+    shards = shard(ready, run.saved["shard_rows"] or _fitting_rows(len(task.prompts)))
     missing = [(index, rows) for index, rows in shards if not work.has(index)]
     if missing:
         start = fsio.monotonic()
@@ -251,6 +253,11 @@ def _died(error: Exception, inflight: Inflight) -> PrefpipeError:
         "run the same command again: these prompts run first, one at a time, and one that kills the engine again goes "
         "to dropped.parquet",
     )
+
+
+def _fitting_rows(num_prompts: int) -> int:
+    """Prompts in a shard: enough that commits cost nothing, few enough that little is lost when a run is killed."""
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, math.ceil(num_prompts / _SHARDS)))
 
 
 def _part(prompts: list[Prompt], part: str) -> list[Prompt]:

@@ -16,7 +16,7 @@ from prefpipe.engines import fake
 from prefpipe.engines.base import EngineSettings, Request, Sample, Sequence
 from prefpipe.errors import DataError, MissingInputError, PrefpipeError, UsageError
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
-from prefpipe.ids import content_id, ids_digest, sample_seed
+from prefpipe.ids import content_id, ids_digest, numbered_id, sample_seed
 from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, from_table
 from prefpipe.store import Manifest
 
@@ -125,7 +125,7 @@ def test_a_completion_is_identified_by_content(tiny_model: Path, prompts_file: P
     for c in completions:
         settings = ["fake", "bfloat16", 0, 1.0, 1.0, 0, 0.0, 60, []]
         key = content_id(c.prompt_id, ids_digest(c.prompt_token_ids, []), policy, settings)
-        assert c.completion_id == content_id(key, c.sample_index)
+        assert c.completion_id == numbered_id(key, c.sample_index)
         assert c.ids_digest == ids_digest(c.prompt_token_ids, c.token_ids)
         assert c.text == chat.decode(c.token_ids)
         assert c.policy == policy

@@ -40,7 +40,7 @@ class EvaluateConfig(BaseModel):
     part: shared.Part = "1/1"
     round: Annotated[int, Field(ge=0)] = 0
     """Number of the round that made the policy; 0 is the start."""
-    shard_rows: shared.ShardRows = 64
+    shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85

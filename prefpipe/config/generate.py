@@ -40,7 +40,7 @@ class GenerateConfig(BaseModel):
     part: shared.Part = "1/1"
     check: Annotated[int, Field(ge=0)] = 0
     """Rows that the other scorer (transformers for vllm, vllm for transformers) scores again, for parity.json."""
-    shard_rows: shared.ShardRows = 64
+    shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85

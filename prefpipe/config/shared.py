@@ -79,7 +79,11 @@ MaxTokensPerBatch = Annotated[
     int, RUNTIME, Field(ge=16, description="Token budget of one scoring pass: bounds the memory of its log-probs.")
 ]
 Seed = Annotated[int, Field(ge=0, description="Seed of everything random in this run.")]
-ShardRows = Annotated[int, RUNTIME, Field(ge=1, description="Prompts in one shard: the unit of commit and of resume.")]
+ShardRows = Annotated[
+    int,
+    RUNTIME,
+    Field(ge=0, description="Prompts in one shard, the unit of commit and of resume; 0: about 64 shards of 16 to 512."),
+]
 MaxNumSeqs = Annotated[int, RUNTIME, Field(ge=1, description="Sequences that the engine works on at once.")]
 KvCacheMib = Annotated[
     int, RUNTIME, Field(ge=16, description="Size of vLLM's KV cache on CPU, in MiB (a GPU takes its free memory).")

@@ -63,13 +63,10 @@ class FakeEngine:
 
     def _score(self, token_ids: list[int], shift: float) -> list[float]:
         known = self._logps
-        values: list[float] = []
         for place in enumerate(token_ids):
-            value = known.get(place)
-            if value is None:
-                value = known[place] = math.log((_byte(f"{place[0]}/{place[1]}") + 1) / 257)
-            values.append(value + shift)
-        return values
+            if place not in known:
+                known[place] = math.log((_byte(f"{place[0]}/{place[1]}") + 1) / 257)
+        return [known[place] + shift for place in enumerate(token_ids)]
 
 
 def _byte(text: str) -> int:
