@@ -2,8 +2,9 @@
 
     python benchmarks/generate.py [--quick] --json FILE
 
-fake      `prefpipe generate` with the fake engine on 100,000 prompts x 8: everything but the model. Wall time and CPU time.
-overhead  our request loop on vLLM: CPU time outside engine.step(), as a share of a bare LLM.generate of the same requests.
+fake      `prefpipe generate` with the fake engine on 100,000 prompts x 8: everything but the model; wall and CPU time.
+overhead  our request loop on vLLM: CPU time outside engine.step(), as a share of a bare LLM.generate of the same
+          requests.
 logprobs  LLM.generate with and without the log-prob of every sampled token, CPU time.
 
 Each part runs in a process of its own. CPU time, because other work on the machine does not count into it.
@@ -155,7 +156,7 @@ def bare(engine: Any, requests: list[Any], logprobs: int | None, expected: int) 
     return spent
 
 
-def figure(name: str, value: float, unit: str, goal: float | None, holds: bool | None) -> dict[str, Any]:
+def figure(name: str, value: float, unit: str, goal: float | None, holds: bool | None) -> dict[str, Any]:  # noqa: FBT001
     """One line of the table."""
     return {"name": name, "figure": value, "unit": unit, "goal": goal, "holds": holds}
 
