@@ -123,7 +123,7 @@ def test_a_damaged_base_record_is_named(tiny_model: Path, tmp_path: Path, text: 
 def test_large_weights_are_hashed_once_and_again_when_they_change(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process (here: with the memory of this one cleared) finds the digest; another state of the files does not."""
+    """Another process (here: with its memory cleared) finds the digest; another state of the files does not."""
     hashed: list[Path] = []
     plain = fingerprint.weights_digest
 

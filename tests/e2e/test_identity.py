@@ -239,14 +239,14 @@ def test_train_refuses_values_of_other_weights_or_ids(
     first, *others = from_table(Pair, store.read_dataset(scored, "pairs", Pair))
     edits = {
         "ids": (
-            replace(pairs[0], chosen_token_ids=[*pairs[0].chosen_token_ids[:-2], 9, 2]),
+            replace(first, chosen_token_ids=[*first.chosen_token_ids[:-2], 9, 2]),
             "its token ids are not those",
         ),
         "values": (
-            replace(pairs[0], ref_chosen_token_logps=[v + 0.5 for v in pairs[0].ref_chosen_token_logps or ()]),
+            replace(first, ref_chosen_token_logps=[v + 0.5 for v in first.ref_chosen_token_logps or ()]),
             "do not belong to this model",
         ),
-        "adapter": (replace(pairs[0], reference=f"{pairs[0].reference}+adapter:{'0' * 32}"), "references"),
+        "adapter": (replace(first, reference=f"{first.reference}+adapter:{'0' * 32}"), "references"),
     }
     for name, (edited, words) in edits.items():
         with store.open_run(tmp_path / name, "score", GenerateConfig(), {}, force=False) as made:

@@ -116,10 +116,10 @@ def test_neighbours_with_one_prompt_are_scored_as_one_tree(engine: Engine, monke
     """Five prompts with six draws each: five trees of six completions in the order given; scattered they are 30."""
     seen: list[list[int]] = []
 
-    def watched(model: TreeModel, trees: Iterable[Tree]) -> Iterator[list[list[float]]]:
+    def watched(model: TreeModel, trees: Iterable[Tree], budget: int) -> Iterator[list[list[float]]]:
         given_ = list(trees)
         seen.append([len(t.completions) for t in given_])
-        return score(model, given_)
+        return score(model, given_, budget)
 
     given_ = sequences(sampled(engine, requests(*DRAWS)))
     monkeypatch.setattr("prefpipe.engines.transformers.score", watched)
@@ -297,7 +297,7 @@ def test_top_k_keeps_the_likeliest_and_top_p_cuts_what_is_left() -> None:
 
 
 def test_min_p_drops_what_is_too_unlikely_beside_the_best() -> None:
-    """0.5 * 0.5 = 0.25: 0.15 and 0.05 go. At temperature 1/2 the shares are squared first: 0.09 < 0.25 * 0.5 goes too."""
+    """0.5 * 0.5 = 0.25: 0.15 and 0.05 go. At temperature 1/2 shares are squared first: 0.09 < 0.25 * 0.5 goes too."""
     shares = draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000, min_p=0.5)
     assert shares[[0, 2]].tolist() == [0, 0]
     assert shares[3] > 0.3
