@@ -51,7 +51,7 @@ fix: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: setup  ## Measurements against public peers (about 20 minutes; QUICK=--quick for a look)
-	@mkdir -p runs && for name in train_vs_trl plan_accuracy; do \
+	@mkdir -p runs && for name in train_vs_trl plan_accuracy generate; do \
 	  $(BIN)/python benchmarks/$$name.py $(QUICK) --json runs/$$name.json || exit 1; \
 	done
 

@@ -20,12 +20,16 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
 
-CLASSES = (GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
-RUNTIME = {"distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"}
-PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs", "reward_settings"}
+CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
+RUNTIME = {
+    *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
+    *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date"),
+}
+PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs", "inputs", "reward_settings"}
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
     *("train.model", "train.adapter", "train.pairs", "evaluate.model", "evaluate.adapter", "evaluate.round"),
@@ -65,6 +69,9 @@ def _one(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         if isinstance(m, annotated_types.Le | annotated_types.Lt):
             bounds |= {"max_value": getattr(m, "le", getattr(m, "lt", None))}
             bounds |= {"exclude_max": True} if isinstance(m, annotated_types.Lt) else {}
+    patterns = [m.pattern for m in metadata if getattr(m, "pattern", None)]
+    if patterns:
+        return st.from_regex(patterns[0], fullmatch=True).filter(str.isascii)
     if kind is bool:
         return st.booleans()
     if kind is int:

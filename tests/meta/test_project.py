@@ -14,6 +14,7 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.rewards import KINDS
+from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.engines import ENGINES
 from prefpipe.rewards import REWARDS
@@ -24,7 +25,7 @@ PACKAGE = ROOT / "prefpipe"
 WITHOUT_MIRROR = {
     *("__main__.py", "forward/dequantize.py", "engines/base.py", "engines/pooling.py", "rewards/base.py"),
     *(
-        f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "shared", "train")
+        f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "score", "shared", "train")
     ),  # config/test_base.py
 }
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))
@@ -54,11 +55,11 @@ def test_registries_and_settings_name_the_same_things() -> None:
     assert set(shared.REWARD_NAMES) == set(REWARDS)
     (loss_choice, _) = get_args(TrainConfig.model_fields["loss_type"].annotation)
     assert set(get_args(loss_choice)) == set(LOSSES)
-    for cls in (GenerateConfig, EvaluateConfig):
+    for cls in (GenerateConfig, EvaluateConfig, ScoreConfig):
         assert set(get_args(cls.model_fields["engine"].annotation)) == set(ENGINES)
 
 
-@pytest.mark.parametrize("cls", [GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig])
+@pytest.mark.parametrize("cls", [GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig])
 def test_every_setting_is_read_outside_of_the_settings(cls: type) -> None:
     code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py") if p.parent.name != "config")
     for name, _ in base.fields(cls):

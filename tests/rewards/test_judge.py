@@ -15,7 +15,7 @@ from prefpipe.rewards import judge as judges
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.rewards.judge import Verdict, bias, find_verdict, judge, pairings, rating_question
-from prefpipe.schemas import Message, Reward
+from prefpipe.schemas import Completion, Message, Reward
 from prefpipe.store import read_dataset
 from tests.conftest import Cli
 from tests.rewards.server import completion, serving
@@ -217,3 +217,41 @@ def test_through_the_command_line_the_key_is_nowhere(
     assert key not in done.stdout + done.stderr
     assert not [p for p in (tmp_path / "g").rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
     assert key not in json.dumps(rows)
+
+
+def test_completions_that_exist_are_judged_without_being_touched(
+    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    done = cli(
+        "generate", "--model", tiny_model, "--engine", "fake", "--prompts", prompts_file, "--num-samples", 3, "--out",
+        tmp_path / "g",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before = {p: p.read_bytes() for p in (tmp_path / "g").rglob("*") if p.is_file()}
+
+    def answer(request: dict[str, Any]) -> tuple[int, Any]:
+        return completion(json.dumps({"reason": "", "better": longer(*shown(Question(request["messages"], {})))}))
+
+    with serving(answer) as endpoint:
+        table = {"j": {"kind": "judge", "mode": "pairwise", "base_url": endpoint.base_url}}
+        tables = {**table, "short": {"kind": "length", "unit": "tokens", "max": 1}}
+        scored = cli(
+            "score", "--model", tiny_model, "--inputs", tmp_path / "g", "--reference", "none", "--rewards", "j",
+            "--rewards", "short", "--reward-settings", json.dumps(tables), "--out", tmp_path / "s",
+            env={"NO_PROXY": "127.0.0.1"},
+        )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    assert {p: p.read_bytes() for p in before} == before
+    found = {
+        name: {
+            r["completion_id"]: r["reward"] for r in read_dataset(tmp_path / "s", f"rewards/{name}", Reward).to_pylist()
+        }
+        for name in tables
+    }
+    completions = read_dataset(tmp_path / "g", "completions", Completion).to_pylist()
+    assert set(found["j"]) == set(found["short"]) == {c["completion_id"] for c in completions}
+    for c in completions:
+        assert found["short"][c["completion_id"]] == 1 / len(c["token_ids"])
+        others = [len(o["text"]) for o in completions if o["prompt_id"] == c["prompt_id"] and o is not c]
+        wins = [1.0 if len(c["text"]) > n else 0.0 if len(c["text"]) < n else 0.5 for n in others]
+        assert found["j"][c["completion_id"]] == pytest.approx(sum(wins) / len(wins))
