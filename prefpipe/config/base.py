@@ -147,7 +147,7 @@ def _set(values: dict[str, Any], path: list[str], value: object) -> None:
 def _sentence(cls: type[BaseModel], problem: Any) -> str:
     location, owner = _place(cls, problem["loc"])
     name = ".".join(location)
-    value = problem["input"]
+    value = _without_secrets(problem["input"])
     if problem["type"] == "extra_forbidden":
         return f"unknown setting '{name}'{suggestion(location[-1], list(owner.model_fields))}"
     if problem["type"] in ("literal_error", "union_tag_invalid"):
@@ -161,6 +161,11 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
     if not location or isinstance(value, dict | BaseModel):
         return ": ".join([*([name] if name else []), problem["msg"].removeprefix("Value error, ")])
     return f"{name} = {value!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _without_secrets(value: Any) -> Any:
+    """A user and a password in an address do not go to the terminal."""
+    return re.sub(r"://[^/@\s]*@", "://***@", value) if isinstance(value, str) else value
 
 
 def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:

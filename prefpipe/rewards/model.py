@@ -78,8 +78,11 @@ def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generat
     if settings.engine == "vllm":
         _check_architecture(directory)  # vLLM would make a classifier of any language model
         log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
+        own = _config(directory).get("pad_token_id")
         with pooling.classifier(directory, settings.dtype, longest) as classify:
-            yield lambda rows: dict(zip((r.index for r in rows), classify([r.token_ids for r in rows]), strict=True))
+            yield lambda rows: dict(
+                zip((r.index for r in rows), classify([without_padding(own, r.token_ids) for r in rows]), strict=True)
+            )
         return
     model = load(directory, settings.dtype)
 
@@ -127,24 +130,37 @@ def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[Row]]:
 
 
 def logits(model: Any, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits [B, labels] in float32 of rows of token ids, padded on the right.
+    """Logits [B, labels] in float32 of rows of token ids, padded on the right: what each row gets alone.
 
-    transformers takes the state of the last token that is not the padding token. Many reward models pad with the token
-    that also ends a turn, so that the wrong state would be taken: the padding here is a token that no row holds.
+    transformers takes the state of the last token that is not the padding token, and refuses batches without one. Those
+    models get a token that no row holds: then it is the very last token, as for a row alone.
     """
     config = model.config.get_text_config()
-    config.pad_token_id = padding(config.pad_token_id, token_ids)
+    own = config.pad_token_id
+    filler = padding(own, token_ids)
     longest = max(map(len, token_ids))
-    ids = torch.tensor([[*row, *[config.pad_token_id] * (longest - len(row))] for row in token_ids])
+    ids = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in token_ids])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in token_ids])
-    with torch.inference_mode():
-        return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
+    config.pad_token_id = filler
+    try:
+        with torch.inference_mode():
+            return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
+    finally:
+        config.pad_token_id = own  # the next batch may hold this filler
 
 
 def padding(own: int | None, token_ids: Sequence[Sequence[int]]) -> int:
-    """The model's own padding token if no row holds it, else the smallest token that none holds."""
+    """The model's own padding token, or the smallest token that no row holds."""
     used = {token for row in token_ids for token in row}
-    return own if own is not None and own not in used else next(t for t in range(len(used) + 1) if t not in used)
+    return own if own is not None else next(t for t in range(len(used) + 1) if t not in used)
+
+
+def without_padding(own: int | None, token_ids: Sequence[int]) -> Sequence[int]:
+    """A row up to the token at which transformers rates it: vLLM rates the very last one."""
+    end = len(token_ids)
+    while end > 1 and token_ids[end - 1] == own:
+        end -= 1
+    return token_ids[:end]
 
 
 def load(directory: Path, dtype: str) -> Any:

@@ -5,10 +5,11 @@ import re
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from prefpipe.config.base import STRICT, fields
+from prefpipe.config.base import STRICT, fields, load
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.rewards import KINDS, Judge, Keyword, Length, Refusal, settings_of
+from prefpipe.errors import UsageError
 from tests.conftest import ROOT
 
 
@@ -50,6 +51,13 @@ def test_a_name_is_a_table_or_a_kind_with_its_defaults() -> None:
 def test_what_is_refused(cls: type[BaseModel], values: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         cls(**values)
+
+
+def test_a_key_in_an_address_is_not_repeated() -> None:
+    with pytest.raises(UsageError) as caught:
+        load(GenerateConfig, None, {"reward_settings": {"j": {"kind": "judge", "base_url": "https://me:sk-key@h/v1"}}})
+    assert "reward_settings.j.base_url = 'https://***@h/v1'" in caught.value.message
+    assert "sk-key" not in caught.value.message
 
 
 def test_an_address_ends_without_a_slash() -> None:

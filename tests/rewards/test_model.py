@@ -15,7 +15,7 @@ from prefpipe.config.rewards import RewardModel
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import identity, model
 from prefpipe.rewards.base import Answer
-from prefpipe.rewards.model import Row, batches, inputs, padding, reward_model, tokenise
+from prefpipe.rewards.model import Row, batches, inputs, padding, reward_model, tokenise, without_padding
 from prefpipe.schemas import Message
 from tests.conftest import Cli
 
@@ -28,10 +28,14 @@ ANSWERS = [
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' + m['content'] + '<|im_end|>' }}{% endfor %}"
 
 
-def make_reward_model(tiny_model: Path, directory: Path, num_labels: int = 1) -> Path:
+def make_reward_model(tiny_model: Path, directory: Path, num_labels: int = 1, *, pad: bool = True) -> Path:
     shutil.copytree(tiny_model, directory)
     config = LlamaConfig.from_pretrained(directory)
-    config.num_labels, config.architectures, config.pad_token_id = num_labels, None, config.eos_token_id
+    config.num_labels, config.architectures, config.pad_token_id = (
+        num_labels,
+        None,
+        config.eos_token_id if pad else None,
+    )
     torch.manual_seed(5)
     LlamaForSequenceClassification(config).save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(TEMPLATE)
@@ -47,38 +51,39 @@ def options(directory: Path, **more: object) -> RewardModel:
     return RewardModel(**{"model": str(directory), "dtype": "float32", **more})
 
 
+@pytest.fixture(scope="module")
+def without_pad(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_reward_model(tiny_model, tmp_path_factory.mktemp("rewards") / "none", pad=False)
+
+
 def oracle(directory: Path, answers: list[Answer]) -> list[float]:
-    """One row at a time, without padding: the head on the last token's state."""
+    """What transformers gives for each row alone, as a model card does it."""
     loaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
     chat = chats.load(directory)
-    found: list[float] = []
-    for answer in answers:
-        ids = torch.tensor([tokenise(chat, answer, 1000)])
-        with torch.no_grad():
-            found.append(loaded.score(loaded.model(ids).last_hidden_state[0, -1])[0].item())
-    return found
+    with torch.no_grad():
+        return [loaded(torch.tensor([tokenise(chat, a, 1000)])).logits[0, 0].item() for a in answers]
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 100, 200, 100_000])
-def test_the_batch_never_changes_a_reward(directory: Path, tokens_per_batch: int) -> None:
-    scores = reward_model(options(directory, tokens_per_batch=tokens_per_batch))(ANSWERS)
-    expected = oracle(directory, ANSWERS)
+@pytest.mark.parametrize("model_name", ["directory", "without_pad"])
+def test_the_batch_never_changes_a_reward(
+    request: pytest.FixtureRequest, model_name: str, tokens_per_batch: int
+) -> None:
+    place = request.getfixturevalue(model_name)
+    scores = reward_model(options(place, tokens_per_batch=tokens_per_batch))(ANSWERS)
+    expected = oracle(place, ANSWERS)
     assert [s.status for s in scores] == ["ok"] * len(ANSWERS)
     assert [s.reward for s in scores] == pytest.approx(expected, abs=1e-4, rel=1e-5)
     assert len({round(x, 3) for x in expected}) == len(expected)  # else the test could not fail
     assert max(map(abs, expected)) > 1  # raw logits, not squashed into 0 to 1
 
 
-def test_padding_with_the_models_own_token_would_be_wrong(directory: Path) -> None:
-    """The trap itself: what a plain padded batch gives differs, so the test above can fail."""
-    loaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
-    rows = [tokenise(chats.load(directory), a, 1000) for a in ANSWERS]
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*r, *[2] * (longest - len(r))] for r in rows])
-    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
-    with torch.no_grad():
-        plain = loaded(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
-    assert plain != pytest.approx(oracle(directory, ANSWERS), abs=1e-2)
+def test_a_model_that_pads_with_the_end_of_a_turn_rates_one_token_earlier(directory: Path, without_pad: Path) -> None:
+    """The same weights: where the padding token ends every row, the states rated differ, and so do the rewards."""
+    assert oracle(directory, ANSWERS) != pytest.approx(oracle(without_pad, ANSWERS), abs=1e-2)
+    assert list(without_padding(2, [1, 2, 5, 2, 2])) == [1, 2, 5]
+    assert list(without_padding(None, [1, 2])) == [1, 2]
+    assert list(without_padding(2, [2, 2])) == [2]
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 200))
@@ -91,11 +96,9 @@ def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budge
 
 @settings(deadline=None)
 @given(st.one_of(st.none(), st.integers(0, 5)), st.lists(st.lists(st.integers(0, 8), min_size=1), min_size=1))
-def test_the_padding_stands_in_no_row(own: int | None, rows: list[list[int]]) -> None:
-    used = {t for row in rows for t in row}
+def test_the_padding_is_the_models_own_or_stands_in_no_row(own: int | None, rows: list[list[int]]) -> None:
     chosen = padding(own, rows)
-    assert chosen not in used
-    assert chosen == own or own is None or own in used
+    assert chosen == own if own is not None else chosen not in {t for row in rows for t in row}
 
 
 def test_what_cannot_be_rated_has_a_reason_and_no_reward(directory: Path) -> None:
@@ -143,6 +146,7 @@ def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")  # vLLM's own warnings are not ours to fix
 def test_vllm_gives_the_same_raw_logits(directory: Path, tiny_model: Path) -> None:
+    """Although it rates the last token, and this model pads with the token that ends every row."""
     scores = reward_model(options(directory, engine="vllm"))(ANSWERS)
     assert [s.reward for s in scores] == pytest.approx(oracle(directory, ANSWERS), abs=1e-3)
     with pytest.raises(UsageError, match="is LlamaForCausalLM"):
