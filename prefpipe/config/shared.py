@@ -10,6 +10,13 @@ DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
 REWARD_NAMES = ("short_sentence",)
 
 
+IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
+
+
+def _check_stored_reward(name: str) -> str:
+    return name if name == IMPORTED_REWARD else _check_reward(name)
+
+
 def _check_reward(name: str) -> str:
     if name in REWARD_NAMES or ":" in name:
         return name
@@ -42,6 +49,7 @@ Engine = Annotated[
 ]
 Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="Number type of weights and compute.")]
 RewardName = Annotated[str, AfterValidator(_check_reward)]
+StoredReward = Annotated[str, AfterValidator(_check_stored_reward)]  # of a run: computed, or imported by `score`
 Rewards = Annotated[
     tuple[RewardName, ...],
     Field(description=f"Rewards for every completion: {', '.join(REWARD_NAMES)}, or your own 'module:function'."),
@@ -62,7 +70,11 @@ MinP = Annotated[
     float, Field(ge=0, le=1, description="Drop tokens less likely than this share of the likeliest one; 0 for none.")
 ]
 StopTokenIds = Annotated[
-    tuple[int, ...], Field(description="Token ids that end a completion, beside the model's own; they stay in it.")
+    tuple[int, ...],
+    Field(
+        description="Token ids that end a completion, beside the model's own; they stay in it. No stop strings: "
+        "they cut the text and not the ids, so that the two disagree."
+    ),
 ]
 Part = Annotated[
     str,
