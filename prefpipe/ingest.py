@@ -9,12 +9,12 @@ from typing import Any
 
 from prefpipe import formats, store
 from prefpipe.chat import Chat, RowFault, encode_messages, encode_prompt
+from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.formats import Answered
 from prefpipe.ids import common_prefix, content_id, ids_digest
 from prefpipe.schemas import Completion, Dropped, Label, Message, Messages, Pair, Prompt, RefLogps, Reward, from_table
 
-RATING = "rating"  # the name of a reward that came with the answers
 IMPORTED = "imported"
 _PROMPT_COLUMNS = ("messages", "prompt", "answer", "split", "source", "meta", "prompt_id")
 _NO_LIMIT = 1 << 30
@@ -286,7 +286,9 @@ def _to_ratings(found: Tokenised, i: int) -> list[Reward]:
         return []
     rating = found.source.ratings[i]
     detail = None if rating is not None else "the file has no rating for this answer"
-    return [Reward(found.completion_id(i), RATING, rating, "ok" if rating is not None else "unparsable", detail)]
+    return [
+        Reward(found.completion_id(i), IMPORTED_REWARD, rating, "ok" if rating is not None else "unparsable", detail)
+    ]
 
 
 def _until_eos(ids: list[int], chat: Chat) -> list[int]:

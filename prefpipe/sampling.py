@@ -235,7 +235,8 @@ def _answers(
 ) -> Iterator[tuple[str, list[Sample]]]:
     """(prompt_id, samples) as the engine finishes them; what it works on is on record meanwhile."""
     alone = [prompt_id for prompt_id in inflight.suspects if prompt_id in ready]
-    rest = [prompt_id for prompt_id in ready if prompt_id not in inflight.suspects]
+    together = ready.keys() - set(alone)
+    rest = [prompt_id for prompt_id in ready if prompt_id in together]
 
     def requests(ids: Sequence[str], *, alone: bool) -> Iterator[Request]:
         for prompt_id in ids:

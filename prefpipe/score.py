@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from prefpipe import chat as chats
-from prefpipe import fsio, ingest, log, models, parity, sampling, sources, store
+from prefpipe import fsio, log, models, parity, sampling, sources, store
 from prefpipe.chat import Chat
 from prefpipe.config.score import ScoreConfig
+from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.engines import base
 from prefpipe.engines.base import Engine, EngineSettings
 from prefpipe.errors import DataError, UsageError
@@ -167,7 +168,7 @@ class _Stage:
             name: (ROW_TYPES[name], [sources.filled(row, logps) for row in rows]) for name, rows in batch.rows.items()
         }
         written["ref_logps"] = (RefLogps, [logps[s.completion_id] for s in batch.sequences if s.completion_id in logps])
-        written[sampling.reward_folder(ingest.RATING)] = (Reward, batch.ratings)
+        written[sampling.reward_folder(IMPORTED_REWARD)] = (Reward, batch.ratings)
         for name, function in self.rewards.items():
             scores = sampling.rate([answer for _, answer in batch.answers], function, name)
             ids = [completion_id for completion_id, _ in batch.answers]
@@ -185,7 +186,7 @@ class _Stage:
         logps = list(self._column("ref_logps", RefLogps, "ref_logps"))
         tokens = sum(n for part in self._column("ref_logps", RefLogps, "num_tokens") for n in part)
         means: dict[str, float | None] = {}
-        for name in (*self.rewards, ingest.RATING):
+        for name in (*self.rewards, IMPORTED_REWARD):
             values = [
                 v
                 for part in self._column(sampling.reward_folder(name), Reward, "reward")

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from prefpipe import formats, ingest, log, store
 from prefpipe.chat import Chat
+from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.engines import base
 from prefpipe.errors import DataError, IdentityError, MissingInputError
 from prefpipe.ids import ids_digest
@@ -19,7 +20,7 @@ from prefpipe.schemas import Completion, Dropped, KlBank, Label, Pair, Prompt, R
 from prefpipe.store import Manifest
 
 Logps = Mapping[str, RefLogps]
-RATING_FOLDER = f"rewards/{ingest.RATING}"
+RATING_FOLDER = f"rewards/{IMPORTED_REWARD}"
 PREFERENCES: dict[str, type] = {"pairs": Pair, "labels": Label, "kl_bank": KlBank, "groups": RankedGroup}
 ROW_TYPES: dict[str, type] = {"prompts": Prompt, "completions": Completion, **PREFERENCES}
 _ADDED = {"preference": ("pairs",), "label": ("labels",)}

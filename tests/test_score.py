@@ -137,8 +137,12 @@ def test_ratings_become_a_reward_that_build_pairs_takes(tiny_model: Path, write:
     rewards = rows(tmp_path / "s", "rewards/rating", Reward)
     assert [(r.reward, r.status) for r in rewards[:3]] == [(9.0, "ok"), (2.0, "ok"), (None, "unparsable")]
     assert [c.policy for c in rows(tmp_path / "s", "completions", Completion)[:3]] == ["m", "n", "o"]
-    frame = store.read_dataset(tmp_path / "s", "ref_logps", RefLogps)
-    assert frame.num_rows == 9
+    assert len(rows(tmp_path / "s", "ref_logps", RefLogps)) == 9
+    pairing = BuildPairsConfig(completions=(str(tmp_path / "s"),), reward="rating")
+    build_pairs.run(pairing, tmp_path / "p", force=False)
+    pairs = rows(tmp_path / "p", "pairs", Pair)
+    assert [(p.chosen[0]["content"], p.rejected[0]["content"]) for p in pairs] == [("Yes, of course.", "No.")] * 3
+    assert all(p.ref_chosen_logps is not None and p.reward_gap == 7.0 for p in pairs)
 
 
 def test_ratings_of_pairs_are_their_rewards(tiny_model: Path, write: Write, tmp_path: Path) -> None:

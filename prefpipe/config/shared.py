@@ -11,6 +11,9 @@ DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
 REWARD_NAMES = tuple(rewards.KINDS)
 
 
+IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
+
+
 def _check_reward(name: str, info: ValidationInfo) -> str:
     """A kind, the user's module:function, or a table (if the tables hold an error of their own, that is said alone)."""
     tables = info.data.get("reward_settings")
@@ -47,6 +50,8 @@ Engine = Annotated[
 Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="Number type of weights and compute.")]
 RewardSettings = rewards.RewardSettings
 RewardName = Annotated[str, AfterValidator(_check_reward)]  # declare reward_settings before it
+# Of a run, computed or imported by `score`: which names there are, only the run knows.
+StoredReward = Annotated[str, Field(min_length=1)]
 Rewards = Annotated[
     tuple[RewardName, ...],
     Field(
@@ -70,7 +75,11 @@ MinP = Annotated[
     float, Field(ge=0, le=1, description="Drop tokens less likely than this share of the likeliest one; 0 for none.")
 ]
 StopTokenIds = Annotated[
-    tuple[int, ...], Field(description="Token ids that end a completion, beside the model's own; they stay in it.")
+    tuple[int, ...],
+    Field(
+        description="Token ids that end a completion, beside the model's own; they stay in it. No stop strings: "
+        "they cut the text and not the ids, so that the two disagree."
+    ),
 ]
 Part = Annotated[
     str,
