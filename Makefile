@@ -51,7 +51,7 @@ fix: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: setup  ## Measurements against public peers (about 20 minutes; QUICK=--quick for a look)
-	@mkdir -p runs && for name in train_vs_trl plan_accuracy; do \
+	@mkdir -p runs && for name in train_vs_trl plan_accuracy generate; do \
 	  $(BIN)/python benchmarks/$$name.py $(QUICK) --json runs/$$name.json || exit 1; \
 	done
 
@@ -59,7 +59,7 @@ lock:  ## Resolve both lock files again
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@for lock in cpu cuda; do \
-	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra dev --extra $$lock \
+	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra rewards --extra verify --extra dev --extra $$lock \
 	    --override requirements/overrides-$$lock.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	    $(UV_OPTIONS) --no-emit-index-url --no-emit-find-links --annotation-style line --no-header \
 	    --output-file requirements/$$lock.txt && \

@@ -23,11 +23,13 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, UsageError
 
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
     "generate": (GenerateConfig, "prefpipe.generate"),
+    "score": (ScoreConfig, "prefpipe.score"),
     "build-pairs": (BuildPairsConfig, "prefpipe.build_pairs"),
     "train": (TrainConfig, "prefpipe.train.stage"),
     "evaluate": (EvaluateConfig, "prefpipe.evaluate"),
@@ -100,7 +102,7 @@ def _version(value: bool) -> None:  # noqa: FBT001  (typer's callback signature)
 def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,  # noqa: FBT002
 ) -> None:
-    """Offline preference optimization: generate, build-pairs, train, evaluate, iterate."""
+    """Offline preference optimization: generate, score, build-pairs, train, evaluate, iterate."""
 
 
 @app.command("config")

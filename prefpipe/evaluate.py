@@ -4,18 +4,18 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefpipe import chat as chats
-from prefpipe import fsio, ingest, log, models, sampling, store
+from prefpipe import log, sampling, store
 from prefpipe.config.evaluate import EvaluateConfig
-from prefpipe.engines.base import Draw
-from prefpipe.errors import UsageError
-from prefpipe.ids import content_id, sample_seed
-from prefpipe.sampling import Sampled
-from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
-from prefpipe.store import Manifest
+from prefpipe.engines.base import Draw, Engine
+from prefpipe.ids import numbered_id, sample_seed
+from prefpipe.rewards.base import Scored
+from prefpipe.sampling import Sampled, Task
+from prefpipe.schemas import Evaluation, Prompt, from_table, to_table
+from prefpipe.store import Manifest, Run
 
 _DATASET = "evaluations"
 _RESAMPLES = 2000
@@ -23,49 +23,20 @@ _RESAMPLES = 2000
 
 def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample every held-out prompt that has no committed shard yet, rate the answers, sum up."""
-    if not config.prompts:
-        raise UsageError("no prompts given", "pass --prompts FILE (JSONL or Parquet)")
-    prompts_file = Path(config.prompts)
-    prompts, repeated = ingest.read_prompts(prompts_file, config.split, config.limit)
-    policy = models.resolve(config.model, config.adapter)
-    chat = chats.load(policy.directory, config.chat_template)
-    reward_functions, reward_ids = sampling.load_rewards([config.reward])
-    reward = reward_functions[config.reward]
-    inputs = {"prompts": store.input_digest(prompts_file), "policy": policy.id, **chat.digests, **reward_ids}
-    with store.open_run(out, "evaluate", config, inputs, force=force) as run_:
+    task = sampling.read_task(config, [config.reward])
+    with store.open_run(out, "evaluate", config, task.inputs, force=force) as run_:
         manifest = run_.manifest()
         if manifest is not None:
             log.info(f"{out} is complete already")
             return manifest
-        ready, faulty = sampling.prepare(
-            prompts, chat, max_prompt_tokens=config.max_prompt_tokens, control_tokens=config.special_tokens_in_prompts
-        )
-        run_.write_dropped(Dropped, to_table(Dropped, repeated + faulty))
-        shards = sampling.shard(ready, run_.saved["shard_rows"])
-        missing = [(index, rows) for index, rows in shards if not run_.has_part(_DATASET, index)]
-        if missing:
-            start = fsio.monotonic()
-            settings = sampling.engine_settings(
-                policy, chat, [r for _, rows in missing for r in rows], dtype=config.dtype, top_p=config.top_p,
-                max_tokens=config.max_tokens, max_num_seqs=config.max_num_seqs, kv_cache_mib=config.kv_cache_mib,
-            )  # fmt: skip
-
-            def commit(index: int, sampled: list[Sampled]) -> None:
-                scores = sampling.rate(sampled, chat, reward, config.reward)
-                rows = [
-                    _row(config, policy.id, chat, s, i, x)
-                    for s, own in zip(sampled, scores, strict=True)
-                    for i, x in enumerate(own)
-                ]
-                run_.write_part(_DATASET, Evaluation, index, to_table(Evaluation, rows))
-
-            with sampling.start_engine(config.engine, settings) as engine:
-                tokens = sampling.sample_shards(missing, engine, lambda p: draws(config, p), commit)
-            run_.log_timing(event="sampled", tokens=tokens, seconds=round(fsio.monotonic() - start, 3))
+        num_shards = sampling.run_shards(run_, task, config, _Stage(config, run_, task))
         rows = [
-            row for index, _ in shards for row in from_table(Evaluation, run_.read_part(_DATASET, Evaluation, index))
+            row
+            for index in range(num_shards)
+            for row in from_table(Evaluation, run_.read_part(_DATASET, Evaluation, index))
         ]
-        return run_.finish({"round": config.round, **summarize(rows, config.pass_reward)}, {"policy": policy.id})
+        totals = {"round": config.round, **summarize(rows, config.pass_reward)}
+        return run_.finish(totals, {"policy": task.policy.id})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
@@ -145,14 +116,34 @@ def _rate(groups: Sequence[Sequence[bool]]) -> float:
     return sum(map(sum, groups)) / sum(map(len, groups))
 
 
-def _row(config: EvaluateConfig, policy: str, chat: chats.Chat, sampled: Sampled, i: int, score: Any) -> Evaluation:
+@dataclass(frozen=True)
+class _Stage:
+    config: EvaluateConfig
+    run: Run
+    task: Task
+
+    def has(self, index: int) -> bool:
+        return self.run.has_part(_DATASET, index)
+
+    def draws(self, prompt: Prompt) -> tuple[Draw, ...]:
+        return draws(self.config, prompt)
+
+    def commit(self, index: int, sampled: list[Sampled], engine: Engine) -> None:  # noqa: ARG002  (every stage is given it)
+        name = self.config.reward
+        scores = iter(sampling.rate(sampling.answers_of(sampled), self.task.rewards[name], name))
+        rows = [
+            _row(self.config, self.task.policy.id, s, i, next(scores)) for s in sampled for i in range(len(s.texts))
+        ]
+        self.run.write_part(_DATASET, Evaluation, index, to_table(Evaluation, rows))
+
+
+def _row(config: EvaluateConfig, policy: str, sampled: Sampled, i: int, score: Scored) -> Evaluation:
     sample, prompt = sampled.samples[i], sampled.ready.prompt
     decoding = "greedy" if sample.sample_index == 0 else "sampled"
-    settings = [config.engine, config.temperature, config.top_p, config.max_tokens, config.seed, config.dtype]
     return Evaluation(
-        completion_id=content_id(prompt.prompt_id, policy, settings, decoding, sample.sample_index),
+        completion_id=numbered_id(sampling.prompt_key(config, policy, sampled.ready), sample.sample_index),
         prompt_id=prompt.prompt_id, sample_index=sample.sample_index, round=config.round, decoding=decoding,
-        messages=prompt.messages, text=chat.decode(sample.token_ids), token_ids=sample.token_ids,
+        messages=prompt.messages, text=sampled.texts[i], token_ids=sample.token_ids,
         finish_reason=sample.finish_reason, policy=policy, name=config.reward, reward=score.reward,
         status=score.status, detail=score.detail,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from blake3 import blake3
 
 from prefpipe.errors import LockedError, StorageError
 
+Appender = Callable[[str], None]
 _CHUNK = 8 << 20
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 _passes: Counter[str] = Counter()  # only counts fault points; never read by product code
@@ -131,6 +132,26 @@ def append_line(path: Path, line: str) -> None:
         fault("append", path if path.exists() else None)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+@contextmanager
+def appender(path: Path) -> Generator[Appender]:
+    """A function that appends lines, each in a write of its own: they outlive this process, though not the machine."""
+    with storage_errors(path):
+        file = path.open("ab", buffering=0)
+
+    def append(line: str) -> None:
+        with storage_errors(path):
+            file.write(line.encode() + b"\n")
+
+    with file:
+        yield append
+
+
+def remove(path: Path) -> None:
+    """Remove a file that has served its purpose."""
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
@@ -277,9 +298,10 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def local_time(form: str) -> str:
-    """The local time in a strftime format, for chat templates that print a date."""
-    return datetime.now().astimezone().strftime(form)
+def local_time(form: str, day: str = "today") -> str:
+    """The local time in a strftime format, or midnight of a day (YYYY-MM-DD), for chat templates that print a date."""
+    when = datetime.now() if day == "today" else datetime.fromisoformat(day)
+    return when.astimezone().strftime(form)
 
 
 def _fsync(path: Path) -> None:

@@ -5,15 +5,22 @@ import json
 from array import array
 from collections.abc import Sequence
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
 
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _CANONICAL.encode(value)
 
 
 def content_id(*parts: object) -> str:
     """A 128-bit id of JSON-serialisable parts, as 32 hex digits."""
     return hashlib.blake2b(canonical_json(parts).encode(), digest_size=16).hexdigest()
+
+
+def numbered_id(key: str, number: int) -> str:
+    """The 128-bit id of one of many things that share a key."""
+    return hashlib.blake2b(f"{key}/{number}".encode(), digest_size=16).hexdigest()
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:

@@ -1,18 +1,71 @@
-"""Foreign formats become our rows: prompts for generate and evaluate, TRL-style preference files for train."""
+"""Foreign files become our rows, tokenised once: prompts to sample from, answered prompts to score and to train on."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefpipe import store
-from prefpipe.chat import Chat, RowFault, check_control_tokens, encode, encode_prompt, render
+from prefpipe import formats, store
+from prefpipe.chat import Chat, RowFault, encode_messages, encode_prompt
+from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
+from prefpipe.formats import Answered
 from prefpipe.ids import common_prefix, content_id, ids_digest
-from prefpipe.schemas import Dropped, Label, Message, Messages, Pair, Prompt, RefLogps, from_table
+from prefpipe.schemas import Completion, Dropped, Label, Message, Messages, Pair, Prompt, RefLogps, Reward, from_table
 
+IMPORTED = "imported"
 _PROMPT_COLUMNS = ("messages", "prompt", "answer", "split", "source", "meta", "prompt_id")
 _NO_LIMIT = 1 << 30
+Placed = tuple[str, dict[str, Any]]  # (file and line, row)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be tokenised, in tokens. `overlong`: a row over max_length is dropped, or its start is kept (keep_start:
+    the completion loses its end). A prompt over max_prompt_length is always dropped. `control_tokens`: see chat."""
+
+    max_prompt_length: int = _NO_LIMIT
+    max_length: int = _NO_LIMIT
+    overlong: str = "drop"
+    control_tokens: str = "drop"
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A prompt and its answers as token ids. `cut` says of each answer whether it lost its end."""
+
+    prompt: Messages
+    prompt_id: str
+    prompt_ids: list[int]
+    answers: list[Messages]
+    token_ids: list[list[int]]
+    cut: list[bool]
+    source: Answered
+
+    def completion_id(self, i: int) -> str:
+        """Of answer i: the same ids are the same completion, whatever file they come from."""
+        return content_id(self.prompt_ids, self.token_ids[i], "import")
+
+    def finish_reason(self, i: int) -> str:
+        """Of answer i: length when it was cut here."""
+        return "length" if self.cut[i] else IMPORTED
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Rows of one shard of a foreign file."""
+
+    prompts: list[Prompt]
+    completions: list[Completion]
+    ratings: list[Reward]
+    pairs: list[Pair]
+    labels: list[Label]
+    dropped: list[Dropped]
 
 
 def read_prompts(path: Path, split: str, limit: int) -> tuple[list[Prompt], list[Dropped]]:
@@ -24,7 +77,7 @@ def read_prompts(path: Path, split: str, limit: int) -> tuple[list[Prompt], list
     kept: dict[str, Prompt] = {}
     dropped: list[Dropped] = []
     splits: set[str] = set()
-    for where, row in _rows(path):
+    for where, row in rows(path):
         try:
             prompt = _to_prompt(row, where)
         except RowFault as fault:
@@ -45,21 +98,17 @@ def read_prompts(path: Path, split: str, limit: int) -> tuple[list[Prompt], list
     return list(kept.values()), dropped
 
 
-def read_pairs(path: Path, chat: Chat) -> tuple[list[Pair], list[Dropped]]:
-    """Pairs of a TRL preference file (`prompt`, `chosen`, `rejected`; text or messages), tokenised once.
+def read_pairs(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list[Pair], list[Dropped]]:
+    """Pairs of a preference file (see formats), tokenised once.
 
     The prompt is the common token prefix of the prompt alone and both renderings; what follows is the completion, with
     its end-of-sequence token exactly once and nothing after it. Faulty rows go to the ledger.
     """
     pairs: list[Pair] = []
     dropped: list[Dropped] = []
-    for where, row in _rows(path):
+    for where, row in rows(path):
         try:
-            prompt, chosen, rejected = (
-                _messages(_field(row, name, where), where, name, role)
-                for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
-            )
-            pairs.append(_to_pair(chat, prompt, chosen, rejected))
+            pairs.append(to_pair(tokenise(formats.parse(row, "preference", where), chat, limits)))
         except RowFault as fault:
             dropped.append(Dropped(where, fault.reason, fault.detail))
     if not pairs:
@@ -69,21 +118,16 @@ def read_pairs(path: Path, chat: Chat) -> tuple[list[Pair], list[Dropped]]:
     return pairs, dropped
 
 
-def read_labels(path: Path, chat: Chat) -> tuple[list[Label], list[Dropped]]:
+def read_labels(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list[Label], list[Dropped]]:
     """Labels of a TRL unpaired file (`prompt`, `completion`, `label`; text or messages), tokenised as pairs are.
 
     Raises DataError for a label that is not true or false; faulty rows and repeated ones go to the ledger.
     """
     labels: dict[str, Label] = {}
     dropped: list[Dropped] = []
-    for where, row in _rows(path):
-        value = _field(row, "label", where)
-        if not isinstance(value, bool):
-            raise DataError(f"{where}: field 'label' is {value!r}", "write true (desirable) or false (undesirable)")
+    for where, row in rows(path):
         try:
-            prompt = _messages(_field(row, "prompt", where), where, "prompt", "user")
-            turns = _messages(_field(row, "completion", where), where, "completion", "assistant")
-            label = _to_label(chat, prompt, turns, label=value)
+            label = to_label(tokenise(formats.parse(row, "label", where), chat, limits))
         except RowFault as fault:
             dropped.append(Dropped(where, fault.reason, fault.detail))
             continue
@@ -99,74 +143,152 @@ def read_labels(path: Path, chat: Chat) -> tuple[list[Label], list[Dropped]]:
 
 def read_ref_logps(runs: Sequence[Path], digests: Mapping[str, str]) -> dict[str, RefLogps]:
     """The cached reference values of the completions in `digests` (completion_id -> ids_digest) from runs of `score` or
-    `generate`; the first run that has a completion counts. Which ones are missing is for the caller.
+    `generate`, part by part; the first run that has a completion counts. Which ones are missing is for the caller.
 
     Raises IdentityError when a value was made for other token ids, DataError for values of several references.
     """
     found: dict[str, RefLogps] = {}
     for run in runs:
-        for row in from_table(RefLogps, store.read_dataset(run, "ref_logps", RefLogps)):
-            if row.completion_id not in digests or row.completion_id in found:
-                continue
-            if row.ids_digest != digests[row.completion_id]:
-                raise IdentityError(
-                    f"{run}: log-probs of {row.completion_id} were made for other token ids (ids_digest)",
-                    "score these rows: prefpipe score --inputs DIR --out NEW",
-                )
-            found[row.completion_id] = row
+        manifest = store.read_manifest(run)
+        for name in store.part_names(run, manifest, "ref_logps"):
+            table = store.read_file(run, manifest, name, RefLogps)
+            wanted = [
+                i for i, key in enumerate(table["completion_id"].to_pylist()) if key in digests and key not in found
+            ]
+            for row in from_table(RefLogps, table.take(wanted)) if wanted else ():
+                if row.ids_digest != digests[row.completion_id]:
+                    raise IdentityError(
+                        f"{run / name}: log-probs of {row.completion_id} were made for other token ids (ids_digest)",
+                        "score these rows: prefpipe score --inputs DIR --out NEW",
+                    )
+                found[row.completion_id] = row
     references = sorted({row.reference for row in found.values()})
     if len(references) > 1:
         raise DataError(f"the runs hold log-probs of several references: {', '.join(references)}", "pass one at a time")
     return found
 
 
-def _to_label(chat: Chat, prompt: Messages, turns: Messages, *, label: bool) -> Label:
-    turns = _answer_turns(prompt, turns, chat)
-    prompt_ids, (answer,) = _tokenise(chat, prompt, [turns])
-    return Label(
-        completion_id=content_id(prompt_ids, answer, "import"), prompt_id=content_id(prompt, None), prompt=prompt,
-        completion=turns, label=label, prompt_token_ids=prompt_ids, token_ids=answer,
-        ids_digest=ids_digest(prompt_ids, answer), finish_reason="imported", reward=None, weight=1.0, ref_logps=None,
-        ref_token_logps=None, reference=None, scorer=None,
-    )  # fmt: skip
+def chunks(path: str | Path, size: int) -> Iterator[list[Placed]]:
+    """Neighbouring rows of a file, `size` at a time: the shards of an import."""
+    stream = rows(path)
+    while chunk := list(islice(stream, size)):
+        yield chunk
 
 
-def _tokenise(chat: Chat, prompt: Messages, answers: list[Messages]) -> tuple[list[int], list[list[int]]]:
-    """Prompt ids, the common token prefix of the prompt alone and every rendering; and what follows, up to its end."""
-    alone = encode_prompt(chat, prompt, max_tokens=_NO_LIMIT, control_tokens="allow")
-    whole = [encode(chat, render(chat, [*prompt, *turns], add_generation_prompt=False)) for turns in answers]
+def import_rows(chunk: list[Placed], kind: str, chat: Chat, limits: Limits) -> Imported:
+    """One shard of a foreign file as rows of ours. Answers with the same tokens are one completion; of two that are
+    rated the first counts."""
+    made = Imported([], [], [], [], [], [])
+    prompts: dict[str, Prompt] = {}
+    completions: dict[str, Completion] = {}
+    pairs: dict[str, Pair] = {}
+    for where, row in chunk:
+        try:
+            found = tokenise(formats.parse(row, kind, where), chat, limits)
+            if kind == "preference":
+                pair = to_pair(found)
+                if pair.pair_id in pairs:
+                    raise RowFault("duplicate", "repeats an earlier pair")
+                pairs[pair.pair_id] = pair
+        except RowFault as fault:
+            made.dropped.append(Dropped(where, fault.reason, fault.detail))
+            continue
+        prompts.setdefault(found.prompt_id, _to_prompt_of(found))
+        for i in range(len(found.answers)):
+            completion = _to_completion(found, i)
+            if completion.completion_id not in completions:
+                completions[completion.completion_id] = completion
+                made.ratings.extend(_to_ratings(found, i))
+                made.labels.extend([to_label(found)] if kind == "label" else [])
+            elif kind != "preference":  # several pairs may well share an answer
+                made.dropped.append(
+                    Dropped(completion.completion_id, "duplicate", f"{where} repeats an earlier answer")
+                )
+    made.prompts.extend(prompts.values())
+    made.completions.extend(completions.values())
+    made.pairs.extend(pairs.values())
+    return made
+
+
+def tokenise(source: Answered, chat: Chat, limits: Limits) -> Tokenised:
+    """Prompt ids (the common token prefix of the prompt alone and every rendering) and answer ids (what follows, up to
+    its end). Raises RowFault for a row that cannot be used."""
+    prompt = source.prompt
+    alone = encode_prompt(chat, prompt, max_tokens=limits.max_prompt_length, control_tokens=limits.control_tokens)
+    whole = [
+        encode_messages(chat, [*prompt, *turns], add_generation_prompt=False, control_tokens=limits.control_tokens)
+        for turns in source.answers
+    ]
     shared = common_prefix([alone, *whole])
-    return alone[:shared], [_until_eos(ids[shared:], chat) for ids in whole]
+    ids = [_until_eos(w[shared:], chat) for w in whole]
+    room = limits.max_length - shared
+    cut = [len(i) > room for i in ids]
+    if any(cut):
+        longest = shared + max(map(len, ids))
+        if limits.overlong == "drop" or room < 1:
+            raise RowFault("too_long", f"{longest} tokens in prompt and completion, max_length is {limits.max_length}")
+        ids = [i[:room] for i in ids]
+    answers = [
+        [Message(role="assistant", content=chat.decode(i))] if was_cut else turns
+        for i, turns, was_cut in zip(ids, source.answers, cut, strict=True)
+    ]
+    return Tokenised(prompt, content_id(prompt, source.answer), alone[:shared], answers, ids, cut, source)
 
 
-def _to_pair(chat: Chat, prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
-    chosen, rejected = (_answer_turns(prompt, turns, chat) for turns in (chosen, rejected))
-    prompt_ids, answers = _tokenise(chat, prompt, [chosen, rejected])
-    if answers[0] == answers[1]:
-        raise RowFault("identical", "chosen and rejected have the same tokens")
-    prompt_id = content_id(prompt, None)
-    ids = [content_id(prompt_ids, answer, "import") for answer in answers]
-    return Pair(
-        pair_id=content_id(*ids), prompt_id=prompt_id, chosen_completion_id=ids[0], rejected_completion_id=ids[1],
-        prompt=prompt, chosen=chosen, rejected=rejected, prompt_token_ids=prompt_ids, chosen_token_ids=answers[0],
-        rejected_token_ids=answers[1], chosen_ids_digest=ids_digest(prompt_ids, answers[0]),
-        rejected_ids_digest=ids_digest(prompt_ids, answers[1]), chosen_reward=None, rejected_reward=None,
-        reward_gap=None, preference_prob=None, chosen_finish_reason="imported", rejected_finish_reason="imported",
-        weight=1.0, ref_chosen_logps=None, ref_rejected_logps=None, ref_chosen_token_logps=None,
-        ref_rejected_token_logps=None, reference=None, scorer=None,
+def to_label(found: Tokenised) -> Label:
+    """A row of the label format."""
+    assert found.source.label is not None
+    return Label(
+        completion_id=found.completion_id(0), prompt_id=found.prompt_id, prompt=found.prompt,
+        completion=found.answers[0], label=found.source.label, prompt_token_ids=found.prompt_ids,
+        token_ids=found.token_ids[0], ids_digest=ids_digest(found.prompt_ids, found.token_ids[0]),
+        finish_reason=found.finish_reason(0), reward=None, weight=1.0, ref_logps=None, ref_token_logps=None,
+        reference=None, scorer=None,
     )  # fmt: skip
 
 
-def _answer_turns(prompt: Messages, turns: Messages, chat: Chat) -> Messages:
-    """The turns of the answer alone: many files repeat the prompt in front of them."""
-    if turns[: len(prompt)] == prompt:
-        turns = turns[len(prompt) :]
-    if not turns:
-        raise RowFault("empty", "an answer without messages")
-    if turns[0]["role"] != "assistant":
-        raise RowFault("bad_roles", f"an answer starts with the assistant, not with {turns[0]['role']!r}")
-    check_control_tokens(chat, turns)
-    return turns
+def to_pair(found: Tokenised) -> Pair:
+    """A row of the preference format. Raises RowFault when both answers have the same tokens."""
+    if found.token_ids[0] == found.token_ids[1]:
+        raise RowFault("identical", "chosen and rejected have the same tokens")
+    ids = [found.completion_id(i) for i in (0, 1)]
+    ratings = found.source.ratings or [None, None]
+    gap = ratings[0] - ratings[1] if ratings[0] is not None and ratings[1] is not None else None
+    return Pair(
+        pair_id=content_id(*ids), prompt_id=found.prompt_id, chosen_completion_id=ids[0],
+        rejected_completion_id=ids[1], prompt=found.prompt, chosen=found.answers[0], rejected=found.answers[1],
+        prompt_token_ids=found.prompt_ids, chosen_token_ids=found.token_ids[0], rejected_token_ids=found.token_ids[1],
+        chosen_ids_digest=ids_digest(found.prompt_ids, found.token_ids[0]),
+        rejected_ids_digest=ids_digest(found.prompt_ids, found.token_ids[1]), chosen_reward=ratings[0],
+        rejected_reward=ratings[1], reward_gap=gap, preference_prob=None,
+        chosen_finish_reason=found.finish_reason(0), rejected_finish_reason=found.finish_reason(1), weight=1.0,
+        ref_chosen_logps=None, ref_rejected_logps=None, ref_chosen_token_logps=None, ref_rejected_token_logps=None,
+        reference=None, scorer=None,
+    )  # fmt: skip
+
+
+def _to_completion(found: Tokenised, i: int) -> Completion:
+    return Completion(
+        completion_id=found.completion_id(i), prompt_id=found.prompt_id, sample_index=i,
+        text=found.answers[i][-1]["content"], prompt_token_ids=found.prompt_ids, token_ids=found.token_ids[i],
+        finish_reason=found.finish_reason(i), policy=found.source.writers[i] or IMPORTED,
+        ids_digest=ids_digest(found.prompt_ids, found.token_ids[i]),
+    )  # fmt: skip
+
+
+def _to_prompt_of(found: Tokenised) -> Prompt:
+    return Prompt(found.prompt_id, found.prompt, found.source.answer, "train", IMPORTED, "{}")
+
+
+def _to_ratings(found: Tokenised, i: int) -> list[Reward]:
+    """The rating of answer i as a reward, or nothing where the format has none."""
+    if found.source.ratings is None:
+        return []
+    rating = found.source.ratings[i]
+    detail = None if rating is not None else "the file has no rating for this answer"
+    return [
+        Reward(found.completion_id(i), IMPORTED_REWARD, rating, "ok" if rating is not None else "unparsable", detail)
+    ]
 
 
 def _until_eos(ids: list[int], chat: Chat) -> list[int]:
@@ -182,11 +304,11 @@ def _until_eos(ids: list[int], chat: Chat) -> list[int]:
 
 def _to_prompt(row: Mapping[str, Any], where: str) -> Prompt:
     name = "messages" if row.get("messages") is not None else "prompt"
-    messages = _messages(_field(row, name, where), where, name, "user")
+    messages = formats.messages(formats.field(row, name, where), where, name, "user")
     answer = row.get("answer")
     if answer is not None and not isinstance(answer, str):
         raise DataError(f"{where}: field 'answer' is {type(answer).__name__}, not text", "write it as text")
-    _check_unicode("answer", answer or "")
+    formats.check_unicode("answer", answer or "")
     extra = {k: v for k, v in row.items() if k not in _PROMPT_COLUMNS}
     return Prompt(
         prompt_id=content_id(messages, answer),
@@ -198,40 +320,17 @@ def _to_prompt(row: Mapping[str, Any], where: str) -> Prompt:
     )
 
 
-def _messages(value: object, where: str, name: str, role: str) -> Messages:
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        _check_unicode(name, *(text for m in value for text in (m["role"], m["content"])))
-        return [Message(role=m["role"], content=m["content"]) for m in value]
-    raise DataError(
-        f"{where}: field '{name}' is neither text nor a list of messages with 'role' and 'content'",
-        'write it as [{"role": "user", "content": "..."}] or as plain text',
-    )
-
-
-def _check_unicode(name: str, *texts: str) -> None:
-    """JSON can hold half of a surrogate pair, which is no text: it has no bytes."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise RowFault("not_unicode", f"field '{name}' holds half a character: {error.reason}") from error
-
-
-def _field(row: Mapping[str, Any], name: str, where: str) -> object:
-    if row.get(name) is None:
-        raise DataError(f"{where}: field '{name}' is missing (fields: {', '.join(row) or 'none'})", f"add '{name}'")
-    return row[name]
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a JSONL or Parquet file."""
+def rows(path: str | Path) -> Iterator[Placed]:
+    """(place, row) of a JSONL or Parquet file, or of an hf:// path, as a stream: never the whole file in memory."""
+    if str(path).startswith("hf://"):
+        for number, row in enumerate(store.remote_rows(str(path))):
+            yield f"{path}, row {number}", row
+        return
+    path = Path(path)
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "check the path; it is relative to the current directory")
     if path.suffix == ".parquet":
-        for number, row in enumerate(store.read_parquet(path).to_pylist()):
+        for number, row in enumerate(store.parquet_rows(path)):
             yield f"{path}, row {number}", row
     elif path.suffix in (".jsonl", ".json"):
         yield from _json_lines(path)
@@ -239,7 +338,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", "give .jsonl or .parquet")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_lines(path: Path) -> Iterator[Placed]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"

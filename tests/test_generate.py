@@ -14,9 +14,9 @@ from prefpipe import engines, generate, models, store
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines import fake
 from prefpipe.engines.base import EngineSettings, Request, Sample, Sequence
-from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.errors import DataError, MissingInputError, PrefpipeError, UsageError
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
-from prefpipe.ids import content_id, ids_digest, sample_seed
+from prefpipe.ids import content_id, ids_digest, numbered_id, sample_seed
 from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, from_table
 from prefpipe.store import Manifest
 
@@ -123,8 +123,9 @@ def test_a_completion_is_identified_by_content(tiny_model: Path, prompts_file: P
     completions = rows(tmp_path / "g", "completions", Completion)
     assert len({c.completion_id for c in completions}) == len(completions)
     for c in completions:
-        settings = ["fake", 1.0, 1.0, 60, 0, "bfloat16"]
-        assert c.completion_id == content_id(c.prompt_id, policy, settings, c.sample_index)
+        settings = ["fake", "bfloat16", 0, 1.0, 1.0, 0, 0.0, 60, []]
+        key = content_id(c.prompt_id, ids_digest(c.prompt_token_ids, []), policy, settings)
+        assert c.completion_id == numbered_id(key, c.sample_index)
         assert c.ids_digest == ids_digest(c.prompt_token_ids, c.token_ids)
         assert c.text == chat.decode(c.token_ids)
         assert c.policy == policy
@@ -222,7 +223,7 @@ def test_a_rerun_samples_what_is_missing_and_gives_the_same_bytes(
     expected = run(config(tiny_model, prompts_file), tmp_path / "whole")
     counted.clear()
     stop_after.append(failing_at)
-    with pytest.raises(OSError, match="the engine is gone"):
+    with pytest.raises(PrefpipeError, match="the engine is gone"):
         run(config(tiny_model, prompts_file), tmp_path / "g")
     assert not (tmp_path / "g" / "manifest.json").exists()
     stop_after.clear()
@@ -240,7 +241,7 @@ def test_the_first_shard_size_counts_on_a_rerun(
     expected = run(config(tiny_model, prompts_file), tmp_path / "whole")
     counted.clear()
     stop_after.append(3)
-    with pytest.raises(OSError, match="gone"):
+    with pytest.raises(PrefpipeError, match="gone"):
         run(config(tiny_model, prompts_file), tmp_path / "g")
     stop_after.clear()
     counted.clear()

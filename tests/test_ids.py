@@ -10,7 +10,7 @@ import sys
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prefpipe.ids import canonical_json, content_id, ids_digest, sample_seed
+from prefpipe.ids import canonical_json, content_id, ids_digest, numbered_id, sample_seed
 from tests.conftest import ROOT
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -98,3 +98,9 @@ def test_ids_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     }  # fmt: skip
     expected = f"{content_id({'a': ['x'], 'b': 1})} {sample_seed(1, 'p', 2)} {ids_digest([1], [2])}\n"
     assert printed == {expected}
+
+
+def test_numbered_ids_differ_by_key_and_number() -> None:
+    """By hand: blake2b of "key/number", 128 bits."""
+    assert numbered_id("ab", 3) == hashlib.blake2b(b"ab/3", digest_size=16).hexdigest()
+    assert len({numbered_id(key, n) for key in ("a", "b") for n in range(5)}) == 10

@@ -118,3 +118,38 @@ def test_a_damaged_base_record_is_named(tiny_model: Path, tmp_path: Path, text: 
     (path / "prefpipe.json").write_text(text)
     with pytest.raises(DataError, match=r"prefpipe\.json"):
         models.resolve(str(tiny_model), str(path))
+
+
+def test_large_weights_are_hashed_once_and_again_when_they_change(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process (here: with its memory cleared) finds the digest; another state of the files does not."""
+    hashed: list[Path] = []
+    plain = fingerprint.weights_digest
+
+    def counted(directory: Path) -> str:
+        hashed.append(directory)
+        return plain(directory)
+
+    monkeypatch.setattr(models, "_LARGE", 1)
+    monkeypatch.setattr(models.platformdirs, "user_cache_path", lambda _name: tmp_path / "cache")
+    monkeypatch.setattr(fingerprint, "weights_digest", counted)
+    shutil.copytree(tiny_model, tmp_path / "m")
+
+    def resolve() -> str:
+        models._memoised_digest.cache_clear()
+        return models.resolve(str(tmp_path / "m")).weights
+
+    first = resolve()
+    assert (resolve(), len(hashed)) == (first, 1)
+    (tmp_path / "m" / "model.safetensors").touch()
+    assert (resolve(), len(hashed)) == (first, 2)
+    for kept in (tmp_path / "cache" / "digests").iterdir():
+        kept.write_text("damaged")
+    assert (resolve(), len(hashed)) == (first, 3)
+
+
+def test_the_context_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
+    assert models.context_length(tiny_model) == 1024
+    (tmp_path / "config.json").write_text("{}")
+    assert models.context_length(tmp_path) is None

@@ -7,11 +7,12 @@ as does every PATH field: inputs enter the fingerprint by content, not by name.
 
 import difflib
 import json
+import re
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -119,10 +120,18 @@ def to_toml(config: BaseModel) -> str:
         description = " ".join((field.description or "").split())
         lines += [
             *(f"# {line}" for line in textwrap.wrap(description, 110)),
-            f"{leaf} = {json.dumps(value, ensure_ascii=False)}",
+            f"{leaf} = {_toml(value)}",
             "",
         ]
     return "\n".join(lines)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, BaseModel):
+        value = dump(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _set(values: dict[str, Any], path: list[str], value: object) -> None:
@@ -136,24 +145,56 @@ def _set(values: dict[str, Any], path: list[str], value: object) -> None:
 
 
 def _sentence(cls: type[BaseModel], problem: Any) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, str)]
-    name = ".".join(str(part) for part in problem["loc"])
-    value = problem["input"]
+    location, owner = _place(cls, problem["loc"])
+    name = ".".join(location)
+    value = _without_secrets(problem["input"])
     if problem["type"] == "extra_forbidden":
-        table = [*location[:-1]]
-        known = [f.split(".")[len(table)] for f, _ in fields(cls) if f.split(".")[: len(table)] == table]
-        return f"unknown setting '{name}'{suggestion(location[-1], known)}"
-    if problem["type"] == "literal_error":
-        allowed = _allowed(cls, location)
-        listed = ", ".join(repr(a) for a in allowed)
-        return f"{name} = {value!r} is not one of {listed}{suggestion(str(value), allowed)}"
-    if not location or isinstance(value, dict):
-        return ": ".join([*location, problem["msg"].removeprefix("Value error, ")])
+        return f"unknown setting '{name}'{suggestion(location[-1], list(owner.model_fields))}"
+    if problem["type"] in ("literal_error", "union_tag_invalid"):
+        expected = problem["ctx"]["expected" if problem["type"] == "literal_error" else "expected_tags"]
+        if problem["type"] == "union_tag_invalid":
+            name, value = f"{name}.kind", problem["ctx"]["tag"]
+        allowed = re.findall(r"'([^']*)'", expected)
+        return f"{name} = {value!r} is not one of {', '.join(map(repr, allowed))}{suggestion(str(value), allowed)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{name}: `kind` is missing, which says what it is"
+    if not location or isinstance(value, dict | BaseModel):
+        return ": ".join([*([name] if name else []), problem["msg"].removeprefix("Value error, ")])
     return f"{name} = {value!r}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-def _allowed(cls: type[BaseModel], location: list[str]) -> list[str]:
-    field = dict(fields(cls))[".".join(location)]
-    choices = get_args(field.annotation)
-    nested = [a for choice in choices for a in get_args(choice)]
-    return [str(a) for a in (nested or choices) if a is not Ellipsis]
+def _without_secrets(value: Any) -> Any:
+    """A user and a password in an address do not go to the terminal."""
+    return re.sub(r"://[^/@\s]*@", "://***@", value) if isinstance(value, str) else value
+
+
+def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
+    """The setting as the user writes it, and the class whose setting it is.
+
+    In tables of several kinds pydantic puts the kind behind the table's name; it is no part of what the user writes.
+    """
+    written: list[str] = []
+    owner = cls
+    parts = iter(map(str, location))
+    for part in parts:
+        written.append(part)
+        field = owner.model_fields.get(part)
+        if field is None:
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            owner = field.annotation
+        elif kinds := _kinds(field.annotation):
+            written += [table for table in [next(parts, None)] if table is not None]
+            kind = next(parts, "")
+            owner = kinds.get(kind, owner)
+            written += [kind] if kind and kind not in kinds else []
+    return written, owner
+
+
+def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The classes of a field of tables `dict[str, A | B]`, by their kind; empty for any other field."""
+    if get_origin(annotation) is not dict:
+        return {}
+    _, value = get_args(annotation)
+    choices = get_args(get_args(value)[0]) if get_origin(value) is Annotated else get_args(value)
+    return {c.model_fields["kind"].default: c for c in choices if issubclass(c, BaseModel)}

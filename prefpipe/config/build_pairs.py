@@ -15,7 +15,7 @@ class BuildPairsConfig(BaseModel):
 
     completions: Annotated[tuple[str, ...], PATH] = ()
     """Run directories of `prefpipe generate`."""
-    reward: shared.RewardName = "short_sentence"
+    reward: shared.StoredReward = "short_sentence"
     """Which reward ranks the completions."""
     rule: Literal["best-worst"] = "best-worst"
     """How completions of a prompt become pairs: best-worst pairs the k-th best with the k-th worst."""

@@ -19,6 +19,7 @@ class EvaluateConfig(BaseModel):
     split: shared.Split = "heldout"
     limit: shared.Limit = 0
     engine: shared.Engine = "vllm"
+    reward_settings: shared.RewardSettings = {}
     reward: shared.RewardName = "short_sentence"
     """Reward that decides whether an answer passes."""
     pass_reward: float = 1.0
@@ -27,14 +28,21 @@ class EvaluateConfig(BaseModel):
     """Sampled answers for every prompt, beside the greedy one."""
     temperature: shared.Temperature = 1.0
     top_p: shared.TopP = 1.0
+    top_k: shared.TopK = 0
+    min_p: shared.MinP = 0.0
+    stop_token_ids: shared.StopTokenIds = ()
     max_tokens: shared.MaxTokens = 256
     max_prompt_tokens: shared.MaxPromptTokens = 1024
     special_tokens_in_prompts: shared.SpecialTokens = "drop"
     chat_template: shared.ChatTemplate = "model"
+    template_date: shared.TemplateDate = "today"
     dtype: shared.Dtype = "bfloat16"
     seed: shared.Seed = 0
+    part: shared.Part = "1/1"
     round: Annotated[int, Field(ge=0)] = 0
     """Number of the round that made the policy; 0 is the start."""
-    shard_rows: shared.ShardRows = 64
+    shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
+    tensor_parallel_size: shared.TensorParallelSize = 1
+    gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512

@@ -22,17 +22,27 @@ class GenerateConfig(BaseModel):
     reference: Literal["policy", "base", "none"] = "policy"
     """Whose log-probs to cache: the policy that samples (free, captured while sampling), the base model (one more
     pass with the adapter off), or none."""
+    reward_settings: shared.RewardSettings = {}
     rewards: shared.Rewards = ()
     num_samples: Annotated[int, Field(ge=1)] = 8
     """Completions for every prompt."""
     temperature: shared.Temperature = 1.0
     top_p: shared.TopP = 1.0
+    top_k: shared.TopK = 0
+    min_p: shared.MinP = 0.0
+    stop_token_ids: shared.StopTokenIds = ()
     max_tokens: shared.MaxTokens = 256
     max_prompt_tokens: shared.MaxPromptTokens = 1024
     special_tokens_in_prompts: shared.SpecialTokens = "drop"
     chat_template: shared.ChatTemplate = "model"
+    template_date: shared.TemplateDate = "today"
     dtype: shared.Dtype = "bfloat16"
     seed: shared.Seed = 0
-    shard_rows: shared.ShardRows = 64
+    part: shared.Part = "1/1"
+    check: Annotated[int, Field(ge=0)] = 0
+    """Rows that the other scorer (transformers for vllm, vllm for transformers) scores again, for parity.json."""
+    shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
+    tensor_parallel_size: shared.TensorParallelSize = 1
+    gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512

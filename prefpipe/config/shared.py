@@ -2,26 +2,42 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
+from prefpipe.config import rewards
 from prefpipe.config.base import PATH, RUNTIME, suggestion
 
 DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
-REWARD_NAMES = ("short_sentence",)
+REWARD_NAMES = tuple(rewards.KINDS)
 
 
-def _check_reward(name: str) -> str:
-    if name in REWARD_NAMES or ":" in name:
+IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
+
+
+def _check_reward(name: str, info: ValidationInfo) -> str:
+    """A kind, the user's module:function, or a table (if the tables hold an error of their own, that is said alone)."""
+    tables = info.data.get("reward_settings")
+    if name in REWARD_NAMES or ":" in name or tables is None or name in tables:
         return name
+    known = [*tables, *REWARD_NAMES]
     raise ValueError(
-        f"no such reward{suggestion(name, list(REWARD_NAMES))}; rewards are {', '.join(REWARD_NAMES)} "
-        "or your own 'module:function'"
+        f"no such reward{suggestion(name, known)}; rewards are {', '.join(known)}, "
+        "a table [reward_settings.NAME] or your own 'module:function'"
     )
 
 
 Model = Annotated[str, PATH, Field(description="Model: a directory, a hub id, or embedded:smollm2-135m-instruct.")]
 Adapter = Annotated[str, PATH, Field(description="Directory of a PEFT LoRA adapter on top of the model, or 'none'.")]
-ChatTemplate = Annotated[str, PATH, Field(description="'model' for the model's own chat template, or a Jinja file.")]
+ChatTemplate = Annotated[
+    str,
+    PATH,
+    Field(description="'model' for the model's own chat template, a Jinja file, or 'none': plain text, then the end."),
+]
+TemplateDate = Annotated[
+    str,
+    RUNTIME,  # where a template prints it, the day is an input of the run
+    Field(pattern=r"^(today|\d{4}-\d\d-\d\d)$", description="Day that a chat template prints: YYYY-MM-DD, or today."),
+]
 Prompts = Annotated[
     str, PATH, Field(description="Prompts: JSONL or Parquet with `messages` (or a text column `prompt`).")
 ]
@@ -32,21 +48,59 @@ Engine = Annotated[
     Field(description="What samples: vllm, transformers (slower, everywhere), fake (canned text, for tests)."),
 ]
 Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="Number type of weights and compute.")]
-RewardName = Annotated[str, AfterValidator(_check_reward)]
+RewardSettings = rewards.RewardSettings
+RewardName = Annotated[str, AfterValidator(_check_reward)]  # declare reward_settings before it
+# Of a run, computed or imported by `score`: which names there are, only the run knows.
+StoredReward = Annotated[str, Field(min_length=1)]
 Rewards = Annotated[
     tuple[RewardName, ...],
-    Field(description=f"Rewards for every completion: {', '.join(REWARD_NAMES)}, or your own 'module:function'."),
+    Field(
+        description=f"Rewards for every completion: {', '.join(REWARD_NAMES)}, the name of a table "
+        "[reward_settings.NAME], or your own 'module:function'."
+    ),
 ]
 Temperature = Annotated[float, Field(ge=0, le=2, description="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: keep the smallest set with this mass.")]
 MaxTokens = Annotated[int, Field(ge=1, description="Longest completion, in tokens.")]
 MaxPromptTokens = Annotated[int, Field(ge=1, description="Longer prompts are dropped, with a line in dropped.parquet.")]
 SpecialTokens = Annotated[
-    Literal["drop", "allow"],
-    Field(description="A prompt whose text spells control tokens: drop it (with its reason), or allow."),
+    Literal["drop", "escape", "allow"],
+    Field(
+        description="Text that spells control tokens: drop the row (with its reason), escape (tokenise it as the plain "
+        "text that it is), or allow it to act as control tokens."
+    ),
+]
+TopK = Annotated[int, Field(ge=0, description="Sample from the so many likeliest tokens; 0 for all.")]
+MinP = Annotated[
+    float, Field(ge=0, le=1, description="Drop tokens less likely than this share of the likeliest one; 0 for none.")
+]
+StopTokenIds = Annotated[
+    tuple[int, ...],
+    Field(
+        description="Token ids that end a completion, beside the model's own; they stay in it. No stop strings: "
+        "they cut the text and not the ids, so that the two disagree."
+    ),
+]
+Part = Annotated[
+    str,
+    Field(
+        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        description="I/N: only every N-th prompt, from the I-th. One process per GPU takes its own part and --out.",
+    ),
+]
+TensorParallelSize = Annotated[int, RUNTIME, Field(ge=1, description="GPUs that share one model (vLLM only).")]
+GpuMemoryUtilization = Annotated[
+    float, RUNTIME, Field(gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
+]
+MaxTokensPerBatch = Annotated[
+    int, RUNTIME, Field(ge=16, description="Token budget of one scoring pass: bounds the memory of its log-probs.")
 ]
 Seed = Annotated[int, Field(ge=0, description="Seed of everything random in this run.")]
-ShardRows = Annotated[int, RUNTIME, Field(ge=1, description="Prompts in one shard: the unit of commit and of resume.")]
+ShardRows = Annotated[
+    int,
+    RUNTIME,
+    Field(ge=0, description="Prompts in one shard, the unit of commit and of resume; 0: about 64 shards of 16 to 512."),
+]
 MaxNumSeqs = Annotated[int, RUNTIME, Field(ge=1, description="Sequences that the engine works on at once.")]
 KvCacheMib = Annotated[
     int, RUNTIME, Field(ge=16, description="Size of vLLM's KV cache on CPU, in MiB (a GPU takes its free memory).")

@@ -11,7 +11,8 @@ from prefpipe.models import Policy
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine needs to start. max_model_len: longest prompt + completion, in tokens."""
+    """What an engine needs to start. max_model_len: longest prompt + completion, in tokens. max_tokens_per_batch bounds
+    one scoring pass; stop_token_ids end a completion beside the model's own; top_k 0 and min_p 0 leave nothing out."""
 
     policy: Policy
     chat: Chat
@@ -21,6 +22,17 @@ class EngineSettings:
     max_model_len: int
     max_num_seqs: int
     kv_cache_mib: int
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.85
+    max_tokens_per_batch: int = 2048
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Every id that ends a completion."""
+        return self.chat.eos_token_ids | set(self.stop_token_ids)
 
 
 @dataclass(frozen=True)

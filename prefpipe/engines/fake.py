@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import random
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
@@ -14,6 +13,7 @@ _WORDS = (
     *("a", "the", "small", "large", "old", "new", "quiet", "bright", "tool", "animal"),
     *("plant", "place", "makes", "keeps", "likes", "water", "food", "light"),
 )
+_MOST_WORDS = 14
 
 
 class FakeEngine:
@@ -22,7 +22,14 @@ class FakeEngine:
     scorer = "fake-1"
 
     def __init__(self, settings: EngineSettings) -> None:
-        self._settings = settings
+        chat = settings.chat
+        self._max_tokens = settings.max_tokens
+        self._end = min(chat.eos_token_ids)
+        # Encoded once: what a word costs is a look-up, so that this engine never is what one waits for.
+        self._first = [chats.encode(chat, word.capitalize()) for word in _WORDS]
+        self._later = [chats.encode(chat, f" {word}") for word in _WORDS]
+        self._stop = chats.encode(chat, ".")
+        self._logps: dict[tuple[int, int], float] = {}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
         """One to fourteen words and a full stop per draw; cut, as a real engine cuts, at max_tokens."""
@@ -32,7 +39,7 @@ class FakeEngine:
     def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         """The same made-up log-probs that sampling gives, shifted when the adapter is off."""
         for sequence in sequences:
-            yield sequence.completion_id, _logps(sequence.token_ids, 0.0 if adapter else -0.125)
+            yield sequence.completion_id, self._score(sequence.token_ids, 0.0 if adapter else -0.125)
 
     def __enter__(self) -> Self:
         return self
@@ -43,17 +50,23 @@ class FakeEngine:
         return None
 
     def _sample(self, draw: Draw) -> Sample:
-        source = random.Random(draw.seed if draw.temperature > 0 else 0)
-        text = " ".join(source.choices(_WORDS, k=source.randint(1, 14))).capitalize() + "."
-        ids = chats.encode(self._settings.chat, text)
-        limit = self._settings.max_tokens
-        stops = len(ids) < limit
-        ids = [*ids, min(self._settings.chat.eos_token_ids)] if stops else ids[:limit]
-        return Sample(draw.sample_index, ids, _logps(ids, 0.0), "stop" if stops else "length")
+        seed = draw.seed if draw.temperature > 0 else 0
+        source = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=_MOST_WORDS + 1).digest()
+        first, *later = source[1 : 2 + source[0] % _MOST_WORDS]
+        ids = list(self._first[first % len(_WORDS)])
+        for byte in later:
+            ids += self._later[byte % len(_WORDS)]
+        ids += self._stop
+        stops = len(ids) < self._max_tokens
+        ids = [*ids, self._end] if stops else ids[: self._max_tokens]
+        return Sample(draw.sample_index, ids, self._score(ids, 0.0), "stop" if stops else "length")
 
-
-def _logps(token_ids: list[int], shift: float) -> list[float]:
-    return [shift + math.log((_byte(f"{i}/{t}") + 1) / 257) for i, t in enumerate(token_ids)]
+    def _score(self, token_ids: list[int], shift: float) -> list[float]:
+        known = self._logps
+        for place in enumerate(token_ids):
+            if place not in known:
+                known[place] = math.log((_byte(f"{place[0]}/{place[1]}") + 1) / 257)
+        return [known[place] + shift for place in enumerate(token_ids)]
 
 
 def _byte(text: str) -> int:

@@ -1,5 +1,6 @@
 """The engine that works wherever transformers does: batched sampling, and scoring by the trainer's own forward."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -39,7 +40,7 @@ class TransformersEngine:
             policy = load.load_adapter(policy, settings.policy.adapter, trainable=False)
         self._model = TreeModel(policy)
         self._settled = False
-        self._eos = torch.tensor(sorted(settings.chat.eos_token_ids))
+        self._eos = torch.tensor(sorted(settings.stops))
 
     @property
     def scorer(self) -> str:
@@ -82,7 +83,7 @@ class TransformersEngine:
                 log.warn(f"every completion is scored in a row of its own: {reason}")
             self._settled = True
         self._model.set_rows(self._model.rows)
-        return list(score(self._model, trees))
+        return list(score(self._model, trees, self._settings.max_tokens_per_batch))
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +92,8 @@ class TransformersEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del self._model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next engine in this process needs the memory
 
     @torch.no_grad()
     def _decode(self, rows: list[_Row]) -> None:
@@ -106,7 +109,7 @@ class TransformersEngine:
                 :, -1
             ]
             logps = logits.float().log_softmax(-1).cpu()
-            chosen = torch.stack([_draw(logps[i], row, self._settings.top_p) for i, row in enumerate(active)])
+            chosen = torch.stack([_draw(logps[i], row, self._settings) for i, row in enumerate(active)])
             for row, token in zip(active, chosen.tolist(), strict=True):
                 row.token_ids.append(token)
             stopped = torch.isin(chosen, self._eos).tolist()
@@ -120,14 +123,19 @@ class TransformersEngine:
             ids = chosen[going].unsqueeze(1).to(device)
 
 
-def _draw(logps: torch.Tensor, row: _Row, top_p: float) -> torch.Tensor:
-    """One token from log-probs [V] by the Gumbel trick; greedy at temperature 0, else from the nucleus."""
+def _draw(logps: torch.Tensor, row: _Row, settings: EngineSettings) -> torch.Tensor:
+    """One token from log-probs [V] by the Gumbel trick; greedy at temperature 0, else from what min_p, top_k and top_p
+    leave, applied in vLLM's order."""
     if row.draw.temperature == 0:
         return logps.argmax()
     scaled = (logps / row.draw.temperature).log_softmax(-1)
-    if top_p < 1:
-        ordered, order = scaled.sort(descending=True)
-        outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p  # the token that crosses top_p stays
+    if settings.min_p > 0:
+        scaled[scaled < scaled.max() + math.log(settings.min_p)] = -torch.inf
+    if 0 < settings.top_k < len(scaled):
+        scaled[scaled < scaled.topk(settings.top_k).values[-1]] = -torch.inf
+    if settings.top_p < 1:
+        ordered, order = scaled.log_softmax(-1).sort(descending=True)
+        outside = ordered.exp().cumsum(-1) - ordered.exp() >= settings.top_p  # the token that crosses top_p stays
         scaled[order[outside]] = -torch.inf
     uniform = torch.rand(scaled.shape, generator=row.source, dtype=torch.float64)
     return (scaled - (-uniform.log()).log()).argmax()

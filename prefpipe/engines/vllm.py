@@ -47,6 +47,8 @@ class VllmEngine:
         options: dict[str, Any] = {}
         if on_cpu:
             options |= {"enforce_eager": True, "kv_cache_memory_bytes": settings.kv_cache_mib << 20, "block_size": 32}
+        else:
+            options |= {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if settings.policy.adapter is not None:
             # The name carries the content: vLLM's prefix cache is keyed by name and path, not by weights.
             name = f"adapter-{settings.policy.adapter_weights}"
@@ -61,7 +63,9 @@ class VllmEngine:
                 dtype=settings.dtype,  # pyright: ignore[reportArgumentType]  (checked by the config)
                 max_model_len=settings.max_model_len + 1,  # scoring a completion of full length asks for one more
                 max_num_seqs=settings.max_num_seqs,
-                max_num_batched_tokens=max(2048, settings.max_model_len + 1),
+                max_num_batched_tokens=settings.max_tokens_per_batch,
+                enable_chunked_prefill=True,
+                tensor_parallel_size=settings.tensor_parallel_size,
                 logprobs_mode="raw_logprobs",
                 generation_config="vllm",
                 max_logprobs=1,
@@ -161,9 +165,11 @@ class VllmEngine:
         return self._vllm.SamplingParams(
             temperature=draw.temperature,
             top_p=1.0 if greedy else self._settings.top_p,
+            top_k=0 if greedy else self._settings.top_k,
+            min_p=0.0 if greedy else self._settings.min_p,
             seed=None if greedy else draw.seed,
             max_tokens=self._settings.max_tokens,
-            stop_token_ids=sorted(self._settings.chat.eos_token_ids),
+            stop_token_ids=sorted(self._settings.stops),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,

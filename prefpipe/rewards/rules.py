@@ -1,24 +1,121 @@
 """Rewards computed from the text alone."""
 
 import re
-from collections.abc import Sequence
 
-from prefpipe.rewards.base import Answer, Scored
+from prefpipe.config.rewards import Keyword, Length, Refusal, Repetition, ShortSentence
+from prefpipe.rewards.base import Answer, RewardFunction, Scored, one_by_one
 
 VERSION = 1  # raise it when a reward below can change: a run never mixes two versions
 FEWEST_WORDS, MOST_WORDS = 5, 10
 _LONG_WORD = 5
+_OPENING = 200  # a refusal says so at once: characters that are searched for its phrases
+_REFUSALS = (
+    "i can't", "i cannot", "i can not", "i won't", "i will not", "i am unable", "i'm unable", "i am not able",
+    "i'm not able", "i must decline", "i have to decline", "i must refuse", "i'm sorry, but", "i am sorry, but",
+    "i apologize, but", "i apologise, but", "sorry, but i", "sorry, i can", "as an ai", "as a language model",
+    "i do not feel comfortable", "i don't feel comfortable", "i'm not comfortable", "it would not be appropriate",
+    "it is not appropriate for me", "it's not appropriate for me",
+)  # fmt: skip
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 
 
-def short_sentence(answers: Sequence[Answer]) -> list[Scored]:
+def inputs(_settings: object) -> dict[str, str]:
+    """No reward here reads a file."""
+    return {}
+
+
+def short_sentence(_settings: ShortSentence) -> RewardFunction:
     """One sentence of 5 to 10 words that ends with a full stop, names the topic and says something of its own, 0 to 1.
 
     reward = (2 * length + sentence + topic + own) / 5. length = min(1, words/5, 10/words): one word too few costs as
     clearly as some too many, so "A falcon." never beats a good sentence. sentence, topic and own are 0 or 1; own is 0
     for an answer that echoes the instruction ("A river in one short sentence."), which is how the first policies won.
     """
-    return [_short_sentence(a.text.strip(), a.answer or "", a.messages[-1]["content"]) for a in answers]
+    return one_by_one(lambda a: _short_sentence(a.text.strip(), a.answer or "", a.messages[-1]["content"]))
+
+
+def length(settings: Length) -> RewardFunction:
+    """min(1, count/min, max/count), 0 for nothing: 1 inside the window, falling in proportion outside.
+
+    Tokens are those that were sampled, the end-of-sequence token included. Without token ids there is no reward and
+    the status is unparsable.
+    """
+
+    def rate(answer: Answer) -> Scored:
+        words, characters = num_words(answer.text), len(answer.text.strip())
+        count = {"words": words, "characters": characters, "tokens": answer.num_tokens}[settings.unit]
+        if count is None:
+            return Scored(None, "unparsable", "this completion has no token ids")
+        reward = window(count, settings.min, settings.max)
+        return Scored(reward, "ok", None if reward == 1 else f"{count} {settings.unit}")
+
+    return one_by_one(rate)
+
+
+def keyword(settings: Keyword) -> RewardFunction:
+    """The share of conditions that hold: one for each word of `all` (there), one for `any` (at least one there), one
+    for each word of `none` (not there). Words and phrases count where they stand alone, not inside other words.
+
+    Without any words the prompt's `answer` must be there; without that there is no reward, status unparsable.
+    """
+    given = bool(settings.all or settings.any or settings.none)
+
+    def rate(answer: Answer) -> Scored:
+        if not given and not answer.answer:
+            return Scored(None, "unparsable", "no keywords are set and the prompt has no answer")
+
+        def there(word: str) -> bool:
+            return stands_in(word, answer.text, ignore_case=settings.ignore_case)
+
+        holds = {f"{word!r} missing": there(word) for word in (settings.all if given else (answer.answer or "",))}
+        if settings.any:
+            holds[f"none of {', '.join(map(repr, settings.any))}"] = any(map(there, settings.any))
+        holds |= {f"{word!r} found": not there(word) for word in settings.none}
+        missing = [problem for problem, fine in holds.items() if not fine]
+        return Scored(sum(holds.values()) / len(holds), "ok", ", ".join(missing) or None)
+
+    return one_by_one(rate)
+
+
+def repetition(settings: Repetition) -> RewardFunction:
+    """Distinct n-grams / n-grams of lower-case words (distinct-n; Li et al. 2016, 1510.03055, there per token): 1 for a
+    text that never repeats itself, near 0 for a loop. A text of fewer than n words repeats nothing: 1."""
+
+    def rate(answer: Answer) -> Scored:
+        words = answer.text.lower().split()
+        grams = list(zip(*(words[i:] for i in range(settings.n)), strict=False))
+        distinct = len(set(grams))
+        if distinct == len(grams):
+            return Scored(1.0)
+        return Scored(distinct / len(grams), "ok", f"{distinct} of {len(grams)} {settings.n}-grams are distinct")
+
+    return one_by_one(rate)
+
+
+def refusal(settings: Refusal) -> RewardFunction:
+    """0 for a refusal, 1 for an answer; `prefer = "refusal"` swaps them. Status wrong for 0.
+
+    A refusal is one by its words: one of the phrases stands within the first 200 characters. English only, unless
+    `phrases` adds others. It judges the wording, not whether the refusal was right.
+    """
+    phrases = tuple(p.lower() for p in (*_REFUSALS, *settings.phrases))
+
+    def rate(answer: Answer) -> Scored:
+        opening = " ".join(answer.text[:_OPENING].lower().replace("\u2019", "'").split())
+        phrase = next((p for p in phrases if stands_in(p, opening)), None)
+        detail = None if phrase is None else f"says {phrase!r}"
+        if (phrase is None) == (settings.prefer == "answer"):
+            return Scored(1.0, "ok", detail)
+        return Scored(0.0, "wrong", detail or "no refusal")
+
+    return one_by_one(rate)
+
+
+def window(count: int, shortest: int, longest: int) -> float:
+    """min(1, count/shortest, longest/count), from 0 to 1; a count of 0 is inside a window that starts at 0."""
+    if count == 0:
+        return float(shortest == 0)
+    return min(1.0, count / shortest if shortest else 1.0, longest / count)
 
 
 def num_words(text: str) -> int:
@@ -36,6 +133,12 @@ def names(topic: str, text: str) -> bool:
     return bool(topic) and re.search(rf"(?<!\w){re.escape(topic)}(e?s)?(?!\w)", text, re.IGNORECASE) is not None
 
 
+def stands_in(phrase: str, text: str, *, ignore_case: bool = True) -> bool:
+    """Whether a word or phrase stands in the text on its own, not inside other words."""
+    flags = re.IGNORECASE if ignore_case else re.NOFLAG
+    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, flags) is not None
+
+
 def echoes(prompt: str, topic: str, text: str) -> bool:
     """Whether a longer word of the prompt (five letters or more), the topic's own aside, comes back in the text."""
     instruction = _words(prompt) - _words(topic)
@@ -44,14 +147,14 @@ def echoes(prompt: str, topic: str, text: str) -> bool:
 
 def _short_sentence(text: str, topic: str, prompt: str) -> Scored:
     words = num_words(text)
-    length = min(1.0, words / FEWEST_WORDS, MOST_WORDS / words) if words else 0.0
+    fit = window(words, FEWEST_WORDS, MOST_WORDS)
     holds = {
         "not one sentence": is_one_sentence(text),
         "topic missing": names(topic, text),
         "echoes the prompt": bool(words) and not echoes(prompt, topic, text),
     }
-    missing = [*([f"{words} words"] if length < 1 else []), *(problem for problem, fine in holds.items() if not fine)]
-    return Scored((2 * length + sum(holds.values())) / 5, "ok", ", ".join(missing) or None)
+    missing = [*([f"{words} words"] if fit < 1 else []), *(problem for problem, fine in holds.items() if not fine)]
+    return Scored((2 * fit + sum(holds.values())) / 5, "ok", ", ".join(missing) or None)
 
 
 def _words(text: str) -> set[str]:

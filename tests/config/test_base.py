@@ -20,12 +20,19 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import PAIR_LOSSES, READS, TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
 
-CLASSES = (GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
-RUNTIME = {"distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"}
-PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"}
+CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
+RUNTIME = {
+    *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
+    *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date"),
+}
+PATHS = {
+    *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
+    *("inputs", "reward_settings"),
+}
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
     *(
@@ -56,6 +63,9 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     if leaf in ("reward", "rewards"):
         one = st.sampled_from(("short_sentence", "my.module:function"))
         return one if leaf == "reward" else st.lists(one, max_size=3).map(tuple)
+    if leaf == "reward_settings":
+        table = st.fixed_dictionaries({"kind": st.just("length"), "min": st.integers(0, 9), "unit": st.just("tokens")})
+        return st.dictionaries(st.sampled_from(("mine", "length", "b-2")), table, max_size=2)
     if typing.get_origin(field.annotation) is tuple:
         return st.lists(_one(typing.get_args(field.annotation)[0], []), min_size=1, max_size=3).map(tuple)
     return _one(field.annotation, field.metadata)
@@ -72,6 +82,9 @@ def _one(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         if isinstance(m, annotated_types.Le | annotated_types.Lt):
             bounds |= {"max_value": getattr(m, "le", getattr(m, "lt", None))}
             bounds |= {"exclude_max": True} if isinstance(m, annotated_types.Lt) else {}
+    patterns = [m.pattern for m in metadata if getattr(m, "pattern", None)]
+    if patterns:
+        return st.from_regex(patterns[0], fullmatch=True).filter(str.isascii)
     if kind is bool:
         return st.booleans()
     if kind is int:
@@ -110,6 +123,13 @@ def _keep_what_is_read(found: dict[str, Any], prefix: str) -> None:
         found[f"{prefix}label_smoothing"] = 0.125
 
 
+def typed_value(value: object) -> object:
+    """A value as the command line gives it."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return [str(x) for x in value] if isinstance(value, tuple) else str(value)
+
+
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in flat.items():
@@ -127,7 +147,7 @@ def test_flags_save_and_load_give_the_same_config(cls: type[BaseModel]) -> None:
     @given(flat=changes(cls))
     def check(flat: dict[str, Any]) -> None:
         direct = cls.model_validate(nested(flat))
-        typed = {n: [str(x) for x in v] if isinstance(v, tuple) else str(v) for n, v in flat.items()}
+        typed = {n: typed_value(v) for n, v in flat.items()}
         loaded = base.load(cls, None, {n: v for n, v in typed.items() if v != []})
         assert loaded == direct
         saved = json.dumps({"command": "x", "config": base.dump(loaded), "identity": {}}, ensure_ascii=False)
@@ -213,7 +233,20 @@ def test_all_errors_come_at_once_with_file_name_and_suggestion() -> None:
         ),
         (IterateConfig, "[evaluat]\nseed = 3", "unknown setting 'evaluat'"),
         (GenerateConfig, 'rewards = ["short_sentense"]', "(did you mean 'short_sentence'?)"),
-        (BuildPairsConfig, 'reward = "nothing_like_it"', "rewards are short_sentence or your own 'module:function'"),
+        (EvaluateConfig, 'reward = "nothing_like_it"', "a table [reward_settings.NAME] or your own 'module:function'"),
+        (
+            IterateConfig,
+            '[evaluate.reward_settings.mine]\nkind = "length"\nunit = "word"',
+            "evaluate.reward_settings.mine.unit = 'word' is not one of 'words', 'characters', 'tokens'",
+        ),
+        (
+            GenerateConfig,
+            '[reward_settings.length]\nkind = "length"\nmaxx = 3',
+            "unknown setting 'reward_settings.length.maxx' (did you mean 'max'?)",
+        ),
+        (GenerateConfig, '[reward_settings.x]\nkind = "lenght"', "reward_settings.x.kind = 'lenght' is not one of"),
+        (GenerateConfig, "[reward_settings.x]\nmin = 3", "reward_settings.x: `kind` is missing"),
+        (GenerateConfig, "reward_settings = 3", "reward_settings = 3: Input should be a valid dictionary"),
         (TrainConfig, 'loss_type = ["sigmoid", "nll"]', "2 losses but 1 loss_weights"),
         (IterateConfig, "[generate.deeper]\nx = 1", "unknown setting 'generate.deeper'"),
     ],
@@ -298,7 +331,7 @@ def test_configs_are_frozen_and_their_recipe_names_every_setting(cls: type[BaseM
     assert cls.model_config.get("extra") == "forbid"
     written = tomllib.loads(base.to_toml(cls()))
     flat = {f"{k}.{inner}" for k, v in written.items() if isinstance(v, dict) for inner in v}
-    flat |= {k for k, v in written.items() if not isinstance(v, dict)}
+    flat |= {k for k, v in written.items() if not isinstance(v, dict) or not v}
     assert flat == {name for name, _ in base.fields(cls)}
 
 

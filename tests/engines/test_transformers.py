@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,10 +116,10 @@ def test_neighbours_with_one_prompt_are_scored_as_one_tree(engine: Engine, monke
     """Five prompts with six draws each: five trees of six completions in the order given; scattered they are 30."""
     seen: list[list[int]] = []
 
-    def watched(model: TreeModel, trees: Iterable[Tree]) -> Iterator[list[list[float]]]:
+    def watched(model: TreeModel, trees: Iterable[Tree], budget: int) -> Iterator[list[list[float]]]:
         given_ = list(trees)
         seen.append([len(t.completions) for t in given_])
-        return score(model, given_)
+        return score(model, given_, budget)
 
     given_ = sequences(sampled(engine, requests(*DRAWS)))
     monkeypatch.setattr("prefpipe.engines.transformers.score", watched)
@@ -265,11 +266,14 @@ def test_the_scorer_names_forward_and_dtype(engine: Engine) -> None:
     assert engine.scorer.endswith("/float32")
 
 
-def draws_of(probabilities: list[float], temperature: float, top_p: float, number: int) -> torch.Tensor:
+def draws_of(
+    probabilities: list[float], temperature: float, top_p: float, number: int, *, top_k: int = 0, min_p: float = 0.0
+) -> torch.Tensor:
     """Shares of the tokens in `number` draws."""
+    settings = SimpleNamespace(top_p=top_p, top_k=top_k, min_p=min_p)
     row = _Row(Request("", [], ()), Draw(0, 0, temperature), torch.Generator().manual_seed(0))
     logps = torch.tensor(probabilities).log()
-    found = torch.stack([_draw(logps, row, top_p) for _ in range(number)])
+    found = torch.stack([_draw(logps, row, settings) for _ in range(number)])
     return found.bincount(minlength=len(probabilities)) / number
 
 
@@ -281,6 +285,34 @@ def test_top_p_keeps_the_nucleus_only() -> None:
     shares = draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 0.7, 4000)
     assert shares[[0, 2]].tolist() == [0, 0]
     assert shares[[1, 3]].tolist() == pytest.approx([5 / 8, 3 / 8], abs=0.04)
+
+
+def test_top_k_keeps_the_likeliest_and_top_p_cuts_what_is_left() -> None:
+    """The two best are 0.5 and 0.3, renormalised 5/8 and 3/8; of these 0.6 keeps the first alone, as in vLLM."""
+    shares = draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000, top_k=2)
+    assert shares[[0, 2]].tolist() == [0, 0]
+    assert shares[[1, 3]].tolist() == pytest.approx([5 / 8, 3 / 8], abs=0.04)
+    assert draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 0.6, 100, top_k=2).tolist() == [0, 1, 0, 0]
+    assert draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000, top_k=99)[2] > 0.02
+
+
+def test_min_p_drops_what_is_too_unlikely_beside_the_best() -> None:
+    """0.5 * 0.5 = 0.25: 0.15 and 0.05 go. At temperature 1/2 shares are squared first: 0.09 < 0.25 * 0.5 goes too."""
+    shares = draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000, min_p=0.5)
+    assert shares[[0, 2]].tolist() == [0, 0]
+    assert shares[3] > 0.3
+    assert draws_of([0.15, 0.5, 0.05, 0.3], 0.5, 1.0, 200, min_p=0.5).tolist() == [0, 1, 0, 0]
+
+
+def test_stop_token_ids_end_a_completion_and_stay_in_it(settings: EngineSettings, engine: Engine) -> None:
+    """The third token of a long sample, made a stop token: the same sample, cut after it."""
+    found = sampled(engine, requests(*DRAWS))
+    name, whole = next((n, s) for n, own in found.items() for s in own if s.finish_reason == "length")
+    stop = whole.token_ids[2]
+    with engines.load("transformers", replace(settings, stop_token_ids=(stop,))) as stopping:
+        ((_, [cut]),) = stopping.generate([Request(name, PROMPTS[name], (DRAWS[whole.sample_index],))])
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
+    assert cut.finish_reason == "stop"
 
 
 def test_without_top_p_every_token_has_its_share() -> None:

@@ -3,6 +3,7 @@
 The engines start one after the other, so fixtures gather what an engine gives and close it; the tests look at that.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from prefpipe import engines, models, store
 from prefpipe.chat import encode, encode_prompt
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
-from prefpipe.ids import content_id, ids_digest
+from prefpipe.ids import ids_digest
 from prefpipe.ingest import read_prompts
 from prefpipe.schemas import Completion, RefLogps, from_table
 from tests.conftest import Cli
@@ -240,14 +241,76 @@ def test_generate_is_killed_resumes_and_says_when_it_is_done(
     assert "starting engine" not in done.stderr
 
 
+def test_every_way_to_narrow_sampling_reaches_vllm(settings: EngineSettings) -> None:
+    """top_k = 1, and min_p = 1, are greedy whatever the temperature; a stop token ends a completion and stays in it."""
+    given = requests(settings.chat)[:4]
+    hot = [replace(r, draws=(Draw(0, 5, 1.5),)) for r in given]
+    greedy = [replace(r, draws=(Draw(0, 0, 0.0),)) for r in given]
+    with engines.load("vllm", settings) as engine:
+        expected = token_ids(collect(engine, greedy))
+        free = token_ids(collect(engine, hot))
+    stop = next(ids[0][1] for ids in expected.values() if len(ids[0]) > 2)
+    narrowed = {}
+    for name, changes in (("top_k", {"top_k": 1}), ("min_p", {"min_p": 1.0}), ("stop", {"stop_token_ids": (stop,)})):
+        with engines.load("vllm", replace(settings, top_p=1.0, **changes)) as engine:
+            narrowed[name] = collect(engine, greedy if name == "stop" else hot)
+    assert token_ids(narrowed["top_k"]) == token_ids(narrowed["min_p"]) == expected != free
+    for name, own in narrowed["stop"].items():
+        whole = expected[name][0]
+        cut = whole[: whole.index(stop) + 1] if stop in whole else whole
+        assert own[0].token_ids == cut
+        assert own[0].finish_reason == ("stop" if stop in whole or whole[-1] == 2 else "length")
+
+
+def test_scores_do_not_depend_on_the_token_budget_of_a_pass(settings: EngineSettings, plain: Facts) -> None:
+    """Chunks of 16 tokens: the buffers of a pass stay small, the values are the same to float noise."""
+    with engines.load("vllm", replace(settings, max_tokens_per_batch=16)) as engine:
+        chunked = dict(engine.score(sequences(settings.chat, plain.first), adapter=True))
+    assert distance(chunked, plain.scored) < 1e-4
+
+
+def test_score_and_its_parity_report_through_both_scorers(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    """One cache by vLLM, checked by transformers, and the other way round: the same ids, the same values."""
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": f"Bird {i}?", "chosen": f"An owl {i}.", "rejected": f"No {i}."} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for engine in ("vllm", "transformers"):
+        done = cli("score", "--model", tiny_model, "--inputs", path, "--engine", engine, "--dtype", "float32",
+                   "--check", 5, "--max-length", 200, "--kv-cache-mib", 64, "--out", tmp_path / engine)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / engine / "parity.json").read_text())
+        assert (report["rows"], report["agrees"]) == (5, True)
+        assert report["per_token"]["largest"] < 1e-3
+        assert "parity with" in done.stdout
+        logps = from_table(RefLogps, store.read_dataset(tmp_path / engine, "ref_logps", RefLogps))
+        found[engine] = {r.completion_id: r.token_logps for r in logps}
+    assert set(found["vllm"]) == set(found["transformers"])
+    assert distance(found["vllm"], found["transformers"]) < 1e-3
+
+
+@pytest.mark.parametrize("fault", ["write:6:kill", "rename:9:kill", "fsync:13:torn"])
+def test_killed_on_real_vllm_and_run_again_nothing_is_lost_or_doubled(
+    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path, fault: str
+) -> None:
+    """The promise for vLLM is structural: exactly the ids of an uninterrupted run, values within tolerance."""
+    arguments = ("generate", "--model", tiny_model, "--prompts", prompts_file, "--dtype", "float32", "--num-samples", 3,
+                 "--max-tokens", 12, "--shard-rows", 2, "--max-num-seqs", 4, "--kv-cache-mib", 64, "--out",
+                 tmp_path / "g")  # fmt: skip
+    killed = cli(*arguments, env={"PREFPIPE_FAULT": fault})
+    assert killed.returncode == -9, killed.stderr
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    check_completions(tmp_path / "g", tiny_model, prompts_file)
+
+
 def check_completions(out: Path, model: Path, prompts_file: Path) -> None:
     """Every id that the command must give, each once, with log-probs that a transformers engine agrees with."""
     chat, policy = chats.load(model), models.resolve(str(model))
     prompts, _ = read_prompts(prompts_file, "train", 0)
-    settings = ["vllm", 1.0, 1.0, 12, 0, "float32"]
     completions = from_table(Completion, store.read_dataset(out, "completions", Completion))
-    expected = [content_id(p.prompt_id, policy.id, settings, k) for p in prompts for k in range(3)]
-    assert [c.completion_id for c in completions] == expected
+    assert [(c.prompt_id, c.sample_index) for c in completions] == [(p.prompt_id, k) for p in prompts for k in range(3)]
+    assert len({c.completion_id for c in completions}) == len(completions)
     prompt_ids = {p.prompt_id: encode_prompt(chat, p.messages, max_tokens=1024, control_tokens="drop") for p in prompts}
     assert all(c.prompt_token_ids == prompt_ids[c.prompt_id] for c in completions)
     assert all(c.ids_digest == ids_digest(c.prompt_token_ids, c.token_ids) for c in completions)

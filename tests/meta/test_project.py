@@ -13,6 +13,8 @@ from prefpipe.config import base, shared
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.rewards import KINDS
+from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.engines import ENGINES
 from prefpipe.rewards import REWARDS
@@ -21,9 +23,9 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "prefpipe"
 WITHOUT_MIRROR = {
-    *("__main__.py", "forward/dequantize.py", "engines/base.py", "rewards/base.py"),
+    *("__main__.py", "forward/dequantize.py", "engines/base.py", "engines/pooling.py", "rewards/base.py"),
     *(
-        f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "shared", "train")
+        f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "score", "shared", "train")
     ),  # config/test_base.py
 }
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))
@@ -53,11 +55,11 @@ def test_registries_and_settings_name_the_same_things() -> None:
     assert set(shared.REWARD_NAMES) == set(REWARDS)
     (loss_choice, _) = get_args(TrainConfig.model_fields["loss_type"].annotation)
     assert set(get_args(loss_choice)) == set(LOSSES)
-    for cls in (GenerateConfig, EvaluateConfig):
+    for cls in (GenerateConfig, EvaluateConfig, ScoreConfig):
         assert set(get_args(cls.model_fields["engine"].annotation)) == set(ENGINES)
 
 
-@pytest.mark.parametrize("cls", [GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig])
+@pytest.mark.parametrize("cls", [GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig])
 def test_every_setting_is_read_outside_of_the_settings(cls: type) -> None:
     code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py") if p.parent.name != "config")
     for name, _ in base.fields(cls):
@@ -75,6 +77,10 @@ def test_a_recipe_loads_and_lists_only_what_differs_from_the_defaults(path: Path
     cls = recipe_class(path)
     loaded = base.dump(base.load(cls, path, {}))
     defaults = base.dump(cls())
+    for stage in (loaded, *(v for v in loaded.values() if isinstance(v, dict))):
+        for name, table in (stage.get("reward_settings") or {}).items():  # each against the defaults of its kind
+            place = defaults if stage is loaded else defaults[next(k for k, v in loaded.items() if v is stage)]
+            place["reward_settings"][name] = base.dump(KINDS[table["kind"]]()) | {"kind": None}
 
     def same(values: dict[str, object], given: dict[str, object], standard: dict[str, object], at: str) -> list[str]:
         found: list[str] = []

@@ -1,5 +1,6 @@
 """Rewards by name, and a user's own function in TRL's signature."""
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefpipe import fsio, rewards
+from prefpipe import fsio, rewards, store
 from prefpipe.config import shared
+from prefpipe.config.rewards import KINDS, Math, ShortSentence
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import rules
 from prefpipe.rewards.base import Answer
-from prefpipe.schemas import Message
+from prefpipe.schemas import Message, Reward
+from tests.conftest import Cli
 
 QUESTION = [Message(role="user", content="Name a bird.")]
 ANSWERS = [Answer(QUESTION, "An owl.", "owl"), Answer(QUESTION, "No.", None)]
@@ -23,7 +26,8 @@ seen: dict[str, Any] = {}
 
 def remember(prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any) -> list[float]:
     """A user's reward with all of TRL's arguments."""
-    seen.update(prompts=prompts, completions=completions, answer=answer)
+    seen.clear()
+    seen.update(prompts=prompts, completions=completions, answer=answer, **columns)
     return [0.5, 1]
 
 
@@ -63,7 +67,8 @@ def as_bools(completions: list[Any], **_columns: Any) -> Sequence[bool]:
 
 
 def test_a_reward_of_ours_by_name() -> None:
-    assert rewards.load("short_sentence") is rules.short_sentence
+    answers = [Answer(QUESTION, "An owl is a bird at night.", "owl")]
+    assert rewards.load("short_sentence")(answers) == rules.short_sentence(ShortSentence())(answers)
     assert set(rewards.REWARDS) == set(shared.REWARD_NAMES)
 
 
@@ -76,6 +81,15 @@ def test_a_users_function_gets_what_trl_gives_it() -> None:
         "completions": [[{"role": "assistant", "content": "An owl."}], [{"role": "assistant", "content": "No."}]],
         "answer": ["owl", None],
     }
+
+
+def test_further_columns_of_the_prompts_come_by_name() -> None:
+    """As TRL passes the columns of its dataset; a column named like an argument does not replace it."""
+    given = [Answer(QUESTION, "a", "x", '{"level": 3, "answer": "y"}'), Answer(QUESTION, "b", None, '{"topic": ["z"]}')]
+    assert [s.reward for s in rewards.load(f"{HERE}:remember")(given)] == [0.5, 1.0]
+    assert {k: v for k, v in seen.items() if k not in ("prompts", "completions")} == {
+        "answer": ["x", None], "level": [3, None], "topic": [None, ["z"]],
+    }  # fmt: skip
 
 
 def test_none_is_unparsable_and_nan_a_crash_of_that_row() -> None:
@@ -123,7 +137,7 @@ def test_a_wrapped_reward_is_identified_by_the_users_module(tmp_path: Path, monk
 
 
 def test_our_reward_is_identified_by_its_version() -> None:
-    assert rewards.identity("short_sentence") == f"rules-{rules.VERSION}"
+    assert rewards.identity("short_sentence") == f"short_sentence-{rules.VERSION}"
 
 
 def test_a_module_that_is_not_there() -> None:
@@ -155,3 +169,49 @@ def test_a_module_that_is_broken_is_an_error_of_the_user(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="my_broken_reward"):
         rewards.load("my_broken_reward:f")
+
+
+def test_a_table_of_settings_is_a_reward_and_part_of_the_run(
+    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'rewards = ["short", "length"]\nnum_samples = 2\nengine = "fake"\nmodel = "{tiny_model}"\n'
+        f'prompts = "{prompts_file}"\n[reward_settings.short]\nkind = "length"\nmax = 3\n'
+        '[reward_settings.unused]\nkind = "judge"\n'
+    )
+    done = cli("generate", recipe, "--out", tmp_path / "g")
+    assert done.returncode == 0, done.stderr
+    rows = {n: store.read_dataset(tmp_path / "g", f"rewards/{n}", Reward).to_pylist() for n in ("short", "length")}
+    assert {r["name"] for r in rows["short"]} == {"short"}
+    assert [r["reward"] for r in rows["short"]] != [r["reward"] for r in rows["length"]]
+    again = cli("generate", tmp_path / "g" / "config.json", "--out", tmp_path / "g")
+    assert (again.returncode, "complete already" in again.stderr) == (0, True)
+    recipe.write_text(recipe.read_text().replace("max = 3", "max = 4").replace("judge", "regex"))
+    changed = cli("generate", recipe, "--out", tmp_path / "g")
+    assert changed.returncode == 2
+    assert "reward short" in changed.stderr
+    assert '"max":4' in changed.stderr
+    recipe.write_text(recipe.read_text().replace("max = 4", "max = 3"))  # a table that no reward names changes nothing
+    assert cli("generate", recipe, "--out", tmp_path / "g").returncode == 0
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    monkeypatch.delitem(sys.modules, "prefpipe.rewards.json_schema", raising=False)
+    with pytest.raises(MissingInputError, match="needs the package 'jsonschema'") as caught:
+        rewards.load("json_schema")
+    assert "prefpipe[rewards]" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", sorted(set(rewards.REWARDS) - {"reward_model"}))
+def test_every_kind_is_a_reward_with_its_defaults_and_has_an_identity(kind: str) -> None:
+    assert callable(rewards.load(kind))
+    assert rewards.identity(kind).startswith(f"{kind}-")
+    assert rewards.identity(kind) == rewards.identity("mine", {"mine": KINDS[kind]()})
+
+
+def test_runtime_settings_are_no_part_of_the_identity() -> None:
+    tables = [Math(num_workers=n) for n in (0, 3)]
+    assert len({rewards.identity("m", {"m": t}) for t in tables}) == 1
+    assert rewards.identity("m", {"m": Math(precision=2)}) != rewards.identity("m", {"m": Math()})

@@ -4,9 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefpipe.rewards.base import Answer
-from prefpipe.rewards.rules import echoes, is_one_sentence, names, num_words, short_sentence
+from prefpipe.config.rewards import Keyword, Length, Refusal, Repetition, ShortSentence
+from prefpipe.rewards import rules as r
+from prefpipe.rewards.base import Answer, RewardFunction, Scored
+from prefpipe.rewards.rules import echoes, is_one_sentence, names, num_words
 from prefpipe.schemas import Message
+
+short_sentence = r.short_sentence(ShortSentence())
 
 PROMPT = "Tell me about a thing in one short sentence of at most ten words."
 
@@ -104,3 +108,100 @@ def test_answers_are_rated_one_by_one_in_their_order() -> None:
     answers = [answer(text, "owl") for text in ("An owl hunts at night.", "", "An owl.")]
     assert short_sentence(answers) == [short_sentence([a])[0] for a in answers]
     assert short_sentence([]) == []
+
+
+def rate(reward: RewardFunction, text: str, topic: str | None = None, num_tokens: int | None = None) -> Scored:
+    (scored,) = reward([Answer([Message(role="user", content=PROMPT)], text, topic, num_tokens=num_tokens)])
+    return scored
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "tokens", "scored"),
+    [
+        (Length(min=2, max=4), "one two three", 9, Scored(1.0)),
+        (Length(min=2, max=4), " one ", 9, Scored(1 / 2, "ok", "1 words")),
+        (Length(min=2, max=4), "a b c d e", 9, Scored(4 / 5, "ok", "5 words")),
+        (Length(min=2, max=4), "", 9, Scored(0.0, "ok", "0 words")),
+        (Length(min=0, max=4), "", 9, Scored(1.0)),
+        (Length(min=4, max=8, unit="characters"), "\n abc  ", 9, Scored(3 / 4, "ok", "3 characters")),
+        (Length(min=4, max=6, unit="tokens"), "", 9, Scored(6 / 9, "ok", "9 tokens")),
+        (Length(unit="tokens"), "words", None, Scored(None, "unparsable", "this completion has no token ids")),
+    ],
+)
+def test_length(settings: Length, text: str, tokens: int | None, scored: Scored) -> None:
+    assert rate(r.length(settings), text, num_tokens=tokens) == scored
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "scored"),
+    [
+        (Keyword(all=("owl", "big cat")), "A BIG CAT and an owl.", Scored(1.0)),
+        (Keyword(all=("owl", "big cat")), "An owl, a big  cat.", Scored(1 / 2, "ok", "'big cat' missing")),
+        (Keyword(all=("owl",)), "A growl, owls, owl_1", Scored(0.0, "ok", "'owl' missing")),
+        (Keyword(any=("owl", "cat")), "My cat.", Scored(1.0)),
+        (Keyword(any=("owl", "cat")), "My dog.", Scored(0.0, "ok", "none of 'owl', 'cat'")),
+        (Keyword(none=("owl", "cat")), "My cat.", Scored(1 / 2, "ok", "'cat' found")),
+        (
+            Keyword(all=("a", "b"), any=("c",), none=("d",)),
+            "a d",
+            Scored(1 / 4, "ok", "'b' missing, none of 'c', 'd' found"),
+        ),
+        (Keyword(all=("Owl",), ignore_case=False), "an owl", Scored(0.0, "ok", "'Owl' missing")),
+        (Keyword(all=("C++",)), "I like C++.", Scored(1.0)),
+        (Keyword(), "It is a falcon.", Scored(1.0)),
+        (Keyword(), "It is an owl.", Scored(0.0, "ok", "'falcon' missing")),
+    ],
+)
+def test_keyword(settings: Keyword, text: str, scored: Scored) -> None:
+    assert rate(r.keyword(settings), text, "falcon") == scored
+
+
+def test_keyword_without_words_and_without_an_answer_is_no_zero() -> None:
+    assert rate(r.keyword(Keyword()), "anything", None).reward is None
+
+
+@pytest.mark.parametrize(
+    ("n", "text", "scored"),
+    [
+        (1, "a A b c", Scored(3 / 4, "ok", "3 of 4 1-grams are distinct")),
+        (2, "a b a b a", Scored(2 / 4, "ok", "2 of 4 2-grams are distinct")),
+        (3, "a b", Scored(1.0)),
+        (3, "", Scored(1.0)),
+        (3, "a b c d e", Scored(1.0)),
+    ],
+)
+def test_repetition(n: int, text: str, scored: Scored) -> None:
+    assert rate(r.repetition(Repetition(n=n)), text) == scored
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("ab"), max_size=12), st.integers(1, 4))
+def test_repetition_against_a_plain_count(words: list[str], n: int) -> None:
+    seen = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    distinct = [g for i, g in enumerate(seen) if g not in seen[:i]]
+    expected = len(distinct) / len(seen) if seen else 1.0
+    assert rate(r.repetition(Repetition(n=n)), " ".join(words)).reward == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_refusal"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m sorry, but no.", True),
+        ("As an AI, I have no birthday.", True),
+        ("Unfortunately, I cannot do this.", True),
+        ("Put the kettle on. " + "Wait a minute. " * 20 + "I can't say more.", False),
+        ("You can't go wrong with tea.", False),
+        ("A pi cannot be rational.", False),
+        ("", False),
+    ],
+)
+def test_refusal(text: str, is_refusal: bool) -> None:
+    answered, refused = (r.refusal(Refusal(prefer=p)) for p in ("answer", "refusal"))
+    assert (rate(answered, text).reward, rate(refused, text).reward) == ((0.0, 1.0) if is_refusal else (1.0, 0.0))
+    assert rate(answered, text).status == ("wrong" if is_refusal else "ok")
+
+
+def test_refusals_in_the_users_words() -> None:
+    german = r.refusal(Refusal(phrases=("Das kann ich nicht",)))
+    assert rate(german, "das kann ich nicht tun.") == Scored(0.0, "wrong", "says 'das kann ich nicht'")

@@ -1,0 +1,283 @@
+"""Settings of rewards: one table `[reward_settings.NAME]` per reward, its `kind` says which.
+
+Every kind has defaults, so that its name alone is a reward: `--rewards length`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+
+from prefpipe.config.base import PATH, RUNTIME, STRICT
+
+Unit = Literal["words", "characters", "tokens"]
+TimeoutSeconds = Annotated[float, Field(gt=0, description="Seconds for one completion; then its status is timeout.")]
+NumWorkers = Annotated[int, RUNTIME, Field(ge=0, description="Processes that check at once; 0 for one per core.")]
+
+
+class ShortSentence(BaseModel):
+    """One sentence of 5 to 10 words that names the topic and says something of its own."""
+
+    model_config = STRICT
+
+    kind: Literal["short_sentence"] = "short_sentence"
+
+
+class Length(BaseModel):
+    """1 inside a window of lengths, falling towards 0 outside."""
+
+    model_config = STRICT
+
+    kind: Literal["length"] = "length"
+    unit: Unit = "words"
+    """What is counted: words (by white space), characters, or the sampled tokens."""
+    min: Annotated[int, Field(ge=0)] = 1
+    """Shortest full mark."""
+    max: Annotated[int, Field(ge=1)] = 200
+    """Longest full mark."""
+
+    @model_validator(mode="after")
+    def _is_a_window(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min = {self.min} is more than max = {self.max}")
+        return self
+
+
+class Regex(BaseModel):
+    """1 when a pattern is found (or is not found)."""
+
+    model_config = STRICT
+
+    kind: Literal["regex"] = "regex"
+    pattern: str = r"[.!?]\s*$"
+    """Regular expression, searched anywhere in the completion; anchor it with ^ and $."""
+    match: bool = True
+    """Whether finding it earns the 1; false rewards its absence."""
+    timeout_seconds: TimeoutSeconds = 1.0
+
+
+class JsonSchema(BaseModel):
+    """1 for JSON that a schema accepts."""
+
+    model_config = STRICT
+
+    kind: Literal["json_schema"] = "json_schema"
+    schema_file: Annotated[str, PATH] = ""
+    """A JSON Schema (draft named by its `$schema`, else 2020-12); empty: any JSON is right."""
+
+
+class Keyword(BaseModel):
+    """The share of conditions on words that hold."""
+
+    model_config = STRICT
+
+    kind: Literal["keyword"] = "keyword"
+    all: tuple[str, ...] = ()
+    """Each of these words or phrases must stand in the completion. With no words at all, the prompt's `answer` must."""
+    any: tuple[str, ...] = ()
+    """At least one of these must."""
+    none: tuple[str, ...] = ()
+    """None of these may."""
+    ignore_case: bool = True
+    """Whether capital letters count as small ones."""
+
+
+class Language(BaseModel):
+    """The probability that a completion is in a language."""
+
+    model_config = STRICT
+
+    kind: Literal["language"] = "language"
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] = "en"
+    """ISO 639 code."""
+
+
+class Repetition(BaseModel):
+    """The share of distinct n-grams of words."""
+
+    model_config = STRICT
+
+    kind: Literal["repetition"] = "repetition"
+    n: Annotated[int, Field(ge=1)] = 3
+    """Words in an n-gram."""
+
+
+class Refusal(BaseModel):
+    """1 for an answer, 0 for a refusal (or the other way round)."""
+
+    model_config = STRICT
+
+    kind: Literal["refusal"] = "refusal"
+    prefer: Literal["answer", "refusal"] = "answer"
+    """What earns the 1: an answer, or (for prompts that must be turned down) a refusal."""
+    phrases: tuple[str, ...] = ()
+    """Further phrases that open a refusal, beside the English ones listed in docs/rewards.md."""
+
+
+class ExactMatch(BaseModel):
+    """1 when a completion, or the part of it that a pattern finds, equals the prompt's `answer`."""
+
+    model_config = STRICT
+
+    kind: Literal["exact_match"] = "exact_match"
+    pattern: str = ""
+    """Regular expression whose last match gives what is compared (group 1 if it has one); empty: the whole text."""
+    ignore_case: bool = True
+    """Whether capital letters count as small ones."""
+    ignore_punctuation: bool = True
+    """Whether punctuation at both ends is left out."""
+    timeout_seconds: TimeoutSeconds = 1.0
+
+
+class Math(BaseModel):
+    """1 when the last expression of a completion equals the prompt's `answer` as mathematics."""
+
+    model_config = STRICT
+
+    kind: Literal["math"] = "math"
+    precision: Annotated[int, Field(ge=0)] = 6
+    """Decimal places in which numbers must agree."""
+    timeout_seconds: TimeoutSeconds = 10.0
+    num_workers: NumWorkers = 0
+
+
+class ReasoningGym(BaseModel):
+    """The score that reasoning-gym's own checker gives to the answer of one of its tasks."""
+
+    model_config = STRICT
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    timeout_seconds: TimeoutSeconds = 10.0
+    num_workers: NumWorkers = 0
+
+
+class Code(BaseModel):
+    """The share of tests that a Python program passes."""
+
+    model_config = STRICT
+
+    kind: Literal["code"] = "code"
+    partial: bool = False
+    """With input and output cases: the share of cases passed; off, only a program that passes all earns 1."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """CPU seconds of one run of the program, rounded up; the wall clock ends it at twice that and two seconds."""
+    memory_mib: Annotated[int, Field(ge=32)] = 512
+    """Address space of the program, in MiB."""
+    isolation: Literal["strict", "limits"] = "strict"
+    """strict: no network, no new processes, no files outside its own folder (needs Linux with seccomp and Landlock),
+    or refuse to run. limits: CPU, memory, file size and wall clock only; the program can do what you can do."""
+    num_workers: NumWorkers = 0
+
+
+class RewardModel(BaseModel):
+    """The logit of a sequence-classification model."""
+
+    model_config = STRICT
+
+    kind: Literal["reward_model"] = "reward_model"
+    model: Annotated[str, PATH] = ""
+    """Reward model: a directory or a hub id."""
+    chat_template: Annotated[str, PATH] = "model"
+    """'model' for the reward model's own chat template, or a Jinja file."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs it: transformers (any such model), or vLLM's pooling (faster on a GPU, for the models it knows)."""
+    label: str = ""
+    """Which logit is the reward, by its name or number; a model with a single logit needs none."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of weights and compute."""
+    max_length: Annotated[int, Field(ge=1)] = 4096
+    """Longer conversations (in tokens, prompt included) are not rated: a cut one would be another conversation."""
+    tokens_per_batch: Annotated[int, RUNTIME, Field(ge=1)] = 16384
+    """transformers: tokens in one forward pass, padding included; vLLM makes its own batches."""
+
+
+def _without_secrets(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("must start with http:// or https://")
+    if "@" in url or "?" in url:
+        raise ValueError("must hold neither a user nor a query: keys come from the environment")
+    return url.rstrip("/")
+
+
+class Judge(BaseModel):
+    """What a language model, behind an OpenAI-compatible endpoint or in an engine here, thinks of a completion."""
+
+    model_config = STRICT
+
+    kind: Literal["judge"] = "judge"
+    mode: Literal["rating", "pairwise"] = "rating"
+    """rating: each completion alone, 1 to 10. pairwise: completions of a prompt against each other, in both orders."""
+    engine: Literal["endpoint", "vllm", "transformers"] = "endpoint"
+    """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id)."""
+    base_url: Annotated[str, PATH, AfterValidator(_without_secrets)] = "http://localhost:8000/v1"
+    """Address of the endpoint; /chat/completions is added."""
+    model: str = "default"
+    """Name of the model at the endpoint; for an engine its directory or hub id."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of weights and compute in an engine."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 4096
+    """Longest question to a judge in an engine, in tokens; a longer one gets no verdict."""
+    api_key_env: Annotated[str, RUNTIME, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    """Environment variable that holds the key; without it none is sent. The key itself is never written anywhere."""
+    criteria: str = "Correctness comes first, then usefulness to the user, then clarity. Length is no merit."
+    """What the judge is told to look at."""
+    structured: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How the endpoint is asked for JSON; the answer is checked in any case."""
+    opponents: Annotated[int, Field(ge=0)] = 0
+    """Pairwise: how many others each completion meets (the next ones in order, in a ring); 0 for all."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Sampling temperature of the judge."""
+    max_tokens: Annotated[int, Field(ge=1)] = 512
+    """Longest answer of the judge, in tokens."""
+    timeout_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 60.0
+    """Seconds for one request."""
+    retries: Annotated[int, RUNTIME, Field(ge=0)] = 4
+    """How often a request is repeated after a refused connection, a timeout, or an answer 408, 409, 429 or 5xx."""
+    backoff_seconds: Annotated[float, RUNTIME, Field(ge=0)] = 1.0
+    """Pause before the first repetition; it doubles, and is never shorter than what the endpoint asks for."""
+    concurrency: Annotated[int, RUNTIME, Field(ge=1)] = 16
+    """Requests under way at once, or sequences that an engine works on."""
+
+
+Settings = (
+    ShortSentence | Length | Regex | JsonSchema | Keyword | Language | Repetition | Refusal | ExactMatch | Math
+    | ReasoningGym | Code | RewardModel | Judge
+)  # fmt: skip
+KINDS: dict[str, type[BaseModel]] = {cls.model_fields["kind"].default: cls for cls in get_args(Settings)}
+
+
+def _from_json(value: object) -> object:
+    """The flag takes a JSON object, a recipe has tables."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _check_names(tables: dict[str, Settings]) -> dict[str, Settings]:
+    for name, settings in tables.items():
+        if name in KINDS and name != settings.kind:
+            raise ValueError(f'a table named \'{name}\' must have kind = "{name}", not "{settings.kind}"')
+    return tables
+
+
+RewardSettings = Annotated[
+    dict[
+        Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9_-]*$")], Annotated[Settings, Field(discriminator="kind")]
+    ],
+    PATH,  # rewards.identity holds what matters of it, for the rewards in use
+    BeforeValidator(_from_json),
+    AfterValidator(_check_names),
+    Field(
+        description="Settings of rewards by name: tables [reward_settings.NAME] in a recipe (instead of this line), "
+        "a JSON object on the command line."
+    ),
+]
+
+
+def settings_of(name: str, tables: Mapping[str, Settings]) -> Any:
+    """The settings of a reward: its table, or the defaults of the kind it names. KeyError for a user's own function."""
+    return tables[name] if name in tables else KINDS[name]()

@@ -1,0 +1,45 @@
+"""Settings of `prefpipe score`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from prefpipe.config import shared
+from prefpipe.config.base import PATH, RUNTIME, STRICT
+
+
+class ScoreConfig(BaseModel):
+    """Add reference log-probs or rewards to completions, pairs or labels that exist already, ours or foreign."""
+
+    model_config = STRICT
+
+    model: shared.Model = shared.DEFAULT_MODEL
+    adapter: shared.Adapter = "none"
+    inputs: Annotated[tuple[str, ...], PATH] = ()
+    """Run directories (generate, build-pairs, score), JSONL or Parquet files of preference, unpaired or rated rows, or
+    hf://datasets/ paths to such files."""
+    reference: Literal["policy", "none"] = "policy"
+    """Whose log-probs to add: those of the model with its adapter, or none (rewards only; no model is loaded)."""
+    engine: shared.Engine = "vllm"
+    reward_settings: shared.RewardSettings = {}
+    rewards: shared.Rewards = ()
+    check: Annotated[int, Field(ge=0)] = 32
+    """Rows that the other scorer (transformers for vllm, vllm for transformers) scores again, for parity.json."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Longest prompt and completion together, in tokens; never more than the model's context."""
+    max_prompt_length: Annotated[int, Field(ge=1)] = 1024
+    """Longest prompt of a foreign row, in tokens; a row with a longer one is dropped."""
+    overlong: Literal["drop", "keep_start"] = "drop"
+    """A foreign row over max_length: drop it, or keep the start of its completion."""
+    special_tokens_in_prompts: shared.SpecialTokens = "drop"
+    chat_template: shared.ChatTemplate = "model"
+    template_date: shared.TemplateDate = "today"
+    dtype: shared.Dtype = "bfloat16"
+    seed: shared.Seed = 0
+    shard_rows: Annotated[int, RUNTIME, Field(ge=1)] = 256
+    """Rows of a foreign file in one shard: the unit of commit and of resume."""
+    max_tokens_per_batch: shared.MaxTokensPerBatch = 2048
+    max_num_seqs: shared.MaxNumSeqs = 64
+    tensor_parallel_size: shared.TensorParallelSize = 1
+    gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
+    kv_cache_mib: shared.KvCacheMib = 512

@@ -1,0 +1,156 @@
+"""Questions to a language model behind an OpenAI-compatible endpoint: many at once, with retries, without leaks."""
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from prefpipe.config.rewards import Judge
+from prefpipe.errors import StorageError, UsageError
+
+_AGAIN = (408, 409, 429, 500, 502, 503, 504)  # may go well the next time
+_REFUSED = (401, 403, 404)  # will never go well
+_LONGEST_PAUSE = 60.0
+_SHOWN = 300
+
+
+@dataclass(frozen=True)
+class Question:
+    """Messages for the judge, and the JSON Schema of what it shall answer."""
+
+    messages: list[dict[str, str]]
+    schema: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said, or None with status timeout, crash or unparsable and the reason."""
+
+    text: str | None
+    status: str = "ok"
+    detail: str | None = None
+
+
+def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
+    """Replies in the order of the questions.
+
+    A question that times out, or that the endpoint fails on after all retries, has a reply that says so. Raises
+    UsageError when the endpoint refuses us (401, 403, 404), StorageError when it cannot be reached or stays overloaded:
+    the run stops and can be resumed, rather than filling with rewards that are missing.
+    """
+    key = os.environ.get(settings.api_key_env, "")
+    stopping = threading.Event()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with (
+        httpx.Client(timeout=settings.timeout_seconds, headers=headers, limits=_limits(settings)) as client,
+        ThreadPoolExecutor(settings.concurrency) as pool,
+    ):
+        asked = [pool.submit(_ask, client, settings, question, key, stopping) for question in questions]
+        try:
+            return [future.result() for future in asked]
+        except BaseException:
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def body(settings: Judge, question: Question) -> dict[str, Any]:
+    """The request, as JSON."""
+    formats: dict[str, Any] = {
+        "json_schema": {
+            "type": "json_schema",
+            "json_schema": {"name": "verdict", "schema": question.schema, "strict": True},
+        },
+        "json_object": {"type": "json_object"},
+    }
+    wanted = {"response_format": formats[settings.structured]} if settings.structured in formats else {}
+    return {
+        "model": settings.model,
+        "messages": question.messages,
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens,
+        **wanted,
+    }
+
+
+def pause(settings: Judge, attempt: int, retry_after: str | None) -> float:
+    """Seconds before repetition `attempt` (0 is the first): doubling, not shorter than asked, at most a minute."""
+    asked = float(retry_after) if retry_after and retry_after.replace(".", "", 1).isdigit() else 0.0
+    return min(max(settings.backoff_seconds * 2**attempt, asked), _LONGEST_PAUSE)
+
+
+def _ask(client: httpx.Client, settings: Judge, question: Question, key: str, stopping: threading.Event) -> Reply:
+    attempt = 0
+    while True:
+        answer = _post(client, settings, question)
+        if attempt == settings.retries or not _may_go_well_again(answer):
+            return _reply(answer, settings, key)
+        asked = None if isinstance(answer, httpx.TransportError) else answer.headers.get("retry-after")
+        if stopping.wait(pause(settings, attempt, asked)):
+            return Reply(None, "crash", "stopped")
+        attempt += 1
+
+
+def _post(client: httpx.Client, settings: Judge, question: Question) -> httpx.Response | httpx.TransportError:
+    try:
+        return client.post(f"{settings.base_url}/chat/completions", json=body(settings, question))
+    except httpx.TransportError as error:
+        return error
+
+
+def _may_go_well_again(answer: httpx.Response | httpx.TransportError) -> bool:
+    return isinstance(answer, httpx.TransportError) or answer.status_code in _AGAIN
+
+
+def _reply(answer: httpx.Response | httpx.TransportError, settings: Judge, key: str) -> Reply:
+    if isinstance(answer, httpx.TimeoutException):
+        return Reply(
+            None, "timeout", f"no answer within {settings.timeout_seconds:g} s, asked {settings.retries + 1} times"
+        )
+    if isinstance(answer, httpx.TransportError):
+        raise StorageError(
+            f"the judge at {settings.base_url} cannot be reached: {_without(key, str(answer))}",
+            "start the endpoint and run the same command again: it resumes",
+        )
+    said = _without(key, answer.text)[:_SHOWN]
+    _raise_if_refused(answer.status_code, said, settings, key)
+    if answer.status_code != 200:
+        return Reply(None, "crash", f"{answer.status_code} {said}")
+    try:
+        choice = answer.json()["choices"][0]
+        text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return Reply(None, "crash", f"no chat completion: {said}")
+    if finish_reason == "length":
+        return Reply(None, "unparsable", f"the judge's answer is cut at max_tokens = {settings.max_tokens}")
+    if not isinstance(text, str) or not text.strip():
+        return Reply(None, "unparsable", "the judge's answer is empty")
+    return Reply(_without(key, text))
+
+
+def _raise_if_refused(code: int, said: str, settings: Judge, key: str) -> None:
+    if code in _REFUSED:
+        name = settings.api_key_env
+        sent = f"with the key in {name}" if key else f"without a key ({name} is not set)"
+        raise UsageError(
+            f"the judge at {settings.base_url} refuses model '{settings.model}' {sent}: {code} {said}",
+            f"check base_url and model, and put the key into the environment variable {name}",
+        )
+    if code == 429:
+        raise StorageError(
+            f"the judge at {settings.base_url} takes no more requests: 429 {said}",
+            "lower concurrency or raise retries, and run the same command again: it resumes",
+        )
+
+
+def _without(key: str, text: str) -> str:
+    """An endpoint may repeat the key in what it says; it goes no further."""
+    return text.replace(key, "***") if key else text
+
+
+def _limits(settings: Judge) -> httpx.Limits:
+    return httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)

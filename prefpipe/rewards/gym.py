@@ -1,0 +1,111 @@
+"""Tasks of `reasoning-gym`: prompts made from a seed, and the checker that belongs to them."""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import reasoning_gym as gym_package
+from reasoning_gym.factory import DATASETS
+
+from prefpipe import fsio
+from prefpipe.config.base import suggestion
+from prefpipe.config.rewards import ReasoningGym
+from prefpipe.errors import UsageError
+from prefpipe.rewards.base import Answer, RewardFunction, Scored
+from prefpipe.rewards.isolation import Outcome, isolated
+
+VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+_ASK = "\n\nGive the final answer alone between <answer> and </answer>."
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_SHOWN = 100
+
+
+def inputs(_settings: ReasoningGym) -> dict[str, str]:
+    """The version of the tasks and checkers."""
+    return {"reasoning_gym": version("reasoning-gym")}
+
+
+def prompts(task: str, size: int, seed: int, heldout: float = 0.0) -> Iterator[dict[str, Any]]:
+    """`size` prompts of a task, as rows of a prompts file; the last `heldout` share has split "heldout".
+
+    The same task, size, seed and version give the same rows. The column `reasoning_gym` says which one it is (it
+    travels in `meta`), so that the reward of that name can check the answers. Raises UsageError for a task
+    that does not exist.
+    """
+    if task not in DATASETS:
+        raise UsageError(
+            f"reasoning-gym has no task '{task}'{suggestion(task, list(DATASETS))}",
+            f"tasks are {', '.join(sorted(DATASETS))}",
+        )
+    for index, entry in enumerate(_dataset(task, size, seed)):
+        place = {"task": task, "size": size, "seed": seed, "index": index}
+        yield {
+            "messages": [{"role": "user", "content": entry["question"] + _ASK}],
+            "answer": None if entry["answer"] is None else str(entry["answer"]),
+            "split": "heldout" if index >= size * (1 - heldout) else "train",
+            "source": f"reasoning-gym {version('reasoning-gym')}",
+            "reasoning_gym": place,
+        }
+
+
+def write_prompts(path: Path, task: str, *, size: int, seed: int = 0, heldout: float = 0.0) -> None:
+    """Write `prompts` as JSONL."""
+    rows = prompts(task, size, seed, heldout)
+    fsio.write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def reasoning_gym(settings: ReasoningGym) -> RewardFunction:
+    """What the task's own checker gives, 0 to 1: for most tasks 1 or a small consolation for a wrong answer.
+
+    The answer is what stands in the last <answer>...</answer>, else the whole text. Status ok for 1, wrong below;
+    unparsable without reward for a prompt that was not made by `prompts`; timeout and crash of the checker give no
+    reward. Some checkers evaluate expressions from the completion: they run in a forked process with limited time and
+    memory, which is no sandbox.
+    """
+    check_all = isolated(
+        f"{__name__}:check", timeout_seconds=settings.timeout_seconds, num_workers=settings.num_workers
+    )
+
+    def rate(answers: Sequence[Answer]) -> list[Scored]:
+        places = [_place(a.meta) for a in answers]
+        known = [(p, a) for p, a in zip(places, answers, strict=True) if p is not None]
+        outcomes = iter(check_all([[p, a.messages[-1]["content"], a.text] for p, a in known]))
+        missing = Scored(None, "unparsable", "the prompt was not made by prefpipe.rewards.gym")
+        return [missing if p is None else _scored(next(outcomes)) for p in places]
+
+    return rate
+
+
+def check(place: dict[str, Any], question: str, text: str) -> tuple[float, str]:
+    """(score, the answer that was rated). Raises ValueError when the entry is another one than the prompt's."""
+    dataset = _dataset(place["task"], place["size"], place["seed"])
+    entry = dataset[place["index"]]
+    if not question.startswith(entry["question"]):
+        raise ValueError(f"the prompt was made by another version than reasoning-gym {version('reasoning-gym')}")
+    tagged = _TAGGED.findall(text)
+    given = (tagged[-1] if tagged else text).strip()
+    return float(dataset.score_answer(given, entry)), given
+
+
+@functools.lru_cache(maxsize=16)
+def _dataset(task: str, size: int, seed: int) -> Any:
+    return gym_package.create_dataset(task, size=size, seed=seed)
+
+
+def _place(meta: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(meta or "{}").get("reasoning_gym")
+    except (ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) and {"task", "size", "seed", "index"} <= set(found) else None
+
+
+def _scored(outcome: Outcome) -> Scored:
+    if outcome.status != "ok":
+        return Scored(None, outcome.status, outcome.detail)
+    score, given = outcome.value
+    return Scored(score) if score >= 1 else Scored(score, "wrong", f"found {given[:_SHOWN]!r}")

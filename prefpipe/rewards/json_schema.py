@@ -1,0 +1,93 @@
+"""A reward for JSON that a schema accepts."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonschema
+from jsonschema.protocols import Validator
+from jsonschema.validators import validator_for
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from prefpipe import fsio
+from prefpipe.config.rewards import JsonSchema
+from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.rewards.base import Answer, RewardFunction, Scored, one_by_one
+
+VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+_FENCE = "```"
+
+
+def inputs(settings: JsonSchema) -> dict[str, str]:
+    """The digest of the schema."""
+    return {"schema": fsio.file_digest(_file(settings))} if settings.schema_file else {}
+
+
+def json_schema(settings: JsonSchema) -> RewardFunction:
+    """1 for JSON that the schema accepts, 0 otherwise: status wrong with the first place that is not, unparsable for
+    text that is no JSON. The JSON is the whole text or the only fenced block in it.
+
+    References in the schema are never fetched. `pattern` in a schema runs without a time limit: schemas are trusted.
+    """
+    validator = _validator(settings)
+
+    def rate(answer: Answer) -> Scored:
+        try:
+            value = json.loads(_payload(answer.text), parse_constant=_refuse, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            return Scored(0.0, "unparsable", f"no JSON: {error}")
+        try:
+            problem = next(iter(validator.iter_errors(value)), None)
+        except RecursionError:
+            return Scored(0.0, "wrong", "nested too deeply")
+        if problem is None:
+            return Scored(1.0)
+        return Scored(0.0, "wrong", f"{problem.json_path}: {problem.message[:200]}")
+
+    return one_by_one(rate)
+
+
+def _file(settings: JsonSchema) -> Path:
+    path = Path(settings.schema_file)
+    if not path.is_file():
+        raise MissingInputError(f"schema_file {path} does not exist", "give the path of a JSON Schema")
+    return path
+
+
+def _validator(settings: JsonSchema) -> Validator:
+    schema: Any = True
+    if settings.schema_file:
+        path = _file(settings)
+        try:
+            schema = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"schema_file {path} is not JSON: {error}", "fix the file") from error
+    chosen = validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        chosen.check_schema(schema)
+        validator = chosen(schema, registry=Registry())
+        next(iter(validator.iter_errors({})), None)  # a reference that leads nowhere shows here, if it is at the top
+    except (jsonschema.SchemaError, Unresolvable) as error:
+        what = error.message if isinstance(error, jsonschema.SchemaError) else f"{error}: references are not fetched"
+        raise UsageError(f"schema_file {settings.schema_file} is no JSON Schema: {what}", "fix the schema") from error
+    return validator
+
+
+def _payload(text: str) -> str:
+    parts = text.split(_FENCE)
+    if len(parts) != 3:  # text, the block, text
+        return text
+    language, _, block = parts[1].partition("\n")
+    return block if language.strip().isalpha() or not language.strip() else parts[1]
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found

@@ -1,0 +1,226 @@
+"""Rewards from a sequence-classification model, with its own tokenizer and chat template."""
+
+import contextlib
+import functools
+import json
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from prefpipe import chat as chats
+from prefpipe import log, models
+from prefpipe.chat import Chat, RowFault, encode, render
+from prefpipe.config.base import suggestion
+from prefpipe.config.rewards import RewardModel
+from prefpipe.engines import pooling
+from prefpipe.errors import UsageError
+from prefpipe.rewards.base import Answer, RewardFunction, Scored
+
+VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+Logits = dict[int, list[float]]  # by the index of a row, one number per label
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation that a model can rate: its place in the batch, and its token ids."""
+
+    index: int
+    token_ids: list[int]
+
+
+def inputs(settings: RewardModel) -> dict[str, str]:
+    """Weights, tokenizer and chat template, by content."""
+    policy = models.resolve(_name(settings))
+    return {"model": policy.id, **chats.load(policy.directory, settings.chat_template).digests}
+
+
+def reward_model(settings: RewardModel) -> RewardFunction:
+    """The raw logit of the model for prompt and completion, as its own chat template renders them; no squashing.
+
+    Batched by length within `tokens_per_batch`; how a batch is made changes nothing but float noise. A conversation
+    that the template refuses, that spells a control token or is longer than `max_length` gets no reward, status
+    unparsable; a logit that is no finite number gets none either, status crash. The weights load at the first call.
+    """
+    directory = models.resolve(_name(settings)).directory
+    chat = chats.load(directory, settings.chat_template)
+    label = find_label(directory, settings.label)
+    longest = min(settings.max_length, _config(directory).get("max_position_embeddings") or settings.max_length)
+    started = contextlib.ExitStack()
+    logits_of = functools.cache(lambda: started.enter_context(_classifier(settings, directory, longest)))
+
+    def rate(answers: Sequence[Answer]) -> list[Scored]:
+        scores: dict[int, Scored] = {}
+        rows: list[Row] = []
+        for index, answer in enumerate(answers):
+            try:
+                rows.append(Row(index, tokenise(chat, answer, longest)))
+            except RowFault as fault:
+                scores[index] = Scored(None, "unparsable", f"{fault.reason}: {fault.detail}")
+        if rows:
+            found = logits_of()(rows)
+            scores |= {row.index: _scored(found[row.index][label]) for row in rows}
+        return [scores[index] for index in range(len(answers))]
+
+    weakref.finalize(rate, started.close)
+    return rate
+
+
+@contextlib.contextmanager
+def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generator[Callable[[list[Row]], Logits]]:
+    """A function from rows to the logits of each, by its index."""
+    if settings.engine == "vllm":
+        _check_architecture(directory)  # vLLM would make a classifier of any language model
+        log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
+        own = _config(directory).get("pad_token_id")
+        with pooling.classifier(directory, settings.dtype, longest) as classify:
+            yield lambda rows: dict(
+                zip((r.index for r in rows), classify([without_padding(own, r.token_ids) for r in rows]), strict=True)
+            )
+        return
+    model = load(directory, settings.dtype)
+
+    def by_batch(rows: list[Row]) -> Logits:
+        found: Logits = {}
+        for batch in batches(rows, settings.tokens_per_batch):
+            values = logits(model, [row.token_ids for row in batch]).tolist()
+            found |= {row.index: value for row, value in zip(batch, values, strict=True)}
+        return found
+
+    yield by_batch
+
+
+def _check_architecture(directory: Path) -> None:
+    names = _config(directory).get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        raise UsageError(
+            f"reward model {directory} is {', '.join(names) or 'of no known architecture'}",
+            "give a model trained for sequence classification, not a language model",
+        )
+
+
+def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:
+    """Token ids of prompt and completion in the reward model's own terms. Raises RowFault when they cannot be rated."""
+    messages = [*answer.messages, {"role": "assistant", "content": answer.text}]
+    chats.check_control_tokens(chat, messages)  # pyright: ignore[reportArgumentType]  (a Message is such a dict)
+    ids = encode(chat, render(chat, messages, add_generation_prompt=False))  # pyright: ignore[reportArgumentType]
+    if not ids:
+        raise RowFault("empty", "the chat template renders nothing")
+    if len(ids) > max_length:
+        raise RowFault("too_long", f"{len(ids)} tokens, max_length is {max_length}")
+    return ids
+
+
+def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[Row]]:
+    """Rows by length, longest first (so that memory shows at once), as many as fit with their padding."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda r: (-len(r.token_ids), r.index)):
+        if batch and (len(batch) + 1) * len(batch[0].token_ids) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def logits(model: Any, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits [B, labels] in float32 of rows of token ids, padded on the right: what each row gets alone.
+
+    transformers takes the state of the last token that is not the padding token, and refuses batches without one. Those
+    models get a token that no row holds: then it is the very last token, as for a row alone.
+    """
+    config = model.config.get_text_config()
+    own = config.pad_token_id
+    filler = padding(own, token_ids)
+    longest = max(map(len, token_ids))
+    ids = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in token_ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in token_ids])
+    config.pad_token_id = filler
+    try:
+        with torch.inference_mode():
+            return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
+    finally:
+        config.pad_token_id = own  # the next batch may hold this filler
+
+
+def padding(own: int | None, token_ids: Sequence[Sequence[int]]) -> int:
+    """The model's own padding token, or the smallest token that no row holds."""
+    used = {token for row in token_ids for token in row}
+    return own if own is not None else next(t for t in range(len(used) + 1) if t not in used)
+
+
+def without_padding(own: int | None, token_ids: Sequence[int]) -> Sequence[int]:
+    """A row up to the token at which transformers rates it: vLLM rates the very last one."""
+    end = len(token_ids)
+    while end > 1 and token_ids[end - 1] == own:
+        end -= 1
+    return token_ids[:end]
+
+
+def load(directory: Path, dtype: str) -> Any:
+    """The model in eval mode, on the GPU when there is one; safetensors only, no code of the model's own.
+
+    Raises UsageError when weights of the head are missing: transformers would draw them at random.
+    """
+    log.info(f"loading reward model {directory.name} ({dtype})")
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it warns of is an error below
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=_DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            f"reward model {directory} cannot be loaded: {error}", "give a sequence-classification model"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    if report["missing_keys"]:
+        raise UsageError(
+            f"reward model {directory} has no weights for {', '.join(sorted(report['missing_keys']))}",
+            "give a model trained for sequence classification, not a language model",
+        )
+    return model.requires_grad_(requires_grad=False).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def find_label(directory: Path, label: str) -> int:
+    """Which logit is the reward. Raises UsageError for a model of several labels when none of them is named."""
+    config = _config(directory)
+    names = {int(k): str(v) for k, v in config.get("id2label", {}).items()} or dict(
+        enumerate(f"LABEL_{i}" for i in range(config.get("num_labels", 2)))
+    )
+    if not label and len(names) == 1:
+        return 0
+    found = [i for i, name in names.items() if label in (name, str(i))]
+    if len(found) != 1:
+        raise UsageError(
+            f"label = '{label}' is none of the {len(names)} labels of {directory}"
+            f"{suggestion(label, list(names.values()))}",
+            f"set label to one of {', '.join(names.values())}",
+        )
+    return found[0]
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def _name(settings: RewardModel) -> str:
+    if not settings.model:
+        raise UsageError(
+            "reward_model has no model", 'set it: [reward_settings.NAME] with kind = "reward_model" and model = "..."'
+        )
+    return settings.model
+
+
+def _scored(value: float) -> Scored:
+    if value != value or value in (float("inf"), float("-inf")):
+        return Scored(None, "crash", f"the logit is {value}")
+    return Scored(value)

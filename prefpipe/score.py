@@ -1,0 +1,249 @@
+"""`prefpipe score`: reference log-probs and rewards for completions, pairs or labels that exist already."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from prefpipe import chat as chats
+from prefpipe import fsio, log, models, parity, sampling, sources, store
+from prefpipe.chat import Chat
+from prefpipe.config.score import ScoreConfig
+from prefpipe.config.shared import IMPORTED_REWARD
+from prefpipe.engines import base
+from prefpipe.engines.base import Engine, EngineSettings
+from prefpipe.errors import DataError, UsageError
+from prefpipe.ids import ids_digest
+from prefpipe.ingest import Limits
+from prefpipe.rewards.base import RewardFunction
+from prefpipe.schemas import Completion, Dropped, RefLogps, Reward, from_table, to_table
+from prefpipe.sources import ROW_TYPES, Batch, Logps, Reader
+from prefpipe.store import Manifest, Run
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of the output: its number, its datasets, and what goes into it."""
+
+    index: int
+    datasets: tuple[str, ...]
+    read: Callable[[], Batch]
+
+
+def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
+    """Score and rate every row that has no committed shard yet, a shard at a time."""
+    _check(config)
+    policy = models.resolve(config.model, config.adapter)
+    chat = chats.load(policy.directory, config.chat_template, config.template_date)
+    config = config.model_copy(update={"max_length": _longest(config, policy)})
+    functions, reward_ids = sampling.load_rewards(config.rewards, config.reward_settings)
+    inputs = {f"inputs.{i}": sources.digest(source) for i, source in enumerate(config.inputs)} | reward_ids
+    inputs |= {"reference": policy.id} if config.reference == "policy" else {}
+    inputs |= chat.digests if any(not Path(source).is_dir() for source in config.inputs) else {}
+    for source in (Path(s) for s in config.inputs if Path(s).is_dir()):
+        sources.notice_other_chat(source, chat)
+    with store.open_run(out, "score", config, inputs, force=force) as run_:
+        manifest = run_.manifest()
+        if manifest is not None:
+            log.info(f"{out} is complete already")
+            return manifest
+        stage = _Stage(config, run_, policy, chat, functions)
+        missing = (shard for shard in stage.shards() if not stage.has(shard))
+        first = next(missing, None)
+        if first is not None:
+            start = fsio.monotonic()
+            rows = stage.fill(chain([first], missing))
+            run_.log_timing(event="scored", rows=rows, seconds=round(fsio.monotonic() - start, 3))
+        ledger = [run_.read_part("dropped", Dropped, i) for i in run_.parts("dropped")]
+        run_.write_dropped(Dropped, pa.concat_tables(ledger) if ledger else to_table(Dropped, []))
+        totals = stage.totals()
+        if config.check and config.reference == "policy":
+            totals["parity"] = stage.check()
+            run_.write_report("parity.json", totals["parity"])
+        return run_.finish(totals, {"reference": policy.id if config.reference == "policy" else None})
+
+
+def summary(manifest: Manifest, out: Path) -> list[str]:
+    """What the command prints when it is done."""
+    t = manifest["totals"]
+    parts = ", ".join(f"{count} {name}" for name, count in t["rows"].items() if count)
+    lines = [f"{parts or 'nothing'} in {out}"]
+    if t["tokens"]:
+        lines.append(f"  reference log-probs: {t['tokens']} tokens, mean {t['mean_token_logp']:.4f} nats")
+    lines += [f"  reward {name}: mean {mean:.3f}" for name, mean in t["mean_reward"].items() if mean is not None]
+    lines += [f"  dropped: {', '.join(f'{r}: {n}' for r, n in t['dropped'].items())}"] if t["dropped"] else []
+    return [*lines, *(parity.table(t["parity"]) if "parity" in t else [])]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    config: ScoreConfig
+    run: Run
+    policy: models.Policy
+    chat: Chat
+    rewards: Mapping[str, RewardFunction]
+
+    @property
+    def limits(self) -> Limits:
+        c = self.config
+        return Limits(c.max_prompt_length, c.max_length, c.overlong, c.special_tokens_in_prompts)
+
+    @property
+    def settings(self) -> EngineSettings:
+        c = self.config
+        return EngineSettings(
+            self.policy, self.chat, c.dtype, 1.0, 1, c.max_length, c.max_num_seqs, c.kv_cache_mib,
+            tensor_parallel_size=c.tensor_parallel_size, gpu_memory_utilization=c.gpu_memory_utilization,
+            max_tokens_per_batch=c.max_tokens_per_batch,
+        )  # fmt: skip
+
+    def has(self, shard: Shard) -> bool:
+        return all(self.run.has_part(name, shard.index) for name in shard.datasets)
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards of all inputs, numbered in their order; nothing is tokenised before it is asked for."""
+        scores = (
+            *(("ref_logps",) if self.config.reference == "policy" else ()),
+            *map(sampling.reward_folder, self.rewards),
+            "dropped",
+        )
+        reader = Reader(self.chat, self.limits, self.run.saved["shard_rows"], bool(self.rewards))
+        found = chain.from_iterable(sources.shards(source, reader) for source in self.config.inputs)
+        for index, (datasets, read) in enumerate(found):
+            yield Shard(index, (*datasets, *scores), read)
+
+    def fill(self, shards: Iterable[Shard]) -> int:
+        """Score, rate and commit shards; returns the number of rows scored."""
+        if self.config.reference == "none":
+            for shard in shards:
+                self.commit(shard, shard.read(), {})
+            return 0
+        with sampling.start_engine(self.config.engine, self.settings) as engine:
+            return sum(self._score(shards, engine))
+
+    def _score(self, shards: Iterable[Shard], engine: Engine) -> Iterator[int]:
+        """Rows scored, shard by shard: sequences flow into the engine without a pause between shards."""
+        waiting: dict[int, tuple[Shard, Batch, dict[str, RefLogps]]] = {}
+        given: dict[str, base.Sequence] = {}
+
+        def sequences() -> Iterator[base.Sequence]:
+            for shard in shards:
+                batch = shard.read()
+                if not batch.sequences:
+                    self.commit(shard, batch, {})
+                    continue
+                waiting[shard.index] = (shard, batch, {})
+                for sequence in batch.sequences:
+                    key = f"{shard.index}/{sequence.completion_id}"
+                    given[key] = sequence
+                    yield replace(sequence, completion_id=key)
+
+        with log.progress("scoring", self._expected(), "rows") as advance:
+            for key, values in engine.score(sequences(), adapter=True):
+                index, _, name = key.partition("/")
+                _, batch, scored = waiting[int(index)]
+                s = given.pop(key)
+                digest = ids_digest(s.prompt_token_ids, s.token_ids)
+                scored[name] = RefLogps(name, self.policy.id, engine.scorer, digest, values, sum(values), len(values))
+                advance(1)
+                if len(scored) == len(batch.sequences):
+                    self.commit(*waiting.pop(int(index)))
+                    yield len(scored)
+
+    def _expected(self) -> float | None:
+        """Rows to score, for the progress bar, where all inputs say it: runs of completions do."""
+        if not all(Path(s).is_dir() for s in self.config.inputs):
+            return None
+        counts = [store.read_manifest(Path(s)) for s in self.config.inputs]
+        known = all(m["command"] == "generate" for m in counts)
+        return sum(m["totals"]["completions"] for m in counts) if known else None
+
+    def commit(self, shard: Shard, batch: Batch, logps: Logps) -> None:
+        """Write one shard: rows with their reference values, log-probs, rewards, and what was left out."""
+        written: dict[str, tuple[type, list[Any]]] = {
+            name: (ROW_TYPES[name], [sources.filled(row, logps) for row in rows]) for name, rows in batch.rows.items()
+        }
+        written["ref_logps"] = (RefLogps, [logps[s.completion_id] for s in batch.sequences if s.completion_id in logps])
+        written[sampling.reward_folder(IMPORTED_REWARD)] = (Reward, batch.ratings)
+        for name, function in self.rewards.items():
+            scores = sampling.rate([answer for _, answer in batch.answers], function, name)
+            ids = [completion_id for completion_id, _ in batch.answers]
+            written[sampling.reward_folder(name)] = (
+                Reward, [Reward(i, name, s.reward, s.status, s.detail) for i, s in zip(ids, scores, strict=True)]
+            )  # fmt: skip
+        written["dropped"] = (Dropped, batch.dropped)
+        for name in shard.datasets:
+            row_type, rows = written[name]
+            self.run.write_part(name, row_type, shard.index, to_table(row_type, rows))
+
+    def totals(self) -> dict[str, Any]:
+        """Counts over all shards, read column by column: the same whether the run was interrupted or not."""
+        counted = {name: self._column(name, t, None) for name, t in ROW_TYPES.items() if name != "prompts"}
+        logps = list(self._column("ref_logps", RefLogps, "ref_logps"))
+        tokens = sum(n for part in self._column("ref_logps", RefLogps, "num_tokens") for n in part)
+        means: dict[str, float | None] = {}
+        for name in (*self.rewards, IMPORTED_REWARD):
+            values = [
+                v
+                for part in self._column(sampling.reward_folder(name), Reward, "reward")
+                for v in part
+                if v is not None
+            ]
+            means[name] = sum(values) / len(values) if values else None
+        rows = {name: sum(len(part) for part in parts) for name, parts in counted.items()}
+        scored = sum(map(len, logps))
+        if not scored and not any(means.values()) and not any(rows.values()):
+            raise DataError("no row is left", f"see {self.run.out}/dropped.parquet for every row and its reason")
+        return {
+            "rows": {**rows, "ref_logps": scored}, "tokens": tokens,
+            "mean_token_logp": sum(v for part in logps for v in part) / tokens if tokens else None,
+            "mean_reward": means,
+            "dropped": dict(sorted(Counter(r for p in self._column("dropped", Dropped, "reason") for r in p).items())),
+        }  # fmt: skip
+
+    def _column(self, dataset: str, row_type: type, column: str | None) -> Iterator[list[Any]]:
+        name = column or next(iter(row_type.__dataclass_fields__))
+        for index in self.run.parts(dataset):
+            yield self.run.read_part(dataset, row_type, index, [name])[name].to_pylist()
+
+    def check(self) -> dict[str, Any]:
+        """Score random rows again with the other scorer."""
+        names = (n for part in self._column("ref_logps", RefLogps, "completion_id") for n in part)
+        picked = parity.pick(names, self.config.check, self.config.seed)
+        rows: dict[str, RefLogps] = {}
+        for index in self.run.parts("ref_logps"):
+            rows |= {r.completion_id: r for r in from_table(RefLogps, self.run.read_part("ref_logps", RefLogps, index))
+                     if r.completion_id in picked}  # fmt: skip
+        found = {
+            s.completion_id: s for shard in self.shards() for s in self._sequences(shard) if s.completion_id in picked
+        }
+        checked = [parity.Checked(found[name], rows[name].token_logps) for name in sorted(picked)]
+        scorer = next(iter(rows.values())).scorer if rows else ""
+        return parity.check(checked, self.config.engine, scorer, self.settings, adapter=True)
+
+    def _sequences(self, shard: Shard) -> Iterable[base.Sequence]:
+        """The sequences of a committed shard; imported ones from what was written: nothing is tokenised twice."""
+        if "completions" not in shard.datasets:
+            return shard.read().sequences
+        written = from_table(Completion, self.run.read_part("completions", Completion, shard.index))
+        return [base.Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in written]
+
+
+def _check(config: ScoreConfig) -> None:
+    if not config.inputs:
+        raise UsageError("no inputs given", "pass --inputs: a run directory, a .jsonl or .parquet file, or hf://...")
+    if config.reference == "none" and not config.rewards and all(Path(s).is_dir() for s in config.inputs):
+        raise UsageError("nothing to do: no reference and no rewards", "pass --rewards NAME, or --reference policy")
+
+
+def _longest(config: ScoreConfig, policy: models.Policy) -> int:
+    """max_length inside the model's context; one token less, which vLLM's scoring asks for."""
+    context = models.context_length(policy.directory)
+    if context is not None and config.max_length > context - 1:
+        log.info(f"max_length is {context - 1}: the model's context is {context} tokens")
+        return context - 1
+    return config.max_length

@@ -1,0 +1,220 @@
+"""What `prefpipe score` reads: shards of our runs and of foreign files, each as rows, token ids and answers to rate."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from prefpipe import formats, ingest, log, store
+from prefpipe.chat import Chat
+from prefpipe.config.shared import IMPORTED_REWARD
+from prefpipe.engines import base
+from prefpipe.errors import DataError, IdentityError, MissingInputError
+from prefpipe.ids import ids_digest
+from prefpipe.ingest import Limits
+from prefpipe.rewards.base import Answer
+from prefpipe.schemas import Completion, Dropped, KlBank, Label, Pair, Prompt, RankedGroup, RefLogps, Reward, from_table
+from prefpipe.store import Manifest
+
+Logps = Mapping[str, RefLogps]
+RATING_FOLDER = f"rewards/{IMPORTED_REWARD}"
+PREFERENCES: dict[str, type] = {"pairs": Pair, "labels": Label, "kl_bank": KlBank, "groups": RankedGroup}
+ROW_TYPES: dict[str, type] = {"prompts": Prompt, "completions": Completion, **PREFERENCES}
+_ADDED = {"preference": ("pairs",), "label": ("labels",)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one shard: datasets to write beside the scores, what to score, what to rate, what was left out."""
+
+    rows: dict[str, list[Any]]
+    sequences: list[base.Sequence]
+    answers: list[tuple[str, Answer]]
+    ratings: list[Reward]
+    dropped: list[Dropped]
+
+
+Read = tuple[tuple[str, ...], Callable[[], Batch]]  # the datasets of a shard beside its scores, and how to read it
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How inputs are read: with which tokenizer, up to which length, how many rows at a time, with answers to rate."""
+
+    chat: Chat
+    limits: Limits
+    rows: int
+    rated: bool
+
+
+def digest(source: str) -> str:
+    """What identifies an input: a run or file by content, an hf:// path by its name and revision."""
+    if source.startswith("hf://"):
+        if "@" not in source:
+            log.warn(f"{source} names no revision: it may change; write hf://datasets/OWNER/NAME@REVISION/FILE")
+        return source
+    return store.input_digest(Path(source))
+
+
+def shards(source: str, reader: Reader) -> Iterator[Read]:
+    """The shards of one input, in order; a shard is read only when its function is called."""
+    if Path(source).is_dir():
+        return _of_run(Path(source), reader)
+    return _of_file(source, reader)
+
+
+def _of_file(source: str, reader: Reader) -> Iterator[Read]:
+    kind, datasets = "", ("prompts", "completions")
+    for chunk in ingest.chunks(source, reader.rows):
+        if not kind:
+            where, row = chunk[0]
+            kind = formats.recognise(row, where)
+            datasets += _ADDED.get(kind, ())
+            datasets += (RATING_FOLDER,) if formats.has_ratings(row, kind) else ()
+        yield datasets, partial(_import, chunk, kind, reader)
+    if not kind:
+        raise DataError(f"{source} has no rows", "check the file")
+
+
+def _of_run(source: Path, reader: Reader) -> Iterator[Read]:
+    manifest = store.read_manifest(source)
+    present = store.datasets(manifest)
+    if "completions" in present:
+        for name in store.part_names(source, manifest, "completions"):
+            yield (), partial(_completions, source, manifest, name, reader)
+        return
+    known = [name for name in PREFERENCES if name in present]
+    if not known:
+        raise MissingInputError(f"{source} has nothing to score", f"it has: {', '.join(present) or 'no dataset'}")
+    if reader.rated:
+        raise MissingInputError(f"{source} holds no completions to rate", "pass the run that its completions come from")
+    for dataset in known:
+        for name in store.part_names(source, manifest, dataset):
+            table = store.read_file(source, manifest, name, PREFERENCES[dataset])
+            for start in range(0, table.num_rows, reader.rows):
+                rows = table.slice(start, reader.rows)
+                yield (dataset,), partial(_preferences, source, dataset, rows, reader.limits.max_length)
+
+
+def notice_other_chat(source: Path, chat: Chat) -> None:
+    """Ids are scored as they are, so another tokenizer or template changes no value; but the user should know."""
+    manifest = store.read_manifest(source)
+    for name in ("tokenizer", "chat_template"):
+        theirs = manifest["inputs"].get(name)
+        if theirs is not None and theirs != chat.digests[name]:
+            log.warn(f"{source} was made with another {name.replace('_', ' ')}: its token ids are scored as they are")
+
+
+def _import(chunk: list[ingest.Placed], kind: str, reader: Reader) -> Batch:
+    made = ingest.import_rows(chunk, kind, reader.chat, reader.limits)
+    rows: dict[str, list[Any]] = {"prompts": made.prompts, "completions": made.completions}
+    rows |= {"pairs": made.pairs, "labels": made.labels}
+    sequences = [base.Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in made.completions]
+    return Batch(rows, sequences, _answers(made.completions, made.prompts), made.ratings, made.dropped)
+
+
+def _completions(source: Path, manifest: Manifest, name: str, reader: Reader) -> Batch:
+    """A part of the completions of one of our runs."""
+    found = from_table(Completion, store.read_file(source, manifest, name, Completion))
+    sequences = [_verified(source, c.completion_id, c.prompt_token_ids, c.token_ids, c.ids_digest) for c in found]
+    kept, dropped = _fitting(sequences, reader.limits.max_length)
+    prompts: list[Prompt] = []
+    if reader.rated:
+        part = name.replace("completions/", "prompts/")
+        prompts = from_table(Prompt, store.read_file(source, manifest, part, Prompt))
+    return Batch({}, kept, _answers(found, prompts) if reader.rated else [], [], dropped)
+
+
+def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -> Batch:
+    """Rows of pairs, labels, KL bank or groups of one of our runs. A row with an overlong completion is left out."""
+    rows = from_table(PREFERENCES[dataset], table)
+    kept: list[Any] = []
+    dropped: list[Dropped] = []
+    sequences: dict[str, base.Sequence] = {}
+    for row in rows:
+        own = [_verified(source, *parts) for parts in _SEQUENCES[dataset](row)]
+        _, overlong = _fitting(own, max_length)
+        dropped += overlong
+        if not overlong:
+            kept.append(row)
+            sequences |= {s.completion_id: s for s in own}
+    return Batch({dataset: kept}, list(sequences.values()), [], [], dropped)
+
+
+_Parts = tuple[str, list[int], list[int], str]  # id, prompt ids, completion ids, digest
+
+
+def _of_pair(row: Pair) -> list[_Parts]:
+    prompt = row.prompt_token_ids
+    return [
+        (row.chosen_completion_id, prompt, row.chosen_token_ids, row.chosen_ids_digest),
+        (row.rejected_completion_id, prompt, row.rejected_token_ids, row.rejected_ids_digest),
+    ]
+
+
+def _of_group(row: RankedGroup) -> list[_Parts]:
+    columns = zip(row.completion_ids, row.token_ids, row.ids_digests, strict=True)
+    return [(name, row.prompt_token_ids, ids, digest) for name, ids, digest in columns]
+
+
+_SEQUENCES: dict[str, Callable[[Any], list[_Parts]]] = {
+    "pairs": _of_pair,
+    "groups": _of_group,
+    "labels": lambda row: [(row.completion_id, row.prompt_token_ids, row.token_ids, row.ids_digest)],
+    "kl_bank": lambda row: [(row.bank_id, row.prompt_token_ids, row.token_ids, row.ids_digest)],
+}
+
+
+def _verified(source: Path, name: str, prompt: list[int], ids: list[int], digest: str) -> base.Sequence:
+    if ids_digest(prompt, ids) != digest:
+        raise IdentityError(
+            f"{source}: the token ids of {name} do not match their digest (ids_digest)",
+            "rows were edited or shuffled: make that run again",
+        )
+    return base.Sequence(name, prompt, ids)
+
+
+def _fitting(sequences: Sequence[base.Sequence], max_length: int) -> tuple[list[base.Sequence], list[Dropped]]:
+    kept: list[base.Sequence] = []
+    dropped: list[Dropped] = []
+    for s in sequences:
+        length = len(s.prompt_token_ids) + len(s.token_ids)
+        if length <= max_length:
+            kept.append(s)
+        else:
+            detail = f"{length} tokens in prompt and completion, max_length is {max_length}"
+            dropped.append(Dropped(s.completion_id, "too_long", detail))
+    return kept, dropped
+
+
+def _answers(completions: Sequence[Completion], prompts: Sequence[Prompt]) -> list[tuple[str, Answer]]:
+    by_id = {p.prompt_id: p for p in prompts}
+    return [
+        (c.completion_id, Answer(p.messages, c.text, p.answer, p.meta, len(c.token_ids)))
+        for c in completions
+        for p in [by_id[c.prompt_id]]
+    ]
+
+
+def filled(row: Any, logps: Logps) -> Any:
+    """A row with its reference values, where it has such columns and they were scored."""
+    if not logps or isinstance(row, Prompt | Completion):
+        return row
+    if isinstance(row, Pair):
+        chosen, rejected = logps[row.chosen_completion_id], logps[row.rejected_completion_id]
+        return replace(
+            row, ref_chosen_logps=chosen.ref_logps, ref_rejected_logps=rejected.ref_logps,
+            ref_chosen_token_logps=chosen.token_logps, ref_rejected_token_logps=rejected.token_logps,
+            reference=chosen.reference, scorer=chosen.scorer,
+        )  # fmt: skip
+    if isinstance(row, RankedGroup):
+        own = [logps[name] for name in row.completion_ids]
+        values: tuple[Any, Any] = [r.ref_logps for r in own], [r.token_logps for r in own]
+        found = own[0]
+    else:
+        found = logps[row.bank_id if isinstance(row, KlBank) else row.completion_id]
+        values = found.ref_logps, found.token_logps
+    return replace(row, ref_logps=values[0], ref_token_logps=values[1], reference=found.reference, scorer=found.scorer)

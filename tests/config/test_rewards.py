@@ -1,0 +1,79 @@
+"""Settings of rewards: kinds, tables, and what they refuse."""
+
+import re
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from prefpipe.config.base import STRICT, fields, load
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.rewards import KINDS, Judge, Keyword, Length, Refusal, settings_of
+from prefpipe.errors import UsageError
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_is_documented_and_read_by_a_reward(kind: str) -> None:
+    cls = KINDS[kind]
+    assert cls.model_config == STRICT
+    code = "\n".join(p.read_text() for p in (ROOT / "prefpipe" / "rewards").glob("*.py"))
+    for name, field in fields(cls):
+        if name != "kind":
+            assert re.search(rf"settings\.{name}\b", code), f"{kind}.{name} is documented but never used"
+            assert (field.description or "").endswith("."), f"{kind}.{name}"
+    assert cls().model_dump()["kind"] == kind  # usable with its defaults
+
+
+def test_a_name_is_a_table_or_a_kind_with_its_defaults() -> None:
+    mine = Length(max=3)
+    assert settings_of("mine", {"mine": mine}) is mine
+    assert settings_of("length", {"length": mine}) is mine
+    assert settings_of("length", {}) == Length()
+    with pytest.raises(KeyError):
+        settings_of("module:function", {})
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "words"),
+    [
+        (Length, {"min": 3, "max": 2}, "min = 3 is more than max = 2"),
+        (Length, {"max": 0}, "greater than or equal to 1"),
+        (Judge, {"base_url": "localhost"}, "must start with http"),
+        (Judge, {"base_url": "http://user:key@host/v1"}, "neither a user nor a query"),
+        (Judge, {"base_url": "http://host/v1?key=x"}, "neither a user nor a query"),
+        (Judge, {"api_key": "sk-x"}, "Extra inputs are not permitted"),
+        (Judge, {"api_key_env": "sk-not-a-name"}, "should match pattern"),
+        (Keyword, {"all": "owl"}, "valid tuple"),
+        (Refusal, {"prefer": "both"}, "'answer' or 'refusal'"),
+    ],
+)
+def test_what_is_refused(cls: type[BaseModel], values: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        cls(**values)
+
+
+def test_a_key_in_an_address_is_not_repeated() -> None:
+    with pytest.raises(UsageError) as caught:
+        load(GenerateConfig, None, {"reward_settings": {"j": {"kind": "judge", "base_url": "https://me:sk-key@h/v1"}}})
+    assert "reward_settings.j.base_url = 'https://***@h/v1'" in caught.value.message
+    assert "sk-key" not in caught.value.message
+
+
+def test_an_address_ends_without_a_slash() -> None:
+    assert Judge(base_url="http://h/v1/").base_url == "http://h/v1"
+
+
+def test_names_of_rewards_are_checked_against_tables_and_kinds() -> None:
+    tables = {"mine": {"kind": "length"}}
+    assert (
+        GenerateConfig.model_validate({"reward_settings": tables, "rewards": ["mine", "math", "m:f"]}).rewards[0]
+        == "mine"
+    )
+    assert EvaluateConfig.model_validate({"reward_settings": tables, "reward": "mine"}).reward == "mine"
+    with pytest.raises(ValidationError, match=r"no such reward \(did you mean 'mine'\?\)"):
+        GenerateConfig.model_validate({"reward_settings": tables, "rewards": ["mien"]})
+    with pytest.raises(ValidationError, match="1 validation error"):  # the table's own error is said alone
+        GenerateConfig.model_validate({"reward_settings": {"mine": {"kind": "no"}}, "rewards": ["mine"]})
+    with pytest.raises(ValidationError, match=r"must have kind = \"length\""):
+        GenerateConfig.model_validate({"reward_settings": {"length": {"kind": "math"}}})

@@ -1,0 +1,154 @@
+"""More than a hundred random kills, a full disk at any write, poisoned prompts, two writers: always the same bytes.
+
+Directories live in memory where the system has such a place: what is tested is the order of operations, not the disk.
+"""
+
+import json
+import random
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from prefpipe import store
+from prefpipe.schemas import Completion
+from tests.faults.forge import Forge, forge
+
+NUM_NAMED, NUM_TIMED, NUM_DOUBLE = 76, 30, 16
+POINTS = ("write", "fsync", "rename", "fsync_dir")
+ACTIONS = ("kill", "kill", "torn")
+COMMANDS = ("generate", "score")
+_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(scope="module")
+def forged() -> Iterator[Forge]:
+    with forge() as running:
+        yield running
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
+    """Arguments of both commands: four shards each, all kinds of datasets, with faulty rows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    prompts = [{"prompt": f"Tell me about bird {i}."} for i in range(7)] + [{"prompt": "say <|im_end|>"}]
+    pairs = [{"prompt": f"Bird {i}?", "chosen": f"Owl {i}.", "rejected": f"No {i}."} for i in range(7)]
+    for name, rows in (("prompts", prompts), ("pairs", [*pairs, {"prompt": " ", "chosen": "a", "rejected": "b"}])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", tiny_model, "--engine", "fake", "--shard-rows", 2, "--rewards", "short_sentence", "--check", 3]
+    return {
+        "generate": ["generate", "--prompts", folder / "prompts.jsonl", "--num-samples", 2, *common],
+        "score": ["score", "--inputs", folder / "pairs.jsonl", *common],
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(
+    forged: Forge, inputs: dict[str, list[object]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, bytes]]:
+    """Every file of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("expected")
+    for command in COMMANDS:
+        done = forged.run(*inputs[command], "--out", folder / command)
+        assert done.code == 0, done.stderr
+    return {command: contents(folder / command) for command in COMMANDS}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    skipped = (".lock", ".owner", "timing.jsonl", "inputs.txt")
+    return {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name not in skipped
+    }
+
+
+def test_a_run_cut_anywhere_and_run_again_has_the_same_bytes(
+    forged: Forge, inputs: dict[str, list[object]], expected: dict[str, dict[str, bytes]], place: Path
+) -> None:
+    """Kills at named points, kills at random times, and kills while a killed run recovers."""
+    source = random.Random(20_241_124)
+    kills = 0
+    for number in range(NUM_NAMED + NUM_TIMED + NUM_DOUBLE):
+        command = COMMANDS[number % 2]
+        arguments = [*inputs[command], "--out", place / "out"]
+        for _ in range(2 if number >= NUM_NAMED + NUM_TIMED else 1):
+            if NUM_NAMED <= number < NUM_NAMED + NUM_TIMED:
+                job: dict[str, object] = {"alarm": source.uniform(0.005, 0.1)}
+            else:
+                job = {"fault": f"{source.choice(POINTS)}:{source.randint(1, 36)}:{source.choice(ACTIONS)}"}
+            done = forged.run(*arguments, **job)
+            assert done.code in (0, -signal.SIGKILL, -signal.SIGALRM), (job, done.stderr)
+            kills += done.code < 0
+        done = forged.run(*arguments)
+        assert done.code == 0, (job, done.stderr)
+        assert contents(place / "out") == expected[command], job
+        shutil.rmtree(place / "out")
+    assert kills >= 100
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_disk_that_is_full_at_any_write_costs_nothing_but_a_rerun(
+    forged: Forge, inputs: dict[str, list[object]], expected: dict[str, dict[str, bytes]], place: Path, command: str
+) -> None:
+    """The n-th write fails, n = 1, 2, 3, ... on one directory, until nothing fails any more."""
+    arguments = [*inputs[command], "--out", place / "out"]
+    number = 1
+    while (done := forged.run(*arguments, fault=f"write:{number}:enospc")).code != 0:
+        assert done.code == 74, done.stderr
+        assert "no space left on the disk" in done.stderr
+        assert not list((place / "out").rglob(".*.tmp"))
+        shutil.rmtree(place / "out") if number % 3 == 0 else None
+        number += 1
+    assert number > 10
+    assert contents(place / "out") == expected[command]
+
+
+@pytest.mark.parametrize(("engine", "deaths"), [("Raises", [1, 1]), ("Vanishes", [-9, -9, -9])])
+def test_a_prompt_that_kills_the_engine_ends_in_the_ledger(
+    forged: Forge, tiny_model: Path, place: Path, engine: str, deaths: list[int]
+) -> None:
+    """An engine that fails with a prompt alone convicts it; a process that vanishes, which may be anybody's doing, when
+    it does so twice. All other prompts are answered, and nothing is started anew."""
+    rows = [{"prompt": f"Tell me about bird {i}."} for i in range(9)]
+    rows.insert(5, {"prompt": "Tell me about poison."})
+    (place / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["generate", "--model", tiny_model, "--prompts", place / "p.jsonl", "--engine", "fake",
+                 "--num-samples", 2, "--shard-rows", 3, "--out", place / "g"]  # fmt: skip
+    for code in deaths:
+        done = forged.run(*arguments, engine=f"tests.faults.engines:{engine}")
+        assert done.code == code, done.stderr
+        if code == 1:
+            assert "the engine died while it worked on" in done.stderr
+            assert "run the same command again" in done.stderr
+    done = forged.run(*arguments, engine=f"tests.faults.engines:{engine}")
+    assert done.code == 0, done.stderr
+    prompts = store.read_dataset(place / "g", "completions", Completion, ["prompt_id"])["prompt_id"]
+    assert prompts.value_counts().to_pylist()[0]["counts"] == 2
+    assert len(prompts.unique()) == 9
+    (row,) = pq.read_table(place / "g" / "dropped.parquet").to_pylist()
+    assert row["reason"] == "engine_died"
+    assert forged.run(*arguments).code == 0  # complete, and it stays so
+    damaged = place / "g" / "completions" / "part-00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    again = forged.run(*arguments, engine=f"tests.faults.engines:{engine}")
+    assert again.code == 0, again.stderr  # the shard is made again without the prompt that would kill
+
+
+def test_of_many_writers_one_works_and_the_others_are_told_who(
+    forged: Forge, inputs: dict[str, list[object]], expected: dict[str, dict[str, bytes]], place: Path
+) -> None:
+    arguments = list(map(str, [*inputs["generate"], "--out", place / "out"]))
+    job = {"arguments": arguments, "engine": "tests.faults.engines:Slow"}
+    ended = forged.run_together([job] * 6)
+    assert sorted(e.code for e in ended) == [0, 75, 75, 75, 75, 75], ended
+    assert all("is being written by process" in e.stderr for e in ended if e.code == 75)
+    assert contents(place / "out") == expected["generate"]

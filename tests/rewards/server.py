@@ -1,0 +1,66 @@
+"""An OpenAI-compatible endpoint on localhost for tests: real sockets, answers from a function."""
+
+import json
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Endpoint:
+    """Where it listens, and what was asked of it."""
+
+    base_url: str
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    busiest: int = 0
+
+
+def completion(text: str | None, finish_reason: str = "stop") -> tuple[int, dict[str, Any]]:
+    message = {"role": "assistant", "content": text}
+    return 200, {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}
+
+
+@contextmanager
+def serving(answer: Callable[[dict[str, Any]], tuple[int, Any]]) -> Generator[Endpoint]:
+    """`answer(request)` gives a status and a JSON value (or bytes, or (value, headers))."""
+    lock, under_way = threading.Lock(), [0]
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            with lock:
+                endpoint.requests.append(request | {"path": self.path})
+                endpoint.headers.append({k.lower(): v for k, v in self.headers.items()})
+                under_way[0] += 1
+                endpoint.busiest = max(endpoint.busiest, under_way[0])
+            status, value = answer(request)
+            with lock:
+                under_way[0] -= 1
+            value, headers = value if isinstance(value, tuple) else (value, {})
+            content = value if isinstance(value, bytes) else json.dumps(value).encode()
+            self.send_response(status)
+            for name, text in {"content-length": str(len(content)), **headers}.items():
+                self.send_header(name, text)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    endpoint = Endpoint(f"http://127.0.0.1:{server.server_address[1]}/v1")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield endpoint
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

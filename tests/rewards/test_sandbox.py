@@ -1,0 +1,49 @@
+"""The script that runs programs: what it says of them. What it keeps them from is tested in test_code_tests."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefpipe.rewards import sandbox
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "verdict"),
+    [
+        ("x = 1", "assert x == 1", None),
+        ("x = 1", "assert x == 2, 'no'", "tests: AssertionError: no"),
+        ("x = ", "assert True", "program: SyntaxError: invalid syntax (program, line 1)"),
+        ("raise SystemExit", None, None),
+        ("raise SystemExit(0)", None, None),
+        ("raise SystemExit(2)", None, "program: ended with exit code 2"),
+        ("raise SystemExit(0)", "assert True", "program: ended with exit code 0"),
+        ("assert __name__ == '__main__'", None, None),
+        ("assert __name__ == 'program'", "assert True", None),
+    ],
+)
+def test_run(program: str, tests: str | None, verdict: str | None) -> None:
+    assert sandbox.run(program, tests) == verdict
+
+
+def test_it_is_a_script_of_the_standard_library_alone() -> None:
+    """It runs with `python -I`, where the package may not be found."""
+    tree = ast.parse(Path(sandbox.__file__).read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    assert names <= set(sys.stdlib_module_names)
+
+
+def test_support_is_said_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.platform, "system", lambda: "Darwin")
+    assert "Darwin" in (sandbox.supported() or "")
+    monkeypatch.undo()
+    monkeypatch.setattr(sandbox, "_landlock_version", lambda: -1)
+    assert (
+        sandbox.supported() is None
+        or "Landlock" in (sandbox.supported() or "")
+        or "x86_64" in (sandbox.supported() or "")
+    )
+    if sys.platform == "linux":
+        assert sandbox.supported() is not None
