@@ -17,7 +17,7 @@ _H = ("beta", "ld_alpha")  # of a loss of the log-ratios of a pair
 _GAMMA = ("simpo_gamma", "simpo_gamma_beta_ratio")
 _CLASSES = ("beta", "desirable_weight", "undesirable_weight")
 # Which settings a loss reads. A setting that none of the chosen losses reads may only have its default.
-READS: dict[str, tuple[str, ...]] = {
+_READS: dict[str, tuple[str, ...]] = {
     "sigmoid": (*_H, "label_smoothing"),
     "sigmoid_norm": (*_H, "label_smoothing"),
     "hinge": _H,
@@ -45,7 +45,8 @@ READS: dict[str, tuple[str, ...]] = {
     "apo_zero_unpaired": _CLASSES,
     "plackett_luce": ("beta",),
 }
-PAIR_LOSSES = tuple(name for name in READS if name not in ("kto", "apo_zero_unpaired", "plackett_luce"))
+PAIR_LOSSES = tuple(name for name in _READS if name not in ("kto", "apo_zero_unpaired", "plackett_luce"))
+READS = {name: (*own, "use_weighting") if name in PAIR_LOSSES else own for name, own in _READS.items()}
 _LARGEST_MARGIN = 2.0  # nats per token: SimPO's published margins are 0.1 to 0.5
 
 
@@ -75,6 +76,8 @@ class TrainConfig(BaseModel):
     rainbow, simpo and alphapo; tau of ipo; the weight lambda of orpo's odds ratio."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a preference is flipped: cDPO with sigmoid, robust DPO with robust; exo_pair needs one."""
+    use_weighting: bool = False
+    """WPO: weigh every pair by how likely the policy itself would be to say both completions."""
     ld_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
     """LD-DPO: weight of the tokens beyond the length of the shorter side, under policy and reference alike."""
     ipo_reduction: Literal["sum", "mean"] = "sum"

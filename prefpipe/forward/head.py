@@ -41,6 +41,19 @@ def target_logps(
     return head.apply(hidden, weight, targets, rule)
 
 
+@torch.no_grad()
+def log_collisions(hidden: torch.Tensor, weight: torch.Tensor, rule: LogitRule = LogitRule()) -> torch.Tensor:
+    """hidden [N, H], weight [V, H] -> float32 log sum_v p_v^2 [N]: the log-probability that two draws are the same."""
+    found: list[torch.Tensor] = []
+    step = min(CHUNK, _rows_at_once(weight.device))
+    for start in range(0, hidden.shape[0], CHUNK):
+        raw = hidden[start : start + CHUNK] @ weight.T
+        for part in raw.split(step):
+            logits = _ruled(part.float(), rule)
+            found.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
+    return torch.cat(found)
+
+
 def chunk_bytes(weight: torch.Tensor) -> int:
     """Bytes of the largest thing made here: the raw scores of a chunk, and float32 work on the rows done at once."""
     return weight.shape[0] * (CHUNK * weight.element_size() + 3 * 4 * _rows_at_once(weight.device))
@@ -62,12 +75,14 @@ def _to_logps(raw: torch.Tensor, targets: torch.Tensor, rule: LogitRule, *, slop
     )  # fmt: skip
 
 
-def _block(raw: torch.Tensor, targets: torch.Tensor, rule: LogitRule, *, slopes: bool) -> torch.Tensor:
-    logits = raw.float()  # float32 scores are worked on in place
+def _ruled(scores: torch.Tensor, rule: LogitRule) -> torch.Tensor:
     if rule.scale != 1.0:
-        logits.mul_(rule.scale)
-    if rule.cap is not None:
-        logits.div_(rule.cap).tanh_().mul_(rule.cap)
+        scores.mul_(rule.scale)
+    return scores if rule.cap is None else scores.div_(rule.cap).tanh_().mul_(rule.cap)
+
+
+def _block(raw: torch.Tensor, targets: torch.Tensor, rule: LogitRule, *, slopes: bool) -> torch.Tensor:
+    logits = _ruled(raw.float(), rule)  # float32 scores are worked on in place
     log_total = logits.logsumexp(dim=1, keepdim=True)
     logps = (logits.gather(1, targets) - log_total).squeeze(1)
     if slopes:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from prefpipe.errors import UsageError
 from prefpipe.forward.attention import NAME, why_not_shared
-from prefpipe.forward.head import logit_rule, target_logps
+from prefpipe.forward.head import log_collisions, logit_rule, target_logps
 from prefpipe.forward.layout import Layout, Tree, flatten, separate
 
 SCORER_VERSION = 2  # raise it when the numbers below can change: cached values of another version are refused
@@ -36,16 +36,18 @@ class TreeModel(torch.nn.Module):
         causal = causal_model(self.policy)
         causal.set_attn_implementation(NAME if rows == "shared" else plain_attention(causal))
 
-    def forward(self, layout: Layout) -> torch.Tensor:
-        """float32 log-probs [N] of every completion token of a layout, in its order."""
+    def forward(self, layout: Layout, *, collisions: bool = False) -> torch.Tensor:
+        """float32 log-probs [N] of every completion token of a layout, in its order; with `collisions` [2, N], the
+        second row log sum_v p_v^2 of the distribution that the token was drawn from, without gradient."""
         causal = causal_model(self.policy)
         head = cast(torch.nn.Linear, causal.get_output_embeddings())
         layout = layout.to(head.weight.device)
         hidden = _shared_states(causal, layout) if self.rows == "shared" else _separate_states(causal, layout)
-        logps = target_logps(
-            hidden[layout.sources], head.weight, layout.targets, logit_rule(causal.config.get_text_config())
-        )
-        return logps[layout.entries]
+        states, rule = hidden[layout.sources], logit_rule(causal.config.get_text_config())
+        logps = target_logps(states, head.weight, layout.targets, rule)[layout.entries]
+        if not collisions:
+            return logps
+        return torch.stack([logps, log_collisions(states, head.weight, rule)[layout.entries]])
 
     def layout(self, trees: Sequence[Tree]) -> Layout:
         """Trees laid out as this model computes them; the order of completions and tokens is that of `trees`."""

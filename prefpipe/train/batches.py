@@ -28,8 +28,11 @@ def scores_prompt(config: TrainConfig) -> bool:
 def to_loss_batch(
     token_logps: torch.Tensor, layout: Layout, micro: MicroBatch, config: TrainConfig, z0: float = 0.0
 ) -> tuple[LossBatch, torch.Tensor]:
-    """Policy and reference log-probs of a micro-batch's rows (all of one kind), and the rows' weights [B]."""
-    given = _Given(token_logps, layout, micro, config)
+    """Policy and reference log-probs of a micro-batch's rows (all of one kind), and the rows' weights [B].
+
+    `token_logps` are [N], or [2, N] with log sum p^2 below: the weights are then WPO's too.
+    """
+    given = _Given(token_logps if token_logps.dim() == 1 else token_logps[0], layout, micro, config)
     if isinstance(micro.rows[0], TrainPair):
         batch = _pairs(given, cast("Sequence[TrainPair]", micro.rows))
     elif isinstance(micro.rows[0], TrainGroup):
@@ -38,7 +41,8 @@ def to_loss_batch(
         labels = [bool(row.desirable) for row in cast("Sequence[TrainLabel]", micro.rows)]
         desirable = torch.tensor(labels, device=given.device)
         batch = LabelBatch(given.side(0), desirable, torch.tensor(z0, device=given.device))
-    return batch, given.column([row.weight for row in micro.rows])
+    weights = given.column([row.weight for row in micro.rows])
+    return batch, weights if token_logps.dim() == 1 else weights * given.policy_weights(token_logps[1])
 
 
 class _Given:
@@ -75,14 +79,28 @@ class _Given:
             ),
         )  # fmt: skip
 
-    def _sums(self, numbers: Sequence[int], lengths: Sequence[int], taken: Sequence[int]) -> torch.Tensor:
-        """Log-probs [B] of the first `taken` of the last `lengths` tokens of completions."""
+    def policy_weights(self, log_collisions: torch.Tensor) -> torch.Tensor:
+        """[B], without gradient: min(1, product over both sides of exp(mean over tokens of log p - log sum_v p_v^2)),
+        1 for what the policy would say itself. Zhou et al. 2024 (WPO, 2406.11827), clamped as in the authors' code."""
+        excess = (self._token_logps - log_collisions).detach()
+        total = torch.zeros(len(self.micro.rows), device=self.device)
+        for position in (0, 1):
+            lengths = [len(answer.ids) for answer in self.answers(position)]
+            numbers = [place[position] for place in self.micro.places]
+            total += self._sums(numbers, lengths, lengths, excess) / self.column(lengths)
+        return total.exp().clamp(max=1.0)
+
+    def _sums(
+        self, numbers: Sequence[int], lengths: Sequence[int], taken: Sequence[int], values: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Log-probs (or other `values` of the tokens) [B] of the first `taken` of the last `lengths` tokens of
+        completions."""
         starts = [self._ends[n] - length for n, length in zip(numbers, lengths, strict=True)]
         tokens = [i for start, count in zip(starts, taken, strict=True) for i in range(start, start + count)]
         owners = [row for row, count in enumerate(taken) for _ in range(count)]
         sums = torch.zeros(len(numbers), dtype=torch.float32, device=self.device)
         index = torch.tensor([tokens, owners], dtype=torch.long, device=self.device)
-        return sums.index_add(0, index[1], self._token_logps[index[0]])
+        return sums.index_add(0, index[1], (self._token_logps if values is None else values)[index[0]])
 
 
 def _pairs(given: _Given, rows: Sequence[TrainPair]) -> PairBatch:

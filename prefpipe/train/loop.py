@@ -133,7 +133,8 @@ def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, c
     """
     config = trainer.config
     layout = trainer.model.layout(micro.trees)
-    loss_batch, weights = to_loss_batch(trainer.wrapped(layout), layout, micro, config, z0)
+    token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
+    loss_batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
     per_row = losses.combine(config.loss_type, config.loss_weights, loss_batch, settings_of(config))
     loss = (weights * per_row).sum() / size * float(counts)
     (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefpipe.forward.head import CHUNK, LogitRule, logit_rule, target_logps
+from prefpipe.forward.head import CHUNK, LogitRule, log_collisions, logit_rule, target_logps
 
 
 def inputs(rows: int, vocabulary: int, dtype: torch.dtype, size: int = 16) -> tuple[torch.Tensor, ...]:
@@ -53,6 +53,18 @@ def test_equals_log_softmax_in_value_and_gradient(rows: int, rule: str, trainabl
     for mine, other in zip(gradients, expected_gradients, strict=True):
         assert other.norm() > 0
         assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rows", [1, CHUNK + 1])
+def test_collisions_are_the_log_of_summed_squares(rows: int, rule: str):
+    hidden, weight, *_ = inputs(rows, 50, torch.float32)
+    logits = hidden @ weight.T * RULES[rule].scale
+    cap = RULES[rule].cap
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    found = log_collisions(hidden, weight, RULES[rule])
+    assert not found.requires_grad
+    torch.testing.assert_close(found, logits.softmax(1).square().sum(1).log(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prefpipe.forward.layout import flatten
+from prefpipe.train import losses
 from prefpipe.train import rows as train_rows
 from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
 from prefpipe.train.groups import micro_batches
@@ -62,6 +63,35 @@ def test_prefixes_end_with_the_shorter_side():
             assert side.reference_prefix is not None
             assert float(side.policy_prefix[n]) == pytest.approx(sums(answer.ids, shorter), rel=1e-6)
             assert float(side.reference_prefix[n]) == sum((answer.reference or ())[:shorter])
+
+
+WPO_LOGPS = {(1, 2, 3): [-1, -0.5, -2], (4, 5, 6, 7): [-2, -1, -0.5, -1.25],
+             (1, 2, 3, 4, 5): [-0.25, -1.5, -0.75, -3, -0.1], (6, 7): [-0.9, -2.2]}  # fmt: skip
+WPO_SQUARES = {(1, 2, 3): [-0.4, -0.3, -0.9], (4, 5, 6, 7): [-0.8, -0.4, -0.3, -0.7],
+               (1, 2, 3, 4, 5): [-0.2, -0.6, -0.5, -1.1, -0.05], (6, 7): [-0.5, -0.9]}  # fmt: skip
+
+
+def weighted(shift: float) -> list[float]:
+    """loss * weight of two pairs: what TRL's own loss code gives for these numbers (its mean is 0.1734223)."""
+    pairs: list[TrainRow] = [
+        replace(PAIRS[0], prompt=(8, 8), chosen=(1, 2, 3), rejected=(4, 5, 6, 7), weight=1.0,
+                ref_chosen=(-4.1, 0.0, 0.0), ref_rejected=(-4.0, 0.0, 0.0, 0.0)),
+        replace(PAIRS[1], prompt=(9, 9), chosen=(1, 2, 3, 4, 5), rejected=(6, 7), weight=1.0,
+                ref_chosen=(-5.0, *[0.0] * 4), ref_rejected=(-3.6, 0.0)),
+    ]  # fmt: skip
+    config = data.config(Path(), use_weighting=True)
+    (micro,) = micro_batches(pairs, 10**6)
+    order = [tuple(completion) for tree in micro.trees for completion in tree.completions]
+    values = torch.tensor([[v for ids in order for v in table[ids]] for table in (WPO_LOGPS, WPO_SQUARES)])
+    values[1] -= shift
+    batch, weights = to_loss_batch(values.requires_grad_(), flatten(micro.trees), micro, config)
+    assert not weights.requires_grad
+    return (weights * losses.combine(("sigmoid",), (1.0,), batch, settings_of(config))).tolist()
+
+
+def test_wpo_weights_are_trls_until_they_pass_one():
+    assert sum(weighted(0.0)) / 2 == pytest.approx(0.1734223, abs=1e-6)
+    assert sum(weighted(5.0)) / 2 == pytest.approx(0.6887913, abs=1e-6)  # clamped at 1: the golden value of sigmoid
 
 
 def test_a_scored_prompt_is_in_the_nll_alone():

@@ -26,6 +26,7 @@ RUNS = {
     "sigmoid_norm": {"beta": 5.0},
     "hinge": {"beta": 0.1},
     "robust": {"beta": 0.1, "label_smoothing": 0.1},
+    "sigmoid weighted": {"beta": 0.1, "use_weighting": True},
 }
 
 
@@ -68,14 +69,15 @@ def in_order(rows: list[TrainPair], config: TrainConfig) -> list[TrainPair]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_twenty_steps_of_a_loss_are_trls(trl: Path, tiny_model: Path, name: str):
-    """LoRA, AdamW, clipping, float32: every loss of the first 20 steps within 1e-5 (relative above 1)."""
+    """LoRA, AdamW, clipping, float32: every loss of the first 20 steps within 1e-5 (relative above 1; WPO's weights are
+    small on a model that did not make the texts, so that its losses are compared by their ratio)."""
     expected = json.loads((trl / "losses.json").read_text())[name]
     config = data.config(
-        tiny_model, loss_type=(name,), train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="constant",
+        tiny_model, loss_type=(name.split()[0],), train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="constant",
         warmup_ratio=0.0, num_train_epochs=1, **RUNS[name],
     )  # fmt: skip
     base = load.load_model(tiny_model, "float32")
-    model = TreeModel(load.load_adapter(base, trl / f"adapter-{name}", trainable=True))
+    model = TreeModel(load.load_adapter(base, trl / f"adapter-{name.replace(' ', '-')}", trainable=True))
     ids = [tuple(map(tuple, row)) for row in json.loads((trl / "ids.json").read_text())]
     with load.adapter_off(model.policy, off=True):
         values = list(score(model, [Tree(prompt, (chosen, rejected)) for prompt, chosen, rejected in ids]))
@@ -85,6 +87,6 @@ def test_twenty_steps_of_a_loss_are_trls(trl: Path, tiny_model: Path, name: str)
     ]
     found = [m.values["loss"] for m in loop.steps(data.trainer(model, config), in_order(rows, config), 0)]
     assert len(found) == len(expected) == 20
-    assert max(found) - min(found) > 1e-3  # it did train
+    assert max(found) - min(found) > 1e-3 * max(found)  # it did train
     for mine, other in zip(found, expected, strict=True):
-        assert abs(mine - other) <= 1e-5 * max(1.0, abs(other))
+        assert abs(mine - other) <= (1e-3 * other if config.use_weighting else 1e-5 * max(1.0, abs(other)))

@@ -21,6 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sigmoid_norm": {"beta": 5.0},
     "hinge": {"beta": 0.1},
     "robust": {"beta": 0.1, "label_smoothing": 0.1},
+    "sigmoid weighted": {"beta": 0.1, "use_weighting": True},
 }
 
 
@@ -28,9 +29,10 @@ def main(model: str, folder: Path) -> None:
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
     for name, values in RUNS.items():
+        loss, place = name.split()[0], name.replace(" ", "-")
         settings = DPOConfig(
-            output_dir=str(folder / name), use_cpu=True, bf16=False, model_init_kwargs={"dtype": "float32"},
-            loss_type=[name], max_length=None, precompute_ref_log_probs=True, per_device_train_batch_size=BATCH,
+            output_dir=str(folder / place), use_cpu=True, bf16=False, model_init_kwargs={"dtype": "float32"},
+            loss_type=[loss], max_length=None, precompute_ref_log_probs=True, per_device_train_batch_size=BATCH,
             max_steps=STEPS, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
             max_grad_norm=1.0, optim="adamw_torch", gradient_checkpointing=False, logging_steps=1, save_strategy="no",
             report_to="none", seed=1, disable_tqdm=True, dataloader_pin_memory=False,
@@ -47,7 +49,7 @@ def main(model: str, folder: Path) -> None:
         )  # fmt: skip
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         rows = [[list(row[c]) for c in columns] for row in trainer.train_dataset]
-        trainer.model.save_pretrained(str(folder / f"adapter-{name}"))
+        trainer.model.save_pretrained(str(folder / f"adapter-{place}"))
         trainer.train()
         found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (folder / "ids.json").write_text(json.dumps(rows))
