@@ -62,14 +62,14 @@ def recognise(row: Row, where: str) -> str:
 
 
 def has_ratings(row: Row, kind: str) -> bool:
-    """Whether a file of this format rates its answers, by its first row."""
+    """Whether a file of this format rates its answers: by the columns of its first row, which may be empty there."""
     if kind == "preference":
         return any(a in row and b in row for a, b in _SIDES)
     if kind != "list":
         return False
     answers = row[_first(row, _LISTS) or ""]
-    inside = isinstance(answers, list) and any(isinstance(a, dict) and _first(a, _INSIDE["rating"]) for a in answers)
-    return _first(row, _RATINGS) is not None or inside
+    inside = isinstance(answers, list) and any(isinstance(a, dict) and a.keys() & _INSIDE["rating"] for a in answers)
+    return any(name in row for name in _RATINGS) or inside
 
 
 def parse(row: Row, kind: str, where: str) -> Answered:
