@@ -29,6 +29,10 @@ _INSIDE = {
     "rating": ("overall_score", "rating", "score", "fine-grained_score"),
     "writer": ("model", "source"),
 }
+_KNOWN = {
+    *_PROMPTS, *_LISTS, *_RATINGS, *_WRITERS, *(name for pair in _SIDES for name in pair),
+    *("chosen", "rejected", "completion", "label", "answer", "messages", "system_prompt", "model"),
+}  # fmt: skip
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _UNRATED = ("", "n/a", "none", "null", "nan")
 
@@ -75,6 +79,11 @@ def has_ratings(row: Row, kind: str) -> bool:
 def parse(row: Row, kind: str, where: str) -> Answered:
     """A row of a format. Raises DataError for a missing or mistyped field, RowFault for a row that cannot be used."""
     return _PARSERS[kind](row, where)
+
+
+def others(row: Row) -> dict[str, Any]:
+    """The columns that no format reads: they stay with the prompt, for rewards that look at them."""
+    return {name: value for name, value in row.items() if name not in _KNOWN}
 
 
 def messages(value: object, where: str, name: str, role: str) -> Messages:

@@ -162,6 +162,12 @@ def test_rewards_that_are_all_nought_are_rewards(
     assert len(rows(tmp_path / "s", "rewards/tests.e2e.nought:nought", Reward)) == 24
 
 
+def test_columns_that_no_format_reads_stay_with_the_prompt(tiny_model: Path, write: Write, tmp_path: Path) -> None:
+    run(tiny_model, write({**PAIRS[0], "answer": "owl", "level": 3, "source_dataset": "birds"}), tmp_path / "s")
+    (prompt,) = rows(tmp_path / "s", "prompts", Prompt)
+    assert (prompt.answer, json.loads(prompt.meta)) == ("owl", {"level": 3, "source_dataset": "birds"})
+
+
 def test_ratings_of_pairs_are_their_rewards(tiny_model: Path, write: Write, tmp_path: Path) -> None:
     rated = [{**PAIRS[0], "score_chosen": 8.0, "score_rejected": 3.0}]
     run(tiny_model, write(*rated), tmp_path / "s", reference="none")
