@@ -90,7 +90,7 @@ def vllm(*, quick: bool) -> list[dict[str, Any]]:
 
     policy = models.resolve(MODEL)
     chat = chats.load(policy.directory)
-    prompts, max_tokens = (8, 24) if quick else (32, 64)
+    prompts, max_tokens = (8, 24) if quick else (16, 32)
     requests = []
     for i in range(prompts):
         message = {"role": "user", "content": f"Tell me about topic {i} in one short sentence."}

@@ -29,6 +29,10 @@ _INSIDE = {
     "rating": ("overall_score", "rating", "score", "fine-grained_score"),
     "writer": ("model", "source"),
 }
+_KNOWN = {
+    *_PROMPTS, *_LISTS, *_RATINGS, *_WRITERS, *(name for pair in _SIDES for name in pair),
+    *("chosen", "rejected", "completion", "label", "answer", "messages", "system_prompt", "model"),
+}  # fmt: skip
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _UNRATED = ("", "n/a", "none", "null", "nan")
 
@@ -62,19 +66,24 @@ def recognise(row: Row, where: str) -> str:
 
 
 def has_ratings(row: Row, kind: str) -> bool:
-    """Whether a file of this format rates its answers, by its first row."""
+    """Whether a file of this format rates its answers: by the columns of its first row, which may be empty there."""
     if kind == "preference":
         return any(a in row and b in row for a, b in _SIDES)
     if kind != "list":
         return False
     answers = row[_first(row, _LISTS) or ""]
-    inside = isinstance(answers, list) and any(isinstance(a, dict) and _first(a, _INSIDE["rating"]) for a in answers)
-    return _first(row, _RATINGS) is not None or inside
+    inside = isinstance(answers, list) and any(isinstance(a, dict) and a.keys() & _INSIDE["rating"] for a in answers)
+    return any(name in row for name in _RATINGS) or inside
 
 
 def parse(row: Row, kind: str, where: str) -> Answered:
     """A row of a format. Raises DataError for a missing or mistyped field, RowFault for a row that cannot be used."""
     return _PARSERS[kind](row, where)
+
+
+def others(row: Row) -> dict[str, Any]:
+    """The columns that no format reads: they stay with the prompt, for rewards that look at them."""
+    return {name: value for name, value in row.items() if name not in _KNOWN}
 
 
 def messages(value: object, where: str, name: str, role: str) -> Messages:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from prefpipe import log, parity, sampling, store
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, Sequence
-from prefpipe.ids import ids_digest, numbered_id, sample_seed
+from prefpipe.ids import ids_digests, numbered_id, sample_seed
 from prefpipe.sampling import Sampled, Task
 from prefpipe.schemas import Completion, Prompt, RefLogps, Reward, from_table, to_table
 from prefpipe.store import Manifest, Run
@@ -128,7 +128,8 @@ class _Stage:
     def _completions(self, sampled: Sampled) -> Iterator[Completion]:
         ready, policy = sampled.ready, self.task.policy.id
         key = sampling.prompt_key(self.config, policy, ready)
-        for sample, text in zip(sampled.samples, sampled.texts, strict=True):
+        digests = ids_digests(ready.token_ids, [s.token_ids for s in sampled.samples])
+        for sample, text, digest in zip(sampled.samples, sampled.texts, digests, strict=True):
             yield Completion(
                 completion_id=numbered_id(key, sample.sample_index),
                 prompt_id=ready.prompt.prompt_id,
@@ -138,7 +139,7 @@ class _Stage:
                 token_ids=sample.token_ids,
                 finish_reason=sample.finish_reason,
                 policy=policy,
-                ids_digest=ids_digest(ready.token_ids, sample.token_ids),
+                ids_digest=digest,
             )
 
     def _references(self, completions: list[Completion], sampled: list[Sampled], engine: Engine) -> list[RefLogps]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -31,11 +31,18 @@ def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
 
 def ids_digest(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
     """128-bit digest of the exact ids that a log-probability belongs to; the boundary is part of it."""
-    hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(len(prompt_token_ids).to_bytes(8, "little"))
-    hasher.update(array("i", prompt_token_ids).tobytes())
-    hasher.update(array("i", token_ids).tobytes())
-    return hasher.hexdigest()
+    (digest,) = ids_digests(prompt_token_ids, [token_ids])
+    return digest
+
+
+def ids_digests(prompt_token_ids: Sequence[int], completions: Iterable[Sequence[int]]) -> Iterator[str]:
+    """`ids_digest` of every completion of one prompt, which is hashed once."""
+    prompt = hashlib.blake2b(len(prompt_token_ids).to_bytes(8, "little"), digest_size=16)
+    prompt.update(array("i", prompt_token_ids))
+    for token_ids in completions:
+        hasher = prompt.copy()
+        hasher.update(array("i", token_ids))
+        yield hasher.hexdigest()
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -193,7 +193,7 @@ def import_rows(chunk: list[Placed], kind: str, chat: Chat, limits: Limits) -> I
         except RowFault as fault:
             made.dropped.append(Dropped(where, fault.reason, fault.detail))
             continue
-        prompts.setdefault(found.prompt_id, _to_prompt_of(found))
+        prompts.setdefault(found.prompt_id, _to_prompt_of(found, row))
         for i in range(len(found.answers)):
             completion = _to_completion(found, i)
             if completion.completion_id not in completions:
@@ -276,8 +276,12 @@ def _to_completion(found: Tokenised, i: int) -> Completion:
     )  # fmt: skip
 
 
-def _to_prompt_of(found: Tokenised) -> Prompt:
-    return Prompt(found.prompt_id, found.prompt, found.source.answer, "train", IMPORTED, "{}")
+def _to_prompt_of(found: Tokenised, row: Mapping[str, Any]) -> Prompt:
+    return Prompt(found.prompt_id, found.prompt, found.source.answer, "train", IMPORTED, _to_json(formats.others(row)))
+
+
+def _to_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, default=str)
 
 
 def _to_ratings(found: Tokenised, i: int) -> list[Reward]:
@@ -316,7 +320,7 @@ def _to_prompt(row: Mapping[str, Any], where: str) -> Prompt:
         answer=answer,
         split=str(row.get("split") or "train"),
         source=str(row.get("source") or ""),
-        meta=json.dumps(extra, ensure_ascii=False, default=str),
+        meta=_to_json(extra),
     )
 
 

@@ -182,28 +182,31 @@ class _Stage:
 
     def totals(self) -> dict[str, Any]:
         """Counts over all shards, read column by column: the same whether the run was interrupted or not."""
-        counted = {name: self._column(name, t, None) for name, t in ROW_TYPES.items() if name != "prompts"}
-        logps = list(self._column("ref_logps", RefLogps, "ref_logps"))
-        tokens = sum(n for part in self._column("ref_logps", RefLogps, "num_tokens") for n in part)
+        rows = {name: self._tally(name, row_type, None)[0] for name, row_type in ROW_TYPES.items() if name != "prompts"}
+        rows["ref_logps"], total = self._tally("ref_logps", RefLogps, "ref_logps")
+        _, tokens = self._tally("ref_logps", RefLogps, "num_tokens")
         means: dict[str, float | None] = {}
+        rated = 0
         for name in (*self.rewards, IMPORTED_REWARD):
-            values = [
-                v
-                for part in self._column(sampling.reward_folder(name), Reward, "reward")
-                for v in part
-                if v is not None
-            ]
-            means[name] = sum(values) / len(values) if values else None
-        rows = {name: sum(len(part) for part in parts) for name, parts in counted.items()}
-        scored = sum(map(len, logps))
-        if not scored and not any(means.values()) and not any(rows.values()):
+            count, reward = self._tally(sampling.reward_folder(name), Reward, "reward")
+            means[name] = reward / count if count else None
+            rated += self._tally(sampling.reward_folder(name), Reward, None)[0]
+        if not rated and not any(rows.values()):
             raise DataError("no row is left", f"see {self.run.out}/dropped.parquet for every row and its reason")
+        reasons = Counter(r for part in self._column("dropped", Dropped, "reason") for r in part)
         return {
-            "rows": {**rows, "ref_logps": scored}, "tokens": tokens,
-            "mean_token_logp": sum(v for part in logps for v in part) / tokens if tokens else None,
-            "mean_reward": means,
-            "dropped": dict(sorted(Counter(r for p in self._column("dropped", Dropped, "reason") for r in p).items())),
+            "rows": rows, "tokens": int(tokens), "mean_token_logp": total / tokens if tokens else None,
+            "mean_reward": means, "dropped": dict(sorted(reasons.items())),
         }  # fmt: skip
+
+    def _tally(self, dataset: str, row_type: type, column: str | None) -> tuple[int, float]:
+        """(number, sum) of the values of a column that are there; without a column, (number of rows, 0)."""
+        count, total = 0, 0.0
+        for part in self._column(dataset, row_type, column):
+            present = [v for v in part if v is not None]
+            count += len(present)
+            total += sum(present) if column else 0
+        return count, total
 
     def _column(self, dataset: str, row_type: type, column: str | None) -> Iterator[list[Any]]:
         name = column or next(iter(row_type.__dataclass_fields__))

@@ -74,7 +74,7 @@ def _of_file(source: str, reader: Reader) -> Iterator[Read]:
             kind = formats.recognise(row, where)
             datasets += _ADDED.get(kind, ())
             datasets += (RATING_FOLDER,) if formats.has_ratings(row, kind) else ()
-        yield datasets, partial(_import, chunk, kind, reader)
+        yield datasets, partial(_import, chunk, kind, reader, with_ratings=RATING_FOLDER in datasets)
     if not kind:
         raise DataError(f"{source} has no rows", "check the file")
 
@@ -108,8 +108,13 @@ def notice_other_chat(source: Path, chat: Chat) -> None:
             log.warn(f"{source} was made with another {name.replace('_', ' ')}: its token ids are scored as they are")
 
 
-def _import(chunk: list[ingest.Placed], kind: str, reader: Reader) -> Batch:
+def _import(chunk: list[ingest.Placed], kind: str, reader: Reader, *, with_ratings: bool) -> Batch:
     made = ingest.import_rows(chunk, kind, reader.chat, reader.limits)
+    if not with_ratings and any(r.reward is not None for r in made.ratings):
+        raise DataError(
+            f"{chunk[0][0]}: here or below an answer has a rating, but the first row of the file has no such field",
+            "give every row the same fields; a missing rating is null",
+        )
     rows: dict[str, list[Any]] = {"prompts": made.prompts, "completions": made.completions}
     rows |= {"pairs": made.pairs, "labels": made.labels}
     sequences = [base.Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in made.completions]

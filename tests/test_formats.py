@@ -117,6 +117,12 @@ def test_unknown_columns_are_listed() -> None:
         formats.recognise({"question": "a", "text": "b"}, "f, line 1")
 
 
+def test_a_first_row_without_a_rating_is_still_of_a_rated_file() -> None:
+    assert formats.has_ratings({"prompt": "Hi", "completions": ["a"], "ratings": None}, "list")
+    assert formats.has_ratings({"prompt": "Hi", "completions": [{"response": "a", "overall_score": None}]}, "list")
+    assert not formats.has_ratings({"prompt": "Hi", "completions": [{"response": "a"}]}, "list")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "N/A", "", None])
 def test_no_rating_is_none(value: Any) -> None:
     assert formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [value]}, "list", "f").ratings == [None]

@@ -10,7 +10,7 @@ import sys
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prefpipe.ids import canonical_json, content_id, ids_digest, numbered_id, sample_seed
+from prefpipe.ids import canonical_json, content_id, ids_digest, ids_digests, numbered_id, sample_seed
 from tests.conftest import ROOT
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -104,3 +104,8 @@ def test_numbered_ids_differ_by_key_and_number() -> None:
     """By hand: blake2b of "key/number", 128 bits."""
     assert numbered_id("ab", 3) == hashlib.blake2b(b"ab/3", digest_size=16).hexdigest()
     assert len({numbered_id(key, n) for key in ("a", "b") for n in range(5)}) == 10
+
+
+@given(prompt=TOKENS, completions=st.lists(TOKENS, max_size=4))
+def test_digests_of_one_prompt_are_those_of_each(prompt: list[int], completions: list[list[int]]) -> None:
+    assert list(ids_digests(prompt, completions)) == [ids_digest(prompt, ids) for ids in completions]

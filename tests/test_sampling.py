@@ -20,6 +20,7 @@ from prefpipe.engines.base import Draw, EngineSettings, Request, Sample
 from prefpipe.errors import DataError, PrefpipeError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.inflight import Inflight
+from prefpipe.ingest import read_prompts
 from prefpipe.rewards import rules
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.sampling import Ready, Sampled
@@ -239,8 +240,9 @@ def test_parts_are_disjoint_and_together_they_are_the_whole(tiny_model: Path, pr
         config = GenerateConfig(model=str(tiny_model), prompts=str(prompts_file), engine="fake", part=part)
         return [p.prompt_id for p in sampling.read_task(config, ()).prompts]
 
+    everything, _ = read_prompts(prompts_file, "train", 0)
     parts = [ids(f"{i}/{count}") for i in range(1, count + 1)]
-    assert sorted(i for part in parts for i in part) == sorted(ids("1/1"))
+    assert sorted(i for part in parts for i in part) == sorted(p.prompt_id for p in everything)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(UsageError, match=rf"part = '{count + 1}/{count}': there are only {count} parts"):
         ids(f"{count + 1}/{count}")

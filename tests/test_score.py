@@ -145,6 +145,29 @@ def test_ratings_become_a_reward_that_build_pairs_takes(tiny_model: Path, write:
     assert all(p.ref_chosen_logps is not None and p.reward_gap == 7.0 for p in pairs)
 
 
+def test_ratings_that_begin_below_the_first_row_are_never_lost(tiny_model: Path, write: Write, tmp_path: Path) -> None:
+    texts = [{"prompt": f"Q{i}", "completions": ["Yes.", "No."]} for i in range(2)]
+    late = {"prompt": "Q9", "completions": ["Yes.", "No."], "ratings": [2, 1]}
+    with pytest.raises(DataError, match="the first row of the file has no such field"):
+        run(tiny_model, write(*texts, late), tmp_path / "late")
+    run(tiny_model, write({**texts[0], "ratings": None}, late, name="null.jsonl"), tmp_path / "null")
+    assert [r.reward for r in rows(tmp_path / "null", "rewards/rating", Reward)] == [None, None, 2.0, 1.0]
+
+
+def test_rewards_that_are_all_nought_are_rewards(
+    tiny_model: Path, generated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    manifest = run(tiny_model, generated[0], tmp_path / "s", reference="none", rewards=("tests.e2e.nought:nought",))
+    assert manifest["totals"]["mean_reward"]["tests.e2e.nought:nought"] == 0.0
+    assert len(rows(tmp_path / "s", "rewards/tests.e2e.nought:nought", Reward)) == 24
+
+
+def test_columns_that_no_format_reads_stay_with_the_prompt(tiny_model: Path, write: Write, tmp_path: Path) -> None:
+    run(tiny_model, write({**PAIRS[0], "answer": "owl", "level": 3, "source_dataset": "birds"}), tmp_path / "s")
+    (prompt,) = rows(tmp_path / "s", "prompts", Prompt)
+    assert (prompt.answer, json.loads(prompt.meta)) == ("owl", {"level": 3, "source_dataset": "birds"})
+
+
 def test_ratings_of_pairs_are_their_rewards(tiny_model: Path, write: Write, tmp_path: Path) -> None:
     rated = [{**PAIRS[0], "score_chosen": 8.0, "score_rejected": 3.0}]
     run(tiny_model, write(*rated), tmp_path / "s", reference="none")
