@@ -204,6 +204,35 @@ def read_dataset(run_dir: Path, dataset: str, row_type: type, columns: list[str]
 
     Raises MissingInputError without a manifest or dataset, DataError for a damaged file.
     """
+    return pa.concat_tables([_read(path, row_type, columns) for path in checked_files(run_dir, dataset)])
+
+
+def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
+    """The files of a dataset for a reader that does not check page checksums: digest and columns are checked here.
+
+    Raises as `read_dataset` does, and DataError when a file has other columns or types than `row_type`.
+    """
+    schema = arrow_schema(row_type)
+    files = checked_files(run_dir, dataset)
+    for path in files:
+        found = pq.read_schema(path)
+        _check_dataset(found, row_type, path)
+        if not found.equals(schema):
+            wrong = [f"{f.name} ({f.type})" for f in schema if f.name not in found.names or found.field(f.name) != f]
+            raise DataError(
+                f"{path}: columns of {row_type.__name__} are missing or of another type: {', '.join(wrong) or 'extra'}",
+                f"it was made by another version of prefpipe: make {run_dir} again",
+            )
+    return files
+
+
+def has_dataset(run_dir: Path, dataset: str) -> bool:
+    """Whether a complete run holds this dataset."""
+    return any(name.startswith(f"{dataset}/") for name in read_manifest(run_dir)["files"])
+
+
+def checked_files(run_dir: Path, dataset: str) -> list[Path]:
+    """The files of a dataset of a complete run in their order, each equal to its digest in the manifest."""
     manifest = read_manifest(run_dir)
     names = sorted(n for n in manifest["files"] if n.startswith(f"{dataset}/") and n.endswith(".parquet"))
     if not names:
@@ -218,7 +247,7 @@ def read_dataset(run_dir: Path, dataset: str, row_type: type, columns: list[str]
                 f"{run_dir / name} is damaged: its bytes do not match the digest in the manifest",
                 f"run the command that made {run_dir} again: it remakes only the damaged file",
             )
-    return pa.concat_tables([_read(run_dir / name, row_type, columns) for name in names])
+    return [run_dir / name for name in names]
 
 
 def read_parquet(path: Path) -> pa.Table:
@@ -231,10 +260,14 @@ def read_parquet(path: Path) -> pa.Table:
 
 def _read(path: Path, row_type: type, columns: list[str] | None) -> pa.Table:
     table = read_parquet(path)
-    found = (table.schema.metadata or {}).get(b"prefpipe.dataset", b"?").decode()
+    _check_dataset(table.schema, row_type, path)
+    return table.select(columns) if columns is not None else table
+
+
+def _check_dataset(schema: pa.Schema, row_type: type, path: Path) -> None:
+    found = (schema.metadata or {}).get(b"prefpipe.dataset", b"?").decode()
     if found != row_type.__name__:
         raise DataError(f"{path} holds '{found}', not '{row_type.__name__}'", "check which directory you passed")
-    return table.select(columns) if columns is not None else table
 
 
 def _gate(row_type: type, table: pa.Table, path: Path) -> pa.Table:
@@ -288,7 +321,7 @@ def _committed(out: Path) -> list[Path]:
     """Files with a commit record, and the published directories (their files are complete by construction)."""
     parts = [r.with_name(r.name.removesuffix(".ok.json") + ".parquet") for r in out.rglob("*.ok.json")]
     published = [p for folder in ("adapter",) for p in (out / folder).rglob("*") if p.is_file()]
-    extra = [out / "metrics.jsonl"] if (out / "metrics.jsonl").exists() else []
+    extra = [out / name for name in ("metrics.jsonl", "data_report.json") if (out / name).exists()]
     return sorted(p for p in [*parts, *published, *extra] if "quarantine" not in p.relative_to(out).parts)
 
 
@@ -296,7 +329,7 @@ def _made_together(name: str) -> list[str]:
     """What is remade with a damaged file: a shard alone, a published directory whole, metrics with their training."""
     if name.endswith(".parquet"):
         return [name]
-    return [name.split("/")[0]] if "/" in name else [name, "adapter", "checkpoints"]
+    return [name.split("/")[0]] if "/" in name else [name, "adapter", "checkpoints"]  # a report has neither
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
