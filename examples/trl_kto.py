@@ -28,7 +28,8 @@ def main(model: str, labels: str, out: str) -> None:
     rows = load_dataset("parquet", data_files=f"{labels}/*.parquet", split="train", cache_dir=f"{out}/cache")
     config = KTOConfig(
         output_dir=out, loss_type="apo_zero_unpaired", precompute_ref_log_probs=True, max_length=None,
-        num_train_epochs=1, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-5, report_to="none", save_strategy="no",
+        num_train_epochs=1, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-5, report_to="none",
+        save_strategy="no",
         use_cpu=True, bf16=False,
     )  # fmt: skip
     trainer = CachedKTOTrainer(model=model, args=config, train_dataset=rows)

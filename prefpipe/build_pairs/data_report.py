@@ -1,7 +1,7 @@
 """What a careful person checks before spending GPU hours: fourteen checks, each OK, NOTICE or WARN with its advice.
 
 `facts` has one row per pair (prompt_id, rewards, token counts, finish reasons, last tokens, reference log-probs and
-policies); `sample` has the texts and token ids of up to 20,000 pairs, drawn by pair_id. Thresholds without a source
+policies); `sample` has the texts and token ids of up to 10,000 pairs, drawn by pair_id. Thresholds without a source
 in their docstring are rules of thumb. D12 is for labels; the other checks need pairs.
 """
 
@@ -16,7 +16,7 @@ from prefpipe.build_pairs import surface, texts
 from prefpipe.build_pairs.label_rules import Balance
 
 OK, NOTICE, WARN = "OK", "NOTICE", "WARN"
-_SAMPLE = 20_000
+_SAMPLE = 10_000
 _SIDES = ("chosen", "rejected")
 
 
@@ -78,7 +78,7 @@ def pair_facts(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def pair_sample(pairs: pl.DataFrame, total: int) -> pl.DataFrame:
-    """Texts and token ids of those pairs whose id is among the lowest, 20,000 of `total` in expectation."""
+    """Texts and token ids of those pairs whose id is among the lowest, 10,000 of `total` in expectation."""
     limit = min(1.0, _SAMPLE / total) * 16**8
     chosen = pairs.filter(pl.col("pair_id").str.head(8).str.to_integer(base=16) < limit)
     return chosen.select(

@@ -63,15 +63,16 @@ def best_random_worse(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
     rejected = pl.int_ranges(pl.col("start") + pl.col("ties"), pl.col("start") + pl.col("count"), dtype=pl.UInt32)
     spans = ranked.spans.filter(pl.col("count") > pl.col("ties"))
     if config.pairs_per_prompt == 1:  # one draw needs no list of what could be drawn
-        draw = _draws(spans, pl.col("count") - pl.col("ties"), 1, config.seed).explode("n")
-        return draw.select(chosen=pl.col("start"), rejected=pl.col("start") + pl.col("ties") + pl.col("n"))
+        drawn = _draws(spans, pl.col("count") - pl.col("ties"), 1, config.seed)
+        return drawn.select(chosen=pl.col("start"), rejected=pl.col("start") + pl.col("ties") + pl.col("n"))
     return _drawn(ranked, _explode(spans, rejected=rejected).with_columns(chosen=pl.col("start")), config)
 
 
 def best_worst_of_5(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
     """The best of all with the worst of five random ones (2502.16825); the same as best-worst for five or fewer."""
     drawn = _draws(ranked.spans, pl.col("count"), _RANDOM_REJECTED, config.seed)
-    pairs = drawn.select("prompt", chosen=pl.col("start"), rejected=pl.col("start") + pl.col("n").list.max())
+    worst = drawn.group_by("prompt", "start", maintain_order=True).agg(pl.col("n").max())
+    pairs = worst.select("prompt", chosen=pl.col("start"), rejected=pl.col("start") + pl.col("n"))
     return _with_gap(ranked, pairs).filter(pl.col("gap") > 0).select("chosen", "rejected")
 
 
@@ -221,17 +222,19 @@ def _drawn(ranked: Ranked, pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.
         return pairs.select("chosen", "rejected")
     pairs = pairs.sort("prompt", "chosen", "rejected").with_columns(n=pl.int_range(pl.len()).over("prompt"))
     spans = ranked.spans.join(pairs.group_by("prompt").agg(found=pl.len()), on="prompt", maintain_order="left")
-    drawn = _draws(spans, pl.col("found"), config.pairs_per_prompt, config.seed).explode("n")
+    drawn = _draws(spans, pl.col("found"), config.pairs_per_prompt, config.seed)
     return pairs.join(drawn.select("prompt", "n"), on=["prompt", "n"], how="semi", maintain_order="left").select(
         "chosen", "rejected"
     )
 
 
 def _draws(spans: pl.DataFrame, count: pl.Expr, most: int, seed: int) -> pl.DataFrame:
-    """`n`: up to `most` different numbers below `count`, drawn by (seed, prompt_id) alone."""
-    counts = spans.select(count.cast(pl.UInt32).alias("count"))["count"]
-    drawn = [draw(seed, p, c, most) for p, c in zip(spans["prompt_id"], counts, strict=True)]
-    return spans.with_columns(n=pl.Series(drawn, dtype=pl.List(pl.Int64)))
+    """The prompts once per draw, with `n`: up to `most` different numbers below `count`, by (seed, prompt_id) alone."""
+    counts = spans.select(count.alias("count"))["count"].to_list()
+    prompts = spans["prompt_id"].to_list()
+    drawn = [n for p, c in zip(prompts, counts, strict=True) for n in draw(seed, p, c, most)]
+    repeated = spans.select(pl.all().repeat_by(count.clip(upper_bound=most))).explode(pl.all())
+    return repeated.with_columns(n=pl.Series(drawn, dtype=pl.Int64))
 
 
 def draw(seed: int, prompt_id: str, count: int, most: int) -> list[int]:

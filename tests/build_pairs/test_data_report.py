@@ -156,6 +156,6 @@ def test_the_sample_is_drawn_by_id() -> None:
         }
     )  # fmt: skip
     assert data_report.pair_sample(pairs, rows).height == rows
-    drawn = data_report.pair_sample(pairs, 80_000)
+    drawn = data_report.pair_sample(pairs, 40_000)
     assert 850 < drawn.height < 1150
     assert drawn["pair_id"].max() < "4"  # type: ignore[operator]

@@ -35,16 +35,9 @@ for number, folder in enumerate(folders):
 
 def python(tmp_path: Path, *arguments: object) -> list[str]:
     """The lines that a Python command prints, away from the network."""
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-        "OMP_NUM_THREADS": "1",
-        "TQDM_DISABLE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=280
-    )  # fmt: skip
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
