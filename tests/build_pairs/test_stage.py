@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from prefpipe.ids import content_id, ids_digest
 from prefpipe.schemas import Completion, Message, Pair, Prompt, RefLogps, Reward, to_table
 from tests.build_pairs import runs
 from tests.build_pairs.runs import Row, build, ids_of, ledger_of, logps_of, pairs_of, run_of
-from tests.conftest import Cli
+from tests.conftest import ROOT, Cli
 
 GOOD = [Row("p", "p0", 1.0, "good"), Row("p", "p1", 0.0, "bad", num_tokens=3)]
 MANY = [
@@ -59,7 +60,8 @@ def test_a_pair_carries_texts_ids_and_reference_log_probs(tmp_path: Path) -> Non
         "prompts": {"in": 1, "out": 1, "dropped": {}},
         "pairs": {"in": 1, "out": 1, "dropped": {}},
     }
-    assert manifest["totals"]["data_report"] == json.loads((tmp_path / "o" / "data_report.json").read_text())
+    saved = json.loads((tmp_path / "o" / "data_report.json").read_text())
+    assert saved == {"checks": manifest["totals"]["data_report"]}
 
 
 ROWS = st.lists(
@@ -488,3 +490,24 @@ def test_the_summary_counts_every_level(tmp_path: Path) -> None:
         "  pairs: 1 in, 1 out; dropped: nothing",
         "  mean reward_gap 1.000, chosen longer than rejected in 0%",
     ]
+
+
+def test_bad_input_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
+    """One error of two lines with file, row, column and count; exit 65."""
+    run = raw_run(tmp_path / "g", [*REWARDS, Reward("other", runs.REWARD, 1.0, "ok", None)], COMPLETIONS)
+    done = cli("build-pairs", "--completions", run, "--reward", runs.REWARD, "--out", tmp_path / "o")
+    assert done.returncode == 65
+    error, hint = done.stderr.strip().splitlines()
+    assert error.startswith("error: 1 rewards belong to no completion of these runs; ")
+    assert error.endswith("rewards/mine:f/part-00000.parquet, row 2: column 'completion_id' is other")
+    assert hint == "hint: pass the runs they were made for with --completions"
+    assert done.stdout == ""
+
+
+def test_every_reason_is_documented() -> None:
+    """Names of reasons in the code and in docs/pair-rules.md are the same."""
+    code = "".join(p.read_text() for p in (ROOT / "prefpipe" / "build_pairs").glob("*.py"))
+    page = (ROOT / "docs" / "pair-rules.md").read_text().partition("## Reasons in the ledger")[2]
+    named = set(re.findall(r'then\(pl\.lit\("(\w+)"\)\)', code)) | set(re.findall(r'reason=pl\.lit\("(\w+)"\)', code))
+    assert len(named) > 20
+    assert {n for n in named if n not in page and not n.startswith("truncated")} == set()
