@@ -42,7 +42,7 @@ class Sources:
 
 def open_sources(config: BuildPairsConfig) -> Sources:
     """Check every input file. Raises MissingInputError or DataError for what is not there or not as it was written."""
-    runs, rated = ([Path(p) for p in names] for names in (config.completions, config.rewards or config.completions))
+    runs, rated = ([Path(p) for p in names] for names in (config.completions, config.reward_runs or config.completions))
     scored = [Path(p) for p in config.ref_logps] or [
         r for r in runs if "ref_logps" in store.datasets(store.read_manifest(r))
     ]
@@ -186,7 +186,7 @@ def _rewards(sources: Sources) -> pl.LazyFrame:
         raise DataError(
             f"{differing.height} completions have two rewards of this name; {place}: completion_id "
             f"{first['completion_id']} has {first['low']} and {first['reward']}",
-            "pass one run per reward with --rewards",
+            "pass one run per reward with --reward-runs",
         )
     return once.select("completion_id", "reward", rated=pl.lit(True))  # noqa: FBT003
 

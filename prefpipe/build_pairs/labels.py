@@ -33,7 +33,7 @@ def build(job: Job, candidates: Sequence[pl.DataFrame]) -> Built:
         )
         for number, own in enumerate(pairs.cut(useful, job.num_partitions))
     )
-    kept = pairs.with_weights(filters.kept(compared), job.config.weight_by)
+    kept = pairs.with_weights(filters.kept(compared), job.config)
     ledgers += [label_rules.ledger(judged), label_rules.ledger(compared)]
     dropped = pl.concat(ledgers[-2:])
     levels["labels"] = Level(every.height, kept.height, counts(dropped))

@@ -83,7 +83,7 @@ def judge(job: Job, found: Sequence[Found]) -> Judged:
 def build(job: Job, found: Sequence[Found]) -> Built:
     """Write the pairs that are kept, one part per partition, and say what became of the others."""
     judged = judge(job, found)
-    weighted = with_weights(judged.pairs, job.config.weight_by)
+    weighted = with_weights(judged.pairs, job.config)
     facts: list[pl.DataFrame] = []
     samples: list[pl.DataFrame] = []
     for number, own in enumerate(cut(weighted, job.num_partitions)):
@@ -110,9 +110,11 @@ def build(job: Job, found: Sequence[Found]) -> Built:
     )
 
 
-def with_weights(frame: pl.DataFrame, weight_by: str) -> pl.DataFrame:
+def with_weights(frame: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
     """A column `weight` with mean 1: the same for every row, or for every prompt in sum."""
-    if weight_by == "pair" or frame.is_empty():
+    all_pairs = config.rule == "all-above-gap" and config.output == "pairs"
+    by_prompt = config.weight_by == "prompt" or (config.weight_by == "rule" and all_pairs)
+    if not by_prompt or frame.is_empty():
         return frame.with_columns(weight=pl.lit(1.0))
     per_prompt = frame.height / frame["prompt_id"].n_unique()
     return frame.with_columns(weight=per_prompt / pl.len().over("prompt_id"))

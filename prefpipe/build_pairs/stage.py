@@ -84,7 +84,7 @@ def _check(config: BuildPairsConfig) -> None:
 
 
 def _inputs(config: BuildPairsConfig) -> dict[str, str]:
-    named = ("completions", "rewards", "ref_logps", "policy_logps", "contamination")
+    named = ("completions", "reward_runs", "ref_logps", "policy_logps", "contamination")
     return {
         f"{name}.{number}": store.input_digest(Path(path))
         for name in named

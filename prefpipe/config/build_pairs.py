@@ -19,7 +19,7 @@ class BuildPairsConfig(BaseModel):
 
     completions: Annotated[tuple[str, ...], PATH] = ()
     """Run directories with completions (and, unless given apart, their rewards and reference log-probs)."""
-    rewards: Annotated[tuple[str, ...], PATH] = ()
+    reward_runs: Annotated[tuple[str, ...], PATH] = ()
     """Run directories with rewards for these completions; none: those of the completions' own runs."""
     ref_logps: Annotated[tuple[str, ...], PATH] = ()
     """Run directories with reference log-probs for these completions; none: those of the completions' own runs."""
@@ -48,8 +48,9 @@ class BuildPairsConfig(BaseModel):
     """Rule top-bottom pairs each of the k best with each of the k worst."""
     correct_reward: float = 0.5
     """Rules correct-wrong and longest-correct: a completion is correct when its reward is at least this."""
-    weight_by: Literal["prompt", "pair"] = "prompt"
-    """Let every prompt count the same however many pairs (labels) it has, or every pair. Weights have mean 1."""
+    weight_by: Literal["rule", "prompt", "pair"] = "rule"
+    """What counts the same: every pair (label), or every prompt however many pairs it has. rule: prompts for the rule
+    all-above-gap, pairs for the others. Weights have mean 1."""
     preference_prob: Literal["none", "bradley-terry"] = "none"
     """Soft labels: the column preference_prob = sigmoid(reward_gap / preference_scale); use gap_filter none with it."""
     preference_scale: Annotated[float, Field(gt=0)] = 1.0

@@ -61,5 +61,5 @@ def test_one_prompt_has_no_bank(tmp_path: Path) -> None:
 def test_prompts_count_the_same(tmp_path: Path) -> None:
     """Four labels of p0 and two of p1, 3 on average: weights 3/4 and 3/2."""
     run = run_of(tmp_path / "g", [*ROWS[:4], *ROWS[4:8:3]])
-    build(tmp_path / "o", run, output="labels")
+    build(tmp_path / "o", run, output="labels", weight_by="prompt")
     assert {(r.prompt_id, r.weight) for r in labels_of(tmp_path / "o")} == {("p0", 0.75), ("p1", 1.5)}

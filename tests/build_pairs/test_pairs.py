@@ -35,11 +35,12 @@ def test_a_prompt_has_pairs_or_one_reason(rows: list[Row], rule: str) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from("pqrs"), min_size=1, max_size=12))
 def test_weights_have_mean_1_and_prompts_the_same_sum(prompts: list[str]) -> None:
-    weighted = pairs.with_weights(pl.DataFrame({"prompt_id": prompts}), "prompt")
+    weighted = pairs.with_weights(pl.DataFrame({"prompt_id": prompts}), BuildPairsConfig(weight_by="prompt"))
     sums = weighted.group_by("prompt_id").agg(pl.col("weight").sum())["weight"]
     assert weighted["weight"].mean() == pytest.approx(1)
     assert sums.to_list() == pytest.approx([len(prompts) / len(set(prompts))] * len(set(prompts)))
-    assert set(pairs.with_weights(pl.DataFrame({"prompt_id": prompts}), "pair")["weight"]) == {1.0}
+    for config in (BuildPairsConfig(), BuildPairsConfig(rule="all-above-gap", weight_by="pair")):
+        assert set(pairs.with_weights(pl.DataFrame({"prompt_id": prompts}), config)["weight"]) == {1.0}
 
 
 def test_cut_loses_nothing() -> None:

@@ -224,7 +224,7 @@ def test_rewards_and_references_from_runs_of_their_own(tmp_path: Path) -> None:
     bare = run_of(tmp_path / "bare", GOOD, reference=None, name=None)
     rated = run_of(tmp_path / "rated", GOOD, reference=None)
     scored = run_of(tmp_path / "scored", GOOD, reference="weights:z", name=None)
-    build(tmp_path / "o", bare, rewards=(str(rated),), ref_logps=(str(scored),))
+    build(tmp_path / "o", bare, reward_runs=(str(rated),), ref_logps=(str(scored),))
     (pair,) = pairs_of(tmp_path / "o")
     assert (pair.chosen_reward, pair.reference) == (1.0, "weights:z")
     assert pair.ref_chosen_logps == logps_of(GOOD[0], "weights:z").ref_logps

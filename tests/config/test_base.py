@@ -24,8 +24,17 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
 
 CLASSES = (GenerateConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
-RUNTIME = {"distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"}
+RUNTIME = {
+    "distributed",
+    "shard_rows",
+    "max_num_seqs",
+    "kv_cache_mib",
+    "max_tokens_per_micro_batch",
+    "save_steps",
+    "strict",
+}
 PATHS = {"model", "adapter", "chat_template", "prompts", "completions", "pairs"}
+PATHS |= {"reward_runs", "ref_logps", "policy_logps", "contamination"}
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
     *("train.model", "train.adapter", "train.pairs", "evaluate.model", "evaluate.adapter", "evaluate.round"),
