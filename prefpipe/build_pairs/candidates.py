@@ -19,6 +19,7 @@ from prefpipe.schemas import Completion, Prompt, RefLogps, Reward
 
 LEDGER = {"id": pl.String, "reason": pl.String, "detail": pl.String}
 _ROWS_PER_PARTITION = 400_000
+_BYTES_AT_ONCE = 512 << 20
 
 
 Files = Sequence[Sequence[Path]]  # of every run
@@ -67,16 +68,35 @@ def partition_of(count: int) -> pl.Expr:
     return (pl.col("prompt_id").hash(0) % count).cast(pl.UInt16)
 
 
-def split(frame: pl.LazyFrame, count: int, folder: Path) -> list[pl.LazyFrame]:
-    """The frame cut by its column `partition` (0 to count - 1): in memory when there is one, in files otherwise."""
+def split(frames: Sequence[pl.LazyFrame], count: int, folder: Path) -> list[pl.LazyFrame]:
+    """Frames of the same columns cut by their column `partition` (0 to count - 1).
+
+    In memory when there is one partition, in files otherwise, one frame after the other: a partitioned sink holds most
+    of what goes through it.
+    """
     if count == 1:
-        return [frame.drop("partition").collect(engine="streaming").lazy()]
+        return [pl.concat(f.drop("partition").collect(engine="streaming") for f in frames).lazy()]
     fsio.make_dirs(folder)
-    schema = frame.drop("partition").collect_schema()
+    schema = frames[0].drop("partition").collect_schema()
     with fsio.storage_errors(folder):
-        frame.sink_ipc(pl.PartitionBy(folder, key="partition", include_key=False), compression="lz4", mkdir=True)
-    parts = [sorted((folder / f"partition={number}").glob("*")) for number in range(count)]
+        for number, frame in enumerate(frames):
+            by = pl.PartitionBy(folder / str(number), key="partition", include_key=False)
+            frame.sink_ipc(by, compression="lz4", mkdir=True)
+    parts = [sorted(folder.glob(f"*/partition={number}/*")) for number in range(count)]
     return [pl.scan_ipc(files) if files else pl.LazyFrame(schema=schema) for files in parts]
+
+
+def pieces(files: Files) -> list[Files]:
+    """The files in groups of up to 512 MiB, so that one group's rows fit into memory many times."""
+    groups: list[list[Path]] = [[]]
+    size = 0
+    for path in (path for own in files for path in own):
+        if groups[-1] and size + path.stat().st_size > _BYTES_AT_ONCE:
+            groups.append([])
+            size = 0
+        groups[-1].append(path)
+        size += path.stat().st_size
+    return [[group] for group in groups]
 
 
 def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -> list[pl.LazyFrame]:
@@ -93,7 +113,7 @@ def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -
     keys = completions.join(rewards, on="completion_id", how="left").with_columns(
         rated=pl.col("rated").fill_null(value=False), partition=partition_of(count)
     )
-    return split(keys, count, folder)
+    return split([keys], count, folder)
 
 
 @dataclass(frozen=True)
@@ -170,6 +190,9 @@ def _fault(config: BuildPairsConfig) -> pl.Expr:
     if config.max_repetition < 1:
         share = text.map_elements(texts.repetition, return_dtype=pl.Float64)
         reason = reason.when(share > config.max_repetition).then(pl.lit("repetition"))
+    if config.languages:
+        known = text.map_elements(texts.language_in(config.languages), return_dtype=pl.Boolean)
+        reason = reason.when(~known).then(pl.lit("language"))
     return reason
 
 

@@ -1,8 +1,8 @@
 """What a careful person checks before spending GPU hours: fourteen checks, each OK, NOTICE or WARN with its advice.
 
-`facts` has one row per pair (prompt_id, rewards, token counts, finish reasons, last tokens, reference log-probs and
-policies); `sample` has the texts and token ids of up to 10,000 pairs, drawn by pair_id. Thresholds without a source
-in their docstring are rules of thumb. D12 is for labels; the other checks need pairs.
+`facts` has one row per pair (prompt_id, rewards, token counts, finish reasons, reference log-probs and policies);
+`sample` has the texts and token ids of up to 10,000 pairs, drawn by pair_id. Thresholds without a source in their
+docstring are rules of thumb. D12 is for labels; the other checks need pairs.
 """
 
 import math
@@ -72,7 +72,6 @@ def pair_facts(pairs: pl.DataFrame) -> pl.DataFrame:
         "prompt_id", "chosen_reward", "rejected_reward", "reward_gap",
         *(pl.col(f"{s}_token_ids").list.len().alias(f"{s}_tokens") for s in _SIDES),
         *(f"{s}_finish_reason" for s in _SIDES),
-        *(pl.col(f"{s}_token_ids").list.last().alias(f"{s}_last") for s in _SIDES),
         *(f"ref_{s}_logps" for s in _SIDES), *(f"{s}_policy" for s in _SIDES),
     )  # fmt: skip
 
@@ -294,25 +293,6 @@ def auc(ones: pl.Series, others: pl.Series) -> float:
     values = pl.concat([ones.cast(pl.Float64), others.cast(pl.Float64)])
     ranks = float(values.rank("average").head(len(ones)).sum())
     return (ranks - len(ones) * (len(ones) + 1) / 2) / (len(ones) * len(others))
-
-
-def end_on_one_side(facts: pl.DataFrame) -> str | None:
-    """Says so when completions that ended by themselves end with one token on one side and never on the other.
-
-    The token is the most frequent last one of both sides; a mistake in tokenising shows as all against none.
-    """
-    ends = {s: facts.filter(pl.col(f"{s}_finish_reason") != "length")[f"{s}_last"].drop_nulls() for s in _SIDES}
-    if not all(len(e) for e in ends.values()):
-        return None
-    for token in sorted({t for e in ends.values() for t in e.mode().sort().head(1)}):
-        share = {s: float((e == token).sum()) / len(e) for s, e in ends.items()}
-        high, low = max(share, key=lambda s: share[s]), min(share, key=lambda s: share[s])
-        if share[high] > 0.95 and share[low] == 0 and min(len(e) for e in ends.values()) >= _ENOUGH:
-            return f"{high} completions end with token {token}, none of {len(ends[low])} {low} ones does"
-    return None
-
-
-_ENOUGH = 20  # completions per side, below which last tokens are an accident
 
 
 def _per_token(facts: pl.DataFrame, side: str) -> pl.Series:

@@ -14,6 +14,8 @@ from prefpipe.build_pairs import texts
 from prefpipe.config.build_pairs import BuildPairsConfig
 
 REASON = "reason"
+_SIDES = ("chosen", "rejected")
+_ENOUGH = 20  # completions per side, below which last tokens are an accident
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,22 @@ def subset(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
     best = order.sort("score", "chosen_completion_id", "rejected_completion_id").head(kept)["place"]
     chosen = pl.Series(range(pairs.height), dtype=pl.UInt32).is_in(best.implode())
     return pairs.with_columns(reason=pl.when(~chosen).then(pl.lit("not_in_subset")))
+
+
+def end_on_one_side(pairs: pl.DataFrame) -> str | None:
+    """Says so when completions that ended by themselves end with one token on one side and never on the other.
+
+    The token is the most frequent last one of both sides; a mistake in tokenising shows as all against none.
+    """
+    ends = {s: pairs.filter(pl.col(f"{s}_finish_reason") != "length")[f"{s}_last"].drop_nulls() for s in _SIDES}
+    if not all(len(e) for e in ends.values()):
+        return None
+    for token in sorted({t for e in ends.values() for t in e.mode().sort().head(1)}):
+        share = {s: float((e == token).sum()) / len(e) for s, e in ends.items()}
+        high, low = max(share, key=lambda s: share[s]), min(share, key=lambda s: share[s])
+        if share[high] > 0.95 and share[low] == 0 and min(len(e) for e in ends.values()) >= _ENOUGH:
+            return f"{high} completions end with token {token}, none of {len(ends[low])} {low} ones does"
+    return None
 
 
 def ledger(judged: pl.DataFrame) -> pl.DataFrame:

@@ -60,12 +60,17 @@ def judge(job: Job, found: Sequence[Found]) -> Judged:
     contents = rows.fetch(job.sources, _used(useful), job.num_partitions, job.folder / "pairs")
     by_content = [
         filters.by_content(rows.sides(own, contents.of(number)), job.config).select(
-            *by_keys.columns, *(f"{s}_{n}" for s in rows.SIDES for n in ("ref_logps", "policy_logps"))
+            *by_keys.columns,
+            *(f"{s}_{n}" for s in rows.SIDES for n in ("ref_logps", "policy_logps")),
+            *(pl.col(f"{s}_token_ids").list.last().alias(f"{s}_last") for s in rows.SIDES),
         )
         for number, own in enumerate(cut(useful, job.num_partitions))
     ]
     compared = pl.concat(by_content)
     _check_scores(filters.kept(compared), job.config)
+    one_sided = filters.end_on_one_side(filters.kept(compared))
+    if one_sided:
+        raise DataError(one_sided, "the two sides were tokenised differently: score them with one model")
     chosen = filters.subset(
         filters.kept(compared).sort("prompt_id", "chosen_completion_id", "rejected_completion_id"), job.config
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from prefpipe.build_pairs.candidates import Sources, partition_of, scan, split
+from prefpipe.build_pairs.candidates import Files, Sources, partition_of, pieces, scan, split
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.ids import content_id
@@ -59,18 +59,21 @@ def fetch(sources: Sources, used: pl.DataFrame, count: int, folder: Path) -> Con
     """Read what belongs to `used` (prompt_id, completion_id). Raises DataError when two references are mixed."""
     used = used.unique().with_columns(partition=partition_of(count))
     wanted = used.lazy().select("completion_id", "partition")
-    completions = scan(sources.completions).select(
-        "completion_id", "text", "prompt_token_ids", "token_ids", "ids_digest", "policy"
-    )
-    prompts = scan(sources.prompts).select("prompt_id", prompt="messages")
+    columns = ("completion_id", "text", "prompt_token_ids", "token_ids", "ids_digest", "policy")
+    completions = [scan(piece).select(columns) for piece in pieces(sources.completions)]
+    prompts = [scan(piece).select("prompt_id", prompt="messages") for piece in pieces(sources.prompts)]
     used_prompts = used.lazy().select("prompt_id", "partition").unique()
 
     references, policies = _references(sources.ref_logps), _references(sources.policy_logps)
+
+    def cut(frames: Sequence[pl.LazyFrame], chosen: pl.LazyFrame, key: str, name: str) -> list[pl.LazyFrame]:
+        return split([frame.join(chosen, on=key) for frame in frames], count, folder / name)
+
     return Contents(
-        completions=split(completions.join(wanted, on="completion_id"), count, folder / "completions"),
-        references=split(references.join(wanted, on="completion_id"), count, folder / "references"),
-        policies=split(policies.join(wanted, on="completion_id"), count, folder / "policies"),
-        prompts=split(prompts.join(used_prompts, on="prompt_id"), count, folder / "prompts"),
+        completions=cut(completions, wanted, "completion_id", "completions"),
+        references=cut(references, wanted, "completion_id", "references"),
+        policies=cut(policies, wanted, "completion_id", "policies"),
+        prompts=cut(prompts, used_prompts, "prompt_id", "prompts"),
     )
 
 
@@ -152,21 +155,21 @@ def to_table(rows: pl.DataFrame, row_type: type[Pair | Label | RankedGroup]) -> 
     return rows.select(arrow_schema(row_type).names).to_arrow()
 
 
-def _references(files: Sequence[Sequence[Path]]) -> pl.LazyFrame:
-    """Cached log-probs; values of two references never mix."""
+def _references(files: Files) -> list[pl.LazyFrame]:
+    """Cached log-probs, piece by piece; values of two references never mix."""
     empty = {
         "completion_id": pl.String, "reference": pl.String, "scorer": pl.String, "digest": pl.String,
         "ref_token_logps": pl.List(pl.Float32), "ref_logps": pl.Float32,
     }  # fmt: skip
     if not files:
-        return pl.LazyFrame(schema=empty)
-    found = scan(files)
-    names = sorted(found.select(pl.col("reference").unique()).collect(engine="streaming")["reference"])
+        return [pl.LazyFrame(schema=empty)]
+    names = sorted(scan(files).select(pl.col("reference").unique()).collect(engine="streaming")["reference"])
     if len(names) > 1:
         raise DataError(
             f"the runs hold log-probs of {len(names)} references: {', '.join(names)}", "pass runs with one reference"
         )
-    return found.rename({"ids_digest": "digest", "token_logps": "ref_token_logps"}).select(*empty)
+    renamed = {"ids_digest": "digest", "token_logps": "ref_token_logps"}
+    return [scan(piece).rename(renamed).select(*empty) for piece in pieces(files)]
 
 
 def _one_per_completion(frame: pl.LazyFrame) -> pl.DataFrame:

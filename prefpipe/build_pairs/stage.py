@@ -153,8 +153,4 @@ def _report(config: BuildPairsConfig, built: Built) -> Sequence[Check]:
     if config.output == "labels":
         share = balance(built.totals["desirable"], built.totals["undesirable"])
     data = data_report.Data(built.facts, built.sample, level.dropped, level.came_in, config.beta, share)
-    if not built.facts.is_empty():
-        one_sided = data_report.end_on_one_side(built.facts)
-        if one_sided:
-            raise DataError(one_sided, "the two sides were tokenised differently: score them with one model")
     return data_report.report(data)

@@ -1,10 +1,13 @@
 """What is read from texts and token ids: normal form, refusals, control tokens, repetition, edit distance, n-grams."""
 
+import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import polars as pl
 from rapidfuzz.distance import Levenshtein
+
+from prefpipe.errors import MissingInputError, UsageError
 
 _CANNOT = "can ?not|can['\u2019]?t|won['\u2019]?t|will not|am (?:unable|not able) to"
 _HELP = "help|assist|provide|comply|fulfill|answer|create|write|generate|support|engage|do that|discuss"
@@ -53,6 +56,24 @@ def repetition(text: str) -> float:
     tokens = words(text)
     total = len(tokens) - _REPEATED_NGRAM + 1
     return 1 - len(ngrams(tokens, _REPEATED_NGRAM)) / total if total > 1 else 0.0
+
+
+def language_in(languages: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a text is in one of the languages; texts without letters are in all of them.
+
+    Raises MissingInputError without the package, UsageError for a code that it does not know.
+    """
+    try:
+        langid = importlib.import_module("py3langid.langid")
+    except ModuleNotFoundError as error:
+        raise MissingInputError(
+            "the filter by language needs the package 'py3langid'", "install it with: pip install 'prefpipe[rewards]'"
+        ) from error
+    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=False)
+    unknown = sorted(set(languages) - set(identifier.labels))
+    if unknown:
+        raise UsageError(f"language '{unknown[0]}' is not known", f"one of {', '.join(identifier.labels)}")
+    return lambda text: not any(c.isalpha() for c in text) or identifier.classify(text)[0] in languages
 
 
 def token_edits(one: Sequence[int], other: Sequence[int]) -> int:

@@ -89,6 +89,8 @@ class BuildPairsConfig(BaseModel):
     """A completion that begins as a refusal ("I'm sorry, but I can't"): drop, or keep."""
     max_repetition: Share = 1.0
     """Largest share of a completion's word 4-grams that repeat an earlier one; 1 for no limit."""
+    languages: tuple[str, ...] = ()
+    """Keep completions in these languages only (codes like en, de; by py3langid, extra `rewards`); none keeps all."""
     min_tokens: Count = 0
     """Shortest completion, in tokens."""
     max_tokens: Count = 0

@@ -35,6 +35,9 @@ def settled(tmp_path: Path, rows: list[Row], **changes: Any) -> Settled:
         (Row("p", "x", 1.0, "I'm sorry, but I can't help."), {"refusals": "drop"}, "refusal"),
         (Row("p", "x", 1.0, "la la la la la la la"), {"max_repetition": 0.5}, "repetition"),
         (Row("p", "x", 1.0, "la la la la la la la"), {"max_repetition": 0.75}, None),
+        (Row("p", "x", 1.0, "Das ist ein kurzer Satz auf Deutsch."), {"languages": ["en", "fr"]}, "language"),
+        (Row("p", "x", 1.0, "Das ist ein kurzer Satz auf Deutsch."), {"languages": ["en", "de"]}, None),
+        (Row("p", "x", 1.0, "17 + 4 = 21"), {"languages": ["fr"]}, None),
         (Row("p", "x", 1.0, "x", num_tokens=4), {"min_tokens": 5}, "too_short"),
         (Row("p", "x", 1.0, "x", num_tokens=4), {"min_tokens": 4, "max_tokens": 4}, None),
         (Row("p", "x", 1.0, "x", num_tokens=4), {"max_tokens": 3}, "too_long"),
@@ -66,7 +69,11 @@ def test_a_dropped_prompt_takes_its_completions_along(tmp_path: Path) -> None:
 
 def test_partitions_hold_whole_prompts_and_lose_nothing(tmp_path: Path) -> None:
     frame = pl.DataFrame({"prompt_id": [f"p{n % 20}" for n in range(100)], "n": range(100)})
-    parts = [p.collect() for p in split(frame.lazy().with_columns(partition=partition_of(4)), 4, tmp_path / "parts")]
+    halves = (frame[::2], frame[1::2])
+    parts = [
+        p.collect()
+        for p in split([f.lazy().with_columns(partition=partition_of(4)) for f in halves], 4, tmp_path / "parts")
+    ]
     assert sorted(n for p in parts for n in p["n"]) == list(range(100))
     owners = [set(p["prompt_id"]) for p in parts]
     assert sum(len(o) for o in owners) == len(set[str]().union(*owners)) == 20
@@ -75,7 +82,7 @@ def test_partitions_hold_whole_prompts_and_lose_nothing(tmp_path: Path) -> None:
 
 def test_an_empty_partition_has_its_columns(tmp_path: Path) -> None:
     frame = pl.LazyFrame({"prompt_id": ["a"], "n": [1], "partition": pl.Series([2], dtype=pl.UInt16)})
-    parts = [p.collect() for p in split(frame, 4, tmp_path / "parts")]
+    parts = [p.collect() for p in split([frame], 4, tmp_path / "parts")]
     assert [p.height for p in parts] == [0, 0, 1, 0]
     assert all(p.schema == parts[2].schema for p in parts)
 
@@ -107,3 +114,13 @@ def test_a_file_with_a_missing_column_or_another_type(
         DataError, match=r"columns of Completion are missing or of another type: sample_index \(int32\)"
     ):
         store.scannable_files(tmp_path / "w", "completions", Completion)
+
+
+def test_pieces_hold_every_file_once_up_to_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes 4 4 4 9 1 with 8 at once: (4 4), (4), (9) alone although it is too large, (1)."""
+    files = [tmp_path / str(n) for n in range(5)]
+    for path, size in zip(files, (4, 4, 4, 9, 1), strict=True):
+        path.write_bytes(b"x" * size)
+    monkeypatch.setattr(candidates, "_BYTES_AT_ONCE", 8)
+    found = candidates.pieces([files[:1], files[1:]])
+    assert [list(group) for (group,) in found] == [files[:2], files[2:3], files[3:4], files[4:]]

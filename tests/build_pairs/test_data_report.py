@@ -27,8 +27,6 @@ def facts(count: int = NUM, **columns: Any) -> pl.DataFrame:
         "rejected_tokens": lengths[count:],
         "chosen_finish_reason": "stop",
         "rejected_finish_reason": "stop",
-        "chosen_last": 2,
-        "rejected_last": 2,
         "ref_chosen_logps": [-source.uniform(0.5, 1.5) * t for t in lengths[:count]],
         "ref_rejected_logps": [-source.uniform(0.5, 1.5) * t for t in lengths[count:]],
         "chosen_policy": "w",
@@ -132,16 +130,6 @@ def test_auc_against_all_comparisons() -> None:
     ones, others = ([source.randint(0, 6) for _ in range(n)] for n in (13, 9))
     won = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in ones for b in others)
     assert data_report.auc(pl.Series(ones), pl.Series(others)) == pytest.approx(won / (13 * 9))
-
-
-def test_an_end_token_on_one_side_only() -> None:
-    assert data_report.end_on_one_side(facts(50)) is None
-    assert "none of 50 rejected ones" in (
-        data_report.end_on_one_side(facts(50, rejected_last=list(range(100, 150)))) or ""
-    )
-    assert "rejected completions end with token 2" in (data_report.end_on_one_side(facts(50, chosen_last=9)) or "")
-    assert data_report.end_on_one_side(facts(50, rejected_last=9, rejected_finish_reason="length")) is None
-    assert data_report.end_on_one_side(facts(5, rejected_last=9)) is None
 
 
 def test_the_sample_is_drawn_by_id() -> None:

@@ -234,3 +234,26 @@ def test_subset_keeps_the_share_that_its_score_puts_first(name: str) -> None:
 
 def test_without_a_subset_all_stay() -> None:
     assert filters.subset(scored_frame(random.Random(0), 3), config())["reason"].null_count() == 3
+
+
+def ends(chosen: list[int], rejected: list[int], rejected_finish: str = "stop") -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "chosen_last": chosen, "rejected_last": rejected, "chosen_finish_reason": ["stop"] * len(chosen),
+            "rejected_finish_reason": [rejected_finish] * len(rejected),
+        }
+    )  # fmt: skip
+
+
+def test_an_end_token_on_one_side_only() -> None:
+    """All of 50 against none of 50 that ended by themselves is an error; one of 50, or 5 against 5, is not."""
+    eos, other = [2] * 50, list(range(100, 150))
+    assert filters.end_on_one_side(ends(eos, eos)) is None
+    assert (
+        filters.end_on_one_side(ends(eos, other))
+        == "chosen completions end with token 2, none of 50 rejected ones does"
+    )
+    assert "rejected completions end with token 2" in (filters.end_on_one_side(ends(other, eos)) or "")
+    assert filters.end_on_one_side(ends(eos, [*other[:-1], 2])) is None
+    assert filters.end_on_one_side(ends(eos, other, "length")) is None
+    assert filters.end_on_one_side(ends(eos[:5], other[:5])) is None

@@ -137,6 +137,7 @@ def test_partitions_change_only_how_the_rows_are_cut(
     run = run_of(tmp_path / "g", MANY, shards=3)
     manifest = build(tmp_path / "one", run, **changes)
     monkeypatch.setattr(candidates, "_ROWS_PER_PARTITION", 10)
+    monkeypatch.setattr(candidates, "_BYTES_AT_ONCE", 1)
     several = build(tmp_path / "five", run, **changes)
     for name in ("levels", "dropped", "completions", "prompts"):
         assert several["totals"][name] == manifest["totals"][name]
@@ -411,7 +412,7 @@ def test_an_end_token_on_one_side_only(tmp_path: Path) -> None:
     run = raw_run(tmp_path / "g", rewards, completions)
     with pytest.raises(DataError, match="chosen completions end with token 2, none of 30 rejected ones does"):
         build(tmp_path / "o", run, rule="best-worst", pairs_per_prompt=0)
-    assert not (tmp_path / "o" / "manifest.json").exists()
+    assert not list((tmp_path / "o").glob("pairs/*"))
 
 
 def test_files_of_another_kind_or_damaged(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is read from texts, by hand and against plain Python."""
 
 import re
+import sys
 from unicodedata import normalize
 
 import polars as pl
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefpipe.build_pairs import texts
+from prefpipe.errors import MissingInputError, UsageError
 
 
 @given(st.text(alphabet="ae\u0301\u00e9 \n\tz", max_size=8))
@@ -68,6 +70,14 @@ def test_ngrams_of_a_short_text_are_the_text() -> None:
     assert texts.ngrams(texts.words("To be, or not!"), 2) == {"to be", "be or", "or not"}
     assert texts.ngrams(["a", "b"], 2) == texts.ngrams(["a", "b"], 9) == {"a b"}
     assert texts.ngrams([], 3) == set()
+
+
+def test_an_unknown_language_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="language 'xx' is not known"):
+        texts.language_in(["en", "xx"])
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(MissingInputError, match="needs the package 'py3langid'"):
+        texts.language_in(["en"])
 
 
 TOKENS = st.lists(st.integers(0, 3), max_size=7)
