@@ -157,7 +157,7 @@ def with_pandas(folder: Path) -> tuple[float, int]:
     start = time.perf_counter()
     rows = pd.read_parquet(folder / "keys.parquet").sort_values(ORDER, ascending=[True, False, True])
     groups = rows.groupby("prompt_id", sort=False)
-    pairs = groups.first().join(groups.last().add_suffix("_rejected")).add_suffix("_chosen")
+    pairs = groups.first().add_suffix("_chosen").join(groups.last().add_suffix("_rejected"))
     pairs = pairs[pairs["reward_chosen"] > pairs["reward_rejected"]]
     seconds = time.perf_counter() - start
     return seconds, _digest(*(pl.Series(pairs[f"completion_id_{s}"].to_numpy()) for s in ("chosen", "rejected")))
