@@ -126,6 +126,18 @@ def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
             raise
 
 
+@contextmanager
+def temporary_dir(path: Path) -> Generator[Path]:
+    """A directory beside `path` under a temporary name, removed at the end; a killed writer's is a leftover."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line to a log file; readers ignore a torn last line."""
     with storage_errors(path):

@@ -236,18 +236,44 @@ def datasets(manifest: Manifest) -> list[str]:
     return sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
 
 
+def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
+    """The files of a dataset for a reader that does not check page checksums: digest and columns are checked here.
+
+    Raises as `read_dataset` does, and DataError when a file has other columns or types than `row_type`.
+    """
+    schema = arrow_schema(row_type)
+    manifest = read_manifest(run_dir)
+    names = part_names(run_dir, manifest, dataset)
+    for name in names:
+        _check_digest(run_dir, manifest, name)
+        found = pq.read_schema(run_dir / name)
+        _check_dataset(found, row_type, run_dir / name)
+        wrong = [f"{f.name} ({f.type})" for f in schema if f.name not in found.names or found.field(f.name) != f]
+        if wrong or len(found) != len(schema):
+            raise DataError(
+                f"{run_dir / name}: columns of {row_type.__name__} are missing or of another type: "
+                f"{', '.join(wrong) or 'there are more than it has'}",
+                f"it was made by another version of prefpipe: make {run_dir} again",
+            )
+    return [run_dir / name for name in names]
+
+
 def read_file(
     run_dir: Path, manifest: Manifest, name: str, row_type: type, columns: list[str] | None = None
 ) -> pa.Table:
     """One file of a complete run, checked against its digest before it is read."""
     if name not in manifest["files"]:
         raise MissingInputError(f"{run_dir} has no file '{name}'", "check which directory you passed")
+    _check_digest(run_dir, manifest, name)
+    return _read(run_dir / name, row_type, columns)
+
+
+def _check_digest(run_dir: Path, manifest: Manifest, name: str) -> None:
     if not _matches(run_dir / name, manifest["files"][name]["blake3"]):
         raise DataError(
             f"{run_dir / name} is damaged: its bytes do not match the digest in the manifest",
             f"run the command that made {run_dir} again: it remakes only the damaged file",
         )
-    return _read(run_dir / name, row_type, columns)
 
 
 def read_parquet(path: Path) -> pa.Table:
@@ -284,10 +310,14 @@ def remote_rows(url: str) -> Iterator[dict[str, Any]]:
 
 def _read(path: Path, row_type: type, columns: list[str] | None) -> pa.Table:
     table = read_parquet(path)
-    found = (table.schema.metadata or {}).get(b"prefpipe.dataset", b"?").decode()
+    _check_dataset(table.schema, row_type, path)
+    return table.select(columns) if columns is not None else table
+
+
+def _check_dataset(schema: pa.Schema, row_type: type, path: Path) -> None:
+    found = (schema.metadata or {}).get(b"prefpipe.dataset", b"?").decode()
     if found != row_type.__name__:
         raise DataError(f"{path} holds '{found}', not '{row_type.__name__}'", "check which directory you passed")
-    return table.select(columns) if columns is not None else table
 
 
 def _gate(row_type: type, table: pa.Table, path: Path) -> pa.Table:
@@ -341,7 +371,7 @@ def _committed(out: Path) -> list[Path]:
     """Files with a commit record, and the published directories (their files are complete by construction)."""
     parts = [r.with_name(r.name.removesuffix(".ok.json") + ".parquet") for r in out.rglob("*.ok.json")]
     published = [p for folder in ("adapter",) for p in (out / folder).rglob("*") if p.is_file()]
-    extra = [out / name for name in ("metrics.jsonl", "parity.json") if (out / name).exists()]
+    extra = [out / name for name in ("metrics.jsonl", "parity.json", "data_report.json") if (out / name).exists()]
     return sorted(p for p in [*parts, *published, *extra] if "quarantine" not in p.relative_to(out).parts)
 
 

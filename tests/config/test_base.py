@@ -27,11 +27,11 @@ from prefpipe.errors import MissingInputError, UsageError
 CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
 RUNTIME = {
     *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
-    *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date"),
+    *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
 }
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
-    *("inputs", "reward_settings"),
+    *("inputs", "reward_settings", "reward_runs", "policy_logps", "contamination"),
 }
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),

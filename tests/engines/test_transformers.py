@@ -169,8 +169,9 @@ def test_generated_pairs_audit_at_ln_2(tiny_model: Path, prompts_file: Path, tmp
     )  # fmt: skip
     generate.run(sampling, tmp_path / "g", force=False)
     pairing = BuildPairsConfig(
-        completions=(str(tmp_path / "g"),), reward=reward, pairs_per_prompt=2, truncated_chosen="keep"
-    )
+        completions=(str(tmp_path / "g"),), reward=reward, rule="best-worst", pairs_per_prompt=2,
+        truncated_chosen="keep", gap_filter="none",
+    )  # fmt: skip
     build_pairs.run(pairing, tmp_path / "p", force=False)
     training = TrainConfig(model=str(tiny_model), pairs=(str(tmp_path / "p"),), dtype="float32", train_batch_size=4)
     manifest = stage.run(training, tmp_path / "t", force=False)

@@ -18,7 +18,7 @@ NAMES = {
         *("dropped.parquet", "prompts/part-00001.parquet", "manifest.json"),
         *("completions/part-00002.parquet", "rewards/short_sentence/part-00001.parquet"),
     ],
-    "build-pairs": ["dropped.parquet", "pairs/part-00000.parquet", "manifest.json"],
+    "build-pairs": ["dropped.parquet", "pairs/part-00000.parquet", "data_report.json", "manifest.json"],
     "train": [
         *("dropped.parquet", "ref_logps/part-00000.parquet", "metrics.jsonl", "manifest.json"),
         *("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/prefpipe.json"),
