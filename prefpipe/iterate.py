@@ -84,7 +84,11 @@ def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
         yield Step(
             number, "build-pairs", config.build_pairs.model_copy(update={"completions": (str(here / "generate"),)})
         )
-        training = {**linked, "pairs": (str(here / "build-pairs"),), "seed": config.train.seed + number}
+        training = {
+            **linked,
+            config.build_pairs.output: (str(here / "build-pairs"),),
+            "seed": config.train.seed + number,
+        }
         yield Step(number, "train", config.train.model_copy(update=training))
         adapter = str(here / "train" / "adapter")
         yield _evaluation(config, number, adapter)
@@ -113,13 +117,14 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     """The table round by round, some answers side by side, where everything is, and what comes next."""
     rounds = manifest["totals"]["rounds"]
     last = out / f"round-{len(rounds) - 1}"
+    trained_on = next(name for name in ("pairs", "labels", "groups") if (last / "build-pairs" / name).is_dir())
     return [
         "",
         *_table(rounds),
         "",
         *_answers(out, len(rounds)),
         f"policy       {last}/train/adapter (PEFT; loads with peft, transformers and vLLM)",
-        f"pairs        {last}/build-pairs/pairs/*.parquet",
+        f"{trained_on:<12} {last}/build-pairs/{trained_on}/*.parquet",
         f"completions  {last}/generate/completions/*.parquet, ref_logps/, rewards/",
         f"answers      {out}/round-*/evaluate/evaluations/*.parquet",
         f"metrics      {last}/train/metrics.jsonl",

@@ -9,11 +9,11 @@ from prefpipe.config.base import STRICT
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.train import TrainConfig
+from prefpipe.config.train import ROWS, TrainConfig
 
 _OWNED = {
     "generate": ("model", "adapter", "reference"),
-    "build_pairs": ("completions",),
+    "build_pairs": ("completions", "reward_runs", "ref_logps", "policy_logps"),
     "train": ("model", "adapter", "pairs", "labels", "groups", "ref_logps"),
     "evaluate": ("model", "adapter", "round"),
 }
@@ -41,4 +41,13 @@ class IterateConfig(BaseModel):
             given = [n for n in names if getattr(settings, n) != type(settings).model_fields[n].default]
             if given:
                 raise ValueError(f"iterate links the stages itself: remove {', '.join(given)} from [{table}]")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "IterateConfig":
+        loss, output = self.train.loss_type[0], self.build_pairs.output
+        if ROWS[loss] != output:
+            raise ValueError(f'loss {loss} trains on {ROWS[loss]}: set output = "{ROWS[loss]}" in [build_pairs]')
+        if self.build_pairs.format != "prefpipe":
+            raise ValueError(f"format = {self.build_pairs.format} in [build_pairs] is for TRL: leave it out")
         return self

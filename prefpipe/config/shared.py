@@ -17,6 +17,8 @@ IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign ans
 def _check_reward(name: str, info: ValidationInfo) -> str:
     """A kind, the user's module:function, or a table (if the tables hold an error of their own, that is said alone)."""
     tables = info.data.get("reward_settings")
+    if name == IMPORTED_REWARD:
+        raise ValueError(f"'{name}' is the name of ratings that `prefpipe score` imports: name the table otherwise")
     if name in REWARD_NAMES or ":" in name or tables is None or name in tables:
         return name
     known = [*tables, *REWARD_NAMES]

@@ -46,6 +46,11 @@ _READS: dict[str, tuple[str, ...]] = {
     "plackett_luce": ("beta",),
 }
 PAIR_LOSSES = tuple(name for name in _READS if name not in ("kto", "apo_zero_unpaired", "plackett_luce"))
+ROWS: dict[str, Literal["pairs", "labels", "groups"]] = {  # what a loss trains on
+    **dict.fromkeys(PAIR_LOSSES, "pairs"),
+    **dict.fromkeys(("kto", "apo_zero_unpaired"), "labels"),
+    "plackett_luce": "groups",
+}
 READS = {name: (*own, "use_weighting") if name in PAIR_LOSSES else own for name, own in _READS.items()}
 _LARGEST_MARGIN = 2.0  # nats per token: SimPO's published margins are 0.1 to 0.5
 
@@ -153,8 +158,7 @@ class TrainConfig(BaseModel):
             yield f"{len(self.loss_type)} losses but {len(self.loss_weights)} loss_weights: give one each"
         if len(set(self.loss_type)) != len(self.loss_type):
             yield f"a loss twice in loss_type {self.loss_type}: give it once, with their weight"
-        kinds = {name if name not in PAIR_LOSSES else "pairs" for name in self.loss_type}
-        if len(kinds) > 1 and kinds != {"kto", "apo_zero_unpaired"}:
+        if len({ROWS[name] for name in self.loss_type}) > 1:
             yield f"losses of different kinds of rows do not add up: {', '.join(self.loss_type)}"
         read = {setting for name in self.loss_type for setting in READS[name]}
         for setting in sorted({s for settings in READS.values() for s in settings} - read):

@@ -21,7 +21,7 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.score import ScoreConfig
-from prefpipe.config.train import PAIR_LOSSES, READS, TrainConfig
+from prefpipe.config.train import PAIR_LOSSES, READS, ROWS, TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
 
 CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
@@ -35,6 +35,7 @@ PATHS = {
 }
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
+    *("build_pairs.reward_runs", "build_pairs.ref_logps", "build_pairs.policy_logps"),
     *(
         "train.model",
         "train.adapter",
@@ -104,6 +105,11 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
         found[weights] = tuple(draw(st.floats(-9, 9)) for _ in losses)
     for prefix in [name[: -len("loss_type")] for name in known if name.endswith("loss_type")]:
         _keep_what_is_read(found, prefix)
+    if cls is IterateConfig:
+        found |= {
+            "build_pairs.output": ROWS[found.get("train.loss_type", ("sigmoid",))[0]],
+            "build_pairs.format": "prefpipe",
+        }
     return found
 
 

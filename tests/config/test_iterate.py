@@ -1,8 +1,11 @@
 """The tables of `iterate` hold what a user may choose; the links between stages are not theirs to set."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
+from prefpipe import iterate
 from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import UsageError
@@ -12,6 +15,9 @@ LINKS = {
     "generate.adapter": "a",
     "generate.reference": "base",
     "build_pairs.completions": ["runs/g"],
+    "build_pairs.reward_runs": ["runs/g"],
+    "build_pairs.ref_logps": ["runs/g"],
+    "build_pairs.policy_logps": ["runs/g"],
     "train.model": "m",
     "train.adapter": "a",
     "train.pairs": ["runs/p"],
@@ -40,6 +46,17 @@ def test_every_other_setting_of_a_table_is_free() -> None:
 
 def test_a_link_at_its_default_may_be_written() -> None:
     assert base.load(IterateConfig, None, {"train.adapter": "none"}) == IterateConfig()
+
+
+def test_rows_are_those_that_the_loss_trains_on() -> None:
+    with pytest.raises(UsageError, match=r'loss kto trains on labels: set output = "labels" in \[build_pairs\]'):
+        base.load(IterateConfig, None, {"train.loss_type": ["kto"]})
+    fitting = base.load(IterateConfig, None, {"train.loss_type": ["kto"], "build_pairs.output": "labels"})
+    *_, train, _ = iterate.steps(fitting, Path("o"))
+    assert train.config.labels == ("o/round-2/build-pairs",)  # type: ignore[attr-defined]
+    assert train.config.pairs == ()  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="for TRL"):
+        base.load(IterateConfig, None, {"build_pairs.format": "trl"})
 
 
 def test_at_least_one_round() -> None:

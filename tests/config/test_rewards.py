@@ -77,3 +77,8 @@ def test_names_of_rewards_are_checked_against_tables_and_kinds() -> None:
         GenerateConfig.model_validate({"reward_settings": {"mine": {"kind": "no"}}, "rewards": ["mine"]})
     with pytest.raises(ValidationError, match=r"must have kind = \"length\""):
         GenerateConfig.model_validate({"reward_settings": {"length": {"kind": "math"}}})
+
+
+def test_the_name_of_imported_ratings_is_taken() -> None:
+    with pytest.raises(UsageError, match="imports"):
+        load(GenerateConfig, None, {"reward_settings": '{"rating": {"kind": "length"}}', "rewards": ["rating"]})

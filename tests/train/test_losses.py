@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from prefpipe.config.train import PAIR_LOSSES, READS
+from prefpipe.config.train import PAIR_LOSSES, READS, ROWS
 from prefpipe.train.lossbatch import Logps, LossSettings, PairBatch
 from prefpipe.train.losses import LOSSES, combine, metrics
 from tests.train.cases import A, Row, beta, labels, pairs, ranks
@@ -14,6 +14,7 @@ from tests.train.test_pairwise import Recorder
 
 def test_names_kinds_and_settings_are_those_of_the_config():
     assert set(READS) == set(LOSSES)
+    assert {name: spec.kind for name, spec in LOSSES.items()} == ROWS
     assert set(PAIR_LOSSES) == {name for name, spec in LOSSES.items() if spec.kind == "pairs"}
     known = {f.name for f in fields(LossSettings)}
     assert known <= {setting for settings in READS.values() for setting in settings}
