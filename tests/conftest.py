@@ -40,7 +40,7 @@ def prompts_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli() -> Cli:
     """Run `prefpipe ARGUMENTS` in a process of its own; `env` adds environment variables, `cwd` is where it runs."""
 

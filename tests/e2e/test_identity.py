@@ -114,6 +114,10 @@ def sampling_fields(place: Place, other_model: Path) -> dict[str, tuple[list[obj
         "chat template": (["--chat-template", template], "input:chat_template"),
         "prompts": (["--prompts", more], "input:prompts"),
         "rewards": (["--rewards", "tests.e2e.letters:most_letters"], "input:reward tests.e2e.letters:most_letters"),
+        "reward_settings": (
+            ["--rewards", "length", "--reward-settings", '{"length": {"kind": "length", "max": 3}}'],
+            "input:reward length",
+        ),
         "dtype": (["--dtype", "float32"], "dtype: 'bfloat16' there, 'float32' now"),
         **{
             name: ([f"--{name.replace('_', '-')}", value], f"{name}: ")

@@ -176,7 +176,7 @@ def test_generated_pairs_audit_at_ln_2(tiny_model: Path, prompts_file: Path, tmp
     training = TrainConfig(model=str(tiny_model), pairs=(str(tmp_path / "p"),), dtype="float32", train_batch_size=4)
     manifest = stage.run(training, tmp_path / "t", force=False)
     found = manifest["totals"]["audit"]
-    assert found["pairs"] == manifest["totals"]["pairs"] >= 8
+    assert found["rows"] == manifest["totals"]["pairs"] >= 8
     assert found["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert found["absolute_mean"] < 1e-5
     first = json.loads((tmp_path / "t" / "metrics.jsonl").read_text().splitlines()[0])

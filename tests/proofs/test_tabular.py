@@ -39,7 +39,8 @@ class Table(torch.nn.Module):
     def layout(self, trees: list[Tree]) -> Layout:
         return flatten(trees)
 
-    def forward(self, layout: Layout) -> torch.Tensor:
+    def forward(self, layout: Layout, *, collisions: bool = False) -> torch.Tensor:
+        assert not collisions
         ids = layout.input_ids.tolist()
         contexts: list[int] = []
         targets: list[int] = []
