@@ -15,7 +15,7 @@ from prefpipe.train import losses
 from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
 from prefpipe.train.groups import MicroBatch, balanced_batches, bank_rows, global_batches, micro_batches
 from prefpipe.train.lossbatch import LabelBatch
-from prefpipe.train.optimizer import MasterAdamW, learning_rate
+from prefpipe.train.optimizer import MasterOptimizer, learning_rate
 from prefpipe.train.parallel import World, sum_over_ranks
 from prefpipe.train.rows import TrainLabel, TrainRow, has_references
 from prefpipe.train.unpaired import reference_point
@@ -40,7 +40,7 @@ class Trainer:
 
     model: TreeModel
     wrapped: torch.nn.Module
-    optimizer: MasterAdamW
+    optimizer: MasterOptimizer
     config: TrainConfig
     world: World
     budget: int
@@ -81,8 +81,9 @@ def steps(
         drawn = [bank[i] for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]
         values = _accumulate(trainer, batch, drawn)
         rate = learning_rate(
-            step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio, schedule=config.lr_scheduler_type
-        )
+            step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio,
+            warmup_steps=config.warmup_steps, schedule=config.lr_scheduler_type,
+        )  # fmt: skip
         values["grad_norm"] = trainer.optimizer.step(rate, config.max_grad_norm)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise DataError(

@@ -21,7 +21,7 @@ from prefpipe.train.groups import tree_of
 from prefpipe.train.inputs import Job, prepare
 from prefpipe.train.loop import StepMetrics, Trainer
 from prefpipe.train.losses import LOSSES
-from prefpipe.train.optimizer import MasterAdamW
+from prefpipe.train.optimizer import MasterOptimizer
 from prefpipe.train.parallel import World
 from prefpipe.train.rows import TrainLabel, TrainRow
 from prefpipe.train.targets import targets
@@ -56,7 +56,7 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
         rows, bank, found = _referenced(run_, world, job, model, config)
     tokens = world.tell(config.max_tokens_per_micro_batch or fitting_tokens(model, rows))
     wrapped = parallel.wrap(model, world, config.distributed)
-    optimizer = MasterAdamW(wrapped, config.weight_decay)
+    optimizer = MasterOptimizer(wrapped, config.weight_decay)
     trainer = Trainer(model, wrapped, optimizer, config, world, tokens)
     last = _train(run_, trainer, rows, bank)
     adapter = parallel.whole_adapter(model.policy)

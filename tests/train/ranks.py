@@ -12,7 +12,7 @@ from prefpipe.forward.logps import Rows
 from prefpipe.train import loop, parallel
 from prefpipe.train.groups import tree_of
 from prefpipe.train.loop import Trainer
-from prefpipe.train.optimizer import MasterAdamW
+from prefpipe.train.optimizer import MasterOptimizer
 from prefpipe.train.parallel import World
 from prefpipe.train.rows import TrainPair
 from tests.train import data
@@ -43,7 +43,7 @@ def start(
     model = data.policy(model_directory, dtype)
     model.set_rows(rows)
     wrapped = parallel.wrap(model, world, strategy)
-    started = Trainer(model, wrapped, MasterAdamW(wrapped, 0.0), CONFIG, world, CONFIG.max_tokens_per_micro_batch)
+    started = Trainer(model, wrapped, MasterOptimizer(wrapped, 0.0), CONFIG, world, CONFIG.max_tokens_per_micro_batch)
     check_shards(started, strategy)
     return started
 
