@@ -46,7 +46,7 @@ READS: dict[str, tuple[str, ...]] = {
     "plackett_luce": ("beta",),
 }
 PAIR_LOSSES = tuple(name for name in READS if name not in ("kto", "apo_zero_unpaired", "plackett_luce"))
-_LORA = (
+LORA_ONLY = (
     "lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge",
 )  # fmt: skip
 _LARGEST_MARGIN = 2.0  # nats per token: SimPO's published margins are 0.1 to 0.5
@@ -207,15 +207,15 @@ class TrainConfig(BaseModel):
 
     def _tuning_misfits(self) -> Iterator[str]:
         if self.tuning == "full":
-            for given in self._changed(*_LORA):
+            for given in self._changed(*LORA_ONLY):
                 yield f"{given} is read only with tuning = lora"
             if self.adapter != "none":
-                yield "tuning = full trains no adapter: merge it into the model first (train --merge), then pass --model"
+                yield "tuning = full trains no adapter: merge it first (--merge), then pass the result as --model"
         if self.distributed == "fsdp2" and (self.load_in_4bit or self.optim not in ("adamw_torch_fused", "rmsprop")):
             yield "bitsandbytes does not work on the sharded parameters of distributed = fsdp2: use ddp"
 
     def _schedule_misfits(self) -> Iterator[str]:
-        ratio = list(self._changed("warmup_ratio"))
+        ratio = list(self._changed("warmup_ratio")) if self.warmup_ratio else []
         if self.warmup_steps and ratio:
             yield f"warmup_steps = {self.warmup_steps} and {ratio[0]} are two lengths of one warmup: give one of them"
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or ratio):
@@ -232,7 +232,7 @@ class TrainConfig(BaseModel):
         if self.metric_for_best_model != "eval_loss" and not (
             self.load_best_model_at_end or self.early_stopping_patience
         ):
-            yield f"metric_for_best_model = {self.metric_for_best_model} is read only with load_best_model_at_end or early_stopping_patience"
+            yield "metric_for_best_model is read only with load_best_model_at_end or early_stopping_patience"
 
     def _margin_misfits(self) -> Iterator[str]:
         default = type(self).model_fields["simpo_gamma_beta_ratio"].default

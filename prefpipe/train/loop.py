@@ -116,7 +116,7 @@ def _accumulate(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[Trai
 
 def _try_batch(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
     """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
-    z0 = _z0(trainer, bank) if bank else 0.0
+    z0 = z0_of(trainer, bank) if bank else 0.0
     sums: dict[str, float] = {}
     cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config))
     for micro, counts in trainer.world.deal(cut):
@@ -146,7 +146,7 @@ def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, c
     return found
 
 
-def _z0(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
+def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
     """KTO's reference point at the policy of this step, without gradient: one value for the whole global batch."""
     world, total = trainer.world, 0.0
     with torch.no_grad():

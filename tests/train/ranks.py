@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from prefpipe.forward.layout import flatten
+from prefpipe.forward.load import decoder_layers
 from prefpipe.forward.logps import Rows
 from prefpipe.train import loop, parallel
 from prefpipe.train.groups import tree_of
@@ -55,7 +56,7 @@ def check_shards(trainer: Trainer, strategy: str) -> None:
         if isinstance(parameter, DTensor):
             assert parameter.placements[0].is_shard(), name
             assert parameter.to_local().numel() < parameter.numel(), name
-    layers = parallel._decoder_layers(trainer.model)
+    layers = decoder_layers(trainer.model.policy)
     assert len(layers) == 2
     for layer in layers:
         parameters = list(layer.parameters())
