@@ -16,7 +16,7 @@ COUNT = awk -v total=$$(grep -c '^[a-z].*==' requirements/$(LOCK).txt) \
 # Plain progress lines and no colours when the output is not a terminal are chosen by prefpipe itself.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test check fix bench lock clean
+.PHONY: help setup demo test faults check fix bench lock clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ demo: setup  ## Two rounds on a real 135M model: about 10 minutes on 2 cores, th
 test: setup check  ## The whole test suite
 	@$(BIN)/python -m pytest -m "not vllm" -q
 	@$(BIN)/python -m pytest -m vllm -q
+
+faults: setup  ## Every crash test: kills, full disks and signals at all points (about 15 minutes)
+	@PREFPIPE_ALL_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q
 
 check: setup  ## Format, lint, types, layers
 	@$(BIN)/ruff format --check --quiet .

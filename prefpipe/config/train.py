@@ -52,11 +52,14 @@ ROWS: dict[str, Literal["pairs", "labels", "groups"]] = {  # what a loss trains 
     "plackett_luce": "groups",
 }
 READS = {name: (*own, "use_weighting") if name in PAIR_LOSSES else own for name, own in _READS.items()}
+LORA_ONLY = (
+    "lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge",
+)  # fmt: skip
 _LARGEST_MARGIN = 2.0  # nats per token: SimPO's published margins are 0.1 to 0.5
 
 
 class TrainConfig(BaseModel):
-    """Train a LoRA policy on pairs, labels or ranked groups with cached reference log-probs: one model in memory."""
+    """Train a policy on pairs, labels or ranked groups with cached reference log-probs: one model in memory."""
 
     model_config = STRICT
 
@@ -68,6 +71,8 @@ class TrainConfig(BaseModel):
     """For kto: run directories with labels, or JSONL/Parquet files with `prompt`, `completion`, `label`."""
     groups: Annotated[tuple[str, ...], PATH] = ()
     """For plackett_luce: run directories with ranked groups of completions."""
+    eval_pairs: Annotated[tuple[str, ...], PATH] = ()
+    """Pairs to evaluate on, as in pairs; eval_split takes them from the training rows instead, of every kind."""
     ref_logps: Annotated[tuple[str, ...], PATH] = ()
     """Runs of `prefpipe score` or `generate` whose reference log-probs take the place of those in the rows."""
     chat_template: shared.ChatTemplate = "model"
@@ -113,38 +118,68 @@ class TrainConfig(BaseModel):
     """kto: mismatched rows to build for its reference point z0, where the data brings none."""
     kl_rows: Annotated[int, Field(ge=1)] = 16
     """kto: mismatched rows that every step looks at (a forward pass each, without gradient)."""
+    optim: Literal["adamw_torch_fused", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        "adamw_torch_fused"
+    )
+    """Optimizer, on float32 master weights; the 8-bit and the paged ones come from the package bitsandbytes."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak learning rate of AdamW."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after warmup: linear or cosine to zero, or constant."""
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Decay after warmup: linear or cosine to zero; constant has no warmup, constant_with_warmup has."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of all steps over which the learning rate rises from zero."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """The same in steps, in place of warmup_ratio; 0 leaves it to warmup_ratio."""
     num_train_epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over the rows."""
     train_batch_size: Annotated[int, Field(ge=1)] = 8
     """Pairs, labels or groups in one optimizer step, whatever the micro-batches."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of AdamW."""
+    """Decoupled weight decay of AdamW; L2 penalty of rmsprop."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm."""
+    tuning: Literal["lora", "full"] = "lora"
+    """What is trained: a LoRA adapter on the frozen model, or every weight of the model (OUT/model is a new model)."""
     lora_r: Annotated[int, Field(ge=1)] = 16
-    """Rank of the LoRA adapter; a continued adapter keeps its own."""
+    """Rank of the LoRA adapter; a continued adapter keeps its own, as it does scale and targets."""
     lora_alpha: Annotated[int, Field(ge=1)] = 32
     """LoRA scale is lora_alpha / lora_r."""
+    use_rslora: bool = False
+    """Scale lora_alpha / sqrt(lora_r) instead (rank-stabilised LoRA, arXiv:2312.03732)."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout in front of the adapter while it trains; the model's own dropout is always off."""
     lora_target_modules: str = "all-linear"
     """Adapted modules: all-linear (without the head), or names joined by commas."""
+    load_in_4bit: bool = False
+    """QLoRA: the frozen weights in 4 bits (nf4, double quantization) through the package bitsandbytes."""
+    merge: bool = False
+    """Write OUT/merged too: the model with the trained adapter in its weights, for tools that take no adapters."""
     dtype: shared.Dtype = "bfloat16"
     seed: shared.Seed = 0
     audit_rows: Annotated[int, Field(ge=1)] = 32
     """Rows re-scored before step 0 to prove that the cached reference log-probs belong to this model."""
     group_by_prompt: bool = False
     """Draw the pairs or groups of a prompt into the same step: a forward is shared, gradients are correlated."""
+    eval_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the prompts whose rows are left out of training and evaluated on; a prompt is never on both sides."""
+    eval_steps: Annotated[int, Field(ge=1)] = 50
+    """Optimizer steps between evaluations; the last step is always followed by one."""
+    load_best_model_at_end: bool = False
+    """Keep the weights of the best evaluation instead of the last ones."""
+    metric_for_best_model: Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"] = "eval_loss"
+    """What makes an evaluation the best: the lowest loss, or the highest accuracy or margin."""
+    early_stopping_patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many evaluations in a row without a new best; 0 never stops early."""
     max_tokens_per_micro_batch: Annotated[int, RUNTIME, Field(ge=0)] = 0
     """Token budget of one forward pass, 0 to fit the free memory; it never changes the result beyond rounding."""
     distributed: Annotated[Literal["ddp", "fsdp2"], RUNTIME] = "ddp"
     """Under torchrun: replicate the model on every rank (ddp), or cut its parameters over the ranks (fsdp2)."""
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], RUNTIME] = "auto"
+    """Compute activations again in backward, at about half as much time again: auto only when a step does not fit."""
     save_steps: Annotated[int, RUNTIME, Field(ge=1)] = 50
     """Optimizer steps between checkpoints."""
+    save_total_limit: Annotated[int, RUNTIME, Field(ge=1)] = 2
+    """Checkpoints to keep: the newest ones by step, and the best where the best weights are asked for."""
 
     @model_validator(mode="after")
     def _settings_fit_losses(self) -> "TrainConfig":
@@ -165,10 +200,46 @@ class TrainConfig(BaseModel):
             if getattr(self, setting) != type(self).model_fields[setting].default:
                 readers = ", ".join(name for name, settings in READS.items() if setting in settings)
                 yield f"{setting} = {getattr(self, setting)} is read by none of {', '.join(self.loss_type)} ({readers})"
+        yield from self._tuning_misfits()
+        yield from self._schedule_misfits()
+        yield from self._evaluation_misfits()
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             yield "exo_pair needs label_smoothing above 0: its paper uses 1e-3"
         if {"simpo", "alphapo"} & set(self.loss_type):
             yield from self._margin_misfits()
+
+    def _changed(self, *names: str) -> Iterator[str]:
+        """Of these settings, those that do not have their default."""
+        return (f"{n} = {getattr(self, n)}" for n in names if getattr(self, n) != type(self).model_fields[n].default)
+
+    def _tuning_misfits(self) -> Iterator[str]:
+        if self.tuning == "full":
+            for given in self._changed(*LORA_ONLY):
+                yield f"{given} is read only with tuning = lora"
+            if self.adapter != "none":
+                yield "tuning = full trains no adapter: merge it first (--merge), then pass the result as --model"
+        if self.distributed == "fsdp2" and (self.load_in_4bit or self.optim not in ("adamw_torch_fused", "rmsprop")):
+            yield "bitsandbytes does not work on the sharded parameters of distributed = fsdp2: use ddp"
+
+    def _schedule_misfits(self) -> Iterator[str]:
+        ratio = list(self._changed("warmup_ratio")) if self.warmup_ratio else []
+        if self.warmup_steps and ratio:
+            yield f"warmup_steps = {self.warmup_steps} and {ratio[0]} are two lengths of one warmup: give one of them"
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or ratio):
+            yield "lr_scheduler_type = constant has no warmup: choose constant_with_warmup"
+
+    def _evaluation_misfits(self) -> Iterator[str]:
+        if self.eval_pairs and self.eval_split:
+            yield "eval_pairs and eval_split both say what to evaluate on: give one of them"
+        if not (self.eval_pairs or self.eval_split):
+            for given in self._changed(
+                "eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"
+            ):
+                yield f"{given} needs something to evaluate on: give eval_split or eval_pairs"
+        if self.metric_for_best_model != "eval_loss" and not (
+            self.load_best_model_at_end or self.early_stopping_patience
+        ):
+            yield "metric_for_best_model is read only with load_best_model_at_end or early_stopping_patience"
 
     def _margin_misfits(self) -> Iterator[str]:
         default = type(self).model_fields["simpo_gamma_beta_ratio"].default

@@ -1,45 +1,82 @@
-"""Load a model with tree attention, with or without a LoRA adapter, and save an adapter."""
+"""Load a model with tree attention, with or without a LoRA adapter, and save an adapter or a model."""
 
-from contextlib import AbstractContextManager, nullcontext
+import importlib.util
+import shutil
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from prefpipe.errors import UsageError
+from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.forward import attention
 from prefpipe.forward.logps import SCORER_VERSION, causal_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What makes a directory of weights a model that can be talked to, beside its weights and their config.
+_BESIDE_WEIGHTS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "generation_config.json", "*.model",
+)  # fmt: skip
 
 
-def scorer_name(dtype: str) -> str:
+def scorer_name(dtype: str, *, in_4bit: bool = False) -> str:
     """Names the numerics of log-probs from this forward pass."""
-    return f"forward-{SCORER_VERSION}/{dtype}"
+    return f"forward-{SCORER_VERSION}/{dtype}{'-nf4' if in_4bit else ''}"
 
 
-def load_model(directory: Path, dtype: str) -> PreTrainedModel:
-    """A frozen causal language model in eval mode (no dropout), on the GPU when there is one. safetensors only."""
+def load_model(directory: Path, dtype: str, *, in_4bit: bool = False, device: str = "") -> PreTrainedModel:
+    """A frozen causal language model in eval mode (no dropout), on the GPU when there is one. safetensors only.
+
+    `in_4bit` keeps its matrices as nf4 with double quantization (QLoRA, arXiv:2305.14314); the head stays as it is.
+    """
     attention.register()
     transformers_logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-    )
+        directory, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True,
+        **(_four_bits(dtype, device) if in_4bit else {}),
+    )  # fmt: skip
     attention.check_positions(model.config)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UsageError(f"{directory}: an output head with a bias is not supported", "use a model without one")
     model.requires_grad_(requires_grad=False)
-    torch.nn.Module.to(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    if not in_4bit:
+        torch.nn.Module.to(model, device=device)
     return model.eval()
 
 
-def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int) -> PeftModel:
+def _four_bits(dtype: str, device: str) -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingInputError(
+            "load_in_4bit needs the package bitsandbytes", "install it with: pip install 'prefpipe[bnb]'"
+        )
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )  # fmt: skip
+    return {
+        "quantization_config": settings,
+        "device_map": {"": torch.cuda.current_device() if device == "cuda" else device},
+    }
+
+
+def add_lora(
+    model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int, rslora: bool = False
+) -> PeftModel:  # fmt: skip
     """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype."""
     torch.manual_seed(seed)
     targets = target_modules if target_modules == "all-linear" else [t.strip() for t in target_modules.split(",")]
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, use_rslora=rslora, task_type="CAUSAL_LM"
+    )
     try:
         return _check_head(get_peft_model(model, config, autocast_adapter_dtype=False).eval())
     except ValueError as error:
@@ -67,6 +104,37 @@ def adapter_off(model: torch.nn.Module, *, off: bool) -> AbstractContextManager[
     return model.disable_adapter() if off and isinstance(model, PeftModel) else nullcontext()
 
 
+@contextmanager
+def lora_dropout(model: torch.nn.Module, share: float) -> Generator[None]:
+    """Dropout of this share in front of every adapted module for the length of a `with` block.
+
+    Everything else stays in eval mode, and outside of the block nothing is random: audits and evaluations see the
+    same model. Draws come from torch's global generator.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if share else []
+    before = [dict(layer.lora_dropout) for layer in layers]
+    for layer in layers:
+        for name in layer.lora_dropout:
+            layer.lora_dropout[name] = torch.nn.Dropout(share)
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.lora_dropout.update(old)
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The repeated blocks of a model: the longest module list in its body."""
+    lists = [m for m in causal_model(model).modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(max(lists, key=len))
+
+
+def checkpoint_layers(model: torch.nn.Module) -> None:
+    """Gradient checkpointing: from now on backward computes the activations inside each decoder layer again."""
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The trainable parameters of a PEFT model by their names in its state dict (shards, where they are sharded)."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -79,3 +147,30 @@ def save_adapter(model: torch.nn.Module, tensors: dict[str, torch.Tensor], direc
         config.base_model_name_or_path = base_name
         config.inference_mode = True
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
+
+
+def model_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Weights and persistent buffers of a model by their names in its state dict, tied ones once (shards, where they
+    are sharded)."""
+    once: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        once.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(once.values())
+
+
+def save_model(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor], directory: Path, source: Path, chat_template: str
+) -> None:  # fmt: skip
+    """A model directory that transformers and vLLM load: weights as safetensors (`tensors` as `model_tensors` gives
+    them, whole), config, and tokenizer and chat template of `source`; a template file takes the template's place."""
+    model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True)
+    for pattern in _BESIDE_WEIGHTS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+    if chat_template not in ("model", "none"):
+        shutil.copyfile(chat_template, directory / "chat_template.jinja")
+
+
+def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """A loaded model with an adapter from disk added into its weights."""
+    return cast(PreTrainedModel, load_adapter(model, adapter, trainable=False).merge_and_unload())

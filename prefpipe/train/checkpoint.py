@@ -1,6 +1,7 @@
 """Training checkpoints: a directory is complete or invisible, and only one whose digests match is resumed from."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,32 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefpipe import fsio, log
+from prefpipe.errors import DataError
 from prefpipe.ids import content_id
-
-_KEEP = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where training stands after `step` steps; metrics_bytes is the size of metrics.jsonl at that moment."""
+    """Where training stands after `step` steps; metrics_bytes is the size of metrics.jsonl at that moment.
+
+    The rest needs no state: rows are drawn from (seed, epoch), dropout from (seed, step), evaluations are in
+    metrics.jsonl.
+    """
 
     step: int
     metrics_bytes: int
     tensors: dict[str, torch.Tensor]
 
 
-def save(folder: Path, checkpoint: Checkpoint, fingerprint: str) -> None:
-    """Publish a checkpoint, then remove all but the newest two (by step number, never by time)."""
-    target = folder / f"step-{checkpoint.step:08d}"
+def save(
+    folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2, records: Sequence[int] = ()
+) -> None:  # fmt: skip
+    """Publish a checkpoint, then remove all but the newest `limit` (by step number, never by time).
+
+    `records` are steps, in order, whose weights were the best so far. The last one before any checkpoint that is kept
+    stays too: a run that goes on from there may still want it.
+    """
+    target = _path(folder, checkpoint.step)
     if target.exists():
         return
 
@@ -41,8 +51,12 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str) -> None:
         (into / "state.json").write_text(json.dumps(sealed), encoding="utf-8")
 
     fsio.publish_dir(target, fill)
-    for old in _steps(folder)[:-_KEEP]:
-        fsio.remove_dir(old)
+    steps = _steps(folder)
+    kept = steps[-limit:]
+    best = {max((r for r in records if r <= _number(path)), default=0) for path in kept}
+    for old in steps[:-limit]:
+        if _number(old) not in best:
+            fsio.remove_dir(old)
 
 
 def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
@@ -54,6 +68,18 @@ def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
         log.warn(f"checkpoint {path} is damaged or of another run: it moves to quarantine/")
         fsio.move_aside(path, folder.parent / "quarantine")
     return None
+
+
+def at_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step. Raises DataError when it is damaged or gone."""
+    path = _path(folder, step)
+    record = _verified(path)
+    if record is None:
+        raise DataError(
+            f"checkpoint {path}, the best one, is damaged or missing",
+            "start over with --force: it cannot be made again",
+        )
+    return Checkpoint(record["step"], record["metrics_bytes"], load_file(path / "state.safetensors"))
 
 
 def _verified(path: Path) -> dict[str, Any] | None:
@@ -71,3 +97,11 @@ def _verified(path: Path) -> dict[str, Any] | None:
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import chat as chats
-from prefpipe import ingest, models, store
+from prefpipe import ingest, log, models, store
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, UsageError
 from prefpipe.ids import ids_digest
@@ -14,6 +14,7 @@ from prefpipe.klbank import kl_bank
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
 from prefpipe.train import rows as train_rows
+from prefpipe.train.evaluation import split_by_prompt
 from prefpipe.train.lossbatch import Kind
 from prefpipe.train.losses import LOSSES
 from prefpipe.train.rows import TrainLabel, TrainPair, TrainRow, has_references
@@ -28,8 +29,8 @@ Stored = Pair | Label | RankedGroup | KlBank
 
 @dataclass(frozen=True)
 class Job:
-    """What a run trains on: checked rows and KTO's bank, dropped rows, where it starts, which reference its cached
-    values are of and who computed them, what identifies it."""
+    """What a run trains on: checked rows, rows to evaluate on and KTO's bank, dropped rows, where it starts, which
+    reference its cached values are of and who computed them, what identifies it."""
 
     kind: Kind
     rows: list[TrainRow]
@@ -39,6 +40,7 @@ class Job:
     reference: str | None
     scorers: set[str]
     inputs: dict[str, str]
+    eval_rows: list[TrainRow] = field(default_factory=list[TrainRow])
 
 
 @dataclass
@@ -53,11 +55,16 @@ class _Read:
 def prepare(config: TrainConfig) -> Job:
     """Read and check everything that training needs, without loading a model."""
     kind = kind_of(config)
-    sources = [Path(source) for source in getattr(config, kind)]
+    sources, held_out = [Path(source) for source in getattr(config, kind)], [Path(s) for s in config.eval_pairs]
     inputs = {f"{kind}.{i}": store.input_digest(path) for i, path in enumerate(sources)}
+    inputs |= {f"eval_pairs.{i}": store.input_digest(path) for i, path in enumerate(held_out)}
     policy = models.resolve(config.model, config.adapter)
-    chat = chats.load(policy.directory, config.chat_template) if any(s.is_file() for s in sources) else None
+    chat = (
+        chats.load(policy.directory, config.chat_template) if any(s.is_file() for s in (*sources, *held_out)) else None
+    )
     read = _read(sources, kind, chat, config)
+    num_training = len(read.rows)
+    _add_eval_pairs(read, held_out, chat, config)
     for row in (*read.rows, *read.bank):
         _check_ids(row)
     needs_reference = any(LOSSES[name].needs_reference for name in config.loss_type)
@@ -70,7 +77,8 @@ def prepare(config: TrainConfig) -> Job:
     bank = train_rows.from_bank(read.bank)
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy) if needs_reference else None
     scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
-    return Job(kind, rows, bank, read.dropped, policy, reference, scorers, inputs)
+    training, eval_rows = _parted(rows, num_training, config)
+    return Job(kind, training, bank, read.dropped, policy, reference, scorers, inputs, eval_rows)
 
 
 def kind_of(config: TrainConfig) -> Kind:
@@ -105,6 +113,30 @@ def _read(sources: Sequence[Path], kind: Kind, chat: chats.Chat | None, config: 
         labels = [row for row in read.rows if isinstance(row, Label)]
         read.bank = kl_bank(labels, config.kl_bank_size, config.seed)
     return read
+
+
+def _add_eval_pairs(read: _Read, sources: Sequence[Path], chat: chats.Chat | None, config: TrainConfig) -> None:
+    """Rows to evaluate on go behind the others, so that everything is checked, joined and scored alike."""
+    if not sources:
+        return
+    if kind_of(config) != "pairs":
+        raise UsageError(f"--eval-pairs with loss {config.loss_type[0]}", "use --eval-split: it takes rows of any kind")
+    own = _read(sources, "pairs", chat, config)
+    if not own.rows:
+        raise DataError(f"no row of {', '.join(map(str, sources))} can be evaluated on", "check the file")
+    read.rows += own.rows
+    read.dropped += own.dropped
+
+
+def _parted(rows: list[TrainRow], num_training: int, config: TrainConfig) -> tuple[list[TrainRow], list[TrainRow]]:
+    """Rows to train on and rows to evaluate on."""
+    if config.eval_split:
+        return split_by_prompt(rows, config.eval_split, config.seed)
+    training, eval_rows = rows[:num_training], rows[num_training:]
+    shared = {row.prompt for row in training} & {row.prompt for row in eval_rows}
+    if shared:
+        log.warn(f"{len(shared)} prompts of --eval-pairs are trained on too: their metrics will look too good")
+    return training, eval_rows
 
 
 def _train_rows(kind: Kind, rows: Iterable[Stored]) -> list[TrainRow]:

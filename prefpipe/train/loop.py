@@ -15,7 +15,7 @@ from prefpipe.train import losses
 from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
 from prefpipe.train.groups import MicroBatch, balanced_batches, bank_rows, global_batches, micro_batches
 from prefpipe.train.lossbatch import LabelBatch
-from prefpipe.train.optimizer import MasterAdamW, learning_rate
+from prefpipe.train.optimizer import MasterOptimizer, learning_rate
 from prefpipe.train.parallel import World, sum_over_ranks
 from prefpipe.train.rows import TrainLabel, TrainRow, has_references
 from prefpipe.train.unpaired import reference_point
@@ -40,7 +40,7 @@ class Trainer:
 
     model: TreeModel
     wrapped: torch.nn.Module
-    optimizer: MasterAdamW
+    optimizer: MasterOptimizer
     config: TrainConfig
     world: World
     budget: int
@@ -81,8 +81,9 @@ def steps(
         drawn = [bank[i] for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]
         values = _accumulate(trainer, batch, drawn)
         rate = learning_rate(
-            step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio, schedule=config.lr_scheduler_type
-        )
+            step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio,
+            warmup_steps=config.warmup_steps, schedule=config.lr_scheduler_type,
+        )  # fmt: skip
         values["grad_norm"] = trainer.optimizer.step(rate, config.max_grad_norm)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise DataError(
@@ -115,7 +116,7 @@ def _accumulate(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[Trai
 
 def _try_batch(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
     """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
-    z0 = _z0(trainer, bank) if bank else 0.0
+    z0 = z0_of(trainer, bank) if bank else 0.0
     sums: dict[str, float] = {}
     cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config))
     for micro, counts in trainer.world.deal(cut):
@@ -146,7 +147,7 @@ def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, c
     return found
 
 
-def _z0(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
+def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
     """KTO's reference point at the policy of this step, without gradient: one value for the whole global batch."""
     world, total = trainer.world, 0.0
     with torch.no_grad():

@@ -89,6 +89,12 @@ def budget(footprint: Footprint, device: torch.device, free_bytes: float, longes
     return max(longest_tree, min(_LARGEST.get(device.type, 32768), max(_SMALLEST, fitting)))
 
 
+def fits(footprint: Footprint, free_bytes: float, longest_tree: int) -> bool:
+    """Whether a micro-batch of the longest tree alone fits into the free memory beside what is fixed."""
+    fixed = footprint.optimizer + footprint.head
+    return fixed + footprint.activations(longest_tree) <= _SHARE * free_bytes
+
+
 def free_bytes(device: torch.device) -> float:
     """Memory that can still be had: the GPU's free memory, or what the kernel calls available."""
     if device.type == "cuda":

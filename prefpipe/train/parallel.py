@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from prefpipe.forward.load import adapter_tensors
+from prefpipe.forward.load import adapter_tensors, decoder_layers, model_tensors
 from prefpipe.forward.logps import TreeModel, causal_model
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def wrap(model: TreeModel, world: World, strategy: str) -> torch.nn.Module:
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model, broadcast_buffers=False)  # buffers are constants
-    for layer in _decoder_layers(model):
+    for layer in decoder_layers(model.policy):
         fully_shard(layer)
     fully_shard(model)
     return model
@@ -95,6 +95,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def whole_adapter(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors, gathered where they are sharded; a collective call."""
     return {name: whole(tensor) for name, tensor in adapter_tensors(policy).items()}
+
+
+def whole_model(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All of the model's tensors, gathered where they are sharded; a collective call."""
+    return {name: whole(tensor) for name, tensor in model_tensors(causal_model(policy)).items()}
 
 
 def like(tensor: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
@@ -111,9 +116,3 @@ def sum_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:
         return values
     sums = [each for each in world.gather(values) if each]
     return {key: sum(each[key] for each in sums) for key in sums[0]}
-
-
-def _decoder_layers(model: TreeModel) -> list[torch.nn.Module]:
-    """The repeated blocks of the model: the longest module list in its body."""
-    lists = [m for m in causal_model(model.policy).modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=len))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from prefpipe import log
-from prefpipe.forward import load
 from prefpipe.forward.logps import TreeModel, score
 from prefpipe.ids import ids_digest
 from prefpipe.schemas import RefLogps, from_table, to_table
@@ -17,7 +16,7 @@ R = TypeVar("R", bound=TrainRow)
 
 
 def values_for(
-    run_: Run | None, world: World, rows: Sequence[TrainRow], model: TreeModel, dtype: str, reference: str
+    run_: Run | None, world: World, rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference: str
 ) -> dict[str, TokenLogps]:  # fmt: skip
     """Values by completion id for every row that lacks some: scored once, on all ranks, and then read from the run.
 
@@ -28,7 +27,7 @@ def values_for(
         return {}
     if not world.tell(run_.has_part("ref_logps", 0) if run_ else False):
         log.info(f"{len(missing)} of {len(rows)} rows have no reference log-probs: they are scored once, now")
-        made = _score(missing[world.rank :: world.size], model, dtype, reference)
+        made = _score(missing[world.rank :: world.size], model, scorer, reference)
         found = {r.completion_id: r for share in world.gather(made) for r in share}
         if run_:
             run_.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [found[key] for key in sorted(found)]))
@@ -47,7 +46,7 @@ def _cached(run_: Run | None) -> dict[str, TokenLogps]:
     return {r.completion_id: tuple(r.token_logps) for r in rows}
 
 
-def _score(rows: Sequence[TrainRow], model: TreeModel, dtype: str, reference: str) -> list[RefLogps]:
+def _score(rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference: str) -> list[RefLogps]:
     """This rank's share, prompts together, so that each is computed once."""
     found: dict[str, RefLogps] = {}
     ordered = sorted(rows, key=lambda row: row.prompt)
@@ -56,7 +55,7 @@ def _score(rows: Sequence[TrainRow], model: TreeModel, dtype: str, reference: st
             for answer, logps in zip(row.answers, values, strict=True):
                 digest = ids_digest(row.prompt, answer.ids)
                 found[answer.completion_id] = RefLogps(
-                    answer.completion_id, reference, load.scorer_name(dtype), digest, logps, sum(logps), len(logps)
+                    answer.completion_id, reference, scorer, digest, logps, sum(logps), len(logps)
                 )
             advance(1)
     return list(found.values())

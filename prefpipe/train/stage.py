@@ -1,29 +1,32 @@
-"""Stage 3, `prefpipe train`: rows with cached reference log-probs -> a LoRA adapter. One model is in memory."""
+"""Stage 3, `prefpipe train`: rows with cached reference log-probs -> an adapter or a model. One model is in memory."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from prefpipe import fingerprint, fsio, log, models, store
+from prefpipe import fsio, log, store
 from prefpipe.config.train import TrainConfig
+from prefpipe.errors import DataError, Interrupted
 from prefpipe.forward import load
 from prefpipe.forward.logps import TreeModel, score, settle_rows
+from prefpipe.ids import sample_seed
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, to_table
 from prefpipe.store import Manifest, Run
-from prefpipe.train import audit, checkpoint, loop, memory, parallel, references
+from prefpipe.train import audit, checkpoint, evaluation, interrupts, loop, memory, outputs, parallel, references
 from prefpipe.train.checkpoint import Checkpoint
 from prefpipe.train.groups import tree_of
 from prefpipe.train.inputs import Job, prepare
 from prefpipe.train.loop import StepMetrics, Trainer
 from prefpipe.train.losses import LOSSES
-from prefpipe.train.optimizer import MasterAdamW
+from prefpipe.train.optimizer import MasterOptimizer
 from prefpipe.train.parallel import World
-from prefpipe.train.rows import TrainLabel, TrainRow
+from prefpipe.train.rows import TrainRow
 from prefpipe.train.targets import targets
 
 
@@ -46,23 +49,21 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
     """`run_` is the output directory, held by rank 0 only."""
     if run_:
         run_.write_dropped(Dropped, to_table(Dropped, job.dropped))
-    for row in (*job.rows, *job.bank):
+    for row in (*job.rows, *job.eval_rows, *job.bank):
         audit.check_cached(row)
     _say_targets(config, job)
     model = load_policy(job.policy, config)
     choose_rows(model, job.rows, config.dtype)
-    rows, bank, found = job.rows, job.bank, None
+    found = None
     if any(LOSSES[name].needs_reference for name in config.loss_type):
-        rows, bank, found = _referenced(run_, world, job, model, config)
-    tokens = world.tell(config.max_tokens_per_micro_batch or fitting_tokens(model, rows))
+        job, found = _referenced(run_, world, job, model, config)
+    tokens = world.tell(fitting_tokens(model, job.rows, config))
     wrapped = parallel.wrap(model, world, config.distributed)
-    optimizer = MasterAdamW(wrapped, config.weight_decay)
+    optimizer = MasterOptimizer(wrapped, config.weight_decay, config.optim)
     trainer = Trainer(model, wrapped, optimizer, config, world, tokens)
-    last = _train(run_, trainer, rows, bank)
-    adapter = parallel.whole_adapter(model.policy)
-    manifest = None
-    if run_:
-        manifest = _finish(run_, job, model, adapter, config, {"last_step": last, "audit": found})
+    results = {"audit": found, **_train(run_, trainer, job)}
+    tensors = outputs.tensors_of(model, config)
+    manifest = _finish(run_, job, model, tensors, config, results) if run_ else None
     return cast(Manifest, world.tell(manifest))
 
 
@@ -76,31 +77,38 @@ def _say_targets(config: TrainConfig, job: Job) -> None:
 
 def _referenced(
     run_: Run | None, world: World, job: Job, model: TreeModel, config: TrainConfig
-) -> tuple[list[TrainRow], list[TrainLabel], dict[str, float]]:
-    """Rows and bank with reference values, missing ones made now, and what the audit of them found."""
-    every: list[TrainRow] = [*job.rows, *job.bank]
+) -> tuple[Job, dict[str, float]]:
+    """The job with reference values in all rows, missing ones made now, and what the audit of them found."""
+    every: list[TrainRow] = [*job.rows, *job.eval_rows, *job.bank]
+    scorer = load.scorer_name(config.dtype, in_4bit=config.load_in_4bit)
     # A new adapter changes nothing yet, but it costs time: it is off too while the base is scored.
     with load.adapter_off(model.policy, off=job.reference == job.policy.base_id):
-        values = references.values_for(run_, world, every, model, config.dtype, job.reference or job.policy.id)
-    scorers = job.scorers | ({load.scorer_name(config.dtype)} if values else set[str]())
-    rows, bank = references.filled(job.rows, values), references.filled(job.bank, values)
+        values = references.values_for(run_, world, every, model, scorer, job.reference or job.policy.id)
+    scorers = job.scorers | ({scorer} if values else set[str]())
+    job = replace(
+        job,
+        rows=references.filled(job.rows, values),
+        eval_rows=references.filled(job.eval_rows, values),
+        bank=references.filled(job.bank, values),
+    )
     base_is_reference = job.reference == job.policy.base_id != job.policy.id
-    found = _audit(model, [*rows, *bank], scorers, config, base_is_reference=base_is_reference)
-    return rows, bank, found
+    checked = [*job.rows, *job.eval_rows, *job.bank]
+    return job, _audit(model, checked, scorers, config, base_is_reference=base_is_reference)
 
 
 def _finish(
-    run_: Run, job: Job, model: TreeModel, adapter: dict[str, torch.Tensor], config: TrainConfig,
+    run_: Run, job: Job, model: TreeModel, tensors: dict[str, torch.Tensor], config: TrainConfig,
     results: dict[str, Any],
 ) -> Manifest:  # fmt: skip
-    """Save the adapter and the manifest."""
-    target, policy = run_.out / "adapter", job.policy
-    if not target.exists():
-        fsio.publish_dir(target, lambda into: _save(model, adapter, into, policy, config.model))
-    trained = fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(target))
-    count = len(job.rows)
-    totals = {job.kind: count, "steps": loop.num_steps(count, config), "dropped": len(job.dropped), **results}
-    return run_.finish(totals, {"policy": trained, "initial": policy.id, "reference": job.reference})
+    """Save the trained policy and the manifest."""
+    policy, count = job.policy, len(job.rows)
+    identity = {"initial": policy.id, "reference": job.reference}
+    facts = {**results, **identity, "count": count, "kind": job.kind, "inputs": job.inputs}
+    trained = outputs.save(run_.out, model, tensors, policy, config, facts)
+    totals = {job.kind: count, "dropped": len(job.dropped), **results}
+    if job.eval_rows:
+        totals[f"eval_{job.kind}"] = len(job.eval_rows)
+    return run_.finish(totals, {"policy": trained, **identity})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
@@ -110,20 +118,28 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
         f"{k} {v:.4g}" for k, v in t["last_step"].items() if k in ("loss", "rewards/margins", "grad_norm")
     )
     kind = next(kind for kind in ("pairs", "labels", "groups") if kind in t)
-    return [f"trained on {t[kind]} {kind} in {t['steps']} steps: {out}/adapter", f"  last step: {shown}"]
+    (policy,) = {name.split("/")[0] for name in manifest["files"]} & {"adapter", "model"}
+    lines = [f"trained on {t[kind]} {kind} in {t['steps']} steps: {out}/{policy}", f"  last step: {shown}"]
+    if "best" in t:
+        lines.append(f"  best: step {t['best']['step']}, {t['best']['metric']} {t['best']['value']:.4g}")
+    return lines
 
 
 def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
-    """The one model of a run: the base with a new adapter, or with the one it continues."""
-    log.info(f"loading {policy.directory.name} ({config.dtype})")
-    base = load.load_model(policy.directory, config.dtype)
+    """The one model of a run: every weight of it, the base with a new adapter, or with the one it continues."""
+    log.info(f"loading {policy.directory.name} ({config.dtype}{', 4 bits' if config.load_in_4bit else ''})")
+    base = load.load_model(policy.directory, config.dtype, in_4bit=config.load_in_4bit)
+    if config.tuning == "full":
+        base.requires_grad_(requires_grad=True)
+        return TreeModel(base)
     if policy.adapter is not None:
         return TreeModel(load.load_adapter(base, policy.adapter, trainable=True))
     return TreeModel(
         load.add_lora(
-            base, r=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules, seed=config.seed
+            base, r=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules,
+            seed=config.seed, rslora=config.use_rslora,
         )
-    )
+    )  # fmt: skip
 
 
 def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:
@@ -135,12 +151,28 @@ def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:
         log.warn(f"every completion is computed in a row of its own, at up to twice the cost: {reason}")
 
 
-def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow]) -> int:
-    """The token budget that the free memory allows, from a probe on the data."""
+def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConfig) -> int:
+    """The token budget that was asked for, or the one that the free memory allows, from a probe on the data.
+
+    Turns gradient checkpointing on where it is asked for, or where the longest row would not fit without it.
+    """
+    if config.gradient_checkpointing == "on":
+        load.checkpoint_layers(model.policy)
+    if config.max_tokens_per_micro_batch and config.gradient_checkpointing != "auto":
+        return config.max_tokens_per_micro_batch
     trees = [tree_of(row) for row in rows]
-    footprint = memory.measure(model, trees)
+    longest = max(tree.num_tokens for tree in trees)
     device = next(model.parameters()).device
-    tokens = memory.budget(footprint, device, memory.free_bytes(device), max(tree.num_tokens for tree in trees))
+    footprint, free = memory.measure(model, trees), memory.free_bytes(device)
+    if config.gradient_checkpointing == "auto" and not memory.fits(footprint, free, longest):
+        log.warn(
+            f"a row of {longest} tokens does not fit the free memory: gradient checkpointing is on, at half the speed"
+        )
+        load.checkpoint_layers(model.policy)
+        footprint, free = memory.measure(model, trees), memory.free_bytes(device)
+    if config.max_tokens_per_micro_batch:
+        return config.max_tokens_per_micro_batch
+    tokens = memory.budget(footprint, device, free, longest)
     log.info(f"micro-batches of up to {tokens} tokens ({footprint.activations_per_token / 1024:.0f} KiB per token)")
     return tokens
 
@@ -150,7 +182,7 @@ def _audit(
 ) -> dict[str, float]:
     with load.adapter_off(model.policy, off=base_is_reference):
         found = audit.audit(rows, config.audit_rows, lambda trees: list(score(model, trees)), config.beta)
-    full = config.dtype == "float32" and all(s.endswith("/float32") for s in scorers)
+    full = config.dtype == "float32" and all(s.endswith("/float32") for s in scorers) and not config.load_in_4bit
     audit.check(found, exact=scorers == {load.scorer_name("float32")} and full, full_precision=full)
     log.info(
         f"audit: {found.rows} rows re-scored, {found.signed_mean:+.4f} signed and {found.absolute_mean:.4f} absolute "
@@ -159,10 +191,9 @@ def _audit(
     return found.to_dict()
 
 
-def _train(
-    run_: Run | None, trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLabel]
-) -> dict[str, float]:  # fmt: skip
-    """Run the loop from the newest checkpoint; returns the metrics of the last step (rank 0)."""
+def _train(run_: Run | None, trainer: Trainer, job: Job) -> dict[str, Any]:
+    """Run the loop from the newest checkpoint to the end, or to an early stop; leaves the model with the weights to
+    save. Returns the number of steps, the metrics of the last one (rank 0) and which evaluation was the best."""
     world, config = trainer.world, trainer.config
     resumed = world.tell(checkpoint.newest(run_.out / "checkpoints", run_.fingerprint) if run_ else None)
     if resumed is not None:
@@ -171,35 +202,82 @@ def _train(
     first = resumed.step if resumed else 0
     if run_:
         fsio.truncate(run_.out / "metrics.jsonl", resumed.metrics_bytes if resumed else 0)
+    history = world.tell([line for line in _lines(run_) if "eval_loss" in line] if run_ else [])
     start = fsio.monotonic()
-    total = loop.num_steps(len(rows), config)
-    with log.progress("training", total, "steps") as advance:
+    total = loop.num_steps(len(job.rows), config)
+    with log.progress("training", total, "steps") as advance, interrupts.noted() as stopped:
         advance(first)
-        for step in loop.steps(trainer, rows, first, bank):
+        for step in _steps(trainer, job, first, history):
             done = step.step + 1
-            keep = done % config.save_steps == 0 or done == total
+            line = {"step": step.step, **step.values}
+            if job.eval_rows and (done % config.eval_steps == 0 or done == total):
+                line |= evaluation.evaluate(trainer, job.eval_rows, job.bank)
+                history.append(line)
+            signal_number = max(world.gather(stopped()))
+            due = done % config.save_steps == 0 or done == total or signal_number
+            best = evaluation.records(history, config.metric_for_best_model) if config.load_best_model_at_end else []
+            keep = due or best[-1:] == [done] or _stops(history, config)
             state = trainer.optimizer.state() if keep else None  # every rank takes part
             if run_:
-                _record(run_, step, state)
+                _record(run_, line, state, config, best)
             advance(1)
-    if run_ is None:
+            if signal_number:
+                world.tell(None)  # no rank leaves before rank 0 has saved: torchrun would end it
+                raise Interrupted(signal_number)
+    results: dict[str, Any] = {"steps": total, "last_step": {}}
+    if run_:
+        *_, last = _lines(run_)
+        run_.log_timing(event="trained", steps=last["step"] + 1 - first, seconds=round(fsio.monotonic() - start, 3))
+        results = {"steps": last["step"] + 1, "last_step": last}
+    return results | _best(run_, trainer, history)
+
+
+def _steps(trainer: Trainer, job: Job, first: int, history: Sequence[dict[str, float]]) -> Iterator[StepMetrics]:
+    """Steps until the end or an early stop. Dropout is drawn from (seed, step, rank), so that nothing of a random
+    state has to be kept, and is on inside of steps only."""
+    config, running = trainer.config, loop.steps(trainer, job.rows, first, job.bank)
+    number: int = first
+    while number < loop.num_steps(len(job.rows), config) and not _stops(history, config):
+        torch.manual_seed(sample_seed(config.seed, f"dropout/{trainer.world.rank}", number))
+        with load.lora_dropout(trainer.model.policy, config.lora_dropout):
+            step = next(running)
+        number = step.step + 1
+        yield step
+
+
+def _stops(history: Sequence[dict[str, float]], config: TrainConfig) -> bool:
+    return evaluation.is_stale(history, config.metric_for_best_model, config.early_stopping_patience)
+
+
+def _best(run_: Run | None, trainer: Trainer, history: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Put the weights of the best evaluation into the model, where that is asked for; says which it was."""
+    config, metric = trainer.config, trainer.config.metric_for_best_model
+    if not history or not (config.load_best_model_at_end or config.early_stopping_patience):
         return {}
-    run_.log_timing(event="trained", steps=total - first, seconds=round(fsio.monotonic() - start, 3))
-    *_, last = (run_.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads(last)
+    best = evaluation.records(history, metric)
+    if not best:
+        raise DataError(f"no evaluation gave a finite {metric}", "lower learning_rate, or look at the rows")
+    value = next(line[metric] for line in history if line["step"] + 1 == best[-1])
+    if config.load_best_model_at_end and best[-1] != history[-1]["step"] + 1:
+        state = trainer.world.tell(checkpoint.at_step(run_.out / "checkpoints", best[-1]) if run_ else None)
+        trainer.optimizer.load_state(cast(Checkpoint, state).tensors)
+        log.info(f"the best evaluation was after step {best[-1]}: its weights are kept")
+    return {"best": {"step": best[-1], "metric": metric, "value": value}}
 
 
-def _record(run_: Run, step: StepMetrics, state: dict[str, torch.Tensor] | None) -> None:
+def _lines(run_: Run) -> list[dict[str, float]]:
+    """What metrics.jsonl holds."""
+    path = run_.out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _record(
+    run_: Run, line: dict[str, float], state: dict[str, torch.Tensor] | None, config: TrainConfig, best: Sequence[int]
+) -> None:
     """Append the metrics of a step and, with a state, save a checkpoint that vouches for them."""
     metrics = run_.out / "metrics.jsonl"
-    fsio.append_line(metrics, json.dumps({"step": step.step, **step.values}))
+    fsio.append_line(metrics, json.dumps(line))
     if state is not None:
         fsio.sync_file(metrics)
-        done = Checkpoint(step.step + 1, metrics.stat().st_size, state)
-        checkpoint.save(run_.out / "checkpoints", done, run_.fingerprint)
-
-
-def _save(model: TreeModel, adapter: dict[str, torch.Tensor], into: Path, policy: Policy, base_name: str) -> None:
-    name = str(policy.directory) if base_name.startswith("embedded:") else base_name
-    load.save_adapter(model.policy, adapter, into, name)
-    (into / "prefpipe.json").write_text(models.adapter_base_record(policy.weights), encoding="utf-8")
+        done = Checkpoint(int(line["step"]) + 1, metrics.stat().st_size, state)
+        checkpoint.save(run_.out / "checkpoints", done, run_.fingerprint, config.save_total_limit, best)

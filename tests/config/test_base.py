@@ -21,17 +21,18 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.score import ScoreConfig
-from prefpipe.config.train import PAIR_LOSSES, READS, ROWS, TrainConfig
+from prefpipe.config.train import LORA_ONLY, PAIR_LOSSES, READS, ROWS, TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
 
 CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
 RUNTIME = {
     *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
+    *("gradient_checkpointing", "save_total_limit"),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
 }
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
-    *("inputs", "reward_settings", "reward_runs", "policy_logps", "contamination"),
+    *("inputs", "reward_settings", "eval_pairs", "reward_runs", "policy_logps", "contamination"),
 }
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
@@ -105,6 +106,7 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
         found[weights] = tuple(draw(st.floats(-9, 9)) for _ in losses)
     for prefix in [name[: -len("loss_type")] for name in known if name.endswith("loss_type")]:
         _keep_what_is_read(found, prefix)
+        _keep_what_goes_together(found, prefix)
     if cls is IterateConfig:
         found |= {
             "build_pairs.output": ROWS[found.get("train.loss_type", ("sigmoid",))[0]],
@@ -127,6 +129,26 @@ def _keep_what_is_read(found: dict[str, Any], prefix: str) -> None:
         found.pop(f"{prefix}{setting}", None)
     if "exo_pair" in losses and not found.get(f"{prefix}label_smoothing"):
         found[f"{prefix}label_smoothing"] = 0.125
+
+
+def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
+    """Drop settings of adapters without an adapter, of evaluations without rows, and second lengths of one warmup."""
+
+    def drop(*names: str) -> None:
+        for name in names:
+            found.pop(prefix + name, None)
+
+    drop("distributed") if {prefix + "optim", prefix + "load_in_4bit"} & found.keys() else None
+    if found.get(prefix + "tuning") == "full":
+        drop("adapter", *LORA_ONLY)
+    drop("warmup_steps") if prefix + "warmup_ratio" in found else None
+    drop("warmup_steps", "warmup_ratio") if found.get(prefix + "lr_scheduler_type") == "constant" else None
+    if prefix + "eval_pairs" in found:
+        drop("eval_split")
+    elif not found.get(prefix + "eval_split"):
+        drop("eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")
+    if not found.get(prefix + "load_best_model_at_end") and not found.get(prefix + "early_stopping_patience"):
+        drop("metric_for_best_model")
 
 
 def typed_value(value: object) -> object:

@@ -3,6 +3,7 @@
 Started by `Forge`; reads one JSON job per line and answers with the child's exit status and what it wrote to stderr.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -45,10 +46,13 @@ class Forge:
 
 
 @contextmanager
-def forge() -> Iterator[Forge]:
-    """The process for the length of a `with` block."""
-    command = [sys.executable, "-m", "tests.faults.forge"]
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+def forge(*modules: str) -> Iterator[Forge]:
+    """The process for the length of a `with` block; its children share these modules, imported once."""
+    command = [sys.executable, "-m", "tests.faults.forge", *modules]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process with threads must not fork
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         yield Forge(process.stdin, process.stdout)
@@ -76,6 +80,8 @@ def _serve() -> None:
     from prefpipe.engines import fake  # noqa: F401, PLC0415
 
     schemas.to_table(schemas.Dropped, [])
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
             running: list[tuple[int, Path]] = []

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "prefpipe"
 WITHOUT_MIRROR = {
     *("__main__.py", "forward/dequantize.py", "engines/base.py", "engines/pooling.py", "rewards/base.py"),
     *(
-        f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "score", "shared", "train")
+        f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "score", "shared")
     ),  # config/test_base.py
 }
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))

@@ -17,7 +17,7 @@ from prefpipe.ids import content_id, ids_digest
 from prefpipe.schemas import KlBank, Label, Pair, RankedGroup, to_table
 from prefpipe.train import parallel
 from prefpipe.train.loop import Trainer
-from prefpipe.train.optimizer import MasterAdamW
+from prefpipe.train.optimizer import MasterOptimizer
 from prefpipe.train.parallel import World
 from prefpipe.train.rows import TrainPair
 
@@ -161,4 +161,4 @@ def trainer(model: TreeModel, settings: TrainConfig) -> Trainer:
     world = World(0, 1)
     wrapped = parallel.wrap(model, world, settings.distributed)
     budget = settings.max_tokens_per_micro_batch or 10**9
-    return Trainer(model, wrapped, MasterAdamW(wrapped, settings.weight_decay), settings, world, budget)
+    return Trainer(model, wrapped, MasterOptimizer(wrapped, settings.weight_decay), settings, world, budget)

@@ -8,11 +8,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from prefpipe.forward.layout import flatten
+from prefpipe.forward.load import decoder_layers
 from prefpipe.forward.logps import Rows
 from prefpipe.train import loop, parallel
 from prefpipe.train.groups import tree_of
 from prefpipe.train.loop import Trainer
-from prefpipe.train.optimizer import MasterAdamW
+from prefpipe.train.optimizer import MasterOptimizer
 from prefpipe.train.parallel import World
 from prefpipe.train.rows import TrainPair
 from tests.train import data
@@ -43,7 +44,7 @@ def start(
     model = data.policy(model_directory, dtype)
     model.set_rows(rows)
     wrapped = parallel.wrap(model, world, strategy)
-    started = Trainer(model, wrapped, MasterAdamW(wrapped, 0.0), CONFIG, world, CONFIG.max_tokens_per_micro_batch)
+    started = Trainer(model, wrapped, MasterOptimizer(wrapped, 0.0), CONFIG, world, CONFIG.max_tokens_per_micro_batch)
     check_shards(started, strategy)
     return started
 
@@ -55,7 +56,7 @@ def check_shards(trainer: Trainer, strategy: str) -> None:
         if isinstance(parameter, DTensor):
             assert parameter.placements[0].is_shard(), name
             assert parameter.to_local().numel() < parameter.numel(), name
-    layers = parallel._decoder_layers(trainer.model)
+    layers = decoder_layers(trainer.model.policy)
     assert len(layers) == 2
     for layer in layers:
         parameters = list(layer.parameters())

@@ -1,0 +1,90 @@
+"""Rows that are held out of training: which they are, what the policy makes of them, and which evaluation is the best.
+
+The history of evaluations is read back from metrics.jsonl, so that a resumed run decides as an uninterrupted one does.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+
+from prefpipe.errors import DataError
+from prefpipe.train import loop, losses
+from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
+from prefpipe.train.groups import micro_batches
+from prefpipe.train.loop import Trainer
+from prefpipe.train.parallel import sum_over_ranks
+from prefpipe.train.rows import TrainLabel, TrainRow, has_references
+
+R = TypeVar("R", bound=TrainRow)
+_COUNT = "count/"
+LOWER_IS_BETTER = ("eval_loss",)
+
+
+def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R], list[R]]:
+    """Rows to train on and rows to evaluate on, by prompt: `share` of the prompts, rounded, drawn with `seed`.
+
+    Raises DataError when either side would be left without a prompt.
+    """
+    prompts = sorted({row.prompt for row in rows})
+    count = round(share * len(prompts))
+    if not 0 < count < len(prompts):
+        side = "to evaluate on" if count == 0 else "to train on"
+        raise DataError(
+            f"eval_split = {share} of {len(prompts)} prompts leaves no prompt {side}",
+            "change eval_split, or give the rows to evaluate on with --eval-pairs",
+        )
+    held_out = set(random.Random(f"eval/{seed}").sample(prompts, count))
+    return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
+    """Loss and metrics of a training step over all `rows`, under `eval_` names; the same values on every rank.
+
+    `bank` holds KTO's mismatched rows: all of them, for an evaluation should not depend on a draw.
+    """
+    if not all(map(has_references, rows)):
+        rows = [row.with_references(None) for row in rows]
+    config, world = trainer.config, trainer.world
+    z0 = loop.z0_of(trainer, bank) if bank else 0.0
+    sums: dict[str, float] = {}
+    for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(config))):
+        layout = trainer.model.layout(micro.trees)
+        batch, weights = to_loss_batch(trainer.wrapped(layout), layout, micro, config, z0)
+        if not counts:
+            continue
+        per_row = losses.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
+        found = {"loss": float((weights * per_row).sum()), f"{_COUNT}loss": float(len(micro.rows))}
+        for name, (values, counted) in losses.metrics(batch, config.beta).items():
+            found[name], found[f"{_COUNT}{name}"] = float((values * counted).sum()), float(counted.sum())
+        sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+    sums = sum_over_ranks(sums, world)
+    means = {n: v / sums[_COUNT + n] for n, v in sums.items() if not n.startswith(_COUNT) and sums[_COUNT + n]}
+    return {f"eval_{name}": value for name, value in means.items()}
+
+
+def records(history: Sequence[Mapping[str, float]], metric: str) -> list[int]:
+    """The numbers of steps done at each new best evaluation, in order; a tie and a NaN are no new best.
+
+    `history` holds lines of metrics.jsonl, whose steps count from 0. Raises DataError when no line has the metric.
+    """
+    if history and not any(metric in line for line in history):
+        raise DataError(f"metric_for_best_model = {metric} is not among the metrics of this loss", "choose eval_loss")
+    found: list[int] = []
+    best = -math.inf
+    for line in history:
+        value = line.get(metric, math.nan) * (-1 if metric in LOWER_IS_BETTER else 1)
+        if value > best:
+            best = value
+            found.append(int(line["step"]) + 1)
+    return found
+
+
+def is_stale(history: Sequence[Mapping[str, float]], metric: str, patience: int) -> bool:
+    """Whether `patience` evaluations in a row have passed without a new best; never when it is 0."""
+    best = records(history, metric)
+    since = [line for line in history if not best or int(line["step"]) + 1 > best[-1]]
+    return 0 < patience <= len(since)
