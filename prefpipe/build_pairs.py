@@ -48,7 +48,8 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
             "mean_reward_gap": float(kept.select(pl.col("reward_gap").mean()).item()),
             "chosen_longer": float(kept.select((pl.col("chosen_tokens") > pl.col("rejected_tokens")).mean()).item()),
         }
-        return run_.finish(totals, {"reward": config.reward})
+        policies = sorted(completions["policy"].unique())
+        return run_.finish(totals, {"reward": config.reward, "policies": policies})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

@@ -16,11 +16,15 @@ _KEEP = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where training stands after `step` steps; metrics_bytes is the size of metrics.jsonl at that moment."""
+    """Where training stands after `step` steps; metrics_bytes is the size of metrics.jsonl at that moment.
+
+    `diagnostics` is what the alert rules remember, as JSON.
+    """
 
     step: int
     metrics_bytes: int
     tensors: dict[str, torch.Tensor]
+    diagnostics: dict[str, Any] | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint, fingerprint: str) -> None:
@@ -34,6 +38,7 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str) -> None:
         record = {
             "step": checkpoint.step,
             "metrics_bytes": checkpoint.metrics_bytes,
+            "diagnostics": checkpoint.diagnostics,
             "fingerprint": fingerprint,
             "blake3": fsio.file_digest(into / "state.safetensors"),
         }
@@ -50,7 +55,8 @@ def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
     for path in reversed(_steps(folder)):
         record = _verified(path)
         if record is not None and record["fingerprint"] == fingerprint:
-            return Checkpoint(record["step"], record["metrics_bytes"], load_file(path / "state.safetensors"))
+            tensors = load_file(path / "state.safetensors")
+            return Checkpoint(record["step"], record["metrics_bytes"], tensors, record["diagnostics"])
         log.warn(f"checkpoint {path} is damaged or of another run: it moves to quarantine/")
         fsio.move_aside(path, folder.parent / "quarantine")
     return None

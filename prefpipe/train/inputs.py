@@ -29,7 +29,8 @@ Stored = Pair | Label | RankedGroup | KlBank
 @dataclass(frozen=True)
 class Job:
     """What a run trains on: checked rows and KTO's bank, dropped rows, where it starts, which reference its cached
-    values are of and who computed them, what identifies it."""
+    values are of and who computed them, what identifies it, and whether all completions were sampled from the
+    reference."""
 
     kind: Kind
     rows: list[TrainRow]
@@ -39,6 +40,7 @@ class Job:
     reference: str | None
     scorers: set[str]
     inputs: dict[str, str]
+    on_reference: bool = False
 
 
 @dataclass
@@ -70,7 +72,18 @@ def prepare(config: TrainConfig) -> Job:
     bank = train_rows.from_bank(read.bank)
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy) if needs_reference else None
     scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
-    return Job(kind, rows, bank, read.dropped, policy, reference, scorers, inputs)
+    on_reference = reference is not None and _sampled_by(sources) == {reference}
+    return Job(kind, rows, bank, read.dropped, policy, reference, scorers, inputs, on_reference)
+
+
+def _sampled_by(sources: Sequence[Path]) -> set[str | None]:
+    """The policies that the rows' completions were sampled from, as runs of build-pairs say; None for those of files
+    and of runs that do not say."""
+    found: set[str | None] = set()
+    for source in sources:
+        identity = {} if source.is_file() else store.read_manifest(source)["identity"]
+        found |= set(identity.get("policies") or [None])
+    return found
 
 
 def kind_of(config: TrainConfig) -> Kind:

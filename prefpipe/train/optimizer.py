@@ -83,13 +83,18 @@ class MasterAdamW:
 
 def learning_rate(step: int, num_steps: int, *, peak: float, warmup_ratio: float, schedule: str) -> float:
     """Rate of step 0..num_steps-1: a linear rise over the warmup, then constant, or linear or cosine towards zero."""
-    warmup = math.ceil(warmup_ratio * num_steps)
+    warmup = warmup_steps(num_steps, warmup_ratio)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule == "constant":
         return peak
     left = 1 - (step - warmup) / max(1, num_steps - warmup)
     return peak * left if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+
+def warmup_steps(num_steps: int, warmup_ratio: float) -> int:
+    """Steps over which the learning rate rises."""
+    return math.ceil(warmup_ratio * num_steps)
 
 
 def _plain(name: str) -> str:

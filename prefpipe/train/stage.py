@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,21 +16,25 @@ from prefpipe.forward.logps import TreeModel, score, settle_rows
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, to_table
 from prefpipe.store import Manifest, Run
-from prefpipe.train import audit, checkpoint, loop, memory, parallel, references
+from prefpipe.train import audit, checkpoint, diagnostics, loop, memory, parallel, references, trackers
 from prefpipe.train.checkpoint import Checkpoint
+from prefpipe.train.diagnostics import Alert, Facts, State
 from prefpipe.train.groups import tree_of
 from prefpipe.train.inputs import Job, prepare
 from prefpipe.train.loop import StepMetrics, Trainer
 from prefpipe.train.losses import LOSSES
-from prefpipe.train.optimizer import MasterAdamW
+from prefpipe.train.optimizer import MasterAdamW, warmup_steps
 from prefpipe.train.parallel import World
 from prefpipe.train.rows import TrainLabel, TrainRow
+from prefpipe.train.rules import RULES
 from prefpipe.train.targets import targets
+from prefpipe.train.watch import note, watching
 
 
 def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     """Read rows, prove that the cache belongs to the model, train from the newest checkpoint, save the adapter."""
     world = parallel.start()
+    trackers.check_installed(config.report_to)
     job = prepare(config)
     opened = store.open_run(out, "train", config, job.inputs, force=force) if world.leads else nullcontext(None)
     with opened as run_:
@@ -48,7 +53,7 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
         run_.write_dropped(Dropped, to_table(Dropped, job.dropped))
     for row in (*job.rows, *job.bank):
         audit.check_cached(row)
-    _say_targets(config, job)
+    warned = _say_targets(config, job)
     model = load_policy(job.policy, config)
     choose_rows(model, job.rows, config.dtype)
     rows, bank, found = job.rows, job.bank, None
@@ -57,21 +62,32 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
     tokens = world.tell(config.max_tokens_per_micro_batch or fitting_tokens(model, rows))
     wrapped = parallel.wrap(model, world, config.distributed)
     optimizer = MasterAdamW(wrapped, config.weight_decay)
-    trainer = Trainer(model, wrapped, optimizer, config, world, tokens)
-    last = _train(run_, trainer, rows, bank)
+    trainer = Trainer(model, wrapped, optimizer, config, world, tokens, on_reference=job.on_reference)
+    last, alerts = _train(
+        run_, trainer, rows, bank, diagnostics.at_start(RULES, warned), exact=_exact(job, config, found)
+    )
     adapter = parallel.whole_adapter(model.policy)
     manifest = None
     if run_:
-        manifest = _finish(run_, job, model, adapter, config, {"last_step": last, "audit": found})
+        results = {"last_step": last, "audit": found, "alerts": [asdict(alert) for alert in alerts]}
+        manifest = _finish(run_, job, model, adapter, config, results)
     return cast(Manifest, world.tell(manifest))
 
 
-def _say_targets(config: TrainConfig, job: Job) -> None:
+def _say_targets(config: TrainConfig, job: Job) -> list[tuple[str, str]]:
+    """Say what the losses aim at; returns the warnings under the names of their rules."""
     found = targets(config, job.rows)
     for line in found.lines:
         log.info(line)
-    for line in found.warnings:
+    for line in (*found.warnings, *found.class_warnings):
         log.warn(line)
+    return [*(("A16", line) for line in found.warnings), *(("A15c", line) for line in found.class_warnings)]
+
+
+def _exact(job: Job, config: TrainConfig, audited: dict[str, float] | None) -> bool:
+    """Whether every log-ratio must be 0 before step 0: the reference is the initial policy, scored by this forward."""
+    own = load.scorer_name("float32")
+    return audited is not None and job.reference == job.policy.id and config.dtype == "float32" and job.scorers <= {own}
 
 
 def _referenced(
@@ -160,42 +176,46 @@ def _audit(
 
 
 def _train(
-    run_: Run | None, trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLabel]
-) -> dict[str, float]:  # fmt: skip
-    """Run the loop from the newest checkpoint; returns the metrics of the last step (rank 0)."""
+    run_: Run | None, trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLabel], state: State, *,
+    exact: bool,
+) -> tuple[dict[str, float], Sequence[Alert]]:  # fmt: skip
+    """Run the loop from the newest checkpoint; returns the metrics of the last step (rank 0) and all alerts."""
     world, config = trainer.world, trainer.config
     resumed = world.tell(checkpoint.newest(run_.out / "checkpoints", run_.fingerprint) if run_ else None)
     if resumed is not None:
         trainer.optimizer.load_state(resumed.tensors)
+        state = State.from_json(resumed.diagnostics or state.to_json())
         log.info(f"resuming after step {resumed.step}")
     first = resumed.step if resumed else 0
     if run_:
         fsio.truncate(run_.out / "metrics.jsonl", resumed.metrics_bytes if resumed else 0)
-    start = fsio.monotonic()
     total = loop.num_steps(len(rows), config)
-    with log.progress("training", total, "steps") as advance:
+    facts = Facts(total, warmup_steps(total, config.warmup_ratio), config.beta, config.learning_rate, exact)
+    with watching(run_, config, facts, state, first) as watch, log.progress("training", total, "steps") as advance:
         advance(first)
         for step in loop.steps(trainer, rows, first, bank):
+            alerts = watch.after_step(step)
             done = step.step + 1
-            keep = done % config.save_steps == 0 or done == total
-            state = trainer.optimizer.state() if keep else None  # every rank takes part
+            keep = (done % config.save_steps == 0 or done == total) and watch.verdict is None
+            tensors = trainer.optimizer.state() if keep else None  # every rank takes part
             if run_:
-                _record(run_, step, state)
-            advance(1)
+                _record(run_, step, tensors, watch.state)
+            watch.tell(step, alerts)
+            advance(1, note(step))
     if run_ is None:
-        return {}
-    run_.log_timing(event="trained", steps=total - first, seconds=round(fsio.monotonic() - start, 3))
+        return {}, watch.state.alerts
     *_, last = (run_.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads(last)
+    return json.loads(last), watch.state.alerts
 
 
-def _record(run_: Run, step: StepMetrics, state: dict[str, torch.Tensor] | None) -> None:
-    """Append the metrics of a step and, with a state, save a checkpoint that vouches for them."""
+def _record(run_: Run, step: StepMetrics, tensors: dict[str, torch.Tensor] | None, state: State) -> None:
+    """Append the metrics of a step and, with tensors, save a checkpoint that vouches for them."""
     metrics = run_.out / "metrics.jsonl"
-    fsio.append_line(metrics, json.dumps({"step": step.step, **step.values}))
-    if state is not None:
+    skipped = {"skipped": step.skipped} if step.skipped else {}
+    fsio.append_line(metrics, json.dumps({"step": step.step, **step.values, **skipped}))
+    if tensors is not None:
         fsio.sync_file(metrics)
-        done = Checkpoint(step.step + 1, metrics.stat().st_size, state)
+        done = Checkpoint(step.step + 1, metrics.stat().st_size, tensors, state.to_json())
         checkpoint.save(run_.out / "checkpoints", done, run_.fingerprint)
 
 
