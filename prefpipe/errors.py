@@ -2,6 +2,7 @@
 
 PrefpipeError                 1   anything else
   UsageError                  2   bad flag, recipe, name or value; OUT belongs to another config
+  StrictError                 3   a check that the user made strict failed (STOP rule)
   DataError                  65   bad or corrupt data, or no row survives
   MissingInputError          66   an input is not there
   StorageError               74   I/O error, disk full
@@ -26,6 +27,12 @@ class UsageError(PrefpipeError):
     """A bad flag, recipe, name or value, or an output directory that belongs to another config."""
 
     exit_code = 2
+
+
+class StrictError(PrefpipeError):
+    """A check that the user made strict failed; what was done up to it is kept."""
+
+    exit_code = 3
 
 
 class DataError(PrefpipeError):

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -20,8 +21,15 @@ from rich.text import Text
 
 from prefpipe.fsio import monotonic
 
-Advance = Callable[[float], None]
 _PLAIN_EVERY_S = 5.0
+
+
+class Advance(Protocol):
+    """Takes the number of units just done, and how it stands (shown behind the rate)."""
+
+    def __call__(self, amount: float, note: str = "") -> None:
+        """Show it, or remember it for the next line."""
+        ...
 
 
 def _console() -> Console:
@@ -51,15 +59,15 @@ def progress(description: str, total: float | None, unit: str) -> Generator[Adva
     """Show progress of `total` units (None: nobody knows how many): a bar with rate and ETA, or a plain line
     every few seconds without a terminal.
 
-    Yields a function that takes the number of units just done.
+    Yields a function that takes the number of units just done, and a note on how it stands.
     """
     console = _console()
     if console.quiet:
-        yield lambda _amount: None
+        yield lambda amount, note="": None  # noqa: ARG005
     elif console.is_terminal:
         with _bar(console, unit) as bars:
-            task = bars.add_task(description, total=total)
-            yield lambda amount: bars.update(task, advance=amount)
+            task = bars.add_task(description, total=total, note="")
+            yield lambda amount, note="": bars.update(task, advance=amount, note=note)
     else:
         yield from _plain(description, total, unit)
 
@@ -82,13 +90,14 @@ def _bar(console: Console, unit: str) -> Progress:
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
         console=console,
     )
 
 
 def _plain(description: str, total: float | None, unit: str) -> Iterator[Advance]:
     start = last = monotonic()
-    done = 0.0
+    done, shown = 0.0, ""
 
     def line() -> str:
         spent = monotonic() - start
@@ -98,12 +107,15 @@ def _plain(description: str, total: float | None, unit: str) -> Iterator[Advance
         eta = f"{(total - done) / rate:.0f} s" if rate > 0 else "?"
         return f"{description}: {done:.0f}/{total:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s, ETA {eta}"
 
-    def advance(amount: float) -> None:
-        nonlocal done, last
-        done += amount
+    def say() -> None:
+        print(f"{line()}, {shown}" if shown else line(), file=sys.stderr, flush=True)
+
+    def advance(amount: float, note: str = "") -> None:
+        nonlocal done, last, shown
+        done, shown = done + amount, note
         if monotonic() - last >= _PLAIN_EVERY_S:
             last = monotonic()
-            print(line(), file=sys.stderr, flush=True)
+            say()
 
     yield advance
-    print(line(), file=sys.stderr, flush=True)
+    say()

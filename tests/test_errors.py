@@ -13,6 +13,7 @@ def test_exit_codes() -> None:
     assert codes == {
         "PrefpipeError": 1,
         "UsageError": 2,
+        "StrictError": 3,
         "DataError": 65,
         "MissingInputError": 66,
         "StorageError": 74,

@@ -56,6 +56,12 @@ def open_sources(config: BuildPairsConfig) -> Sources:
     )
 
 
+def policies(sources: Sources) -> list[str]:
+    """The policies that the completions were sampled from."""
+    found = scan(sources.completions).select(pl.col("policy").unique()).collect(engine="streaming")
+    return sorted(found["policy"].to_list())
+
+
 def scan(files: Files) -> pl.LazyFrame:
     """A dataset of several runs, with the number of the run beside it."""
     return pl.concat(

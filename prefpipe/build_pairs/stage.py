@@ -122,7 +122,7 @@ def _build(config: BuildPairsConfig, run_: Run, folder: Path) -> Manifest:
         "levels": {name: level.to_json() for name, level in levels.items()},
         "data_report": checks,
     }
-    return run_.finish(totals, {"reward": config.reward})
+    return run_.finish(totals, {"reward": config.reward, "policies": candidates.policies(sources)})
 
 
 def _settle(job: Job) -> _Settled:

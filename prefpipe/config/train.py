@@ -13,6 +13,7 @@ Loss = Literal[
     "apo_zero", "apo_down", "dpop", "rdpo", "margin", "odpo", "soft", "rainbow", "simpo", "alphapo", "cpo", "orpo",
     "nll", "kto", "apo_zero_unpaired", "plackett_luce",
 ]  # fmt: skip
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 _H = ("beta", "ld_alpha")  # of a loss of the log-ratios of a pair
 _GAMMA = ("simpo_gamma", "simpo_gamma_beta_ratio")
 _CLASSES = ("beta", "desirable_weight", "undesirable_weight")
@@ -180,6 +181,10 @@ class TrainConfig(BaseModel):
     """Optimizer steps between checkpoints."""
     save_total_limit: Annotated[int, RUNTIME, Field(ge=1)] = 2
     """Checkpoints to keep: the newest ones by step, and the best where the best weights are asked for."""
+    strict: Annotated[bool, RUNTIME] = False
+    """End the run with exit code 3 when a STOP rule of docs/diagnostics.md fires; the last checkpoint stays."""
+    report_to: Annotated[tuple[Tracker, ...], RUNTIME] = ()
+    """Trackers that get the metrics beside metrics.jsonl; local and offline unless their own settings say otherwise."""
 
     @model_validator(mode="after")
     def _settings_fit_losses(self) -> "TrainConfig":

@@ -18,13 +18,14 @@ from prefpipe.ids import content_id
 class Checkpoint:
     """Where training stands after `step` steps; metrics_bytes is the size of metrics.jsonl at that moment.
 
-    The rest needs no state: rows are drawn from (seed, epoch), dropout from (seed, step), evaluations are in
-    metrics.jsonl.
+    `diagnostics` is what the alert rules remember, as JSON. The rest needs no state: rows are drawn from (seed, epoch),
+    dropout from (seed, step), evaluations are in metrics.jsonl.
     """
 
     step: int
     metrics_bytes: int
     tensors: dict[str, torch.Tensor]
+    diagnostics: dict[str, Any] | None = None
 
 
 def save(
@@ -44,6 +45,7 @@ def save(
         record = {
             "step": checkpoint.step,
             "metrics_bytes": checkpoint.metrics_bytes,
+            "diagnostics": checkpoint.diagnostics,
             "fingerprint": fingerprint,
             "blake3": fsio.file_digest(into / "state.safetensors"),
         }
@@ -64,7 +66,8 @@ def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
     for path in reversed(_steps(folder)):
         record = _verified(path)
         if record is not None and record["fingerprint"] == fingerprint:
-            return Checkpoint(record["step"], record["metrics_bytes"], load_file(path / "state.safetensors"))
+            tensors = load_file(path / "state.safetensors")
+            return Checkpoint(record["step"], record["metrics_bytes"], tensors, record["diagnostics"])
         log.warn(f"checkpoint {path} is damaged or of another run: it moves to quarantine/")
         fsio.move_aside(path, folder.parent / "quarantine")
     return None

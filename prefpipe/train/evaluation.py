@@ -15,11 +15,10 @@ from prefpipe.train import loop, losses
 from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
 from prefpipe.train.groups import micro_batches
 from prefpipe.train.loop import Trainer
-from prefpipe.train.parallel import sum_over_ranks
 from prefpipe.train.rows import TrainLabel, TrainRow, has_references
+from prefpipe.train.tally import Tally, summarise
 
 R = TypeVar("R", bound=TrainRow)
-_COUNT = "count/"
 LOWER_IS_BETTER = ("eval_loss",)
 
 
@@ -50,20 +49,16 @@ def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLab
         rows = [row.with_references(None) for row in rows]
     config, world = trainer.config, trainer.world
     z0 = loop.z0_of(trainer, bank) if bank else 0.0
-    sums: dict[str, float] = {}
+    tally = Tally()
     for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(config))):
         layout = trainer.model.layout(micro.trees)
-        batch, weights = to_loss_batch(trainer.wrapped(layout), layout, micro, config, z0)
-        if not counts:
-            continue
-        per_row = losses.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
-        found = {"loss": float((weights * per_row).sum()), f"{_COUNT}loss": float(len(micro.rows))}
-        for name, (values, counted) in losses.metrics(batch, config.beta).items():
-            found[name], found[f"{_COUNT}{name}"] = float((values * counted).sum()), float(counted.sum())
-        sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-    sums = sum_over_ranks(sums, world)
-    means = {n: v / sums[_COUNT + n] for n, v in sums.items() if not n.startswith(_COUNT) and sums[_COUNT + n]}
-    return {f"eval_{name}": value for name, value in means.items()}
+        token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
+        batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
+        if counts:
+            per_row = weights * losses.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
+            found = losses.metrics(batch, config.beta, on_reference=trainer.on_reference)
+            tally.add_rows({"loss": (per_row, torch.ones_like(per_row)), **found})
+    return {f"eval_{name}": value for name, value in summarise(tally, world).items()}
 
 
 def records(history: Sequence[Mapping[str, float]], metric: str) -> list[int]:

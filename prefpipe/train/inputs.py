@@ -30,7 +30,8 @@ Stored = Pair | Label | RankedGroup | KlBank
 @dataclass(frozen=True)
 class Job:
     """What a run trains on: checked rows, rows to evaluate on and KTO's bank, dropped rows, where it starts, which
-    reference its cached values are of and who computed them, what identifies it."""
+    reference its cached values are of and who computed them, what identifies it, and whether all completions were
+    sampled from the reference."""
 
     kind: Kind
     rows: list[TrainRow]
@@ -41,6 +42,7 @@ class Job:
     scorers: set[str]
     inputs: dict[str, str]
     eval_rows: list[TrainRow] = field(default_factory=list[TrainRow])
+    on_reference: bool = False
 
 
 @dataclass
@@ -78,7 +80,20 @@ def prepare(config: TrainConfig) -> Job:
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy) if needs_reference else None
     scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
     training, eval_rows = _parted(rows, num_training, config)
-    return Job(kind, training, bank, read.dropped, policy, reference, scorers, inputs, eval_rows)
+    on_reference = reference is not None and _sampled_by(sources) == {reference}
+    return Job(
+        kind, training, bank, read.dropped, policy, reference, scorers, inputs, eval_rows, on_reference=on_reference
+    )
+
+
+def _sampled_by(sources: Sequence[Path]) -> set[str | None]:
+    """The policies that the rows' completions were sampled from, as runs of build-pairs say; None for those of files
+    and of runs that do not say."""
+    found: set[str | None] = set()
+    for source in sources:
+        identity = {} if source.is_file() else store.read_manifest(source)["identity"]
+        found |= set(identity.get("policies") or [None])
+    return found
 
 
 def kind_of(config: TrainConfig) -> Kind:

@@ -9,7 +9,7 @@ import torch
 
 from prefpipe import log
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, PrefpipeError
+from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel
 from prefpipe.train import losses
 from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
@@ -18,25 +18,33 @@ from prefpipe.train.lossbatch import LabelBatch
 from prefpipe.train.optimizer import MasterOptimizer, learning_rate
 from prefpipe.train.parallel import World, sum_over_ranks
 from prefpipe.train.rows import TrainLabel, TrainRow, has_references
+from prefpipe.train.tally import Tally, summarise
 from prefpipe.train.unpaired import reference_point
 
 _SMALLEST_BUDGET = 64
-_COUNT = "count/"
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step; `values` are means over its rows under TRL's names."""
+    """One optimizer step; `values` are means over its rows under TRL's names.
+
+    `skipped` are the ids of its rows when its loss or gradient was not finite: nothing moved, and `values` holds what
+    is finite.
+    """
 
     step: int
     num_steps: int
     num_rows: int
     values: dict[str, float]
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass
 class Trainer:
-    """What a step needs. `wrapped` is the model as the ranks share it; the budget is in tokens and may shrink."""
+    """What a step needs. `wrapped` is the model as the ranks share it; the budget is in tokens and may shrink.
+
+    `on_reference`: the completions were sampled from the reference, so that the KL to it is reported.
+    """
 
     model: TreeModel
     wrapped: torch.nn.Module
@@ -44,6 +52,7 @@ class Trainer:
     config: TrainConfig
     world: World
     budget: int
+    on_reference: bool = False
 
 
 def num_steps(num_rows: int, config: TrainConfig) -> int:
@@ -63,7 +72,7 @@ def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> 
 def steps(
     trainer: Trainer, rows: Sequence[TrainRow], first: int, bank: Sequence[TrainLabel] = ()
 ) -> Iterator[StepMetrics]:  # fmt: skip
-    """Run steps `first`.. to the end. Raises DataError when loss or gradient is not finite.
+    """Run steps `first`.. to the end. A step whose loss or gradient is not finite moves nothing and says so.
 
     `bank` holds the mismatched rows of KTO's reference point, with reference values.
     """
@@ -84,50 +93,57 @@ def steps(
             step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio,
             warmup_steps=config.warmup_steps, schedule=config.lr_scheduler_type,
         )  # fmt: skip
-        values["grad_norm"] = trainer.optimizer.step(rate, config.max_grad_norm)
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise DataError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, rows "
-                + ", ".join(row.row_id for row in batch),
-                "look at these rows, or lower learning_rate; the last checkpoint is intact",
-            )
-        values["learning_rate"] = rate
-        values["epoch"] = (step + 1) / per_epoch
-        yield StepMetrics(step, total, len(batch), values)
+        finite = math.isfinite(values["loss"])
+        if not finite:
+            trainer.optimizer.drop_gradients()
+        values["grad_norm"] = trainer.optimizer.step(rate, config.max_grad_norm) if finite else math.nan
+        finite = math.isfinite(values["grad_norm"])
+        values |= {"learning_rate": rate, "epoch": (step + 1) / per_epoch}
+        shown = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
+        yield StepMetrics(step, total, len(batch), shown, () if finite else tuple(row.row_id for row in batch))
 
 
 def _accumulate(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
-    """Gradients of one global batch. Out of memory: the budget halves and the same batch is done again."""
+    """Gradients of one global batch. Out of memory: half of its largest micro-batch is the new budget, and the same
+    batch is done again."""
     while True:
         try:
             return _try_batch(trainer, batch, bank)
         except (torch.OutOfMemoryError, MemoryError) as error:
             trainer.optimizer.drop_gradients()
-            if trainer.world.size > 1 or trainer.budget <= _SMALLEST_BUDGET:
+            tried = min(trainer.budget, max(_largest_load(trainer, rows) for rows in (batch, bank) if rows))
+            smaller = max(_SMALLEST_BUDGET, tried // 2)
+            if trainer.world.size > 1 or smaller >= tried:
                 raise PrefpipeError(
-                    f"out of memory with {trainer.budget} tokens in a micro-batch",
+                    f"out of memory with {tried} tokens in a micro-batch",
                     "lower --max-tokens-per-micro-batch and run the same command again: it resumes",
                 ) from error
-        trainer.budget //= 2
-        log.warn(f"out of memory: micro-batches now hold {trainer.budget} tokens; the step is done again")
+        trainer.budget = smaller
+        log.warn(f"out of memory: micro-batches now hold {smaller} tokens; the step is done again")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _largest_load(trainer: Trainer, rows: Sequence[TrainRow]) -> int:
+    """Tokens of the largest micro-batch that the budget makes of a step."""
+    cut = micro_batches(rows, trainer.budget, score_prompt=scores_prompt(trainer.config))
+    return max(sum(tree.num_tokens for tree in micro.trees) for micro in cut)
 
 
 def _try_batch(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
     """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
     z0 = z0_of(trainer, bank) if bank else 0.0
-    sums: dict[str, float] = {}
+    tally = Tally()
     cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config))
     for micro, counts in trainer.world.deal(cut):
-        found = _micro_batch(trainer, micro, len(batch), z0, counts=counts)
-        sums = {name: sums.get(name, 0.0) + value for name, value in found.items()} if counts else sums
-    values = _means(sum_over_ranks(sums, trainer.world))
+        # What a rank does beside its share to keep step with the others is not counted.
+        _micro_batch(trainer, micro, len(batch), z0, counts=counts, tally=tally if counts else Tally())
+    values = summarise(tally, trainer.world)
     return {**values, "kto/z0": z0} if bank else values
 
 
-def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, counts: bool) -> dict[str, float]:
-    """Add the gradients of a micro-batch of a global batch of `size` rows; returns its share of the step's metrics.
+def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, counts: bool, tally: Tally) -> None:
+    """Add the gradients of a micro-batch of a global batch of `size` rows, and its share of the step's metrics.
 
     Nothing of its graph may outlive this call: nodes that stay between freed activations keep the heap from joining
     them, and the next micro-batch then takes half as much again.
@@ -140,11 +156,10 @@ def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, c
     loss = (weights * per_row).sum() / size * float(counts)
     (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
     trainer.optimizer.gather_gradients()
-    found = {"loss": float(loss.detach()), "tokens/unique": float(layout.input_ids.numel())}
-    found["tokens/logical"] = float(sum(map(logical_tokens, micro.rows)))
-    for name, (values, counted) in losses.metrics(loss_batch, config.beta).items():
-        found[name], found[f"{_COUNT}{name}"] = float((values * counted).sum()), float(counted.sum())
-    return found
+    tally.add_total("loss", float(loss.detach()))
+    tally.add_total("tokens/unique", float(layout.input_ids.numel()))
+    tally.add_total("tokens/logical", float(sum(map(logical_tokens, micro.rows))))
+    tally.add_rows(losses.metrics(loss_batch, config.beta, on_reference=trainer.on_reference))
 
 
 def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
@@ -162,13 +177,3 @@ def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
 def logical_tokens(row: TrainRow) -> int:
     """Tokens that separate rows compute: the prompt again for every completion."""
     return sum(len(row.prompt) + len(answer.ids) for answer in row.answers)
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    """Sums over the rows that they count divided by their number; what counts no row of the step is left out."""
-    counts = {name.removeprefix(_COUNT): n for name, n in sums.items() if name.startswith(_COUNT)}
-    return {
-        name: value / counts.get(name, 1.0)
-        for name, value in sums.items()
-        if not name.startswith(_COUNT) and counts.get(name, 1.0)
-    }

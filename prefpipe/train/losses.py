@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from prefpipe.train import listwise, pairwise, unpaired
-from prefpipe.train.lossbatch import Kind, LabelBatch, Logps, LossBatch, LossSettings, RankBatch
+from prefpipe.train.lossbatch import Kind, LabelBatch, Logps, LossBatch, LossSettings, PairBatch, RankBatch
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,34 @@ def combine(names: Sequence[str], weights: Sequence[float], batch: LossBatch, s:
     return torch.stack(losses).sum(dim=0)
 
 
-def metrics(batch: LossBatch, beta: float) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Metrics under TRL's names: name -> (values [B], which of them count [B]). A tie counts half in accuracies.
+Counted = tuple[torch.Tensor, torch.Tensor]  # values [B], and which of them count [B]
+_SATURATED = 0.01  # gradient weight s(-beta h) below which a pair teaches nothing more
+
+
+def metrics(batch: LossBatch, beta: float, *, on_reference: bool = False) -> Mapping[str, Counted]:
+    """Metrics under TRL's names where it has them: docs/diagnostics.md lists all. A tie counts half in accuracies.
 
     Labels: chosen and rejected are the desirable and the undesirable rows. Groups: the best and the worst completion.
+    `on_reference`: the completions were sampled from the reference, so that KL(ref || policy) can be read off them.
     """
     if isinstance(batch, LabelBatch):
         found = _label_metrics(batch, beta)
-    elif isinstance(batch, RankBatch):
-        last = batch.present.sum(-1, keepdim=True) - 1
-        found = _pair_metrics(_at(batch.completions, torch.zeros_like(last)), _at(batch.completions, last), beta)
+        sides = [batch.completion]
     else:
-        found = _pair_metrics(batch.chosen, batch.rejected, beta)
+        chosen, rejected = _ends(batch)
+        found = _pair_metrics(chosen, rejected, beta)
+        sides = [chosen, rejected]
+    if on_reference and all(side.reference is not None for side in sides):
+        found |= _divergence(sides)
     return {name: (values.detach(), counted) for name, (values, counted) in found.items()}
+
+
+def _ends(batch: PairBatch | RankBatch) -> tuple[Logps, Logps]:
+    """Chosen and rejected of a pair; the best and the worst of a group."""
+    if isinstance(batch, PairBatch):
+        return batch.chosen, batch.rejected
+    last = batch.present.sum(-1, keepdim=True) - 1
+    return _at(batch.completions, torch.zeros_like(last)), _at(batch.completions, last)
 
 
 def _at(group: Logps, place: torch.Tensor) -> Logps:
@@ -79,23 +94,53 @@ def _at(group: Logps, place: torch.Tensor) -> Logps:
     return Logps(policy, lengths, None if group.reference is None else group.reference.gather(-1, place)[:, 0])
 
 
-def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    every = torch.ones_like(chosen.policy)
-    found = {"logps/chosen": (chosen.policy, every), "logps/rejected": (rejected.policy, every)}
+def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, Counted]:
+    found = {
+        "logps/chosen": chosen.policy,
+        "logps/rejected": rejected.policy,
+        "logps/accuracies": _wins(chosen.policy - rejected.policy),
+        "lengths/chosen": chosen.lengths,
+        "lengths/rejected": rejected.lengths,
+    }
     if chosen.reference is not None and rejected.reference is not None:
-        rewards = beta * chosen.ratios, beta * rejected.ratios
-        difference = rewards[0] - rewards[1]
+        a, b = chosen.ratios, rejected.ratios
+        difference = beta * a - beta * b
+        weight = (-difference).sigmoid()
         found |= {
-            "rewards/chosen": (rewards[0], every),
-            "rewards/rejected": (rewards[1], every),
-            "rewards/margins": (difference, every),
-            "rewards/accuracies": ((difference > 0).float() + 0.5 * (difference == 0).float(), every),
+            "rewards/chosen": beta * a,
+            "rewards/rejected": beta * b,
+            "rewards/margins": difference,
+            "rewards/accuracies": _wins(difference),
+            "rewards/abs_margins": difference.abs(),
+            "rewards/gradient_weights": weight,
+            "rewards/saturated": (weight < _SATURATED).float(),
+            "rewards/both_fall": ((a < 0) & (b < 0)).float(),
+            "deltas/chosen": _per_token(chosen),
+            "deltas/rejected": _per_token(rejected),
         }
-    return found
+    every = torch.ones_like(chosen.policy)
+    return {name: (values, every) for name, values in found.items()}
 
 
-def _label_metrics(batch: LabelBatch, beta: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    rewards = beta * batch.completion.ratios
+def _label_metrics(batch: LabelBatch, beta: float) -> dict[str, Counted]:
+    own = batch.completion
+    values = {"logps": own.policy, "rewards": beta * own.ratios, "lengths": own.lengths, "deltas": _per_token(own)}
     classes = {"chosen": batch.desirable.float(), "rejected": 1 - batch.desirable.float()}
-    found = {f"logps/{name}": (batch.completion.policy, counted) for name, counted in classes.items()}
-    return found | {f"rewards/{name}": (rewards, counted) for name, counted in classes.items()}
+    return {f"{name}/{label}": (value, counted) for name, value in values.items() for label, counted in classes.items()}
+
+
+def _divergence(sides: Sequence[Logps]) -> dict[str, Counted]:
+    """KL(ref || policy) from samples of the reference: the mean of log(ref / policy), in nats and nats per token."""
+    every = torch.ones_like(sides[0].policy)
+    nats = -torch.stack([side.ratios for side in sides]).mean(0)
+    per_token = -torch.stack([_per_token(side) for side in sides]).mean(0)
+    return {"kl/ref_policy": (nats, every), "kl/ref_policy_per_token": (per_token, every)}
+
+
+def _per_token(side: Logps) -> torch.Tensor:
+    return side.ratios / side.lengths.clamp(min=1)
+
+
+def _wins(difference: torch.Tensor) -> torch.Tensor:
+    """1 above 0, 0 below, half for a tie."""
+    return (difference > 0).float() + 0.5 * (difference == 0).float()

@@ -123,13 +123,18 @@ def learning_rate(
 
     `warmup_steps` takes the place of `warmup_ratio` where it is not 0; the schedule "constant" has no warmup.
     """
-    warmup = 0 if schedule == "constant" else warmup_steps or math.ceil(warmup_ratio * num_steps)
+    warmup = warmup_length(num_steps, warmup_ratio, warmup_steps, schedule)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule.startswith("constant"):
         return peak
     left = 1 - (step - warmup) / max(1, num_steps - warmup)
     return peak * left if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+
+def warmup_length(num_steps: int, warmup_ratio: float, warmup_steps: int, schedule: str) -> int:
+    """Steps over which the learning rate rises."""
+    return 0 if schedule == "constant" else warmup_steps or math.ceil(warmup_ratio * num_steps)
 
 
 def _plain(name: str) -> str:

@@ -1,38 +1,37 @@
 """Stage 3, `prefpipe train`: rows with cached reference log-probs -> an adapter or a model. One model is in memory."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from prefpipe import fsio, log, store
+from prefpipe import log, store
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, Interrupted
 from prefpipe.forward import load
 from prefpipe.forward.logps import TreeModel, score, settle_rows
-from prefpipe.ids import sample_seed
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, to_table
 from prefpipe.store import Manifest, Run
-from prefpipe.train import audit, checkpoint, evaluation, interrupts, loop, memory, outputs, parallel, references
-from prefpipe.train.checkpoint import Checkpoint
+from prefpipe.train import audit, diagnostics, memory, outputs, parallel, references, trackers
+from prefpipe.train.fit import fit
 from prefpipe.train.groups import tree_of
 from prefpipe.train.inputs import Job, prepare
-from prefpipe.train.loop import StepMetrics, Trainer
+from prefpipe.train.loop import Trainer
 from prefpipe.train.losses import LOSSES
 from prefpipe.train.optimizer import MasterOptimizer
 from prefpipe.train.parallel import World
 from prefpipe.train.rows import TrainRow
+from prefpipe.train.rules import RULES
 from prefpipe.train.targets import targets
 
 
 def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     """Read rows, prove that the cache belongs to the model, train from the newest checkpoint, save the adapter."""
     world = parallel.start()
+    trackers.check_installed(config.report_to)
     job = prepare(config)
     opened = store.open_run(out, "train", config, job.inputs, force=force) if world.leads else nullcontext(None)
     with opened as run_:
@@ -51,7 +50,7 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
         run_.write_dropped(Dropped, to_table(Dropped, job.dropped))
     for row in (*job.rows, *job.eval_rows, *job.bank):
         audit.check_cached(row)
-    _say_targets(config, job)
+    warned = _say_targets(config, job)
     model = load_policy(job.policy, config)
     choose_rows(model, job.rows, config.dtype)
     found = None
@@ -60,19 +59,29 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
     tokens = world.tell(fitting_tokens(model, job.rows, config))
     wrapped = parallel.wrap(model, world, config.distributed)
     optimizer = MasterOptimizer(wrapped, config.weight_decay, config.optim)
-    trainer = Trainer(model, wrapped, optimizer, config, world, tokens)
-    results = {"audit": found, **_train(run_, trainer, job)}
+    trainer = Trainer(model, wrapped, optimizer, config, world, tokens, on_reference=job.on_reference)
+    state = diagnostics.at_start(RULES, warned)
+    trained, alerts = fit(run_, trainer, job, state, exact=_exact(job, config, found))
+    results = {"audit": found, **trained, "alerts": [asdict(alert) for alert in alerts]}
     tensors = outputs.tensors_of(model, config)
     manifest = _finish(run_, job, model, tensors, config, results) if run_ else None
     return cast(Manifest, world.tell(manifest))
 
 
-def _say_targets(config: TrainConfig, job: Job) -> None:
+def _say_targets(config: TrainConfig, job: Job) -> list[tuple[str, str]]:
+    """Say what the losses aim at; returns the warnings under the names of their rules."""
     found = targets(config, job.rows)
     for line in found.lines:
         log.info(line)
-    for line in found.warnings:
+    for line in (*found.warnings, *found.class_warnings):
         log.warn(line)
+    return [*(("A16", line) for line in found.warnings), *(("A15c", line) for line in found.class_warnings)]
+
+
+def _exact(job: Job, config: TrainConfig, audited: dict[str, float] | None) -> bool:
+    """Whether every log-ratio must be 0 before step 0: the reference is the initial policy, scored by this forward."""
+    own = load.scorer_name("float32")
+    return audited is not None and job.reference == job.policy.id and config.dtype == "float32" and job.scorers <= {own}
 
 
 def _referenced(
@@ -189,95 +198,3 @@ def _audit(
         f"nats per token, -log sigmoid(beta h) {found.loss:.4f} (ln 2 = 0.6931): the cache belongs to this model"
     )
     return found.to_dict()
-
-
-def _train(run_: Run | None, trainer: Trainer, job: Job) -> dict[str, Any]:
-    """Run the loop from the newest checkpoint to the end, or to an early stop; leaves the model with the weights to
-    save. Returns the number of steps, the metrics of the last one (rank 0) and which evaluation was the best."""
-    world, config = trainer.world, trainer.config
-    resumed = world.tell(checkpoint.newest(run_.out / "checkpoints", run_.fingerprint) if run_ else None)
-    if resumed is not None:
-        trainer.optimizer.load_state(resumed.tensors)
-        log.info(f"resuming after step {resumed.step}")
-    first = resumed.step if resumed else 0
-    if run_:
-        fsio.truncate(run_.out / "metrics.jsonl", resumed.metrics_bytes if resumed else 0)
-    history = world.tell([line for line in _lines(run_) if "eval_loss" in line] if run_ else [])
-    start = fsio.monotonic()
-    total = loop.num_steps(len(job.rows), config)
-    with log.progress("training", total, "steps") as advance, interrupts.noted() as stopped:
-        advance(first)
-        for step in _steps(trainer, job, first, history):
-            done = step.step + 1
-            line = {"step": step.step, **step.values}
-            if job.eval_rows and (done % config.eval_steps == 0 or done == total):
-                line |= evaluation.evaluate(trainer, job.eval_rows, job.bank)
-                history.append(line)
-            signal_number = max(world.gather(stopped()))
-            due = done % config.save_steps == 0 or done == total or signal_number
-            best = evaluation.records(history, config.metric_for_best_model) if config.load_best_model_at_end else []
-            keep = due or best[-1:] == [done] or _stops(history, config)
-            state = trainer.optimizer.state() if keep else None  # every rank takes part
-            if run_:
-                _record(run_, line, state, config, best)
-            advance(1)
-            if signal_number:
-                world.tell(None)  # no rank leaves before rank 0 has saved: torchrun would end it
-                raise Interrupted(signal_number)
-    results: dict[str, Any] = {"steps": total, "last_step": {}}
-    if run_:
-        *_, last = _lines(run_)
-        run_.log_timing(event="trained", steps=last["step"] + 1 - first, seconds=round(fsio.monotonic() - start, 3))
-        results = {"steps": last["step"] + 1, "last_step": last}
-    return results | _best(run_, trainer, history)
-
-
-def _steps(trainer: Trainer, job: Job, first: int, history: Sequence[dict[str, float]]) -> Iterator[StepMetrics]:
-    """Steps until the end or an early stop. Dropout is drawn from (seed, step, rank), so that nothing of a random
-    state has to be kept, and is on inside of steps only."""
-    config, running = trainer.config, loop.steps(trainer, job.rows, first, job.bank)
-    number: int = first
-    while number < loop.num_steps(len(job.rows), config) and not _stops(history, config):
-        torch.manual_seed(sample_seed(config.seed, f"dropout/{trainer.world.rank}", number))
-        with load.lora_dropout(trainer.model.policy, config.lora_dropout):
-            step = next(running)
-        number = step.step + 1
-        yield step
-
-
-def _stops(history: Sequence[dict[str, float]], config: TrainConfig) -> bool:
-    return evaluation.is_stale(history, config.metric_for_best_model, config.early_stopping_patience)
-
-
-def _best(run_: Run | None, trainer: Trainer, history: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Put the weights of the best evaluation into the model, where that is asked for; says which it was."""
-    config, metric = trainer.config, trainer.config.metric_for_best_model
-    if not history or not (config.load_best_model_at_end or config.early_stopping_patience):
-        return {}
-    best = evaluation.records(history, metric)
-    if not best:
-        raise DataError(f"no evaluation gave a finite {metric}", "lower learning_rate, or look at the rows")
-    value = next(line[metric] for line in history if line["step"] + 1 == best[-1])
-    if config.load_best_model_at_end and best[-1] != history[-1]["step"] + 1:
-        state = trainer.world.tell(checkpoint.at_step(run_.out / "checkpoints", best[-1]) if run_ else None)
-        trainer.optimizer.load_state(cast(Checkpoint, state).tensors)
-        log.info(f"the best evaluation was after step {best[-1]}: its weights are kept")
-    return {"best": {"step": best[-1], "metric": metric, "value": value}}
-
-
-def _lines(run_: Run) -> list[dict[str, float]]:
-    """What metrics.jsonl holds."""
-    path = run_.out / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def _record(
-    run_: Run, line: dict[str, float], state: dict[str, torch.Tensor] | None, config: TrainConfig, best: Sequence[int]
-) -> None:
-    """Append the metrics of a step and, with a state, save a checkpoint that vouches for them."""
-    metrics = run_.out / "metrics.jsonl"
-    fsio.append_line(metrics, json.dumps(line))
-    if state is not None:
-        fsio.sync_file(metrics)
-        done = Checkpoint(int(line["step"]) + 1, metrics.stat().st_size, state)
-        checkpoint.save(run_.out / "checkpoints", done, run_.fingerprint, config.save_total_limit, best)

@@ -18,10 +18,11 @@ _PROPOSED_RATIO = 1.25
 
 @dataclass(frozen=True)
 class Targets:
-    """Lines that explain the losses, and warnings."""
+    """Lines that explain the losses, and warnings about their settings and about the classes of labels."""
 
     lines: list[str]
     warnings: list[str]
+    class_warnings: list[str]
 
 
 def targets(config: TrainConfig, rows: Sequence[TrainRow]) -> Targets:
@@ -30,9 +31,8 @@ def targets(config: TrainConfig, rows: Sequence[TrainRow]) -> Targets:
     mean = sum(lengths) / len(lengths)
     lines = [line for name in config.loss_type for line in _explain(name, config, mean)]
     warnings = [line for name in config.loss_type for line in _warn(name, config, mean)]
-    if isinstance(rows[0], TrainLabel):
-        warnings += class_warnings(config, cast("Sequence[TrainLabel]", rows))
-    return Targets(lines, warnings)
+    labels = cast("Sequence[TrainLabel]", rows) if isinstance(rows[0], TrainLabel) else ()
+    return Targets(lines, warnings, class_warnings(config, labels) if labels else [])
 
 
 def class_warnings(config: TrainConfig, rows: Sequence[TrainLabel]) -> list[str]:

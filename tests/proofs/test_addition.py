@@ -21,13 +21,15 @@ from prefpipe.forward import attention
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, score
 from prefpipe.train import loop
+from prefpipe.train.diagnostics import Facts, State, after_step
 from prefpipe.train.rows import Ids, TrainPair
+from prefpipe.train.rules import RULES
 from tests.train import data
 
 CHARACTERS = "0123456789+=$"
 END, PAD = CHARACTERS.index("$"), len(CHARACTERS)
 SUMS = [(a, b) for a in range(10) for b in range(10)]
-RIGHT_SHARE, LONGEST = 0.5, 3
+RIGHT_SHARE, LONGEST, EPOCHS = 0.5, 3, 2
 
 
 def ids(text: str) -> Ids:
@@ -130,14 +132,19 @@ def taught() -> Taught:
     return Taught({k: v.clone() for k, v in model.state_dict().items()}, accuracy(model))
 
 
-def train(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -> dict[str, float]:
-    """All weights are trained. Metrics are means over the steps of the last epoch."""
+def series(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -> list[dict[str, float]]:
+    """All weights are trained; the metrics of every step."""
     config = data.config(
-        Path(), train_batch_size=64, lr_scheduler_type="constant", warmup_ratio=0.0,
-        **{"num_train_epochs": 2, "learning_rate": 5e-4, "beta": 0.1, **changes},
+        Path(), train_batch_size=64, lr_scheduler_type="constant",
+        **{"num_train_epochs": EPOCHS, "learning_rate": 5e-4, "beta": 0.1, "warmup_ratio": 0.0, **changes},
     )  # fmt: skip
-    steps = [m.values for m in loop.steps(data.trainer(TreeModel(model), config), rows, 0)]
-    last = steps[-(len(steps) // config.num_train_epochs) :]
+    return [m.values for m in loop.steps(data.trainer(TreeModel(model), config), rows, 0)]
+
+
+def train(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -> dict[str, float]:
+    """Metrics are means over the steps of the last epoch."""
+    steps = series(model, rows, **changes)
+    last = steps[-(len(steps) // changes.get("num_train_epochs", EPOCHS)) :]
     return {name: sum(step[name] for step in last) / len(last) for name in last[0]}
 
 
@@ -179,3 +186,21 @@ def test_plain_dpo_trained_long_displaces_and_the_nll_term_prevents_it(taught: T
     assert moved > 0
     assert margin > 0.3
     assert right >= taught.accuracy + 0.06
+
+
+def test_the_alerts_of_displacement_fire_without_the_nll_term_and_not_with_it(taught: Taught):
+    """As above with a warmup over a fifth of the steps: without one the first steps throw both runs off, and A2 says so
+    of both. The reference is the initial policy, so that A0 is looked at too."""
+    found: dict[str, set[str]] = {}
+    for name, changes in (("plain", {}), ("nll", NLL)):
+        model = taught.model()
+        steps = series(
+            model, pairs(model, 0), learning_rate=3e-3, num_train_epochs=8, warmup_ratio=0.2, **changes
+        )  # fmt: skip
+        facts = Facts(len(steps), len(steps) // 5, beta=0.1, learning_rate=3e-3, exact=True)
+        state = State()
+        for step, values in enumerate(steps):
+            state, _ = after_step(state, facts, RULES, step, values, skipped=False)
+        found[name] = {alert.rule for alert in state.alerts}
+    assert found["plain"] >= {"A1", "A2", "A3"}
+    assert found["nll"] == set()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, PrefpipeError
+from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.train import loop
 from prefpipe.train.groups import global_batches, micro_batches
@@ -111,9 +112,13 @@ def test_metrics_are_means_over_the_step(tiny_model: Path, pairs: list[TrainPair
     assert first.values["epoch"] == pytest.approx(1 / 3)
     assert first.values["learning_rate"] == pytest.approx(config.learning_rate / 2)  # warmup of one step
     assert set(first.values) == {
-        "loss", "grad_norm", "learning_rate", "epoch", "logps/chosen", "logps/rejected", "rewards/chosen",
-        "rewards/rejected", "rewards/margins", "rewards/accuracies", "tokens/unique", "tokens/logical",
+        "loss", "grad_norm", "learning_rate", "epoch", "logps/chosen", "logps/rejected", "logps/accuracies",
+        "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/abs_margins",
+        "rewards/gradient_weights", "rewards/saturated", "rewards/both_fall", "deltas/chosen", "deltas/rejected",
+        "lengths/chosen", "lengths/rejected", "tokens/unique", "tokens/logical",
+        *(f"rewards/{n}/{q}" for n in ("chosen", "rejected", "margins") for q in ("p05", "p50", "p95")),
     }  # fmt: skip
+    assert first.values["lengths/chosen"] == sum(len(pairs[r].chosen) for r in rows) / 4
     logical = sum(2 * len(pairs[r].prompt) + len(pairs[r].chosen) + len(pairs[r].rejected) for r in rows)
     assert first.values["tokens/logical"] == logical
     by_prompt = {pairs[r].prompt: {c for q in rows for c in (pairs[q].chosen, pairs[q].rejected)
@@ -160,16 +165,40 @@ def test_row_weights_scale_the_gradient(tiny_model: Path, pairs: list[TrainPair]
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_with_the_pairs_and_moves_nothing(
+def test_a_step_that_is_not_finite_is_skipped_with_its_rows_and_moves_nothing(
     tiny_model: Path, pairs: list[TrainPair], weight: float
 ):
-    bad = [replace(pairs[0], weight=weight), *pairs[1:4]]
+    """One bad row of ten, in steps of four: its step moves nothing and the others do. Metrics stay valid JSON."""
+    bad = [replace(pairs[0], weight=weight), *pairs[1:]]
+    config = data.config(tiny_model, num_train_epochs=1)
+    place = next(i for i, rows in enumerate(batches(bad, config, 0)) if 0 in rows)
     model = policy(tiny_model)
-    before = lora(model)
-    with pytest.raises(DataError, match=r"step 0: .*" + pairs[0].pair_id) as caught:
-        run(model, bad, data.config(tiny_model))
-    assert caught.value.exit_code == 65
-    assert all(torch.equal(v, before[k]) for k, v in lora(model).items())
+    states = [lora(model)]
+    found: list[StepMetrics] = []
+    for step in loop.steps(trainer(model, config), bad, 0):
+        found.append(step)
+        states.append(lora(model))
+    assert [bool(step.skipped) for step in found] == [i == place for i in range(3)]
+    assert set(found[place].skipped) == {bad[r].pair_id for r in batches(bad, config, 0)[place]}
+    assert all(math.isfinite(value) for step in found for value in step.values.values())
+    assert "loss" not in found[place].values
+    assert "grad_norm" not in found[place].values
+    still = [all(torch.equal(v, after[k]) for k, v in before.items()) for before, after in pairwise(states)]
+    assert still == [i == place for i in range(3)]
+
+
+def test_a_skipped_step_leaves_no_gradient_behind(tiny_model: Path, pairs: list[TrainPair]):
+    """The step after it is the step of a run that had no such row: same first moment, so the same update."""
+    config = data.config(tiny_model, num_train_epochs=1, train_batch_size=4)
+    order = [row for batch in batches(pairs[:8], config, 0) for row in batch]
+    rows = list(pairs[:8])
+    rows[order[0]] = replace(rows[order[0]], weight=math.nan)
+    disturbed = trainer(policy(tiny_model), config)
+    list(loop.steps(disturbed, rows, 0))
+    clean = trainer(policy(tiny_model), config)
+    list(loop.steps(clean, pairs[:8], 1))
+    theirs = clean.optimizer.state()
+    assert all(torch.equal(v, theirs[k]) for k, v in disturbed.optimizer.state().items())
 
 
 def test_nll_alone_needs_no_reference(tiny_model: Path, pairs: list[TrainPair]):
@@ -246,36 +275,56 @@ class Full:
             raise torch.OutOfMemoryError("no room")
 
 
+def largest_load(pairs: Sequence[TrainPair], budget: int) -> int:
+    return max(sum(tree.num_tokens for tree in micro.trees) for micro in micro_batches(pairs, budget))
+
+
+@pytest.fixture(scope="module")
+def many(tiny_model: Path) -> list[TrainPair]:
+    """Forty pairs of twenty prompts."""
+    return data.to_train_pairs(data.with_reference(data.bare_pairs(40, num_prompts=20), tiny_model))
+
+
 @pytest.mark.parametrize(
-    ("at", "budget"), [({1}, 80), ({3}, 80), ({3, 5}, 160)], ids=["at once", "in a later micro-batch", "twice"]
+    ("at", "budget"),
+    [({1}, 300), ({3}, 300), ({1, 2}, 600), ({1}, 10**9)],
+    ids=["at once", "in a later micro-batch", "twice", "far above the data"],
 )
-def test_out_of_memory_halves_the_budget_and_does_the_batch_again(
-    tiny_model: Path, pairs: list[TrainPair], at: set[int], budget: int, capsys: pytest.CaptureFixture[str]
+def test_out_of_memory_halves_the_largest_micro_batch_and_does_the_batch_again(
+    tiny_model: Path, many: list[TrainPair], at: set[int], budget: int, capsys: pytest.CaptureFixture[str]
 ):
-    """Gradients of the micro-batches before it are forgotten: weights and metrics are those of an undisturbed run."""
-    config = data.config(tiny_model, train_batch_size=10, max_tokens_per_micro_batch=budget)
+    """Gradients of the micro-batches before it are forgotten: weights and metrics are those of an undisturbed run.
+
+    The new budget is half of what was tried, not of what was allowed: the first replay already differs.
+    """
+    config = data.config(tiny_model, train_batch_size=40, num_train_epochs=1, max_tokens_per_micro_batch=budget)
     whole, disturbed = policy(tiny_model), policy(tiny_model)
-    expected = run(whole, pairs, config)
+    expected = run(whole, many, config)
     full = Full(disturbed, at)
     started = trainer(disturbed, config)
-    found = list(loop.steps(started, pairs, 0))
+    found = list(loop.steps(started, many, 0))
+    wanted = budget
+    for _ in at:
+        assert len(micro_batches(many, largest_load(many, wanted) // 2)) > len(micro_batches(many, wanted))
+        wanted = min(wanted, largest_load(many, wanted)) // 2
+    assert started.budget == wanted > 64
     assert full.calls > max(at)
-    assert started.budget == budget // 2 ** len(at)
-    assert "out of memory: micro-batches now hold" in capsys.readouterr().err
+    assert f"out of memory: micro-batches now hold {wanted} tokens" in capsys.readouterr().err
     for name, weight in lora(disturbed).items():
         torch.testing.assert_close(weight, lora(whole)[name], rtol=0, atol=1e-6)
     for mine, other in zip(found, expected, strict=True):
         assert mine.values == pytest.approx(other.values, rel=1e-4, abs=1e-5)
 
 
-def test_out_of_memory_at_the_smallest_budget_names_the_flag(tiny_model: Path, pairs: list[TrainPair]):
-    """Budgets 256, 128, 64 are tried, then it stops; nothing has moved and no gradient is left behind."""
+def test_out_of_memory_at_the_smallest_budget_names_the_flag(tiny_model: Path, many: list[TrainPair]):
+    """Loads of at most 256, 128 and 64 tokens are tried, then it stops; nothing has moved, no gradient is left."""
     model = policy(tiny_model)
     before = lora(model)
     full = Full(model, None)
-    started = trainer(model, data.config(tiny_model, max_tokens_per_micro_batch=256))
-    with pytest.raises(PrefpipeError, match="64 tokens") as caught:
-        list(loop.steps(started, pairs, 0))
+    started = trainer(model, data.config(tiny_model, train_batch_size=40, max_tokens_per_micro_batch=256))
+    with pytest.raises(PrefpipeError, match=r"with (\d+) tokens") as caught:
+        list(loop.steps(started, many, 0))
+    assert int(caught.value.message.split("with ")[1].split()[0]) <= 64
     assert "--max-tokens-per-micro-batch" in (caught.value.hint or "")
     assert caught.value.exit_code == 1
     assert full.calls == 3
@@ -288,7 +337,7 @@ def test_one_rank_of_several_cannot_change_the_budget_alone(tiny_model: Path, pa
     model = policy(tiny_model)
     full = Full(model, {1})
     started = replace(trainer(model, data.config(tiny_model, max_tokens_per_micro_batch=256)), world=World(0, 2))
-    with pytest.raises(PrefpipeError, match="256 tokens") as caught:
+    with pytest.raises(PrefpipeError, match="out of memory") as caught:
         list(loop.steps(started, pairs, 0))
     assert "--max-tokens-per-micro-batch" in (caught.value.hint or "")
     assert (full.calls, started.budget) == (1, 256)

@@ -54,8 +54,39 @@ def test_metrics_of_pairs_and_ties():
 def test_metrics_without_reference_hold_log_probs_only_and_no_graph():
     logps = Logps(torch.tensor([-1.0], requires_grad=True), torch.ones(1))
     found = metrics(PairBatch(logps, logps), 0.1)
-    assert set(found) == {"logps/chosen", "logps/rejected"}
+    assert set(found) == {
+        "logps/chosen", "logps/rejected", "logps/accuracies", "lengths/chosen", "lengths/rejected"
+    }  # fmt: skip
     assert not any(values.requires_grad for values, _ in found.values())
+
+
+def test_metrics_that_alerts_are_made_of():
+    """A: a = 2 nats over 20 tokens, b = -5 over 25. At beta 0.1 its gradient weight is s(-0.7). `fallen`: both sides
+    lost, and s(-beta h) with h = 60 is s(-6) = 0.00247, below 0.01."""
+    fallen: Row = (-50.0, -110.0, -45.0, -45.0, 10.0, 50.0)
+    found = {name: values.tolist() for name, (values, _) in metrics(pairs(A, fallen), 0.1, on_reference=True).items()}
+    assert found["deltas/chosen"] == pytest.approx([0.1, -0.5])
+    assert found["deltas/rejected"] == pytest.approx([-0.2, -1.3])
+    assert found["lengths/chosen"] == [20.0, 10.0]
+    assert found["lengths/rejected"] == [25.0, 50.0]
+    assert found["rewards/gradient_weights"] == pytest.approx([0.331812, 0.002473], abs=1e-6)
+    assert found["rewards/saturated"] == [0.0, 1.0]
+    assert found["rewards/both_fall"] == [0.0, 1.0]
+    assert found["rewards/abs_margins"] == pytest.approx([0.7, 6.0])
+    assert found["logps/accuracies"] == [1.0, 1.0]
+    assert found["kl/ref_policy"] == pytest.approx([1.5, 35.0])  # -(2 - 5) / 2 and (5 + 65) / 2
+    assert found["kl/ref_policy_per_token"] == pytest.approx([0.05, 0.9])
+
+
+def test_the_raw_accuracy_ignores_the_reference():
+    """chosen above rejected by 1 nat, but 2 nats less so than under the reference."""
+    row: Row = (-3.0, -4.0, -3.0, -6.0, 1.0, 1.0)
+    found = {name: values.tolist() for name, (values, _) in metrics(pairs(row), 0.1).items()}
+    assert (found["logps/accuracies"], found["rewards/accuracies"]) == ([1.0], [0.0])
+
+
+def test_no_divergence_is_read_off_rows_that_the_reference_did_not_sample():
+    assert not any(name.startswith("kl/") for name in metrics(pairs(A), 0.1))
 
 
 def test_metrics_of_labels_count_each_class_alone():

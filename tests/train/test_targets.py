@@ -68,7 +68,7 @@ def kto(**changes: object) -> dict[str, object]:
 
 @pytest.mark.parametrize(("desirable", "undesirable"), [(10, 10), (15, 10), (12, 10)])
 def test_the_ratio_rule_holds_from_1_to_3_over_2(desirable: int, undesirable: int):
-    assert targets(data.config(Path(), **kto()), labels(desirable, undesirable)).warnings == []
+    assert targets(data.config(Path(), **kto()), labels(desirable, undesirable)).class_warnings == []
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_the_ratio_rule_holds_from_1_to_3_over_2(desirable: int, undesirable: in
 )
 def test_outside_of_it_weights_are_proposed_that_keep_it(desirable: int, undesirable: int, expected: str):
     rows = labels(desirable, undesirable)
-    (found,) = targets(data.config(Path(), **kto()), rows).warnings
+    (found,) = targets(data.config(Path(), **kto()), rows).class_warnings
     assert expected in found
     flag, value = expected.rsplit("--", 1)[1].split()[:2]
     better = data.config(Path(), **kto(**{flag.replace("-", "_"): float(value)}))
-    assert targets(better, rows).warnings == []
+    assert targets(better, rows).class_warnings == []
 
 
 @pytest.mark.parametrize(("desirable", "undesirable", "lacking"), [(4, 0, "undesirable"), (0, 4, "desirable")])
 def test_a_class_without_rows_is_named(desirable: int, undesirable: int, lacking: str):
-    (found,) = targets(data.config(Path(), **kto()), labels(desirable, undesirable)).warnings
+    (found,) = targets(data.config(Path(), **kto()), labels(desirable, undesirable)).class_warnings
     assert f"no row is {lacking}" in found

@@ -1,0 +1,119 @@
+"""Trackers that get the metrics beside metrics.jsonl: TensorBoard, W&B, Trackio, MLflow, through accelerate's classes.
+
+Nothing is uploaded unless a tracker's own settings ask for it: TensorBoard and MLflow write into the output directory
+(MLFLOW_TRACKING_URI names a server), W&B runs offline there (WANDB_MODE=online), Trackio writes to its local cache
+(TRACKIO_SPACE_ID). Packages are imported when their tracker is asked for, by rank 0 alone.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, Protocol
+
+from prefpipe.errors import MissingInputError
+
+_PROJECT = "prefpipe"
+Track = Callable[[int, Mapping[str, float]], None]
+
+
+class Tracker(Protocol):
+    """What is used of accelerate's GeneralTracker."""
+
+    def start(self) -> None:
+        """Open it."""
+        ...
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Record the settings."""
+        ...
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        """Record the metrics of a step."""
+        ...
+
+    def finish(self) -> None:
+        """Flush and close it."""
+        ...
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise MissingInputError for a tracker whose package is not there: before a model is loaded, not after."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingInputError(
+                f"--report-to {name}: the package {name} is not installed",
+                f"install it: pip install {'mlflow-skinny' if name == 'mlflow' else name} (or 'prefpipe[track]')",
+            )
+
+
+@contextmanager
+def tracking(
+    names: Sequence[str], out: Path, run_id: str, settings: Mapping[str, Any], first: int
+) -> Generator[Track]:  # fmt: skip
+    """Yields a function that sends the metrics of a step to all trackers.
+
+    `run_id` is the same whenever this run is resumed. Steps that an interrupted process sent after its last checkpoint
+    come again, with the same values: TensorBoard drops the old ones, the others keep both. A tracker is closed after an
+    error too.
+    """
+    with ExitStack() as stack:
+        trackers = [make(name, out, run_id, first) for name in names]
+        for tracker in trackers:
+            with redirect_stdout(sys.stderr):  # some greet; stdout is for data
+                tracker.start()
+            stack.callback(_finish, tracker)
+            if first == 0:
+                tracker.store_init_configuration(_plain(settings))
+
+        def track(step: int, values: Mapping[str, float]) -> None:
+            for tracker in trackers:
+                tracker.log(dict(values), step=step)
+
+        yield track
+
+
+def _finish(tracker: Tracker) -> None:
+    with redirect_stdout(sys.stderr):
+        tracker.finish()
+
+
+def make(name: str, out: Path, run_id: str, first: int) -> Tracker:
+    """One of accelerate's trackers, set up to write locally and to go on with a run of this id."""
+    from accelerate import PartialState  # noqa: PLC0415  (only a run that tracks pays for it)
+    from accelerate import tracking as accelerated  # noqa: PLC0415
+
+    PartialState()  # its trackers log through it; it joins the process group that there is
+    shown = f"{out.resolve().name}-{run_id[:8]}"
+    if name == "tensorboard":
+        return accelerated.TensorBoardTracker("tensorboard", logging_dir=out, purge_step=first or None)
+    if name == "wandb":
+        mode = os.environ.get("WANDB_MODE", "offline")
+        project = os.environ.get("WANDB_PROJECT", _PROJECT)
+        return accelerated.WandBTracker(project, dir=str(out), id=run_id, name=shown, resume="allow", mode=mode)
+    if name == "trackio":
+        project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
+        return accelerated.TrackioTracker(project, name=shown, resume="allow", embed=False)
+    return accelerated.MLflowTracker(_PROJECT, run_id=_mlflow_run(out, shown), run_name=shown)
+
+
+def _mlflow_run(out: Path, name: str) -> str | None:
+    """The id of the MLflow run of this name, if there is one; without a server it lives in the output directory."""
+    import mlflow  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (an optional package)
+
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # files need no SQL packages, which mlflow-skinny lacks
+        mlflow.set_tracking_uri((out / "mlflow").resolve().as_uri())
+    known = mlflow.search_experiments(filter_string=f"name = '{_PROJECT}'")
+    if not known:
+        return None
+    ids = [experiment.experiment_id for experiment in known]
+    runs = mlflow.search_runs(ids, f"attributes.run_name = '{name}'", output_format="list")
+    return runs[0].info.run_id if runs else None
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as the scalars that all trackers take; what is not set or compound as text."""
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
