@@ -220,6 +220,7 @@ def test_a_pair_carries_texts_ids_and_reference_log_probs(tmp_path: Path) -> Non
         "completions": 2, "prompts": 1, "candidates": 1, "pairs": 1, "dropped": {}, "mean_reward_gap": 1.0,
         "chosen_longer": 0.0,
     }  # fmt: skip
+    assert manifest["identity"]["policies"] == ["weights:a"]  # those that the completions were sampled from
     assert build_pairs.summary(manifest, tmp_path / "o")[-1] == "  dropped: nothing"
 
 
