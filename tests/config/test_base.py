@@ -26,7 +26,16 @@ from prefpipe.errors import MissingInputError, UsageError
 
 CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
 RUNTIME = {
-    *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
+    *(
+        "distributed",
+        "shard_rows",
+        "max_num_seqs",
+        "kv_cache_mib",
+        "max_tokens_per_micro_batch",
+        "save_steps",
+        "strict",
+        "report_to",
+    ),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date"),
 }
 PATHS = {
