@@ -1,8 +1,10 @@
 """Words go to stderr: two-line errors, and progress that says rate and remaining time without a terminal."""
 
 import re
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from prefpipe import log
 
@@ -53,6 +55,24 @@ def test_progress_shows_a_line_every_few_seconds(
         "training: 2/2 steps",
         "training: 2/2 steps",
     ]
+
+
+def test_a_note_says_how_it_stands(capfd: pytest.CaptureFixture[str]) -> None:
+    with log.progress("training", 2, "steps") as advance:
+        advance(1, "loss 0.7")
+        advance(1, "loss 0.6")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("training: 2/2 steps, ")
+    assert line.endswith(", ETA 0 s, loss 0.6")
+
+
+def test_a_bar_shows_the_note_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr(log, "_console", lambda: console)
+    with log.progress("training", 2, "steps") as advance:
+        advance(2, "loss [0.6]")
+    assert isinstance(console.file, StringIO)
+    assert "loss [0.6]" in console.file.getvalue()
 
 
 def test_an_error_inside_comes_out(capfd: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
         record = _verified(path)
         if record is not None and record["fingerprint"] == fingerprint:
             tensors = load_file(path / "state.safetensors")
-            return Checkpoint(record["step"], record["metrics_bytes"], tensors, record["diagnostics"])
+            return Checkpoint(record["step"], record["metrics_bytes"], tensors, record.get("diagnostics"))
         log.warn(f"checkpoint {path} is damaged or of another run: it moves to quarantine/")
         fsio.move_aside(path, folder.parent / "quarantine")
     return None

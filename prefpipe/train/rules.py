@@ -124,9 +124,9 @@ def _bad_gradient(view: View) -> str | None:
     if view.last_skipped:
         return "loss or gradient is not finite: the step moved nothing"
     usual, norm = running_median(view.state.norms), view.values.get("grad_norm")
-    if usual is None or norm is None or not norm > _NORM_FACTOR * usual:
+    if not usual or norm is None or not norm > _NORM_FACTOR * usual:
         return None
-    return f"gradient norm {norm:.3g}, {norm / usual if usual else float('inf'):.0f} times its running median"
+    return f"gradient norm {norm:.3g}, {norm / usual:.0f} times its running median"
 
 
 def _too_many_skips(view: View) -> str | None:

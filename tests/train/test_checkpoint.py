@@ -58,6 +58,14 @@ def test_non_contiguous_tensors_are_saved(folder: Path):
     assert torch.equal(found.tensors["w"], wanted)
 
 
+def test_what_the_alert_rules_remember_comes_back(folder: Path):
+    state = {"blocks": {"loss": [0.1, None]}, "active": ["A2"]}
+    save(folder, Checkpoint(1, 0, at(1).tensors, state), "f")
+    found = newest(folder, "f")
+    assert found is not None
+    assert found.diagnostics == state
+
+
 def test_saving_a_step_again_keeps_what_is_there(folder: Path):
     save(folder, at(1), "f")
     save(folder, Checkpoint(1, 7, at(9).tensors), "f")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from prefpipe import fsio, store
 from prefpipe.errors import DataError, StorageError, UsageError
 from prefpipe.schemas import Pair
-from prefpipe.train import evaluation, loop, stage
+from prefpipe.train import checkpoint, evaluation, loop, stage
 from prefpipe.train.evaluation import is_stale, records, split_by_prompt
 from prefpipe.train.losses import LOSSES
 from tests.train import data
@@ -193,7 +193,7 @@ def test_patience_stops_early_and_a_finished_run_stays_stopped(
 def test_a_lost_best_checkpoint_is_an_error_not_another_model(tiny_model: Path, pairs: Path, best: Path):
     step = store.read_manifest(best)["totals"]["best"]["step"]
     with pytest.raises(DataError, match="the best one, is damaged or missing"):
-        stage.checkpoint.at_step(best / "nowhere", step)
+        checkpoint.at_step(best / "nowhere", step)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
