@@ -6,8 +6,9 @@ MODEL=${MODEL:-embedded:smollm2-135m-instruct}
 OUT=${OUT:-runs/examples}
 ENGINE=${ENGINE:-vllm}
 LIMIT=${LIMIT:-80}
+TRUNCATED_CHOSEN=${TRUNCATED_CHOSEN:-drop} # or keep: pairs whose chosen answer was cut at --max-tokens
 
 prefpipe generate --model "$MODEL" --prompts data/prompts.jsonl --limit "$LIMIT" --engine "$ENGINE" \
   --rewards short_sentence --max-tokens 64 --out "$OUT/completions"
-prefpipe build-pairs --completions "$OUT/completions" --out "$OUT/pairs"
+prefpipe build-pairs --completions "$OUT/completions" --truncated-chosen "$TRUNCATED_CHOSEN" --out "$OUT/pairs"
 prefpipe train --model "$MODEL" --pairs "$OUT/pairs" --out "$OUT/own_pairs" "$@"

@@ -72,12 +72,13 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
 
 
 def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
-    """Every step in order, linked: round n samples from, is compared with and continues the adapter of round n - 1."""
-    yield _evaluation(config, 0, "none")
-    adapter = "none"
+    """Every step in order, linked: round n samples from, is compared with and continues the policy of round n - 1, an
+    adapter on the model or, with full fine-tuning, a model."""
+    model, adapter = config.model, "none"
+    yield _evaluation(config, 0, model, adapter)
     for number in range(1, config.rounds + 1):
         here = out / f"round-{number}"
-        linked: dict[str, Any] = {"model": config.model, "adapter": adapter}
+        linked: dict[str, Any] = {"model": model, "adapter": adapter}
         reference = "base" if config.reference == "base" else "policy"
         sampling = {**linked, "reference": reference, "seed": config.generate.seed + number}
         yield Step(number, "generate", config.generate.model_copy(update=sampling))
@@ -90,8 +91,11 @@ def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
             "seed": config.train.seed + number,
         }
         yield Step(number, "train", config.train.model_copy(update=training))
-        adapter = str(here / "train" / "adapter")
-        yield _evaluation(config, number, adapter)
+        if config.train.tuning == "full":
+            model = str(here / "train" / "model")
+        else:
+            adapter = str(here / "train" / "adapter")
+        yield _evaluation(config, number, model, adapter)
 
 
 def run_process(command: str, saved: Path, out: Path) -> None:
@@ -123,7 +127,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
         *_table(rounds),
         "",
         *_answers(out, len(rounds)),
-        f"policy       {last}/train/adapter (PEFT; loads with peft, transformers and vLLM)",
+        *_policy(last),
         f"{trained_on:<12} {last}/build-pairs/{trained_on}/*.parquet",
         f"completions  {last}/generate/completions/*.parquet, ref_logps/, rewards/",
         f"answers      {out}/round-*/evaluate/evaluations/*.parquet",
@@ -134,8 +138,14 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     ]
 
 
-def _evaluation(config: IterateConfig, number: int, adapter: str) -> Step:
-    update = {"model": config.model, "adapter": adapter, "round": number}
+def _policy(last: Path) -> list[str]:
+    if (last / "train" / "model").is_dir():
+        return [f"policy       {last}/train/model (loads with transformers and vLLM)"]
+    return [f"policy       {last}/train/adapter (PEFT; loads with peft, transformers and vLLM)"]
+
+
+def _evaluation(config: IterateConfig, number: int, model: str, adapter: str) -> Step:
+    update = {"model": model, "adapter": adapter, "round": number}
     return Step(number, "evaluate", config.evaluate.model_copy(update=update))
 
 

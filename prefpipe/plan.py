@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
+from prefpipe.forward import load
 from prefpipe.train import loop, stage
 from prefpipe.train.batches import scores_prompt
 from prefpipe.train.groups import micro_batches, tree_of
@@ -18,6 +19,8 @@ def run(config: TrainConfig) -> list[str]:
     job = prepare(config)
     model = stage.load_policy(job.policy, config)
     stage.choose_rows(model, job.rows, config.dtype)
+    if config.gradient_checkpointing == "on":
+        load.checkpoint_layers(model.policy)
     footprint = measure(model, [tree_of(row) for row in job.rows])
     device = next(model.parameters()).device
     tokens = config.max_tokens_per_micro_batch or budget(footprint, device, free_bytes(device), longest_tree(job.rows))

@@ -70,6 +70,21 @@ def finished(config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> tu
     return out, iterate.run(config(), out, force=False, runner=in_process)
 
 
+def test_rounds_of_full_fine_tuning_are_linked_by_models(config: MakeConfig):
+    full = config(train={"tuning": "full"})
+    linked = [(s.name, s.config.model, s.config.adapter) for s in iterate.steps(full, Path("out"))  # type: ignore[attr-defined]
+              if s.command != "build-pairs"]  # fmt: skip
+    first = "out/round-1/train/model"
+    assert [model for name, model, _ in linked if name.startswith("round-2")] == [
+        first,
+        first,
+        "out/round-2/train/model",
+    ]
+    assert {adapter for _, _, adapter in linked} == {"none"}
+    with pytest.raises(ValueError, match="reference = base needs an adapter"):
+        config(train={"tuning": "full"}, reference="base")
+
+
 def never(command: str, saved: Path, out: Path) -> None:
     raise AssertionError(f"{command} was run again")
 

@@ -41,6 +41,8 @@ class IterateConfig(BaseModel):
             given = [n for n in names if getattr(settings, n) != type(settings).model_fields[n].default]
             if given:
                 raise ValueError(f"iterate links the stages itself: remove {', '.join(given)} from [{table}]")
+        if self.train.tuning == "full" and self.reference == "base":
+            raise ValueError("reference = base needs an adapter that can be off: train.tuning = full has none")
         return self
 
     @model_validator(mode="after")

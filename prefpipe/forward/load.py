@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,6 +19,7 @@ from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.forward import attention
 from prefpipe.forward.logps import SCORER_VERSION, causal_model
 
+M = TypeVar("M", bound=torch.nn.Module)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What makes a directory of weights a model that can be talked to, beside its weights and their config.
 _BESIDE_WEIGHTS = (
@@ -50,7 +51,17 @@ def load_model(directory: Path, dtype: str, *, in_4bit: bool = False, device: st
     model.requires_grad_(requires_grad=False)
     if not in_4bit:
         torch.nn.Module.to(model, device=device)
-    return model.eval()
+    return _without_dropout(model)
+
+
+def _without_dropout(model: M) -> M:
+    """Eval mode, but for 4-bit matrices: in eval mode bitsandbytes may pack them for a CPU kernel that gives no
+    gradient. They have no dropout of their own."""
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes"):
+            module.training = True
+    return model
 
 
 def _four_bits(dtype: str, device: str) -> dict[str, Any]:
@@ -78,7 +89,7 @@ def add_lora(
         r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, use_rslora=rslora, task_type="CAUSAL_LM"
     )
     try:
-        return _check_head(get_peft_model(model, config, autocast_adapter_dtype=False).eval())
+        return _check_head(get_peft_model(model, config, autocast_adapter_dtype=False))
     except ValueError as error:
         raise UsageError(
             f"lora_target_modules = {target_modules!r}: {error}", "name linear modules of this model"
@@ -88,15 +99,15 @@ def add_lora(
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
     """An adapter from disk on a loaded model."""
     return _check_head(
-        PeftModel.from_pretrained(model, directory, is_trainable=trainable, autocast_adapter_dtype=False).eval()
+        PeftModel.from_pretrained(model, directory, is_trainable=trainable, autocast_adapter_dtype=False)
     )
 
 
 def _check_head(model: PeftModel) -> PeftModel:
-    """The output head is read as a plain matrix: an adapter on it would be left out of every value."""
+    """In eval mode. The output head is read as a plain matrix: an adapter on it would be left out of every value."""
     if type(causal_model(model).get_output_embeddings()) is not torch.nn.Linear:
         raise UsageError("the adapter changes the output head", "leave lm_head out of lora_target_modules")
-    return model
+    return _without_dropout(model)
 
 
 def adapter_off(model: torch.nn.Module, *, off: bool) -> AbstractContextManager[None]:

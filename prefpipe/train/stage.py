@@ -10,8 +10,9 @@ import torch
 
 from prefpipe import log, store
 from prefpipe.config.train import TrainConfig
+from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward import load
-from prefpipe.forward.logps import TreeModel, score, settle_rows
+from prefpipe.forward.logps import TreeModel, causal_model, score, settle_rows
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, to_table
 from prefpipe.store import Manifest, Run
@@ -52,6 +53,7 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
         audit.check_cached(row)
     warned = _say_targets(config, job)
     model = load_policy(job.policy, config)
+    _check_vocabulary(model, [*job.rows, *job.eval_rows, *job.bank])
     choose_rows(model, job.rows, config.dtype)
     found = None
     if any(LOSSES[name].needs_reference for name in config.loss_type):
@@ -138,6 +140,12 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
     """The one model of a run: every weight of it, the base with a new adapter, or with the one it continues."""
     log.info(f"loading {policy.directory.name} ({config.dtype}{', 4 bits' if config.load_in_4bit else ''})")
     base = load.load_model(policy.directory, config.dtype, in_4bit=config.load_in_4bit)
+    broken = [name for name, p in base.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+    if broken:
+        raise DataError(
+            f"{policy.directory}: {len(broken)} weights are not finite numbers in {config.dtype} (first {broken[0]})",
+            "the model is damaged, or its weights need another --dtype",
+        )
     if config.tuning == "full":
         base.requires_grad_(requires_grad=True)
         return TreeModel(base)
@@ -149,6 +157,19 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
             seed=config.seed, rslora=config.use_rslora,
         )
     )  # fmt: skip
+
+
+def _check_vocabulary(model: TreeModel, rows: Sequence[TrainRow]) -> None:
+    """Raise IdentityError for token ids that the model does not have."""
+    size = cast(torch.nn.Embedding, causal_model(model.policy).get_input_embeddings()).num_embeddings
+    for row in rows:
+        largest = max(max(row.prompt, default=0), *(max(answer.ids, default=0) for answer in row.answers))
+        if largest >= size:
+            raise IdentityError(
+                f"row {row.row_id} holds the token id {largest}, but the model has {size} tokens: the rows were "
+                "made with another tokenizer",
+                "train on the model that the rows were made for, or make the rows again with this model",
+            )
 
 
 def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:

@@ -141,6 +141,8 @@ def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
     drop("distributed") if {prefix + "optim", prefix + "load_in_4bit"} & found.keys() else None
     if found.get(prefix + "tuning") == "full":
         drop("adapter", *LORA_ONLY)
+    if found.get("reference") == "base" and prefix:
+        drop("tuning")
     drop("warmup_steps") if prefix + "warmup_ratio" in found else None
     drop("warmup_steps", "warmup_ratio") if found.get(prefix + "lr_scheduler_type") == "constant" else None
     if prefix + "eval_pairs" in found:

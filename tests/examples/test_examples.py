@@ -2,24 +2,61 @@
 
 import json
 import os
+import socketserver
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from prefpipe import models, store
 from tests.conftest import ROOT
+from tests.faults.forge import forge
 
 SCRIPTS = sorted(p.name for p in (ROOT / "examples").iterdir())
 FLAGS = ("--dtype", "float32", "--lora-r", "2", "--learning-rate", "1e-3")
 Run = Callable[..., str]
 
 
+CLIENT = """#!{python} -SE
+import json, socket, sys
+with socket.socket(socket.AF_UNIX) as s:
+    s.connect({address!r})
+    s.sendall((json.dumps(sys.argv[1:]) + "\\n").encode())
+    ended = json.loads(s.makefile().read())
+sys.stderr.write(ended["stderr"])
+sys.exit(ended["code"])
+"""
+
+
+@pytest.fixture(scope="module")
+def prefpipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A `prefpipe` whose commands are forked from one process that has imported torch already."""
+    address = str(tmp_path_factory.mktemp("s") / "s")
+    with forge("prefpipe.train.stage", "transformers.models.llama.modeling_llama") as forged:
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                ended = forged.run(*json.loads(self.rfile.readline()))
+                self.wfile.write(json.dumps(asdict(ended)).encode())
+
+        with socketserver.UnixStreamServer(address, Handler) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            yield CLIENT.format(python=sys.executable, address=address)
+            server.shutdown()
+            thread.join()
+
+
 @pytest.fixture
-def run(tiny_model: Path, tmp_path: Path) -> Run:
-    """Run a script with `prefpipe`, `python` and `torchrun` of this environment; gives what it printed."""
+def run(tiny_model: Path, tmp_path: Path, prefpipe: str) -> Run:
+    """Run a script with `prefpipe`, `python` and `torchrun` of this environment; gives what it printed.
+
+    `real` starts a process for every `prefpipe`, as signals need it.
+    """
     (tmp_path / "bin").mkdir()
     for name, command in (
         ("prefpipe", "-m prefpipe"), ("python", ""), ("torchrun", "-m torch.distributed.run"),
@@ -27,12 +64,16 @@ def run(tiny_model: Path, tmp_path: Path) -> Run:
         file = tmp_path / "bin" / name
         file.write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
         file.chmod(0o755)
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "fast" / "prefpipe").write_text(prefpipe)
+    (tmp_path / "fast" / "prefpipe").chmod(0o755)
     rows = [{"prompt": f"Bird {n}?", "chosen": f"Owl {n}.", "rejected": f"I say no, {n}."} for n in range(12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def script(name: str, *flags: str, **variables: str) -> str:
+    def script(name: str, *flags: str, real: bool = False, **variables: str) -> str:
+        first = tmp_path / ("bin" if real else "fast")
         env = {
-            **os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+            **os.environ, "PATH": f"{first}:{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1", "MODEL": str(tiny_model), "OUT": str(tmp_path / "out"),
             "PAIRS": str(tmp_path / "pairs.jsonl"), **variables,
         }  # fmt: skip
@@ -62,7 +103,7 @@ def test_a_trl_file_alone(run: Run, tmp_path: Path):
 
 
 def test_pairs_of_our_own_run(run: Run, tmp_path: Path):
-    run("own_pairs.sh", *FLAGS, ENGINE="transformers", LIMIT="4")
+    run("own_pairs.sh", *FLAGS, ENGINE="transformers", LIMIT="4", TRUNCATED_CHOSEN="keep")
     manifest = store.read_manifest(tmp_path / "out" / "own_pairs")
     assert manifest["inputs"]["pairs.0"] == store.read_manifest(tmp_path / "out" / "pairs")["digest"]
     assert not (tmp_path / "out" / "own_pairs" / "ref_logps").exists()  # the cache of `generate` was used
@@ -89,8 +130,8 @@ def test_continue_from_an_adapter(run: Run, tmp_path: Path, tiny_model: Path):
 
 
 def test_stop_and_resume(run: Run, tmp_path: Path):
-    said = run("resume.sh", *FLAGS, "--train-batch-size", "1", "--num-train-epochs", "40", AFTER="9")
-    assert "trained on 12 pairs in 480 steps" in said
+    said = run("resume.sh", *FLAGS, "--train-batch-size", "1", "--num-train-epochs", "12", real=True, AFTER="9")
+    assert "trained on 12 pairs in 144 steps" in said
     if "stopping after this step" in said:
         assert "stopped: go on with the same command" in said
         assert "resuming after step" in said

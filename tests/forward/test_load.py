@@ -1,5 +1,6 @@
 """Adapters on disk: what is written loads anywhere and means the same."""
 
+import importlib.util
 import json
 import os
 import stat
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from prefpipe import fsio
-from prefpipe.errors import UsageError
+from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model, score
@@ -182,3 +183,59 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path):
     PhiForCausalLM(phi).save_pretrained(tmp_path / "phi")
     with pytest.raises(UsageError, match="bias"):
         load.load_model(tmp_path / "phi", "float32")
+
+
+def test_lora_dropout_is_on_inside_of_the_block_only_and_drawn_from_the_generator(tiny_model: Path):
+    model = moved(tiny_model)
+    without = values(model)
+    drawn: list[torch.Tensor] = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with load.lora_dropout(model, 0.5):
+            drawn.append(values(model))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], without)
+    assert torch.equal(values(model), without)
+    with load.lora_dropout(model, 0.0):
+        assert torch.equal(values(model), without)
+
+
+def test_rank_stabilised_lora_scales_by_the_root_of_the_rank(tiny_model: Path):
+    """alpha / sqrt(r) = 8 / 2 against alpha / r = 8 / 4."""
+    scalings: list[float] = []
+    for rslora in (False, True):
+        base = load.load_model(tiny_model, "float32")
+        model = load.add_lora(base, r=4, alpha=8, target_modules="q_proj", seed=0, rslora=rslora)
+        scalings.append(next(m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")))
+    assert scalings == [2.0, 4.0]
+
+
+def test_four_bits_without_the_package_is_a_clear_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(MissingInputError, match="load_in_4bit needs the package bitsandbytes") as caught:
+        load.load_model(tiny_model, "float32", in_4bit=True)
+    assert caught.value.exit_code == 66
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tiny_model: Path):
+    """In eval mode bitsandbytes would choose a CPU kernel without gradient: LoRA would seem to train."""
+    from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415
+
+    packed = load.load_model(tiny_model, "float32", in_4bit=True)
+    plain = load.load_model(tiny_model, "float32")
+    for name, module in packed.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            plain.get_submodule(name).weight.data = weight
+    found: list[dict[str, torch.Tensor]] = []
+    for base in (packed, plain):
+        model = load.add_lora(base, r=4, alpha=8, target_modules="all-linear", seed=0)
+        tree = TreeModel(model)
+        tree(tree.layout(TREES)).sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-4, atol=1e-6)

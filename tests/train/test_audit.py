@@ -4,13 +4,22 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
-from prefpipe.errors import IdentityError
+from prefpipe import models
+from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward.layout import Tree
+from prefpipe.ids import ids_digest
+from prefpipe.schemas import Pair
+from prefpipe.train import stage
 from prefpipe.train.audit import Audit, Score, audit, check
 from prefpipe.train.rows import TrainPair
+from tests.train import data
 
 Values = tuple[float, ...]
 LN2 = math.log(2)
@@ -230,3 +239,128 @@ def test_a_cache_with_another_number_of_tokens_is_refused():
     short = [replace(cached[0], ref_chosen=(-1.0,))]
     with pytest.raises(IdentityError):
         check(audit(short, 8, scorer(cached), beta=0.1), exact=False, full_precision=False)
+
+
+MESSAGES = [([{"role": "user", "content": f"Tell me about bird {n}."}], f"Owl {n}.", f"No, {n}.") for n in range(8)]
+
+
+def real_cache(directory: Path, template: str, tokens: int | None = None) -> list[Pair]:
+    """Pairs whose prompts are rendered with `template`, with the model's values; `tokens` cuts completions first."""
+    rows = data.bare_pairs(len(MESSAGES))
+    found: list[Pair] = []
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for row, (messages, chosen, rejected) in zip(rows, MESSAGES, strict=True):
+        prompt = tokenizer.encode(template.format(messages[0]["content"]), add_special_tokens=False).ids
+        ids = [[*tokenizer.encode(text, add_special_tokens=False).ids, 2][:tokens] for text in (chosen, rejected)]
+        found.append(replace_ids(row, prompt, *ids))
+    return data.with_reference(found, directory)
+
+
+def replace_ids(row: Pair, prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
+    return replace(
+        row, prompt_token_ids=prompt, chosen_token_ids=chosen, rejected_token_ids=rejected,
+        chosen_ids_digest=ids_digest(prompt, chosen), rejected_ids_digest=ids_digest(prompt, rejected),
+    )  # fmt: skip
+
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def with_values_of(rows: Sequence[Pair], cached: Sequence[Pair]) -> list[Pair]:
+    """Rows with the values that were cached for other rows, cut or repeated to their own numbers of tokens: what a
+    cache without digests of its ids would give them."""
+
+    def fitted(values: list[float] | None, ids: list[int]) -> list[float]:
+        own = values or []
+        return [own[min(i, len(own) - 1)] for i in range(len(ids))]
+
+    return [
+        data.with_values(
+            row, fitted(old.ref_chosen_token_logps, row.chosen_token_ids),
+            fitted(old.ref_rejected_token_logps, row.rejected_token_ids), old.reference, old.scorer or "",
+        )
+        for row, old in zip(rows, cached, strict=True)
+    ]  # fmt: skip
+
+
+def faulty(name: str, model: Path, other: Path) -> list[Pair]:
+    """A cache that does not belong to the model, as injected faults make it."""
+    good = real_cache(model, TEMPLATE)
+    if name == "another model":
+        own = models.resolve(str(model)).id
+        return [replace(row, reference=own) for row in data.with_reference(good, other)]
+    if name == "template changed by one newline":
+        return with_values_of(good, real_cache(model, TEMPLATE + "\n"))
+    if name == "an earlier truncation":
+        return with_values_of(good, real_cache(model, TEMPLATE, tokens=3))
+    if name == "rows shuffled":
+        return with_values_of(good, [*good[1:], good[0]])
+    if name == "off-by-one mask":
+        return [
+            data.with_values(
+                r, [-5.0, *(r.ref_chosen_token_logps or [])[:-1]], [-5.0, *(r.ref_rejected_token_logps or [])[:-1]],
+                r.reference, r.scorer or "",
+            )
+            for r in good
+        ]  # fmt: skip
+    return [
+        data.with_values(
+            r, [*(r.ref_chosen_token_logps or [])[:-1], 0.0], [*(r.ref_rejected_token_logps or [])[:-1], 0.0],
+            r.reference, r.scorer or "",
+        )
+        for r in good
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scorer_of", ["same", "other"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "another model", "template changed by one newline", "an earlier truncation", "rows shuffled", "off-by-one mask",
+        "EOS dropped",
+    ],
+)  # fmt: skip
+def test_injected_faults_end_a_run_before_its_first_step(
+    tiny_model: Path, other_model: Path, tmp_path: Path, fault: str, scorer_of: str
+):
+    """Through the whole stage, with a real model: digests and identity are right, only the values are not; whether
+    they claim the same scorer (exact rule) or another one (means per token)."""
+    rows = faulty(fault, tiny_model, other_model)
+    if scorer_of == "other":
+        rows = [replace(row, scorer="vllm/float32") for row in rows]
+    pairs = data.write_pairs(tmp_path / "p", rows)
+    with pytest.raises(IdentityError, match="do not belong to this model") as caught:
+        stage.run(data.config(tiny_model, pairs), tmp_path / "t", force=False)
+    assert caught.value.exit_code == 76
+    assert not (tmp_path / "t" / "metrics.jsonl").exists()
+
+
+def test_the_cache_without_a_fault_passes(tiny_model: Path, tmp_path: Path):
+    pairs = data.write_pairs(tmp_path / "p", real_cache(tiny_model, TEMPLATE))
+    manifest = stage.run(data.config(tiny_model, pairs, num_train_epochs=1), tmp_path / "t", force=False)
+    assert manifest["totals"]["audit"]["largest_h"] < 1e-3
+
+
+def test_the_reference_of_another_adapter_under_the_models_name_is_caught(tiny_model: Path, tmp_path: Path):
+    """Values of base + adapter that claim to be the base's."""
+    plain = data.write_pairs(tmp_path / "plain", real_cache(tiny_model, TEMPLATE))
+    stage.run(data.config(tiny_model, plain), tmp_path / "first", force=False)
+    moved = data.with_reference(real_cache(tiny_model, TEMPLATE), tiny_model, adapter=tmp_path / "first" / "adapter")
+    claimed = [replace(row, reference=models.resolve(str(tiny_model)).id) for row in moved]
+    pairs = data.write_pairs(tmp_path / "p", claimed)
+    with pytest.raises(IdentityError, match="do not belong to this model"):
+        stage.run(data.config(tiny_model, pairs), tmp_path / "t", force=False)
+
+
+def test_one_value_changed_on_disk_is_found_by_its_digest(tiny_model: Path, tmp_path: Path):
+    """Rewritten with one other value, readable and with right checksums of pages: the manifest's digest knows."""
+    pairs = data.write_pairs(tmp_path / "p", real_cache(tiny_model, TEMPLATE))
+    (part,) = (pairs / "pairs").glob("*.parquet")
+    table = pq.read_table(part)
+    values = table.column("ref_chosen_logps").to_pylist()
+    changed = pa.array([values[0] + 0.5, *values[1:]], type=pa.float32())
+    column = table.schema.get_field_index("ref_chosen_logps")
+    pq.write_table(table.set_column(column, table.schema.field(column), changed), part)
+    with pytest.raises(DataError, match="do not match the digest") as caught:
+        stage.run(data.config(tiny_model, pairs), tmp_path / "t", force=False)
+    assert caught.value.exit_code == 65

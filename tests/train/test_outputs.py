@@ -1,6 +1,7 @@
 """What a run leaves: every weight trained and loaded by other tools, merged models, model cards; each of them a policy
 that later stages take."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefpipe import models, score, store
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
+from prefpipe.errors import IdentityError
 from prefpipe.forward import load
 from prefpipe.forward.logps import TreeModel
 from prefpipe.schemas import Pair, RefLogps, from_table
@@ -252,3 +254,25 @@ def test_checkpointing_turns_itself_on_only_when_a_row_does_not_fit(
         stage.fitting_tokens(data.policy(tiny_model), rows, config)
         assert len(calls) == turned_on, (free, setting)
     assert "does not fit the free memory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_qlora_trains_and_its_reference_is_the_model_in_4_bits(tiny_model: Path, tmp_path: Path):
+    """Its own reference values make step 0 ln 2; values of the model in float32 are another scorer's, and refused."""
+    bare = data.write_pairs(tmp_path / "p", data.bare_pairs(8))
+    config = data.config(tiny_model, bare, load_in_4bit=True, merge=True, num_train_epochs=10)
+    manifest = stage.run(config, tmp_path / "t", force=False)
+    lines = metrics(tmp_path / "t")
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert manifest["identity"]["initial"] == models.resolve(str(tiny_model)).id
+    made = from_table(RefLogps, store.read_dataset(tmp_path / "t", "ref_logps", RefLogps))
+    assert {m.scorer for m in made} == {load.scorer_name("float32", in_4bit=True)}
+    assert (
+        load_file(tmp_path / "t" / "merged" / "model.safetensors").keys()
+        == load_file(tiny_model / "model.safetensors").keys()
+    )
+    cached = data.write_pairs(tmp_path / "c", data.with_reference(data.bare_pairs(8), tiny_model))
+    with pytest.raises(IdentityError, match="do not belong to this model"):
+        stage.run(data.config(tiny_model, cached, load_in_4bit=True), tmp_path / "u", force=False)

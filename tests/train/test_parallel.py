@@ -189,3 +189,31 @@ def test_two_processes_go_on_where_one_has_stopped(
     assert done.stderr.count("resuming after step 2") == 1  # rank 0 alone talks
     assert done.stdout.count("trained on 13 pairs in 6 steps") == 1
     same_as_whole(out, case)
+
+
+def test_every_weight_trained_on_sharded_ranks_equals_one_process(case: Case, tiny_model: Path, tmp_path: Path):
+    """FSDP2 and full fine-tuning with tied embeddings, held-out rows and a stop by patience: the same model."""
+    config = case.config("fsdp2").model_copy(
+        update={"tuning": "full", "lora_r": 16, "lora_alpha": 32, "eval_split": 0.4, "eval_steps": 2,
+                "load_best_model_at_end": True, "train_batch_size": 3}
+    )  # fmt: skip
+    (tmp_path / "c.json").write_text(config.model_dump_json())
+    done = torchrun("-m", "prefpipe", "train", tmp_path / "c.json", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-4000:]
+    stage.run(config, tmp_path / "one", force=False)
+    ours, theirs, start = (
+        load_file(d / "model.safetensors") for d in (tmp_path / "two" / "model", tmp_path / "one" / "model", tiny_model)
+    )
+    assert ours.keys() == theirs.keys() == start.keys()
+    difference, moved = (
+        torch.cat([(theirs[name] - other[name]).flatten() for name in theirs]) for other in (ours, start)
+    )
+    assert moved.norm() > 0.1
+    assert difference.norm() <= 1e-3 * moved.norm()
+    mine, other = (
+        [json.loads(line) for line in (tmp_path / o / "metrics.jsonl").read_text().splitlines()] for o in ("two", "one")
+    )
+    assert len(mine) == len(other)
+    for a, b in zip(mine, other, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    assert any("eval_loss" in line for line in mine)
