@@ -12,7 +12,7 @@ from tests.conftest import Cli
 from tests.train import data
 
 ROWS = (
-    "pairs, steps", "tokens per epoch", "micro-batch", "weights", "adapter, gradients", "optimizer", "activations",
+    "pairs, steps", "tokens per epoch", "micro-batch", "weights", "trained, gradients", "optimizer", "activations",
     "head chunk", "peak", "time", "cache saves",
 )  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_the_command_prints_a_table_and_writes_nothing(cli: Cli, tiny_model: Pat
     )
     assert 0 < computed <= logical
     assert number(rows["micro-batch"], r"holds ([\d,]+)") <= 60
-    for name in ("weights", "adapter, gradients", "optimizer", "activations", "head chunk", "peak"):
+    for name in ("weights", "trained, gradients", "optimizer", "activations", "head chunk", "peak"):
         assert re.match(r"\d+\.\d{3} GiB", rows[name]), rows[name]
     assert re.match(r"\d+\.\d min \(\d+ tokens/s", rows["time"])
     assert "reference passes with the adapter off" in rows["cache saves"]
