@@ -31,6 +31,8 @@ ifeq ($(LOCK),cpu)
 endif
 	@echo "installing the pinned packages of requirements/$(LOCK).txt"
 	@$(BIN)/python -m pip install --no-deps --progress-bar off -r requirements/$(LOCK).txt | $(COUNT)
+	@$(BIN)/python -m pip install --quiet --no-deps --retries 1 -r requirements/gym.txt 2>/dev/null || \
+	  echo "reasoning-gym is left out: one of its packages needs a C compiler and Python's headers"
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/installed-* && touch $@
 
@@ -62,13 +64,17 @@ lock:  ## Resolve both lock files again
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@for lock in cpu cuda; do \
-	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra rewards --extra verify --extra dev --extra $$lock \
+	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra rewards --extra math --extra dev --extra $$lock \
 	    --override requirements/overrides-$$lock.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	    $(UV_OPTIONS) --no-emit-index-url --no-emit-find-links --annotation-style line --no-header \
 	    --output-file requirements/$$lock.txt && \
 	  sed -i -e 's/+cpu//' -e "1i # Made by \`make lock\` from pyproject.toml and overrides-$$lock.txt (which says what is left out, and why)." \
 	    requirements/$$lock.txt; \
 	done
+	@$(BIN)/uv pip compile pyproject.toml --quiet --extra gym --constraint requirements/cpu.txt --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_28 $(UV_OPTIONS) --no-emit-index-url --no-emit-find-links --no-annotate \
+	  --no-header | grep -vxF -f <(grep -o '^[^ ]*' requirements/cpu.txt) > requirements/gym.txt
+	@sed -i '1i # Made by `make lock`: what reasoning-gym needs beside cpu.txt. Some of it is compiled: see the Makefile.' requirements/gym.txt
 
 clean:  ## Remove .venv and runs/
 	@rm -rf $(VENV) runs

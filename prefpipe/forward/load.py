@@ -1,6 +1,7 @@
 """Load a model with tree attention, with or without a LoRA adapter, and save an adapter or a model."""
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -158,6 +159,11 @@ def save_adapter(model: torch.nn.Module, tensors: dict[str, torch.Tensor], direc
         config.base_model_name_or_path = base_name
         config.inference_mode = True
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
+    # peft writes a set: in another order in every process, and with it another digest of the same adapter.
+    path = directory / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(settings["target_modules"])
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def model_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ REWARDS = {
     "reward_model": "prefpipe.rewards.model",
     "judge": "prefpipe.rewards.judge",
 }
-_EXTRAS = {"math": "verify", "reasoning_gym": "verify", "reward_model": "train"}  # any other: rewards
+_EXTRAS = {"math": "math", "reasoning_gym": "gym", "reward_model": "train"}  # any other: rewards
 _GIVEN = {"prompts", "completions", "answer"}
 _NO_TABLES: Mapping[str, Settings] = MappingProxyType({})
 
