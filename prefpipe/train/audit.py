@@ -5,7 +5,8 @@ differences hide in bf16 noise; the absolute mean catches another model, templat
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from prefpipe.errors import DataError, IdentityError
@@ -98,6 +99,18 @@ def check(found: Audit, *, exact: bool, full_precision: bool) -> None:
             f"in one row; -log sigmoid(beta h) would be {found.loss:.4f} at step 0, not ln 2 = 0.6931",
             "make the values again with `prefpipe generate`, or pass the model, adapter and dtype that made them",
         )
+
+
+def check_scorers(scorers: Iterable[str], version: int) -> None:
+    """Raise IdentityError for values of another version of this project's own forward pass. Other engines, dtypes and
+    versions are judged by what re-scoring finds."""
+    for name in sorted(scorers):
+        found = re.match(r"forward-(\d+)/", name)
+        if found and int(found[1]) != version:
+            raise IdentityError(
+                f"the cached reference log-probs were made by scorer {name}, this is forward-{version}",
+                "make the values again: prefpipe score, whose output takes the place of these rows",
+            )
 
 
 def _spread(rows: Sequence[TrainRow], count: int) -> list[TrainRow]:

@@ -12,7 +12,7 @@ from prefpipe import log, store
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward import load
-from prefpipe.forward.logps import TreeModel, causal_model, score, settle_rows
+from prefpipe.forward.logps import SCORER_VERSION, TreeModel, causal_model, score, settle_rows
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, to_table
 from prefpipe.store import Manifest, Run
@@ -51,6 +51,7 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
         run_.write_dropped(Dropped, to_table(Dropped, job.dropped))
     for row in (*job.rows, *job.eval_rows, *job.bank):
         audit.check_cached(row)
+    audit.check_scorers(job.scorers, SCORER_VERSION)
     warned = _say_targets(config, job)
     model = load_policy(job.policy, config)
     _check_vocabulary(model, [*job.rows, *job.eval_rows, *job.bank])

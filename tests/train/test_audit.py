@@ -17,7 +17,7 @@ from prefpipe.forward.layout import Tree
 from prefpipe.ids import ids_digest
 from prefpipe.schemas import Pair
 from prefpipe.train import stage
-from prefpipe.train.audit import Audit, Score, audit, check
+from prefpipe.train.audit import Audit, Score, audit, check, check_scorers
 from prefpipe.train.rows import TrainPair
 from tests.train import data
 
@@ -364,3 +364,20 @@ def test_one_value_changed_on_disk_is_found_by_its_digest(tiny_model: Path, tmp_
     with pytest.raises(DataError, match="do not match the digest") as caught:
         stage.run(data.config(tiny_model, pairs), tmp_path / "t", force=False)
     assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    ("scorers", "refused"),
+    [
+        (["forward-2/bfloat16", "vllm-0.32.0/bfloat16", "fake-1"], False),
+        ([], False),
+        (["forward-1/bfloat16"], True),
+        (["vllm-0.32.0/float32", "forward-3/float32-nf4"], True),
+    ],
+)
+def test_values_of_another_version_of_the_scorer_are_refused(scorers: list[str], refused: bool) -> None:
+    if not refused:
+        check_scorers(scorers, 2)
+        return
+    with pytest.raises(IdentityError, match=r"made by scorer forward-[13]/.*, this is forward-2"):
+        check_scorers(scorers, 2)
