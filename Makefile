@@ -55,8 +55,8 @@ check: setup  ## Format, lint, types, layers
 fix: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: setup  ## Measurements against public peers (about 20 minutes; QUICK=--quick for a look)
-	@mkdir -p runs && for name in train_vs_trl plan_accuracy generate; do \
+bench: setup  ## Measurements against public peers (about an hour, 12 GB of disk; QUICK=--quick for a look)
+	@mkdir -p runs && for name in train_vs_trl plan_accuracy growth generate build_pairs; do \
 	  $(BIN)/python benchmarks/$$name.py $(QUICK) --json runs/$$name.json || exit 1; \
 	done
 
