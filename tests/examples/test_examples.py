@@ -16,7 +16,7 @@ from prefpipe import models, store
 from tests.conftest import ROOT
 from tests.faults.forge import forge
 
-SCRIPTS = sorted(p.name for p in (ROOT / "examples").iterdir())
+SCRIPTS = sorted(p.name for p in (ROOT / "examples").glob("*.sh"))
 FLAGS = ("--dtype", "float32", "--lora-r", "2", "--learning-rate", "1e-3")
 Run = Callable[..., str]
 

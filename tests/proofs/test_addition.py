@@ -135,7 +135,7 @@ def taught() -> Taught:
 def series(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -> list[dict[str, float]]:
     """All weights are trained; the metrics of every step."""
     config = data.config(
-        Path(), train_batch_size=64, lr_scheduler_type="constant",
+        Path(), train_batch_size=64, lr_scheduler_type="constant_with_warmup",
         **{"num_train_epochs": EPOCHS, "learning_rate": 5e-4, "beta": 0.1, "warmup_ratio": 0.0, **changes},
     )  # fmt: skip
     return [m.values for m in loop.steps(data.trainer(TreeModel(model), config), rows, 0)]
