@@ -26,9 +26,9 @@ def test_values_of_every_kind_of_row_are_made_once_and_read_back(
     model = data.policy(tiny_model)
     mixed = [*train_rows.from_pairs([known[0], *bare[1:3]]), *train_rows.from_labels(data.labels_of(bare[3:]))]
     with store.open_run(tmp_path / "t", "train", TrainConfig(), {"x": "y"}, force=False) as run:
-        first = references.values_for(run, ALONE, mixed, model, "float32", "weights:x")
+        first = references.values_for(run, ALONE, mixed, model, load.scorer_name("float32"), "weights:x")
         assert "4 of 5 rows have no reference log-probs" in capsys.readouterr().err
-        again = references.values_for(run, ALONE, mixed, model, "float32", "weights:x")
+        again = references.values_for(run, ALONE, mixed, model, load.scorer_name("float32"), "weights:x")
         assert "scored once" not in capsys.readouterr().err
         rows = from_table(RefLogps, run.read_part("ref_logps", RefLogps, 0))
     assert first == again
@@ -45,5 +45,8 @@ def test_values_of_every_kind_of_row_are_made_once_and_read_back(
 def test_nothing_missing_writes_nothing(tiny_model: Path, tmp_path: Path):
     known = train_rows.from_pairs(data.with_reference(data.bare_pairs(2), tiny_model))
     with store.open_run(tmp_path / "t", "train", TrainConfig(), {"x": "y"}, force=False) as run:
-        assert references.values_for(run, ALONE, known, data.policy(tiny_model), "float32", "weights:x") == {}
+        assert (
+            references.values_for(run, ALONE, known, data.policy(tiny_model), load.scorer_name("float32"), "weights:x")
+            == {}
+        )
         assert not run.has_part("ref_logps", 0)
