@@ -40,7 +40,8 @@ def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) ->
         for micro in micro_batches([rows[n] for n in numbers], tokens, score_prompt=scores_prompt(config)):
             load = sum(tree.num_tokens for tree in micro.trees)
             computed, largest = computed + load, max(largest, load)
-    return {"computed": computed, "logical": sum(map(loop.logical_tokens, rows)), "largest micro-batch": largest}
+    logical = sum(tree_of(row).num_logical_tokens for row in rows)
+    return {"computed": computed, "logical": logical, "largest micro-batch": largest}
 
 
 def _lines(

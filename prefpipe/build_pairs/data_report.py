@@ -14,6 +14,7 @@ import polars as pl
 
 from prefpipe.build_pairs import surface, texts
 from prefpipe.build_pairs.label_rules import Balance
+from prefpipe.ids import common_prefix
 
 OK, NOTICE, WARN = "OK", "NOTICE", "WARN"
 _SAMPLE = 10_000
@@ -268,7 +269,8 @@ def d14(data: Data) -> Check:
     """Template: prompts end with the same tokens (the generation prompt), begin with one BOS, and no completion repeats
     the generation prompt."""
     ids = [tuple(row) for row in data.sample.unique("prompt_id", maintain_order=True)["prompt_token_ids"]]
-    tail = _common(tuple(reversed(i)) for i in ids)[::-1] if len(set(ids)) > 1 else ()
+    shared = common_prefix([i[::-1] for i in ids]) if len(set(ids)) > 1 else 0
+    tail = ids[0][len(ids[0]) - shared :] if ids else ()
     doubled = sum(len(i) > 1 and i[0] == i[1] for i in ids)
     answers = [*data.sample["chosen_ids"].to_list(), *data.sample["rejected_ids"].to_list()]
     repeated = sum(bool(tail) and tuple(a[: len(tail)]) == tail for a in answers)
@@ -297,14 +299,6 @@ def auc(ones: pl.Series, others: pl.Series) -> float:
 
 def _per_token(facts: pl.DataFrame, side: str) -> pl.Series:
     return facts[f"ref_{side}_logps"].cast(pl.Float64) / facts[f"{side}_tokens"].clip(1)
-
-
-def _common(sequences: Any) -> tuple[int, ...]:
-    first, *others = list(sequences)
-    length = 0
-    while length < len(first) and all(len(o) > length and o[length] == first[length] for o in others):
-        length += 1
-    return first[:length]
 
 
 def _unmeasured(id_: str, name: str) -> Check:

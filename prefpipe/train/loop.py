@@ -13,7 +13,7 @@ from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel
 from prefpipe.train import losses
 from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
-from prefpipe.train.groups import MicroBatch, balanced_batches, bank_rows, global_batches, micro_batches
+from prefpipe.train.groups import MicroBatch, balanced_batches, bank_rows, global_batches, micro_batches, tree_of
 from prefpipe.train.lossbatch import LabelBatch
 from prefpipe.train.optimizer import MasterOptimizer, learning_rate
 from prefpipe.train.parallel import World, sum_over_ranks
@@ -158,7 +158,7 @@ def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, c
     trainer.optimizer.gather_gradients()
     tally.add_total("loss", float(loss.detach()))
     tally.add_total("tokens/unique", float(layout.input_ids.numel()))
-    tally.add_total("tokens/logical", float(sum(map(logical_tokens, micro.rows))))
+    tally.add_total("tokens/logical", float(sum(tree_of(row).num_logical_tokens for row in micro.rows)))
     tally.add_rows(losses.metrics(loss_batch, config.beta, on_reference=trainer.on_reference))
 
 
@@ -172,8 +172,3 @@ def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
             if counts:
                 total += float(cast(LabelBatch, batch).completion.ratios.sum())
     return reference_point(sum_over_ranks({"total": total}, world)["total"], len(bank))
-
-
-def logical_tokens(row: TrainRow) -> int:
-    """Tokens that separate rows compute: the prompt again for every completion."""
-    return sum(len(row.prompt) + len(answer.ids) for answer in row.answers)
