@@ -26,17 +26,6 @@ LN2 = math.log(2)
 
 
 @pytest.fixture(scope="module")
-def rows(tiny_model: Path) -> list[Pair]:
-    """Ten pairs with the tiny model's own log-probs."""
-    return data.with_reference(data.bare_pairs(10), tiny_model)
-
-
-@pytest.fixture(scope="module")
-def pairs(rows: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data.write_pairs(tmp_path_factory.mktemp("pairs") / "p", rows)
-
-
-@pytest.fixture(scope="module")
 def trained(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("trained") / "t"

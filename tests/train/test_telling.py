@@ -25,16 +25,6 @@ FALLING = {"loss_type": ("apo_down",), "learning_rate": 0.02, "num_train_epochs"
 
 
 @pytest.fixture(scope="module")
-def rows(tiny_model: Path) -> list[Pair]:
-    return data.with_reference(data.bare_pairs(10), tiny_model)
-
-
-@pytest.fixture(scope="module")
-def pairs(rows: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data.write_pairs(tmp_path_factory.mktemp("pairs") / "p", rows)
-
-
-@pytest.fixture(scope="module")
 def falling(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that takes probability from both sides."""
     out = tmp_path_factory.mktemp("falling") / "t"
