@@ -20,7 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from prefpipe import fingerprint, fsio
-from prefpipe.errors import DataError, MissingInputError
+from prefpipe.config.base import suggestion
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.schemas import Message
 
 TODAY = "today"
@@ -116,6 +117,20 @@ def notices(chat: Chat) -> list[str]:
     if added:
         found.append(f"the chat template adds a system message of its own: {added!r}")
     return found
+
+
+def stop_ids(chat: Chat, strings: Sequence[str]) -> list[int]:
+    """The ids of stop strings that are control tokens of the tokenizer. Raises UsageError for any other text: it can
+    end inside a token, and then a text that is cut there and its token ids disagree."""
+    known = {token.content: number for number, token in chat.tokenizer.get_added_tokens_decoder().items()}
+    for text in strings:
+        if text not in known:
+            raise UsageError(
+                f"stop string {text!r} is not a token of its own in this tokenizer{suggestion(text, list(known))}: it "
+                "can end inside a token, and then the text stops where the token ids, and their log-probs, go on",
+                "stop at a control token, by --stop-token-ids, or leave it out and drop what runs on by a reward",
+            )
+    return [known[text] for text in strings]
 
 
 def encode_prompt(chat: Chat, messages: Sequence[Message], *, max_tokens: int, control_tokens: str) -> list[int]:

@@ -13,8 +13,9 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.engines.base import Draw, Engine
 from prefpipe.ids import numbered_id, sample_seed
 from prefpipe.rewards.base import Scored
-from prefpipe.sampling import Sampled, Task
-from prefpipe.schemas import Evaluation, Prompt, from_table, to_table
+from prefpipe.sampling import Task
+from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
+from prefpipe.shards import Sampled
 from prefpipe.store import Manifest, Run
 
 _DATASET = "evaluations"
@@ -123,27 +124,26 @@ class _Stage:
     task: Task
 
     def has(self, index: int) -> bool:
-        return self.run.has_part(_DATASET, index)
+        return self.run.has_part("dropped", index) and self.run.has_part(_DATASET, index)
 
     def draws(self, prompt: Prompt) -> tuple[Draw, ...]:
         return draws(self.config, prompt)
 
-    def commit(self, index: int, sampled: list[Sampled], engine: Engine) -> None:  # noqa: ARG002  (every stage is given it)
+    def commit(self, index: int, sampled: list[Sampled], dropped: list[Dropped], engine: Engine) -> None:  # noqa: ARG002  (every stage is given it)
         name = self.config.reward
         scores = iter(sampling.rate(sampling.answers_of(sampled), self.task.rewards[name], name))
-        rows = [
-            _row(self.config, self.task.policy.id, s, i, next(scores)) for s in sampled for i in range(len(s.texts))
-        ]
+        rows = [_row(self.config, self.task, s, i, next(scores)) for s in sampled for i in range(len(s.texts))]
+        self.run.write_part("dropped", Dropped, index, to_table(Dropped, dropped))
         self.run.write_part(_DATASET, Evaluation, index, to_table(Evaluation, rows))
 
 
-def _row(config: EvaluateConfig, policy: str, sampled: Sampled, i: int, score: Scored) -> Evaluation:
+def _row(config: EvaluateConfig, task: Task, sampled: Sampled, i: int, score: Scored) -> Evaluation:
     sample, prompt = sampled.samples[i], sampled.ready.prompt
     decoding = "greedy" if sample.sample_index == 0 else "sampled"
     return Evaluation(
-        completion_id=numbered_id(sampling.prompt_key(config, policy, sampled.ready), sample.sample_index),
+        completion_id=numbered_id(sampling.prompt_key(config, task, sampled.ready), sample.sample_index),
         prompt_id=prompt.prompt_id, sample_index=sample.sample_index, round=config.round, decoding=decoding,
         messages=prompt.messages, text=sampled.texts[i], token_ids=sample.token_ids,
-        finish_reason=sample.finish_reason, policy=policy, name=config.reward, reward=score.reward,
+        finish_reason=sample.finish_reason, policy=task.policy.id, name=config.reward, reward=score.reward,
         status=score.status, detail=score.detail,
     )  # fmt: skip

@@ -3,17 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefpipe import log, parity, sampling, store
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, Sequence
 from prefpipe.ids import ids_digests, numbered_id, sample_seed
-from prefpipe.sampling import Sampled, Task
-from prefpipe.schemas import Completion, Prompt, RefLogps, Reward, from_table, to_table
+from prefpipe.sampling import Task
+from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, from_table, to_table
+from prefpipe.shards import Sampled
 from prefpipe.store import Manifest, Run
+
+R = TypeVar("R")
 
 
 def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
@@ -55,7 +59,7 @@ class _Stage:
     def datasets(self) -> list[str]:
         """The datasets of one shard; the completions come last, so that a shard with them is whole."""
         references = ["ref_logps"] if self.reference else []
-        return ["prompts", *references, *map(sampling.reward_folder, self.task.rewards), "completions"]
+        return ["dropped", "prompts", *references, *map(sampling.reward_folder, self.task.rewards), "completions"]
 
     def has(self, index: int) -> bool:
         return all(self.run.has_part(name, index) for name in self.datasets())
@@ -66,9 +70,10 @@ class _Stage:
             Draw(k, sample_seed(seed, prompt.prompt_id, k), temperature) for k in range(self.config.num_samples)
         )
 
-    def commit(self, index: int, sampled: list[Sampled], engine: Engine) -> None:
-        """Write one shard: prompts, reference log-probs, rewards, completions."""
+    def commit(self, index: int, sampled: list[Sampled], dropped: list[Dropped], engine: Engine) -> None:
+        """Write one shard: dropped prompts, prompts, reference log-probs, rewards, completions."""
         completions = [c for s in sampled for c in self._completions(s)]
+        self.run.write_part("dropped", Dropped, index, to_table(Dropped, dropped))
         self.run.write_part("prompts", Prompt, index, to_table(Prompt, [s.ready.prompt for s in sampled]))
         if self.reference:
             rows = self._references(completions, sampled, engine)
@@ -104,17 +109,16 @@ class _Stage:
             for i in range(num_shards)
             for name in self.run.read_part("ref_logps", RefLogps, i, ["completion_id"])["completion_id"].to_pylist()
         )
-        picked = parity.pick(names, self.config.check, self.config.seed)
+        picked = pa.array(sorted(parity.pick(names, self.config.check, self.config.seed)))
         rows: list[parity.Checked] = []
         longest, scorer = 1, ""
         for index in range(num_shards):
-            logps = {r.completion_id: r for r in self._logps(index) if r.completion_id in picked}
-            for c in from_table(Completion, self.run.read_part("completions", Completion, index)) if logps else ():
-                if c.completion_id in logps:
-                    sequence = Sequence(c.completion_id, c.prompt_token_ids, c.token_ids)
-                    rows.append(parity.Checked(sequence, logps[c.completion_id].token_logps))
-                    longest = max(longest, len(c.prompt_token_ids) + len(c.token_ids))
-                    scorer = logps[c.completion_id].scorer
+            logps = {r.completion_id: r for r in self._picked("ref_logps", RefLogps, index, picked)}
+            for c in self._picked("completions", Completion, index, picked) if logps else ():
+                sequence = Sequence(c.completion_id, c.prompt_token_ids, c.token_ids)
+                rows.append(parity.Checked(sequence, logps[c.completion_id].token_logps))
+                longest = max(longest, len(c.prompt_token_ids) + len(c.token_ids))
+                scorer = logps[c.completion_id].scorer
         settings = sampling.engine_settings(self.task, self.config, longest)
         adapter = self.reference == self.task.policy.id
         return parity.check(rows, self.config.engine, scorer, settings, adapter=adapter)
@@ -122,12 +126,14 @@ class _Stage:
     def _rewards(self, name: str, index: int) -> list[float | None]:
         return self.run.read_part(sampling.reward_folder(name), Reward, index, ["reward"])["reward"].to_pylist()
 
-    def _logps(self, index: int) -> list[RefLogps]:
-        return from_table(RefLogps, self.run.read_part("ref_logps", RefLogps, index))
+    def _picked(self, dataset: str, row_type: type[R], index: int, completion_ids: pa.Array) -> list[R]:
+        part = self.run.read_part(dataset, row_type, index)
+        wanted = pc.call_function("is_in", [part["completion_id"]], pc.SetLookupOptions(completion_ids))
+        return from_table(row_type, part.filter(wanted))
 
     def _completions(self, sampled: Sampled) -> Iterator[Completion]:
         ready, policy = sampled.ready, self.task.policy.id
-        key = sampling.prompt_key(self.config, policy, ready)
+        key = sampling.prompt_key(self.config, self.task, ready)
         digests = ids_digests(ready.token_ids, [s.token_ids for s in sampled.samples])
         for sample, text, digest in zip(sampled.samples, sampled.texts, digests, strict=True):
             yield Completion(

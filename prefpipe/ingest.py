@@ -1,4 +1,4 @@
-"""Foreign files become our rows, tokenised once: prompts to sample from, answered prompts to score and to train on."""
+"""Foreign files become our rows, tokenised once: answered prompts to score and to train on."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +16,8 @@ from prefpipe.ids import common_prefix, content_id, ids_digest
 from prefpipe.schemas import Completion, Dropped, Label, Message, Messages, Pair, Prompt, RefLogps, Reward, from_table
 
 IMPORTED = "imported"
-_PROMPT_COLUMNS = ("messages", "prompt", "answer", "split", "source", "meta", "prompt_id")
 _NO_LIMIT = 1 << 30
+_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 Placed = tuple[str, dict[str, Any]]  # (file and line, row)
 
 
@@ -66,36 +66,6 @@ class Imported:
     pairs: list[Pair]
     labels: list[Label]
     dropped: list[Dropped]
-
-
-def read_prompts(path: Path, split: str, limit: int) -> tuple[list[Prompt], list[Dropped]]:
-    """Prompts of a JSONL or Parquet file, the rows of `split` ("all" for every row), at most `limit` (0: no limit).
-
-    A row has `messages` (list of role and content) or `prompt` (the same, or plain text as one user message). A
-    repeated prompt goes to the ledger. Raises MissingInputError, or DataError naming file, line and field.
-    """
-    kept: dict[str, Prompt] = {}
-    dropped: list[Dropped] = []
-    splits: set[str] = set()
-    for where, row in rows(path):
-        try:
-            prompt = _to_prompt(row, where)
-        except RowFault as fault:
-            dropped.append(Dropped(where, fault.reason, fault.detail))
-            continue
-        splits.add(prompt.split)
-        if split not in ("all", prompt.split):
-            continue
-        if prompt.prompt_id in kept:
-            dropped.append(Dropped(prompt.prompt_id, "duplicate", f"{where} repeats an earlier prompt"))
-        elif not limit or len(kept) < limit:
-            kept[prompt.prompt_id] = prompt
-    if not kept:
-        raise DataError(
-            f"{path} has no prompt with split '{split}' (splits there: {', '.join(sorted(splits)) or 'none'})",
-            "choose one with --split, or 'all'",
-        )
-    return list(kept.values()), dropped
 
 
 def read_pairs(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list[Pair], list[Dropped]]:
@@ -277,11 +247,12 @@ def _to_completion(found: Tokenised, i: int) -> Completion:
 
 
 def _to_prompt_of(found: Tokenised, row: Mapping[str, Any]) -> Prompt:
-    return Prompt(found.prompt_id, found.prompt, found.source.answer, "train", IMPORTED, _to_json(formats.others(row)))
+    return Prompt(found.prompt_id, found.prompt, found.source.answer, "train", IMPORTED, to_json(formats.others(row)))
 
 
-def _to_json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, default=str)
+def to_json(values: Mapping[str, Any]) -> str:
+    """Columns that have no place of their own, as JSON."""
+    return _JSON.encode(values)
 
 
 def _to_ratings(found: Tokenised, i: int) -> list[Reward]:
@@ -304,24 +275,6 @@ def _until_eos(ids: list[int], chat: Chat) -> list[int]:
     if not ids:
         raise RowFault("empty", "a completion without tokens")
     return ids
-
-
-def _to_prompt(row: Mapping[str, Any], where: str) -> Prompt:
-    name = "messages" if row.get("messages") is not None else "prompt"
-    messages = formats.messages(formats.field(row, name, where), where, name, "user")
-    answer = row.get("answer")
-    if answer is not None and not isinstance(answer, str):
-        raise DataError(f"{where}: field 'answer' is {type(answer).__name__}, not text", "write it as text")
-    formats.check_unicode("answer", answer or "")
-    extra = {k: v for k, v in row.items() if k not in _PROMPT_COLUMNS}
-    return Prompt(
-        prompt_id=content_id(messages, answer),
-        messages=messages,
-        answer=answer,
-        split=str(row.get("split") or "train"),
-        source=str(row.get("source") or ""),
-        meta=_to_json(extra),
-    )
 
 
 def rows(path: str | Path) -> Iterator[Placed]:

@@ -35,22 +35,29 @@ def pick(completion_ids: Iterable[str], count: int, seed: int) -> set[str]:
 def check(
     rows: Sequence[Checked], engine: str, scorer: str, settings: EngineSettings, *, adapter: bool
 ) -> dict[str, Any]:
-    """Score rows again with the other engine and compare; a report that says why not, where it is not installed."""
+    """Score rows again with the other engine and compare; a report that says why not, where it is not installed or
+    fails: the cache is whole without it, and a run of hours does not end with an error of a second engine."""
     other = OTHER[engine]
     missing = next((m for m in ((other,) if other != "fake" else ()) if importlib.util.find_spec(m) is None), None)
     if missing is not None or not rows:
-        reason = f"the other scorer, {other}, is not installed" if rows else "no row was scored"
-        log.warn(f"parity was not checked: {reason}")
-        return {"rows": 0, "scorer": scorer, "not_checked": reason}
+        return _not_checked(scorer, f"the other scorer, {other}, is not installed" if rows else "no row was scored")
     log.info(f"checking {len(rows)} rows with the other scorer, {other}")
-    with engines.load(other, settings) as second:
-        ordered = sorted(rows, key=lambda r: r.sequence.prompt_token_ids)
-        fresh = dict(second.score((r.sequence for r in ordered), adapter=adapter))
-        names = {"scorer": scorer, "other": second.scorer}
+    ordered = sorted(rows, key=lambda r: r.sequence.prompt_token_ids)
+    try:
+        with engines.load(other, settings) as second:
+            fresh = dict(second.score((r.sequence for r in ordered), adapter=adapter))
+            names = {"scorer": scorer, "other": second.scorer}
+    except Exception as error:
+        return _not_checked(scorer, f"the other scorer, {other}, failed: {type(error).__name__}: {error}")
     report = {**names, **compare(rows, fresh, settings.dtype)}
     if not report["agrees"]:
         log.warn(f"{scorer} and {names['other']} disagree: {report['summary']}")
     return report
+
+
+def _not_checked(scorer: str, reason: str) -> dict[str, Any]:
+    log.warn(f"parity was not checked: {reason}")
+    return {"rows": 0, "scorer": scorer, "not_checked": reason}
 
 
 def compare(rows: Sequence[Checked], fresh: Mapping[str, Sequence[float]], dtype: str) -> dict[str, Any]:

@@ -89,6 +89,12 @@ class Run:
         """Commit the ledger of rows that did not go on."""
         self._write(self.out / "dropped.parquet", row_type, table)
 
+    def gather_dropped(self, row_type: type, before: pa.Table) -> int:
+        """Commit the ledger: `before`, then the dropped rows of all shards. Returns how many the shards have."""
+        shards = [self.read_part("dropped", row_type, index) for index in self.parts("dropped")]
+        self.write_dropped(row_type, pa.concat_tables([before, *shards]))
+        return sum(part.num_rows for part in shards)
+
     def read_part(self, dataset: str, row_type: type, index: int, columns: list[str] | None = None) -> pa.Table:
         """A committed shard of this run."""
         return _read(self._part(dataset, index), row_type, columns)

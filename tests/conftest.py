@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+Write = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +60,15 @@ def cli() -> Cli:
         )
 
     return run
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Make a JSONL file of rows; a text is written as it is."""
+
+    def call(*rows: Any, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+        return path
+
+    return call

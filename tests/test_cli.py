@@ -115,7 +115,6 @@ BAD_USAGE = {
     "no inputs": (("score", "--out", "OUT"), "no inputs given"),
     "a part that is none": (("generate", "--part", "0/2", "--out", "x"), "part = '0/2'"),
     "a day that is none": (("score", "--template-date", "tomorrow", "--out", "x"), "template_date = 'tomorrow'"),
-    "stop strings": (("generate", "--stop", "END", "--out", "x"), "--stop"),
     "no completions": (("build-pairs", "--out", "OUT"), "no completions given"),
     "no iterate prompts": (("iterate", "--out", "OUT"), "no prompts given for generate"),
     "unknown config": (("config", "trian"), "did you mean 'train'?"),

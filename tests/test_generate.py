@@ -193,6 +193,7 @@ def test_the_base_is_scored_while_the_next_shards_are_sampled(
 ) -> None:
     """The real engine, several batches and shards: one pass with the adapter off per shard. B = 0, so base = policy."""
     changes = {"engine": "transformers", "dtype": "float32", "max_tokens": 8, "max_num_seqs": 3, "rewards": ()}
+    changes |= {"check": 0}
     for reference in ("policy", "base"):
         settings = config(tiny_model, prompts_file, adapter=str(adapter), reference=reference, **changes)
         run(settings, tmp_path / reference)

@@ -52,7 +52,7 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeCo
             {
                 "model": str(tiny_model),
                 "rounds": 2,
-                "generate": {**sampling, "rewards": [reward]},
+                "generate": {**sampling, "rewards": [reward], "check": 0},
                 "build_pairs": {"reward": reward, "truncated_chosen": "keep"},
                 "train": {"dtype": "float32", "lora_r": 2, "learning_rate": 1e-3, "train_batch_size": 1},
                 "evaluate": {**sampling, "reward": reward},

@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -91,6 +92,20 @@ def test_a_scorer_that_is_not_installed_is_said(
     assert report["not_checked"] == "the other scorer, vllm, is not installed"
     assert "parity was not checked" in capsys.readouterr().err
     assert "not checked" in parity.table(report)[0]
+
+
+def test_a_scorer_that_fails_is_said_and_the_cache_stays(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = EngineSettings(models.resolve(str(tiny_model)), chats.load(tiny_model), "float32", 1.0, 8, 64, 2, 64)
+
+    def broken(*_arguments: object) -> NoReturn:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(parity.engines, "load", broken)
+    report = parity.check([checked("a", -1.0)], "fake", "fake-1", settings, adapter=True)
+    assert report["not_checked"] == "the other scorer, fake, failed: RuntimeError: no kernel image"
+    assert "parity was not checked" in capsys.readouterr().err
 
 
 def test_disagreement_is_a_warning(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

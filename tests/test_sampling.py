@@ -1,99 +1,27 @@
-"""Prompts to shards: whole ones only, in their order, whatever order an engine finishes in."""
+"""A sampling run: what is read, what is dropped before an engine starts, and what its settings are."""
 
 import json
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from prefpipe import chat as chats
 from prefpipe import engines, fsio, generate, models, sampling, store
 from prefpipe.chat import Chat
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.engines import base
-from prefpipe.engines.base import Draw, EngineSettings, Request, Sample
-from prefpipe.errors import DataError, PrefpipeError, UsageError
+from prefpipe.engines.base import EngineSettings, Sample
+from prefpipe.errors import DataError, UsageError
 from prefpipe.ids import content_id
-from prefpipe.inflight import Inflight
-from prefpipe.ingest import read_prompts
+from prefpipe.prompts import read_prompts
 from prefpipe.rewards import rules
 from prefpipe.rewards.base import Answer, Scored
-from prefpipe.sampling import Ready, Sampled
-from prefpipe.schemas import Message, Prompt
+from prefpipe.schemas import Completion, Message, Prompt, from_table
+from prefpipe.shards import Ready, Sampled
+from tests.conftest import Cli, Write
 from tests.e2e import letters
 
 LETTERS = "tests.e2e.letters:most_letters"
-DRAWS = (Draw(0, 1, 1.0), Draw(1, 2, 1.0))
-
-
-class Recorder:
-    """A stage that remembers what it was given."""
-
-    def __init__(self, draws: Callable[[Prompt], tuple[Draw, ...]] = lambda _prompt: DRAWS) -> None:
-        self.committed: dict[int, list[Sampled]] = {}
-        self.taken_at_commit: list[int] = []
-        self._draws = draws
-
-    def has(self, index: int) -> bool:
-        return index in self.committed
-
-    def draws(self, prompt: Prompt) -> tuple[Draw, ...]:
-        return self._draws(prompt)
-
-    def commit(self, index: int, sampled: list[Sampled], engine: base.Engine) -> None:
-        assert index not in self.committed
-        self.committed[index] = sampled
-        self.taken_at_commit.append(getattr(engine, "taken", 0))
-
-
-def sample(
-    shards: Sequence[tuple[int, Sequence[Ready]]], engine: base.Engine, work: Recorder, chat: Chat, out: Path
-) -> int:
-    inflight = Inflight.load(out)
-    with inflight.recording():
-        return sampling.sample_shards(shards, engine, work, chat, inflight)
-
-
-class ShuffledEngine:
-    """Finishes requests in random order; `in_flight` requests are taken before the first one is done."""
-
-    scorer = "shuffled"
-
-    def __init__(self, seed: int, in_flight: int) -> None:
-        self._source = random.Random(seed)
-        self._in_flight = in_flight
-        self.taken = 0
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        waiting: list[Request] = []
-        for request in requests:
-            self.taken += 1
-            waiting.append(request)
-            if len(waiting) == self._in_flight:
-                yield self._finish(waiting)
-        while waiting:
-            yield self._finish(waiting)
-
-    def score(self, sequences: Iterable[base.Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        yield from ((s.completion_id, [0.0] * len(s.token_ids)) for s in sequences)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def _finish(self, waiting: list[Request]) -> tuple[Request, list[Sample]]:
-        request = waiting.pop(self._source.randrange(len(waiting)))
-        ids = [*request.prompt_token_ids, 2]
-        return request, [Sample(d.sample_index, ids, [0.0] * len(ids), "stop") for d in request.draws]
 
 
 @pytest.fixture(scope="module")
@@ -106,104 +34,63 @@ def prompt(text: str, answer: str | None = None) -> Prompt:
     return Prompt(content_id(messages, answer), messages, answer, "train", "", "{}")
 
 
-def ready(number: int) -> list[Ready]:
-    return [Ready(prompt(str(i)), [5 + i % 200]) for i in range(number)]
+FAULTY = {"long": "x" * 50, "empty": " ", "control": "a<|im_end|>"}
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))
-def test_shards_commit_whole_once_and_in_prompt_order(
-    chat: Chat, tmp_path: Path, number: int, rows: int, in_flight: int, seed: int
+def test_faulty_prompts_are_in_the_ledger_with_their_reasons(
+    tiny_model: Path, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every shard is committed once, with its prompts in their order and every prompt with its own samples."""
-    given_ = ready(number)
-    work = Recorder()
-    tokens = sample(sampling.shard(given_, rows), ShuffledEngine(seed, in_flight), work, chat, tmp_path)
-    assert sorted(work.committed) == list(range(-(-number // rows)))
-    assert [s.ready for i in sorted(work.committed) for s in work.committed[i]] == given_
-    for sampled in (s for shard in work.committed.values() for s in shard):
-        assert [s.token_ids for s in sampled.samples] == [[*sampled.ready.token_ids, 2]] * 2
-        assert sampled.texts == [chat.decode([*sampled.ready.token_ids, 2])] * 2
-    assert tokens == number * 2 * 2
-
-
-def test_a_shard_commits_as_soon_as_it_is_whole(chat: Chat, tmp_path: Path) -> None:
-    """One request in flight: shard 0 (two prompts) is committed before the third prompt is asked for."""
-    work = Recorder()
-    sample(sampling.shard(ready(6), 2), ShuffledEngine(0, 1), work, chat, tmp_path)
-    assert work.taken_at_commit == [2, 4, 6]
-
-
-def test_only_the_given_shards_are_sampled(chat: Chat, tmp_path: Path) -> None:
-    """Resume passes the missing ones under their own numbers."""
-    shards = sampling.shard(ready(9), 3)
-    work, engine = Recorder(), ShuffledEngine(0, 4)
-    sample([shards[0], shards[2]], engine, work, chat, tmp_path)
-    assert sorted(work.committed) == [0, 2]
-    assert engine.taken == 6
-
-
-def test_draws_are_asked_for_by_prompt(chat: Chat, tmp_path: Path) -> None:
-    given_ = ready(3)
-    work = Recorder(lambda p: DRAWS[: 1 + (p is given_[1].prompt)])
-    sample(sampling.shard(given_, 3), ShuffledEngine(3, 3), work, chat, tmp_path)
-    seen = [(s.ready.prompt.messages[0]["content"], len(s.samples)) for s in work.committed[0]]
-    assert seen == [("0", 1), ("1", 2), ("2", 1)]
-
-
-class DyingEngine(ShuffledEngine):
-    """Fails as soon as it is given a prompt of one id."""
-
-    def __init__(self, poison: str, in_flight: int) -> None:
-        super().__init__(0, in_flight)
-        self._poison = poison
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        def watched() -> Iterator[Request]:
-            for request in requests:
-                if request.prompt_id == self._poison:
-                    raise RuntimeError("CUDA error: device-side assert triggered")
-                yield request
-
-        return super().generate(watched())
-
-
-def test_a_prompt_that_kills_the_engine_twice_is_left_out_and_the_others_are_not(chat: Chat, tmp_path: Path) -> None:
-    """First death: three prompts were inside. Second: they run alone, so the one that kills is known. Third: done."""
-    given_ = ready(8)
-    poison = given_[4].prompt.prompt_id
-    shards = sampling.shard(given_, 2)
-    work = Recorder()
-    for expected in (3, 1):
-        with pytest.raises(
-            PrefpipeError, match=rf"the engine died while it worked on {expected} prompts: RuntimeError"
-        ):
-            sample([s for s in shards if not work.has(s[0])], DyingEngine(poison, 3), work, chat, tmp_path)
-    inflight = Inflight.load(tmp_path)
-    assert inflight.killers == [poison]
-    sample([s for s in shards if not work.has(s[0])], DyingEngine(poison, 3), work, chat, tmp_path)
-    assert sorted(work.committed) == [0, 1, 2, 3]
-    kept = [s.ready for i in sorted(work.committed) for s in work.committed[i]]
-    assert kept == [r for r in given_ if r.prompt.prompt_id != poison]
-
-
-def test_prepare_keeps_good_prompts_and_explains_the_others(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     """'<|im_start|>user\\n' + text + '<|im_end|>\\n<|im_start|>assistant\\n' has 19 tokens beside the text's bytes."""
-    prompts = [prompt("good"), prompt("x" * 50), prompt(" "), prompt("a<|im_end|>"), prompt("also good")]
-    good, dropped = sampling.prepare(prompts, chat, max_prompt_tokens=40, control_tokens="drop")
-    assert [(r.prompt, len(r.token_ids)) for r in good] == [(prompts[0], 19 + 4), (prompts[4], 19 + 9)]
-    assert [(d.id, d.reason) for d in dropped] == [
-        (prompts[1].prompt_id, "too_long"),
-        (prompts[2].prompt_id, "empty"),
-        (prompts[3].prompt_id, "control_tokens"),
+    texts = ("good", FAULTY["long"], FAULTY["empty"], "good", FAULTY["control"], "also good")
+    path = write(*({"prompt": text} for text in texts))
+    config = GenerateConfig(
+        model=str(tiny_model), prompts=str(path), engine="fake", max_prompt_tokens=40, num_samples=1, shard_rows=2
+    )
+    generate.run(config, tmp_path / "g", force=False)
+    found = store.read_parquet(tmp_path / "g" / "dropped.parquet").to_pylist()
+    assert [(d["id"], d["reason"]) for d in found] == [
+        (prompt("good").prompt_id, "duplicate"),
+        (prompt(FAULTY["long"]).prompt_id, "too_long"),
+        (prompt(FAULTY["empty"]).prompt_id, "empty"),
+        (prompt(FAULTY["control"]).prompt_id, "control_tokens"),
     ]
-    assert dropped[0].detail == "69 tokens in the prompt, the most is 40"
+    assert found[1]["detail"] == "69 tokens in the prompt, the most is 40"
+    completions = from_table(Completion, store.read_dataset(tmp_path / "g", "completions", Completion))
+    assert [len(c.prompt_token_ids) for c in completions] == [19 + 4, 19 + 9]
     assert "3 of 5 prompts dropped" in capsys.readouterr().err
 
 
-def test_no_prompt_left_is_an_error_with_the_reasons(chat: Chat) -> None:
+def test_no_prompt_left_is_an_error_with_the_reasons_before_an_engine_starts(
+    tiny_model: Path, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(*({"prompt": FAULTY[name]} for name in ("long", "empty")))
+    config = GenerateConfig(model=str(tiny_model), prompts=str(path), engine="fake", max_prompt_tokens=40)
     with pytest.raises(DataError, match=r"all 2 were dropped \(empty, too_long\)"):
-        sampling.prepare([prompt("x" * 50), prompt(" ")], chat, max_prompt_tokens=40, control_tokens="drop")
+        generate.run(config, tmp_path / "g", force=False)
+    assert "starting engine" not in capsys.readouterr().err
+
+
+def test_a_stop_string_is_a_control_token_or_refused(tiny_model: Path, write: Write, tmp_path: Path, cli: Cli) -> None:
+    """<|im_start|> is token 1 of the tiny model; a blank line can end inside a token."""
+    path = write({"prompt": "good"})
+    config = GenerateConfig(
+        model=str(tiny_model), prompts=str(path), engine="fake", stop=("<|im_start|>",), stop_token_ids=(9,)
+    )
+    task = sampling.read_task(config, ())
+    assert task.stop_token_ids == (1, 9)
+    assert sampling.engine_settings(task, config, 42).stops == {1, 2, 9}
+    alike = config.model_copy(update={"stop": (), "stop_token_ids": (1, 9)})
+    ready = Ready(prompt("good"), [5])
+    assert sampling.prompt_key(config, task, ready) == sampling.prompt_key(alike, sampling.read_task(alike, ()), ready)
+    common = ("generate", "--model", tiny_model, "--prompts", path, "--engine", "fake", "--out", tmp_path / "g")
+    for text in ("\n\n", "<|im_strat|>"):
+        done = cli(*common, "--stop", text)
+        assert done.returncode == 2
+        assert f"stop string {text!r} is not a token of its own" in done.stderr
+        assert "can end inside a token" in done.stderr
+    assert "did you mean '<|im_start|>'" in done.stderr
+    assert not (tmp_path / "g").exists()
+    assert cli(*common, "--stop", "<|im_start|>").returncode == 0
 
 
 def test_engine_settings_carry_every_setting_of_sampling(tiny_model: Path, prompts_file: Path) -> None:

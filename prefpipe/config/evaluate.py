@@ -31,6 +31,7 @@ class EvaluateConfig(BaseModel):
     top_k: shared.TopK = 0
     min_p: shared.MinP = 0.0
     stop_token_ids: shared.StopTokenIds = ()
+    stop: shared.Stop = ()
     max_tokens: shared.MaxTokens = 256
     max_prompt_tokens: shared.MaxPromptTokens = 1024
     special_tokens_in_prompts: shared.SpecialTokens = "drop"

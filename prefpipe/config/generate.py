@@ -31,6 +31,7 @@ class GenerateConfig(BaseModel):
     top_k: shared.TopK = 0
     min_p: shared.MinP = 0.0
     stop_token_ids: shared.StopTokenIds = ()
+    stop: shared.Stop = ()
     max_tokens: shared.MaxTokens = 256
     max_prompt_tokens: shared.MaxPromptTokens = 1024
     special_tokens_in_prompts: shared.SpecialTokens = "drop"
@@ -39,7 +40,7 @@ class GenerateConfig(BaseModel):
     dtype: shared.Dtype = "bfloat16"
     seed: shared.Seed = 0
     part: shared.Part = "1/1"
-    check: Annotated[int, Field(ge=0)] = 0
+    check: Annotated[int, Field(ge=0)] = 32
     """Rows that the other scorer (transformers for vllm, vllm for transformers) scores again, for parity.json."""
     shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64

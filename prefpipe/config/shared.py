@@ -78,9 +78,13 @@ MinP = Annotated[
 ]
 StopTokenIds = Annotated[
     tuple[int, ...],
+    Field(description="Token ids that end a completion, beside the model's own; they stay in it."),
+]
+Stop = Annotated[
+    tuple[str, ...],
     Field(
-        description="Token ids that end a completion, beside the model's own; they stay in it. No stop strings: "
-        "they cut the text and not the ids, so that the two disagree."
+        description="The same by the text of control tokens, such as <|im_end|>. Other stop strings are refused: they "
+        "can end inside a token, and then the text and the token ids disagree."
     ),
 ]
 Part = Annotated[

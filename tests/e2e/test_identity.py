@@ -123,6 +123,7 @@ def sampling_fields(place: Place, other_model: Path) -> dict[str, tuple[list[obj
             name: ([f"--{name.replace('_', '-')}", value], f"{name}: ")
             for name, value in {
                 "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_tokens": 9, "stop_token_ids": 9,
+                "stop": "<|im_start|>",
                 "seed": 1, "num_samples": 3, "reference": "base", "limit": 2, "part": "1/2", "max_prompt_tokens": 99,
                 "special_tokens_in_prompts": "allow", "engine": "transformers",
             }.items()

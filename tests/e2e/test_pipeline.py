@@ -16,7 +16,7 @@ def test_generate_pairs_train_evaluate_with_transformers(
     common = ("--model", tiny_model, "--dtype", "float32")
     done = cli(
         "generate", *common, "--prompts", prompts_file, "--engine", "transformers", "--max-tokens", 12,
-        "--num-samples", 4, *WORDS, "--out", tmp_path / "g",
+        "--num-samples", 4, *WORDS, "--check", 0, "--out", tmp_path / "g",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "24 completions of 6 prompts" in done.stdout

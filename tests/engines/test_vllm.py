@@ -17,7 +17,7 @@ from prefpipe.chat import encode, encode_prompt
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.ids import ids_digest
-from prefpipe.ingest import read_prompts
+from prefpipe.prompts import read_prompts
 from prefpipe.schemas import Completion, RefLogps, from_table
 from tests.conftest import Cli
 

@@ -17,6 +17,7 @@ NAMES = {
     "generate": [
         *("dropped.parquet", "prompts/part-00001.parquet", "manifest.json"),
         *("completions/part-00002.parquet", "rewards/short_sentence/part-00001.parquet"),
+        "dropped/part-00000.parquet",
     ],
     "build-pairs": ["dropped.parquet", "pairs/part-00000.parquet", "data_report.json", "manifest.json"],
     "train": [

@@ -16,8 +16,9 @@ from tests.conftest import ROOT
 
 POINTS = ("write", "fsync", "rename", "fsync_dir")
 NUM_PROMPTS = 3  # one shard each
-# config, ledger and its record, then prompts, ref_logps, rewards, completions with a record each, then the manifest
-GENERATE_PASSES = 1 + 2 + NUM_PROMPTS * 4 * 2 + 1
+# config, then dropped, prompts, ref_logps, rewards, completions with a record each, then the ledger and its record, the
+# parity report, the manifest
+GENERATE_PASSES = 1 + NUM_PROMPTS * 5 * 2 + 2 + 1 + 1
 PAIRS_PASSES = 1 + 2 + 2 + 1 + 1  # config, the one shard and its record, ledger and record, data report, manifest
 
 
