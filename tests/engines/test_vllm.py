@@ -289,6 +289,21 @@ def test_score_and_its_parity_report_through_both_scorers(cli: Cli, tiny_model: 
     assert distance(found["vllm"], found["transformers"]) < 1e-3
 
 
+def test_two_workers_share_a_model(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """Tensor parallel: the tiny model has two heads, one for each worker; three workers cannot share two heads."""
+    arguments = ("generate", "--model", tiny_model, "--prompts", prompts_file, "--dtype", "float32", "--num-samples", 2,
+                 "--max-tokens", 12, "--max-num-seqs", 4, "--kv-cache-mib", 64, "--check", 8)  # fmt: skip
+    refused = cli(*arguments, "--tensor-parallel-size", 3, "--out", tmp_path / "three")
+    assert refused.returncode == 2, refused.stderr
+    assert "vLLM cannot start with these settings: " in refused.stderr
+    assert "must be divisible by tensor parallel size (3)" in refused.stderr
+    done = cli(*arguments, "--tensor-parallel-size", 2, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "two" / "parity.json").read_text())
+    assert (report["rows"], report["agrees"]) == (8, True)
+    assert report["per_token"]["largest"] < 1e-3
+
+
 @pytest.mark.parametrize("fault", ["write:6:kill", "rename:9:kill", "fsync:13:torn"])
 def test_killed_on_real_vllm_and_run_again_nothing_is_lost_or_doubled(
     cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path, fault: str
@@ -302,6 +317,7 @@ def test_killed_on_real_vllm_and_run_again_nothing_is_lost_or_doubled(
     done = cli(*arguments)
     assert done.returncode == 0, done.stderr
     check_completions(tmp_path / "g", tiny_model, prompts_file)
+    assert json.loads((tmp_path / "g" / "parity.json").read_text())["agrees"]  # unasked: every cache carries one
 
 
 def check_completions(out: Path, model: Path, prompts_file: Path) -> None:
