@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from prefpipe.config.rewards import Judge
+from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
 
 _AGAIN = (408, 409, 429, 500, 502, 503, 504)  # may go well the next time

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from prefpipe import log
-from prefpipe.config.rewards import Judge
+from prefpipe.config.judge import Judge
 from prefpipe.rewards import local_judge
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.endpoint import Question, Reply, ask_all
@@ -65,7 +65,7 @@ def judge(settings: Judge, given: Ask | None = None) -> RewardFunction:
 
 def find_verdict(text: str, name: str, allowed: Sequence[Any]) -> tuple[Any, str] | None:
     """(value, reason) of the last JSON object in a text that has `name` with one of the allowed values, or None."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(strict=False)  # models, and grammars, let a line break stand inside a string
     for start in reversed([i for i, c in enumerate(text) if c == "{"]):
         try:
             found, _ = decoder.raw_decode(text, start)

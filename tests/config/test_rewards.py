@@ -1,6 +1,7 @@
 """Settings of rewards: kinds, tables, and what they refuse."""
 
 import re
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -8,7 +9,9 @@ from pydantic import BaseModel, ValidationError
 from prefpipe.config.base import STRICT, fields, load
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.rewards import KINDS, Judge, Keyword, Length, Refusal, settings_of
+from prefpipe.config.judge import Judge
+from prefpipe.config.rewards import KINDS, Keyword, Length, Refusal, settings_of
+from prefpipe.config.score import ScoreConfig
 from prefpipe.errors import UsageError
 from tests.conftest import ROOT
 
@@ -82,3 +85,32 @@ def test_names_of_rewards_are_checked_against_tables_and_kinds() -> None:
 def test_the_name_of_imported_ratings_is_taken() -> None:
     with pytest.raises(UsageError, match="imports"):
         load(GenerateConfig, None, {"reward_settings": '{"rating": {"kind": "length"}}', "rewards": ["rating"]})
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "refused"),
+    [
+        (GenerateConfig, {"rewards": ("j",)}, "1.7 of"),
+        (GenerateConfig, {"rewards": ("j", "rm"), "engine": "fake"}, "1.7 of"),
+        (GenerateConfig, {"rewards": ("j",), "engine": "transformers"}, ""),
+        (GenerateConfig, {"rewards": ("j",), "gpu_memory_utilization": 0.15}, ""),
+        (GenerateConfig, {"rewards": ("length", "m:f")}, ""),
+        (EvaluateConfig, {"reward": "rm"}, "0.85 for reward rm"),
+        (EvaluateConfig, {"reward": "length"}, ""),
+        (ScoreConfig, {"rewards": ("j",)}, "1.7 of"),
+        (ScoreConfig, {"rewards": ("j",), "reference": "none"}, ""),
+        (ScoreConfig, {"rewards": ("j",), "engine": "transformers"}, ""),
+    ],
+)
+def test_engines_with_vllm_must_fit_on_one_gpu(cls: type[BaseModel], values: dict[str, Any], refused: str) -> None:
+    """Each takes 0.85 of it by default; a table that no reward names takes nothing."""
+    tables = {
+        "j": {"kind": "judge", "engine": "vllm", "model": "m"},
+        "rm": {"kind": "reward_model", "engine": "vllm", "model": "m"},
+    }
+    if not refused:
+        load(cls, None, {"reward_settings": tables, **values})
+        return
+    with pytest.raises(UsageError, match=re.escape(refused)) as caught:
+        load(cls, None, {"reward_settings": tables, **values})
+    assert "at most 1 together" in caught.value.message

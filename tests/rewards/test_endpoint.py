@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefpipe.config.rewards import Judge
+from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
 from prefpipe.rewards.endpoint import Question, Reply, ask_all, body, pause
 from tests.rewards.server import completion, serving
