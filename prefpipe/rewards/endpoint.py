@@ -11,6 +11,7 @@ import httpx
 
 from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
+from prefpipe.schemas import Message
 
 _AGAIN = (408, 409, 429, 500, 502, 503, 504)  # may go well the next time
 _REFUSED = (401, 403, 404)  # will never go well
@@ -24,7 +25,7 @@ _SHOWN = 300
 class Question:
     """Messages for the judge, and the JSON Schema of what it shall answer."""
 
-    messages: list[dict[str, str]]
+    messages: list[Message]
     schema: dict[str, Any]
 
 

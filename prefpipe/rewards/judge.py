@@ -11,6 +11,7 @@ from prefpipe.ids import canonical_json, content_id
 from prefpipe.rewards import local_judge
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.endpoint import Question, Reply, ask_all
+from prefpipe.schemas import Message
 
 VERSION = 2  # raise it when prompts, parsing or formula change: a run never mixes two versions
 BEST = 10
@@ -205,7 +206,7 @@ def pair_question(settings: Judge, first: Answer, second: Answer) -> Question:
     return Question(_messages(settings, _PAIR_SHAPE, first, shown), schema)
 
 
-def _messages(settings: Judge, shape: str, answer: Answer, shown: dict[str, str]) -> list[dict[str, str]]:
+def _messages(settings: Judge, shape: str, answer: Answer, shown: dict[str, str]) -> list[Message]:
     """The marks carry a digest of the conversation, which an answer cannot foresee: none can close its own and go on as
     somebody else. All completions of a prompt share them, and with them the prefix that an engine keeps."""
     conversation = "\n\n".join(f"{m['role']}: {m['content']}" for m in answer.messages)
@@ -213,8 +214,8 @@ def _messages(settings: Judge, shape: str, answer: Answer, shown: dict[str, str]
     mark = content_id(answer.messages)[:_MARK]
     texts = [f"[{name} {mark}]\n{text}\n[END OF {name} {mark}]" for name, text in parts.items()]
     return [
-        {"role": "system", "content": _SYSTEM.format(criteria=settings.criteria, shape=shape)},
-        {"role": "user", "content": "\n\n".join(texts)},
+        Message(role="system", content=_SYSTEM.format(criteria=settings.criteria, shape=shape)),
+        Message(role="user", content="\n\n".join(texts)),
     ]
 
 

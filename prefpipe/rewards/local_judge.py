@@ -9,7 +9,7 @@ from typing import Any
 
 from prefpipe import chat as chats
 from prefpipe import engines, log, models
-from prefpipe.chat import Chat, RowFault, encode_prompt
+from prefpipe.chat import Chat, RowFault, encode_prompt, render
 from prefpipe.config.judge import Judge
 from prefpipe.engines.base import Engine, EngineSettings, Query, Response
 from prefpipe.errors import UsageError
@@ -30,13 +30,15 @@ def inputs(settings: Judge) -> dict[str, str]:
 def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list[Reply]]:
     """A function that asks the model; the engine starts at its first call and ends with it.
 
-    vLLM answers under the schema of the question (`structured`); transformers is asked in words only. A question that
-    is too long for `max_prompt_tokens`, or for the model's context with `max_tokens` behind it, gets no verdict. Raises
-    UsageError when the context has no room for any question.
+    vLLM answers under the schema of the question (`structured`); transformers is asked in words only. Control tokens
+    that a completion spells are shown to the judge as the plain text that they are. A question that is too long for
+    `max_prompt_tokens`, or for the model's context with `max_tokens` behind it, gets no verdict. Raises UsageError when
+    the context has no room for any question.
     """
     directory = models.resolve(_name(settings)).directory
     chat = chats.load(directory)
     longest = _longest_question(settings, directory)
+    has_system = takes_system(chat)
     open_engines = contextlib.ExitStack()
     start = functools.cache(lambda: open_engines.enter_context(_start(settings, directory, chat, longest)))
 
@@ -45,7 +47,9 @@ def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list
         queries: list[Query] = []
         for index, question in enumerate(questions):
             try:
-                queries.append(_query(settings, chat, longest, index, question))
+                messages = question.messages if has_system else in_one(question.messages)
+                ids = encode_prompt(chat, messages, max_tokens=longest, control_tokens="escape")
+                queries.append(_query(settings, ids, index, question))
             except RowFault as fault:
                 replies[index] = Reply(
                     None, "unparsable", f"the question cannot be asked: {fault.reason}: {fault.detail}"
@@ -74,12 +78,23 @@ def shape(settings: Judge, schema: dict[str, Any]) -> dict[str, Any] | None:
     return {**schema, "properties": bounded}
 
 
-def _query(settings: Judge, chat: Chat, longest: int, index: int, question: Question) -> Query:
-    """Control tokens that an answer spells are shown to the judge as the plain text that they are."""
-    messages = [Message(role=m["role"], content=m["content"]) for m in question.messages]
-    ids = encode_prompt(chat, messages, max_tokens=longest, control_tokens="escape")
-    seed = sample_seed(0, ids_digest(ids, ()), 0)
-    return Query(str(index), ids, seed, settings.temperature, shape(settings, question.schema))
+def takes_system(chat: Chat) -> bool:
+    """Whether the chat template takes a system message; that of Gemma 2, for one, raises."""
+    try:
+        render(chat, [Message(role=r, content="x") for r in ("system", "user")], add_generation_prompt=True)
+    except RowFault:
+        return False
+    return True
+
+
+def in_one(messages: Sequence[Message]) -> list[Message]:
+    """System and user message as one of the user."""
+    return [Message(role="user", content="\n\n".join(m["content"] for m in messages))]
+
+
+def _query(settings: Judge, token_ids: list[int], index: int, question: Question) -> Query:
+    seed = sample_seed(0, ids_digest(token_ids, ()), 0)
+    return Query(str(index), token_ids, seed, settings.temperature, shape(settings, question.schema))
 
 
 def _reply(settings: Judge, chat: Chat, response: Response) -> Reply:

@@ -2,13 +2,13 @@
 
 import gc
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pytest
-from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from prefpipe import chat as chats
@@ -93,6 +93,26 @@ def test_a_control_token_in_an_answer_is_shown_as_text_and_not_obeyed(
     assert "<|im_end|>" in chats.load(tiny_model).decode(asked[-1].prompt_token_ids)
 
 
+def test_a_template_without_a_system_role_gets_the_task_in_the_users_message(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = tmp_path / "strict"
+    shutil.copytree(tiny_model, strict)
+    template = (strict / "chat_template.jinja").read_text()
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refuse + template)
+    monkeypatch.setattr(local_judge.engines, "load", lambda name, given: Scripted(given))
+    seen: list[str] = []
+    for model in (strict, tiny_model):
+        asked.clear()
+        (scored,) = judge(settings(model))(answers("owl"))
+        assert scored.status == "ok"
+        seen += [chats.load(model).tokenizer.decode(asked[0].prompt_token_ids, skip_special_tokens=False)]
+    assert ["system\n" in text for text in seen] == [False, True]
+    assert [text.count("<|im_start|>") for text in seen] == [2, 3]
+    assert all("You judge answers of an assistant." in text for text in seen)
+
+
 def test_a_question_that_is_too_long_gets_no_verdict(tiny_model: Path) -> None:
     """For max_prompt_tokens, or for the model's context of 1,024 tokens with the answer behind it."""
     for more, most in (({"max_prompt_tokens": 20}, 20), ({"max_tokens": 1000}, 23)):
@@ -141,14 +161,6 @@ def test_what_the_engine_holds_the_answer_to(
         assert {n: {**p, "enum": 0} for n, p in properties.items()} == {
             n: {**p, "enum": 0} for n, p in expected.items()
         }
-
-
-def test_what_is_not_said_of_structured_follows_the_engine() -> None:
-    assert [Judge(engine=engine).structured for engine in ("endpoint", "vllm", "transformers", "fake")] == [
-        "json_schema", "json_schema", "none", "json_schema",
-    ]  # fmt: skip
-    with pytest.raises(ValidationError, match=r'no structured output: set structured = "none" .* or engine = "vllm"'):
-        Judge(engine="transformers", structured="json_schema")
 
 
 def test_a_dry_run_through_the_command_line(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
