@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 from prefpipe.config.base import STRICT, fields, load
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.judge import Judge
 from prefpipe.config.rewards import KINDS, Keyword, Length, Refusal, settings_of
 from prefpipe.config.score import ScoreConfig
 from prefpipe.errors import UsageError
@@ -42,11 +41,6 @@ def test_a_name_is_a_table_or_a_kind_with_its_defaults() -> None:
     [
         (Length, {"min": 3, "max": 2}, "min = 3 is more than max = 2"),
         (Length, {"max": 0}, "greater than or equal to 1"),
-        (Judge, {"base_url": "localhost"}, "must start with http"),
-        (Judge, {"base_url": "http://user:key@host/v1"}, "neither a user nor a query"),
-        (Judge, {"base_url": "http://host/v1?key=x"}, "neither a user nor a query"),
-        (Judge, {"api_key": "sk-x"}, "Extra inputs are not permitted"),
-        (Judge, {"api_key_env": "sk-not-a-name"}, "should match pattern"),
         (Keyword, {"all": "owl"}, "valid tuple"),
         (Refusal, {"prefer": "both"}, "'answer' or 'refusal'"),
     ],
@@ -54,17 +48,6 @@ def test_a_name_is_a_table_or_a_kind_with_its_defaults() -> None:
 def test_what_is_refused(cls: type[BaseModel], values: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         cls(**values)
-
-
-def test_a_key_in_an_address_is_not_repeated() -> None:
-    with pytest.raises(UsageError) as caught:
-        load(GenerateConfig, None, {"reward_settings": {"j": {"kind": "judge", "base_url": "https://me:sk-key@h/v1"}}})
-    assert "reward_settings.j.base_url = 'https://***@h/v1'" in caught.value.message
-    assert "sk-key" not in caught.value.message
-
-
-def test_an_address_ends_without_a_slash() -> None:
-    assert Judge(base_url="http://h/v1/").base_url == "http://h/v1"
 
 
 def test_names_of_rewards_are_checked_against_tables_and_kinds() -> None:

@@ -83,6 +83,7 @@ MIXTURE = [
 
 
 def test_a_mixture_is_that_of_reasoning_gym_and_each_row_is_checked_by_its_own_task(tmp_path: Path) -> None:
+    assert f"'composite', size=24, datasets={MIXTURE})" in (ROOT / "docs" / "rewards.md").read_text()
     path = tmp_path / "prompts.jsonl"
     gym.write_prompts(path, "composite", size=24, seed=3, heldout=0.25, datasets=MIXTURE)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
