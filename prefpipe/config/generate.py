@@ -50,6 +50,7 @@ class GenerateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
-        own = self.gpu_memory_utilization if self.engine == "vllm" else None
+        checks = self.engine == "transformers" and self.reference != "none" and self.check > 0  # with vLLM
+        own = self.gpu_memory_utilization if self.engine == "vllm" or checks else None
         check_gpu_memory(own, self.rewards, self.reward_settings)
         return self

@@ -239,7 +239,7 @@ def settings_of(name: str, tables: Mapping[str, Settings]) -> Any:
 
 def check_gpu_memory(share: float | None, names: Sequence[str], tables: Mapping[str, Settings]) -> None:
     """vLLM takes its share of a GPU when it starts, and that of a reward starts when the first shard is sampled: what
-    does not fit is refused before. `share` is that of the command's own engine, None where it is not vLLM.
+    does not fit is refused before. `share` is that of the command itself, None where it uses no vLLM.
 
     Raises ValueError, with a way out.
     """

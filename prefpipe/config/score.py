@@ -47,6 +47,9 @@ class ScoreConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
-        own = self.gpu_memory_utilization if self.engine == "vllm" and self.reference == "policy" else None
+        scores = self.engine == "vllm" or (
+            self.engine == "transformers" and self.check > 0
+        )  # by vLLM, or checked with it
+        own = self.gpu_memory_utilization if scores and self.reference == "policy" else None
         check_gpu_memory(own, self.rewards, self.reward_settings)
         return self

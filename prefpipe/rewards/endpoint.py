@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from prefpipe import log
 from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
 from prefpipe.schemas import Message
@@ -64,8 +65,13 @@ def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
     ):
         session = _Session(client, settings, key, threading.Event(), threading.Event())
         asked = [pool.submit(_ask, session, question) for question in questions]
+        reached = log.remarks("judge", len(asked), "questions answered")
         try:
-            return [future.result() for future in asked]
+            replies: list[Reply] = []
+            for future in asked:
+                replies.append(future.result())
+                reached(len(replies))
+            return replies
         except BaseException:
             session.stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)

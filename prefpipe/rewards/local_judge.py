@@ -55,8 +55,10 @@ def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list
                     None, "unparsable", f"the question cannot be asked: {fault.reason}: {fault.detail}"
                 )
         if queries:
+            reached = log.remarks("judge", len(questions), "questions answered")
             for query, response in start().respond(queries):
                 replies[int(query.query_id)] = _reply(settings, chat, response)
+                reached(len(replies))
         return [replies[index] for index in range(len(questions))]
 
     weakref.finalize(ask, open_engines.close)

@@ -76,13 +76,15 @@ def test_the_name_of_imported_ratings_is_taken() -> None:
         (GenerateConfig, {"rewards": ("j",)}, "1.7 of"),
         (GenerateConfig, {"rewards": ("j", "rm"), "engine": "fake"}, "1.7 of"),
         (GenerateConfig, {"rewards": ("j",), "engine": "transformers"}, ""),
+        (GenerateConfig, {"rewards": ("j",), "engine": "transformers", "check": 1}, "1.7 of"),
         (GenerateConfig, {"rewards": ("j",), "gpu_memory_utilization": 0.15}, ""),
         (GenerateConfig, {"rewards": ("length", "m:f")}, ""),
         (EvaluateConfig, {"reward": "rm"}, "0.85 for reward rm"),
         (EvaluateConfig, {"reward": "length"}, ""),
         (ScoreConfig, {"rewards": ("j",)}, "1.7 of"),
         (ScoreConfig, {"rewards": ("j",), "reference": "none"}, ""),
-        (ScoreConfig, {"rewards": ("j",), "engine": "transformers"}, ""),
+        (ScoreConfig, {"rewards": ("j",), "engine": "transformers"}, "1.7 of"),  # 32 rows are checked with vLLM
+        (ScoreConfig, {"rewards": ("j",), "engine": "transformers", "check": 0}, ""),
     ],
 )
 def test_engines_with_vllm_must_fit_on_one_gpu(cls: type[BaseModel], values: dict[str, Any], refused: str) -> None:
