@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from rich.text import Text
 from prefpipe.fsio import monotonic
 
 _PLAIN_EVERY_S = 5.0
+_REMARK_EVERY_S = 30.0
 
 
 class Advance(Protocol):
@@ -70,6 +71,22 @@ def progress(description: str, total: float | None, unit: str) -> Generator[Adva
             yield lambda amount, note="": bars.update(task, advance=amount, note=note)
     else:
         yield from _plain(description, total, unit)
+
+
+def remarks(description: str, total: int, unit: str) -> Callable[[int], None]:
+    """Progress of long work inside a bar, whose place is taken: a line every half minute.
+
+    Returns a function that takes the number of units done so far.
+    """
+    last = monotonic()
+
+    def reached(done: int) -> None:
+        nonlocal last
+        if monotonic() - last >= _REMARK_EVERY_S:
+            last = monotonic()
+            info(f"{description}: {done} of {total} {unit}")
+
+    return reached
 
 
 class _RateColumn(ProgressColumn):

@@ -57,6 +57,17 @@ def test_progress_shows_a_line_every_few_seconds(
     ]
 
 
+def test_work_inside_a_bar_says_where_it_is_every_half_minute(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 29.0, 31.0, 31.0, 60.0, 62.0, 62.0])
+    monkeypatch.setattr(log, "monotonic", lambda: next(clock))
+    reached = log.remarks("judge", 9, "questions")
+    for done in (1, 2, 3, 4):
+        reached(done)
+    assert capfd.readouterr().err == "judge: 2 of 9 questions\njudge: 4 of 9 questions\n"
+
+
 def test_a_note_says_how_it_stands(capfd: pytest.CaptureFixture[str]) -> None:
     with log.progress("training", 2, "steps") as advance:
         advance(1, "loss 0.7")

@@ -1,11 +1,12 @@
 """Settings of `prefpipe evaluate`."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
 from prefpipe.config.base import STRICT
+from prefpipe.config.rewards import check_gpu_memory
 
 
 class EvaluateConfig(BaseModel):
@@ -47,3 +48,9 @@ class EvaluateConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
+
+    @model_validator(mode="after")
+    def _fits_on_a_gpu(self) -> Self:
+        own = self.gpu_memory_utilization if self.engine == "vllm" else None
+        check_gpu_memory(own, (self.reward,), self.reward_settings)
+        return self

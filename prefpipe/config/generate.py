@@ -1,11 +1,12 @@
 """Settings of `prefpipe generate`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
 from prefpipe.config.base import STRICT
+from prefpipe.config.rewards import check_gpu_memory
 
 
 class GenerateConfig(BaseModel):
@@ -47,3 +48,10 @@ class GenerateConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
+
+    @model_validator(mode="after")
+    def _fits_on_a_gpu(self) -> Self:
+        checks = self.engine == "transformers" and self.reference != "none" and self.check > 0  # with vLLM
+        own = self.gpu_memory_utilization if self.engine == "vllm" or checks else None
+        check_gpu_memory(own, self.rewards, self.reward_settings)
+        return self

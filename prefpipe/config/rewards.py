@@ -4,12 +4,13 @@ Every kind has defaults, so that its name alone is a reward: `--rewards length`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from prefpipe.config.base import PATH, RUNTIME, STRICT
+from prefpipe.config.judge import GpuShare, Judge
 
 Unit = Literal["words", "characters", "tokens"]
 TimeoutSeconds = Annotated[float, Field(gt=0, description="Seconds for one completion; then its status is timeout.")]
@@ -190,54 +191,7 @@ class RewardModel(BaseModel):
     """Longer conversations (in tokens, prompt included) are not rated: a cut one would be another conversation."""
     tokens_per_batch: Annotated[int, RUNTIME, Field(ge=1)] = 16384
     """transformers: tokens in one forward pass, padding included; vLLM makes its own batches."""
-
-
-def _without_secrets(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError("must start with http:// or https://")
-    if "@" in url or "?" in url:
-        raise ValueError("must hold neither a user nor a query: keys come from the environment")
-    return url.rstrip("/")
-
-
-class Judge(BaseModel):
-    """What a language model, behind an OpenAI-compatible endpoint or in an engine here, thinks of a completion."""
-
-    model_config = STRICT
-
-    kind: Literal["judge"] = "judge"
-    mode: Literal["rating", "pairwise"] = "rating"
-    """rating: each completion alone, 1 to 10. pairwise: completions of a prompt against each other, in both orders."""
-    engine: Literal["endpoint", "vllm", "transformers"] = "endpoint"
-    """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id)."""
-    base_url: Annotated[str, PATH, AfterValidator(_without_secrets)] = "http://localhost:8000/v1"
-    """Address of the endpoint; /chat/completions is added."""
-    model: str = "default"
-    """Name of the model at the endpoint; for an engine its directory or hub id."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number type of weights and compute in an engine."""
-    max_prompt_tokens: Annotated[int, Field(ge=1)] = 4096
-    """Longest question to a judge in an engine, in tokens; a longer one gets no verdict."""
-    api_key_env: Annotated[str, RUNTIME, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
-    """Environment variable that holds the key; without it none is sent. The key itself is never written anywhere."""
-    criteria: str = "Correctness comes first, then usefulness to the user, then clarity. Length is no merit."
-    """What the judge is told to look at."""
-    structured: Literal["json_schema", "json_object", "none"] = "json_schema"
-    """How the endpoint is asked for JSON; the answer is checked in any case."""
-    opponents: Annotated[int, Field(ge=0)] = 0
-    """Pairwise: how many others each completion meets (the next ones in order, in a ring); 0 for all."""
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    """Sampling temperature of the judge."""
-    max_tokens: Annotated[int, Field(ge=1)] = 512
-    """Longest answer of the judge, in tokens."""
-    timeout_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 60.0
-    """Seconds for one request."""
-    retries: Annotated[int, RUNTIME, Field(ge=0)] = 4
-    """How often a request is repeated after a refused connection, a timeout, or an answer 408, 409, 429 or 5xx."""
-    backoff_seconds: Annotated[float, RUNTIME, Field(ge=0)] = 1.0
-    """Pause before the first repetition; it doubles, and is never shorter than what the endpoint asks for."""
-    concurrency: Annotated[int, RUNTIME, Field(ge=1)] = 16
-    """Requests under way at once, or sequences that an engine works on."""
+    gpu_memory_utilization: GpuShare = 0.85
 
 
 Settings = (
@@ -281,3 +235,24 @@ RewardSettings = Annotated[
 def settings_of(name: str, tables: Mapping[str, Settings]) -> Any:
     """The settings of a reward: its table, or the defaults of the kind it names. KeyError for a user's own function."""
     return tables[name] if name in tables else KINDS[name]()
+
+
+def check_gpu_memory(share: float | None, names: Sequence[str], tables: Mapping[str, Settings]) -> None:
+    """vLLM takes its share of a GPU when it starts, and that of a reward starts when the first shard is sampled: what
+    does not fit is refused before. `share` is that of the command itself, None where it uses no vLLM.
+
+    Raises ValueError, with a way out.
+    """
+    shares = {} if share is None else {"the model": share}
+    for name in names:
+        settings = tables.get(name)
+        if isinstance(settings, Judge | RewardModel) and settings.engine == "vllm":
+            shares[f"reward {name}"] = settings.gpu_memory_utilization
+    total = round(sum(shares.values()), 6)
+    if total > 1:
+        parts = ", ".join(f"{value:g} for {name}" for name, value in shares.items())
+        raise ValueError(
+            f"vLLM would take {total:g} of a GPU's memory ({parts}): lower gpu_memory_utilization, here and in "
+            "[reward_settings.NAME], to at most 1 together (a CPU does not ask, but a recipe shall run on both), or "
+            "rate in a run of its own: prefpipe score --reference none"
+        )

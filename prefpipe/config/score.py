@@ -1,11 +1,12 @@
 """Settings of `prefpipe score`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
 from prefpipe.config.base import PATH, RUNTIME, STRICT
+from prefpipe.config.rewards import check_gpu_memory
 
 
 class ScoreConfig(BaseModel):
@@ -43,3 +44,12 @@ class ScoreConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
+
+    @model_validator(mode="after")
+    def _fits_on_a_gpu(self) -> Self:
+        scores = self.engine == "vllm" or (
+            self.engine == "transformers" and self.check > 0
+        )  # by vLLM, or checked with it
+        own = self.gpu_memory_utilization if scores and self.reference == "policy" else None
+        check_gpu_memory(own, self.rewards, self.reward_settings)
+        return self

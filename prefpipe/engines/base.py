@@ -1,9 +1,11 @@
-"""What an engine is: it samples completions and scores given ones. Token ids in, token ids and raw log-probs out."""
+"""What an engine is: it samples completions, scores given ones and answers queries.
+
+Token ids in, token ids and raw log-probs out. What answers a query has no log-probs: see `Response`."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from prefpipe.chat import Chat
 from prefpipe.models import Policy
@@ -73,8 +75,32 @@ class Sequence:
     token_ids: list[int]
 
 
+@dataclass(frozen=True)
+class Query:
+    """A prompt whose one answer is read and never trained on. `schema` is the JSON Schema that the answer must follow,
+    with its keys in the order of `properties`; None leaves it free. temperature 0 is greedy."""
+
+    query_id: str
+    prompt_token_ids: list[int]
+    seed: int
+    temperature: float
+    schema: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Response:
+    """What answers a query. finish_reason: stop or length.
+
+    It has no log-probs on purpose: under a schema they are renormalised over the tokens that the schema allows, and no
+    reference may be made from them. A `Request`, whose samples have log-probs, can hold no schema.
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+
+
 class Engine(Protocol):
-    """Samples and scores with one policy; leaving the `with` block frees it."""
+    """Samples, scores and answers with one policy; leaving the `with` block frees it."""
 
     @property
     def scorer(self) -> str:
@@ -87,6 +113,11 @@ class Engine(Protocol):
 
     def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         """(completion_id, raw log-prob of every completion token), with the adapter on or off."""
+        ...
+
+    def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
+        """Each query with its answer, in the order in which they finish. Raises UsageError for a query with a schema
+        where the engine has no structured output."""
         ...
 
     def __enter__(self) -> Self: ...

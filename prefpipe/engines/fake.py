@@ -1,13 +1,14 @@
 """An engine without a model: canned text from the seed, made-up log-probs. Public, for tests and dry runs."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from prefpipe import chat as chats
-from prefpipe.engines.base import Draw, EngineSettings, Request, Sample, Sequence
+from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, Sequence
 
 _WORDS = (
     *("a", "the", "small", "large", "old", "new", "quiet", "bright", "tool", "animal"),
@@ -23,6 +24,7 @@ class FakeEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         chat = settings.chat
+        self._chat = chat
         self._max_tokens = settings.max_tokens
         self._end = min(chat.eos_token_ids)
         # Encoded once: what a word costs is a look-up, so that this engine never is what one waits for.
@@ -40,6 +42,17 @@ class FakeEngine:
         """The same made-up log-probs that sampling gives, shifted when the adapter is off."""
         for sequence in sequences:
             yield sequence.completion_id, self._score(sequence.token_ids, 0.0 if adapter else -0.125)
+
+    def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
+        """The text that sampling would give; with a schema, JSON that follows it, by the digest of the prompt's ids."""
+        for query in queries:
+            if query.schema is None:
+                sample = self._sample(Draw(0, query.seed, query.temperature))
+                yield query, Response(sample.token_ids, sample.finish_reason)
+                continue
+            ids = chats.encode(self._chat, json.dumps(_instance(query.schema, str(query.prompt_token_ids))))
+            stops = len(ids) < self._max_tokens
+            yield query, Response([*ids, self._end][: self._max_tokens], "stop" if stops else "length")
 
     def __enter__(self) -> Self:
         return self
@@ -67,6 +80,15 @@ class FakeEngine:
             if place not in known:
                 known[place] = math.log((_byte(f"{place[0]}/{place[1]}") + 1) / 257)
         return [known[place] + shift for place in enumerate(token_ids)]
+
+
+def _instance(schema: dict[str, Any], text: str) -> Any:
+    """A value that a schema of objects, enums and texts accepts, chosen by a digest of `text`."""
+    if "enum" in schema:
+        return schema["enum"][_byte(text) % len(schema["enum"])]
+    if schema["type"] == "string":
+        return _WORDS[_byte(text) % len(_WORDS)]
+    return {name: _instance(inner, f"{name} {text}") for name, inner in schema.get("properties", {}).items()}
 
 
 def _byte(text: str) -> int:

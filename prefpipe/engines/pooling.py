@@ -17,14 +17,14 @@ _KV_CACHE_MIB = 512  # on CPU; a GPU takes its free memory
 
 
 @contextlib.contextmanager
-def classifier(directory: Path, dtype: str, max_length: int) -> Generator[Classify]:
+def classifier(directory: Path, dtype: str, max_length: int, gpu_memory_utilization: float) -> Generator[Classify]:
     """A function from rows of token ids to their logits, one list per row; leaving the `with` block frees the model.
 
     `use_activation=False`: vLLM would squash the logits by default, and good answers would tie at 1.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
     if not _cuda_is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         options = {"enforce_eager": True, "kv_cache_memory_bytes": _KV_CACHE_MIB << 20, "block_size": 32}

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache
 
 from prefpipe import log
-from prefpipe.engines.base import Draw, EngineSettings, Request, Sample, Sequence
+from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, Sequence
+from prefpipe.errors import UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model, plain_attention, score, settle_rows
@@ -76,6 +77,15 @@ class TransformersEngine:
                 for (_, own), values in zip(prompts, self._score(trees), strict=True):
                     yield from zip((s.completion_id for s in own), values, strict=True)
 
+    def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
+        """Free text only, in batches over prompts of one length; nothing is scored."""
+        asked: dict[str, Query] = {}
+        for batch in _batches(map(_request, _remembered(queries, asked)), self._settings.max_num_seqs):
+            rows = [_Row(r, d, torch.Generator().manual_seed(d.seed)) for r in batch for d in r.draws]
+            self._decode(rows)
+            for row in rows:
+                yield asked.pop(row.request.prompt_id), Response(row.token_ids, row.finish_reason)
+
     def _score(self, trees: list[Tree]) -> list[list[list[float]]]:
         if not self._settled:
             reason = settle_rows(self._model, trees[:1], self._settings.dtype)
@@ -121,6 +131,21 @@ class TransformersEngine:
                 active = [active[i] for i in going]
                 cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=device))
             ids = chosen[going].unsqueeze(1).to(device)
+
+
+def _remembered(queries: Iterable[Query], asked: dict[str, Query]) -> Iterator[Query]:
+    """The queries, each kept under its id while it is under way."""
+    for query in queries:
+        if query.schema is not None:
+            raise UsageError(
+                "the transformers engine has no structured output", "use the vllm engine, or ask without a schema"
+            )
+        asked[query.query_id] = query
+        yield query
+
+
+def _request(query: Query) -> Request:
+    return Request(query.query_id, query.prompt_token_ids, (Draw(0, query.seed, query.temperature),))
 
 
 def _draw(logps: torch.Tensor, row: _Row, settings: EngineSettings) -> torch.Tensor:

@@ -9,11 +9,15 @@ from typing import Any
 
 import httpx
 
-from prefpipe.config.rewards import Judge
+from prefpipe import log
+from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
+from prefpipe.schemas import Message
 
 _AGAIN = (408, 409, 429, 500, 502, 503, 504)  # may go well the next time
 _REFUSED = (401, 403, 404)  # will never go well
+_MAY_BE_THE_FORMAT = (400, 406, 415, 422, 500, 501)  # what endpoints say of a response_format they do not know
+_LOOSER = {"json_schema": ("json_object", "none"), "json_object": ("none",), "none": ()}
 _LONGEST_PAUSE = 60.0
 _SHOWN = 300
 
@@ -22,7 +26,7 @@ _SHOWN = 300
 class Question:
     """Messages for the judge, and the JSON Schema of what it shall answer."""
 
-    messages: list[dict[str, str]]
+    messages: list[Message]
     schema: dict[str, Any]
 
 
@@ -35,31 +39,47 @@ class Reply:
     detail: str | None = None
 
 
+@dataclass(frozen=True)
+class _Session:
+    """What the questions of one call share. `accepted`: the endpoint has answered one in the format asked for."""
+
+    client: httpx.Client
+    settings: Judge
+    key: str
+    stopping: threading.Event
+    accepted: threading.Event
+
+
 def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
     """Replies in the order of the questions.
 
     A question that times out, or that the endpoint fails on after all retries, has a reply that says so. Raises
-    UsageError when the endpoint refuses us (401, 403, 404), StorageError when it cannot be reached or stays overloaded:
-    the run stops and can be resumed, rather than filling with rewards that are missing.
+    UsageError when the endpoint refuses us (401, 403, 404) or the format of `structured`, StorageError when it cannot
+    be reached or stays overloaded: the run stops and can be resumed, rather than filling with rewards that are missing.
     """
     key = os.environ.get(settings.api_key_env, "")
-    stopping = threading.Event()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with (
         httpx.Client(timeout=settings.timeout_seconds, headers=headers, limits=_limits(settings)) as client,
         ThreadPoolExecutor(settings.concurrency) as pool,
     ):
-        asked = [pool.submit(_ask, client, settings, question, key, stopping) for question in questions]
+        session = _Session(client, settings, key, threading.Event(), threading.Event())
+        asked = [pool.submit(_ask, session, question) for question in questions]
+        reached = log.remarks("judge", len(asked), "questions answered")
         try:
-            return [future.result() for future in asked]
+            replies: list[Reply] = []
+            for future in asked:
+                replies.append(future.result())
+                reached(len(replies))
+            return replies
         except BaseException:
-            stopping.set()
+            session.stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def body(settings: Judge, question: Question) -> dict[str, Any]:
-    """The request, as JSON."""
+def body(settings: Judge, question: Question, structured: str) -> dict[str, Any]:
+    """The request, as JSON; `structured` as in the settings."""
     formats: dict[str, Any] = {
         "json_schema": {
             "type": "json_schema",
@@ -67,7 +87,7 @@ def body(settings: Judge, question: Question) -> dict[str, Any]:
         },
         "json_object": {"type": "json_object"},
     }
-    wanted = {"response_format": formats[settings.structured]} if settings.structured in formats else {}
+    wanted = {"response_format": formats[structured]} if structured in formats else {}
     return {
         "model": settings.model,
         "messages": question.messages,
@@ -83,23 +103,57 @@ def pause(settings: Judge, attempt: int, retry_after: str | None) -> float:
     return min(max(settings.backoff_seconds * 2**attempt, asked), _LONGEST_PAUSE)
 
 
-def _ask(client: httpx.Client, settings: Judge, question: Question, key: str, stopping: threading.Event) -> Reply:
+def _ask(session: _Session, question: Question) -> Reply:
+    settings = session.settings
     attempt = 0
     while True:
-        answer = _post(client, settings, question)
+        answer = _post(session, question, settings.structured)
         if attempt == settings.retries or not _may_go_well_again(answer):
-            return _reply(answer, settings, key)
+            return _reply(_unless_the_format_is_refused(session, question, answer), settings, session.key)
         asked = None if isinstance(answer, httpx.TransportError) else answer.headers.get("retry-after")
-        if stopping.wait(pause(settings, attempt, asked)):
+        if session.stopping.wait(pause(settings, attempt, asked)):
             return Reply(None, "crash", "stopped")
         attempt += 1
 
 
-def _post(client: httpx.Client, settings: Judge, question: Question) -> httpx.Response | httpx.TransportError:
+def _post(session: _Session, question: Question, structured: str) -> httpx.Response | httpx.TransportError:
+    settings = session.settings
     try:
-        return client.post(f"{settings.base_url}/chat/completions", json=body(settings, question))
+        return session.client.post(f"{settings.base_url}/chat/completions", json=body(settings, question, structured))
     except httpx.TransportError as error:
         return error
+
+
+def _unless_the_format_is_refused(
+    session: _Session, question: Question, answer: httpx.Response | httpx.TransportError
+) -> httpx.Response | httpx.TransportError:
+    """The answer, or the UsageError that it stands for.
+
+    Endpoints differ in what they say of a format that they do not know, so the words are not read: as long as no
+    question was accepted, one that fails is asked in looser formats and, where one goes well, once more as before.
+    """
+    structured = session.settings.structured
+    if _code(answer) == 200:
+        session.accepted.set()
+    if _code(answer) not in _MAY_BE_THE_FORMAT or session.accepted.is_set():
+        return answer
+    for looser in _LOOSER[structured]:
+        if _code(_post(session, question, looser)) == 200:
+            again = _post(session, question, structured)
+            if _code(again) == 200 or not isinstance(again, httpx.Response):
+                return again
+            said = _without(session.key, again.text)[:_SHOWN]
+            raise UsageError(
+                f'the judge at {session.settings.base_url} does not take structured = "{structured}": '
+                f"{again.status_code} {said}",
+                f'set structured = "{looser}" in the table of this judge: the endpoint answers that, and answers are '
+                "checked in any case",
+            )
+    return answer
+
+
+def _code(answer: httpx.Response | httpx.TransportError) -> int | None:
+    return answer.status_code if isinstance(answer, httpx.Response) else None
 
 
 def _may_go_well_again(answer: httpx.Response | httpx.TransportError) -> bool:

@@ -3,18 +3,20 @@
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import reasoning_gym as gym_package
+from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.factory import DATASETS
 
 from prefpipe import fsio
 from prefpipe.config.base import suggestion
 from prefpipe.config.rewards import ReasoningGym
 from prefpipe.errors import UsageError
+from prefpipe.ids import canonical_json
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.isolation import Outcome, isolated
 
@@ -29,32 +31,34 @@ def inputs(_settings: ReasoningGym) -> dict[str, str]:
     return {"reasoning_gym": version("reasoning-gym")}
 
 
-def prompts(task: str, size: int, seed: int, heldout: float = 0.0) -> Iterator[dict[str, Any]]:
+def prompts(
+    task: str, size: int, seed: int, heldout: float = 0.0, datasets: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
     """`size` prompts of a task, as rows of a prompts file; the last `heldout` share has split "heldout".
 
-    The same task, size, seed and version give the same rows. The column `reasoning_gym` says which one it is (it
-    travels in `meta`), so that the reward of that name can check the answers. Raises UsageError for a task
-    that does not exist.
+    `datasets` is for the task `composite`, which draws each prompt from one of them: `name` of a task, `weight` (1) and
+    `config` (settings of the task, {}), as reasoning-gym has it. The same arguments and version give the same rows. The
+    column `reasoning_gym` says which task made a row, with which settings (it travels in `meta`), so that the reward of
+    that name can check the answers. Raises UsageError for a task that does not exist, or that refuses its settings.
     """
-    if task not in DATASETS:
-        raise UsageError(
-            f"reasoning-gym has no task '{task}'{suggestion(task, list(DATASETS))}",
-            f"tasks are {', '.join(sorted(DATASETS))}",
-        )
-    for index, entry in enumerate(_dataset(task, size, seed)):
-        place = {"task": task, "size": size, "seed": seed, "index": index}
+    dataset = _composite(size, seed, datasets) if task == "composite" else _single(task, size, seed, datasets)
+    for index in range(size):
+        entry = dataset[index]
         yield {
             "messages": [{"role": "user", "content": entry["question"] + _ASK}],
             "answer": None if entry["answer"] is None else str(entry["answer"]),
             "split": "heldout" if index >= size * (1 - heldout) else "train",
             "source": f"reasoning-gym {version('reasoning-gym')}",
-            "reasoning_gym": place,
+            "reasoning_gym": _origin(task, dataset, entry, index, datasets),
         }
 
 
-def write_prompts(path: Path, task: str, *, size: int, seed: int = 0, heldout: float = 0.0) -> None:
+def write_prompts(
+    path: Path, task: str, *, size: int, seed: int = 0, heldout: float = 0.0,
+    datasets: Sequence[Mapping[str, Any]] = (),
+) -> None:  # fmt: skip
     """Write `prompts` as JSONL."""
-    rows = prompts(task, size, seed, heldout)
+    rows = prompts(task, size, seed, heldout, datasets)
     fsio.write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -82,7 +86,7 @@ def reasoning_gym(settings: ReasoningGym) -> RewardFunction:
 
 def check(place: dict[str, Any], question: str, text: str) -> tuple[float, str]:
     """(score, the answer that was rated). Raises ValueError when the entry is another one than the prompt's."""
-    dataset = _dataset(place["task"], place["size"], place["seed"])
+    dataset = _dataset(place["task"], place["size"], place["seed"], canonical_json(place.get("config", {})))
     entry = dataset[place["index"]]
     if not question.startswith(entry["question"]):
         raise ValueError(f"the prompt was made by another version than reasoning-gym {version('reasoning-gym')}")
@@ -91,9 +95,59 @@ def check(place: dict[str, Any], question: str, text: str) -> tuple[float, str]:
     return float(dataset.score_answer(given, entry)), given
 
 
-@functools.lru_cache(maxsize=16)
-def _dataset(task: str, size: int, seed: int) -> Any:
-    return gym_package.create_dataset(task, size=size, seed=seed)
+@functools.lru_cache(maxsize=64)
+def _dataset(task: str, size: int, seed: int, config: str = "{}") -> Any:
+    return gym_package.create_dataset(task, **{"size": size, "seed": seed, **json.loads(config)})
+
+
+def _single(task: str, size: int, seed: int, datasets: Sequence[Mapping[str, Any]]) -> Any:
+    _check_task(task)
+    if datasets:
+        raise UsageError(f"datasets are given, but task '{task}' is no mixture", "make it the task 'composite'")
+    return _dataset(task, size, seed)
+
+
+def _composite(size: int, seed: int, datasets: Sequence[Mapping[str, Any]]) -> Any:
+    if not datasets:
+        raise UsageError(
+            "the task 'composite' mixes other tasks and does not know which",
+            "give datasets=[{'name': 'chain_sum', 'weight': 2}, {'name': 'mini_sudoku', 'weight': 1}]",
+        )
+    for given in datasets:
+        _check_task(given.get("name", ""))
+        if not {*given} <= {"name", "weight", "config"} or given["name"] == "composite":
+            raise UsageError(
+                f"{dict(given)} is no task of a mixture",
+                "give `name` (of a task that is no mixture), `weight`, `config`",
+            )
+    specs = [DatasetSpec(d["name"], d.get("weight", 1), dict(d.get("config", {}))) for d in datasets]
+    try:
+        return gym_package.create_dataset("composite", size=size, seed=seed, datasets=specs)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"reasoning-gym refuses this mixture: {error}", "correct the names, weights or config"
+        ) from error
+
+
+def _check_task(task: str) -> None:
+    if task not in DATASETS:
+        raise UsageError(
+            f"reasoning-gym has no task '{task}'{suggestion(task, list(DATASETS))}",
+            f"tasks are {', '.join(sorted(DATASETS))}",
+        )
+
+
+def _origin(
+    task: str, dataset: Any, entry: dict[str, Any], index: int, datasets: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The task that made an entry, with what makes it again. An entry of a mixture has the same index in its own task,
+    which has a size and a seed of its own."""
+    if task != "composite":
+        return {"task": task, "size": dataset.size, "seed": dataset.seed, "index": index}
+    name = entry["metadata"]["source_dataset"]
+    own = dataset.datasets[name]
+    config = next(dict(d.get("config", {})) for d in datasets if d["name"] == name)
+    return {"task": name, "size": own.size, "seed": own.seed, "index": index, **({"config": config} if config else {})}
 
 
 def _place(meta: str) -> dict[str, Any] | None:

@@ -2,21 +2,23 @@
 
 import contextlib
 import functools
-import json
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from prefpipe import chat as chats
 from prefpipe import engines, log, models
-from prefpipe.chat import RowFault, encode_prompt
-from prefpipe.config.rewards import Judge
-from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample
+from prefpipe.chat import Chat, RowFault, encode_prompt, render
+from prefpipe.config.judge import Judge
+from prefpipe.engines.base import Engine, EngineSettings, Query, Response
 from prefpipe.errors import UsageError
+from prefpipe.ids import ids_digest, sample_seed
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.schemas import Message
 
-_KV_CACHE_MIB = 512  # on CPU; a GPU takes its free memory
+_FRAME = 40  # tokens at most for keys, marks and verdict of an answer
+_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 def inputs(settings: Judge) -> dict[str, str]:
@@ -28,55 +30,107 @@ def inputs(settings: Judge) -> dict[str, str]:
 def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list[Reply]]:
     """A function that asks the model; the engine starts at its first call and ends with it.
 
-    Engines have no structured output here: the shape is asked for in words and the verdict is checked as always. One
-    engine with vLLM at a time: rate in a run of its own.
+    vLLM answers under the schema of the question (`structured`); transformers is asked in words only. Control tokens
+    that a completion spells are shown to the judge as the plain text that they are. A question that is too long for
+    `max_prompt_tokens`, or for the model's context with `max_tokens` behind it, gets no verdict. Raises UsageError when
+    the context has no room for any question.
     """
     directory = models.resolve(_name(settings)).directory
     chat = chats.load(directory)
+    longest = _longest_question(settings, directory)
+    has_system = takes_system(chat)
     open_engines = contextlib.ExitStack()
-    start = functools.cache(lambda: open_engines.enter_context(_start(settings, directory, chat)))
+    start = functools.cache(lambda: open_engines.enter_context(_start(settings, directory, chat, longest)))
 
     def ask(_settings: Judge, questions: Sequence[Question]) -> list[Reply]:
         replies: dict[int, Reply] = {}
-        requests: list[Request] = []
+        queries: list[Query] = []
         for index, question in enumerate(questions):
             try:
-                requests.append(_request(settings, chat, index, question))
+                messages = question.messages if has_system else in_one(question.messages)
+                ids = encode_prompt(chat, messages, max_tokens=longest, control_tokens="escape")
+                queries.append(_query(settings, ids, index, question))
             except RowFault as fault:
                 replies[index] = Reply(
                     None, "unparsable", f"the question cannot be asked: {fault.reason}: {fault.detail}"
                 )
-        if requests:
-            for request, (sample,) in start().generate(requests):
-                replies[int(request.prompt_id)] = _reply(settings, chat, sample)
+        if queries:
+            reached = log.remarks("judge", len(questions), "questions answered")
+            for query, response in start().respond(queries):
+                replies[int(query.query_id)] = _reply(settings, chat, response)
+                reached(len(replies))
         return [replies[index] for index in range(len(questions))]
 
     weakref.finalize(ask, open_engines.close)
     return ask
 
 
-def _request(settings: Judge, chat: chats.Chat, index: int, question: Question) -> Request:
-    messages = [Message(role=m["role"], content=m["content"]) for m in question.messages]
-    ids = encode_prompt(chat, messages, max_tokens=settings.max_prompt_tokens, control_tokens="drop")
-    return Request(str(index), ids, (Draw(0, 0, settings.temperature),))
+def shape(settings: Judge, schema: dict[str, Any]) -> dict[str, Any] | None:
+    """What an engine holds the answer to. Free texts get a bound, so that the verdict behind them is reached within
+    `max_tokens`: two tokens for each of their characters, which only rare scripts exceed."""
+    if settings.structured == "none":
+        return None
+    if settings.structured == "json_object":
+        return _OBJECT
+    most = max(1, (settings.max_tokens - _FRAME) // 2)
+    bounded = {
+        name: {**value, "maxLength": most} if value == {"type": "string"} else value
+        for name, value in schema["properties"].items()
+    }
+    return {**schema, "properties": bounded}
 
 
-def _reply(settings: Judge, chat: chats.Chat, sample: Sample) -> Reply:
-    if sample.finish_reason == "length":
+def takes_system(chat: Chat) -> bool:
+    """Whether the chat template takes a system message; that of Gemma 2, for one, raises."""
+    try:
+        render(chat, [Message(role=r, content="x") for r in ("system", "user")], add_generation_prompt=True)
+    except RowFault:
+        return False
+    return True
+
+
+def in_one(messages: Sequence[Message]) -> list[Message]:
+    """System and user message as one of the user."""
+    return [Message(role="user", content="\n\n".join(m["content"] for m in messages))]
+
+
+def _query(settings: Judge, token_ids: list[int], index: int, question: Question) -> Query:
+    seed = sample_seed(0, ids_digest(token_ids, ()), 0)
+    return Query(str(index), token_ids, seed, settings.temperature, shape(settings, question.schema))
+
+
+def _reply(settings: Judge, chat: Chat, response: Response) -> Reply:
+    if response.finish_reason == "length":
         return Reply(None, "unparsable", f"the judge's answer is cut at max_tokens = {settings.max_tokens}")
-    return Reply(chat.decode(sample.token_ids))
+    return Reply(chat.decode(response.token_ids))
 
 
-def _start(settings: Judge, directory: Any, chat: chats.Chat) -> Engine:
-    log.info(f"starting engine {settings.engine} for the judge ({directory.name}, {settings.dtype})")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    longest = settings.max_prompt_tokens + settings.max_tokens
+def _longest_question(settings: Judge, directory: Path) -> int:
+    """max_prompt_tokens, or less where question, answer and one token more would not fit into the model's context."""
+    context = models.context_length(directory)
+    longest = settings.max_prompt_tokens
+    if context is not None:
+        longest = min(longest, context - settings.max_tokens - 1)
+    if longest < 1:
+        raise UsageError(
+            f"judge {directory.name} has a context of {context} tokens: no room for a question beside max_tokens = "
+            f"{settings.max_tokens}",
+            "lower max_tokens of the judge, or take a model with a longer context",
+        )
+    return longest
+
+
+def _start(settings: Judge, directory: Path, chat: Chat, longest: int) -> Engine:
+    wanted = {"json_schema": "JSON Schema", "json_object": "JSON", "none": "in words only"}[settings.structured]
+    log.info(f"starting engine {settings.engine} for the judge ({directory.name}, {settings.dtype}, {wanted})")
     return engines.load(
         settings.engine,
         EngineSettings(
             policy=models.resolve(_name(settings)), chat=chat, dtype=settings.dtype, top_p=1.0,
-            max_tokens=settings.max_tokens, max_model_len=min(longest, config.get("max_position_embeddings", longest)),
-            max_num_seqs=settings.concurrency, kv_cache_mib=_KV_CACHE_MIB,
+            max_tokens=settings.max_tokens, max_model_len=longest + settings.max_tokens,
+            max_num_seqs=settings.concurrency, kv_cache_mib=settings.kv_cache_mib,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
         ),
     )  # fmt: skip
 

@@ -79,7 +79,7 @@ def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generat
         _check_architecture(directory)  # vLLM would make a classifier of any language model
         log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
         own = _config(directory).get("pad_token_id")
-        with pooling.classifier(directory, settings.dtype, longest) as classify:
+        with pooling.classifier(directory, settings.dtype, longest, settings.gpu_memory_utilization) as classify:
             yield lambda rows: dict(
                 zip((r.index for r in rows), classify([without_padding(own, r.token_ids) for r in rows]), strict=True)
             )

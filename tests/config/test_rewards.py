@@ -1,6 +1,7 @@
 """Settings of rewards: kinds, tables, and what they refuse."""
 
 import re
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -8,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 from prefpipe.config.base import STRICT, fields, load
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.rewards import KINDS, Judge, Keyword, Length, Refusal, settings_of
+from prefpipe.config.rewards import KINDS, Keyword, Length, Refusal, settings_of
+from prefpipe.config.score import ScoreConfig
 from prefpipe.errors import UsageError
 from tests.conftest import ROOT
 
@@ -39,11 +41,6 @@ def test_a_name_is_a_table_or_a_kind_with_its_defaults() -> None:
     [
         (Length, {"min": 3, "max": 2}, "min = 3 is more than max = 2"),
         (Length, {"max": 0}, "greater than or equal to 1"),
-        (Judge, {"base_url": "localhost"}, "must start with http"),
-        (Judge, {"base_url": "http://user:key@host/v1"}, "neither a user nor a query"),
-        (Judge, {"base_url": "http://host/v1?key=x"}, "neither a user nor a query"),
-        (Judge, {"api_key": "sk-x"}, "Extra inputs are not permitted"),
-        (Judge, {"api_key_env": "sk-not-a-name"}, "should match pattern"),
         (Keyword, {"all": "owl"}, "valid tuple"),
         (Refusal, {"prefer": "both"}, "'answer' or 'refusal'"),
     ],
@@ -51,17 +48,6 @@ def test_a_name_is_a_table_or_a_kind_with_its_defaults() -> None:
 def test_what_is_refused(cls: type[BaseModel], values: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         cls(**values)
-
-
-def test_a_key_in_an_address_is_not_repeated() -> None:
-    with pytest.raises(UsageError) as caught:
-        load(GenerateConfig, None, {"reward_settings": {"j": {"kind": "judge", "base_url": "https://me:sk-key@h/v1"}}})
-    assert "reward_settings.j.base_url = 'https://***@h/v1'" in caught.value.message
-    assert "sk-key" not in caught.value.message
-
-
-def test_an_address_ends_without_a_slash() -> None:
-    assert Judge(base_url="http://h/v1/").base_url == "http://h/v1"
 
 
 def test_names_of_rewards_are_checked_against_tables_and_kinds() -> None:
@@ -82,3 +68,34 @@ def test_names_of_rewards_are_checked_against_tables_and_kinds() -> None:
 def test_the_name_of_imported_ratings_is_taken() -> None:
     with pytest.raises(UsageError, match="imports"):
         load(GenerateConfig, None, {"reward_settings": '{"rating": {"kind": "length"}}', "rewards": ["rating"]})
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "refused"),
+    [
+        (GenerateConfig, {"rewards": ("j",)}, "1.7 of"),
+        (GenerateConfig, {"rewards": ("j", "rm"), "engine": "fake"}, "1.7 of"),
+        (GenerateConfig, {"rewards": ("j",), "engine": "transformers"}, ""),
+        (GenerateConfig, {"rewards": ("j",), "engine": "transformers", "check": 1}, "1.7 of"),
+        (GenerateConfig, {"rewards": ("j",), "gpu_memory_utilization": 0.15}, ""),
+        (GenerateConfig, {"rewards": ("length", "m:f")}, ""),
+        (EvaluateConfig, {"reward": "rm"}, "0.85 for reward rm"),
+        (EvaluateConfig, {"reward": "length"}, ""),
+        (ScoreConfig, {"rewards": ("j",)}, "1.7 of"),
+        (ScoreConfig, {"rewards": ("j",), "reference": "none"}, ""),
+        (ScoreConfig, {"rewards": ("j",), "engine": "transformers"}, "1.7 of"),  # 32 rows are checked with vLLM
+        (ScoreConfig, {"rewards": ("j",), "engine": "transformers", "check": 0}, ""),
+    ],
+)
+def test_engines_with_vllm_must_fit_on_one_gpu(cls: type[BaseModel], values: dict[str, Any], refused: str) -> None:
+    """Each takes 0.85 of it by default; a table that no reward names takes nothing."""
+    tables = {
+        "j": {"kind": "judge", "engine": "vllm", "model": "m"},
+        "rm": {"kind": "reward_model", "engine": "vllm", "model": "m"},
+    }
+    if not refused:
+        load(cls, None, {"reward_settings": tables, **values})
+        return
+    with pytest.raises(UsageError, match=re.escape(refused)) as caught:
+        load(cls, None, {"reward_settings": tables, **values})
+    assert "at most 1 together" in caught.value.message

@@ -1,5 +1,6 @@
 """The fake engine: deterministic, honest about ends, and shaped like a real one."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from prefpipe import chat as chats
 from prefpipe import models
 from prefpipe.engines import load
-from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sequence
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, Sequence
 from prefpipe.engines.fake import FakeEngine
 
 
@@ -83,3 +84,22 @@ def test_requests_are_taken_one_by_one(engine: Engine) -> None:
         for number, (done, _) in enumerate(running.generate(stream()), start=1):
             assert done.prompt_id == taken[-1]
             assert len(taken) == number
+
+
+def test_answers_follow_their_schema_with_the_keys_in_its_order(tiny_model: Path) -> None:
+    """Free answers are texts; an answer depends on its prompt only, and is cut as any other at max_tokens."""
+    schema = {
+        "type": "object",
+        "properties": {"reason": {"type": "string"}, "rating": {"type": "integer", "enum": [3, 5, 8]}},
+    }
+    chat, fake = chats.load(tiny_model), FakeEngine(settings(tiny_model))
+    queries = [Query(str(n), [n], 0, 0.0, schema) for n in range(20)]
+    found = {q.query_id: chat.decode(response.token_ids) for q, response in fake.respond(queries)}
+    assert all(list(json.loads(text)) == ["reason", "rating"] for text in found.values())
+    assert {json.loads(text)["rating"] for text in found.values()} == {3, 5, 8}
+    assert {q.query_id: chat.decode(r.token_ids) for q, r in fake.respond(reversed(queries))} == found
+    ((_, free),) = fake.respond([Query("a", [1], 7, 1.0, None)])
+    ((_, (sample,)),) = fake.generate([request("a", 7)])
+    assert (free.token_ids, free.finish_reason) == (sample.token_ids, "stop")
+    ((_, cut),) = FakeEngine(settings(tiny_model, 5)).respond(queries[:1])
+    assert (len(cut.token_ids), cut.finish_reason) == (5, "length")

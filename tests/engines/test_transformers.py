@@ -20,8 +20,9 @@ from prefpipe import chat as chats
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.train import TrainConfig
-from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, Sample, Sequence
 from prefpipe.engines.transformers import _batches, _draw, _Row
+from prefpipe.errors import UsageError
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter, scorer_name
 from prefpipe.forward.logps import TreeModel, score
@@ -71,6 +72,19 @@ def sequences(samples: dict[str, list[Sample]]) -> list[Sequence]:
 
 
 DRAWS = tuple(Draw(k, 100 + k, 1.0) for k in range(6))
+
+
+def test_a_query_is_answered_by_what_sampling_gives_and_nothing_is_scored(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {name: own[0] for name, own in sampled(engine, requests(Draw(0, 5, 1.0))).items()}
+    monkeypatch.setattr(engine, "_score", lambda _trees: pytest.fail("an answer needs no log-probs"))
+    found = list(engine.respond(Query(name, ids, 5, 1.0, None) for name, ids in PROMPTS.items()))
+    assert {q.query_id: r.token_ids for q, r in found} == {n: s.token_ids for n, s in expected.items()}
+    assert {q.query_id: r.finish_reason for q, r in found} == {n: s.finish_reason for n, s in expected.items()}
+    with pytest.raises(UsageError, match="no structured output") as caught:
+        list(engine.respond([Query("a", [1], 0, 0.0, {"type": "object"})]))
+    assert "vllm" in caught.value.hint
 
 
 def test_greedy_equals_generate_of_transformers(engine: Engine, tiny_model: Path) -> None:

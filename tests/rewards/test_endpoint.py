@@ -4,13 +4,15 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefpipe.config.rewards import Judge
+from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
 from prefpipe.rewards.endpoint import Question, Reply, ask_all, body, pause
+from tests.conftest import Cli
 from tests.rewards.server import completion, serving
 
 SCHEMA = {"type": "object"}
@@ -57,7 +59,7 @@ def test_replies_come_in_the_order_of_the_questions_and_several_at_once() -> Non
     ],
 )
 def test_the_request(structured: str, expected: object) -> None:
-    made = body(Judge(model="m", structured=structured, temperature=0.5, max_tokens=7), QUESTIONS[3])  # type: ignore[arg-type]  # parametrised
+    made = body(Judge(model="m", temperature=0.5, max_tokens=7), QUESTIONS[3], structured)
     assert made.get("response_format") == expected
     assert (made["model"], made["temperature"], made["max_tokens"]) == ("m", 0.5, 7)
     assert made["messages"] == [{"role": "user", "content": "3"}]
@@ -75,18 +77,75 @@ def test_a_row_that_the_endpoint_fails_on_is_a_crash_after_all_retries() -> None
         return (500, {"error": "no"}) if request["messages"][0]["content"] == "1" else echo(request)
 
     with serving(answer) as endpoint:
-        first, bad, third = ask_all(settings(endpoint.base_url, retries=1), QUESTIONS[:3])
+        first, bad, third = ask_all(settings(endpoint.base_url, retries=1, concurrency=1), QUESTIONS[:3])
     assert (first, third) == (Reply("0"), Reply("2"))
     assert bad == Reply(None, "crash", '500 {"error": "no"}')
     assert len(endpoint.requests) == 4
 
 
-def test_a_bad_request_is_a_crash_at_once() -> None:
+def test_a_bad_request_among_good_ones_is_a_crash_at_once() -> None:
+    with serving(in_turn(completion("fine"), (400, {"error": "too long"}))) as endpoint:
+        assert ask_all(settings(endpoint.base_url, concurrency=1), QUESTIONS[:2]) == [
+            Reply("fine"), Reply(None, "crash", '400 {"error": "too long"}'),
+        ]  # fmt: skip
+    assert len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize("code", [400, 422, 500])
+@pytest.mark.parametrize(
+    ("structured", "known", "way_out"),
+    [
+        ("json_schema", {"json_object", "none"}, "json_object"),
+        ("json_schema", {"none"}, "none"),
+        ("json_object", {"none"}, "none"),
+    ],
+)
+def test_a_format_that_the_endpoint_does_not_know_stops_the_run(
+    code: int, structured: str, known: set[str], way_out: str
+) -> None:
+    """One error that names the setting which the endpoint answers, whatever words it has for the refusal."""
+
+    def answer(request: dict[str, Any]) -> tuple[int, Any]:
+        form = request.get("response_format", {"type": "none"})["type"]
+        return echo(request) if form in known else (code, {"detail": "no"})
+
+    with serving(answer) as endpoint:
+        with pytest.raises(UsageError, match=f'does not take structured = "{structured}": {code}') as caught:
+            ask_all(settings(endpoint.base_url, structured=structured, retries=0), QUESTIONS)
+        assert f'structured = "{way_out}"' in caught.value.hint
+        right = settings(endpoint.base_url, structured=way_out)
+        assert ask_all(right, QUESTIONS) == [Reply(str(i)) for i in range(8)]
+
+
+def test_a_question_that_is_refused_in_every_format_is_its_own_fault() -> None:
     with serving(in_turn((400, {"error": "too long"}))) as endpoint:
         assert ask_all(settings(endpoint.base_url), QUESTIONS[:1]) == [
             Reply(None, "crash", '400 {"error": "too long"}')
         ]
-    assert len(endpoint.requests) == 1
+    forms = [r.get("response_format", {"type": "none"})["type"] for r in endpoint.requests]
+    assert forms == ["json_schema", "json_object", "none"]
+
+
+def test_a_failure_that_passes_is_not_blamed_on_the_format() -> None:
+    """The looser format goes well, and so does the same request again."""
+    with serving(in_turn((500, {}), completion("loose"), completion("fine"))) as endpoint:
+        assert ask_all(settings(endpoint.base_url, retries=0), QUESTIONS[:1]) == [Reply("fine")]
+
+
+def test_through_the_command_line_the_format_is_named_and_nothing_is_filled_with_crashes(
+    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    def answer(request: dict[str, Any]) -> tuple[int, Any]:
+        return (422, {"detail": "extra fields"}) if "response_format" in request else completion('{"rating": 7}')
+
+    with serving(answer) as endpoint:
+        table = {"j": {"kind": "judge", "base_url": endpoint.base_url}}
+        done = cli("generate", "--model", tiny_model, "--engine", "fake", "--prompts", prompts_file, "--num-samples", 3,
+                   "--rewards", "j", "--reward-settings", json.dumps(table), "--out", tmp_path / "g")  # fmt: skip
+    assert done.returncode == 2
+    assert 'does not take structured = "json_schema": 422' in done.stderr
+    assert 'hint: set structured = "none"' in done.stderr
+    assert not list((tmp_path / "g").rglob("rewards/j/*.parquet"))
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])

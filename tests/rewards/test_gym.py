@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from prefpipe.rewards import gym
 from prefpipe.rewards.base import Answer, Scored
 from tests.conftest import ROOT, Cli
 
-DATASETS = pytest.importorskip("reasoning_gym.factory").DATASETS  # where its compiled need could not be installed
+reasoning_gym = pytest.importorskip("reasoning_gym")  # not there where its compiled need could not be installed
+DATASETS = reasoning_gym.factory.DATASETS
+DatasetSpec = reasoning_gym.composite.DatasetSpec
 TASKS = (
     sorted(set(DATASETS) - {"composite"})
     if os.environ.get("PREFPIPE_ALL_TASKS")
@@ -71,6 +74,53 @@ def test_rewards_of_prompts_that_went_through_a_file(tmp_path: Path) -> None:
     assert (foreign.reward, foreign.status) == (None, "unparsable")
     assert (other.reward, other.status) == (None, "crash")
     assert "another version" in (other.detail or "")
+
+
+MIXTURE = [
+    {"name": "chain_sum", "weight": 3, "config": {"min_terms": 5, "max_terms": 5}},
+    {"name": "simple_equations"},
+]
+
+
+def test_a_mixture_is_that_of_reasoning_gym_and_each_row_is_checked_by_its_own_task(tmp_path: Path) -> None:
+    assert f"'composite', size=24, datasets={MIXTURE})" in (ROOT / "docs" / "rewards.md").read_text()
+    path = tmp_path / "prompts.jsonl"
+    gym.write_prompts(path, "composite", size=24, seed=3, heldout=0.25, datasets=MIXTURE)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    specs = [DatasetSpec(d["name"], d.get("weight", 1), dict(d.get("config", {}))) for d in MIXTURE]
+    theirs = reasoning_gym.create_dataset("composite", size=24, seed=3, datasets=specs)
+    assert [r["messages"][0]["content"].removesuffix(gym._ASK) for r in rows] == [e["question"] for e in theirs]
+    made_by = [r["reasoning_gym"]["task"] for r in rows]
+    assert made_by == [e["metadata"]["source_dataset"] for e in theirs]
+    assert made_by.count("chain_sum") > made_by.count("simple_equations") > 0
+    sums = [r["messages"][0]["content"] for r, name in zip(rows, made_by, strict=True) if name == "chain_sum"]
+    assert {len(re.findall(r" [+-] ", text)) for text in sums} == {4}  # five terms: the config arrived
+    assert [r["split"] for r in rows].count("heldout") == 6
+    prompts, dropped = ingest.read_prompts(path, "all", 0)
+    assert dropped == []
+    rate = gym.reasoning_gym(ReasoningGym(num_workers=1))
+    answers = [Answer(p.messages, text, p.answer, p.meta) for p in prompts for text in (str(p.answer), "nonsense")]
+    scores = rate(answers)
+    assert scores[::2] == [Scored(1.0)] * 24
+    assert all(s.status == "wrong" and (s.reward or 0) < 1 for s in scores[1::2])
+
+
+@pytest.mark.parametrize(
+    ("task", "datasets", "message"),
+    [
+        ("composite", [], "mixes other tasks and does not know which"),
+        ("composite", [{"name": "chain_sums"}], r"no task 'chain_sums' \(did you mean 'chain_sum'\?\)"),
+        ("composite", [{"name": "composite"}], "is no task of a mixture"),
+        ("composite", [{"name": "chain_sum", "size": 3}], "is no task of a mixture"),
+        ("composite", [{"name": "chain_sum", "weight": 0}], "refuses this mixture: Weight must be positive"),
+        ("composite", [{"name": "chain_sum", "config": {"terms": 1}}], "refuses this mixture: .*terms"),
+        ("composite", [{"name": "chain_sum"}, {"name": "chain_sum"}], "refuses this mixture: Duplicate"),
+        ("chain_sum", [{"name": "chain_sum"}], "is no mixture"),
+    ],
+)
+def test_a_mixture_that_cannot_be_made(task: str, datasets: list[dict[str, object]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        next(gym.prompts(task, 2, 0, datasets=datasets))
 
 
 def test_a_task_that_does_not_exist() -> None:

@@ -1,0 +1,81 @@
+"""Settings of a judge: the table of a reward with kind = "judge"."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+
+from prefpipe.config.base import PATH, RUNTIME, STRICT
+
+GpuShare = Annotated[
+    float,
+    RUNTIME,
+    Field(gt=0, le=1, description="vLLM: share of a GPU's memory; with that of other engines of the run at most 1."),
+]
+
+
+def _without_secrets(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("must start with http:// or https://")
+    if "@" in url or "?" in url:
+        raise ValueError("must hold neither a user nor a query: keys come from the environment")
+    return url.rstrip("/")
+
+
+def _structured_by_default(given: dict[str, Any]) -> str:
+    return "none" if given.get("engine") == "transformers" else "json_schema"
+
+
+class Judge(BaseModel):
+    """What a language model, behind an OpenAI-compatible endpoint or in an engine here, thinks of a completion."""
+
+    model_config = STRICT
+
+    kind: Literal["judge"] = "judge"
+    mode: Literal["rating", "pairwise"] = "rating"
+    """rating: each completion alone, 1 to 10. pairwise: completions of a prompt against each other, in both orders."""
+    engine: Literal["endpoint", "vllm", "transformers", "fake"] = "endpoint"
+    """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id);
+    fake gives made-up verdicts, for dry runs."""
+    base_url: Annotated[str, PATH, AfterValidator(_without_secrets)] = "http://localhost:8000/v1"
+    """Address of the endpoint; /chat/completions is added."""
+    model: str = "default"
+    """Name of the model at the endpoint; for an engine its directory or hub id."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of weights and compute in an engine."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 4096
+    """Longest question to a judge in an engine, in tokens; a longer one gets no verdict."""
+    api_key_env: Annotated[str, RUNTIME, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    """Environment variable that holds the key; without it none is sent. The key itself is never written anywhere."""
+    criteria: str = "Correctness comes first, then usefulness to the user, then clarity. Length is no merit."
+    """What the judge is told to look at."""
+    structured: Annotated[Literal["json_schema", "json_object", "none"], Field(default_factory=_structured_by_default)]
+    """How JSON is asked for, beside in words: json_schema (default: the very keys and values), json_object (any JSON
+    object), none (words only: the default and the only way with engine transformers). It is checked in any case."""
+    opponents: Annotated[int, Field(ge=0)] = 0
+    """Pairwise: how many others each completion meets (the next ones in order, in a ring); 0 for all."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Sampling temperature of the judge."""
+    max_tokens: Annotated[int, Field(ge=1)] = 512
+    """Longest answer of the judge, in tokens."""
+    timeout_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 60.0
+    """Seconds for one request."""
+    retries: Annotated[int, RUNTIME, Field(ge=0)] = 4
+    """How often a request is repeated after a refused connection, a timeout, or an answer 408, 409, 429 or 5xx."""
+    backoff_seconds: Annotated[float, RUNTIME, Field(ge=0)] = 1.0
+    """Pause before the first repetition; it doubles, and is never shorter than what the endpoint asks for."""
+    concurrency: Annotated[int, RUNTIME, Field(ge=1)] = 16
+    """Requests under way at once, or sequences that an engine works on."""
+    tensor_parallel_size: Annotated[int, RUNTIME, Field(ge=1)] = 1
+    """vLLM: GPUs that share the judge."""
+    gpu_memory_utilization: GpuShare = 0.85
+    kv_cache_mib: Annotated[int, RUNTIME, Field(ge=16)] = 512
+    """vLLM on CPU: size of the judge's KV cache, in MiB (a GPU takes its free memory)."""
+
+    @model_validator(mode="after")
+    def _can_be_structured(self) -> Self:
+        if self.engine == "transformers" and self.structured != "none":
+            raise ValueError(
+                f'structured = "{self.structured}", but the transformers engine has no structured output: set '
+                'structured = "none" (JSON is asked for in words, and checked) or engine = "vllm"'
+            )
+        return self
