@@ -73,6 +73,7 @@ def without(batch: Batch, killers: Collection[str]) -> Batch:
         names = [s.completion_id for s in batch.sequences]
         needed = {name for name in names if name not in killers}
         fatal = {name: name for name in names if name in killers}
+    fatal |= {r.completion_id: r.completion_id for r in batch.ratings if r.completion_id in killers}
     return replace(
         batch, rows=rows, sequences=[s for s in batch.sequences if s.completion_id in needed],
         answers=[(name, answer) for name, answer in batch.answers if name not in killers],

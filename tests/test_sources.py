@@ -82,7 +82,7 @@ def group(prompt_id: str, *completion_ids: str) -> RankedGroup:
 
 def batch(rows: dict[str, list[Any]], *names: str) -> Batch:
     answers = [(name, Answer([], name, None)) for name in names]
-    ratings = [Reward(name, "rating", 1.0, "ok", None) for name in names]
+    ratings = [Reward(name, "rating", 1.0, "ok", None) for name in names if not rows]
     return Batch(
         rows, [Sequence(n, [1], [2]) for n in names], answers, ratings, [Dropped("line 1", "empty", "no text")]
     )
@@ -119,6 +119,12 @@ def test_labels_and_rows_of_the_bank_are_left_out_by_their_own_ids(labels: list[
         assert [sources.key_of(row) for row in found.rows[dataset]] == [names[0], *names[2:]]
         assert [s.completion_id for s in found.sequences] == [names[0], *names[2:]]
         assert [d.id for d in found.dropped] == ["line 1", names[1]]
+
+
+def test_a_rating_of_a_completion_in_another_shard_goes_with_it() -> None:
+    rated = Batch({"completions": []}, [], [], [Reward(n, "rating", 1.0, "ok", None) for n in ("a", "b")], [])
+    found = sources.without(rated, {"b"})
+    assert ([r.completion_id for r in found.ratings], [d.id for d in found.dropped]) == (["a"], ["b"])
 
 
 def test_a_batch_without_killers_is_as_it_was(labels: list[Label]) -> None:
