@@ -1,22 +1,26 @@
-"""Which prompts the engine was working on when it died: the record that finds the one prompt that kills it.
+"""What the engine was working on when it died: the record that finds the one thing that kills it.
 
-OUT/inflight.log has a line when a prompt enters the engine, when it leaves it, and when an attempt ends. A prompt that
-was inside when an attempt ended without a word is under suspicion and runs alone the next time. Alone, an engine that
-fails convicts it at once; a process that vanishes (which may have been anybody's kill -9) convicts it the second time.
+OUT/inflight.log has a line when something (the key of a prompt to sample, or of a completion to score) enters the
+engine, when it leaves it, and when an attempt ends. What was inside when an attempt ended without a word is under
+suspicion and runs alone the next time. Alone, an engine that fails convicts it at once; a process that vanishes (which
+may have been anybody's kill -9) convicts it the second time.
 """
 
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from prefpipe import fsio
+from prefpipe.errors import PrefpipeError
 from prefpipe.fsio import Appender
 
+T = TypeVar("T")
 _NAME = "inflight.log"
 _CONVICTED = 2
-# What the end of an attempt says against a prompt that was alone in the engine. A new start without an end before it:
+# What the end of an attempt says against a key that was alone in the engine. A new start without an end before it:
 # the process was gone in between.
 _ENDS = {"stopped": 0, "start": 1, "died": _CONVICTED}
 
@@ -41,7 +45,7 @@ class Inflight:
 
     @contextmanager
     def recording(self) -> Generator[None]:
-        """Record an attempt; any end but the death of the process or of the engine clears the prompts inside."""
+        """Record an attempt; any end but the death of the process or of the engine clears what is inside."""
         with fsio.appender(self.path) as log:
             self._log = log
             log("start")
@@ -52,19 +56,40 @@ class Inflight:
                 raise
             log("stopped")
 
-    def take(self, prompt_id: str, *, alone: bool) -> None:
-        """A prompt enters the engine."""
-        self.open[prompt_id] = None
-        self._write(f"{'alone' if alone else 'take'} {prompt_id}")
+    def take(self, key: str, *, alone: bool) -> None:
+        """A prompt or completion enters the engine."""
+        self.open[key] = None
+        self._write(f"{'alone' if alone else 'take'} {key}")
 
-    def done(self, prompt_id: str) -> None:
-        """A prompt leaves the engine."""
-        self.open.pop(prompt_id, None)
-        self._write(f"done {prompt_id}")
+    def done(self, key: str) -> None:
+        """It leaves the engine."""
+        self.open.pop(key, None)
+        self._write(f"done {key}")
 
     def died(self) -> None:
-        """The engine failed with these prompts inside."""
+        """The engine failed with what is inside."""
         self._write("died")
+
+    def watch(self, results: Iterator[T], things: str) -> Iterator[T]:
+        """What an engine yields. Raises PrefpipeError, and records it, when the engine fails; our own errors pass.
+
+        `things` says for the message what the engine works on: prompts, completions.
+        """
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except PrefpipeError:
+                raise
+            except Exception as error:
+                self.died()
+                raise PrefpipeError(
+                    f"the engine died while it worked on {len(self.open)} {things}: {type(error).__name__}: {error}",
+                    f"run the same command again: these {things} run first, one at a time, and one that kills the "
+                    "engine again goes to dropped.parquet",
+                ) from error
+            yield result
 
     def close(self) -> None:
         """The run is whole: only the killers are kept, for the day a shard must be made again."""
@@ -79,19 +104,19 @@ class Inflight:
 
 
 def _read(path: Path) -> tuple[dict[str, None], Counter[str]]:
-    """(prompts that were inside at a bad end, how heavily each is charged); a torn last line is ignored."""
+    """(what was inside at a bad end, how heavily each is charged); a torn last line is ignored."""
     inside: dict[str, bool] = {}
     suspects: dict[str, None] = {}
     charges: Counter[str] = Counter()
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     for line in [*lines, "start"]:
-        word, _, prompt_id = line.partition(" ")
+        word, _, key = line.partition(" ")
         if word in ("take", "alone"):
-            inside[prompt_id] = word == "alone"
+            inside[key] = word == "alone"
         elif word == "done":
-            inside.pop(prompt_id, None)
+            inside.pop(key, None)
         elif word == "killer":
-            charges[prompt_id] = _CONVICTED
+            charges[key] = _CONVICTED
         elif word in _ENDS:
             weight = _ENDS[word]
             suspects |= dict.fromkeys(inside) if weight else {}

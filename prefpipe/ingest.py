@@ -3,17 +3,15 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from prefpipe import formats, store
 from prefpipe.chat import Chat, RowFault, encode_messages, encode_prompt
-from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.formats import Answered
 from prefpipe.ids import common_prefix, content_id, ids_digest
-from prefpipe.schemas import Completion, Dropped, Label, Message, Messages, Pair, Prompt, RefLogps, Reward, from_table
+from prefpipe.schemas import Dropped, Label, Message, Messages, Pair, RefLogps, from_table
 
 IMPORTED = "imported"
 _NO_LIMIT = 1 << 30
@@ -54,18 +52,6 @@ class Tokenised:
     def finish_reason(self, i: int) -> str:
         """Of answer i: length when it was cut here."""
         return "length" if self.cut[i] else IMPORTED
-
-
-@dataclass(frozen=True)
-class Imported:
-    """Rows of one shard of a foreign file."""
-
-    prompts: list[Prompt]
-    completions: list[Completion]
-    ratings: list[Reward]
-    pairs: list[Pair]
-    labels: list[Label]
-    dropped: list[Dropped]
 
 
 def read_pairs(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list[Pair], list[Dropped]]:
@@ -138,48 +124,6 @@ def read_ref_logps(runs: Sequence[Path], digests: Mapping[str, str]) -> dict[str
     return found
 
 
-def chunks(path: str | Path, size: int) -> Iterator[list[Placed]]:
-    """Neighbouring rows of a file, `size` at a time: the shards of an import."""
-    stream = rows(path)
-    while chunk := list(islice(stream, size)):
-        yield chunk
-
-
-def import_rows(chunk: list[Placed], kind: str, chat: Chat, limits: Limits) -> Imported:
-    """One shard of a foreign file as rows of ours. Answers with the same tokens are one completion; of two that are
-    rated the first counts."""
-    made = Imported([], [], [], [], [], [])
-    prompts: dict[str, Prompt] = {}
-    completions: dict[str, Completion] = {}
-    pairs: dict[str, Pair] = {}
-    for where, row in chunk:
-        try:
-            found = tokenise(formats.parse(row, kind, where), chat, limits)
-            if kind == "preference":
-                pair = to_pair(found)
-                if pair.pair_id in pairs:
-                    raise RowFault("duplicate", "repeats an earlier pair")
-                pairs[pair.pair_id] = pair
-        except RowFault as fault:
-            made.dropped.append(Dropped(where, fault.reason, fault.detail))
-            continue
-        prompts.setdefault(found.prompt_id, _to_prompt_of(found, row))
-        for i in range(len(found.answers)):
-            completion = _to_completion(found, i)
-            if completion.completion_id not in completions:
-                completions[completion.completion_id] = completion
-                made.ratings.extend(_to_ratings(found, i))
-                made.labels.extend([to_label(found)] if kind == "label" else [])
-            elif kind != "preference":  # several pairs may well share an answer
-                made.dropped.append(
-                    Dropped(completion.completion_id, "duplicate", f"{where} repeats an earlier answer")
-                )
-    made.prompts.extend(prompts.values())
-    made.completions.extend(completions.values())
-    made.pairs.extend(pairs.values())
-    return made
-
-
 def tokenise(source: Answered, chat: Chat, limits: Limits) -> Tokenised:
     """Prompt ids (the common token prefix of the prompt alone and every rendering) and answer ids (what follows, up to
     its end). Raises RowFault for a row that cannot be used."""
@@ -237,33 +181,9 @@ def to_pair(found: Tokenised) -> Pair:
     )  # fmt: skip
 
 
-def _to_completion(found: Tokenised, i: int) -> Completion:
-    return Completion(
-        completion_id=found.completion_id(i), prompt_id=found.prompt_id, sample_index=i,
-        text=found.answers[i][-1]["content"], prompt_token_ids=found.prompt_ids, token_ids=found.token_ids[i],
-        finish_reason=found.finish_reason(i), policy=found.source.writers[i] or IMPORTED,
-        ids_digest=ids_digest(found.prompt_ids, found.token_ids[i]),
-    )  # fmt: skip
-
-
-def _to_prompt_of(found: Tokenised, row: Mapping[str, Any]) -> Prompt:
-    return Prompt(found.prompt_id, found.prompt, found.source.answer, "train", IMPORTED, to_json(formats.others(row)))
-
-
 def to_json(values: Mapping[str, Any]) -> str:
     """Columns that have no place of their own, as JSON."""
     return _JSON.encode(values)
-
-
-def _to_ratings(found: Tokenised, i: int) -> list[Reward]:
-    """The rating of answer i as a reward, or nothing where the format has none."""
-    if found.source.ratings is None:
-        return []
-    rating = found.source.ratings[i]
-    detail = None if rating is not None else "the file has no rating for this answer"
-    return [
-        Reward(found.completion_id(i), IMPORTED_REWARD, rating, "ok" if rating is not None else "unparsable", detail)
-    ]
 
 
 def _until_eos(ids: list[int], chat: Chat) -> list[int]:

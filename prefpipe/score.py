@@ -1,28 +1,30 @@
 """`prefpipe score`: reference log-probs and rewards for completions, pairs or labels that exist already."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from prefpipe import chat as chats
-from prefpipe import fsio, log, models, parity, sampling, sources, store
+from prefpipe import fsio, log, models, parity, sampling, scoring, sources, store
 from prefpipe.chat import Chat
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.engines import base
 from prefpipe.engines.base import Engine, EngineSettings
 from prefpipe.errors import DataError, UsageError
-from prefpipe.ids import ids_digest
+from prefpipe.ids import IdSet, ids_digest
+from prefpipe.imports import RATING_FOLDER, Known
+from prefpipe.inflight import Inflight
 from prefpipe.ingest import Limits
 from prefpipe.rewards.base import RewardFunction
 from prefpipe.schemas import Completion, Dropped, RefLogps, Reward, from_table, to_table
 from prefpipe.sources import ROW_TYPES, Batch, Logps, Reader
 from prefpipe.store import Manifest, Run
+
+_KEYED: dict[str, type] = {**ROW_TYPES, RATING_FOLDER: Reward}
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,15 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
             log.info(f"{out} is complete already")
             return manifest
         stage = _Stage(config, run_, policy, chat, functions)
-        missing = (shard for shard in stage.shards() if not stage.has(shard))
+        inflight = Inflight.load(out)
+        missing = stage.missing()
         first = next(missing, None)
         if first is not None:
             start = fsio.monotonic()
-            rows = stage.fill(chain([first], missing))
+            rows = stage.fill(chain([first], missing), inflight)
             run_.log_timing(event="scored", rows=rows, seconds=round(fsio.monotonic() - start, 3))
-        ledger = [run_.read_part("dropped", Dropped, i) for i in run_.parts("dropped")]
-        run_.write_dropped(Dropped, pa.concat_tables(ledger) if ledger else to_table(Dropped, []))
+        inflight.close()
+        run_.gather_dropped(Dropped, to_table(Dropped, []))
         totals = stage.totals()
         if config.check and config.reference == "policy":
             totals["parity"] = stage.check()
@@ -71,7 +74,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     """What the command prints when it is done."""
     t = manifest["totals"]
     parts = ", ".join(f"{count} {name}" for name, count in t["rows"].items() if count)
-    lines = [f"{parts or 'nothing'} in {out}"]
+    lines = [f"{parts or 'rewards'} in {out}"]
     if t["tokens"]:
         lines.append(f"  reference log-probs: {t['tokens']} tokens, mean {t['mean_token_logp']:.4f} nats")
     lines += [f"  reward {name}: mean {mean:.3f}" for name, mean in t["mean_reward"].items() if mean is not None]
@@ -86,6 +89,7 @@ class _Stage:
     policy: models.Policy
     chat: Chat
     rewards: Mapping[str, RewardFunction]
+    known: Known = field(default_factory=lambda: defaultdict(IdSet))
 
     @property
     def limits(self) -> Limits:
@@ -105,54 +109,68 @@ class _Stage:
         return all(self.run.has_part(name, shard.index) for name in shard.datasets)
 
     def shards(self) -> Iterator[Shard]:
-        """All shards of all inputs, numbered in their order; nothing is tokenised before it is asked for."""
+        """All shards of all inputs, numbered in their order; nothing is tokenised before it is asked for.
+
+        Those of files are read once and in this order: what an earlier shard holds is no part of a later one.
+        """
         scores = (
             *(("ref_logps",) if self.config.reference == "policy" else ()),
             *map(sampling.reward_folder, self.rewards),
             "dropped",
         )
-        reader = Reader(self.chat, self.limits, self.run.saved["shard_rows"], bool(self.rewards))
+        reader = Reader(self.chat, self.limits, self.run.saved["shard_rows"], bool(self.rewards), self.known)
         found = chain.from_iterable(sources.shards(source, reader) for source in self.config.inputs)
         for index, (datasets, read) in enumerate(found):
             yield Shard(index, (*datasets, *scores), read)
 
-    def fill(self, shards: Iterable[Shard]) -> int:
+    def missing(self) -> Iterator[Shard]:
+        """The shards without a commit. What committed ones hold is made known on the way, from their key columns."""
+        for shard in self.shards():
+            if not self.has(shard):
+                yield shard
+            elif "completions" in shard.datasets:
+                self._remember(shard)
+
+    def _remember(self, shard: Shard) -> None:
+        dropped = from_table(Dropped, self.run.read_part("dropped", Dropped, shard.index))
+        lost = [row.id for row in dropped if row.reason == sources.ENGINE_DIED]
+        for dataset in _KEYED.keys() & {*shard.datasets}:
+            column = sources.key_column(_KEYED[dataset])
+            part = self.run.read_part(dataset, _KEYED[dataset], shard.index, [column])
+            for key in (*part[column].to_pylist(), *lost):
+                self.known[dataset].add(key)
+
+    def fill(self, shards: Iterable[Shard], inflight: Inflight) -> int:
         """Score, rate and commit shards; returns the number of rows scored."""
         if self.config.reference == "none":
             for shard in shards:
                 self.commit(shard, shard.read(), {})
             return 0
-        with sampling.start_engine(self.config.engine, self.settings) as engine:
-            return sum(self._score(shards, engine))
+        with sampling.start_engine(self.config.engine, self.settings) as engine, inflight.recording():
+            return sum(self._score(shards, engine, inflight))
 
-    def _score(self, shards: Iterable[Shard], engine: Engine) -> Iterator[int]:
-        """Rows scored, shard by shard: sequences flow into the engine without a pause between shards."""
-        waiting: dict[int, tuple[Shard, Batch, dict[str, RefLogps]]] = {}
-        given: dict[str, base.Sequence] = {}
+    def _score(self, shards: Iterable[Shard], engine: Engine, inflight: Inflight) -> Iterator[int]:
+        """Rows scored, shard by shard, as shards are whole."""
+        killers = scoring.killers(inflight)
+        reading: dict[int, tuple[Shard, Batch]] = {}
 
-        def sequences() -> Iterator[base.Sequence]:
+        def sequences() -> Iterator[scoring.Shard]:
             for shard in shards:
-                batch = shard.read()
-                if not batch.sequences:
-                    self.commit(shard, batch, {})
-                    continue
-                waiting[shard.index] = (shard, batch, {})
-                for sequence in batch.sequences:
-                    key = f"{shard.index}/{sequence.completion_id}"
-                    given[key] = sequence
-                    yield replace(sequence, completion_id=key)
+                batch = sources.without(shard.read(), killers)
+                reading[shard.index] = shard, batch
+                yield shard.index, batch.sequences
 
-        with log.progress("scoring", self._expected(), "rows") as advance:
-            for key, values in engine.score(sequences(), adapter=True):
-                index, _, name = key.partition("/")
-                _, batch, scored = waiting[int(index)]
-                s = given.pop(key)
-                digest = ids_digest(s.prompt_token_ids, s.token_ids)
-                scored[name] = RefLogps(name, self.policy.id, engine.scorer, digest, values, sum(values), len(values))
-                advance(1)
-                if len(scored) == len(batch.sequences):
-                    self.commit(*waiting.pop(int(index)))
-                    yield len(scored)
+        for index, values in scoring.score_shards(sequences(), engine, inflight, self._expected()):
+            shard, batch = reading.pop(index)
+            self.commit(shard, batch, self._references(batch, values, engine.scorer))
+            yield len(values)
+
+    def _references(self, batch: Batch, values: Mapping[str, list[float]], scorer: str) -> Logps:
+        return {
+            s.completion_id: RefLogps(s.completion_id, self.policy.id, scorer, digest, own, sum(own), len(own))
+            for s in batch.sequences
+            for own, digest in [(values[s.completion_id], ids_digest(s.prompt_token_ids, s.token_ids))]
+        }
 
     def _expected(self) -> float | None:
         """Rows to score, for the progress bar, where all inputs say it: runs of completions do."""
@@ -167,8 +185,8 @@ class _Stage:
         written: dict[str, tuple[type, list[Any]]] = {
             name: (ROW_TYPES[name], [sources.filled(row, logps) for row in rows]) for name, rows in batch.rows.items()
         }
-        written["ref_logps"] = (RefLogps, [logps[s.completion_id] for s in batch.sequences if s.completion_id in logps])
-        written[sampling.reward_folder(IMPORTED_REWARD)] = (Reward, batch.ratings)
+        written["ref_logps"] = (RefLogps, [row for name, row in logps.items() if name not in batch.elsewhere])
+        written[RATING_FOLDER] = (Reward, batch.ratings)
         for name, function in self.rewards.items():
             scores = sampling.rate([answer for _, answer in batch.answers], function, name)
             ids = [completion_id for completion_id, _ in batch.answers]
@@ -209,7 +227,7 @@ class _Stage:
         return count, total
 
     def _column(self, dataset: str, row_type: type, column: str | None) -> Iterator[list[Any]]:
-        name = column or next(iter(row_type.__dataclass_fields__))
+        name = column or sources.key_column(row_type)
         for index in self.run.parts(dataset):
             yield self.run.read_part(dataset, row_type, index, [name])[name].to_pylist()
 

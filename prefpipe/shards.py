@@ -10,7 +10,6 @@ from typing import Protocol
 
 from prefpipe.chat import Chat, RowFault
 from prefpipe.engines.base import Draw, Engine, Request, Sample
-from prefpipe.errors import PrefpipeError
 from prefpipe.inflight import Inflight
 from prefpipe.log import Advance
 from prefpipe.schemas import Dropped, Prompt
@@ -156,24 +155,6 @@ def _answers(
             inflight.take(request.prompt_id, alone=alone)
             yield request
 
-    results = engine.generate(recorded())
-    while True:
-        try:
-            request, samples = next(results)
-        except StopIteration:
-            return
-        except PrefpipeError:
-            raise
-        except Exception as error:
-            inflight.died()
-            raise _died(error, inflight) from error
+    for request, samples in inflight.watch(engine.generate(recorded()), "prompts"):
         inflight.done(request.prompt_id)
         yield request.prompt_id, samples
-
-
-def _died(error: Exception, inflight: Inflight) -> PrefpipeError:
-    return PrefpipeError(
-        f"the engine died while it worked on {len(inflight.open)} prompts: {type(error).__name__}: {error}",
-        "run the same command again: these prompts run first, one at a time, and one that kills the engine again goes "
-        "to dropped.parquet",
-    )

@@ -1,53 +1,98 @@
 """What `prefpipe score` reads: shards of our runs and of foreign files, each as rows, token ids and answers to rate."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from prefpipe import formats, ingest, log, store
+from prefpipe import formats, imports, log, store
 from prefpipe.chat import Chat
-from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.engines import base
 from prefpipe.errors import DataError, IdentityError, MissingInputError
 from prefpipe.ids import ids_digest
-from prefpipe.ingest import Limits
+from prefpipe.imports import RATING_FOLDER, Known
+from prefpipe.ingest import Limits, Placed
 from prefpipe.rewards.base import Answer
 from prefpipe.schemas import Completion, Dropped, KlBank, Label, Pair, Prompt, RankedGroup, RefLogps, Reward, from_table
 from prefpipe.store import Manifest
 
 Logps = Mapping[str, RefLogps]
-RATING_FOLDER = f"rewards/{IMPORTED_REWARD}"
 PREFERENCES: dict[str, type] = {"pairs": Pair, "labels": Label, "kl_bank": KlBank, "groups": RankedGroup}
+ENGINE_DIED = "engine_died"
 ROW_TYPES: dict[str, type] = {"prompts": Prompt, "completions": Completion, **PREFERENCES}
 _ADDED = {"preference": ("pairs",), "label": ("labels",)}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one shard: datasets to write beside the scores, what to score, what to rate, what was left out."""
+    """Rows of one shard: datasets to write beside the scores, what to score, what to rate, what was left out.
+
+    `elsewhere` are the ids of sequences that an earlier shard holds: scored for this one's rows, not written again.
+    """
 
     rows: dict[str, list[Any]]
     sequences: list[base.Sequence]
     answers: list[tuple[str, Answer]]
     ratings: list[Reward]
     dropped: list[Dropped]
+    elsewhere: frozenset[str] = frozenset()
 
 
+_Prompts = Callable[[str, set[str]], dict[str, Prompt]]
 Read = tuple[tuple[str, ...], Callable[[], Batch]]  # the datasets of a shard beside its scores, and how to read it
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How inputs are read: with which tokenizer, up to which length, how many rows at a time, with answers to rate."""
+    """How inputs are read: with which tokenizer, up to which length, how many rows at a time, with answers to rate, and
+    beside which rows of foreign files that the run has so far."""
 
     chat: Chat
     limits: Limits
     rows: int
     rated: bool
+    known: Known
+
+
+def without(batch: Batch, killers: Collection[str]) -> Batch:
+    """A batch without the completions that kill the engine, and without every row that is about one of them: each has
+    its line in the ledger, and what only they need is not scored. Prompts stay: they may have other completions."""
+    if not killers:
+        return batch
+    fatal: dict[str, str] = {}  # the key of a row, and the completion of it that kills
+    rows: dict[str, list[Any]] = {}
+    for dataset, given in batch.rows.items():
+        fatal |= {key_of(row): name for row in given for name, *_ in _SEQUENCES[dataset](row) if name in killers}
+        rows[dataset] = [row for row in given if key_of(row) not in fatal]
+    if batch.rows:
+        needed = {name for dataset, kept in rows.items() for row in kept for name, *_ in _SEQUENCES[dataset](row)}
+    else:  # completions of a run, which are not written again
+        names = [s.completion_id for s in batch.sequences]
+        needed = {name for name in names if name not in killers}
+        fatal = {name: name for name in names if name in killers}
+    fatal |= {r.completion_id: r.completion_id for r in batch.ratings if r.completion_id in killers}
+    return replace(
+        batch, rows=rows, sequences=[s for s in batch.sequences if s.completion_id in needed],
+        answers=[(name, answer) for name, answer in batch.answers if name not in killers],
+        ratings=[r for r in batch.ratings if r.completion_id not in killers],
+        dropped=[
+            *batch.dropped,
+            *(Dropped(key, ENGINE_DIED, f"the engine died twice on completion {name}") for key, name in fatal.items()),
+        ],
+    )  # fmt: skip
+
+
+def key_column(row_type: type) -> str:
+    """The column that identifies a row of a dataset: the first one."""
+    return fields(row_type)[0].name
+
+
+def key_of(row: Any) -> str:
+    """What identifies a row in its dataset."""
+    return getattr(row, key_column(type(row)))
 
 
 def digest(source: str) -> str:
@@ -60,7 +105,10 @@ def digest(source: str) -> str:
 
 
 def shards(source: str, reader: Reader) -> Iterator[Read]:
-    """The shards of one input, in order; a shard is read only when its function is called."""
+    """The shards of one input, in order; a shard is read only when its function is called.
+
+    Those of files must be read in their order, once: a row that repeats one of an earlier shard is left out.
+    """
     if Path(source).is_dir():
         return _of_run(Path(source), reader)
     return _of_file(source, reader)
@@ -68,7 +116,7 @@ def shards(source: str, reader: Reader) -> Iterator[Read]:
 
 def _of_file(source: str, reader: Reader) -> Iterator[Read]:
     kind, datasets = "", ("prompts", "completions")
-    for chunk in ingest.chunks(source, reader.rows):
+    for chunk in imports.chunks(source, reader.rows):
         if not kind:
             where, row = chunk[0]
             kind = formats.recognise(row, where)
@@ -83,8 +131,9 @@ def _of_run(source: Path, reader: Reader) -> Iterator[Read]:
     manifest = store.read_manifest(source)
     present = store.datasets(manifest)
     if "completions" in present:
+        prompts = partial(_prompts, source, manifest, {})
         for name in store.part_names(source, manifest, "completions"):
-            yield (), partial(_completions, source, manifest, name, reader)
+            yield (), partial(_completions, source, manifest, name, reader, prompts)
         return
     known = [name for name in PREFERENCES if name in present]
     if not known:
@@ -108,8 +157,8 @@ def notice_other_chat(source: Path, chat: Chat) -> None:
             log.warn(f"{source} was made with another {name.replace('_', ' ')}: its token ids are scored as they are")
 
 
-def _import(chunk: list[ingest.Placed], kind: str, reader: Reader, *, with_ratings: bool) -> Batch:
-    made = ingest.import_rows(chunk, kind, reader.chat, reader.limits)
+def _import(chunk: list[Placed], kind: str, reader: Reader, *, with_ratings: bool) -> Batch:
+    made = imports.import_rows(chunk, kind, reader.chat, reader.limits, reader.known, rated=with_ratings)
     if not with_ratings and any(r.reward is not None for r in made.ratings):
         raise DataError(
             f"{chunk[0][0]}: here or below an answer has a rating, but the first row of the file has no such field",
@@ -117,20 +166,36 @@ def _import(chunk: list[ingest.Placed], kind: str, reader: Reader, *, with_ratin
         )
     rows: dict[str, list[Any]] = {"prompts": made.prompts, "completions": made.completions}
     rows |= {"pairs": made.pairs, "labels": made.labels}
-    sequences = [base.Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in made.completions]
-    return Batch(rows, sequences, _answers(made.completions, made.prompts), made.ratings, made.dropped)
+    sequences = [base.Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in made.used.values()]
+    elsewhere = frozenset(made.used).difference(c.completion_id for c in made.completions)
+    answers = [_answer(c, made.asked[c.completion_id]) for c in made.completions]
+    return Batch(rows, sequences, answers, made.ratings, made.dropped, elsewhere)
 
 
-def _completions(source: Path, manifest: Manifest, name: str, reader: Reader) -> Batch:
+def _completions(source: Path, manifest: Manifest, name: str, reader: Reader, prompts: _Prompts) -> Batch:
     """A part of the completions of one of our runs."""
     found = from_table(Completion, store.read_file(source, manifest, name, Completion))
     sequences = [_verified(source, c.completion_id, c.prompt_token_ids, c.token_ids, c.ids_digest) for c in found]
     kept, dropped = _fitting(sequences, reader.limits.max_length)
-    prompts: list[Prompt] = []
-    if reader.rated:
-        part = name.replace("completions/", "prompts/")
-        prompts = from_table(Prompt, store.read_file(source, manifest, part, Prompt))
-    return Batch({}, kept, _answers(found, prompts) if reader.rated else [], [], dropped)
+    asked = prompts(name.replace("completions/", "prompts/"), {c.prompt_id for c in found}) if reader.rated else {}
+    return Batch({}, kept, [_answer(c, asked[c.prompt_id]) for c in found if reader.rated], [], dropped)
+
+
+def _prompts(
+    source: Path, manifest: Manifest, places: dict[str, str], beside: str, wanted: set[str]
+) -> dict[str, Prompt]:
+    """Prompts of a run by id. `beside` is the part that belongs to the completions which answer them; a prompt that
+    comes up again stands in an earlier part only: `places`, the part of every prompt, is filled when that is needed."""
+    found = {p.prompt_id: p for p in from_table(Prompt, store.read_file(source, manifest, beside, Prompt))}
+    lacking = wanted - found.keys()
+    if lacking and not places:
+        for name in store.part_names(source, manifest, "prompts"):
+            ids = store.read_file(source, manifest, name, Prompt, ["prompt_id"])["prompt_id"].to_pylist()
+            places.update(dict.fromkeys(ids, name))
+    for name in sorted({places[prompt_id] for prompt_id in lacking}):
+        part = from_table(Prompt, store.read_file(source, manifest, name, Prompt))
+        found |= {p.prompt_id: p for p in part if p.prompt_id in lacking}
+    return found
 
 
 def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -> Batch:
@@ -160,6 +225,10 @@ def _of_pair(row: Pair) -> list[_Parts]:
     ]
 
 
+def _of_one(row: Completion | Label | KlBank) -> list[_Parts]:
+    return [(key_of(row), row.prompt_token_ids, row.token_ids, row.ids_digest)]
+
+
 def _of_group(row: RankedGroup) -> list[_Parts]:
     columns = zip(row.completion_ids, row.token_ids, row.ids_digests, strict=True)
     return [(name, row.prompt_token_ids, ids, digest) for name, ids, digest in columns]
@@ -168,8 +237,8 @@ def _of_group(row: RankedGroup) -> list[_Parts]:
 _SEQUENCES: dict[str, Callable[[Any], list[_Parts]]] = {
     "pairs": _of_pair,
     "groups": _of_group,
-    "labels": lambda row: [(row.completion_id, row.prompt_token_ids, row.token_ids, row.ids_digest)],
-    "kl_bank": lambda row: [(row.bank_id, row.prompt_token_ids, row.token_ids, row.ids_digest)],
+    **dict.fromkeys(("completions", "labels", "kl_bank"), _of_one),
+    "prompts": lambda _row: [],
 }
 
 
@@ -195,13 +264,8 @@ def _fitting(sequences: Sequence[base.Sequence], max_length: int) -> tuple[list[
     return kept, dropped
 
 
-def _answers(completions: Sequence[Completion], prompts: Sequence[Prompt]) -> list[tuple[str, Answer]]:
-    by_id = {p.prompt_id: p for p in prompts}
-    return [
-        (c.completion_id, Answer(p.messages, c.text, p.answer, p.meta, len(c.token_ids)))
-        for c in completions
-        for p in [by_id[c.prompt_id]]
-    ]
+def _answer(c: Completion, p: Prompt) -> tuple[str, Answer]:
+    return c.completion_id, Answer(p.messages, c.text, p.answer, p.meta, len(c.token_ids))
 
 
 def filled(row: Any, logps: Logps) -> Any:

@@ -6,11 +6,12 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prefpipe.ids import canonical_json, content_id, ids_digest, ids_digests, numbered_id, sample_seed
+from prefpipe.ids import IdSet, canonical_json, content_id, ids_digest, ids_digests, numbered_id, sample_seed
 from tests.conftest import ROOT
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -109,3 +110,23 @@ def test_numbered_ids_differ_by_key_and_number() -> None:
 @given(prompt=TOKENS, completions=st.lists(TOKENS, max_size=4))
 def test_digests_of_one_prompt_are_those_of_each(prompt: list[int], completions: list[list[int]]) -> None:
     assert list(ids_digests(prompt, completions)) == [ids_digest(prompt, ids) for ids in completions]
+
+
+@given(keys=st.lists(st.integers(1, 40).map(lambda n: f"{n % 3:016x}{n * 256 + n % 2:016x}"), max_size=60))
+def test_a_set_of_ids_is_a_set(keys: list[str]) -> None:
+    """Ids that want the same slot, or share a half, as digests hardly ever do."""
+    found, expected = IdSet(), set[str]()
+    for key in keys:
+        assert found.add(key) == (key not in expected)
+        expected.add(key)
+
+
+def test_a_set_of_ids_grows_and_stays_small() -> None:
+    keys = [content_id(i) for i in range(9000)]
+    tracemalloc.start()
+    found = IdSet()
+    assert all(found.add(key) for key in keys)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert not any(found.add(key) for key in keys)
+    assert size < 50 * len(keys)

@@ -1,11 +1,13 @@
 """The record of what the engine was working on: who is suspected, who is convicted, and who never is."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefpipe.errors import DataError, PrefpipeError
 from prefpipe.inflight import Inflight
 
 
@@ -58,6 +60,36 @@ def test_what_is_recorded_is_read_back(tmp_path: Path) -> None:
     assert third.killers == ["b"]
     third.close()
     assert Inflight.load(tmp_path).killers == ["b"]
+
+
+def failing(error: Exception) -> Iterator[int]:
+    yield 1
+    raise error
+
+
+def test_an_engine_that_fails_is_recorded_an_error_of_ours_is_not(tmp_path: Path) -> None:
+    """With "a" inside: suspected when the engine fails, cleared when an error of the run's own goes through it."""
+    for error, expected, suspects in (
+        (RuntimeError("CUDA error"), "the engine died while it worked on 1 rows: RuntimeError: CUDA error", ["a"]),
+        (DataError("bad row", "fix it"), "bad row", []),
+    ):
+        (tmp_path / "inflight.log").unlink(missing_ok=True)
+        run, seen = Inflight.load(tmp_path), list[int]()
+        with pytest.raises(PrefpipeError, match=expected), run.recording():  # noqa: PT012  (what comes before counts)
+            run.take("a", alone=False)
+            for result in run.watch(failing(error), "rows"):
+                seen.append(result)
+        assert seen == [1]
+        assert Inflight.load(tmp_path).suspects == suspects
+
+
+def test_what_goes_wrong_with_a_result_is_no_death_of_the_engine(tmp_path: Path) -> None:
+    run = Inflight.load(tmp_path)
+    with pytest.raises(ZeroDivisionError), run.recording():  # noqa: PT012
+        run.take("a", alone=False)
+        for _ in run.watch(iter([1, 2]), "rows"):
+            raise ZeroDivisionError
+    assert Inflight.load(tmp_path).suspects == []
 
 
 def test_a_whole_run_leaves_no_record(tmp_path: Path) -> None:

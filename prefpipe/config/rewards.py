@@ -194,9 +194,21 @@ class RewardModel(BaseModel):
     gpu_memory_utilization: GpuShare = 0.85
 
 
+class Function(BaseModel):
+    """What a function of your own gives to each completion, within a time limit."""
+
+    model_config = STRICT
+
+    kind: Literal["function"] = "function"
+    function: str = ""
+    """`module:function` with the signature of TRL's reward functions; it is called with one completion at a time."""
+    timeout_seconds: TimeoutSeconds = 10.0
+    num_workers: NumWorkers = 0
+
+
 Settings = (
     ShortSentence | Length | Regex | JsonSchema | Keyword | Language | Repetition | Refusal | ExactMatch | Math
-    | ReasoningGym | Code | RewardModel | Judge
+    | ReasoningGym | Code | RewardModel | Judge | Function
 )  # fmt: skip
 KINDS: dict[str, type[BaseModel]] = {cls.model_fields["kind"].default: cls for cls in get_args(Settings)}
 

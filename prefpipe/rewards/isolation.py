@@ -33,20 +33,22 @@ def num_cores(num_workers: int) -> int:
 
 
 def isolated(
-    function: str, *, timeout_seconds: float, num_workers: int
+    function: str, *, timeout_seconds: float, num_workers: int, imports: Sequence[str] = ()
 ) -> Callable[[Sequence[Sequence[Any]]], list[Outcome]]:
-    """Calls of `module:function`, several at once, each in a fork of a process that has imported the module.
+    """Calls of `module:function`, several at once, each in a fork of a process that has imported the module and the
+    further `imports`, which so take no call's time.
 
     The result takes a list of argument lists (JSON values) and gives their outcomes in the same order. It may be called
     from any thread, but by one at a time. The processes start at its first call and end with it, or with this process
     however that ends.
     """
     processes: list[Process] = []
+    start = functools.partial(_start, function, timeout_seconds, imports)
 
     def call_all(arguments: Sequence[Sequence[Any]]) -> list[Outcome]:
         while len(processes) < min(num_cores(num_workers), len(arguments)):
-            processes.append(_start(function, timeout_seconds))
-        return _Calls(function, timeout_seconds, processes, arguments).run()
+            processes.append(start())
+        return _Calls(start, processes, arguments).run()
 
     weakref.finalize(call_all, _close, processes)
     return call_all
@@ -56,9 +58,9 @@ class _Calls:
     """One list of calls under way: a thread for every process hands it one call after the other."""
 
     def __init__(
-        self, function: str, timeout_seconds: float, processes: list[Process], arguments: Sequence[Sequence[Any]]
+        self, start: Callable[[], Process], processes: list[Process], arguments: Sequence[Sequence[Any]]
     ) -> None:
-        self._start = functools.partial(_start, function, timeout_seconds)
+        self._start = start
         self._processes = processes
         self._arguments = arguments
         self._outcomes: dict[int, Outcome] = {}
@@ -94,10 +96,10 @@ class _Calls:
             self._outcomes[index] = outcome
 
 
-def _start(function: str, timeout_seconds: float) -> Process:
+def _start(function: str, timeout_seconds: float, imports: Sequence[str]) -> Process:
     """In a session of its own: Ctrl-C is for us, and we end it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "prefpipe.rewards.worker", function, str(timeout_seconds)],
+        [sys.executable, "-m", "prefpipe.rewards.worker", function, str(timeout_seconds), *imports],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         start_new_session=True,

@@ -1,8 +1,9 @@
-"""`python -m prefpipe.rewards.worker MODULE:FUNCTION SECONDS`: call a function for every line of standard input.
+"""`python -m prefpipe.rewards.worker MODULE:FUNCTION SECONDS [MODULE...]`: call a function for each line of its input.
 
-Imports once, warms up, then lets a fork do the calls: one that hangs is killed, one that dies takes nothing along, and
-the next fork costs no import. Ends when its input ends, so that it never outlives who started it. `isolation.py` is the
-other side. Lines are JSON: a list of arguments in; value, status (ok, timeout, crash) and detail out.
+Imports once (the further modules too), warms up, then lets a fork do the calls: one that hangs is killed, one that dies
+takes nothing along, and the next fork costs no import. Ends when its input ends, so that it never outlives who started
+it. `isolation.py` is the other side. Lines are JSON: a list of arguments in; value, status (ok, timeout, crash) and
+detail out.
 """
 
 import contextlib
@@ -33,11 +34,13 @@ class Child:
 
 def main() -> None:
     """Serve until standard input ends. What the function prints goes nowhere."""
-    name, seconds = sys.argv[1:]
+    name, seconds, *further = sys.argv[1:]
     module, _, function_name = name.partition(":")
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     loaded = importlib.import_module(module)
+    for other in further:
+        importlib.import_module(other)
     if hasattr(loaded, "warm_up"):
         loaded.warm_up()
     function = getattr(loaded, function_name)

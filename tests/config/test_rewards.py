@@ -75,8 +75,8 @@ def test_the_name_of_imported_ratings_is_taken() -> None:
     [
         (GenerateConfig, {"rewards": ("j",)}, "1.7 of"),
         (GenerateConfig, {"rewards": ("j", "rm"), "engine": "fake"}, "1.7 of"),
-        (GenerateConfig, {"rewards": ("j",), "engine": "transformers"}, ""),
-        (GenerateConfig, {"rewards": ("j",), "engine": "transformers", "check": 1}, "1.7 of"),
+        (GenerateConfig, {"rewards": ("j",), "engine": "transformers", "check": 0}, ""),
+        (GenerateConfig, {"rewards": ("j",), "engine": "transformers"}, "1.7 of"),
         (GenerateConfig, {"rewards": ("j",), "gpu_memory_utilization": 0.15}, ""),
         (GenerateConfig, {"rewards": ("length", "m:f")}, ""),
         (EvaluateConfig, {"reward": "rm"}, "0.85 for reward rm"),

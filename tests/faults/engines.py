@@ -1,16 +1,16 @@
-"""Engines that go wrong, for the fault tests: the fake engine until it meets a prompt about poison."""
+"""Engines that go wrong, for the fault tests: the fake engine until it meets a prompt or an answer about poison."""
 
 import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
 
-from prefpipe.engines.base import EngineSettings, Request, Sample
+from prefpipe.engines.base import EngineSettings, Request, Sample, Sequence
 from prefpipe.engines.fake import FakeEngine
 
 
 class Raises(FakeEngine):
-    """Takes four prompts at a time, and fails on the poisoned one as vLLM does when a CUDA kernel asserts."""
+    """Takes four prompts or answers at a time, fails on the poisoned one as vLLM does when a CUDA kernel asserts."""
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
@@ -26,6 +26,17 @@ class Raises(FakeEngine):
                 yield from super().generate(waiting)
                 waiting = []
         yield from super().generate(waiting)
+
+    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+        waiting: list[Sequence] = []
+        for sequence in sequences:
+            waiting.append(sequence)
+            if "poison" in self._chat.decode(sequence.prompt_token_ids + sequence.token_ids):
+                self.die()
+            if len(waiting) == 4:
+                yield from super().score(waiting, adapter=adapter)
+                waiting = []
+        yield from super().score(waiting, adapter=adapter)
 
     def die(self) -> None:
         raise RuntimeError("EngineDeadError: CUDA error: device-side assert triggered")

@@ -39,10 +39,11 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
-    """Arguments of both commands: four shards each, all kinds of datasets, with faulty rows."""
+    """Arguments of both commands: four shards each, all kinds of datasets, with faulty and repeated rows."""
     folder = tmp_path_factory.mktemp("inputs")
     prompts = [{"prompt": f"Tell me about bird {i}."} for i in range(7)] + [{"prompt": "say <|im_end|>"}]
-    pairs = [{"prompt": f"Bird {i}?", "chosen": f"Owl {i}.", "rejected": f"No {i}."} for i in range(7)]
+    pairs = [{"prompt": f"Bird {i}?", "chosen": f"Owl {i}.", "rejected": f"No {i}."} for i in range(5)]
+    pairs += [{**pairs[0], "chosen": "An owl."}, pairs[1]]  # an answer of the first shard again, a pair of it again
     for name, rows in (("prompts", prompts), ("pairs", [*pairs, {"prompt": " ", "chosen": "a", "rejected": "b"}])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--model", tiny_model, "--engine", "fake", "--shard-rows", 2, "--rewards", "short_sentence", "--check", 3]
@@ -141,6 +142,96 @@ def test_a_prompt_that_kills_the_engine_ends_in_the_ledger(
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     again = forged.run(*arguments, engine=f"tests.faults.engines:{engine}")
     assert again.code == 0, again.stderr  # the shard is made again without the prompt that would kill
+
+
+@pytest.fixture(scope="module")
+def poisoned(forged: Forge, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What score reads, with poison in it: a file of pairs whose poisoned answer stands in two shards, a run with two
+    completions of a poisoned prompt, and the pair that was built from them."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    pairs = [{"prompt": f"Bird {i}?", "chosen": f"Owl {i}.", "rejected": "No."} for i in range(5)]
+    pairs[2] |= {"chosen": "A poison."}
+    pairs += [{**pairs[2], "rejected": "Never."}, {**pairs[0], "rejected": "Never."}]
+    prompts = [{"prompt": f"Tell me about {topic}."} for topic in ("owls", "moss", "poison", "clay")]
+    for name, rows in (("pairs.jsonl", pairs), ("prompts.jsonl", prompts)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", tiny_model, "--engine", "fake", "--num-samples", 2, "--rewards", "length", "--shard-rows", 1]
+    for command in (
+        ["generate", "--prompts", folder / "prompts.jsonl", *common, "--reward-settings",
+         '{"length": {"kind": "length", "min": 50}}', "--out", folder / "g"],
+        ["build-pairs", "--completions", folder / "g", "--reward", "length", "--out", folder / "p"],
+    ):  # fmt: skip
+        done = forged.run(*command)
+        assert done.code == 0, done.stderr
+    return {"file": folder / "pairs.jsonl", "completions": folder / "g", "pairs": folder / "p"}
+
+
+def scoring(model: Path, source: Path, out: Path) -> list[object]:
+    rated = [] if source.name == "p" else ["--rewards", "short_sentence"]
+    return ["score", "--model", model, "--inputs", source, "--engine", "fake", "--shard-rows", 2, "--check", 3, *rated,
+            "--out", out]  # fmt: skip
+
+
+def test_an_engine_that_fails_once_while_it_scores_costs_nothing_but_a_rerun(
+    forged: Forge, tiny_model: Path, poisoned: dict[str, Path], place: Path
+) -> None:
+    """The same bytes as those of a run that nothing disturbed."""
+    for out, codes in (("undisturbed", [0]), ("disturbed", [1, 0])):
+        for code in codes:
+            engine = "tests.faults.engines:Raises" if code else "prefpipe.engines.fake:FakeEngine"
+            done = forged.run(*scoring(tiny_model, poisoned["file"], place / out), engine=engine)
+            assert done.code == code, done.stderr
+            assert ("run the same command again" in done.stderr) is bool(code)
+    assert contents(place / "disturbed") == contents(place / "undisturbed")
+
+
+@pytest.mark.parametrize(("engine", "deaths"), [("Raises", [1, 1]), ("Vanishes", [-9, -9, -9])])
+@pytest.mark.parametrize("kind", ["file", "completions", "pairs"])
+def test_a_completion_that_kills_the_engine_ends_in_the_ledger(
+    forged: Forge, tiny_model: Path, poisoned: dict[str, Path], place: Path, kind: str, engine: str, deaths: list[int]
+) -> None:
+    """Nothing of it is in any dataset, every row about it is in the ledger, and all others are as without it."""
+    plain = forged.run(*scoring(tiny_model, poisoned[kind], place / "plain"))
+    assert plain.code == 0, plain.stderr
+    arguments = scoring(tiny_model, poisoned[kind], place / "out")
+    for code in deaths * (2 if kind == "completions" else 1):  # one row after the other is found
+        done = forged.run(*arguments, engine=f"tests.faults.engines:{engine}")
+        assert done.code == code, done.stderr
+    done = forged.run(*arguments, engine=f"tests.faults.engines:{engine}")
+    assert done.code == 0, done.stderr
+    ledger = pq.read_table(place / "out" / "dropped.parquet").to_pylist()
+    assert {row["reason"] for row in ledger} == {"engine_died"}
+    assert len({row["id"] for row in ledger}) == len(ledger) == {"file": 3, "completions": 2, "pairs": 1}[kind]
+    missing = rows_of(place / "plain") - rows_of(place / "out")
+    assert rows_of(place / "out") <= rows_of(place / "plain")
+    assert (
+        sorted(dataset for dataset, _ in missing)
+        == {
+            "file": ["completions", "pairs", "pairs", "ref_logps", "rewards/short_sentence"],
+            "completions": ["ref_logps"] * 2 + ["rewards/short_sentence"] * 2,
+            "pairs": ["pairs", "ref_logps", "ref_logps"],
+        }[kind]
+    )
+    assert {row["id"] for row in ledger} == {key for dataset, key in missing if kind != "pairs" or dataset == "pairs"}
+    assert {row["detail"].split()[-1] for row in ledger} <= {key for dataset, key in missing if dataset == "ref_logps"}
+    whole = contents(place / "out")
+    damaged = sorted((place / "out" / "ref_logps").glob("part-*.parquet"))[-2:][0]  # of the file: where it is again
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    again = forged.run(*arguments, engine=f"tests.faults.engines:{engine}")
+    assert again.code == 0, again.stderr  # made again without what would kill it
+    assert {n: b for n, b in contents(place / "out").items() if "quarantine" not in n} == whole
+
+
+def rows_of(out: Path) -> set[tuple[str, str]]:
+    """(dataset, key) of every row; each stands there once."""
+    found = [
+        (str(path.parent.relative_to(out)), key)
+        for path in out.rglob("part-*.parquet")
+        if path.parent.name not in ("dropped", "prompts")
+        for key in pq.read_table(path).column(0).to_pylist()
+    ]
+    assert len(found) == len(set(found))
+    return set(found)
 
 
 def test_of_many_writers_one_works_and_the_others_are_told_who(

@@ -204,7 +204,7 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.Mo
     assert "prefpipe[rewards]" in caught.value.hint
 
 
-@pytest.mark.parametrize("kind", sorted(set(rewards.REWARDS) - {"reward_model"}))
+@pytest.mark.parametrize("kind", sorted(set(rewards.REWARDS) - {"reward_model", "function"}))
 def test_every_kind_is_a_reward_with_its_defaults_and_has_an_identity(kind: str) -> None:
     assert callable(rewards.load(kind))
     assert rewards.identity(kind).startswith(f"{kind}-")

@@ -1,0 +1,116 @@
+"""Functions of the user's, `module:function` with the signature of TRL's reward functions; with a time limit as a kind.
+
+Named alone, a function is called here with all answers of a shard. As `kind = "function"` it is called with one answer
+at a time in a process that can be killed.
+"""
+
+import importlib
+import json
+import math
+import numbers
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefpipe import fsio
+from prefpipe.config.rewards import Function
+from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.rewards.base import Answer, RewardFunction, Scored
+from prefpipe.rewards.isolation import isolated
+
+VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+_GIVEN = {"prompts", "completions", "answer"}
+
+
+def inputs(settings: Function) -> dict[str, str]:
+    """The bytes of the user's module."""
+    return {"module": digest(_named(settings))}
+
+
+def function(settings: Function) -> RewardFunction:
+    """What the user's function gives for each answer alone. One that takes longer than `timeout_seconds` has no reward
+    and status timeout; one that takes its process along is a crash. The others go on.
+
+    Raises UsageError or MissingInputError for a function that is not there.
+    """
+    name = _named(settings)
+    find(name)
+    rate_all = isolated(
+        f"{__name__}:rate", timeout_seconds=settings.timeout_seconds, num_workers=settings.num_workers,
+        imports=[name.partition(":")[0]],
+    )  # fmt: skip
+
+    def rate_answers(answers: Sequence[Answer]) -> list[Scored]:
+        outcomes = rate_all([[name, asdict(answer)] for answer in answers])
+        return [Scored(*o.value) if o.status == "ok" else Scored(None, o.status, o.detail) for o in outcomes]
+
+    return rate_answers
+
+
+def rate(name: str, answer: dict[str, Any]) -> list[Any]:
+    """(reward, status, detail) of one answer: what the processes do."""
+    (scored,) = call(find(name), [Answer(**answer)])
+    return [scored.reward, scored.status, scored.detail]
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function `module:function`. Raises MissingInputError or UsageError when it is not there."""
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # a module beside the recipe is what users mean
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise MissingInputError(
+            f"reward {name}: no module '{error.name}'", "run from the folder that holds it"
+        ) from error
+    except AttributeError as error:
+        raise UsageError(f"reward {name}: {module} has no '{attribute}'", "check the name of the function") from error
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(f"reward {name} cannot be imported: {error}", "write it as module:function") from error
+    finally:
+        sys.path.pop(0)
+
+
+def digest(name: str) -> str:
+    """The bytes of the module that holds `module:function`; its name, where it has no file."""
+    find(name)
+    source = sys.modules[name.partition(":")[0]].__file__
+    return fsio.file_digest(Path(source)) if source else name
+
+
+def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored]:
+    """`function(prompts, completions, answer, COLUMN...)` as in TRL: lists of messages in, numbers or None out.
+
+    The further columns of the prompts file come by name, None where a prompt lacks one.
+    """
+    metas = [json.loads(a.meta) for a in answers]
+    columns = {name: [m.get(name) for m in metas] for name in sorted({n for m in metas for n in m} - _GIVEN)}
+    try:
+        values = function(
+            prompts=[a.messages for a in answers],
+            completions=[[{"role": "assistant", "content": a.text}] for a in answers],
+            answer=[a.answer for a in answers],
+            **columns,
+        )
+        values = list(values)
+    except Exception as error:
+        return [Scored(None, "crash", f"{type(error).__name__}: {error}")] * len(answers)
+    if len(values) != len(answers):
+        return [Scored(None, "crash", f"{len(values)} rewards for {len(answers)} completions")] * len(answers)
+    return [_scored(value) for value in values]
+
+
+def _scored(value: object) -> Scored:
+    if value is None:
+        return Scored(None, "unparsable", "the function returned None")
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return Scored(None, "crash", f"the function returned {value!r}")
+    return Scored(float(value))
+
+
+def _named(settings: Function) -> str:
+    if not settings.function:
+        raise UsageError("a reward of kind 'function' names none", 'write function = "module:function" into its table')
+    return settings.function
