@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 
 from prefpipe.errors import DataError
-from prefpipe.train import loop, losses
-from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
+from prefpipe.train import loop
+from prefpipe.train.batches import scores_prompt
 from prefpipe.train.groups import micro_batches
 from prefpipe.train.loop import Trainer
 from prefpipe.train.rows import TrainLabel, TrainRow, has_references
@@ -51,13 +51,9 @@ def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLab
     z0 = loop.z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
     for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(config))):
-        layout = trainer.model.layout(micro.trees)
-        token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
-        batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
+        _, per_row, metrics = loop.row_losses(trainer, micro, z0)
         if counts:
-            per_row = weights * losses.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
-            found = losses.metrics(batch, config.beta, on_reference=trainer.on_reference)
-            tally.add_rows({"loss": (per_row, torch.ones_like(per_row)), **found})
+            tally.add_rows({"loss": (per_row, torch.ones_like(per_row)), **metrics})
     return {f"eval_{name}": value for name, value in summarise(tally, world).items()}
 
 
