@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from prefpipe import chat as chats
-from prefpipe import fsio, log, models, parity, sampling, sources, store
+from prefpipe import fsio, log, models, parity, sampling, sources, store, vocabulary
 from prefpipe.chat import Chat
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.shared import IMPORTED_REWARD
@@ -64,7 +64,8 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         if config.check and config.reference == "policy":
             totals["parity"] = stage.check()
             run_.write_report("parity.json", totals["parity"])
-        return run_.finish(totals, {"reference": policy.id if config.reference == "policy" else None})
+        tokens = vocabulary.record(vocabulary.of_sources(config.inputs, policy.directory))
+        return run_.finish(totals, {"reference": policy.id if config.reference == "policy" else None, **tokens})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import chat as chats
-from prefpipe import ingest, log, models, store
+from prefpipe import ingest, log, models, store, vocabulary
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, UsageError
 from prefpipe.ids import ids_digest
@@ -61,6 +61,7 @@ def prepare(config: TrainConfig) -> Job:
     inputs = {f"{kind}.{i}": store.input_digest(path) for i, path in enumerate(sources)}
     inputs |= {f"eval_pairs.{i}": store.input_digest(path) for i, path in enumerate(held_out)}
     policy = models.resolve(config.model, config.adapter)
+    vocabulary.check([s for s in (*sources, *held_out) if s.is_dir()], policy.directory)
     chat = (
         chats.load(policy.directory, config.chat_template) if any(s.is_file() for s in (*sources, *held_out)) else None
     )
