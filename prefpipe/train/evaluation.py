@@ -33,7 +33,7 @@ def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R]
         side = "to evaluate on" if count == 0 else "to train on"
         raise DataError(
             f"eval_split = {share} of {len(prompts)} prompts leaves no prompt {side}",
-            "change eval_split, or give the rows to evaluate on with --eval-pairs",
+            "change eval_split, or give the rows to evaluate on with --eval-pairs, --eval-labels or --eval-groups",
         )
     held_out = set(random.Random(f"eval/{seed}").sample(prompts, count))
     return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
@@ -54,7 +54,8 @@ def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLab
         _, per_row, metrics = loop.row_losses(trainer, micro, z0)
         if counts:
             tally.add_rows({"loss": (per_row, torch.ones_like(per_row)), **metrics})
-    return {f"eval_{name}": value for name, value in summarise(tally, world).items()}
+    values = summarise(tally, world) | ({"kto/z0": z0} if bank else {})
+    return {f"eval_{name}": value for name, value in values.items()}
 
 
 def records(history: Sequence[Mapping[str, float]], metric: str) -> list[int]:
