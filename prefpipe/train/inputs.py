@@ -24,6 +24,7 @@ _HOW = {
     "labels": "pass --labels DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, completion, label",
     "groups": "pass --groups DIR (a run of prefpipe build-pairs with ranked groups)",
 }
+_EVAL = {"pairs": "eval_pairs", "labels": "eval_labels", "groups": "eval_groups"}
 Stored = Pair | Label | RankedGroup | KlBank
 
 
@@ -71,7 +72,7 @@ class _Read:
 def prepare(config: TrainConfig) -> Job:
     """Read and check everything that training needs, without loading a model."""
     kind = kind_of(config)
-    given = {name: [Path(s) for s in getattr(config, name)] for name in (kind, f"eval_{kind}")}
+    given = {name: [Path(s) for s in getattr(config, name)] for name in (kind, _EVAL[kind])}
     sources, held_out = given.values()
     inputs = {f"{name}.{i}": store.input_digest(p) for name, paths in given.items() for i, p in enumerate(paths)}
     policy = models.resolve(config.model, config.adapter)
@@ -121,7 +122,7 @@ def kind_of(config: TrainConfig) -> Kind:
     if given != [kind]:
         others = ", ".join(f"--{name}" for name in given if name != kind)
         raise UsageError(f"loss {config.loss_type[0]} trains on {kind}, but {others} is given", _HOW[kind])
-    wrong = [f"--eval-{name}" for name in _HOW if name != kind and getattr(config, f"eval_{name}")]
+    wrong = [f"--eval-{name}" for name, field_ in _EVAL.items() if name != kind and getattr(config, field_)]
     if wrong:
         raise UsageError(
             f"loss {config.loss_type[0]} is evaluated on {kind}, but {', '.join(wrong)} is given",
