@@ -16,9 +16,6 @@ from typing import Any, Protocol
 from prefpipe.errors import MissingInputError
 
 _PROJECT = "prefpipe"
-# These replace the settings of a run that goes on by what they are started with. The others keep them, and MLflow
-# refuses to hear of them again.
-_TOLD_AT_START = ("wandb", "trackio")
 Track = Callable[[int, Mapping[str, float]], None]
 
 
@@ -64,16 +61,16 @@ def tracking(
     """
     with ExitStack() as stack:
         plain = _plain(settings)
-        trackers = [make(name, out, run_id, first, plain) for name in names]
-        for name, tracker in zip(names, trackers, strict=True):
+        made = [make(name, out, run_id, first, plain) for name in names]
+        for tracker, untold in made:
             with redirect_stdout(sys.stderr):  # some greet; stdout is for data
                 tracker.start()
             stack.callback(_finish, tracker)
-            if first == 0 and name not in _TOLD_AT_START:
+            if untold:
                 tracker.store_init_configuration(plain)
 
         def track(step: int, values: Mapping[str, float]) -> None:
-            for name, tracker in zip(names, trackers, strict=True):
+            for name, (tracker, _) in zip(names, made, strict=True):
                 tracker.log(_flat(values) if name == "mlflow" else dict(values), step=step)
 
         yield track
@@ -84,26 +81,30 @@ def _finish(tracker: Tracker) -> None:
         tracker.finish()
 
 
-def make(name: str, out: Path, run_id: str, first: int, settings: Mapping[str, Any]) -> Tracker:
-    """One of accelerate's trackers, set up to write locally and to go on with a run of this id; `settings` are those
-    that it records itself when it starts."""
+def make(name: str, out: Path, run_id: str, first: int, settings: Mapping[str, Any]) -> tuple[Tracker, bool]:
+    """One of accelerate's trackers, set up to write locally and to go on with a run of this id, and whether it is to be
+    told the settings once it has started.
+
+    W&B and Trackio forget the settings of a run that goes on, so they start with them. MLflow keeps them, and refuses
+    others, which a run may well go on with: a smaller token budget, for one.
+    """
     from accelerate import PartialState  # noqa: PLC0415  (only a run that tracks pays for it)
     from accelerate import tracking as accelerated  # noqa: PLC0415
 
     PartialState()  # its trackers log through it; it joins the process group that there is
     shown = f"{out.resolve().name}-{run_id[:8]}"
+    going_on: dict[str, Any] = {"name": shown, "resume": "allow", "config": dict(settings)}
     if name == "tensorboard":
-        return accelerated.TensorBoardTracker("tensorboard", logging_dir=out, purge_step=first or None)
+        return accelerated.TensorBoardTracker("tensorboard", logging_dir=out, purge_step=first or None), first == 0
     if name == "wandb":
         mode = os.environ.get("WANDB_MODE", "offline")
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
-        return accelerated.WandBTracker(
-            project, dir=str(out), id=run_id, name=shown, resume="allow", mode=mode, config=dict(settings)
-        )
+        return accelerated.WandBTracker(project, dir=str(out), id=run_id, mode=mode, **going_on), False
     if name == "trackio":
         project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
-        return accelerated.TrackioTracker(project, name=shown, resume="allow", embed=False, config=dict(settings))
-    return accelerated.MLflowTracker(_PROJECT, run_id=_mlflow_run(out, shown), run_name=shown)
+        return accelerated.TrackioTracker(project, embed=False, **going_on), False
+    known = _mlflow_run(out, shown)
+    return accelerated.MLflowTracker(_PROJECT, run_id=known, run_name=shown), known is None
 
 
 def _mlflow_run(out: Path, name: str) -> str | None:

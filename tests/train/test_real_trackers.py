@@ -56,6 +56,17 @@ def test_mlflow_keeps_one_run_with_its_settings(tmp_path: Path):
     assert sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")) == sorted(SENT)
 
 
+def test_mlflow_takes_a_run_that_begins_again_with_another_budget(tmp_path: Path):
+    """Killed before its first checkpoint: step 0 comes again. MLflow refuses other settings; the first ones stay."""
+    mlflow = pytest.importorskip("mlflow")
+    for tokens in (512, 256):
+        with tracking(["mlflow"], tmp_path, RUN_ID, {"max_tokens_per_micro_batch": tokens}, 0) as track:
+            track(0, {"train/loss": 0.0})
+    client = mlflow.MlflowClient((tmp_path / "mlflow").as_uri())
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.data.params == {"max_tokens_per_micro_batch": "512"}
+
+
 def test_trackio_keeps_one_run_with_its_settings(
     trackio_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

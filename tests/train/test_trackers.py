@@ -82,6 +82,14 @@ def test_settings_once_steps_in_order_and_the_end(fakes: list[Fake], tmp_path: P
     assert mlflow.calls == ["start", ("config", told), (0, {"train/loss": 0.5}), "finish"]
 
 
+def test_mlflow_is_not_told_settings_twice(fakes: list[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trackers, "_mlflow_run", lambda out, name: "known")
+    with tracking(["mlflow"], tmp_path, "f" * 32, {"beta": 0.1}, 0):
+        pass
+    assert fakes[0].calls == ["start", "finish"]
+    assert fakes[0].kwargs["run_id"] == "known"
+
+
 def test_no_metric_of_mlflow_is_the_folder_of_another(fakes: list[Fake], tmp_path: Path):
     """Its files: train/rewards/chosen cannot be a file and hold p05."""
     with tracking(["mlflow", "trackio"], tmp_path, "f" * 32, {}, 0) as track:
@@ -115,7 +123,7 @@ def test_wandb_is_offline_unless_its_own_setting_says_otherwise(
 def test_trackers_are_closed_after_an_error(fakes: list[Fake], tmp_path: Path):
     with pytest.raises(ZeroDivisionError), tracking(["wandb", "mlflow"], tmp_path, "f", {}, 3):
         raise ZeroDivisionError
-    assert [fake.calls for fake in fakes] == [["start", "finish"], ["start", "finish"]]
+    assert [fake.calls[-1] for fake in fakes] == ["finish", "finish"]
 
 
 @pytest.mark.parametrize(("name", "line"), [("wandb", "pip install wandb"), ("mlflow", "pip install mlflow-skinny")])
