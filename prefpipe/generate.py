@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prefpipe import log, parity, sampling, store
+from prefpipe import log, parity, sampling, store, vocabulary
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, Sequence
 from prefpipe.ids import ids_digests, numbered_id, sample_seed
@@ -34,7 +34,8 @@ def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
         if config.check and stage.reference:
             totals["parity"] = stage.check(num_shards)
             run_.write_report("parity.json", totals["parity"])
-        return run_.finish(totals, {"policy": task.policy.id, "reference": stage.reference})
+        tokens = vocabulary.record([vocabulary.name(vocabulary.read(task.policy.directory))])
+        return run_.finish(totals, {"policy": task.policy.id, "reference": stage.reference, **tokens})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

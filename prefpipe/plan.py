@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.forward import load
-from prefpipe.train import loop, stage
+from prefpipe.train import loop, memory, stage
 from prefpipe.train.batches import scores_prompt
 from prefpipe.train.groups import micro_batches, tree_of
 from prefpipe.train.inputs import prepare
-from prefpipe.train.memory import Footprint, budget, free_bytes, measure
+from prefpipe.train.memory import Fitting
 from prefpipe.train.rows import TrainRow
 
 _GIB = 2**30
@@ -19,18 +18,11 @@ def run(config: TrainConfig) -> list[str]:
     job = prepare(config)
     model = stage.load_policy(job.policy, config)
     stage.choose_rows(model, job.rows, config.dtype)
-    if config.gradient_checkpointing == "on":
-        load.checkpoint_layers(model.policy)
-    footprint = measure(model, [tree_of(row) for row in job.rows])
-    device = next(model.parameters()).device
-    tokens = config.max_tokens_per_micro_batch or budget(footprint, device, free_bytes(device), longest_tree(job.rows))
-    unique = unique_tokens(job.rows, config, tokens)
-    return _lines(config, job.kind, len(job.rows), footprint, unique, min(tokens, max(unique.values())))
-
-
-def longest_tree(rows: Sequence[TrainRow]) -> int:
-    """Tokens of the longest row as a tree: no micro-batch can be smaller."""
-    return max(tree_of(row).num_tokens for row in rows)
+    fitting = memory.fitting(
+        model, [tree_of(row) for row in job.rows], config.gradient_checkpointing, config.max_tokens_per_micro_batch
+    )
+    unique = unique_tokens(job.rows, config, fitting.tokens)
+    return _lines(config, job.kind, len(job.rows), fitting, unique)
 
 
 def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) -> dict[str, int]:
@@ -45,9 +37,10 @@ def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) ->
 
 
 def _lines(
-    config: TrainConfig, kind: str, count: int, footprint: Footprint, unique: dict[str, int], tokens: int
-) -> list[str]:
-    largest = unique["largest micro-batch"]
+    config: TrainConfig, kind: str, count: int, fitting: Fitting, unique: dict[str, int]
+) -> list[str]:  # fmt: skip
+    footprint, largest = fitting.footprint, unique["largest micro-batch"]
+    tokens = min(fitting.tokens, max(unique.values()))
     epochs = config.num_train_epochs
     seconds = epochs * unique["computed"] * footprint.train_seconds_per_token
     reference = epochs * unique["computed"] * footprint.score_seconds_per_token
@@ -60,6 +53,7 @@ def _lines(
         "optimizer": f"{footprint.optimizer / _GIB:.3f} GiB (fp32 masters, moments, gradients)",
         "activations": f"{footprint.activations(largest) / _GIB:.3f} GiB "
         f"({footprint.activations_per_token / 1024:.0f} KiB per token)",
+        "checkpointing": _checkpointing(config, fitting),
         "head chunk": f"{footprint.head / _GIB:.3f} GiB",
         "peak": f"{footprint.peak(largest) / _GIB:.3f} GiB",
         "time": f"{seconds / 60:.1f} min ({1 / footprint.train_seconds_per_token:.0f} tokens/s in the probe)",
@@ -68,3 +62,12 @@ def _lines(
     }
     width = max(map(len, rows))
     return [f"{name:<{width}}  {text}" for name, text in rows.items()]
+
+
+def _checkpointing(config: TrainConfig, fitting: Fitting) -> str:
+    """Whether train would compute activations again in backward, and why."""
+    if config.gradient_checkpointing != "auto":
+        return f"{config.gradient_checkpointing}, as asked for"
+    if fitting.checkpointing:
+        return f"on: a row of {fitting.longest:,} tokens does not fit the free memory without it"
+    return f"off: a row of {fitting.longest:,} tokens, the longest, fits the free memory"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import chat as chats
-from prefpipe import fsio, log, models, parity, sampling, scoring, sources, store
+from prefpipe import fsio, log, models, parity, sampling, scoring, sources, store, vocabulary
 from prefpipe.chat import Chat
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.shared import IMPORTED_REWARD
@@ -67,7 +67,8 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         if config.check and config.reference == "policy":
             totals["parity"] = stage.check()
             run_.write_report("parity.json", totals["parity"])
-        return run_.finish(totals, {"reference": policy.id if config.reference == "policy" else None})
+        tokens = vocabulary.record(vocabulary.of_sources(config.inputs, policy.directory))
+        return run_.finish(totals, {"reference": policy.id if config.reference == "policy" else None, **tokens})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

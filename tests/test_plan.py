@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 
 from prefpipe import plan
+from prefpipe.forward import load
+from prefpipe.train import memory, stage
+from prefpipe.train.groups import tree_of
+from prefpipe.train.inputs import prepare
 from prefpipe.train.rows import TrainPair
 from tests.conftest import Cli
 from tests.train import data
 
 ROWS = (
     "pairs, steps", "tokens per epoch", "micro-batch", "weights", "trained, gradients", "optimizer", "activations",
-    "head chunk", "peak", "time", "cache saves",
+    "checkpointing", "head chunk", "peak", "time", "cache saves",
 )  # fmt: skip
 
 
@@ -72,13 +76,12 @@ def test_unique_tokens_by_hand(tiny_model: Path):
     """Three pairs of a 10-token prompt in one step, the chosen one (5 tokens) always the same, rejected 1, 2, 3.
 
     Computed 10 + 5 + 1 + 2 + 3 = 21, as separate rows 3 x (20 + 5) + 6 = 81; apart in steps of one pair
-    16 + 17 + 18 = 51. The longest pair as a tree has 18.
+    16 + 17 + 18 = 51.
     """
     pairs = [pair(str(n), 10, (9,) * 5, (20,) * n) for n in (1, 2, 3)]
     together, apart = (data.config(tiny_model, train_batch_size=size) for size in (3, 1))
     assert plan.unique_tokens(pairs, together, 1000) == {"computed": 21, "logical": 81, "largest micro-batch": 21}
     assert plan.unique_tokens(pairs, apart, 1000) == {"computed": 51, "logical": 81, "largest micro-batch": 18}
-    assert plan.longest_tree(pairs) == 18
 
 
 def test_grouping_by_prompt_computes_fewer_tokens(tiny_model: Path):
@@ -94,3 +97,40 @@ def test_a_plan_without_a_budget_fits_the_free_memory(tiny_model: Path, pairs: P
     assert [line.split("  ")[0] for line in lines] == list(ROWS)
     (micro,) = (line for line in lines if line.startswith("micro-batch"))
     assert number(micro, r"at most ([\d,]+)") >= number(micro, r"holds ([\d,]+)") > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "share", "events", "said"),
+    [
+        ("auto", 0.9, ["measure", "checkpoint", "measure"], "on: a row of {} tokens does not fit the free memory"),
+        ("auto", 1.2, ["measure"], "off: a row of {} tokens, the longest, fits the free memory"),
+        ("on", 1.2, ["checkpoint", "measure"], "on, as asked for"),
+        ("off", 0.9, ["measure"], "off, as asked for"),
+    ],
+)
+def test_checkpointing_is_foretold_as_train_does_it(
+    tiny_model: Path, pairs: Path, setting: str, share: float, events: list[str], said: str,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """Free memory of `share` of what the longest row needs beside what is fixed: plan says what train does, from a
+    footprint of the model as it will train."""
+    rows = prepare(data.config(tiny_model, pairs)).rows
+    trees = [tree_of(row) for row in rows]
+    longest = max(tree.num_tokens for tree in trees)
+    footprint = memory.measure(data.policy(tiny_model), trees)
+    needed = footprint.optimizer + footprint.head + footprint.activations(longest)
+    seen: list[str] = []
+
+    def measure(_model: object, _trees: object) -> memory.Footprint:
+        seen.append("measure")
+        return footprint
+
+    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: share * needed / memory._SHARE)
+    monkeypatch.setattr(load, "checkpoint_layers", lambda _model: seen.append("checkpoint"))
+    config = data.config(tiny_model, pairs, gradient_checkpointing=setting)
+    (line,) = (line for line in plan.run(config) if line.startswith("checkpointing"))
+    assert said.format(longest) in line
+    planned, seen = seen, []
+    stage.fitting_tokens(data.policy(tiny_model), rows, config)
+    assert planned == seen == events

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from prefpipe import fsio, log, store
+from prefpipe import fsio, log, store, vocabulary
 from prefpipe.build_pairs import accounting, candidates, data_report, groups, labels, pairs, prompts
 from prefpipe.build_pairs.accounting import Level
 from prefpipe.build_pairs.data_report import Check
@@ -122,7 +122,8 @@ def _build(config: BuildPairsConfig, run_: Run, folder: Path) -> Manifest:
         "levels": {name: level.to_json() for name, level in levels.items()},
         "data_report": checks,
     }
-    return run_.finish(totals, {"reward": config.reward, "policies": candidates.policies(sources)})
+    tokens = vocabulary.record(v for run in config.completions for v in vocabulary.recorded(Path(run)))
+    return run_.finish(totals, {"reward": config.reward, "policies": candidates.policies(sources), **tokens})
 
 
 def _settle(job: Job) -> _Settled:

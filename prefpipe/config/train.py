@@ -73,7 +73,11 @@ class TrainConfig(BaseModel):
     groups: Annotated[tuple[str, ...], PATH] = ()
     """For plackett_luce: run directories with ranked groups of completions."""
     eval_pairs: Annotated[tuple[str, ...], PATH] = ()
-    """Pairs to evaluate on, as in pairs; eval_split takes them from the training rows instead, of every kind."""
+    """Pairs to evaluate on, as in pairs; eval_split takes rows from the training rows instead."""
+    eval_labels: Annotated[tuple[str, ...], PATH] = ()
+    """Labels to evaluate on, as in labels; kto's reference point is then that of mismatched rows of their own."""
+    eval_groups: Annotated[tuple[str, ...], PATH] = ()
+    """Ranked groups to evaluate on, as in groups."""
     ref_logps: Annotated[tuple[str, ...], PATH] = ()
     """Runs of `prefpipe score` or `generate` whose reference log-probs take the place of those in the rows."""
     chat_template: shared.ChatTemplate = "model"
@@ -234,13 +238,14 @@ class TrainConfig(BaseModel):
             yield "lr_scheduler_type = constant has no warmup: choose constant_with_warmup"
 
     def _evaluation_misfits(self) -> Iterator[str]:
-        if self.eval_pairs and self.eval_split:
-            yield "eval_pairs and eval_split both say what to evaluate on: give one of them"
-        if not (self.eval_pairs or self.eval_split):
+        given_rows = [name for name in ("eval_pairs", "eval_labels", "eval_groups") if getattr(self, name)]
+        if given_rows and self.eval_split:
+            yield f"{given_rows[0]} and eval_split both say what to evaluate on: give one of them"
+        if not (given_rows or self.eval_split):
             for given in self._changed(
                 "eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"
             ):
-                yield f"{given} needs something to evaluate on: give eval_split or eval_pairs"
+                yield f"{given} needs something to evaluate on: give eval_split, or eval_{ROWS[self.loss_type[0]]}"
         if self.metric_for_best_model != "eval_loss" and not (
             self.load_best_model_at_end or self.early_stopping_patience
         ):

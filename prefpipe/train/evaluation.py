@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 
 from prefpipe.errors import DataError
-from prefpipe.train import loop, losses
-from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
+from prefpipe.train import loop
+from prefpipe.train.batches import scores_prompt
 from prefpipe.train.groups import micro_batches
 from prefpipe.train.loop import Trainer
 from prefpipe.train.rows import TrainLabel, TrainRow, has_references
@@ -33,7 +33,7 @@ def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R]
         side = "to evaluate on" if count == 0 else "to train on"
         raise DataError(
             f"eval_split = {share} of {len(prompts)} prompts leaves no prompt {side}",
-            "change eval_split, or give the rows to evaluate on with --eval-pairs",
+            "change eval_split, or give the rows to evaluate on with --eval-pairs, --eval-labels or --eval-groups",
         )
     held_out = set(random.Random(f"eval/{seed}").sample(prompts, count))
     return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
@@ -51,14 +51,11 @@ def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLab
     z0 = loop.z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
     for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(config))):
-        layout = trainer.model.layout(micro.trees)
-        token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
-        batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
+        _, per_row, metrics = loop.row_losses(trainer, micro, z0)
         if counts:
-            per_row = weights * losses.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
-            found = losses.metrics(batch, config.beta, on_reference=trainer.on_reference)
-            tally.add_rows({"loss": (per_row, torch.ones_like(per_row)), **found})
-    return {f"eval_{name}": value for name, value in summarise(tally, world).items()}
+            tally.add_rows({"loss": (per_row, torch.ones_like(per_row)), **metrics})
+    values = summarise(tally, world) | ({"kto/z0": z0} if bank else {})
+    return {f"eval_{name}": value for name, value in values.items()}
 
 
 def records(history: Sequence[Mapping[str, float]], metric: str) -> list[int]:

@@ -64,7 +64,7 @@ def _run_steps(
             line: dict[str, Any] = {"step": step.step, **step.values}
             line |= {"skipped": step.skipped} if step.skipped else {}
             if job.eval_rows and (done % config.eval_steps == 0 or done == total):
-                found = evaluation.evaluate(trainer, job.eval_rows, job.bank)
+                found = evaluation.evaluate(trainer, job.eval_rows, job.eval_bank)
                 history.append(line | found)
                 line |= found
                 watch.after_eval(step.step, found)
@@ -89,7 +89,7 @@ def _warmup(total: int, config: TrainConfig) -> int:
 def _steps(trainer: Trainer, job: Job, first: int, history: Sequence[dict[str, float]]) -> Iterator[StepMetrics]:
     """Steps until the end or an early stop. Dropout is drawn from (seed, step, rank), so that nothing of a random
     state has to be kept, and is on inside of steps only."""
-    config, running = trainer.config, loop.steps(trainer, job.rows, first, job.bank)
+    config, running = trainer.config, loop.steps(trainer, job.rows, first, job.training_bank)
     number: int = first
     while number < loop.num_steps(len(job.rows), config) and not _stops(history, config):
         torch.manual_seed(sample_seed(config.seed, f"dropout/{trainer.world.rank}", number))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import chat as chats
-from prefpipe import ingest, log, models, store
+from prefpipe import ingest, log, models, store, vocabulary
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, UsageError
 from prefpipe.ids import ids_digest
@@ -24,6 +24,7 @@ _HOW = {
     "labels": "pass --labels DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, completion, label",
     "groups": "pass --groups DIR (a run of prefpipe build-pairs with ranked groups)",
 }
+_EVAL = {"pairs": "eval_pairs", "labels": "eval_labels", "groups": "eval_groups"}
 Stored = Pair | Label | RankedGroup | KlBank
 
 
@@ -31,7 +32,9 @@ Stored = Pair | Label | RankedGroup | KlBank
 class Job:
     """What a run trains on: checked rows, rows to evaluate on and KTO's bank, dropped rows, where it starts, which
     reference its cached values are of and who computed them, what identifies it, and whether all completions were
-    sampled from the reference."""
+    sampled from the reference.
+
+    The bank holds the mismatched rows of the training rows, then those of rows that were given to evaluate on."""
 
     kind: Kind
     rows: list[TrainRow]
@@ -43,6 +46,18 @@ class Job:
     inputs: dict[str, str]
     eval_rows: list[TrainRow] = field(default_factory=list[TrainRow])
     on_reference: bool = False
+    num_eval_bank: int = 0
+
+    @property
+    def training_bank(self) -> list[TrainLabel]:
+        """The mismatched rows that give a step its z0."""
+        return self.bank[: len(self.bank) - self.num_eval_bank]
+
+    @property
+    def eval_bank(self) -> list[TrainLabel]:
+        """The mismatched rows that give an evaluation its z0. Rows that eval_split holds out come from the same data as
+        the others, and so does their bank."""
+        return self.bank[len(self.bank) - self.num_eval_bank :] if self.num_eval_bank else self.bank
 
 
 @dataclass
@@ -57,16 +72,17 @@ class _Read:
 def prepare(config: TrainConfig) -> Job:
     """Read and check everything that training needs, without loading a model."""
     kind = kind_of(config)
-    sources, held_out = [Path(source) for source in getattr(config, kind)], [Path(s) for s in config.eval_pairs]
-    inputs = {f"{kind}.{i}": store.input_digest(path) for i, path in enumerate(sources)}
-    inputs |= {f"eval_pairs.{i}": store.input_digest(path) for i, path in enumerate(held_out)}
+    given = {name: [Path(s) for s in getattr(config, name)] for name in (kind, _EVAL[kind])}
+    sources, held_out = given.values()
+    inputs = {f"{name}.{i}": store.input_digest(p) for name, paths in given.items() for i, p in enumerate(paths)}
     policy = models.resolve(config.model, config.adapter)
-    chat = (
-        chats.load(policy.directory, config.chat_template) if any(s.is_file() for s in (*sources, *held_out)) else None
-    )
+    vocabulary.check([s for s in (*sources, *held_out) if s.is_dir()], policy.directory)
+    has_texts = any(s.is_file() for s in (*sources, *held_out))
+    chat = chats.load(policy.directory, config.chat_template) if has_texts else None
     read = _read(sources, kind, chat, config)
-    num_training = len(read.rows)
-    _add_eval_pairs(read, held_out, chat, config)
+    num_training, num_bank = len(read.rows), len(read.bank)
+    if held_out:
+        _add_held_out(read, held_out, _read(held_out, kind, chat, config))
     for row in (*read.rows, *read.bank):
         _check_ids(row)
     needs_reference = any(LOSSES[name].needs_reference for name in config.loss_type)
@@ -79,11 +95,12 @@ def prepare(config: TrainConfig) -> Job:
     bank = train_rows.from_bank(read.bank)
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy) if needs_reference else None
     scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
-    training, eval_rows = _parted(rows, num_training, config)
+    training, eval_rows = _parted(rows, num_training, kind, config)
     on_reference = reference is not None and _sampled_by(sources) == {reference}
     return Job(
-        kind, training, bank, read.dropped, policy, reference, scorers, inputs, eval_rows, on_reference=on_reference
-    )
+        kind, training, bank, read.dropped, policy, reference, scorers, inputs, eval_rows, on_reference=on_reference,
+        num_eval_bank=len(bank) - num_bank,
+    )  # fmt: skip
 
 
 def _sampled_by(sources: Sequence[Path]) -> set[str | None]:
@@ -105,6 +122,12 @@ def kind_of(config: TrainConfig) -> Kind:
     if given != [kind]:
         others = ", ".join(f"--{name}" for name in given if name != kind)
         raise UsageError(f"loss {config.loss_type[0]} trains on {kind}, but {others} is given", _HOW[kind])
+    wrong = [f"--eval-{name}" for name, field_ in _EVAL.items() if name != kind and getattr(config, field_)]
+    if wrong:
+        raise UsageError(
+            f"loss {config.loss_type[0]} is evaluated on {kind}, but {', '.join(wrong)} is given",
+            f"give them as --eval-{kind}, or use --eval-split",
+        )
     if kind == "labels" and config.group_by_prompt:
         raise UsageError("group_by_prompt = true: labels are drawn class by class", "leave it out for labels")
     return kind
@@ -130,27 +153,25 @@ def _read(sources: Sequence[Path], kind: Kind, chat: chats.Chat | None, config: 
     return read
 
 
-def _add_eval_pairs(read: _Read, sources: Sequence[Path], chat: chats.Chat | None, config: TrainConfig) -> None:
+def _add_held_out(read: _Read, sources: Sequence[Path], own: _Read) -> None:
     """Rows to evaluate on go behind the others, so that everything is checked, joined and scored alike."""
-    if not sources:
-        return
-    if kind_of(config) != "pairs":
-        raise UsageError(f"--eval-pairs with loss {config.loss_type[0]}", "use --eval-split: it takes rows of any kind")
-    own = _read(sources, "pairs", chat, config)
     if not own.rows:
         raise DataError(f"no row of {', '.join(map(str, sources))} can be evaluated on", "check the file")
     read.rows += own.rows
+    read.bank += own.bank
     read.dropped += own.dropped
 
 
-def _parted(rows: list[TrainRow], num_training: int, config: TrainConfig) -> tuple[list[TrainRow], list[TrainRow]]:
+def _parted(
+    rows: list[TrainRow], num_training: int, kind: Kind, config: TrainConfig
+) -> tuple[list[TrainRow], list[TrainRow]]:
     """Rows to train on and rows to evaluate on."""
     if config.eval_split:
         return split_by_prompt(rows, config.eval_split, config.seed)
     training, eval_rows = rows[:num_training], rows[num_training:]
     shared = {row.prompt for row in training} & {row.prompt for row in eval_rows}
     if shared:
-        log.warn(f"{len(shared)} prompts of --eval-pairs are trained on too: their metrics will look too good")
+        log.warn(f"{len(shared)} prompts of --eval-{kind} are trained on too: their metrics will look too good")
     return training, eval_rows
 
 

@@ -1,7 +1,7 @@
 """The training loop: a generator of step metrics, from any step to the end. Saving and logging are its caller's."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -148,18 +148,28 @@ def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, c
     Nothing of its graph may outlive this call: nodes that stay between freed activations keep the heap from joining
     them, and the next micro-batch then takes half as much again.
     """
-    config = trainer.config
-    layout = trainer.model.layout(micro.trees)
-    token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
-    loss_batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
-    per_row = losses.combine(config.loss_type, config.loss_weights, loss_batch, settings_of(config))
-    loss = (weights * per_row).sum() / size * float(counts)
+    tokens, per_row, metrics = row_losses(trainer, micro, z0)
+    loss = per_row.sum() / size * float(counts)
     (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
     trainer.optimizer.gather_gradients()
     tally.add_total("loss", float(loss.detach()))
-    tally.add_total("tokens/unique", float(layout.input_ids.numel()))
+    tally.add_total("tokens/unique", float(tokens))
     tally.add_total("tokens/logical", float(sum(tree_of(row).num_logical_tokens for row in micro.rows)))
-    tally.add_rows(losses.metrics(loss_batch, config.beta, on_reference=trainer.on_reference))
+    tally.add_rows(metrics)
+
+
+def row_losses(
+    trainer: Trainer, micro: MicroBatch, z0: float
+) -> tuple[int, torch.Tensor, Mapping[str, losses.Counted]]:
+    """Forward of a micro-batch, for a step and for an evaluation: tokens computed, the weighted loss of every row [B],
+    and its metrics."""
+    config = trainer.config
+    layout = trainer.model.layout(micro.trees)
+    token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
+    batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
+    per_row = losses.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
+    metrics = losses.metrics(batch, config.beta, on_reference=trainer.on_reference)
+    return layout.input_ids.numel(), weights * per_row, metrics
 
 
 def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:

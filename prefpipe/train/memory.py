@@ -9,11 +9,12 @@ least, and all there is where the system does not tell the second. Both grow lin
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 
 from prefpipe import fsio
+from prefpipe.forward import load
 from prefpipe.forward.head import chunk_bytes
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model
@@ -47,6 +48,42 @@ class Footprint:
     def peak(self, tokens: int) -> float:
         """Bytes at the highest point of a step whose micro-batches hold `tokens` tokens."""
         return self.weights + self.adapter + self.optimizer + self.head + self.activations(tokens)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a run goes into the free memory: tokens of a micro-batch, whether backward computes activations again, the
+    footprint that this was decided on, and the tokens of the longest row."""
+
+    tokens: int
+    checkpointing: bool
+    footprint: Footprint
+    longest: int
+
+
+def fitting(
+    model: TreeModel, trees: Sequence[Tree], checkpointing: Literal["auto", "on", "off"], given: int
+) -> Fitting:  # fmt: skip
+    """Probe the model, with gradient checkpointing where it is on, or where the longest tree would not fit without it.
+
+    `given` is the budget in tokens that was asked for, 0 for the largest that fits. The model is left as it will train.
+    """
+    longest = max(tree.num_tokens for tree in trees)
+    device = next(model.parameters()).device
+    checkpoint_if(model, on=checkpointing == "on")
+    footprint, free = measure(model, trees), free_bytes(device)
+    needed = checkpointing == "auto" and not fits(footprint, free, longest)
+    if needed:
+        checkpoint_if(model, on=True)
+        footprint, free = measure(model, trees), free_bytes(device)
+    tokens = given or budget(footprint, device, free, longest)
+    return Fitting(tokens, needed or checkpointing == "on", footprint, longest)
+
+
+def checkpoint_if(model: TreeModel, *, on: bool) -> None:
+    """Gradient checkpointing from now on, where it is wanted."""
+    if on:
+        load.checkpoint_layers(model.policy)
 
 
 def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:

@@ -187,25 +187,20 @@ def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConf
 
     Turns gradient checkpointing on where it is asked for, or where the longest row would not fit without it.
     """
-    if config.gradient_checkpointing == "on":
-        load.checkpoint_layers(model.policy)
-    if config.max_tokens_per_micro_batch and config.gradient_checkpointing != "auto":
-        return config.max_tokens_per_micro_batch
-    trees = [tree_of(row) for row in rows]
-    longest = max(tree.num_tokens for tree in trees)
-    device = next(model.parameters()).device
-    footprint, free = memory.measure(model, trees), memory.free_bytes(device)
-    if config.gradient_checkpointing == "auto" and not memory.fits(footprint, free, longest):
+    given, checkpointing = config.max_tokens_per_micro_batch, config.gradient_checkpointing
+    if given and checkpointing != "auto":  # nothing to find out
+        memory.checkpoint_if(model, on=checkpointing == "on")
+        return given
+    found = memory.fitting(model, [tree_of(row) for row in rows], checkpointing, given)
+    if checkpointing == "auto" and found.checkpointing:
         log.warn(
-            f"a row of {longest} tokens does not fit the free memory: gradient checkpointing is on, at half the speed"
+            f"a row of {found.longest} tokens does not fit the free memory: gradient checkpointing is on, at half the "
+            "speed"
         )
-        load.checkpoint_layers(model.policy)
-        footprint, free = memory.measure(model, trees), memory.free_bytes(device)
-    if config.max_tokens_per_micro_batch:
-        return config.max_tokens_per_micro_batch
-    tokens = memory.budget(footprint, device, free, longest)
-    log.info(f"micro-batches of up to {tokens} tokens ({footprint.activations_per_token / 1024:.0f} KiB per token)")
-    return tokens
+    if not given:
+        per_token = found.footprint.activations_per_token / 1024
+        log.info(f"micro-batches of up to {found.tokens} tokens ({per_token:.0f} KiB per token)")
+    return found.tokens
 
 
 def _audit(

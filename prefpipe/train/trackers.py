@@ -60,17 +60,18 @@ def tracking(
     error too.
     """
     with ExitStack() as stack:
-        trackers = [make(name, out, run_id, first) for name in names]
-        for tracker in trackers:
+        plain = _plain(settings)
+        made = [make(name, out, run_id, first, plain) for name in names]
+        for tracker, untold in made:
             with redirect_stdout(sys.stderr):  # some greet; stdout is for data
                 tracker.start()
             stack.callback(_finish, tracker)
-            if first == 0:
-                tracker.store_init_configuration(_plain(settings))
+            if untold:
+                tracker.store_init_configuration(plain)
 
         def track(step: int, values: Mapping[str, float]) -> None:
-            for tracker in trackers:
-                tracker.log(dict(values), step=step)
+            for name, (tracker, _) in zip(names, made, strict=True):
+                tracker.log(_flat(values) if name == "mlflow" else dict(values), step=step)
 
         yield track
 
@@ -80,23 +81,30 @@ def _finish(tracker: Tracker) -> None:
         tracker.finish()
 
 
-def make(name: str, out: Path, run_id: str, first: int) -> Tracker:
-    """One of accelerate's trackers, set up to write locally and to go on with a run of this id."""
+def make(name: str, out: Path, run_id: str, first: int, settings: Mapping[str, Any]) -> tuple[Tracker, bool]:
+    """One of accelerate's trackers, set up to write locally and to go on with a run of this id, and whether it is to be
+    told the settings once it has started.
+
+    W&B and Trackio forget the settings of a run that goes on, so they start with them. MLflow keeps them, and refuses
+    others, which a run may well go on with: a smaller token budget, for one.
+    """
     from accelerate import PartialState  # noqa: PLC0415  (only a run that tracks pays for it)
     from accelerate import tracking as accelerated  # noqa: PLC0415
 
     PartialState()  # its trackers log through it; it joins the process group that there is
     shown = f"{out.resolve().name}-{run_id[:8]}"
+    going_on: dict[str, Any] = {"name": shown, "resume": "allow", "config": dict(settings)}
     if name == "tensorboard":
-        return accelerated.TensorBoardTracker("tensorboard", logging_dir=out, purge_step=first or None)
+        return accelerated.TensorBoardTracker("tensorboard", logging_dir=out, purge_step=first or None), first == 0
     if name == "wandb":
         mode = os.environ.get("WANDB_MODE", "offline")
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
-        return accelerated.WandBTracker(project, dir=str(out), id=run_id, name=shown, resume="allow", mode=mode)
+        return accelerated.WandBTracker(project, dir=str(out), id=run_id, mode=mode, **going_on), False
     if name == "trackio":
         project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
-        return accelerated.TrackioTracker(project, name=shown, resume="allow", embed=False)
-    return accelerated.MLflowTracker(_PROJECT, run_id=_mlflow_run(out, shown), run_name=shown)
+        return accelerated.TrackioTracker(project, embed=False, **going_on), False
+    known = _mlflow_run(out, shown)
+    return accelerated.MLflowTracker(_PROJECT, run_id=known, run_name=shown), known is None
 
 
 def _mlflow_run(out: Path, name: str) -> str | None:
@@ -112,6 +120,13 @@ def _mlflow_run(out: Path, name: str) -> str | None:
     ids = [experiment.experiment_id for experiment in known]
     runs = mlflow.search_runs(ids, f"attributes.run_name = '{name}'", output_format="list")
     return runs[0].info.run_id if runs else None
+
+
+def _flat(values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics under names of at most three parts: a local MLflow keeps a metric in a file of its name, and the file
+    train/rewards/chosen cannot be the folder of train/rewards/chosen/p05, which is train/rewards/chosen_p05 there."""
+    parts = {name: name.split("/") for name in values}
+    return {"/".join([*p[:2], "_".join(p[2:])] if p[2:] else p): values[name] for name, p in parts.items()}
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

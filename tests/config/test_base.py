@@ -32,7 +32,8 @@ RUNTIME = {
 }
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
-    *("inputs", "reward_settings", "eval_pairs", "reward_runs", "policy_logps", "contamination"),
+    *("inputs", "reward_settings", "eval_pairs", "eval_labels", "eval_groups", "reward_runs", "policy_logps"),
+    "contamination",
 }
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
@@ -145,7 +146,7 @@ def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
         drop("tuning")
     drop("warmup_steps") if prefix + "warmup_ratio" in found else None
     drop("warmup_steps", "warmup_ratio") if found.get(prefix + "lr_scheduler_type") == "constant" else None
-    if prefix + "eval_pairs" in found:
+    if {prefix + name for name in ("eval_pairs", "eval_labels", "eval_groups")} & found.keys():
         drop("eval_split")
     elif not found.get(prefix + "eval_split"):
         drop("eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")

@@ -17,7 +17,9 @@ from prefpipe.config.train import TrainConfig
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "choose constant_with_warmup"),
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.2}, "choose constant_with_warmup"),
         ({"eval_split": 0.1, "eval_pairs": ("e.jsonl",)}, "give one of them"),
-        ({"eval_steps": 5}, "eval_steps = 5 needs something to evaluate on"),
+        ({"eval_split": 0.1, "eval_groups": ("e",)}, "eval_groups and eval_split both say"),
+        ({"eval_steps": 5}, "eval_steps = 5 needs something to evaluate on: give eval_split, or eval_pairs"),
+        ({"eval_steps": 5, "loss_type": ("kto",)}, "give eval_split, or eval_labels"),
         ({"load_best_model_at_end": True}, "needs something to evaluate on"),
         ({"early_stopping_patience": 2}, "needs something to evaluate on"),
         ({"eval_split": 0.1, "metric_for_best_model": "eval_rewards/margins"}, "is read only with"),
@@ -40,6 +42,7 @@ def test_what_does_not_go_together_is_told(given: dict[str, object], said: str) 
         {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5},
         {"eval_split": 0.1, "early_stopping_patience": 2, "metric_for_best_model": "eval_rewards/margins"},
         {"eval_pairs": ("e.jsonl",), "load_best_model_at_end": True},
+        {"loss_type": ("kto",), "eval_labels": ("e.jsonl",), "eval_steps": 5},
     ],
 )
 def test_what_goes_together_passes(given: dict[str, object]) -> None:

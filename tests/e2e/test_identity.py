@@ -2,45 +2,18 @@
 
 import json
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from prefpipe import cli, models, score, store
+from prefpipe import models, score, store
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.score import ScoreConfig
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.schemas import Pair, from_table, to_table
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    stderr: str
-
-
-Call = Callable[..., Done]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """`prefpipe ARGUMENTS` in this process: the command line without the start of an interpreter."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["prefpipe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return Done(end.value.code if isinstance(end.value.code, int) else 0, capsys.readouterr().err)
-
-    yield run
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+from tests.e2e.conftest import Call
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_rows_of_another_kind_train_with_and_without_score(
         (*train, f"--{kind}", tmp_path / "rows", "--out", tmp_path / "a"),
         ("score", "--model", tiny_model, "--inputs", tmp_path / "rows", "--engine", "transformers",
          "--dtype", "float32", "--check", 0, "--out", tmp_path / "scored"),
-        (*train, f"--{kind}", tmp_path / "scored", "--out", tmp_path / "b"),
+        (*train, f"--{kind}", tmp_path / "scored", f"--eval-{kind}", tmp_path / "rows", "--out", tmp_path / "b"),
     ):  # fmt: skip
         done = cli(*command)
         assert done.returncode == 0, done.stderr
@@ -47,3 +47,4 @@ def test_rows_of_another_kind_train_with_and_without_score(
     assert len(first) == len(second) > 1
     assert [s["loss"] for s in first] == pytest.approx([s["loss"] for s in second], abs=1e-6)
     assert ("kto/z0" in first[0]) == (kind == "labels")
+    assert ("eval_loss" in second[-1], "eval_loss" in first[-1]) == (True, False)

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from prefpipe import models
 from prefpipe.forward.layout import flatten
 from prefpipe.forward.load import decoder_layers
-from prefpipe.forward.logps import Rows
-from prefpipe.train import loop, parallel
+from prefpipe.forward.logps import Rows, TreeModel
+from prefpipe.train import loop, parallel, stage
 from prefpipe.train.groups import tree_of
 from prefpipe.train.loop import Trainer
 from prefpipe.train.optimizer import MasterOptimizer
@@ -30,26 +31,37 @@ def main(model_directory: Path, strategy: str) -> None:
     check_values(start(model_directory, strategy, world), data.trainer(data.policy(model_directory), CONFIG), pairs)
     check_gradient(model_directory, strategy, world, pairs, "shared")
     check_gradient(model_directory, strategy, world, pairs, "separate")
-    check_state(model_directory, strategy, world, pairs, "float32")
-    check_state(model_directory, strategy, world, pairs, "bfloat16")
+    check_gradient(model_directory, strategy, world, pairs, "shared", "full")
+    for tuning in ("lora", "full"):
+        check_state(model_directory, strategy, world, pairs, "float32", tuning)
+        check_state(model_directory, strategy, world, pairs, "bfloat16", tuning)
     parallel.stop(world)
 
 
 CONFIG = data.config(Path(), train_batch_size=5, max_tokens_per_micro_batch=40, max_grad_norm=1e9)
 
 
+def policy(model_directory: Path, dtype: str, tuning: str) -> TreeModel:
+    """As a run starts: with a new adapter, or with every weight trained."""
+    if tuning == "lora":
+        return data.policy(model_directory, dtype)
+    settings = data.config(model_directory, dtype=dtype, tuning="full", lora_r=16, lora_alpha=32)
+    return stage.load_policy(models.resolve(str(model_directory)), settings)
+
+
 def start(
-    model_directory: Path, strategy: str, world: World, *, rows: Rows = "shared", dtype: str = "float32"
+    model_directory: Path, strategy: str, world: World, *, rows: Rows = "shared", dtype: str = "float32",
+    tuning: str = "lora",
 ) -> Trainer:  # fmt: skip
-    model = data.policy(model_directory, dtype)
+    model = policy(model_directory, dtype, tuning)
     model.set_rows(rows)
     wrapped = parallel.wrap(model, world, strategy)
     started = Trainer(model, wrapped, MasterOptimizer(wrapped, 0.0), CONFIG, world, CONFIG.max_tokens_per_micro_batch)
-    check_shards(started, strategy)
+    check_shards(started, strategy, tuning)
     return started
 
 
-def check_shards(trainer: Trainer, strategy: str) -> None:
+def check_shards(trainer: Trainer, strategy: str, tuning: str) -> None:
     """FSDP2: every parameter is cut over the two ranks, also those outside of the layers; DDP: none is."""
     for name, parameter in trainer.model.named_parameters():
         assert isinstance(parameter, DTensor) == (strategy == "fsdp2"), name
@@ -60,7 +72,8 @@ def check_shards(trainer: Trainer, strategy: str) -> None:
     assert len(layers) == 2
     for layer in layers:
         parameters = list(layer.parameters())
-        assert len(parameters) == 2 + 7 + 14  # two norms, seven matrices, their A and B
+        # Two norms, seven matrices, and their A and B where there is an adapter.
+        assert len(parameters) == 2 + 7 + (14 if tuning == "lora" else 0)
         assert all(isinstance(p, DTensor) == (strategy == "fsdp2") for p in parameters)
 
 
@@ -71,11 +84,11 @@ def check_values(two: Trainer, one: Trainer, pairs: Sequence[TrainPair]) -> None
 
 
 def check_gradient(
-    model_directory: Path, strategy: str, world: World, pairs: Sequence[TrainPair], rows: Rows
-) -> None:  # fmt: skip
+    model_directory: Path, strategy: str, world: World, pairs: Sequence[TrainPair], rows: Rows, tuning: str = "lora"
+) -> None:
     """After one step Adam's first moment is 0.1 x the (unclipped) gradient: within 1e-5 of that of one process."""
-    two = start(model_directory, strategy, world, rows=rows)
-    model = data.policy(model_directory)
+    two = start(model_directory, strategy, world, rows=rows, tuning=tuning)
+    model = policy(model_directory, "float32", tuning)
     model.set_rows(rows)
     one = data.trainer(model, CONFIG)
     ours, theirs = (next(loop.steps(trainer, pairs, 0)).values for trainer in (two, one))
@@ -91,32 +104,33 @@ def moments(trainer: Trainer) -> torch.Tensor:
 
 
 def check_state(
-    model_directory: Path, strategy: str, world: World, pairs: Sequence[TrainPair], dtype: str
-) -> None:  # fmt: skip
+    model_directory: Path, strategy: str, world: World, pairs: Sequence[TrainPair], dtype: str, tuning: str
+) -> None:
     """State is whole, named as in one process, equal on both ranks, and another wrapped model takes it over."""
-    names = {n for n, p in data.policy(model_directory).named_parameters() if p.requires_grad}
-    started = start(model_directory, strategy, world, dtype=dtype)
+    names = {n for n, p in policy(model_directory, dtype, tuning).named_parameters() if p.requires_grad}
+    started = start(model_directory, strategy, world, dtype=dtype, tuning=tuning)
     next(loop.steps(started, pairs, 0))
     state = started.optimizer.state()
     assert {key.partition("/")[2] for key in state} == names
     assert not any(isinstance(t, DTensor) for t in state.values())
-    own = adapter(started)
+    own = trained(started, tuning)
     assert own.keys() == names
     assert all(torch.equal(state[f"master/{n}"].to(t.dtype), t) for n, t in own.items())
     assert all(bool(t.isfinite().all()) for t in state.values())
     for mine, other in zip(*world.gather(list(state.values())), strict=True):
         assert torch.equal(mine, other)
-    fresh = start(model_directory, strategy, world, dtype=dtype)
+    fresh = start(model_directory, strategy, world, dtype=dtype, tuning=tuning)
     fresh.optimizer.load_state(world.tell(state))
-    check_shards(fresh, strategy)
+    check_shards(fresh, strategy, tuning)
     again = fresh.optimizer.state()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[k], state[k]) for k in state)
-    assert all(torch.equal(t, own[n]) for n, t in adapter(fresh).items())
+    assert all(torch.equal(t, own[n]) for n, t in trained(fresh, tuning).items())
 
 
-def adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {f"policy.{n}": t.clone() for n, t in parallel.whole_adapter(trainer.model.policy).items()}
+def trained(trainer: Trainer, tuning: str) -> dict[str, torch.Tensor]:
+    whole = parallel.whole_adapter if tuning == "lora" else parallel.whole_model
+    return {f"policy.{n}": t.clone() for n, t in whole(trainer.model.policy).items()}
 
 
 if __name__ == "__main__":

@@ -12,9 +12,14 @@ from safetensors.torch import load_file
 
 from prefpipe import fsio, store
 from prefpipe.errors import DataError, StorageError, UsageError
+from prefpipe.forward import load
+from prefpipe.forward.layout import Tree
+from prefpipe.forward.logps import TreeModel, score
+from prefpipe.klbank import kl_bank
 from prefpipe.schemas import Pair
 from prefpipe.train import checkpoint, evaluation, loop, stage
 from prefpipe.train.evaluation import is_stale, records, split_by_prompt
+from prefpipe.train.inputs import prepare
 from prefpipe.train.losses import LOSSES
 from tests.train import data
 
@@ -204,11 +209,76 @@ def test_a_split_that_leaves_no_prompt_is_refused(tiny_model: Path, pairs: Path,
     assert not (tmp_path / "t").exists()
 
 
-def test_eval_pairs_of_another_kind_are_refused(tiny_model: Path, pairs: Path, tmp_path: Path):
-    source = data.write_run(tmp_path / "l", labels=data.labels_of(data.bare_pairs(6)))
-    config = data.config(tiny_model, loss_type=("kto",), labels=(str(source),), eval_pairs=(str(pairs),))
-    with pytest.raises(UsageError, match="--eval-pairs with loss kto"):
-        stage.run(config, tmp_path / "t", force=False)
+@pytest.mark.parametrize(
+    ("loss", "kind", "wrong"),
+    [("kto", "labels", "pairs"), ("plackett_luce", "groups", "labels"), ("ipo", "pairs", "groups")],
+)
+def test_held_out_rows_of_another_kind_are_refused(tiny_model: Path, loss: str, kind: str, wrong: str):
+    given_ = {"pairs": (), kind: ("a",), f"eval_{wrong}": ("b",), "loss_type": (loss,)}
+    with pytest.raises(UsageError, match=f"loss {loss} is evaluated on {kind}, but --eval-{wrong} is given") as caught:
+        prepare(data.config(tiny_model, **given_))
+    assert caught.value.hint == f"give them as --eval-{kind}, or use --eval-split"
+
+
+@pytest.mark.parametrize(("loss", "kind"), [("kto", "labels"), ("plackett_luce", "groups")])
+def test_held_out_rows_of_every_kind_are_scored_evaluated_and_counted(
+    tiny_model: Path, tmp_path: Path, loss: str, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    """The history of `eval_` metrics is that of the same rows held out by hand; the weights are those without them."""
+    bare = data.bare_pairs(12, num_prompts=6)
+    every = {"labels": data.labels_of, "groups": data.groups_of}[kind](bare)
+    ids = {row.prompt_id for row in bare[:4]}
+    parts = {"a": [r for r in every if r.prompt_id in ids], "b": [r for r in every if r.prompt_id not in ids]}
+    runs = {name: str(data.write_run(tmp_path / name, **{kind: rows})) for name, rows in parts.items()}
+    for name, held_out in (("with", {f"eval_{kind}": (runs["b"],), "eval_steps": 1}), ("without", {})):
+        config = data.config(tiny_model, loss_type=(loss,), **{kind: (runs["a"],)}, **held_out)
+        manifest = stage.run(config, tmp_path / name, force=False)
+        assert (f"eval_{kind}" in manifest["totals"]) == (name == "with")
+    assert "are trained on too" not in capsys.readouterr().err
+    found = metrics(tmp_path / "with")
+    assert all(math.isfinite(line["eval_loss"]) for line in found)
+    assert store.read_manifest(tmp_path / "with")["totals"][f"eval_{kind}"] == len(parts["b"])
+    both = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("with", "without")]
+    assert all((both[0][k] == both[1][k]).all() for k in both[0])
+
+
+def test_held_out_labels_bring_a_bank_or_get_one_of_their_own(tiny_model: Path, tmp_path: Path):
+    labels = data.labels_of(data.bare_pairs(12, num_prompts=6))
+    ids = {row.prompt_id for row in labels[:6]}
+    ours, theirs = ([r for r in labels if (r.prompt_id in ids) == side] for side in (True, False))
+    stored = kl_bank(theirs, 5, seed=3)
+    a, made = (data.write_run(tmp_path / name, labels=rows) for name, rows in (("a", ours), ("made", theirs)))
+    brought = data.write_run(tmp_path / "brought", labels=theirs, kl_bank=stored)
+    settings = {"loss_type": ("kto",), "labels": (str(a),), "kl_bank_size": 7}
+    for run, expected in ((made, kl_bank(theirs, 7, 0)), (brought, stored)):
+        job = prepare(data.config(tiny_model, **settings, eval_labels=(str(run),)))
+        assert [row.row_id for row in job.eval_bank] == [row.bank_id for row in expected]
+        assert [row.row_id for row in job.training_bank] == [row.bank_id for row in kl_bank(ours, 7, 0)]
+        assert job.bank == [*job.training_bank, *job.eval_bank]
+    split = prepare(data.config(tiny_model, **settings, eval_split=0.34))
+    assert split.eval_bank == split.training_bank == split.bank
+
+
+def test_z0_of_an_evaluation_is_that_of_the_held_out_bank(tiny_model: Path, tmp_path: Path):
+    """One step, then: max(0, mean log-ratio of the bank of --eval-labels) with the saved adapter on and off. Its
+    completions are all desirable, so that they gain; the bank of the training rows is another one."""
+    labels = data.labels_of(data.bare_pairs(12, num_prompts=6))
+    bank = kl_bank([row for row in labels if row.label], 6, seed=3)
+    a, b = (
+        data.write_run(tmp_path / name, labels=labels, **own) for name, own in (("a", {}), ("b", {"kl_bank": bank}))
+    )
+    config = data.config(tiny_model, loss_type=("kto",), labels=(str(a),), eval_labels=(str(b),), train_batch_size=24,
+                         num_train_epochs=1, warmup_ratio=0.0, learning_rate=3e-2)  # fmt: skip
+    stage.run(config, tmp_path / "t", force=False)
+    adapter = tmp_path / "t" / "adapter"
+    model = TreeModel(load.load_adapter(load.load_model(tiny_model, "float32"), adapter, trainable=False))
+    trees = [Tree(row.prompt_token_ids, (row.token_ids,)) for row in bank]
+    with_it = [sum(own) for (own,) in score(model, trees)]
+    with load.adapter_off(model.policy, off=True):
+        without = [sum(own) for (own,) in score(model, trees)]
+    gained = (sum(with_it) - sum(without)) / len(bank)
+    assert gained > 0.1, "the case is not one"
+    assert metrics(tmp_path / "t")[-1]["eval_kto/z0"] == pytest.approx(gained, rel=1e-4)
 
 
 def test_eval_prompts_that_are_trained_on_are_told(

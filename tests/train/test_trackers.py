@@ -1,4 +1,5 @@
-"""Trackers: TensorBoard for real, read back from its event files; the others at the seam, with their settings."""
+"""Trackers: TensorBoard for real, read back from its event files; the others at the seam, with their settings, and in
+test_real_trackers."""
 
 import importlib.util
 from pathlib import Path
@@ -74,16 +75,31 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
 def test_settings_once_steps_in_order_and_the_end(fakes: list[Fake], tmp_path: Path):
     with tracking(["wandb", "trackio", "mlflow"], tmp_path, "f" * 32, {"beta": 0.1, "pairs": ("a",)}, 0) as track:
         track(0, {"train/loss": 0.5})
-    assert len(fakes) == 3
-    for fake in fakes:
-        assert fake.calls == [
-            "start", ("config", {"beta": 0.1, "pairs": "('a',)"}), (0, {"train/loss": 0.5}), "finish",
-        ]  # fmt: skip
+    told = {"beta": 0.1, "pairs": "('a',)"}
+    wandb, trackio, mlflow = fakes
+    assert wandb.calls == trackio.calls == ["start", (0, {"train/loss": 0.5}), "finish"]
+    assert wandb.kwargs["config"] == trackio.kwargs["config"] == told
+    assert mlflow.calls == ["start", ("config", told), (0, {"train/loss": 0.5}), "finish"]
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_and_does_not_store_its_settings_again(
-    fakes: list[Fake], tmp_path: Path
-):  # fmt: skip
+def test_mlflow_is_not_told_settings_twice(fakes: list[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trackers, "_mlflow_run", lambda out, name: "known")
+    with tracking(["mlflow"], tmp_path, "f" * 32, {"beta": 0.1}, 0):
+        pass
+    assert fakes[0].calls == ["start", "finish"]
+    assert fakes[0].kwargs["run_id"] == "known"
+
+
+def test_no_metric_of_mlflow_is_the_folder_of_another(fakes: list[Fake], tmp_path: Path):
+    """Its files: train/rewards/chosen cannot be a file and hold p05."""
+    with tracking(["mlflow", "trackio"], tmp_path, "f" * 32, {}, 0) as track:
+        track(0, {"train/loss": 1.0, "train/rewards/chosen": 2.0, "train/rewards/chosen/p05": 3.0})
+    mlflow, trackio = fakes
+    assert mlflow.calls[2] == (0, {"train/loss": 1.0, "train/rewards/chosen": 2.0, "train/rewards/chosen_p05": 3.0})
+    assert "train/rewards/chosen/p05" in trackio.calls[1][1]
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_with_the_same_settings(fakes: list[Fake], tmp_path: Path):
     for first in (0, 3):
         with tracking(["wandb", "trackio"], tmp_path, "f" * 32, {"beta": 0.1}, first):
             pass
@@ -97,9 +113,9 @@ def test_a_resumed_run_goes_on_in_the_same_run_and_does_not_store_its_settings_a
 def test_wandb_is_offline_unless_its_own_setting_says_otherwise(
     fakes: list[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    trackers.make("wandb", tmp_path, "f", 0)
+    trackers.make("wandb", tmp_path, "f", 0, {})
     monkeypatch.setenv("WANDB_MODE", "online")
-    trackers.make("wandb", tmp_path, "f", 0)
+    trackers.make("wandb", tmp_path, "f", 0, {})
     assert [fake.kwargs["mode"] for fake in fakes] == ["offline", "online"]
     assert fakes[0].kwargs["dir"] == str(tmp_path)
 
