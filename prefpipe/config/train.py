@@ -80,8 +80,8 @@ class TrainConfig(BaseModel):
     reference_model: Annotated[str, PATH] = "policy"
     """Model that the reference log-probs are of: policy (the one that is trained, with its adapter on or off), another
     one (as in model), which is loaded first to check them, or unavailable: they are taken as they are, unchecked."""
-    reference_adapter: shared.Adapter = "none"
-    """Adapter of the reference, on top of reference_model."""
+    reference_adapter: Annotated[str, PATH] = "none"
+    """Directory of the reference's PEFT LoRA adapter on top of reference_model, or 'none'."""
     chat_template: shared.ChatTemplate = "model"
     loss_type: tuple[Loss, ...] = ("sigmoid",)
     """Losses to add up, as in TRL: sigmoid (DPO), nll (mean per-token NLL of the chosen completion), ipo, kto, simpo,
