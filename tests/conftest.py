@@ -2,19 +2,33 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prefpipe import cli as command_line
 from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it said."""
+
+    code: int
+    stderr: str
+
+
+Call = Callable[..., Done]
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +86,19 @@ def write(tmp_path: Path) -> Write:
         return path
 
     return call
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """`prefpipe ARGUMENTS` in this process: the command line without the start of an interpreter."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["prefpipe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            command_line.main()
+        return Done(end.value.code if isinstance(end.value.code, int) else 0, capsys.readouterr().err)
+
+    yield run
+    for number, handler in kept.items():
+        signal.signal(number, handler)

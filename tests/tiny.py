@@ -1,4 +1,5 @@
-"""A model small enough for every test: two random Llama layers over bytes, with a chat template. Made in a second."""
+"""A model small enough for every test: two random Llama layers over bytes, with a chat template, and adapters for it.
+Made in a second."""
 
 import json
 from pathlib import Path
@@ -6,6 +7,9 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from prefpipe import models as model_files
+from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -39,6 +43,20 @@ def make_model(directory: Path, seed: int = 0, spread: float = 0.3, hidden_size:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def make_adapter(model: Path, directory: Path, seed: int) -> Path:
+    """Write a LoRA adapter that moves the model; another seed moves it elsewhere."""
+    lora = add_lora(load_model(model, "float32"), r=2, alpha=2, target_modules="q_proj,v_proj", seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in lora.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    directory.mkdir(parents=True)
+    save_adapter(lora, adapter_tensors(lora), directory, "tiny")
+    (directory / "prefpipe.json").write_text(model_files.adapter_base_record(model_files.resolve(str(model)).weights))
     return directory
 
 

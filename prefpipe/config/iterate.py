@@ -14,7 +14,7 @@ from prefpipe.config.train import ROWS, TrainConfig
 _OWNED = {
     "generate": ("model", "adapter", "reference"),
     "build_pairs": ("completions", "reward_runs", "ref_logps", "policy_logps"),
-    "train": ("model", "adapter", "pairs", "labels", "groups", "ref_logps"),
+    "train": ("model", "adapter", "pairs", "labels", "groups", "ref_logps", "reference_model", "reference_adapter"),
     "evaluate": ("model", "adapter", "round"),
 }
 

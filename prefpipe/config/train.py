@@ -56,6 +56,7 @@ READS = {name: (*own, "use_weighting") if name in PAIR_LOSSES else own for name,
 LORA_ONLY = (
     "lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge",
 )  # fmt: skip
+UNAVAILABLE = "unavailable"  # the reference_model that is not at hand
 _LARGEST_MARGIN = 2.0  # nats per token: SimPO's published margins are 0.1 to 0.5
 
 
@@ -80,6 +81,11 @@ class TrainConfig(BaseModel):
     """Ranked groups to evaluate on, as in groups."""
     ref_logps: Annotated[tuple[str, ...], PATH] = ()
     """Runs of `prefpipe score` or `generate` whose reference log-probs take the place of those in the rows."""
+    reference_model: Annotated[str, PATH] = "policy"
+    """Model that the reference log-probs are of: policy (the one that is trained, with its adapter on or off), another
+    one (as in model), which is loaded first to check them, or unavailable: they are taken as they are, unchecked."""
+    reference_adapter: Annotated[str, PATH] = "none"
+    """Directory of the reference's PEFT LoRA adapter on top of reference_model, or 'none'."""
     chat_template: shared.ChatTemplate = "model"
     loss_type: tuple[Loss, ...] = ("sigmoid",)
     """Losses to add up, as in TRL: sigmoid (DPO), nll (mean per-token NLL of the chosen completion), ipo, kto, simpo,
@@ -209,7 +215,7 @@ class TrainConfig(BaseModel):
             if getattr(self, setting) != type(self).model_fields[setting].default:
                 readers = ", ".join(name for name, settings in READS.items() if setting in settings)
                 yield f"{setting} = {getattr(self, setting)} is read by none of {', '.join(self.loss_type)} ({readers})"
-        yield from self._tuning_misfits()
+        yield from self._model_misfits()
         yield from self._schedule_misfits()
         yield from self._evaluation_misfits()
         if "exo_pair" in self.loss_type and not self.label_smoothing:
@@ -221,7 +227,9 @@ class TrainConfig(BaseModel):
         """Of these settings, those that do not have their default."""
         return (f"{n} = {getattr(self, n)}" for n in names if getattr(self, n) != type(self).model_fields[n].default)
 
-    def _tuning_misfits(self) -> Iterator[str]:
+    def _model_misfits(self) -> Iterator[str]:
+        if self.reference_model == UNAVAILABLE and self.reference_adapter != "none":
+            yield "reference_adapter has no model: reference_model = unavailable loads none"
         if self.tuning == "full":
             for given in self._changed(*LORA_ONLY):
                 yield f"{given} is read only with tuning = lora"

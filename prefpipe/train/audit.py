@@ -1,4 +1,6 @@
-"""Do the cached reference log-probs belong to this model? Asked before step 0, answered by re-scoring rows.
+"""Do the cached reference log-probs belong to the reference? Asked before step 0, answered by re-scoring rows.
+
+The reference is the initial policy, its base, or a model that is named; the identities are compared first.
 
 Thresholds (nats per token) come from measured noise: the signed mean catches a slightly trained model, which absolute
 differences hide in bf16 noise; the absolute mean catches another model, template or mask.
@@ -8,9 +10,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward.layout import Tree
+from prefpipe.models import Policy
 from prefpipe.train.groups import tree_of
 from prefpipe.train.rows import TrainRow
 
@@ -20,8 +24,62 @@ _SIGNED, _ABSOLUTE_16, _ABSOLUTE_32, _EXACT_H = 0.01, 0.10, 0.001, 1e-3
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Whose log-probs the rows hold or are to get. `model` makes and checks them where it is neither the initial policy
+    nor its base; without `at_hand` nobody here can, and the values are taken as they are."""
+
+    id: str
+    model: Policy | None = None
+    at_hand: bool = True
+
+
+def settle_reference(
+    cached: str | None, lacking: str | None, policy: Policy, given: Policy | Literal["unavailable"] | None
+) -> Reference:
+    """The reference of rows whose values are named `cached`; `lacking` says how many rows have none, if any.
+
+    Raises IdentityError when the values are of another model than the one that is `given`, or, without one, neither of
+    the initial policy nor of its base; DataError when values are missing and their model is not at hand.
+    """
+    own = (policy.id, policy.base_id)
+    if isinstance(given, Policy):
+        if cached not in (None, given.id):
+            raise _mismatch(
+                str(cached), f"the reference that is given is {given.id}", given.id,
+                "pass the --reference-model and --reference-adapter that made them, or make them again: prefpipe score",
+            )  # fmt: skip
+        return Reference(given.id, None if given.id in own else given)
+    if cached in own or (cached is None and not (given and lacking)):
+        return Reference(cached or policy.id)
+    if lacking or cached is None:
+        raise DataError(
+            f"{lacking} have no log-probs of their reference {cached or 'model'}, which is not the policy that "
+            "training starts from",
+            "pass it as --reference-model (and --reference-adapter), or fill them first: prefpipe score, whose output "
+            "takes the place of these rows",
+        )
+    if given is None:
+        raise _mismatch(
+            cached, f"training starts from {policy.id}", policy.id,
+            "pass the --model and --adapter that made them, or generate again with this model; if the reference is "
+            "meant to be another one, pass it as --reference-model and --reference-adapter",
+        )  # fmt: skip
+    return Reference(cached, at_hand=False)
+
+
+def _mismatch(cached: str, fact: str, ours: str, hint: str) -> IdentityError:
+    theirs, own = (name.split("+") for name in (cached, ours))
+    parts = {part.partition(":")[0] for part in {*theirs} ^ {*own}}
+    differing = ", ".join(sorted(parts, reverse=True))  # weights before adapter
+    return IdentityError(
+        f"the cached reference log-probs were made by {cached}, but {fact} (different: {differing})", hint
+    )
+
+
+@dataclass(frozen=True)
 class Audit:
-    """What re-scoring found: signed and absolute mean difference per token, and the largest |h| of a row, in nats.
+    """What re-scoring found: signed, absolute and root mean square difference per token (`deviation`), and the largest
+    |h| of a row, in nats.
 
     h is the difference of log-ratios between the first and the last completion of a row; the log-ratio of a single one.
     """
@@ -30,6 +88,7 @@ class Audit:
     tokens: int
     signed_mean: float
     absolute_mean: float
+    deviation: float
     largest_h: float
     loss: float
 
@@ -39,13 +98,13 @@ class Audit:
 
 
 def audit(rows: Sequence[TrainRow], count: int, score: Score, beta: float) -> Audit:
-    """Re-score `count` rows spread over the data, always with the longest and the shortest."""
+    """Re-score `count` rows spread over the data, always with the longest and the shortest, in one call of `score`."""
     chosen = _spread(rows, count)
-    differences: list[float] = []
-    gaps: list[float] = []
     for row in chosen:
         check_cached(row)
-        (values,) = score([tree_of(row)])
+    differences: list[float] = []
+    gaps: list[float] = []
+    for row, values in zip(chosen, score([tree_of(row) for row in chosen]), strict=True):
         deltas = [
             [now - then for now, then in zip(found, answer.reference or (), strict=True)]
             for found, answer in zip(values, row.answers, strict=True)
@@ -58,6 +117,7 @@ def audit(rows: Sequence[TrainRow], count: int, score: Score, beta: float) -> Au
         tokens=tokens,
         signed_mean=sum(differences) / tokens,
         absolute_mean=sum(map(abs, differences)) / tokens,
+        deviation=math.hypot(*differences) / math.sqrt(tokens),
         largest_h=max(map(abs, gaps)) if all(map(math.isfinite, gaps)) else math.inf,
         loss=sum(_softplus(-beta * h) for h in gaps) / len(gaps),
     )
@@ -99,6 +159,13 @@ def check(found: Audit, *, exact: bool, full_precision: bool) -> None:
             f"in one row; -log sigmoid(beta h) would be {found.loss:.4f} at step 0, not ln 2 = 0.6931",
             "make the values again with `prefpipe generate`, or pass the model, adapter and dtype that made them",
         )
+
+
+def noise_between_kernels(deviation: float, *, full_precision: bool) -> float:
+    """Nats by which the log-prob of a token may differ from its cached value when nothing is wrong, as a standard
+    deviation: what the audit measured, and in 16 bits no less than between kernels, for a training step has other
+    shapes than an audit."""
+    return deviation if full_precision else max(deviation, _NOISE)
 
 
 def check_scorers(scorers: Iterable[str], version: int) -> None:

@@ -33,7 +33,7 @@ _FOLLOWED = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules need to know of a run. `exact`: the reference is the initial policy, scored by the same fp32
+    """What the rules need to know of a run. `exact`: the policy starts as the reference, scored by the same fp32
     forward, so that every log-ratio is 0 before step 0."""
 
     num_steps: int

@@ -51,9 +51,9 @@ def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLab
     z0 = loop.z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
     for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(config))):
-        _, per_row, metrics = loop.row_losses(trainer, micro, z0)
+        found = loop.row_losses(trainer, micro, z0)
         if counts:
-            tally.add_rows({"loss": (per_row, torch.ones_like(per_row)), **metrics})
+            tally.add_rows({"loss": (found.per_row, torch.ones_like(found.per_row)), **found.metrics})
     values = summarise(tally, world) | ({"kto/z0": z0} if bank else {})
     return {f"eval_{name}": value for name, value in values.items()}
 

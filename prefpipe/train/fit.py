@@ -22,12 +22,14 @@ from prefpipe.train.watch import Watch, note, watching
 
 
 def fit(
-    run_: Run | None, trainer: Trainer, job: Job, state: State, *, exact: bool
+    run_: Run | None, trainer: Trainer, job: Job, state: State, *, exact: bool = False,
+    audit_seconds: float | None = None,
 ) -> tuple[dict[str, Any], Sequence[Alert]]:  # fmt: skip
     """Run the loop; leaves the model with the weights to save.
 
-    `state` is what the alert rules know before step 0, `exact` whether every log-ratio must be 0 there. Returns the
-    number of steps, the metrics of the last one (rank 0), which evaluation was the best; and all alerts.
+    `state` is what the alert rules know before step 0, `exact` whether every log-ratio must be 0 there,
+    `audit_seconds` how long the audit took (for timing.jsonl). Returns the number of steps, the metrics of the last one
+    (rank 0), which evaluation was the best; and all alerts.
     """
     world, config = trainer.world, trainer.config
     resumed = world.tell(checkpoint.newest(run_.out / "checkpoints", run_.fingerprint) if run_ else None)
@@ -41,7 +43,8 @@ def fit(
     history = world.tell([line for line in _lines(run_) if "eval_loss" in line] if run_ else [])
     total = loop.num_steps(len(job.rows), config)
     facts = Facts(total, _warmup(total, config), config.beta, config.learning_rate, exact)
-    with watching(run_, config, facts, state, first) as watch, log.progress("training", total, "steps") as advance:
+    watched = watching(run_, config, facts, state, first, audit_seconds)
+    with watched as watch, log.progress("training", total, "steps") as advance:
         advance(first)
         _run_steps(run_, trainer, job, watch, first, history, advance)
     results: dict[str, Any] = {"steps": total, "last_step": {}}

@@ -3,17 +3,18 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefpipe import chat as chats
 from prefpipe import ingest, log, models, store, vocabulary
-from prefpipe.config.train import TrainConfig
+from prefpipe.config.train import UNAVAILABLE, TrainConfig
 from prefpipe.errors import DataError, IdentityError, UsageError
 from prefpipe.ids import ids_digest
 from prefpipe.klbank import kl_bank
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
 from prefpipe.train import rows as train_rows
+from prefpipe.train.audit import Reference, settle_reference
 from prefpipe.train.evaluation import split_by_prompt
 from prefpipe.train.lossbatch import Kind
 from prefpipe.train.losses import LOSSES
@@ -31,8 +32,8 @@ Stored = Pair | Label | RankedGroup | KlBank
 @dataclass(frozen=True)
 class Job:
     """What a run trains on: checked rows, rows to evaluate on and KTO's bank, dropped rows, where it starts, which
-    reference its cached values are of and who computed them, what identifies it, and whether all completions were
-    sampled from the reference.
+    reference its values are of (None where no loss reads them) and who computed them, what identifies it, and whether
+    all completions were sampled from the reference.
 
     The bank holds the mismatched rows of the training rows, then those of rows that were given to evaluate on."""
 
@@ -41,7 +42,7 @@ class Job:
     bank: list[TrainLabel]
     dropped: list[Dropped]
     policy: Policy
-    reference: str | None
+    reference: Reference | None
     scorers: set[str]
     inputs: dict[str, str]
     eval_rows: list[TrainRow] = field(default_factory=list[TrainRow])
@@ -93,10 +94,12 @@ def prepare(config: TrainConfig) -> Job:
     rows = _train_rows(kind, read.rows)
     _check_extras(config, rows)
     bank = train_rows.from_bank(read.bank)
-    reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy) if needs_reference else None
+    given = _given_reference(config, needs_reference=needs_reference)
+    reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, given) if needs_reference else None
+    inputs |= {"reference": _recorded(reference)} if reference and given else {}
     scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
     training, eval_rows = _parted(rows, num_training, kind, config)
-    on_reference = reference is not None and _sampled_by(sources) == {reference}
+    on_reference = reference is not None and _sampled_by(sources) == {reference.id}
     return Job(
         kind, training, bank, read.dropped, policy, reference, scorers, inputs, eval_rows, on_reference=on_reference,
         num_eval_bank=len(bank) - num_bank,
@@ -272,28 +275,33 @@ def _check_extras(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
             )
 
 
-def _reference(stored: Sequence[Stored], rows: Sequence[TrainRow], policy: Policy) -> str:
-    """The reference of the cached values; refuses values of a model that cannot be checked here."""
+def _given_reference(config: TrainConfig, *, needs_reference: bool) -> Policy | Literal["unavailable"] | None:
+    """The reference that the settings name; None for the initial policy or its base, whichever made the values."""
+    if config.reference_model == "policy" and config.reference_adapter == "none":
+        return None
+    if not needs_reference:
+        raise UsageError(f"a reference is read by none of {', '.join(config.loss_type)}", "leave --reference-model out")
+    if config.reference_model == UNAVAILABLE:
+        return UNAVAILABLE
+    model = config.model if config.reference_model == "policy" else config.reference_model
+    return models.resolve(model, config.reference_adapter)
+
+
+def _reference(
+    stored: Sequence[Stored], rows: Sequence[TrainRow], policy: Policy, given: Policy | Literal["unavailable"] | None
+) -> Reference:
+    """The one reference of the rows; refuses values of a model that cannot be checked here."""
     named = sorted({row.reference for row in stored if row.reference is not None})
     if len(named) > 1:
         raise DataError(
             f"the rows hold log-probs of {len(named)} references: {', '.join(named)}", "train on one at a time"
         )
-    if not named:
-        return policy.id
     missing = sum(not has_references(row) for row in rows)
-    if named[0] not in (policy.id, policy.base_id):
-        if missing:
-            raise DataError(
-                f"{missing} of {len(rows)} rows have no log-probs of their reference {named[0]}, which is not the "
-                "policy that training starts from",
-                "fill them first: prefpipe score (its output takes the place of these rows)",
-            )
-        theirs, ours = dict(p.split(":") for p in named[0].split("+")), dict(p.split(":") for p in policy.id.split("+"))
-        differing = [k for k in ("weights", "adapter") if theirs.get(k) != ours.get(k)]
-        raise IdentityError(
-            f"the cached reference log-probs were made by {named[0]}, but training starts from {policy.id} "
-            f"(different: {', '.join(differing)})",
-            "pass the --model and --adapter that made them, or generate again with this model",
-        )
-    return named[0]
+    lacking = f"{missing} of {len(rows)} rows" if missing else None
+    return settle_reference(named[0] if named else None, lacking, policy, given)
+
+
+def _recorded(reference: Reference) -> str:
+    """A named reference among the inputs of a run: the weights of a run depend on it, and readers must know what was
+    not checked."""
+    return reference.id if reference.at_hand else f"{reference.id} (values not checked)"

@@ -14,7 +14,7 @@ from prefpipe.forward.logps import TreeModel
 from prefpipe.train import losses
 from prefpipe.train.batches import scores_prompt, settings_of, to_loss_batch
 from prefpipe.train.groups import MicroBatch, balanced_batches, bank_rows, global_batches, micro_batches, tree_of
-from prefpipe.train.lossbatch import LabelBatch
+from prefpipe.train.lossbatch import LabelBatch, LossBatch
 from prefpipe.train.optimizer import MasterOptimizer, learning_rate
 from prefpipe.train.parallel import World, sum_over_ranks
 from prefpipe.train.rows import TrainLabel, TrainRow, has_references
@@ -43,7 +43,8 @@ class StepMetrics:
 class Trainer:
     """What a step needs. `wrapped` is the model as the ranks share it; the budget is in tokens and may shrink.
 
-    `on_reference`: the completions were sampled from the reference, so that the KL to it is reported.
+    `on_reference`: the completions were sampled from the reference, so that the KL to it is reported. `start_noise`:
+    the policy starts as the reference, up to this noise in the log-prob of a token (nats); None where it does not.
     """
 
     model: TreeModel
@@ -53,6 +54,7 @@ class Trainer:
     world: World
     budget: int
     on_reference: bool = False
+    start_noise: float | None = None
 
 
 def num_steps(num_rows: int, config: TrainConfig) -> int:
@@ -88,7 +90,7 @@ def steps(
             batches = epoch_batches(rows, config, epoch)
         batch = [rows[row] for row in batches[within]]
         drawn = [bank[i] for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]
-        values = _accumulate(trainer, batch, drawn)
+        values = _accumulate(trainer, batch, drawn, trainer.start_noise if step == 0 else None)
         rate = learning_rate(
             step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio,
             warmup_steps=config.warmup_steps, schedule=config.lr_scheduler_type,
@@ -103,12 +105,14 @@ def steps(
         yield StepMetrics(step, total, len(batch), shown, () if finite else tuple(row.row_id for row in batch))
 
 
-def _accumulate(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
+def _accumulate(
+    trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel], noise: float | None
+) -> dict[str, float]:
     """Gradients of one global batch. Out of memory: half of its largest micro-batch is the new budget, and the same
     batch is done again."""
     while True:
         try:
-            return _try_batch(trainer, batch, bank)
+            return _try_batch(trainer, batch, bank, noise)
         except (torch.OutOfMemoryError, MemoryError) as error:
             trainer.optimizer.drop_gradients()
             tried = min(trainer.budget, max(_largest_load(trainer, rows) for rows in (batch, bank) if rows))
@@ -130,46 +134,70 @@ def _largest_load(trainer: Trainer, rows: Sequence[TrainRow]) -> int:
     return max(sum(tree.num_tokens for tree in micro.trees) for micro in cut)
 
 
-def _try_batch(trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
+def _try_batch(
+    trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel], noise: float | None
+) -> dict[str, float]:
     """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
     z0 = z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
     cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config))
     for micro, counts in trainer.world.deal(cut):
         # What a rank does beside its share to keep step with the others is not counted.
-        _micro_batch(trainer, micro, len(batch), z0, counts=counts, tally=tally if counts else Tally())
+        _micro_batch(trainer, micro, len(batch), z0, noise, counts=counts, tally=tally if counts else Tally())
     values = summarise(tally, trainer.world)
+    values["tokens/scored_share"] = values.pop("tokens/scored") / values["tokens/unique"]
     return {**values, "kto/z0": z0} if bank else values
 
 
-def _micro_batch(trainer: Trainer, micro: MicroBatch, size: int, z0: float, *, counts: bool, tally: Tally) -> None:
-    """Add the gradients of a micro-batch of a global batch of `size` rows, and its share of the step's metrics.
+def _micro_batch(
+    trainer: Trainer, micro: MicroBatch, size: int, z0: float, noise: float | None, *, counts: bool, tally: Tally
+) -> None:
+    """Add the gradients of a micro-batch of a global batch of `size` rows, and its share of the step's metrics; with
+    `noise` also how far its loss is from that at the reference.
 
     Nothing of its graph may outlive this call: nodes that stay between freed activations keep the heap from joining
     them, and the next micro-batch then takes half as much again.
     """
-    tokens, per_row, metrics = row_losses(trainer, micro, z0)
-    loss = per_row.sum() / size * float(counts)
+    found = row_losses(trainer, micro, z0)
+    loss = found.per_row.sum() / size * float(counts)
     (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
     trainer.optimizer.gather_gradients()
     tally.add_total("loss", float(loss.detach()))
-    tally.add_total("tokens/unique", float(tokens))
+    tally.add_total("tokens/unique", float(found.num_tokens))
+    tally.add_total("tokens/scored", float(found.num_scored))
     tally.add_total("tokens/logical", float(sum(tree_of(row).num_logical_tokens for row in micro.rows)))
-    tally.add_rows(metrics)
+    tally.add_rows(found.metrics)
+    if noise is not None:
+        config = trainer.config
+        start = losses.departure(config.loss_type, config.loss_weights, found.batch, settings_of(config), noise)
+        shares = found.weights / size
+        for name in ("loss", "at_reference", "shift"):
+            tally.add_total(f"start/{name}", float((shares * getattr(start, name)).sum()))
+        tally.add_total("start/variance", float((shares * start.deviation).square().sum()))
 
 
-def row_losses(
-    trainer: Trainer, micro: MicroBatch, z0: float
-) -> tuple[int, torch.Tensor, Mapping[str, losses.Counted]]:
-    """Forward of a micro-batch, for a step and for an evaluation: tokens computed, the weighted loss of every row [B],
-    and its metrics."""
+@dataclass(frozen=True)
+class RowLosses:
+    """What a forward pass makes of the rows [B] of a micro-batch: tokens computed and tokens scored, the batch of the
+    losses, the weights [B], the weighted loss of every row [B] and the metrics."""
+
+    num_tokens: int
+    num_scored: int
+    batch: LossBatch
+    weights: torch.Tensor
+    per_row: torch.Tensor
+    metrics: Mapping[str, losses.Counted]
+
+
+def row_losses(trainer: Trainer, micro: MicroBatch, z0: float) -> RowLosses:
+    """Forward of a micro-batch, for a step and for an evaluation."""
     config = trainer.config
     layout = trainer.model.layout(micro.trees)
     token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
     batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
     per_row = losses.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
     metrics = losses.metrics(batch, config.beta, on_reference=trainer.on_reference)
-    return layout.input_ids.numel(), weights * per_row, metrics
+    return RowLosses(layout.input_ids.numel(), layout.targets.numel(), batch, weights, weights * per_row, metrics)
 
 
 def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:

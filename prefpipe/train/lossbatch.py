@@ -4,7 +4,7 @@ Three kinds of examples: a pair (chosen, rejected), a label (one completion, des
 from best to worst). Log-probs are in nats, summed over completion tokens.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -89,6 +89,28 @@ class RankBatch:
 
 
 LossBatch = PairBatch | LabelBatch | RankBatch
+
+
+def at_reference(batch: LossBatch, better: float = 0.0, worse: float = 0.0) -> LossBatch:
+    """The batch of a policy that is the reference: log-ratios and z0 are 0.
+
+    `better` and `worse` are noise in nats per token: with them the log-ratio of a completion of n tokens is
+    better * sqrt(n), that of a rejected or lower-ranked one worse * sqrt(n).
+    """
+    if isinstance(batch, PairBatch):
+        return replace(batch, chosen=_moved(batch.chosen, better), rejected=_moved(batch.rejected, worse))
+    if isinstance(batch, LabelBatch):
+        return replace(batch, completion=_moved(batch.completion, better), z0=torch.zeros_like(batch.z0))
+    size = batch.present.shape[-1]
+    noise = torch.tensor([better, *[worse] * (size - 1)], device=batch.present.device)
+    return replace(batch, completions=_moved(batch.completions, noise))
+
+
+def _moved(side: Logps, noise: float | torch.Tensor) -> Logps:
+    """Reference values at which the log-ratios are noise * sqrt(tokens); all of it before the end of the prefix."""
+    ratios = noise * side.lengths.sqrt()
+    prefix = None if side.policy_prefix is None else side.policy_prefix - ratios
+    return replace(side, reference=side.policy - ratios, reference_prefix=prefix)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,24 @@
 """The registry of losses, how they add up, and what is reported beside them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise as neighbours
 from typing import Any
 
 import torch
 
 from prefpipe.train import listwise, pairwise, unpaired
-from prefpipe.train.lossbatch import Kind, LabelBatch, Logps, LossBatch, LossSettings, PairBatch, RankBatch
+from prefpipe.train.lossbatch import (
+    Kind,
+    LabelBatch,
+    Logps,
+    LossBatch,
+    LossSettings,
+    PairBatch,
+    RankBatch,
+    at_reference,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,39 @@ def combine(names: Sequence[str], weights: Sequence[float], batch: LossBatch, s:
     return torch.stack(losses).sum(dim=0)
 
 
+@dataclass(frozen=True)
+class Departure:
+    """Of a step that should start at the reference, [B] each, terms that read no reference left out: the loss, its
+    value at log-ratios of 0, and what kernel noise does to that value: its mean shift and the size of one deviation."""
+
+    loss: torch.Tensor
+    at_reference: torch.Tensor
+    shift: torch.Tensor
+    deviation: torch.Tensor
+
+
+def departure(
+    names: Sequence[str], weights: Sequence[float], batch: LossBatch, s: LossSettings, noise: float
+) -> Departure:  # fmt: skip
+    """How far the loss is from its value at the reference; `noise` is the standard deviation of the log-prob of a token
+    between kernels, in nats, independent from token to token.
+
+    The losses themselves say what it does, at one deviation up or down on either side: a penalty with a corner at 0
+    (dpop) leans to one side, a square is moved most where its target is far.
+    """
+    kept = [(n, w) for n, w in zip(names, weights, strict=True) if LOSSES[n].needs_reference]
+    own, own_weights = zip(*kept, strict=True)
+
+    def loss(given: LossBatch) -> torch.Tensor:
+        return combine(own, own_weights, given, s).detach()
+
+    still = loss(at_reference(batch))
+    moves = torch.stack([loss(at_reference(batch, a, b)) - still for a in (-noise, noise) for b in (-noise, noise)])
+    return Departure(loss(batch), still, moves.mean(0), moves.abs().amax(0))
+
+
 Counted = tuple[torch.Tensor, torch.Tensor]  # values [B], and which of them count [B]
+LENGTH_EDGES = (64, 256, 1024)  # tokens of both completions of a pair, inclusive; as parity.json's of one
 _SATURATED = 0.01  # gradient weight s(-beta h) below which a pair teaches nothing more
 
 
@@ -119,7 +162,19 @@ def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, Coun
             "deltas/rejected": _per_token(rejected),
         }
     every = torch.ones_like(chosen.policy)
-    return {name: (values, every) for name, values in found.items()}
+    counted = {name: (values, every) for name, values in found.items()}
+    if "rewards/margins" not in found:
+        return counted
+    return counted | _by_length(found["rewards/margins"], chosen.lengths + rejected.lengths)
+
+
+def _by_length(margins: torch.Tensor, lengths: torch.Tensor) -> dict[str, Counted]:
+    """The margins of the pairs in each bucket of lengths."""
+    edges = [0, *LENGTH_EDGES, math.inf]
+    return {
+        f"rewards/margins/len_{low}_{high}": (margins, ((lengths > low) & (lengths <= high)).float())
+        for low, high in neighbours(edges)
+    }
 
 
 def _label_metrics(batch: LabelBatch, beta: float) -> dict[str, Counted]:

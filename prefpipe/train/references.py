@@ -1,18 +1,34 @@
-"""Missing reference log-probs, made from the initial policy before step 0 and kept as a cache in the run."""
+"""Reference log-probs before step 0: missing ones are made by the reference and kept as a cache in the run, all are
+audited by it."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
-from prefpipe import log
+from prefpipe import fsio, log
+from prefpipe.config.train import TrainConfig
+from prefpipe.forward import load
+from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, score
 from prefpipe.ids import ids_digest
 from prefpipe.schemas import RefLogps, from_table, to_table
 from prefpipe.store import Run
+from prefpipe.train import audit
+from prefpipe.train.audit import Reference
 from prefpipe.train.groups import tree_of
 from prefpipe.train.parallel import World
 from prefpipe.train.rows import TokenLogps, TrainRow, has_references
 
 R = TypeVar("R", bound=TrainRow)
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What the audit found, for the manifest, and how long it took; nothing where no reference is read."""
+
+    found: dict[str, Any] | None = None
+    seconds: float | None = None
 
 
 def values_for(
@@ -37,6 +53,42 @@ def values_for(
 def filled(rows: Sequence[R], values: dict[str, TokenLogps]) -> list[R]:
     """Rows with the values in place of missing ones."""
     return [row if has_references(row) else row.with_references(values) for row in rows]
+
+
+def audited(
+    world: World, model: TreeModel, rows: Sequence[TrainRow], scorers: set[str], config: TrainConfig, *,
+    base_is_reference: bool,
+) -> Audited:  # fmt: skip
+    """Re-score rows by the reference and compare; raises IdentityError when it did not make the values of the rows.
+    `scorers` made them."""
+    start = fsio.monotonic()
+    with load.adapter_off(model.policy, off=base_is_reference):
+        found = audit.audit(rows, config.audit_rows, partial(_score_together, model, world), config.beta)
+    seconds = fsio.monotonic() - start
+    full = config.dtype == "float32" and all(s.endswith("/float32") for s in scorers) and not config.load_in_4bit
+    audit.check(found, exact=scorers == {load.scorer_name("float32")} and full, full_precision=full)
+    log.info(
+        f"audit: {found.rows} rows re-scored, {found.signed_mean:+.4f} signed and {found.absolute_mean:.4f} absolute "
+        f"nats per token, -log sigmoid(beta h) {found.loss:.4f} (ln 2 = 0.6931): the cache belongs to the reference"
+    )
+    return Audited(found.to_dict(), seconds)
+
+
+def _score_together(model: TreeModel, world: World, trees: Sequence[Tree]) -> list[list[list[float]]]:
+    """Token log-probs of every tree, dealt out to the ranks: all see the same values, and come to the same end."""
+    own = list(score(model, trees[world.rank :: world.size]))
+    shares = world.gather(own)
+    return [shares[i % world.size][i // world.size] for i in range(len(trees))]
+
+
+def not_audited(reference: Reference) -> Audited:
+    """What stands in the manifest in place of an audit."""
+    reason = (
+        f"reference {reference.id} is unavailable: its name, the rows' token ids and the form of the values were "
+        "checked, not whether that model gives these values"
+    )
+    log.warn(reason)
+    return Audited({"rows": 0, "not_checked": reason})
 
 
 def _cached(run_: Run | None) -> dict[str, TokenLogps]:

@@ -4,9 +4,10 @@ Thresholds without a paper come from runs whose outcome is known: small models t
 completions by +0.03 to +0.07 nats per token, those that collapsed by -0.24 to -0.38.
 """
 
+import math
 from itertools import pairwise
 
-from prefpipe.train.diagnostics import TOO_MANY_SKIPS, Rule, View, running_median
+from prefpipe.train.diagnostics import TOO_MANY_SKIPS, Rule, View, running_median, slope
 
 _RAZIN = "Razin et al. 2024 (2410.08847)"
 _RAFAILOV = "Rafailov et al. 2024 (2406.02900)"
@@ -16,22 +17,35 @@ _FALL, _DEEP_FALL, _COLLAPSE = -0.02, -0.10, -0.30  # nats per token
 _FALL_PER_SEQUENCE = -20.0  # nats
 _BOTH_FALL = 0.70
 _H_AT_STEP_0 = 0.05  # nats
+_LOSS_AT_STEP_0, _SMALL = 0.01, 1e-3  # share of the loss at the reference; where that is next to 0
+_DEVIATIONS = 4
 _CHANCE = (0.45, 0.55)
 _RATE_SHARE = 0.10
 _SURE, _SMALL_LOSS, _EVAL_GAP = 0.99, 0.05, 0.15
 _EVALS = 2
 _LARGE_REWARD, _SATURATED_SHARE = 5.0, 0.5
 _KL, _KL_PER_TOKEN = 10.0, 0.1
+_GROWTH, _GROWTH_SHARE, _FLOOR_SHARE, _NOTHING_SHARE = 2.0, 0.10, 0.5, 0.005
 _NORM_FACTOR = 10.0
 _SKIPS = 3
 _Z0_SHARE = 0.80
 
 
 def _stale_cache(view: View) -> str | None:
-    if view.step or not view.facts.exact or "rewards/abs_margins" not in view.values:
+    if view.step:
         return None
-    h = view.values["rewards/abs_margins"] / view.facts.beta
-    return f"mean |h| is {h:.3g} nats before anything was learned" if h > _H_AT_STEP_0 else None
+    h = view.values.get("rewards/abs_margins", 0.0) / view.facts.beta
+    if view.facts.exact and h > _H_AT_STEP_0:
+        return f"mean |h| is {h:.3g} nats before anything was learned"
+    names = ("loss", "at_reference", "shift", "variance")
+    if not all(f"start/{name}" in view.values for name in names):
+        return None
+    loss, there, shift, variance = (view.values[f"start/{name}"] for name in names)
+    noise = abs(shift) + _DEVIATIONS * math.sqrt(variance)
+    limit = max(_LOSS_AT_STEP_0 * abs(there), _SMALL) + noise
+    if not abs(loss - there) > limit:
+        return None
+    return f"the loss is {loss:.4f} and not {there:.4f} before anything was learned (limit {limit:.4f} apart)"
 
 
 def _chosen_falls(view: View) -> str | None:
@@ -120,6 +134,19 @@ def _far_away(view: View) -> str | None:
     return f"KL(ref || policy) is about {_last(view, 'kl/ref_policy'):.1f} nats, {per_token:.3f} per token"
 
 
+def _runs_away(view: View) -> str | None:
+    for name, limit, unit in (("kl/ref_policy", _KL, "nats"), ("kl/ref_policy_per_token", _KL_PER_TOKEN, "per token")):
+        means = view.two_windows(name)
+        # Near 0 everything doubles all the time: from half of A9's limit on, twofold growth is past it within a tenth.
+        if not means or not means[-1] > _FLOOR_SHARE * limit:
+            continue
+        per_block = slope([math.log(max(mean, _NOTHING_SHARE * limit)) for mean in means])
+        growth = math.exp(min(per_block * _GROWTH_SHARE * view.facts.num_steps / view.facts.block, 10.0))
+        if growth > _GROWTH:
+            return f"KL(ref || policy) is about {means[-1]:.3g} {unit} and grows {growth:.1f}-fold per 10 % of the run"
+    return None
+
+
 def _bad_gradient(view: View) -> str | None:
     if view.last_skipped:
         return "loss or gradient is not finite: the step moved nothing"
@@ -163,7 +190,9 @@ def _never(view: View) -> str | None:  # noqa: ARG001  (said before step 0, from
 
 RULES: dict[str, Rule] = {
     "A0": Rule(
-        "step", "STOP", "step 0: mean absolute h > 0.05 nats (fp32, same scorer)",
+        "step", "STOP",
+        "step 0: mean absolute h > 0.05 nats (fp32, same scorer); or a loss off its value at h = 0 by > 1 %, noise of "
+        "kernels aside",
         "the cache belongs to another model, template or truncation: score again", "h is 0 by construction",
         _stale_cache,
     ),
@@ -216,6 +245,11 @@ RULES: dict[str, Rule] = {
     "A9": Rule(
         "block", "WARN", "KL(ref to policy) > 10 nats or > 0.1 per token for W, on rows sampled from the reference",
         "past the usual optimum: evaluate, then raise beta or stop earlier", _RAFAILOV, _far_away,
+    ),
+    "A9b": Rule(
+        "block", "WARN",
+        "KL(ref to policy) grows more than twofold per 10 % of the run over 2W, and is above half of a limit of A9",
+        "it passes the limits of A9 soon: lower learning_rate, or raise beta", _OURS, _runs_away,
     ),
     "A13": Rule(
         "step", "WARN", "gradient norm > 10 times its running median (50 steps), or not finite",

@@ -1,4 +1,7 @@
-"""Stage 3, `prefpipe train`: rows with cached reference log-probs -> an adapter or a model. One model is in memory."""
+"""Stage 3, `prefpipe train`: rows with cached reference log-probs -> an adapter or a model. One model is in memory.
+
+A reference that is not the initial policy is loaded before it, to check its values and make missing ones, and freed.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -7,21 +10,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from prefpipe import log, store
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward import load
-from prefpipe.forward.logps import SCORER_VERSION, TreeModel, causal_model, score, settle_rows
+from prefpipe.forward.logps import SCORER_VERSION, TreeModel, causal_model, settle_rows
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, to_table
 from prefpipe.store import Manifest, Run
 from prefpipe.train import audit, diagnostics, memory, outputs, parallel, references, trackers
+from prefpipe.train.audit import Reference
 from prefpipe.train.fit import fit
 from prefpipe.train.groups import tree_of
 from prefpipe.train.inputs import Job, prepare
 from prefpipe.train.loop import Trainer
-from prefpipe.train.losses import LOSSES
 from prefpipe.train.optimizer import MasterOptimizer
 from prefpipe.train.parallel import World
 from prefpipe.train.rows import TrainRow
@@ -53,19 +57,29 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
         audit.check_cached(row)
     audit.check_scorers(job.scorers, SCORER_VERSION)
     warned = _say_targets(config, job)
+    audited = references.Audited()
+    if job.reference and job.reference.model:
+        job, audited = _by_reference(run_, world, job, job.reference.model, config)
     model = load_policy(job.policy, config)
     _check_vocabulary(model, [*job.rows, *job.eval_rows, *job.bank])
     choose_rows(model, job.rows, config.dtype)
-    found = None
-    if any(LOSSES[name].needs_reference for name in config.loss_type):
-        job, found = _referenced(run_, world, job, model, config)
+    if job.reference and not job.reference.model:
+        job, audited = _referenced(run_, world, job, job.reference, model, config)
+    if job.reference and job.reference.id != job.policy.id:
+        log.info(
+            "the reference is not the initial policy: log-ratios are not 0 before step 0, and the loss of step 0 is "
+            "not its value at the reference (ln 2 for sigmoid)"
+        )
     tokens = world.tell(fitting_tokens(model, job.rows, config))
     wrapped = parallel.wrap(model, world, config.distributed)
     optimizer = MasterOptimizer(wrapped, config.weight_decay, config.optim)
-    trainer = Trainer(model, wrapped, optimizer, config, world, tokens, on_reference=job.on_reference)
+    trainer = Trainer(
+        model, wrapped, optimizer, config, world, tokens, on_reference=job.on_reference,
+        start_noise=_start_noise(job, config, audited),
+    )  # fmt: skip
     state = diagnostics.at_start(RULES, warned)
-    trained, alerts = fit(run_, trainer, job, state, exact=_exact(job, config, found))
-    results = {"audit": found, **trained, "alerts": [asdict(alert) for alert in alerts]}
+    trained, alerts = fit(run_, trainer, job, state, exact=_exact(job, config), audit_seconds=audited.seconds)
+    results = {"audit": audited.found, **trained, "alerts": [asdict(alert) for alert in alerts]}
     tensors = outputs.tensors_of(model, config)
     manifest = _finish(run_, job, model, tensors, config, results) if run_ else None
     return cast(Manifest, world.tell(manifest))
@@ -81,21 +95,57 @@ def _say_targets(config: TrainConfig, job: Job) -> list[tuple[str, str]]:
     return [*(("A16", line) for line in found.warnings), *(("A15c", line) for line in found.class_warnings)]
 
 
-def _exact(job: Job, config: TrainConfig, audited: dict[str, float] | None) -> bool:
-    """Whether every log-ratio must be 0 before step 0: the reference is the initial policy, scored by this forward."""
-    own = load.scorer_name("float32")
-    return audited is not None and job.reference == job.policy.id and config.dtype == "float32" and job.scorers <= {own}
+def _starts_as_reference(job: Job, config: TrainConfig) -> bool:
+    """Whether the initial policy is the reference, and computes as it does: dropout in front of an adapter that is
+    trained on moves step 0 (a new adapter does nothing yet)."""
+    dropped = config.lora_dropout > 0 and job.policy.adapter is not None
+    return job.reference is not None and job.reference.id == job.policy.id and not dropped
+
+
+def _exact(job: Job, config: TrainConfig) -> bool:
+    """Whether every log-ratio must be 0 before step 0: the policy starts as the reference, scored by this forward."""
+    own = {load.scorer_name("float32")}
+    full = config.dtype == "float32" and not config.load_in_4bit
+    return _starts_as_reference(job, config) and full and job.scorers <= own
+
+
+def _start_noise(job: Job, config: TrainConfig, audited: references.Audited) -> float | None:
+    """Noise in a token's log-prob (nats) up to which the policy starts as the reference; None where it does not."""
+    if not _starts_as_reference(job, config) or audited.found is None:
+        return None
+    if _exact(job, config):
+        return 0.0
+    full = config.dtype == "float32" and not config.load_in_4bit
+    return audit.noise_between_kernels(audited.found["deviation"], full_precision=full)
+
+
+def _by_reference(
+    run_: Run | None, world: World, job: Job, reference: Policy, config: TrainConfig
+) -> tuple[Job, references.Audited]:
+    """As `_referenced`, by a reference that is not the initial policy: loaded for this alone, and freed."""
+    log.info("the reference is a model of its own: it is loaded first, to check its log-probs")
+    base = _load_base(reference, config)
+    model = TreeModel(load.load_adapter(base, reference.adapter, trainable=False) if reference.adapter else base)
+    _check_vocabulary(model, [*job.rows, *job.eval_rows, *job.bank])
+    choose_rows(model, job.rows, config.dtype)
+    job, audited = _referenced(run_, world, job, cast(Reference, job.reference), model, config)
+    del base, model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return job, audited
 
 
 def _referenced(
-    run_: Run | None, world: World, job: Job, model: TreeModel, config: TrainConfig
-) -> tuple[Job, dict[str, float]]:
+    run_: Run | None, world: World, job: Job, reference: Reference, model: TreeModel, config: TrainConfig
+) -> tuple[Job, references.Audited]:
     """The job with reference values in all rows, missing ones made now, and what the audit of them found."""
+    if not reference.at_hand:
+        return job, references.not_audited(reference)
     every: list[TrainRow] = [*job.rows, *job.eval_rows, *job.bank]
     scorer = load.scorer_name(config.dtype, in_4bit=config.load_in_4bit)
     # A new adapter changes nothing yet, but it costs time: it is off too while the base is scored.
-    with load.adapter_off(model.policy, off=job.reference == job.policy.base_id):
-        values = references.values_for(run_, world, every, model, scorer, job.reference or job.policy.id)
+    with load.adapter_off(model.policy, off=reference.id == job.policy.base_id):
+        values = references.values_for(run_, world, every, model, scorer, reference.id)
     scorers = job.scorers | ({scorer} if values else set[str]())
     job = replace(
         job,
@@ -103,9 +153,9 @@ def _referenced(
         eval_rows=references.filled(job.eval_rows, values),
         bank=references.filled(job.bank, values),
     )
-    base_is_reference = job.reference == job.policy.base_id != job.policy.id
+    base_is_reference = reference.id == job.policy.base_id != job.policy.id
     checked = [*job.rows, *job.eval_rows, *job.bank]
-    return job, _audit(model, checked, scorers, config, base_is_reference=base_is_reference)
+    return job, references.audited(world, model, checked, scorers, config, base_is_reference=base_is_reference)
 
 
 def _finish(
@@ -114,7 +164,7 @@ def _finish(
 ) -> Manifest:  # fmt: skip
     """Save the trained policy and the manifest."""
     policy, count = job.policy, len(job.rows)
-    identity = {"initial": policy.id, "reference": job.reference}
+    identity = {"initial": policy.id, "reference": job.reference.id if job.reference else None}
     facts = {**results, **identity, "count": count, "kind": job.kind, "inputs": job.inputs}
     trained = outputs.save(run_.out, model, tensors, policy, config, facts)
     totals = {job.kind: count, "dropped": len(job.dropped), **results}
@@ -138,15 +188,8 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
 
 
 def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
-    """The one model of a run: every weight of it, the base with a new adapter, or with the one it continues."""
-    log.info(f"loading {policy.directory.name} ({config.dtype}{', 4 bits' if config.load_in_4bit else ''})")
-    base = load.load_model(policy.directory, config.dtype, in_4bit=config.load_in_4bit)
-    broken = [name for name, p in base.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
-    if broken:
-        raise DataError(
-            f"{policy.directory}: {len(broken)} weights are not finite numbers in {config.dtype} (first {broken[0]})",
-            "the model is damaged, or its weights need another --dtype",
-        )
+    """The model to train: every weight of it, the base with a new adapter, or with the one it continues."""
+    base = _load_base(policy, config)
     if config.tuning == "full":
         base.requires_grad_(requires_grad=True)
         return TreeModel(base)
@@ -158,6 +201,18 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
             seed=config.seed, rslora=config.use_rslora,
         )
     )  # fmt: skip
+
+
+def _load_base(policy: Policy, config: TrainConfig) -> PreTrainedModel:
+    log.info(f"loading {policy.directory.name} ({config.dtype}{', 4 bits' if config.load_in_4bit else ''})")
+    base = load.load_model(policy.directory, config.dtype, in_4bit=config.load_in_4bit)
+    broken = [name for name, p in base.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+    if broken:
+        raise DataError(
+            f"{policy.directory}: {len(broken)} weights are not finite numbers in {config.dtype} (first {broken[0]})",
+            "the model is damaged, or its weights need another --dtype",
+        )
+    return base
 
 
 def _check_vocabulary(model: TreeModel, rows: Sequence[TrainRow]) -> None:
@@ -201,17 +256,3 @@ def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConf
         per_token = found.footprint.activations_per_token / 1024
         log.info(f"micro-batches of up to {found.tokens} tokens ({per_token:.0f} KiB per token)")
     return found.tokens
-
-
-def _audit(
-    model: TreeModel, rows: Sequence[TrainRow], scorers: set[str], config: TrainConfig, *, base_is_reference: bool
-) -> dict[str, float]:
-    with load.adapter_off(model.policy, off=base_is_reference):
-        found = audit.audit(rows, config.audit_rows, lambda trees: list(score(model, trees)), config.beta)
-    full = config.dtype == "float32" and all(s.endswith("/float32") for s in scorers) and not config.load_in_4bit
-    audit.check(found, exact=scorers == {load.scorer_name("float32")} and full, full_precision=full)
-    log.info(
-        f"audit: {found.rows} rows re-scored, {found.signed_mean:+.4f} signed and {found.absolute_mean:.4f} absolute "
-        f"nats per token, -log sigmoid(beta h) {found.loss:.4f} (ln 2 = 0.6931): the cache belongs to this model"
-    )
-    return found.to_dict()

@@ -102,8 +102,11 @@ class Watch:
 
 
 @contextmanager
-def watching(run_: Run | None, config: TrainConfig, facts: Facts, state: State, first: int) -> Generator[Watch]:
-    """Watch a run from step `first` on. Raises what would end it before it starts."""
+def watching(
+    run_: Run | None, config: TrainConfig, facts: Facts, state: State, first: int, audit_seconds: float | None = None
+) -> Generator[Watch]:
+    """Watch a run from step `first` on; timing.jsonl tells how long it and its audit took. Raises what would end it
+    before it starts."""
     open_trackers = (
         tracking(config.report_to, run_.out, run_.fingerprint, dump(config), first) if run_ else nullcontext(_nothing)
     )
@@ -114,7 +117,8 @@ def watching(run_: Run | None, config: TrainConfig, facts: Facts, state: State, 
             raise watch.verdict
         yield watch
         if run_:
-            run_.log_timing(event="trained", **watch.whole.summary(fsio.monotonic()))
+            audited = {} if audit_seconds is None else {"audit_seconds": round(audit_seconds, 3)}
+            run_.log_timing(event="trained", **watch.whole.summary(fsio.monotonic()), **audited)
 
 
 def say_alerts(alerts: Sequence[Alert]) -> None:

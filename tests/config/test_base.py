@@ -33,7 +33,7 @@ RUNTIME = {
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
     *("inputs", "reward_settings", "eval_pairs", "eval_labels", "eval_groups", "reward_runs", "policy_logps"),
-    "contamination",
+    *("contamination", "reference_model", "reference_adapter"),
 }
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
@@ -45,6 +45,8 @@ OWNED = {
         "train.labels",
         "train.groups",
         "train.ref_logps",
+        "train.reference_model",
+        "train.reference_adapter",
         "evaluate.model",
         "evaluate.adapter",
         "evaluate.round",

@@ -21,6 +21,8 @@ LINKS = {
     "train.model": "m",
     "train.adapter": "a",
     "train.pairs": ["runs/p"],
+    "train.reference_model": "m",
+    "train.reference_adapter": "a",
     "evaluate.model": "m",
     "evaluate.adapter": "a",
     "evaluate.round": "3",

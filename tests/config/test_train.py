@@ -26,6 +26,7 @@ from prefpipe.config.train import TrainConfig
         ({"distributed": "fsdp2", "optim": "adamw_8bit"}, "use ddp"),
         ({"distributed": "fsdp2", "load_in_4bit": True}, "use ddp"),
         ({"eval_split": 1.0}, "less than 1"),
+        ({"reference_model": "unavailable", "reference_adapter": "a"}, "reference_model = unavailable loads none"),
     ],
 )
 def test_what_does_not_go_together_is_told(given: dict[str, object], said: str) -> None:

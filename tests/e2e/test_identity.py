@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from prefpipe import models, score, store
+from prefpipe import score, store
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.score import ScoreConfig
-from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.schemas import Pair, from_table, to_table
-from tests.e2e.conftest import Call
+from tests.conftest import Call
+from tests.tiny import make_adapter
 
 
 @dataclass(frozen=True)
@@ -24,19 +23,6 @@ class Place:
     adapter: Path
     prompts: Path
     folder: Path
-
-
-def make_adapter(model: Path, directory: Path, seed: int) -> Path:
-    lora = add_lora(load_model(model, "float32"), r=2, alpha=2, target_modules="q_proj,v_proj", seed=seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in lora.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1)
-    directory.mkdir(parents=True)
-    save_adapter(lora, adapter_tensors(lora), directory, "tiny")
-    (directory / "prefpipe.json").write_text(models.adapter_base_record(models.resolve(str(model)).weights))
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +233,7 @@ def test_train_takes_the_values_whatever_the_loss_settings(
         done = call(*training(place.model, scored, tmp_path / str(number)), *change)
         assert done.code == 0, (change, done.stderr)
         assert "no reference log-probs" not in done.stderr
-        assert "the cache belongs to this model" in done.stderr
+        assert "the cache belongs to the reference" in done.stderr
 
 
 def test_another_dtype_is_for_the_agreement_test_to_decide(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefpipe import store, vocabulary
-from tests.e2e.conftest import Call
+from tests.conftest import Call
 
 COMMON = ("--engine", "fake", "--check", 0)
 FREE = ("--dtype", "float32", "--lora-r", 2, "--loss-type", "simpo", "--beta", 2)  # without reference: no audit

@@ -17,7 +17,7 @@ from prefpipe.forward.layout import Tree
 from prefpipe.ids import ids_digest
 from prefpipe.schemas import Pair
 from prefpipe.train import stage
-from prefpipe.train.audit import Audit, Score, audit, check, check_scorers
+from prefpipe.train.audit import Audit, Score, audit, check, check_scorers, noise_between_kernels
 from prefpipe.train.rows import TrainPair
 from tests.train import data
 
@@ -55,7 +55,8 @@ def many(count: int = 64, seed: int = 0) -> list[TrainPair]:
 
 
 def test_numbers_derived_by_hand():
-    """Model minus cache: chosen +0.2, -0.1; rejected +0.3. Signed mean 0.4 / 3, absolute 0.6 / 3, h = 0.1 - 0.3 = -0.2.
+    """Model minus cache: chosen +0.2, -0.1; rejected +0.3. Signed mean 0.4 / 3, absolute 0.6 / 3, root mean square
+    sqrt(0.14 / 3), h = 0.1 - 0.3 = -0.2.
 
     The step-0 loss at beta 0.5 is ln(1 + e^(0.1)).
     """
@@ -65,6 +66,7 @@ def test_numbers_derived_by_hand():
     assert (found.rows, found.tokens) == (1, 3)
     assert found.signed_mean == pytest.approx(0.4 / 3)
     assert found.absolute_mean == pytest.approx(0.2)
+    assert found.deviation == pytest.approx(math.sqrt(0.14 / 3))
     assert found.largest_h == pytest.approx(0.2)
     assert found.loss == pytest.approx(math.log(1 + math.exp(0.1)))
     assert found.to_dict()["tokens"] == 3
@@ -187,7 +189,7 @@ def test_the_exact_rule_looks_at_single_pairs():
 
 
 def values(**given: float) -> Audit:
-    clean = Audit(rows=32, tokens=10**6, signed_mean=0.0, absolute_mean=0.0, largest_h=0.0, loss=LN2)
+    clean = Audit(rows=32, tokens=10**6, signed_mean=0.0, absolute_mean=0.0, deviation=0.0, largest_h=0.0, loss=LN2)
     return replace(clean, **given)  # type: ignore[arg-type]
 
 
@@ -239,6 +241,12 @@ def test_a_cache_with_another_number_of_tokens_is_refused():
     short = [replace(cached[0], ref_chosen=(-1.0,))]
     with pytest.raises(IdentityError):
         check(audit(short, 8, scorer(cached), beta=0.1), exact=False, full_precision=False)
+
+
+def test_noise_is_what_was_measured_and_in_16_bits_no_less_than_between_kernels():
+    """A cache of the same kernel shows none in the audit, and a training step of another shape has it all the same."""
+    found = [noise_between_kernels(d, full_precision=full) for full in (True, False) for d in (0.0, 1e-5, 0.09)]
+    assert found == [0.0, 1e-5, 0.09, 0.055, 0.055, 0.09]
 
 
 MESSAGES = [([{"role": "user", "content": f"Tell me about bird {n}."}], f"Owl {n}.", f"No, {n}.") for n in range(8)]

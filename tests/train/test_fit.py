@@ -22,7 +22,7 @@ def test_without_a_run_directory_nothing_is_written(tiny_model: Path, tmp_path: 
     config = data.config(tiny_model, num_train_epochs=1, train_batch_size=4)
     trainer = data.trainer(data.policy(tiny_model), config)
     before = sorted(tmp_path.rglob("*"))
-    results, alerts = fit(None, trainer, job, diagnostics.at_start(RULES, ()), exact=False)
+    results, alerts = fit(None, trainer, job, diagnostics.at_start(RULES, ()))
     assert results == {"steps": 3, "last_step": {}}
     assert list(alerts) == []
     assert sorted(tmp_path.rglob("*")) == before
@@ -30,7 +30,7 @@ def test_without_a_run_directory_nothing_is_written(tiny_model: Path, tmp_path: 
 
 def test_warnings_of_the_start_are_alerts_of_the_run(tiny_model: Path, job: Job):
     trainer = data.trainer(data.policy(tiny_model), data.config(tiny_model, train_batch_size=10))
-    _, alerts = fit(None, trainer, job, diagnostics.at_start(RULES, [("A16", "beta is small")]), exact=False)
+    _, alerts = fit(None, trainer, job, diagnostics.at_start(RULES, [("A16", "beta is small")]))
     assert [(alert.rule, alert.level) for alert in alerts] == [("A16", "WARN")]
 
 
@@ -42,6 +42,6 @@ def test_evaluations_stop_the_run_when_patience_is_over(tiny_model: Path, job: J
     )  # fmt: skip
     held_out = replace(job, rows=job.rows[:8], eval_rows=job.rows[8:])
     trainer = data.trainer(data.policy(tiny_model), config)
-    results, _ = fit(None, trainer, held_out, diagnostics.at_start(RULES, ()), exact=False)
+    results, _ = fit(None, trainer, held_out, diagnostics.at_start(RULES, ()))
     assert results["best"]["metric"] == "eval_loss"
     assert results["best"]["step"] < 20

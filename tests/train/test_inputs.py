@@ -13,6 +13,7 @@ from prefpipe.forward import load
 from prefpipe.ids import ids_digest
 from prefpipe.klbank import kl_bank
 from prefpipe.schemas import RefLogps, to_table
+from prefpipe.train.audit import Reference
 from prefpipe.train.inputs import prepare
 from prefpipe.train.rows import TrainLabel, TrainPair
 from tests.train import data
@@ -81,7 +82,7 @@ def test_an_unpaired_file_alone_is_enough(tiny_model: Path, tmp_path: Path):
     rows = [{"prompt": f"What is {n}?", "completion": f"{n}.", "label": n % 3 > 0} for n in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = prepare(data.config(tiny_model, **kto(path)))
-    assert job.reference == models.resolve(str(tiny_model)).id
+    assert job.reference == Reference(models.resolve(str(tiny_model)).id)
     labels = [row for row in job.rows if isinstance(row, TrainLabel)]
     assert [row.desirable for row in labels] == [n % 3 > 0 for n in range(6)]
     own = {(row.prompt, row.answer.ids) for row in labels}
@@ -167,7 +168,7 @@ def test_values_of_a_scored_run_win_over_the_columns(tiny_model: Path, tmp_path:
     ]  # fmt: skip
     for changes in kinds:
         job = prepare(data.config(tiny_model, ref_logps=values, **changes))
-        assert job.reference == models.resolve(str(tiny_model)).id
+        assert job.reference == Reference(models.resolve(str(tiny_model)).id)
         assert job.scorers == {load.scorer_name("float32")}
         assert "ref_logps.0" in job.inputs
         for row in job.rows:

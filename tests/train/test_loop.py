@@ -110,12 +110,16 @@ def test_metrics_are_means_over_the_step(tiny_model: Path, pairs: list[TrainPair
     assert first.values["logps/chosen"] == pytest.approx(expected, rel=1e-5)
     assert (first.step, first.num_steps, first.num_rows) == (0, 6, 4)
     assert first.values["epoch"] == pytest.approx(1 / 3)
+    trees = [tree for micro in micro_batches([pairs[r] for r in rows], 40) for tree in micro.trees]
+    prompts = sum(len(tree.prompt) for tree in trees)
+    assert first.values["tokens/scored_share"] == pytest.approx(1 - prompts / sum(tree.num_tokens for tree in trees))
     assert first.values["learning_rate"] == pytest.approx(config.learning_rate / 2)  # warmup of one step
     assert set(first.values) == {
         "loss", "grad_norm", "learning_rate", "epoch", "logps/chosen", "logps/rejected", "logps/accuracies",
         "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/abs_margins",
         "rewards/gradient_weights", "rewards/saturated", "rewards/both_fall", "deltas/chosen", "deltas/rejected",
-        "lengths/chosen", "lengths/rejected", "tokens/unique", "tokens/logical",
+        "lengths/chosen", "lengths/rejected", "tokens/unique", "tokens/logical", "tokens/scored_share",
+        "rewards/margins/len_0_64",
         *(f"rewards/{n}/{q}" for n in ("chosen", "rejected", "margins") for q in ("p05", "p50", "p95")),
     }  # fmt: skip
     assert first.values["lengths/chosen"] == sum(len(pairs[r].chosen) for r in rows) / 4

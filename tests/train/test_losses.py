@@ -8,7 +8,7 @@ import torch
 from prefpipe.config.train import PAIR_LOSSES, READS, ROWS
 from prefpipe.train.lossbatch import Logps, LossSettings, PairBatch
 from prefpipe.train.losses import LOSSES, combine, metrics
-from tests.train.cases import A, Row, beta, labels, pairs, ranks
+from tests.train.cases import A, C, Row, beta, labels, pairs, ranks
 from tests.train.test_pairwise import Recorder
 
 
@@ -48,7 +48,22 @@ def test_metrics_of_pairs_and_ties():
     assert found["rewards/margins"] == pytest.approx([0.7, 0.0, -0.2])
     assert found["logps/chosen"] == [-40.0, -3.0, -5.0]
     assert found["logps/rejected"] == [-55.0, -4.0, -4.0]
-    assert all(counted.tolist() == [1.0] * 3 for _, counted in metrics(pairs(A, tie, wrong), 0.1).values())
+    every = {name: counted.tolist() for name, (_, counted) in metrics(pairs(A, tie, wrong), 0.1).items()}
+    assert all(counted == [1.0] * 3 for name, counted in every.items() if "len_" not in name)
+
+
+def test_margins_by_length_count_the_pairs_of_a_bucket():
+    """Both completions together: 45 (A) and 64 tokens in the first, 65 and 256 in the second, none, 1700 (C)."""
+    rows = [A, *((-1.0, -1.0, -2.0, -1.0, 40.0, length) for length in (24.0, 25.0, 216.0)), C]
+    found = metrics(pairs(*rows), 0.1)
+    counted = {name: c.tolist() for name, (_, c) in found.items() if name.startswith("rewards/margins/")}
+    assert counted == {
+        "rewards/margins/len_0_64": [1, 1, 0, 0, 0],
+        "rewards/margins/len_64_256": [0, 0, 1, 1, 0],
+        "rewards/margins/len_256_1024": [0, 0, 0, 0, 0],
+        "rewards/margins/len_1024_inf": [0, 0, 0, 0, 1],
+    }
+    assert all(torch.equal(found[name][0], found["rewards/margins"][0]) for name in counted)
 
 
 def test_metrics_without_reference_hold_log_probs_only_and_no_graph():

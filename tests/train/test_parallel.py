@@ -237,3 +237,21 @@ def same_model(out: Path, whole: Path, start: Path) -> None:
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     assert any("eval_loss" in line for line in mine)
     assert store.read_manifest(out)["totals"]["best"] == pytest.approx(store.read_manifest(whole)["totals"]["best"])
+
+
+def test_two_ranks_agree_about_a_reference_of_its_own(tiny_model: Path, other_model: Path, tmp_path: Path):
+    """Half of its values are missing: both ranks make some, audit some, and go on to what one process does."""
+    bare = data.bare_pairs(6)
+    own = data.with_reference(bare, other_model)
+    pairs = data.write_pairs(tmp_path / "p", [*own[:3], *bare[3:]])
+    config = data.config(tiny_model, pairs, reference_model=str(other_model), num_train_epochs=1)
+    (tmp_path / "c.json").write_text(config.model_dump_json())
+    done = torchrun("-m", "prefpipe", "train", tmp_path / "c.json", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-4000:]
+    stage.run(config, tmp_path / "one", force=False)
+    two, one = (store.read_manifest(tmp_path / o) for o in ("two", "one"))
+    assert two["inputs"]["reference"] == one["identity"]["reference"] == models.resolve(str(other_model)).id
+    assert two["totals"]["audit"] == pytest.approx(one["totals"]["audit"], abs=1e-5)
+    lines = [(tmp_path / o / "metrics.jsonl").read_text().splitlines() for o in ("two", "one")]
+    for mine, theirs in zip(*lines, strict=True):
+        assert json.loads(mine) == pytest.approx(json.loads(theirs), rel=1e-3, abs=1e-4)

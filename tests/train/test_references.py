@@ -1,11 +1,15 @@
 """Missing reference values are made once, kept in the run, and are those of the model."""
 
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from prefpipe import store
 from prefpipe.config.train import TrainConfig
+from prefpipe.errors import IdentityError
 from prefpipe.forward import load
 from prefpipe.schemas import RefLogps, from_table
 from prefpipe.train import references
@@ -40,6 +44,37 @@ def test_values_of_every_kind_of_row_are_made_once_and_read_back(
     filled = references.filled(mixed, first)
     assert filled[0] == mixed[0]
     assert all(train_rows.has_references(row) for row in filled)
+
+
+@dataclass
+class Ranks:
+    """One of two ranks: what the other one gives is there already."""
+
+    rank: int
+    shares: list[list[list[list[float]]]]
+    size: int = 2
+
+    def gather(self, own: list[list[list[float]]]) -> list[list[list[list[float]]]]:
+        self.shares[self.rank] = own
+        return self.shares
+
+
+def test_ranks_audit_a_share_each_and_find_the_same(tiny_model: Path):
+    """Five rows on two ranks: three and two, put together in their order; the last to come has all of them."""
+    known = train_rows.from_pairs(data.with_reference(data.bare_pairs(5), tiny_model))
+    model, config, scorers = data.policy(tiny_model), data.config(tiny_model), {load.scorer_name("float32")}
+
+    def audited(world: Any) -> dict[str, Any]:
+        found = references.audited(world, model, known, scorers, config, base_is_reference=False)
+        return cast(dict[str, Any], found.found)
+
+    shares: list[list[list[list[float]]]] = [[[[0.0]]] * 3, [[[0.0]]] * 2]
+    with contextlib.suppress(ValueError, IdentityError):  # the other rank's values are not there yet
+        audited(Ranks(0, shares))
+    second, first = audited(Ranks(1, shares)), audited(Ranks(0, shares))
+    assert [len(share) for share in shares] == [3, 2]
+    assert first == second
+    assert first == pytest.approx(audited(ALONE), abs=1e-5)
 
 
 def test_nothing_missing_writes_nothing(tiny_model: Path, tmp_path: Path):

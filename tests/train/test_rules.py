@@ -48,6 +48,11 @@ def constant(**values: float) -> Series:
     return lambda step: {name.replace("__", "/"): value for name, value in values.items()}
 
 
+def growing(factor: float, at_150: float, name: str = "kl/ref_policy") -> Series:
+    """A KL that grows by `factor` per 20 steps."""
+    return lambda step: {name: at_150 * factor ** ((step - 150) / 20)}
+
+
 POSITIVE_AND_NEGATIVE: list[tuple[str, Series, Series]] = [
     # falls slowly and goes on falling; a fall to the same depth that has ended
     ("A1", lambda s: {"deltas/chosen": -0.0004 * s}, lambda s: {"deltas/chosen": -0.03 if s < 60 else -0.01}),
@@ -83,6 +88,12 @@ POSITIVE_AND_NEGATIVE: list[tuple[str, Series, Series]] = [
     ("A8", constant(rewards__saturated=0.51), constant(rewards__saturated=0.49)),
     ("A9", constant(kl__ref_policy=10.1), constant(kl__ref_policy=9.9)),
     ("A9", constant(kl__ref_policy_per_token=0.11), constant(kl__ref_policy_per_token=0.09)),
+    # 2.5-fold per 20 steps, a tenth of the run, through 5 nats; 1.8-fold, and 2.5-fold that ends below 5 nats
+    ("A9b", growing(2.5, at_150=8.0), growing(1.8, at_150=8.0)),
+    ("A9b", growing(2.5, at_150=8.0), lambda s: growing(2.5, at_150=8.0)(min(s, 138))),
+    ("A9b", growing(2.5, at_150=0.08, name="kl/ref_policy_per_token"), growing(1.8, 0.08, "kl/ref_policy_per_token")),
+    # from nothing: as the square of the steps, to 9 nats at the end
+    ("A9b", growing(2.5, at_150=8.0), lambda s: {"kl/ref_policy": 9.0 * (s / 200) ** 2}),
     ("A13", lambda s: {"grad_norm": 11.0 if s == 60 else 1.0}, lambda s: {"grad_norm": 9.0 if s == 60 else 1.0}),
     # nothing is usual yet
     ("A13", lambda s: {"grad_norm": 11.0 if s == 60 else 1.0}, lambda s: {"grad_norm": 11.0 if s == 5 else 1.0}),
@@ -125,6 +136,36 @@ def test_a_cache_of_another_model_shows_at_step_0_and_only_where_h_must_be_0():
     assert names(fired(first(0.006), facts=exact)) == {"A0"}
     assert fired(first(0.004), facts=exact) == []
     assert fired(first(0.006)) == []  # another reference, or 16 bits: h need not be 0
+
+
+def started(loss: float, there: float, shift: float = 0.0, variance: float = 0.0) -> Series:
+    """Step 0 of a policy that starts as the reference: its loss, the one it should have, what noise does to that."""
+    values = {"loss": loss, "at_reference": there, "shift": shift, "variance": variance}
+    return lambda step: {f"start/{name}": value for name, value in values.items()} if step == 0 else {}
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative"),
+    [
+        # ln 2 and 1 % of it: 0.6931 +- 0.0069
+        (started(0.7001, 0.6931), started(0.6999, 0.6931)),
+        (started(0.6861, 0.6931), started(0.6863, 0.6931)),
+        # in 16 bits four deviations of 0.01 are added, and the shift of a loss with a corner
+        (started(0.7402, 0.6931, variance=1e-4), started(0.7399, 0.6931, variance=1e-4)),
+        (started(0.7202, 0.6931, shift=0.02), started(0.7199, 0.6931, shift=0.02)),
+        (started(0.7202, 0.6931, shift=-0.02), started(0.7199, 0.6931, shift=-0.02)),
+        # ipo at beta 0.1 starts at 25; a loss that starts at 0 (sppo with P = 1/2), and one that is negative
+        (started(25.3, 25.0), started(25.2, 25.0)),
+        (started(0.0011, 0.0), started(0.0009, 0.0)),
+        (started(-0.52, -0.5), started(-0.504, -0.5)),
+    ],
+)  # fmt: skip
+def test_a_loss_that_does_not_start_at_its_value_at_the_reference(positive: Series, negative: Series):
+    (alert,) = fired(positive)
+    assert (alert.rule, alert.level, alert.step) == ("A0", "STOP", 0)
+    assert "before anything was learned" in alert.message
+    assert fired(negative) == []
+    assert fired(lambda s: {**negative(s), **({"start/loss": 9.0} if s == 3 else {})}) == []  # at step 0 only
 
 
 def test_chance_during_the_warmup_is_nothing():

@@ -128,6 +128,7 @@ def test_tensorboard_and_the_terminal_show_the_metrics_of_metrics_jsonl(
     assert re.search(r"loss [\d.]+, accuracy [\d.]+, margin -?[\d.e-]+$", last)
     timing = [json.loads(line) for line in (tmp_path / "t" / "timing.jsonl").read_text().splitlines()]
     assert timing[-1]["event"] == "trained"
+    assert timing[-1]["audit_seconds"] > 0
     assert timing[-1]["tokens_logical_per_second"] > timing[-1]["tokens_unique_per_second"] > 0
 
 

@@ -43,7 +43,7 @@ def timing(run_: Run) -> list[dict[str, object]]:
 def test_rates_are_tokens_over_seconds_and_stand_in_timing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Steps of 4 s with 60 unique and 90 logical tokens: 15 and 22.5 per second; a line after 12 s, one at the end."""
     clock = Clock(monkeypatch)
-    with opened(tmp_path / "t") as run_, watching(run_, CONFIG, FACTS, State(), 0) as seen:
+    with opened(tmp_path / "t") as run_, watching(run_, CONFIG, FACTS, State(), 0, 1.25) as seen:
         for number in range(4):
             clock.now += 4
             seen.tell(step(number), seen.after_step(step(number)))
@@ -51,7 +51,7 @@ def test_rates_are_tokens_over_seconds_and_stand_in_timing_alone(tmp_path: Path,
     lines = [{key: value for key, value in line.items() if key != "at"} for line in timing(run_)]
     assert lines == [
         {"event": "training", "step": 2, "steps": 3, "seconds": 12.0, **rates},
-        {"event": "trained", "steps": 4, "seconds": 16.0, **rates},
+        {"event": "trained", "steps": 4, "seconds": 16.0, **rates, "audit_seconds": 1.25},
     ]
 
 
