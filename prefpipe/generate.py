@@ -105,17 +105,14 @@ class _Stage:
 
     def check(self, num_shards: int) -> dict[str, Any]:
         """Score random rows again with the other scorer: captured values against computed ones."""
-        names = (
-            name
-            for i in range(num_shards)
-            for name in self.run.read_part("ref_logps", RefLogps, i, ["completion_id"])["completion_id"].to_pylist()
-        )
+        ids = [self.run.read_part("ref_logps", RefLogps, i, ["completion_id"]) for i in range(num_shards)]
+        names = (name for part in ids for name in part["completion_id"].to_pylist())
         picked = pa.array(sorted(parity.pick(names, self.config.check, self.config.seed)))
         rows: list[parity.Checked] = []
         longest, scorer = 1, ""
-        for index in range(num_shards):
+        for index in (i for i, part in enumerate(ids) if _among(part, picked).num_rows):
             logps = {r.completion_id: r for r in self._picked("ref_logps", RefLogps, index, picked)}
-            for c in self._picked("completions", Completion, index, picked) if logps else ():
+            for c in self._picked("completions", Completion, index, picked):
                 sequence = Sequence(c.completion_id, c.prompt_token_ids, c.token_ids)
                 rows.append(parity.Checked(sequence, logps[c.completion_id].token_logps))
                 longest = max(longest, len(c.prompt_token_ids) + len(c.token_ids))
@@ -128,9 +125,7 @@ class _Stage:
         return self.run.read_part(sampling.reward_folder(name), Reward, index, ["reward"])["reward"].to_pylist()
 
     def _picked(self, dataset: str, row_type: type[R], index: int, completion_ids: pa.Array) -> list[R]:
-        part = self.run.read_part(dataset, row_type, index)
-        wanted = pc.call_function("is_in", [part["completion_id"]], pc.SetLookupOptions(completion_ids))
-        return from_table(row_type, part.filter(wanted))
+        return from_table(row_type, _among(self.run.read_part(dataset, row_type, index), completion_ids))
 
     def _completions(self, sampled: Sampled) -> Iterator[Completion]:
         ready, policy = sampled.ready, self.task.policy.id
@@ -163,3 +158,8 @@ class _Stage:
             RefLogps(c.completion_id, reference, scorer, c.ids_digest, values, sum(values), len(values))
             for c, values in zip(completions, logps, strict=True)
         ]
+
+
+def _among(rows: pa.Table, completion_ids: pa.Array) -> pa.Table:
+    """The rows of these completions."""
+    return rows.filter(pc.call_function("is_in", [rows["completion_id"]], pc.SetLookupOptions(completion_ids)))

@@ -3,6 +3,7 @@
 """vLLM in this process: its own request loop, raw log-probs captured while sampling, adapters by path."""
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -39,6 +40,7 @@ class VllmEngine:
         if on_cpu:
             # Eager anyway: without it the first log-prob request compiles a C++ kernel for two seconds.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+            _keep_freed_memory()
             if settings.tensor_parallel_size > 1:  # else every worker wants a NUMA node of its own
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -237,6 +239,16 @@ def _cuda_is_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: a step with log-probs frees buffers of [sequences, vocabulary], and whether they
+    went back to the system, to be mapped again page by page in the next step, was a matter of luck (docs/LOG.md)."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+        mallopt(trim_threshold, 512 << 20)
 
 
 @contextlib.contextmanager
