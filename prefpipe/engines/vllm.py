@@ -44,6 +44,7 @@ class VllmEngine:
             if settings.tensor_parallel_size > 1:  # else every worker wants a NUMA node of its own
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         logging.getLogger("vllm").setLevel(logging.ERROR)
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # no Triton on CPU: nothing of ours needs it
         import vllm
         from vllm.lora.request import LoRARequest
 
