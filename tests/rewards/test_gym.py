@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import ingest
 from prefpipe.config.rewards import ReasoningGym
 from prefpipe.errors import UsageError
+from prefpipe.prompts import read_prompts
 from prefpipe.rewards import gym
 from prefpipe.rewards.base import Answer, Scored
 from tests.conftest import ROOT, Cli
@@ -51,7 +51,7 @@ def test_the_stored_answer_is_right_and_nonsense_is_not(task: str) -> None:
 def test_rewards_of_prompts_that_went_through_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     gym.write_prompts(path, "chain_sum", size=2, seed=3)
-    prompts, dropped = ingest.read_prompts(path, "train", 0)
+    prompts, dropped = read_prompts(path, "train", 0)
     assert dropped == []
     first, second = prompts
     texts = [
@@ -96,7 +96,7 @@ def test_a_mixture_is_that_of_reasoning_gym_and_each_row_is_checked_by_its_own_t
     sums = [r["messages"][0]["content"] for r, name in zip(rows, made_by, strict=True) if name == "chain_sum"]
     assert {len(re.findall(r" [+-] ", text)) for text in sums} == {4}  # five terms: the config arrived
     assert [r["split"] for r in rows].count("heldout") == 6
-    prompts, dropped = ingest.read_prompts(path, "all", 0)
+    prompts, dropped = read_prompts(path, "all", 0)
     assert dropped == []
     rate = gym.reasoning_gym(ReasoningGym(num_workers=1))
     answers = [Answer(p.messages, text, p.answer, p.meta) for p in prompts for text in (str(p.answer), "nonsense")]
