@@ -3,11 +3,20 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from prefpipe.errors import Interrupted
 from prefpipe.train.interrupts import noted
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored: these tests ask what happens when it is not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
