@@ -13,7 +13,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, Sequence
 from prefpipe.ids import ids_digests, numbered_id, sample_seed
 from prefpipe.sampling import Task
-from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, from_table, to_table
+from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, among, from_table, to_table
 from prefpipe.shards import Sampled
 from prefpipe.store import Manifest, Run
 
@@ -110,7 +110,7 @@ class _Stage:
         picked = pa.array(sorted(parity.pick(names, self.config.check, self.config.seed)))
         rows: list[parity.Checked] = []
         longest, scorer = 1, ""
-        for index in (i for i, part in enumerate(ids) if _among(part, picked).num_rows):
+        for index in (i for i, part in enumerate(ids) if among(part, picked).num_rows):
             logps = {r.completion_id: r for r in self._picked("ref_logps", RefLogps, index, picked)}
             for c in self._picked("completions", Completion, index, picked):
                 sequence = Sequence(c.completion_id, c.prompt_token_ids, c.token_ids)
@@ -125,7 +125,7 @@ class _Stage:
         return self.run.read_part(sampling.reward_folder(name), Reward, index, ["reward"])["reward"].to_pylist()
 
     def _picked(self, dataset: str, row_type: type[R], index: int, completion_ids: pa.Array) -> list[R]:
-        return from_table(row_type, _among(self.run.read_part(dataset, row_type, index), completion_ids))
+        return from_table(row_type, among(self.run.read_part(dataset, row_type, index), completion_ids))
 
     def _completions(self, sampled: Sampled) -> Iterator[Completion]:
         ready, policy = sampled.ready, self.task.policy.id
@@ -158,8 +158,3 @@ class _Stage:
             RefLogps(c.completion_id, reference, scorer, c.ids_digest, values, sum(values), len(values))
             for c, values in zip(completions, logps, strict=True)
         ]
-
-
-def _among(rows: pa.Table, completion_ids: pa.Array) -> pa.Table:
-    """The rows of these completions."""
-    return rows.filter(pc.call_function("is_in", [rows["completion_id"]], pc.SetLookupOptions(completion_ids)))

@@ -7,7 +7,7 @@ may have been anybody's kill -9) convicts it the second time.
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,12 @@ class Inflight:
         """It leaves the engine."""
         self.open.pop(key, None)
         self._write(f"done {key}")
+
+    def entering(self, things: Iterable[T], key: Callable[[T], str], *, alone: bool) -> Iterator[T]:
+        """What an engine is given, on record as it is taken."""
+        for thing in things:
+            self.take(key(thing), alone=alone)
+            yield thing
 
     def died(self) -> None:
         """The engine failed with what is inside."""

@@ -6,6 +6,7 @@ import typing
 from typing import Annotated, Any, TypedDict, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 class Message(TypedDict):
@@ -218,6 +219,11 @@ def to_table(row_type: type[R], rows: list[R]) -> pa.Table:
 def from_table(row_type: type[R], table: pa.Table) -> list[R]:
     """An Arrow table as rows."""
     return [row_type(**row) for row in table.to_pylist()]
+
+
+def among(table: pa.Table, keys: pa.Array) -> pa.Table:
+    """The rows whose completion_id is one of `keys`."""
+    return table.filter(pc.call_function("is_in", [table["completion_id"]], pc.SetLookupOptions(keys)))
 
 
 def _field(name: str, hint: Any) -> pa.Field:

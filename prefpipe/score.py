@@ -7,6 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from prefpipe import chat as chats
 from prefpipe import fsio, log, models, parity, sampling, scoring, sources, store, vocabulary
 from prefpipe.chat import Chat
@@ -20,7 +22,7 @@ from prefpipe.imports import RATING_FOLDER, Known
 from prefpipe.inflight import Inflight
 from prefpipe.ingest import Limits
 from prefpipe.rewards.base import RewardFunction
-from prefpipe.schemas import Completion, Dropped, RefLogps, Reward, from_table, to_table
+from prefpipe.schemas import Completion, Dropped, RefLogps, Reward, among, from_table, to_table
 from prefpipe.sources import ROW_TYPES, Batch, Logps, Reader
 from prefpipe.store import Manifest, Run
 
@@ -238,8 +240,8 @@ class _Stage:
         picked = parity.pick(names, self.config.check, self.config.seed)
         rows: dict[str, RefLogps] = {}
         for index in self.run.parts("ref_logps"):
-            rows |= {r.completion_id: r for r in from_table(RefLogps, self.run.read_part("ref_logps", RefLogps, index))
-                     if r.completion_id in picked}  # fmt: skip
+            part = among(self.run.read_part("ref_logps", RefLogps, index), pa.array(sorted(picked)))
+            rows |= {r.completion_id: r for r in from_table(RefLogps, part)}
         found = {
             s.completion_id: s for shard in self.shards() for s in self._sequences(shard) if s.completion_id in picked
         }

@@ -34,8 +34,8 @@ def score_shards(
     )
     with log.progress("scoring", expected, "rows") as advance:
         for given, is_alone in [*(([s], True) for s in alone), (rest, False)]:
-            results = engine.score(_entering(given, inflight, alone=is_alone), adapter=True)
-            for key, values in inflight.watch(results, "completions"):
+            entering = inflight.entering(given, lambda sequence: sequence.completion_id, alone=is_alone)
+            for key, values in inflight.watch(engine.score(entering, adapter=True), "completions"):
                 inflight.done(key)
                 table.put(key, values)
                 advance(1)
@@ -88,12 +88,6 @@ def _up_to(source: Iterator[Shard], suspects: frozenset[str]) -> Iterator[Shard]
         yield index, given
         if index >= last:
             return
-
-
-def _entering(given: Iterable[base.Sequence], inflight: Inflight, *, alone: bool) -> Iterator[base.Sequence]:
-    for sequence in given:
-        inflight.take(sequence.completion_id, alone=alone)
-        yield sequence
 
 
 def _place(key: str) -> tuple[int, str]:

@@ -149,12 +149,7 @@ def _answers(
     requests: Iterator[Request], engine: Engine, inflight: Inflight, *, alone: bool
 ) -> Iterator[tuple[str, list[Sample]]]:
     """(prompt_id, samples) as the engine finishes them; what it works on is on record meanwhile."""
-
-    def recorded() -> Iterator[Request]:
-        for request in requests:
-            inflight.take(request.prompt_id, alone=alone)
-            yield request
-
-    for request, samples in inflight.watch(engine.generate(recorded()), "prompts"):
+    given = inflight.entering(requests, lambda request: request.prompt_id, alone=alone)
+    for request, samples in inflight.watch(engine.generate(given), "prompts"):
         inflight.done(request.prompt_id)
         yield request.prompt_id, samples

@@ -65,10 +65,10 @@ def without(batch: Batch, killers: Collection[str]) -> Batch:
     fatal: dict[str, str] = {}  # the key of a row, and the completion of it that kills
     rows: dict[str, list[Any]] = {}
     for dataset, given in batch.rows.items():
-        fatal |= {key_of(row): name for row in given for name, *_ in _SEQUENCES[dataset](row) if name in killers}
+        fatal |= {key_of(row): name for row in given for name, *_ in parts_of(row) if name in killers}
         rows[dataset] = [row for row in given if key_of(row) not in fatal]
     if batch.rows:
-        needed = {name for dataset, kept in rows.items() for row in kept for name, *_ in _SEQUENCES[dataset](row)}
+        needed = {name for kept in rows.values() for row in kept for name, *_ in parts_of(row)}
     else:  # completions of a run, which are not written again
         names = [s.completion_id for s in batch.sequences]
         needed = {name for name in names if name not in killers}
@@ -205,7 +205,7 @@ def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -
     dropped: list[Dropped] = []
     sequences: dict[str, base.Sequence] = {}
     for row in rows:
-        own = [_verified(source, *parts) for parts in _SEQUENCES[dataset](row)]
+        own = [_verified(source, *parts) for parts in parts_of(row)]
         _, overlong = _fitting(own, max_length)
         dropped += overlong
         if not overlong:
@@ -234,12 +234,17 @@ def _of_group(row: RankedGroup) -> list[_Parts]:
     return [(name, row.prompt_token_ids, ids, digest) for name, ids, digest in columns]
 
 
-_SEQUENCES: dict[str, Callable[[Any], list[_Parts]]] = {
-    "pairs": _of_pair,
-    "groups": _of_group,
-    **dict.fromkeys(("completions", "labels", "kl_bank"), _of_one),
-    "prompts": lambda _row: [],
+_PARTS: dict[type, Callable[[Any], list[_Parts]]] = {
+    Pair: _of_pair,
+    RankedGroup: _of_group,
+    **dict.fromkeys((Completion, Label, KlBank), _of_one),
+    Prompt: lambda _row: [],
 }
+
+
+def parts_of(row: Any) -> list[_Parts]:
+    """(id, prompt ids, token ids, digest) of every completion of a row, in its order; none of a prompt."""
+    return _PARTS[type(row)](row)
 
 
 def _verified(source: Path, name: str, prompt: list[int], ids: list[int], digest: str) -> base.Sequence:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from prefpipe import chat as chats
 from prefpipe import cli as command_line
+from prefpipe.chat import Chat
 from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,12 @@ Call = Callable[..., Done]
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a byte tokenizer and a ChatML template."""
     return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def chat(tiny_model: Path) -> Chat:
+    """Its tokenizer and template."""
+    return chats.load(tiny_model)
 
 
 @pytest.fixture(scope="session")

@@ -42,11 +42,6 @@ TEMPLATES = {
 }
 
 
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return chats.load(tiny_model)
-
-
 @pytest.fixture
 def copy(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy of the model's small files, to be edited."""

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe import build_pairs, imports, ingest, score, store
-from prefpipe import chat as chats
 from prefpipe.chat import Chat
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.score import ScoreConfig
@@ -51,11 +50,6 @@ FILES: dict[str, list[dict[str, Any]]] = {
         {"prompt": "D?", "completions": ["Yes."], "ratings": [5]},
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return chats.load(tiny_model)
 
 
 def known() -> Known:

@@ -22,11 +22,6 @@ OPENING = "{{ messages[0].content }}:{% if messages|length > 1 %}"
 ANSWERS = st.text(alphabet="ab \n.é", min_size=1, max_size=8)
 
 
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return chats.load(tiny_model)
-
-
 def pair(prompt: Any = "Name a bird.", chosen: Any = "An owl.", rejected: Any = "No.") -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 

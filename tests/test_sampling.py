@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import chat as chats
 from prefpipe import engines, fsio, generate, models, sampling, store
 from prefpipe.chat import Chat
 from prefpipe.config.generate import GenerateConfig
@@ -22,11 +21,6 @@ from tests.conftest import Cli, Write
 from tests.e2e import letters
 
 LETTERS = "tests.e2e.letters:most_letters"
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return chats.load(tiny_model)
 
 
 def prompt(text: str, answer: str | None = None) -> Prompt:

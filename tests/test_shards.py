@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefpipe import chat as chats
 from prefpipe import shards
 from prefpipe.chat import Chat, RowFault
 from prefpipe.engines import base
@@ -96,11 +95,6 @@ class ShuffledEngine:
         request = waiting.pop(self._source.randrange(len(waiting)))
         ids = [*request.prompt_token_ids, 2]
         return request, [Sample(d.sample_index, ids, [0.0] * len(ids), "stop") for d in request.draws]
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return chats.load(tiny_model)
 
 
 def prompt(text: str, answer: str | None = None) -> Prompt:

@@ -1,9 +1,9 @@
 """What a training run reads: pairs, labels or ranked groups from runs and files, checked; no model is loaded here."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from prefpipe import chat as chats
 from prefpipe import ingest, log, models, store, vocabulary
@@ -13,6 +13,7 @@ from prefpipe.ids import ids_digest
 from prefpipe.klbank import kl_bank
 from prefpipe.models import Policy
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
+from prefpipe.sources import filled, key_of, parts_of
 from prefpipe.train import rows as train_rows
 from prefpipe.train.audit import Reference, settle_reference
 from prefpipe.train.evaluation import split_by_prompt
@@ -27,6 +28,7 @@ _HOW = {
 }
 _EVAL = {"pairs": "eval_pairs", "labels": "eval_labels", "groups": "eval_groups"}
 Stored = Pair | Label | RankedGroup | KlBank
+T = TypeVar("T", bound=Stored)
 
 
 @dataclass(frozen=True)
@@ -186,23 +188,11 @@ def _train_rows(kind: Kind, rows: Iterable[Stored]) -> list[TrainRow]:
     return list(train_rows.from_groups([row for row in rows if isinstance(row, RankedGroup)]))
 
 
-def _parts(row: Stored) -> list[tuple[str, list[int], str]]:
-    """(completion_id or bank_id, token ids, digest) of every completion of a row."""
-    if isinstance(row, Pair):
-        return [
-            (row.chosen_completion_id, row.chosen_token_ids, row.chosen_ids_digest),
-            (row.rejected_completion_id, row.rejected_token_ids, row.rejected_ids_digest),
-        ]
-    if isinstance(row, RankedGroup):
-        return list(zip(row.completion_ids, row.token_ids, row.ids_digests, strict=True))
-    return [(row.bank_id if isinstance(row, KlBank) else row.completion_id, row.token_ids, row.ids_digest)]
-
-
 def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> None:
     """Reference values of --ref-logps in place of the columns of every row whose completions are all there."""
     if not needs_reference:
         raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
-    digests = {key: digest for row in (*read.rows, *read.bank) for key, _, digest in _parts(row)}
+    digests = {key: digest for row in (*read.rows, *read.bank) for key, *_, digest in parts_of(row)}
     values = ingest.read_ref_logps([Path(run) for run in config.ref_logps], digests)
     if not values:
         raise DataError(
@@ -210,46 +200,19 @@ def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> 
             "score these rows: prefpipe score --inputs DIR --out NEW",
         )
     read.rows = [_with_values(row, values) for row in read.rows]
-    read.bank = [replace(row, **_columns(values[row.bank_id])) if row.bank_id in values else row for row in read.bank]
+    read.bank = [_with_values(row, values) for row in read.bank]
 
 
-def _with_values(row: Stored, values: Mapping[str, RefLogps]) -> Stored:
-    own = [values[key] for key, _, _ in _parts(row) if key in values]
-    if len(own) < len(_parts(row)):
-        return row
-    if isinstance(row, Pair):
-        return replace(
-            row, ref_chosen_logps=own[0].ref_logps, ref_rejected_logps=own[1].ref_logps,
-            ref_chosen_token_logps=own[0].token_logps, ref_rejected_token_logps=own[1].token_logps,
-            reference=own[0].reference, scorer=own[0].scorer,
-        )  # fmt: skip
-    if isinstance(row, RankedGroup):
-        return replace(
-            row, ref_logps=[r.ref_logps for r in own], ref_token_logps=[r.token_logps for r in own],
-            reference=own[0].reference, scorer=own[0].scorer,
-        )  # fmt: skip
-    return replace(row, **_columns(own[0]))
-
-
-def _columns(values: RefLogps) -> dict[str, Any]:
-    return {
-        "ref_logps": values.ref_logps, "ref_token_logps": values.token_logps, "reference": values.reference,
-        "scorer": values.scorer,
-    }  # fmt: skip
+def _with_values(row: T, values: Mapping[str, RefLogps]) -> T:
+    known = all(key in values for key, *_ in parts_of(row))
+    return filled(row, values) if known else row
 
 
 def _check_ids(row: Stored) -> None:
     """Raise IdentityError when a row's token ids are not those that its digests were made of."""
-    if any(ids_digest(row.prompt_token_ids, ids) != digest for _, ids, digest in _parts(row)):
-        key = (
-            row.pair_id
-            if isinstance(row, Pair)
-            else row.prompt_id
-            if isinstance(row, RankedGroup)
-            else _parts(row)[0][0]
-        )
+    if any(ids_digest(prompt, ids) != digest for _, prompt, ids, digest in parts_of(row)):
         raise IdentityError(
-            f"row {key}: its token ids are not those that its log-probs were computed for",
+            f"row {key_of(row)}: its token ids are not those that its log-probs were computed for",
             "rows were edited or shuffled: make them again with `prefpipe build-pairs`",
         )
 
