@@ -120,8 +120,8 @@ def ours(folder: Path) -> tuple[float, int]:
     """Rank, rule and pair columns, from the Parquet file on."""
     import polars as pl
 
-    from prefpipe.build_pairs import rules
     from prefpipe.config.build_pairs import BuildPairsConfig
+    from prefpipe.stages.build_pairs import rules
 
     start = time.perf_counter()
     ranked = rules.rank(pl.read_parquet(folder / "keys.parquet"))
@@ -195,8 +195,8 @@ def with_datasets(folder: Path) -> tuple[float, int]:
 
 def whole_stage(folder: Path) -> int:
     """`prefpipe build-pairs --completions RUN --rule best-random-worse`, in process."""
-    from prefpipe import build_pairs
     from prefpipe.config.build_pairs import BuildPairsConfig
+    from prefpipe.stages import build_pairs
 
     out = folder / "pairs"
     shutil.rmtree(out, ignore_errors=True)
@@ -209,7 +209,7 @@ def whole_stage(folder: Path) -> int:
 
 def verification(folder: Path) -> int:
     """Digests of every input file, as the stage checks them."""
-    from prefpipe import store
+    from prefpipe.runs import store
     from prefpipe.schemas import Completion, Prompt, RefLogps, Reward
 
     names = ("completions", "prompts", "rewards/mine:reward", "ref_logps")
@@ -229,8 +229,8 @@ WORKERS: dict[str, Callable[[Path], Any]] = {
 
 def make_rows(folder: Path, num_prompts: int) -> None:
     """A complete run of generate with random content, and the key columns in one file."""
-    from prefpipe import store
     from prefpipe.config.generate import GenerateConfig
+    from prefpipe.runs import store
     from prefpipe.schemas import Completion, Prompt, RefLogps, Reward, arrow_schema
 
     source = np.random.default_rng(0)

@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from prefpipe.models.policy import resolve
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "embedded:smollm2-135m-instruct"
 COMMAND = "python benchmarks/generate.py --json FILE"
@@ -57,8 +59,8 @@ def main() -> None:
 
 def fake(*, quick: bool) -> list[dict[str, Any]]:
     """The whole command on the fake engine, from prompts file to manifest."""
-    from prefpipe import generate
     from prefpipe.config.generate import GenerateConfig
+    from prefpipe.stages.generate import stage as generate
 
     count = 10_000 if quick else 100_000
     with tempfile.TemporaryDirectory() as folder:
@@ -84,12 +86,12 @@ def fake(*, quick: bool) -> list[dict[str, Any]]:
 
 def vllm(*, quick: bool) -> list[dict[str, Any]]:
     """Our loop and LLM.generate in one engine, the same requests, the prefix cache emptied in between."""
-    from prefpipe import chat as chats
-    from prefpipe import engines, models
+    from prefpipe import engines
     from prefpipe.engines.base import Draw, EngineSettings, Request
     from prefpipe.ids import sample_seed
+    from prefpipe.models import chat as chats
 
-    policy = models.resolve(MODEL)
+    policy = resolve(MODEL)
     chat = chats.load(policy.directory)
     prompts, max_tokens = (8, 24) if quick else (16, 32)
     requests = []

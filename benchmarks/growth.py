@@ -19,6 +19,8 @@ from typing import Any
 
 from train_vs_trl import MODEL, ROOT
 
+from prefpipe.stages.train import process_memory
+
 # (what grows, its value, trees, prompt tokens, completions per prompt, completion tokens)
 POINTS = (
     *(("tokens of a micro-batch", 320 * n, n, 192, 2, 64) for n in (1, 2, 4, 8)),
@@ -70,10 +72,10 @@ def worker(kind: str, trees: int, prompt: int, completions: int, completion: int
     """Train on one micro-batch, or score, and tell seconds and MiB."""
     import torch
 
-    from prefpipe import fsio, models
     from prefpipe.forward import load
     from prefpipe.forward.layout import Tree
     from prefpipe.forward.logps import TreeModel, score
+    from prefpipe.models import policy
 
     torch.set_num_threads(1)
     source = random.Random(0)
@@ -81,11 +83,11 @@ def worker(kind: str, trees: int, prompt: int, completions: int, completion: int
     def ids(count: int) -> tuple[int, ...]:
         return tuple(source.choices(range(100, 40000), k=count))
 
-    base = load.load_model(models.resolve(MODEL).directory, "bfloat16")
+    base = load.load_model(policy.resolve(MODEL).directory, "bfloat16")
     model = TreeModel(load.add_lora(base, r=16, alpha=32, target_modules="all-linear", seed=0))
     data = [Tree(ids(prompt), tuple(ids(completion) for _ in range(completions))) for _ in range(trees)]
-    start = fsio.resident_memory()
-    fsio.restart_resident_peak()
+    start = process_memory.resident_memory()
+    process_memory.restart_resident_peak()
     if kind == "rows scored":
         begin = time.process_time()
         for _ in score(model, data):
@@ -94,7 +96,7 @@ def worker(kind: str, trees: int, prompt: int, completions: int, completion: int
         for _ in range(2):
             begin = time.process_time()
             model(model.layout(data)).sum().backward()
-    return {"seconds": time.process_time() - begin, "growth": (fsio.resident_peak() - start) / 2**20}
+    return {"seconds": time.process_time() - begin, "growth": (process_memory.resident_peak() - start) / 2**20}
 
 
 def plot(figures: list[dict[str, Any]], path: Path) -> None:

@@ -53,15 +53,15 @@ def worker(dtype: str, tokens: int, out: Path) -> None:
 
     import torch
 
-    from prefpipe import models
     from prefpipe.config.train import TrainConfig
     from prefpipe.forward import load
     from prefpipe.forward.layout import Tree
     from prefpipe.forward.logps import TreeModel
-    from prefpipe.train import loop, memory
-    from prefpipe.train.optimizer import MasterOptimizer
-    from prefpipe.train.parallel import World
-    from prefpipe.train.rows import TrainPair
+    from prefpipe.models import policy
+    from prefpipe.stages.train import loop, memory
+    from prefpipe.stages.train.optimizer import MasterOptimizer
+    from prefpipe.stages.train.parallel import World
+    from prefpipe.stages.train.rows import TrainPair
 
     torch.set_num_threads(1)
     source = random.Random(0)
@@ -71,7 +71,7 @@ def worker(dtype: str, tokens: int, out: Path) -> None:
 
     pairs = [TrainPair(str(i), "", "", ids(192), ids(64), ids(64), (-1.0,) * 64, (-1.0,) * 64, 1.0) for i in range(16)]
     config = TrainConfig(dtype=dtype, train_batch_size=8, max_tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
-    directory = models.resolve(MODEL).directory
+    directory = policy.resolve(MODEL).directory
     peak = Peak()
     base = load.load_model(directory, dtype)
     model = TreeModel(load.add_lora(base, r=16, alpha=32, target_modules="all-linear", seed=0))

@@ -198,10 +198,10 @@ def worker_trl(case: Case, folder: Path) -> None:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from prefpipe import models
+    from prefpipe.models import policy
 
     torch.set_num_threads(1)
-    directory = str(models.resolve(MODEL).directory)
+    directory = str(policy.resolve(MODEL).directory)
     spent: dict[str, float] = {}
     precompute = DPOTrainer._precompute_ref_logps
 
@@ -282,22 +282,22 @@ def worker_ours(case: Case, folder: Path) -> None:
     """prefpipe's own loop on the ids, the adapter and the order of the other side."""
     import torch
 
-    from prefpipe import models
     from prefpipe.config.train import TrainConfig
     from prefpipe.forward import load
     from prefpipe.forward.logps import TreeModel, score
-    from prefpipe.train import loop
-    from prefpipe.train.groups import global_batches, micro_batches
-    from prefpipe.train.optimizer import MasterOptimizer
-    from prefpipe.train.parallel import World
-    from prefpipe.train.rows import TrainPair
+    from prefpipe.models import policy
+    from prefpipe.stages.train import loop
+    from prefpipe.stages.train.micro_batches import global_batches, micro_batches
+    from prefpipe.stages.train.optimizer import MasterOptimizer
+    from prefpipe.stages.train.parallel import World
+    from prefpipe.stages.train.rows import TrainPair
 
     torch.set_num_threads(1)
     config = TrainConfig(
         loss_type=("sigmoid",), learning_rate=LEARNING_RATE, lr_scheduler_type="constant", warmup_ratio=0.0,
         train_batch_size=case.batch, dtype=case.dtype, max_tokens_per_micro_batch=768,
     )  # fmt: skip
-    base = load.load_model(models.resolve(MODEL).directory, case.dtype)
+    base = load.load_model(policy.resolve(MODEL).directory, case.dtype)
     model = TreeModel(load.load_adapter(base, folder / "adapter", trainable=True))
     rows = [
         (tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"]))

@@ -28,12 +28,12 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, UsageError
 
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
-    "generate": (GenerateConfig, "prefpipe.generate"),
-    "score": (ScoreConfig, "prefpipe.score"),
-    "build-pairs": (BuildPairsConfig, "prefpipe.build_pairs"),
-    "train": (TrainConfig, "prefpipe.train.stage"),
-    "evaluate": (EvaluateConfig, "prefpipe.evaluate"),
-    "iterate": (IterateConfig, "prefpipe.iterate"),
+    "generate": (GenerateConfig, "prefpipe.stages.generate.stage"),
+    "score": (ScoreConfig, "prefpipe.stages.score.stage"),
+    "build-pairs": (BuildPairsConfig, "prefpipe.stages.build_pairs.stage"),
+    "train": (TrainConfig, "prefpipe.stages.train.stage"),
+    "evaluate": (EvaluateConfig, "prefpipe.stages.evaluate.stage"),
+    "iterate": (IterateConfig, "prefpipe.stages.iterate.stage"),
 }
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -140,7 +140,7 @@ def _plan(recipe: Path | None, given: Mapping[str, Any], *, out: Path | None, fo
     """What a training run will cost. Writes nothing, so that --out and --force have nothing to do."""
     if out is not None or force or dry_run:
         raise UsageError("plan writes nothing", "leave out --out, --force and --dry-run")
-    for line in importlib.import_module("prefpipe.plan").run(base.load(TrainConfig, recipe, given)):
+    for line in importlib.import_module("prefpipe.stages.train.plan").run(base.load(TrainConfig, recipe, given)):
         typer.echo(line)
 
 

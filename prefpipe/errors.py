@@ -76,3 +76,12 @@ class Interrupted(BaseException):
         self.hint = "run the same command again: it resumes where it stopped"
         self.exit_code = 128 + signal_number
         super().__init__(self.message)
+
+
+class RowFault(Exception):
+    """One row that cannot be used: a reason word for the ledger, and the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail

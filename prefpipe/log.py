@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from prefpipe.fsio import monotonic
+from prefpipe.clock import monotonic
 
 _PLAIN_EVERY_S = 5.0
 _REMARK_EVERY_S = 30.0

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from prefpipe import chat as chats
 from prefpipe import cli as command_line
-from prefpipe.chat import Chat
+from prefpipe.models import chat as chats
+from prefpipe.models.chat import Chat
 from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,8 +8,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefpipe import models as model_files
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
+from prefpipe.models import policy as model_files
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

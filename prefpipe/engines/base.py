@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from prefpipe.chat import Chat
-from prefpipe.models import Policy
+from prefpipe.models.chat import Chat
+from prefpipe.models.policy import Policy
 
 
 @dataclass(frozen=True)

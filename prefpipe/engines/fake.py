@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from prefpipe import chat as chats
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, Sequence
+from prefpipe.models import chat as chats
 
 _WORDS = (
     *("a", "the", "small", "large", "old", "new", "quiet", "bright", "tool", "animal"),

@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prefpipe import fsio
 from prefpipe.config.rewards import Function
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.isolation import isolated
+from prefpipe.runs import fsio
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
 _GIVEN = {"prompts", "completions", "answer"}

@@ -12,13 +12,13 @@ import reasoning_gym as gym_package
 from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.factory import DATASETS
 
-from prefpipe import fsio
 from prefpipe.config.base import suggestion
 from prefpipe.config.rewards import ReasoningGym
 from prefpipe.errors import UsageError
 from prefpipe.ids import canonical_json
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.isolation import Outcome, isolated
+from prefpipe.runs import fsio
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
 _ASK = "\n\nGive the final answer alone between <answer> and </answer>."

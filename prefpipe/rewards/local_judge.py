@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefpipe import chat as chats
-from prefpipe import engines, log, models
-from prefpipe.chat import Chat, RowFault, encode_prompt, render
+from prefpipe import engines, log
 from prefpipe.config.judge import Judge
 from prefpipe.engines.base import Engine, EngineSettings, Query, Response
-from prefpipe.errors import UsageError
+from prefpipe.errors import RowFault, UsageError
 from prefpipe.ids import ids_digest, sample_seed
+from prefpipe.models import chat as chats
+from prefpipe.models.chat import Chat, encode_prompt, render
+from prefpipe.models.policy import context_length, resolve
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.schemas import Message
 
@@ -23,7 +24,7 @@ _OBJECT: dict[str, Any] = {"type": "object"}
 
 def inputs(settings: Judge) -> dict[str, str]:
     """Weights, tokenizer and chat template of the judge, by content, in place of the path that names it."""
-    policy = models.resolve(_name(settings))
+    policy = resolve(_name(settings))
     return {"model": policy.id, **chats.load(policy.directory).digests}
 
 
@@ -35,7 +36,7 @@ def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list
     `max_prompt_tokens`, or for the model's context with `max_tokens` behind it, gets no verdict. Raises UsageError when
     the context has no room for any question.
     """
-    directory = models.resolve(_name(settings)).directory
+    directory = resolve(_name(settings)).directory
     chat = chats.load(directory)
     longest = _longest_question(settings, directory)
     has_system = takes_system(chat)
@@ -107,7 +108,7 @@ def _reply(settings: Judge, chat: Chat, response: Response) -> Reply:
 
 def _longest_question(settings: Judge, directory: Path) -> int:
     """max_prompt_tokens, or less where question, answer and one token more would not fit into the model's context."""
-    context = models.context_length(directory)
+    context = context_length(directory)
     longest = settings.max_prompt_tokens
     if context is not None:
         longest = min(longest, context - settings.max_tokens - 1)
@@ -126,7 +127,7 @@ def _start(settings: Judge, directory: Path, chat: Chat, longest: int) -> Engine
     return engines.load(
         settings.engine,
         EngineSettings(
-            policy=models.resolve(_name(settings)), chat=chat, dtype=settings.dtype, top_p=1.0,
+            policy=resolve(_name(settings)), chat=chat, dtype=settings.dtype, top_p=1.0,
             max_tokens=settings.max_tokens, max_model_len=longest + settings.max_tokens,
             max_num_seqs=settings.concurrency, kv_cache_mib=settings.kv_cache_mib,
             tensor_parallel_size=settings.tensor_parallel_size,

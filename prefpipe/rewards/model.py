@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from prefpipe import chat as chats
-from prefpipe import log, models
-from prefpipe.chat import Chat, RowFault, encode, render
+from prefpipe import log
 from prefpipe.config.base import suggestion
 from prefpipe.config.rewards import RewardModel
 from prefpipe.engines import pooling
-from prefpipe.errors import UsageError
+from prefpipe.errors import RowFault, UsageError
+from prefpipe.models import chat as chats
+from prefpipe.models.chat import Chat, encode, render
+from prefpipe.models.policy import resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
@@ -37,7 +38,7 @@ class Row:
 
 def inputs(settings: RewardModel) -> dict[str, str]:
     """Weights, tokenizer and chat template, by content."""
-    policy = models.resolve(_name(settings))
+    policy = resolve(_name(settings))
     return {"model": policy.id, **chats.load(policy.directory, settings.chat_template).digests}
 
 
@@ -48,7 +49,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
     that the template refuses, that spells a control token or is longer than `max_length` gets no reward, status
     unparsable; a logit that is no finite number gets none either, status crash. The weights load at the first call.
     """
-    directory = models.resolve(_name(settings)).directory
+    directory = resolve(_name(settings)).directory
     chat = chats.load(directory, settings.chat_template)
     label = find_label(directory, settings.label)
     longest = min(settings.max_length, _config(directory).get("max_position_embeddings") or settings.max_length)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from prefpipe import iterate
 from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import UsageError
+from prefpipe.stages.iterate import stage as iterate
 
 LINKS = {
     "generate.model": "m",

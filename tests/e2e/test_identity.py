@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import score, store
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.score import ScoreConfig
+from prefpipe.runs import store
 from prefpipe.schemas import Pair, from_table, to_table
+from prefpipe.stages.score import stage as score
 from tests.conftest import Call
 from tests.tiny import make_adapter
 

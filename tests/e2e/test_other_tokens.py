@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefpipe import store, vocabulary
+from prefpipe.models import vocabulary
+from prefpipe.runs import store
 from tests.conftest import Call
 
 COMMON = ("--engine", "fake", "--check", 0)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from prefpipe import store
+from prefpipe.runs import store
 from prefpipe.schemas import Pair, RefLogps, from_table
 from tests.conftest import Cli
 

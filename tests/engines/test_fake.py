@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from prefpipe import chat as chats
-from prefpipe import models
 from prefpipe.engines import load
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, Sequence
 from prefpipe.engines.fake import FakeEngine
+from prefpipe.models import chat as chats
+from prefpipe.models import policy
 
 
 def settings(model: Path, max_tokens: int = 200) -> EngineSettings:
-    return EngineSettings(models.resolve(str(model)), chats.load(model), "float32", 1.0, max_tokens, 1024, 4, 64)
+    return EngineSettings(policy.resolve(str(model)), chats.load(model), "float32", 1.0, max_tokens, 1024, 4, 64)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig
 
-from prefpipe import build_pairs, engines, generate, models
-from prefpipe import chat as chats
+from prefpipe import engines
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.train import TrainConfig
@@ -26,7 +25,11 @@ from prefpipe.errors import UsageError
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter, scorer_name
 from prefpipe.forward.logps import TreeModel, score
-from prefpipe.train import stage
+from prefpipe.models import chat as chats
+from prefpipe.models.policy import resolve
+from prefpipe.stages import build_pairs
+from prefpipe.stages.generate import stage as generate
+from prefpipe.stages.train import stage
 
 MAX_TOKENS = 24
 PROMPTS = {name: list(map(ord, name)) for name in ("a bird", "an owl", "a song", "the sea at night", "x")}
@@ -34,7 +37,7 @@ PROMPTS = {name: list(map(ord, name)) for name in ("a bird", "an owl", "a song",
 
 @pytest.fixture(scope="module")
 def settings(tiny_model: Path) -> EngineSettings:
-    policy = models.resolve(str(tiny_model))
+    policy = resolve(str(tiny_model))
     return EngineSettings(policy, chats.load(tiny_model), "float32", 1.0, MAX_TOKENS, 64, 8, 64)
 
 
@@ -155,7 +158,7 @@ def test_a_model_that_cannot_share_rows_generates_with_a_notice(
     torch.manual_seed(0)
     bloom = BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3)
     AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "m")
-    policy = models.resolve(str(tmp_path / "m"))
+    policy = resolve(str(tmp_path / "m"))
     with engines.load("transformers", replace(settings, policy=policy, max_num_seqs=6)) as running:
         found = sampled(running, requests(*DRAWS))
     assert capsys.readouterr().err.count("a row of its own: its attention bias (ALiBi)") == 1
@@ -259,7 +262,7 @@ def test_scoring_while_sampling_goes_on_disturbs_neither(engine: Engine) -> None
 def test_the_adapter_changes_samples_and_can_be_switched_off(
     settings: EngineSettings, engine: Engine, adapter: Path, tiny_model: Path
 ) -> None:
-    policy = models.resolve(str(tiny_model), str(adapter))
+    policy = resolve(str(tiny_model), str(adapter))
     with engines.load("transformers", replace(settings, policy=policy)) as tuned:
         found = sampled(tuned, requests(*DRAWS))
         on = dict(tuned.score(sequences(found), adapter=True))

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefpipe import chat as chats
-from prefpipe import engines, models, store
-from prefpipe.chat import encode, encode_prompt
+from prefpipe import engines
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.ids import ids_digest
-from prefpipe.prompts import read_prompts
+from prefpipe.inputs.prompts import read_prompts
+from prefpipe.models import chat as chats
+from prefpipe.models.chat import encode, encode_prompt
+from prefpipe.models.policy import resolve
+from prefpipe.runs import store
 from prefpipe.schemas import Completion, RefLogps, from_table
 from tests.conftest import Cli
 
@@ -45,7 +47,7 @@ def settings(tiny_model: Path) -> EngineSettings:
     """Room for the longest prompt and a full completion, to the token."""
     chat = chats.load(tiny_model)
     longest = max(len(r.prompt_token_ids) for r in requests(chat))
-    policy = models.resolve(str(tiny_model))
+    policy = resolve(str(tiny_model))
     return EngineSettings(policy, chat, "float32", 0.8, MAX_TOKENS, longest + MAX_TOKENS, MAX_NUM_SEQS, 64)
 
 
@@ -60,7 +62,7 @@ def tuned(settings: EngineSettings, tmp_path_factory: pytest.TempPathFactory) ->
             if "lora_B" in name:
                 weight.normal_(std=0.05)
     save_adapter(model, adapter_tensors(model), directory, "tiny")
-    return replace(settings, policy=models.resolve(str(base), str(directory)))
+    return replace(settings, policy=resolve(str(base), str(directory)))
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +324,7 @@ def test_killed_on_real_vllm_and_run_again_nothing_is_lost_or_doubled(
 
 def check_completions(out: Path, model: Path, prompts_file: Path) -> None:
     """Every id that the command must give, each once, with log-probs that a transformers engine agrees with."""
-    chat, policy = chats.load(model), models.resolve(str(model))
+    chat, policy = chats.load(model), resolve(str(model))
     prompts, _ = read_prompts(prompts_file, "train", 0)
     completions = from_table(Completion, store.read_dataset(out, "completions", Completion))
     assert [(c.prompt_id, c.sample_index) for c in completions] == [(p.prompt_id, k) for p in prompts for k in range(3)]

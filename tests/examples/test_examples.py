@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import models, store
+from prefpipe.models import policy
+from prefpipe.runs import store
 from tests.conftest import ROOT
 from tests.faults.forge import forge
 
@@ -36,7 +37,7 @@ sys.exit(ended["code"])
 def prefpipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A `prefpipe` whose commands are forked from one process that has imported torch already."""
     address = str(tmp_path_factory.mktemp("s") / "s")
-    with forge("prefpipe.train.stage", "transformers.models.llama.modeling_llama") as forged:
+    with forge("prefpipe.stages.train.stage", "transformers.models.llama.modeling_llama") as forged:
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
@@ -118,12 +119,12 @@ def test_two_loss_terms(run: Run, tmp_path: Path):
 def test_full_fine_tuning(run: Run, tmp_path: Path, tiny_model: Path):
     assert "answer:" in run("full_finetuning.sh", "--dtype", "float32")
     manifest = store.read_manifest(tmp_path / "out" / "full_finetuning")
-    assert manifest["identity"]["policy"] == models.resolve(str(tmp_path / "out" / "full_finetuning" / "model")).id
+    assert manifest["identity"]["policy"] == policy.resolve(str(tmp_path / "out" / "full_finetuning" / "model")).id
 
 
 def test_continue_from_an_adapter(run: Run, tmp_path: Path, tiny_model: Path):
     run("continue_adapter.sh", *FLAGS)
-    first = models.resolve(str(tiny_model), str(tmp_path / "out" / "first" / "adapter")).id
+    first = policy.resolve(str(tiny_model), str(tmp_path / "out" / "first" / "adapter")).id
     identity = store.read_manifest(tmp_path / "out" / "second")["identity"]
     assert identity["initial"] == identity["reference"] == first != identity["policy"]
     assert (tmp_path / "out" / "second" / "merged" / "model.safetensors").is_file()

@@ -76,8 +76,11 @@ def _child(job: dict[str, Any], errors: Path) -> None:
 
 def _serve() -> None:
     # What children share: the imports, pandas too, which pyarrow looks for at its first array. No torch.
-    from prefpipe import build_pairs, cli, generate, schemas, score  # noqa: F401, PLC0415
+    from prefpipe import cli, schemas  # noqa: F401, PLC0415
     from prefpipe.engines import fake  # noqa: F401, PLC0415
+    from prefpipe.stages import build_pairs  # noqa: F401, PLC0415
+    from prefpipe.stages.generate import stage as generate  # noqa: F401, PLC0415
+    from prefpipe.stages.score import stage as score  # noqa: F401, PLC0415
 
     schemas.to_table(schemas.Dropped, [])
     for module in sys.argv[1:]:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import build_pairs, generate, store
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.train import TrainConfig
-from prefpipe.store import Manifest
-from prefpipe.train import stage
+from prefpipe.runs import store
+from prefpipe.runs.store import Manifest
+from prefpipe.stages import build_pairs
+from prefpipe.stages.generate import stage as generate
+from prefpipe.stages.train import stage
 
 NAMES = {
     "generate": [

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import build_pairs, generate
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
+from prefpipe.stages import build_pairs
+from prefpipe.stages.generate import stage as generate
 from tests.conftest import ROOT
 
 POINTS = ("write", "fsync", "rename", "fsync_dir")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from prefpipe import store
+from prefpipe.runs import store
 from prefpipe.schemas import Completion
 from tests.faults.forge import Forge, forge
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from prefpipe import store
+from prefpipe.runs import store
 from tests.faults.forge import Forge, forge
-from tests.train import data
+from tests.stages.train import data
 
 ALL = "PREFPIPE_ALL_FAULTS" in os.environ
 NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (48, 16, 8) if ALL else (14, 4, 2)
@@ -30,7 +30,7 @@ _MEMORY = Path("/dev/shm")
 
 @pytest.fixture(scope="module")
 def forged() -> Iterator[Forge]:
-    with forge("prefpipe.train.stage", "transformers.models.llama.modeling_llama") as running:
+    with forge("prefpipe.stages.train.stage", "transformers.models.llama.modeling_llama") as running:
         yield running
 
 

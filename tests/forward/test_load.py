@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from prefpipe import fsio
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model, score
+from prefpipe.runs import fsio
 
 TREES = [Tree([5, 6, 7, 8], [[9, 10, 11], [12, 2]]), Tree([20], [[30, 31]])]
 

@@ -7,7 +7,8 @@ import re
 import pyarrow as pa
 import pytest
 
-from prefpipe import formats, schemas
+from prefpipe import schemas
+from prefpipe.inputs import formats
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "datasets.md"

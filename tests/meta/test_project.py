@@ -18,7 +18,7 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.engines import ENGINES
 from prefpipe.rewards import REWARDS
-from prefpipe.train.losses import LOSSES
+from prefpipe.stages.train.losses.registry import LOSSES
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "prefpipe"
@@ -67,7 +67,7 @@ def test_every_setting_is_read_outside_of_the_settings(cls: type) -> None:
 
 
 def test_iterate_reads_its_own_settings() -> None:
-    code = (PACKAGE / "iterate.py").read_text()
+    code = (PACKAGE / "stages" / "iterate" / "stage.py").read_text()
     for name in ("model", "rounds", "reference", "generate", "build_pairs", "train", "evaluate"):
         assert f"config.{name}" in code
 

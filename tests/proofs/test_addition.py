@@ -20,11 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prefpipe.forward import attention
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, score
-from prefpipe.train import loop
-from prefpipe.train.diagnostics import Facts, State, after_step
-from prefpipe.train.rows import Ids, TrainPair
-from prefpipe.train.rules import RULES
-from tests.train import data
+from prefpipe.stages.train import loop
+from prefpipe.stages.train.monitor.alerts import RULES
+from prefpipe.stages.train.monitor.diagnostics import Facts, State, after_step
+from prefpipe.stages.train.rows import Ids, TrainPair
+from tests.stages.train import data
 
 CHARACTERS = "0123456789+=$"
 END, PAD = CHARACTERS.index("$"), len(CHARACTERS)

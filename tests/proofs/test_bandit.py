@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prefpipe.train.lossbatch import LabelBatch, Logps, LossSettings, PairBatch, RankBatch
-from prefpipe.train.losses import LOSSES
-from tests.train.cases import beta
+from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossSettings, PairBatch, RankBatch
+from prefpipe.stages.train.losses.registry import LOSSES
+from tests.stages.train.cases import beta
 
 REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARD = torch.tensor([0.0, 1.0, 0.5, -1.0], dtype=torch.float64)

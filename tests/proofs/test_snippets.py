@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from prefpipe.train.lossbatch import LabelBatch, Logps
-from prefpipe.train.pairwise import log_odds
-from prefpipe.train.unpaired import kto
-from tests.train.cases import beta, labels
+from prefpipe.stages.train.losses.batch import LabelBatch, Logps
+from prefpipe.stages.train.losses.pairwise import log_odds
+from prefpipe.stages.train.losses.unpaired import kto
+from tests.stages.train.cases import beta, labels
 
 
 def test_bfloat16_cannot_tell_long_answers_apart():

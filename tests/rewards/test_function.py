@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from prefpipe import rewards, store
+from prefpipe import rewards
 from prefpipe.config.rewards import Function
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards.base import Answer, Scored
+from prefpipe.runs import store
 from prefpipe.schemas import Message, Reward
 from tests.conftest import Cli
 

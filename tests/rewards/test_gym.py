@@ -11,7 +11,7 @@ import pytest
 
 from prefpipe.config.rewards import ReasoningGym
 from prefpipe.errors import UsageError
-from prefpipe.prompts import read_prompts
+from prefpipe.inputs.prompts import read_prompts
 from prefpipe.rewards import gym
 from prefpipe.rewards.base import Answer, Scored
 from tests.conftest import ROOT, Cli

@@ -16,8 +16,8 @@ from prefpipe.rewards import judge as judges
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.rewards.judge import Verdict, bias, find_verdict, judge, pairings, rating_question
+from prefpipe.runs.store import read_dataset
 from prefpipe.schemas import Completion, Message, Reward
-from prefpipe.store import read_dataset
 from tests.conftest import Cli
 from tests.rewards.server import completion, serving
 

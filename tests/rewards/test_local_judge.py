@@ -11,20 +11,20 @@ from typing import Any, Self
 import pytest
 from typer.testing import CliRunner
 
-from prefpipe import chat as chats
-from prefpipe import models
 from prefpipe.cli import app
 from prefpipe.config.judge import Judge
 from prefpipe.config.shared import DEFAULT_MODEL
 from prefpipe.engines.base import EngineSettings, Query, Response
 from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.models import chat as chats
+from prefpipe.models import policy
 from prefpipe.rewards import identity, local_judge
 from prefpipe.rewards.base import Answer
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.rewards.judge import judge
 from prefpipe.rewards.local_judge import ask_in_engine
+from prefpipe.runs.store import read_dataset
 from prefpipe.schemas import Message, Reward
-from prefpipe.store import read_dataset
 from tests.conftest import Cli
 
 events: list[str] = []
@@ -128,7 +128,7 @@ def test_the_engine_never_gets_more_than_the_context_holds(tiny_model: Path, mon
     monkeypatch.setattr(local_judge.engines, "load", lambda name, made: given.append(made) or Scripted(made))
     (scored,) = judge(settings(tiny_model, max_tokens=200))(answers("owl"))
     assert scored.status == "ok"
-    assert given[0].max_model_len + 1 == models.context_length(tiny_model) == 1024
+    assert given[0].max_model_len + 1 == policy.context_length(tiny_model) == 1024
     with pytest.raises(UsageError, match="context of 1024 tokens: no room for a question") as caught:
         judge(settings(tiny_model, max_tokens=1023))
     assert "lower max_tokens" in caught.value.hint

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from prefpipe import chat as chats
 from prefpipe.config.rewards import RewardModel
 from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.models import chat as chats
 from prefpipe.rewards import identity, model
 from prefpipe.rewards.base import Answer
 from prefpipe.rewards.model import Row, batches, inputs, padding, reward_model, tokenise, without_padding

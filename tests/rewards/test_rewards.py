@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefpipe import fsio, rewards, store
+from prefpipe import rewards
 from prefpipe.config import shared
 from prefpipe.config.rewards import KINDS, Math, ShortSentence
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import rules
 from prefpipe.rewards.base import Answer
+from prefpipe.runs import fsio, store
 from prefpipe.schemas import Message, Reward
 from tests.conftest import Cli
 

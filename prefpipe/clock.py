@@ -1,0 +1,20 @@
+"""The clock: durations, the time of day, and the date that a chat template prints."""
+
+import time
+from datetime import UTC, datetime
+
+
+def monotonic() -> float:
+    """Seconds for measuring durations."""
+    return time.monotonic()
+
+
+def utc_now() -> str:
+    """The time of day in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def local_time(form: str, day: str = "today") -> str:
+    """The local time in a strftime format, or midnight of a day (YYYY-MM-DD), for chat templates that print a date."""
+    when = datetime.now() if day == "today" else datetime.fromisoformat(day)
+    return when.astimezone().strftime(form)

@@ -1,0 +1,1 @@
+"""Work through an engine: prompts to completions, completions to log-probs, shard by shard."""

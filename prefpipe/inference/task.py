@@ -1,0 +1,178 @@
+"""Prompts to an engine to committed shards, for generate and evaluate. Nothing is sampled twice."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefpipe import clock, engines, log
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.engines.base import Engine, EngineSettings
+from prefpipe.errors import DataError, RowFault, UsageError
+from prefpipe.ids import content_id, ids_digest
+from prefpipe.inference import sampling
+from prefpipe.inference.inflight import Inflight
+from prefpipe.inference.sampling import Prepare, Ready, Sampled, Shard, Work
+from prefpipe.inputs.prompts import Prompts, read_prompts
+from prefpipe.models import chat as chats
+from prefpipe.models.chat import Chat, encode_prompt
+from prefpipe.models.policy import Policy, context_length, resolve
+from prefpipe.rewards.base import Answer, RewardFunction
+from prefpipe.rewards.rating import load_rewards
+from prefpipe.runs import store
+from prefpipe.runs.store import Run
+from prefpipe.schemas import Dropped, Prompt, to_table
+
+_SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 16, 512
+Config = GenerateConfig | EvaluateConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """The prompts of a run, what answers them, what rates the answers, and what identifies all that.
+
+    `stop_token_ids` end a completion beside the model's own.
+    """
+
+    prompts: Prompts
+    repeated: list[Dropped]
+    policy: Policy
+    chat: Chat
+    rewards: Mapping[str, RewardFunction]
+    inputs: Mapping[str, str]
+    stop_token_ids: tuple[int, ...] = ()
+
+
+def read_task(config: Config, reward_names: Sequence[str]) -> Task:
+    """Read and identify everything that sampling needs, before the output directory is touched."""
+    if not config.prompts:
+        raise UsageError("no prompts given", "pass --prompts FILE (JSONL or Parquet)")
+    prompts_file = Path(config.prompts)
+    prompts, repeated = read_prompts(prompts_file, config.split, config.limit)
+    policy = resolve(config.model, config.adapter)
+    chat = chats.load(policy.directory, config.chat_template, config.template_date)
+    for notice in chats.notices(chat):
+        log.info(f"notice: {notice}")
+    functions, reward_ids = load_rewards(reward_names, config.reward_settings)
+    inputs = {"prompts": store.input_digest(prompts_file), "policy": policy.id, **chat.digests, **reward_ids}
+    stops = tuple(sorted({*config.stop_token_ids, *chats.stop_ids(chat, config.stop)}))
+    return Task(_part(prompts, config.part), repeated, policy, chat, functions, inputs, stops)
+
+
+def run_shards(run: Run, task: Task, config: Config, work: Work) -> int:
+    """Sample every prompt that has no committed shard yet; returns the number of shards of the run."""
+    inflight = Inflight.load(run.out)
+    prepare = preparation(task, config, inflight.killers)
+    rows = run.saved["shard_rows"] or _fitting_rows(len(task.prompts))
+    count = math.ceil(len(task.prompts) / rows)
+    missing = {index for index in range(count) if not work.has(index)}
+    if missing:
+        _check_any(sampling.cut(task.prompts, rows, missing), prepare, fresh=len(missing) == count)
+        start = clock.monotonic()
+        settings = engine_settings(task, config, _longest_prompt(config, task.policy) + config.max_tokens)
+        with start_engine(config.engine, settings) as engine, inflight.recording():
+            expected = sum(min(rows, len(task.prompts) - index * rows) for index in missing)
+            with log.progress("sampling", expected, "prompts") as advance:
+                tokens = sampling.sample_shards(
+                    lambda: sampling.cut(task.prompts, rows, missing),
+                    prepare,
+                    engine,
+                    work,
+                    task.chat,
+                    inflight,
+                    advance,
+                )
+        run.log_timing(event="sampled", tokens=tokens, seconds=round(clock.monotonic() - start, 3))
+    dropped = run.gather_dropped(Dropped, to_table(Dropped, task.repeated))
+    if dropped:
+        log.warn(f"{dropped} of {len(task.prompts)} prompts dropped; the reasons are in dropped.parquet")
+    inflight.close()
+    return count
+
+
+def preparation(task: Task, config: Config, killers: Sequence[str] = ()) -> Prepare:
+    """A function that tokenises a prompt, or raises RowFault with the reason why it cannot be sampled."""
+    most = _longest_prompt(config, task.policy)
+    control_tokens = config.special_tokens_in_prompts
+
+    def prepare(prompt: Prompt) -> list[int]:
+        if prompt.prompt_id in killers:
+            raise RowFault("engine_died", "the engine died twice while it worked on this prompt")
+        return encode_prompt(task.chat, prompt.messages, max_tokens=most, control_tokens=control_tokens)
+
+    return prepare
+
+
+def engine_settings(task: Task, config: Config, max_model_len: int) -> EngineSettings:
+    """Engine settings with room for `max_model_len` tokens in prompt and completion."""
+    return EngineSettings(
+        task.policy, task.chat, config.dtype, config.top_p, config.max_tokens, max_model_len,
+        config.max_num_seqs, config.kv_cache_mib, top_k=config.top_k, min_p=config.min_p,
+        stop_token_ids=task.stop_token_ids, tensor_parallel_size=config.tensor_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )  # fmt: skip
+
+
+def prompt_key(config: Config, task: Task, ready: Ready) -> str:
+    """What the completions of a prompt have in common: its messages and ids, the policy and how it samples. The id of
+    a completion is a hash of this and its sample_index: num_samples and order are no part of it."""
+    sampling = [
+        *(config.engine, config.dtype, config.seed, config.temperature, config.top_p, config.top_k, config.min_p),
+        *(config.max_tokens, task.stop_token_ids),
+    ]
+    return content_id(ready.prompt.prompt_id, ids_digest(ready.token_ids, ()), task.policy.id, sampling)
+
+
+def answers_of(sampled: Sequence[Sampled]) -> list[Answer]:
+    """Every sample with what it answers, the samples of a prompt together."""
+    return [
+        Answer(p.messages, text, p.answer, p.meta, len(sample.token_ids))
+        for s in sampled
+        for p in [s.ready.prompt]
+        for text, sample in zip(s.texts, s.samples, strict=True)
+    ]
+
+
+def start_engine(name: str, settings: EngineSettings) -> Engine:
+    """Start an engine, and say so: it takes a while."""
+    log.info(f"starting engine {name} ({settings.policy.directory.name}, {settings.dtype})")
+    return engines.load(name, settings)
+
+
+def _check_any(missing: Iterable[Shard], prepare: Prepare, *, fresh: bool) -> None:
+    """Raise DataError when no prompt can be sampled, before an engine starts for nothing; the first that can ends the
+    search. A run that is not fresh has shards already: there may well be none left."""
+    reasons: Counter[str] = Counter()
+    detail = ""
+    for prompt in (p for _, prompts in missing for p in prompts):
+        try:
+            prepare(prompt)
+        except RowFault as fault:
+            reasons[fault.reason] += 1
+            detail = detail or fault.detail
+        else:
+            return
+    if fresh:
+        raise DataError(f"no prompt is left: all {reasons.total()} were dropped ({', '.join(sorted(reasons))})", detail)
+
+
+def _fitting_rows(num_prompts: int) -> int:
+    """Prompts in a shard: enough that commits cost nothing, few enough that little is lost when a run is killed."""
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, math.ceil(num_prompts / _SHARDS)))
+
+
+def _part(prompts: Prompts, part: str) -> Prompts:
+    number, _, count = part.partition("/")
+    if int(number) > int(count):
+        raise UsageError(f"part = '{part}': there are only {count} parts", "write I/N with I from 1 to N")
+    return prompts.part(int(number), int(count))
+
+
+def _longest_prompt(config: Config, policy: Policy) -> int:
+    """max_prompt_tokens, or less where prompt, completion and one token more would not fit into the model's context."""
+    context = context_length(policy.directory)
+    return (
+        config.max_prompt_tokens if context is None else min(config.max_prompt_tokens, context - config.max_tokens - 1)
+    )

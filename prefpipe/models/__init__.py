@@ -1,0 +1,1 @@
+"""Models, adapters, tokenizers and chat templates: local files with an identity, and text to token ids."""

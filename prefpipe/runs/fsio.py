@@ -1,0 +1,278 @@
+"""Every write, rename, fsync and lock call of the package, with named fault points for the crash tests.
+
+A fault is armed from outside: `PREFPIPE_FAULT="point:n:action"` makes the n-th pass (from 1) through `point` do
+`action`: `kill` (SIGKILL to this process), `sigterm`, `enospc`, `eio`, or `torn` (half of the bytes reach the
+temporary file, then SIGKILL). Points: `write`, `fsync`, `rename`, `fsync_dir`, `append`.
+"""
+
+import errno
+import os
+import re
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+from blake3 import blake3
+
+from prefpipe.clock import utc_now
+from prefpipe.errors import LockedError, StorageError
+
+Appender = Callable[[str], None]
+_CHUNK = 8 << 20
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
+_passes: Counter[str] = Counter()  # only counts fault points; never read by product code
+
+
+def fault(point: str, path: Path | None = None) -> None:
+    """Do what PREFPIPE_FAULT asks at this pass through `point`; nothing at all when it is not set."""
+    armed = os.environ.get("PREFPIPE_FAULT")
+    if not armed:
+        return
+    name, _, rest = armed.partition(":")
+    number, _, action = rest.partition(":")
+    if name != point:
+        return
+    _passes[point] += 1
+    if _passes[point] != int(number):
+        return
+    if action == "enospc":
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    if action == "eio":
+        raise OSError(errno.EIO, "Input/output error", str(path))
+    if action == "torn" and path is not None:
+        os.truncate(path, path.stat().st_size // 2)
+    os.kill(os.getpid(), signal.SIGTERM if action == "sigterm" else signal.SIGKILL)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Generator[None]:
+    """Turn what the operating system says into one StorageError that names the path and the free space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(_existing_parent(path)).free
+            raise StorageError(
+                f"no space left on the disk while writing {path} ({free:,} bytes free)",
+                "free some space and run the same command again: committed work is kept",
+            ) from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}",
+            "check permissions and the disk, then run the same command again",
+        ) from error
+
+
+def make_dirs(path: Path) -> None:
+    """Create a directory and its parents."""
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then fsync, rename and fsync the directory.
+
+    A reader sees the old file or the whole new one, never a part; a failed write leaves no file behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            fault("write", temporary)
+            _fsync(temporary)
+            fault("rename")
+            os.replace(temporary, path)
+            sync_dir(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically (UTF-8)."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` build a directory under a temporary name, fsync all of it, then rename it to `path`.
+
+    `path` must not exist: a directory is either absent or complete.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            fill(temporary)
+            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                _open_to_umask(file)
+                fault("write", file)
+                _fsync(file)
+            for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
+                sync_dir(folder)
+            sync_dir(temporary)
+            fault("rename")
+            os.rename(temporary, path)
+            sync_dir(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def temporary_dir(path: Path) -> Generator[Path]:
+    """A directory beside `path` under a temporary name, removed at the end; a killed writer's is a leftover."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log file; readers ignore a torn last line."""
+    with storage_errors(path):
+        fault("append", path if path.exists() else None)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+@contextmanager
+def appender(path: Path) -> Generator[Appender]:
+    """A function that appends lines, each in a write of its own: they outlive this process, though not the machine."""
+    with storage_errors(path):
+        file = path.open("ab", buffering=0)
+
+    def append(line: str) -> None:
+        with storage_errors(path):
+            file.write(line.encode() + b"\n")
+
+    with file:
+        yield append
+
+
+def remove(path: Path) -> None:
+    """Remove a file that has served its purpose."""
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was appended to a file durable."""
+    with storage_errors(path):
+        _fsync(path)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a log file back to `size` bytes (a resumed run drops the lines after its checkpoint)."""
+    with storage_errors(path):
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+
+def move_aside(path: Path, into: Path) -> Path:
+    """Move a file or directory into `into` under a free name; nothing is ever deleted."""
+    with storage_errors(path):
+        into.mkdir(parents=True, exist_ok=True)
+        target = into / path.name
+        number = 1
+        while target.exists():
+            target = into / f"{path.name}.{number}"
+            number += 1
+        os.rename(path, target)
+        return target
+
+
+def remove_dir(path: Path) -> None:
+    """Remove a directory that a newer checkpoint replaced."""
+    with storage_errors(path):
+        shutil.rmtree(path)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporary files of writers that were killed; call it only while holding the directory's lock.
+
+    Folders with a lock of their own (the steps of a round) belong to somebody else, and so does their content.
+    """
+    with storage_errors(directory):
+        for entry in sorted(directory.iterdir()):
+            if is_leftover(entry):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            elif entry.is_dir() and not entry.is_symlink() and not (entry / ".lock").exists():
+                remove_leftovers(entry)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a name is that of a temporary file of ours."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def sync_dir(path: Path) -> None:
+    """Make renames inside `path` durable."""
+    fault("fsync_dir")
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
+    """Hold `directory` for this process; the kernel frees the lock when the process ends, however it ends.
+
+    Raises LockedError, naming the owner, when another process holds it and `wait` is not set.
+    """
+    make_dirs(directory)
+    held = filelock.FileLock(directory / ".lock")
+    owner = directory / ".owner"
+    try:
+        held.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout as error:
+        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "an unknown process"
+        raise LockedError(
+            f"{directory} is being written by {who}", "wait for it to end, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot lock {directory}: {error.strerror}", "check its permissions, or choose another --out"
+        ) from error
+    try:
+        with storage_errors(owner):
+            owner.write_text(f"process {os.getpid()} on {os.uname().nodename}, since {utc_now()}\n")
+        yield
+    finally:
+        held.release()
+
+
+def file_digest(path: Path) -> str:
+    """blake3 of a file's bytes, 32 hex digits (128 bits)."""
+    hasher = blake3()
+    with storage_errors(path), path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            hasher.update(block)
+    return hasher.hexdigest(16)
+
+
+def _fsync(path: Path) -> None:
+    fault("fsync")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _open_to_umask(path: Path) -> None:
+    """Undo mode 0600, which safetensors leaves behind: another user's vLLM must be able to read an adapter."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in [path, *path.absolute().parents] if parent.exists())

@@ -1,0 +1,1 @@
+"""The commands: one folder each, `stage.py` runs it from top to bottom."""

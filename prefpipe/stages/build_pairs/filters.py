@@ -1,0 +1,194 @@
+"""Pair filters: each pair is kept, or dropped with the first reason that applies.
+
+`by_keys` judges what is known without texts, `by_content` what needs texts and token ids, `subset` picks the share of
+pairs that log-probs recommend. Reasons are judged in the order in which they stand here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.stages.build_pairs import texts
+
+REASON = "reason"
+_SIDES = ("chosen", "rejected")
+_ENOUGH = 20  # completions per side, below which last tokens are an accident
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the thresholds are relative to: the pairs that the rule found."""
+
+    gap_sd: float
+    least_chosen_reward: float
+
+
+def scale(pairs: pl.DataFrame, config: BuildPairsConfig) -> Scale:
+    """Standard deviation of the gaps, and the reward below which a chosen completion is bad."""
+    lowest = pairs["chosen_reward"].quantile(config.min_chosen_quantile, "higher") if pairs.height else None
+    return Scale(standard_deviation(pairs["reward_gap"].to_list()), -math.inf if lowest is None else float(lowest))
+
+
+def standard_deviation(values: Sequence[float]) -> float:
+    """Population standard deviation from exact sums: the order of the values never matters. 0 without values."""
+    if not values:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+
+
+def by_keys(pairs: pl.DataFrame, config: BuildPairsConfig, scale: Scale) -> pl.DataFrame:
+    """The pairs with a column `reason`, null for those that are kept.
+
+    `pairs` has chosen_* and rejected_* reward, finish_reason, num_tokens, and reward_gap.
+    """
+    gap = pl.col("reward_gap")
+    absolute, scaled = gap < config.min_gap, gap < config.min_gap_sd * scale.gap_sd
+    small = {"both": absolute & scaled, "absolute": absolute, "scaled": scaled, "none": pl.lit(value=False)}
+    long, short = (
+        f(pl.col("chosen_num_tokens").cast(pl.Int64), pl.col("rejected_num_tokens").cast(pl.Int64))
+        for f in (pl.max_horizontal, pl.min_horizontal)
+    )
+    cut = {side: pl.col(f"{side}_finish_reason") == "length" for side in ("chosen", "rejected")}
+    reason = pl.when(small[config.gap_filter]).then(pl.lit("small_gap"))
+    if config.truncated_chosen == "drop":
+        reason = reason.when(cut["chosen"]).then(pl.lit("truncated_chosen"))
+    if config.truncated_rejected == "drop":
+        reason = reason.when(cut["rejected"]).then(pl.lit("truncated_rejected"))
+    if config.max_length_difference:
+        reason = reason.when(long - short > config.max_length_difference).then(pl.lit("length_difference"))
+    if config.max_length_ratio:
+        reason = reason.when(long > config.max_length_ratio * short).then(pl.lit("length_ratio"))
+    if config.min_chosen_quantile:
+        reason = reason.when(pl.col("chosen_reward") < scale.least_chosen_reward).then(pl.lit("both_bad"))
+    return pairs.with_columns(reason=reason)
+
+
+def by_content(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
+    """The pairs with a column `reason`; whole prompts, with chosen_* and rejected_* text and token_ids.
+
+    A text is compared in its normal form (NFC, no space at either end).
+    """
+    normal = pairs.with_columns(texts.normal(f"{side}_text").alias(f"{side}_normal") for side in ("chosen", "rejected"))
+    same = pl.col("chosen_normal") == pl.col("rejected_normal")
+    judged = normal.with_columns(reason=pl.when(same).then(pl.lit("identical_text")))
+    if config.near_identical_tokens or config.near_identical_share:
+        near = [
+            kept and _near_identical(chosen, rejected, config)
+            for kept, chosen, rejected in judged.select(
+                pl.col("reason").is_null(), "chosen_token_ids", "rejected_token_ids"
+            ).iter_rows()
+        ]
+        judged = judged.with_columns(
+            reason=pl.when(pl.Series(near, dtype=pl.Boolean)).then(pl.lit("near_identical")).otherwise("reason")
+        )
+    if config.contradictions == "drop":
+        circle = contradictory(judged.with_row_index("place").filter(pl.col("reason").is_null()))
+        judged = judged.with_row_index("place").with_columns(
+            reason=pl.when(pl.col("place").is_in(circle)).then(pl.lit("contradiction")).otherwise("reason")
+        ).drop("place")  # fmt: skip
+    return judged.drop("chosen_normal", "rejected_normal")
+
+
+def contradictory(pairs: pl.DataFrame) -> list[int]:
+    """`place` of every pair that lies on a circle of preferences between the texts of its prompt.
+
+    `pairs` has place, prompt_id, chosen_normal, rejected_normal. A circle needs a text that is chosen in one pair and
+    rejected in another; only prompts with one are walked through.
+    """
+    chosen = pairs.select("prompt_id", text="chosen_normal").unique()
+    rejected = pairs.select("prompt_id", text="rejected_normal").unique()
+    suspects = chosen.join(rejected, on=["prompt_id", "text"], how="semi").select("prompt_id").unique()
+    found: list[int] = []
+    for _, own in pairs.join(suspects, on="prompt_id", how="semi").group_by("prompt_id"):
+        edges = list(own.select("chosen_normal", "rejected_normal").iter_rows())
+        above: dict[str, set[str]] = {}
+        for better, worse in edges:
+            above.setdefault(better, set()).add(worse)
+        found += [p for p, (c, r) in zip(own["place"], edges, strict=True) if _reaches(above, r, c)]
+    return sorted(found)
+
+
+def subset(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
+    """The pairs with a column `reason`: not_in_subset for all but the best subset_share of them.
+
+    `pairs` has chosen_* and rejected_* ref_logps, policy_logps (sums, in nats) and num_tokens, and reward_gap.
+    """
+    if config.subset == "all":
+        return pairs.with_columns(reason=pl.lit(None, pl.String))
+    implicit = (pl.col("chosen_policy_logps") - pl.col("chosen_ref_logps")) - (
+        pl.col("rejected_policy_logps") - pl.col("rejected_ref_logps")
+    )
+    per_token = [
+        pl.col(f"{side}_ref_logps") / pl.max_horizontal(pl.col(f"{side}_num_tokens"), 1)
+        for side in ("chosen", "rejected")
+    ]
+    score = {
+        "small-implicit-gap": implicit.abs(),
+        "large-dual-margin": -(_in_units(implicit) + _in_units(pl.col("reward_gap"))),
+        "clear-reference": per_token[1] - per_token[0],
+    }[config.subset]
+    kept = max(1, math.floor(config.subset_share * pairs.height))
+    order = pairs.select("chosen_completion_id", "rejected_completion_id", score=score.cast(pl.Float64)).with_row_index(
+        "place"
+    )
+    best = order.sort("score", "chosen_completion_id", "rejected_completion_id").head(kept)["place"]
+    chosen = pl.Series(range(pairs.height), dtype=pl.UInt32).is_in(best.implode())
+    return pairs.with_columns(reason=pl.when(~chosen).then(pl.lit("not_in_subset")))
+
+
+def end_on_one_side(pairs: pl.DataFrame) -> str | None:
+    """Says so when completions that ended by themselves end with one token on one side and never on the other.
+
+    The token is the most frequent last one of both sides; a mistake in tokenising shows as all against none.
+    """
+    ends = {s: pairs.filter(pl.col(f"{s}_finish_reason") != "length")[f"{s}_last"].drop_nulls() for s in _SIDES}
+    if not all(len(e) for e in ends.values()):
+        return None
+    for token in sorted({t for e in ends.values() for t in e.mode().sort().head(1)}):
+        share = {s: float((e == token).sum()) / len(e) for s, e in ends.items()}
+        high, low = max(share, key=lambda s: share[s]), min(share, key=lambda s: share[s])
+        if share[high] > 0.95 and share[low] == 0 and min(len(e) for e in ends.values()) >= _ENOUGH:
+            return f"{high} completions end with token {token}, none of {len(ends[low])} {low} ones does"
+    return None
+
+
+def ledger(judged: pl.DataFrame) -> pl.DataFrame:
+    """Ledger rows of the pairs that have a reason."""
+    return judged.filter(pl.col(REASON).is_not_null()).select(
+        id=pl.concat_str("chosen_completion_id", "rejected_completion_id", separator=">"),
+        reason=REASON,
+        detail=pl.format("reward_gap {}", pl.col("reward_gap").round(6)),
+    )
+
+
+def kept(judged: pl.DataFrame) -> pl.DataFrame:
+    """The pairs without a reason."""
+    return judged.filter(pl.col(REASON).is_null()).drop(REASON)
+
+
+def _in_units(values: pl.Expr) -> pl.Expr:
+    """Values from 0 to 1 between their smallest and largest, so that margins of different units can be added."""
+    values = values.cast(pl.Float64)
+    spread = values.max() - values.min()
+    return pl.when(spread > 0).then((values - values.min()) / spread).otherwise(0.0)
+
+
+def _near_identical(chosen: Sequence[int], rejected: Sequence[int], config: BuildPairsConfig) -> bool:
+    longest = max(len(chosen), len(rejected))
+    limit = max(config.near_identical_tokens, config.near_identical_share * longest)
+    return texts.token_edits(chosen, rejected) <= limit
+
+
+def _reaches(edges: dict[str, set[str]], start: str, goal: str) -> bool:
+    seen, waiting = {start}, [start]
+    while waiting:
+        here = waiting.pop()
+        if here == goal:
+            return True
+        waiting += [n for n in edges.get(here, ()) if n not in seen]
+        seen |= edges.get(here, set())
+    return False

@@ -1,0 +1,95 @@
+"""Label rules: candidates are desirable, undesirable, or dropped with a reason; class balance and its weights."""
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.stages.build_pairs import filters, texts
+
+_RATIO = (1.0, 1.5)  # of weighted desirable to weighted undesirable labels: 2402.01306, section 4.1
+_AIM = 1.25
+
+
+def by_reward(candidates: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
+    """Candidates with columns label (true is desirable) and reason (why there is no label, or null).
+
+    mean, median: above or below that of the prompt, equal to it is a tie. threshold: at least label_threshold or below.
+    quantile: the upper and the lower label_quantile of all rewards, a dead zone between. thumbs: the sign, 0 is dead.
+    """
+    reward = pl.col("reward")
+    low, high, dead = {
+        "mean": (reward < _prompt_mean(), reward > _prompt_mean(), "tie"),
+        "median": (reward < reward.median().over("prompt_id"), reward > reward.median().over("prompt_id"), "tie"),
+        "threshold": (reward < config.label_threshold, reward >= config.label_threshold, "dead_zone"),
+        "quantile": (*_quantiles(candidates, config.label_quantile), "dead_zone"),
+        "thumbs": (reward < 0, reward > 0, "dead_zone"),
+    }[config.label_rule]
+    ordered = candidates.sort("prompt_id", "completion_id")  # sums of floats in one order
+    judged = ordered.with_columns(label=high, reason=pl.when(~(low ^ high)).then(pl.lit(dead)))
+    if config.truncated_chosen == "drop":
+        judged = _when(judged, pl.col("label") & (pl.col("finish_reason") == "length"), "truncated_chosen")
+    if config.truncated_rejected == "drop":
+        judged = _when(judged, ~pl.col("label") & (pl.col("finish_reason") == "length"), "truncated_rejected")
+    return judged
+
+
+def from_pairs(of_pairs: pl.DataFrame, candidates: pl.DataFrame) -> pl.DataFrame:
+    """Candidates with the side that they have in the pairs; on both sides is a contradiction, on none unused."""
+    chosen, rejected = (
+        pl.col("completion_id").is_in(of_pairs[f"{s}_completion_id"].implode()) for s in ("chosen", "rejected")
+    )
+    judged = candidates.sort("prompt_id", "completion_id").with_columns(label=chosen)
+    reason = pl.when(chosen & rejected).then(pl.lit("contradiction")).when(~chosen & ~rejected).then(pl.lit("unused"))
+    return judged.with_columns(reason=reason)
+
+
+def by_content(labels: pl.DataFrame) -> pl.DataFrame:
+    """Labels (with text) and a reason: contradiction where equal texts of a prompt have different labels."""
+    normal = labels.with_columns(normal=texts.normal("text"))
+    differing = pl.col("label").n_unique().over("prompt_id", "normal") > 1
+    return normal.with_columns(reason=pl.when(differing).then(pl.lit("contradiction"))).drop("normal")
+
+
+def ledger(judged: pl.DataFrame) -> pl.DataFrame:
+    """Ledger rows of the completions that have a reason."""
+    return judged.filter(pl.col(filters.REASON).is_not_null()).select(
+        id="completion_id", reason="reason", detail=pl.format("reward {}", pl.col("reward").round(6))
+    )
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How many labels of each class, and the weights that bring their ratio where KTO wants it."""
+
+    desirable: int
+    undesirable: int
+    desirable_weight: float
+    undesirable_weight: float
+
+
+def balance(desirable: int, undesirable: int) -> Balance:
+    """Weights with (lambda_D n_D) / (lambda_U n_U) in [1, 3/2], one of them 1 (2402.01306, section 4.1)."""
+    ratio = desirable / undesirable if undesirable else 0.0
+    if not ratio or _RATIO[0] <= ratio <= _RATIO[1]:
+        return Balance(desirable, undesirable, 1.0, 1.0)
+    if ratio < _RATIO[0]:
+        return Balance(desirable, undesirable, _AIM / ratio, 1.0)
+    return Balance(desirable, undesirable, 1.0, ratio / _AIM)
+
+
+def _prompt_mean() -> pl.Expr:
+    return pl.col("reward").mean().over("prompt_id")
+
+
+def _quantiles(candidates: pl.DataFrame, share: float) -> tuple[pl.Expr, pl.Expr]:
+    """At or below the lower quantile and at or above the upper one; values that are both are neither."""
+    rewards = candidates["reward"]
+    low, high = rewards.quantile(share, "lower"), rewards.quantile(1 - share, "higher")
+    return pl.col("reward") <= low, pl.col("reward") >= high
+
+
+def _when(judged: pl.DataFrame, applies: pl.Expr, reason: str) -> pl.DataFrame:
+    return judged.with_columns(
+        reason=pl.when(pl.col("reason").is_null() & applies).then(pl.lit(reason)).otherwise("reason")
+    )

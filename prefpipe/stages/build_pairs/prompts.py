@@ -1,0 +1,125 @@
+"""Prompts that do not go on, with their reason: duplicates, near duplicates, and texts of a benchmark."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+from rensa import RMinHash, RMinHashLSH  # type: ignore[attr-defined]  # a compiled module without stubs
+
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.runs import store
+from prefpipe.stages.build_pairs.texts import conversation, folded, ngrams, words
+
+_PERMUTATIONS = 128
+_BANDS = 32  # of 4 rows: a pair of similarity 0.5 becomes a candidate with probability 0.87, of 0.8 with 1 - 5e-8
+_SHINGLE = 3
+SCHEMA = {"prompt_id": pl.String, "reason": pl.String, "detail": pl.String}
+
+
+def faulty(prompts: pl.LazyFrame, config: BuildPairsConfig) -> pl.DataFrame:
+    """prompt_id, reason, detail of every prompt that is dropped; the first by prompt_id of equal ones stays.
+
+    `prompts` has prompt_id and messages; a prompt may be there several times.
+    """
+    dropped = [pl.DataFrame(schema=SCHEMA)]
+    if config.duplicate_prompts == "drop":
+        dropped.append(duplicates(prompts))
+    if config.near_duplicate_prompts or config.contamination:
+        texts = prompts.select("prompt_id", text=conversation("messages")).unique("prompt_id").sort("prompt_id")
+        frame = texts.collect(engine="streaming").join(dropped[-1], on="prompt_id", how="anti", maintain_order="left")
+        if config.contamination:
+            known = benchmark_ngrams([Path(p) for p in config.contamination], config.contamination_ngram)
+            dropped.append(contaminated(frame, known, config.contamination_ngram))
+            frame = frame.join(dropped[-1], on="prompt_id", how="anti", maintain_order="left")
+        if config.near_duplicate_prompts:
+            dropped.append(near_duplicates(frame, config.near_duplicate_prompts))
+    return pl.concat(dropped)
+
+
+def duplicates(prompts: pl.LazyFrame) -> pl.DataFrame:
+    """Prompts whose texts differ in case, spaces or Unicode composition only."""
+    return (
+        prompts.select("prompt_id", text=folded(conversation("messages")).hash())
+        .group_by("text")
+        .agg(pl.col("prompt_id").unique())
+        .filter(pl.col("prompt_id").list.len() > 1)
+        .with_columns(first=pl.col("prompt_id").list.min())
+        .explode("prompt_id")
+        .filter(pl.col("prompt_id") != pl.col("first"))
+        .select("prompt_id", reason=pl.lit("duplicate_prompt"), detail=pl.format("same text as {}", "first"))
+        .sort("prompt_id")
+        .collect(engine="streaming")
+    )
+
+
+def near_duplicates(prompts: pl.DataFrame, similarity: float) -> pl.DataFrame:
+    """Prompts whose word 3-grams overlap by `similarity` with those of an earlier prompt that stays.
+
+    `prompts` has prompt_id and text, in order. Similarity is MinHash's estimate from 128 permutations (standard error
+    at most 0.044); candidates come from locality-sensitive hashing.
+    """
+    index = RMinHashLSH(similarity, _PERMUTATIONS, _BANDS)
+    kept: list[tuple[str, RMinHash]] = []
+    found: list[tuple[str, str, str]] = []
+    for prompt_id, text in prompts.select("prompt_id", "text").iter_rows():
+        sketch = RMinHash(_PERMUTATIONS, 0)
+        sketch.update(sorted(ngrams(words(text), _SHINGLE)))
+        near = ((kept[i][1].jaccard(sketch), -i) for i in index.query(sketch))
+        best, place = max(near, default=(0.0, 0))
+        if best >= similarity:
+            found.append((prompt_id, "near_duplicate_prompt", f"similarity {best:.2f} with {kept[-place][0]}"))
+        else:
+            index.insert(len(kept), sketch)
+            kept.append((prompt_id, sketch))
+    return pl.DataFrame(found, schema=SCHEMA, orient="row")
+
+
+def contaminated(prompts: pl.DataFrame, known: set[str], n: int) -> pl.DataFrame:
+    """Prompts (prompt_id, text) that share a word n-gram with a benchmark."""
+    found: list[tuple[str, str, str]] = []
+    for prompt_id, text in prompts.select("prompt_id", "text").iter_rows():
+        # Every turn begins with its role, which a benchmark does not have.
+        shared = {g for turn in text.split("\n") for g in ngrams(words(turn.partition(": ")[2] or turn), n)} & known
+        if not shared:
+            shared = ngrams(words(text), n) & known
+        if shared:
+            found.append((prompt_id, "contaminated", f"shares with a benchmark: {min(shared)}"))
+    return pl.DataFrame(found, schema=SCHEMA, orient="row")
+
+
+def benchmark_ngrams(files: list[Path], n: int) -> set[str]:
+    """The word n-grams of every text in the files. Raises MissingInputError, UsageError, DataError."""
+    return {gram for path in files for text in _texts(path) for gram in ngrams(words(text), n)}
+
+
+def _texts(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise MissingInputError(f"{path} does not exist", "check the path given to --contamination")
+    if path.suffix == ".parquet":
+        yield from _strings(store.read_parquet(path).to_pylist())
+    elif path.suffix in (".jsonl", ".json", ".txt"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if path.suffix == ".txt":
+                yield line
+            elif line.strip():
+                try:
+                    yield from _strings(json.loads(line))
+                except ValueError as error:
+                    raise DataError(
+                        f"{path}, line {number}: not valid JSON: {error}", "every line is one JSON object"
+                    ) from error
+    else:
+        raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", "give .txt, .jsonl or .parquet")
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)

@@ -1,0 +1,1 @@
+"""`prefpipe evaluate`: pass rates of a policy on held-out prompts."""

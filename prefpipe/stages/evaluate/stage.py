@@ -1,0 +1,151 @@
+"""`prefpipe evaluate`: greedy and sampled answers of a policy on held-out prompts, rated, with intervals."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefpipe import log
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.engines.base import Draw, Engine
+from prefpipe.ids import numbered_id, sample_seed
+from prefpipe.inference.sampling import Sampled
+from prefpipe.inference.task import Task, answers_of, prompt_key, read_task, run_shards
+from prefpipe.rewards import rating
+from prefpipe.rewards.base import Scored
+from prefpipe.runs import store
+from prefpipe.runs.store import Manifest, Run
+from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
+
+_DATASET = "evaluations"
+_RESAMPLES = 2000
+
+
+def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
+    """Sample every held-out prompt that has no committed shard yet, rate the answers, sum up."""
+    task = read_task(config, [config.reward])
+    with store.open_run(out, "evaluate", config, task.inputs, force=force) as run_:
+        manifest = run_.manifest()
+        if manifest is not None:
+            log.info(f"{out} is complete already")
+            return manifest
+        num_shards = run_shards(run_, task, config, _Stage(config, run_, task))
+        rows = [
+            row
+            for index in range(num_shards)
+            for row in from_table(Evaluation, run_.read_part(_DATASET, Evaluation, index))
+        ]
+        totals = {"round": config.round, **summarize(rows, config.pass_reward)}
+        return run_.finish(totals, {"policy": task.policy.id})
+
+
+def summary(manifest: Manifest, out: Path) -> list[str]:
+    """What the command prints when it is done."""
+    t = manifest["totals"]
+    lines = [f"{t['prompts']} prompts rated in {out}"]
+    for decoding in ("greedy", "sampled"):
+        d = t[decoding]
+        lines.append(
+            f"  {decoding}: pass {d['pass']:.1%} [{d['low']:.1%}, {d['high']:.1%}], "
+            f"mean reward {d['mean_reward']:.3f}, mean length {d['mean_words']:.1f} words, "
+            f"degenerate {d['degenerate']:.1%}"
+        )
+    return lines
+
+
+def draws(config: EvaluateConfig, prompt: Prompt) -> tuple[Draw, ...]:
+    """Draw 0 is greedy, the others are sampled."""
+    sampled = range(1, config.num_samples + 1)
+    return (
+        Draw(0, 0, 0.0),
+        *(Draw(k, sample_seed(config.seed, prompt.prompt_id, k), config.temperature) for k in sampled),
+    )
+
+
+def summarize(rows: Sequence[Evaluation], pass_reward: float) -> dict[str, Any]:
+    """Pass rate with a 95 % interval, mean reward, mean length and degenerate share, for greedy and sampled answers.
+
+    Greedy: Wilson interval (one answer per prompt). Sampled: bootstrap over prompts, since the answers to one prompt
+    are not independent.
+    """
+    texts = Counter((d, t) for d, t, _ in {(r.decoding, r.text.strip(), r.prompt_id) for r in rows})
+    result: dict[str, Any] = {"prompts": len({r.prompt_id for r in rows})}
+    for decoding in ("greedy", "sampled"):
+        own = [r for r in rows if r.decoding == decoding]
+        passed: dict[str, list[bool]] = {}
+        for r in own:
+            passed.setdefault(r.prompt_id, []).append(r.reward is not None and r.reward >= pass_reward)
+        interval = wilson([p for (p,) in passed.values()]) if decoding == "greedy" else bootstrap(list(passed.values()))
+        rewards = [r.reward for r in own if r.reward is not None]
+        result[decoding] = {
+            "answers": len(own),
+            "pass": sum(map(sum, passed.values())) / len(own),
+            "low": interval[0],
+            "high": interval[1],
+            "mean_reward": sum(rewards) / len(rewards) if rewards else 0.0,
+            "mean_words": sum(len(r.text.split()) for r in own) / len(own),
+            "degenerate": sum(is_degenerate(r, texts[(decoding, r.text.strip())] > 2) for r in own) / len(own),
+        }
+    return result
+
+
+def wilson(passed: Sequence[bool], z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a share (Wilson 1927), 95 % by default."""
+    n, p = len(passed), sum(passed) / len(passed)
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
+
+
+def bootstrap(groups: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """95 % percentile interval of the pass rate when whole groups (prompts) are resampled; deterministic."""
+    source = random.Random(0)
+    rates = sorted(_rate(source.choices(groups, k=len(groups))) for _ in range(_RESAMPLES))
+    return rates[int(0.025 * _RESAMPLES)], rates[int(0.975 * _RESAMPLES) - 1]
+
+
+def is_degenerate(row: Evaluation, repeated: bool) -> bool:  # noqa: FBT001  (a fact about the row, given by the caller)
+    """Under three words, never ended, the same three words three times, or one text given to several prompts."""
+    words = row.text.split()
+    trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
+    loops = bool(trigrams) and max(trigrams.values()) >= 3
+    return len(words) < 3 or row.finish_reason == "length" or loops or repeated
+
+
+def _rate(groups: Sequence[Sequence[bool]]) -> float:
+    return sum(map(sum, groups)) / sum(map(len, groups))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    config: EvaluateConfig
+    run: Run
+    task: Task
+
+    def has(self, index: int) -> bool:
+        return self.run.has_part("dropped", index) and self.run.has_part(_DATASET, index)
+
+    def draws(self, prompt: Prompt) -> tuple[Draw, ...]:
+        return draws(self.config, prompt)
+
+    def commit(self, index: int, sampled: list[Sampled], dropped: list[Dropped], engine: Engine) -> None:  # noqa: ARG002  (every stage is given it)
+        name = self.config.reward
+        scores = iter(rating.rate(answers_of(sampled), self.task.rewards[name], name))
+        rows = [_row(self.config, self.task, s, i, next(scores)) for s in sampled for i in range(len(s.texts))]
+        self.run.write_part("dropped", Dropped, index, to_table(Dropped, dropped))
+        self.run.write_part(_DATASET, Evaluation, index, to_table(Evaluation, rows))
+
+
+def _row(config: EvaluateConfig, task: Task, sampled: Sampled, i: int, score: Scored) -> Evaluation:
+    sample, prompt = sampled.samples[i], sampled.ready.prompt
+    decoding = "greedy" if sample.sample_index == 0 else "sampled"
+    return Evaluation(
+        completion_id=numbered_id(prompt_key(config, task, sampled.ready), sample.sample_index),
+        prompt_id=prompt.prompt_id, sample_index=sample.sample_index, round=config.round, decoding=decoding,
+        messages=prompt.messages, text=sampled.texts[i], token_ids=sample.token_ids,
+        finish_reason=sample.finish_reason, policy=task.policy.id, name=config.reward, reward=score.reward,
+        status=score.status, detail=score.detail,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""`prefpipe generate`: prompts to completions, reference log-probs and rewards."""

@@ -1,0 +1,194 @@
+"""`prefpipe iterate`: rounds of generate -> build-pairs -> train -> evaluate, each step a fresh process.
+
+    OUT/round-0/evaluate           the policy before training
+    OUT/round-1/generate.json      the exact config of a step: `prefpipe generate THIS.json --out DIR` replays it
+    OUT/round-1/generate/          its run directory; a step that is complete is not run again
+
+A process per step frees all memory by construction, and a killed round resumes inside the step that was cut.
+"""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from prefpipe import clock, log
+from prefpipe.config.base import dump
+from prefpipe.config.iterate import IterateConfig
+from prefpipe.errors import PrefpipeError, UsageError
+from prefpipe.ids import canonical_json
+from prefpipe.models import policy
+from prefpipe.runs import fsio, store
+from prefpipe.runs.store import Manifest
+from prefpipe.schemas import Evaluation, from_table
+
+Runner = Callable[[str, Path, Path], None]  # command, saved config, run directory
+_SHOWN = 3
+_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of one round."""
+
+    round: int
+    command: str
+    config: BaseModel
+
+    @property
+    def name(self) -> str:
+        """Its folder inside OUT."""
+        return f"round-{self.round}/{self.command}"
+
+
+def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None = None) -> Manifest:
+    """Run every step that is not complete; `runner` is how a step is run (a process by default)."""
+    for table in ("generate", "evaluate"):
+        if not getattr(config, table).prompts:
+            raise UsageError(f"no prompts given for {table}", f"set prompts in the [{table}] table")
+    inputs = {
+        "policy": policy.resolve(config.model).id,
+        "generate.prompts": store.input_digest(Path(config.generate.prompts)),
+        "evaluate.prompts": store.input_digest(Path(config.evaluate.prompts)),
+    }
+    with store.open_run(out, "iterate", config, inputs, force=force) as run_:
+        manifest = run_.manifest()
+        if manifest is not None and all(_is_unchanged(out / name, d) for name, d in manifest["identity"].items()):
+            log.info(f"{out} is complete already")
+            return manifest
+        plan = list(steps(config, out))
+        start = clock.monotonic()
+        for number, step in enumerate(plan, start=1):
+            log.info(f"[{number}/{len(plan)}] round {step.round}: {step.command}")
+            saved = out / f"{step.name}.json"
+            fsio.write_text(saved, canonical_json({"command": step.command, "config": dump(step.config)}) + "\n")
+            (runner or run_process)(step.command, saved, out / step.name)
+        run_.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
+        rounds = [store.read_manifest(out / s.name)["totals"] for s in plan if s.command == "evaluate"]
+        return run_.finish({"rounds": rounds}, {s.name: store.read_manifest(out / s.name)["digest"] for s in plan})
+
+
+def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
+    """Every step in order, linked: round n samples from, is compared with and continues the policy of round n - 1, an
+    adapter on the model or, with full fine-tuning, a model."""
+    model, adapter = config.model, "none"
+    yield _evaluation(config, 0, model, adapter)
+    for number in range(1, config.rounds + 1):
+        here = out / f"round-{number}"
+        linked: dict[str, Any] = {"model": model, "adapter": adapter}
+        reference = "base" if config.reference == "base" else "policy"
+        sampling = {**linked, "reference": reference, "seed": config.generate.seed + number}
+        yield Step(number, "generate", config.generate.model_copy(update=sampling))
+        yield Step(
+            number, "build-pairs", config.build_pairs.model_copy(update={"completions": (str(here / "generate"),)})
+        )
+        training = {
+            **linked,
+            config.build_pairs.output: (str(here / "build-pairs"),),
+            "seed": config.train.seed + number,
+        }
+        yield Step(number, "train", config.train.model_copy(update=training))
+        if config.train.tuning == "full":
+            model = str(here / "train" / "model")
+        else:
+            adapter = str(here / "train" / "adapter")
+        yield _evaluation(config, number, model, adapter)
+
+
+def run_process(command: str, saved: Path, out: Path) -> None:
+    """Run one step as `python -m prefpipe COMMAND CONFIG --out DIR`. Raises with the exit code of the step."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefpipe", command, str(saved), "--out", str(out)], stdout=sys.stderr
+    )
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()  # Ctrl-C reaches it anyway; a SIGTERM to us does not
+        process.wait()
+        raise
+    if code != 0:
+        failed = PrefpipeError(
+            f"{command} failed with exit code {code}", f"replay it alone: prefpipe {command} {saved} --out {out}"
+        )
+        failed.exit_code = code if code > 0 else 128 - code
+        raise failed
+
+
+def summary(manifest: Manifest, out: Path) -> list[str]:
+    """The table round by round, some answers side by side, where everything is, and what comes next."""
+    rounds = manifest["totals"]["rounds"]
+    last = out / f"round-{len(rounds) - 1}"
+    trained_on = next(name for name in ("pairs", "labels", "groups") if (last / "build-pairs" / name).is_dir())
+    return [
+        "",
+        *_table(rounds),
+        "",
+        *_answers(out, len(rounds)),
+        *_policy(last),
+        f"{trained_on:<12} {last}/build-pairs/{trained_on}/*.parquet",
+        f"completions  {last}/generate/completions/*.parquet, ref_logps/, rewards/",
+        f"answers      {out}/round-*/evaluate/evaluations/*.parquet",
+        f"metrics      {last}/train/metrics.jsonl",
+        f"replay       prefpipe train {last}/train.json --out runs/replay",
+        "next         prefpipe config iterate > mine.toml   (put your model and prompts in)",
+        "             prefpipe iterate mine.toml --out runs/mine",
+    ]
+
+
+def _policy(last: Path) -> list[str]:
+    if (last / "train" / "model").is_dir():
+        return [f"policy       {last}/train/model (loads with transformers and vLLM)"]
+    return [f"policy       {last}/train/adapter (PEFT; loads with peft, transformers and vLLM)"]
+
+
+def _evaluation(config: IterateConfig, number: int, model: str, adapter: str) -> Step:
+    update = {"model": model, "adapter": adapter, "round": number}
+    return Step(number, "evaluate", config.evaluate.model_copy(update=update))
+
+
+def _is_unchanged(run_dir: Path, digest: str) -> bool:
+    return (run_dir / "manifest.json").exists() and store.read_manifest(run_dir)["digest"] == digest
+
+
+def _table(rounds: list[dict[str, Any]]) -> list[str]:
+    head = ["round", "greedy pass [95 %]", "sampled pass [95 %]", "mean words", "degenerate", "mean reward"]
+    rows = [head, ["---"] * len(head)]
+    for totals in rounds:
+        greedy, sampled = totals["greedy"], totals["sampled"]
+        rows.append(
+            [
+                "start" if totals["round"] == 0 else str(totals["round"]),
+                *(f"{d['pass']:.1%} [{d['low']:.1%}, {d['high']:.1%}]" for d in (greedy, sampled)),
+                *(f"{greedy[k]:{form}} / {sampled[k]:{form}}" for k, form in _COLUMNS),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    count = rounds[0]["prompts"]
+    return [*lines, "", f"{count} held-out prompts; the last three columns are greedy / sampled answers."]
+
+
+_COLUMNS = (("mean_words", ".1f"), ("degenerate", ".1%"), ("mean_reward", ".3f"))
+
+
+def _answers(out: Path, num_rounds: int) -> list[str]:
+    """Greedy answers of every round to the first prompts."""
+    by_round = [
+        {e.prompt_id: e for e in from_table(Evaluation, table) if e.decoding == "greedy"}
+        for table in (
+            store.read_dataset(out / f"round-{n}/evaluate", "evaluations", Evaluation) for n in range(num_rounds)
+        )
+    ]
+    lines: list[str] = []
+    for prompt_id in list(by_round[0])[:_SHOWN]:
+        lines.append(f"> {by_round[0][prompt_id].messages[-1]['content']}")
+        for number, answers in enumerate(by_round):
+            name = "start" if number == 0 else f"round {number}"
+            lines.append(f"  {name:<8} {textwrap.shorten(answers[prompt_id].text, _WIDTH, placeholder=' ...')}")
+        lines.append("")
+    return lines

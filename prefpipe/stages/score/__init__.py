@@ -1,0 +1,1 @@
+"""`prefpipe score`: reference log-probs and rewards for completions that exist already."""

@@ -1,0 +1,111 @@
+"""Training checkpoints: a directory is complete or invisible, and only one whose digests match is resumed from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from prefpipe import log
+from prefpipe.errors import DataError
+from prefpipe.ids import content_id
+from prefpipe.runs import fsio
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where training stands after `step` steps; metrics_bytes is the size of metrics.jsonl at that moment.
+
+    `diagnostics` is what the alert rules remember, as JSON. The rest needs no state: rows are drawn from (seed, epoch),
+    dropout from (seed, step), evaluations are in metrics.jsonl.
+    """
+
+    step: int
+    metrics_bytes: int
+    tensors: dict[str, torch.Tensor]
+    diagnostics: dict[str, Any] | None = None
+
+
+def save(
+    folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2, records: Sequence[int] = ()
+) -> None:  # fmt: skip
+    """Publish a checkpoint, then remove all but the newest `limit` (by step number, never by time).
+
+    `records` are steps, in order, whose weights were the best so far. The last one before any checkpoint that is kept
+    stays too: a run that goes on from there may still want it.
+    """
+    target = _path(folder, checkpoint.step)
+    if target.exists():
+        return
+
+    def fill(into: Path) -> None:
+        save_file({k: v.contiguous() for k, v in checkpoint.tensors.items()}, into / "state.safetensors")
+        record = {
+            "step": checkpoint.step,
+            "metrics_bytes": checkpoint.metrics_bytes,
+            "diagnostics": checkpoint.diagnostics,
+            "fingerprint": fingerprint,
+            "blake3": fsio.file_digest(into / "state.safetensors"),
+        }
+        sealed = {**record, "record_id": content_id(record)}
+        (into / "state.json").write_text(json.dumps(sealed), encoding="utf-8")
+
+    fsio.publish_dir(target, fill)
+    steps = _steps(folder)
+    kept = steps[-limit:]
+    best = {max((r for r in records if r <= _number(path)), default=0) for path in kept}
+    for old in steps[:-limit]:
+        if _number(old) not in best:
+            fsio.remove_dir(old)
+
+
+def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
+    """The newest checkpoint of this run that verifies; damaged ones move to quarantine/."""
+    for path in reversed(_steps(folder)):
+        record = _verified(path)
+        if record is not None and record["fingerprint"] == fingerprint:
+            tensors = load_file(path / "state.safetensors")
+            return Checkpoint(record["step"], record["metrics_bytes"], tensors, record.get("diagnostics"))
+        log.warn(f"checkpoint {path} is damaged or of another run: it moves to quarantine/")
+        fsio.move_aside(path, folder.parent / "quarantine")
+    return None
+
+
+def at_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step. Raises DataError when it is damaged or gone."""
+    path = _path(folder, step)
+    record = _verified(path)
+    if record is None:
+        raise DataError(
+            f"checkpoint {path}, the best one, is damaged or missing",
+            "start over with --force: it cannot be made again",
+        )
+    return Checkpoint(record["step"], record["metrics_bytes"], load_file(path / "state.safetensors"))
+
+
+def _verified(path: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint whose record and tensors are intact."""
+    try:
+        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        seal = record.pop("record_id")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    tensors = path / "state.safetensors"
+    if seal != content_id(record) or not tensors.is_file() or fsio.file_digest(tensors) != record["blake3"]:
+        return None
+    return record
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -1,0 +1,82 @@
+"""Rows that are held out of training: which they are, what the policy makes of them, and which evaluation is the best.
+
+The history of evaluations is read back from metrics.jsonl, so that a resumed run decides as an uninterrupted one does.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+
+from prefpipe.errors import DataError
+from prefpipe.stages.train import loop
+from prefpipe.stages.train.loop import Trainer
+from prefpipe.stages.train.loss_batches import scores_prompt
+from prefpipe.stages.train.micro_batches import micro_batches
+from prefpipe.stages.train.rows import TrainLabel, TrainRow, has_references
+from prefpipe.stages.train.tally import Tally, summarise
+
+R = TypeVar("R", bound=TrainRow)
+LOWER_IS_BETTER = ("eval_loss",)
+
+
+def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R], list[R]]:
+    """Rows to train on and rows to evaluate on, by prompt: `share` of the prompts, rounded, drawn with `seed`.
+
+    Raises DataError when either side would be left without a prompt.
+    """
+    prompts = sorted({row.prompt for row in rows})
+    count = round(share * len(prompts))
+    if not 0 < count < len(prompts):
+        side = "to evaluate on" if count == 0 else "to train on"
+        raise DataError(
+            f"eval_split = {share} of {len(prompts)} prompts leaves no prompt {side}",
+            "change eval_split, or give the rows to evaluate on with --eval-pairs, --eval-labels or --eval-groups",
+        )
+    held_out = set(random.Random(f"eval/{seed}").sample(prompts, count))
+    return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
+    """Loss and metrics of a training step over all `rows`, under `eval_` names; the same values on every rank.
+
+    `bank` holds KTO's mismatched rows: all of them, for an evaluation should not depend on a draw.
+    """
+    if not all(map(has_references, rows)):
+        rows = [row.with_references(None) for row in rows]
+    config, world = trainer.config, trainer.world
+    z0 = loop.z0_of(trainer, bank) if bank else 0.0
+    tally = Tally()
+    for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(config))):
+        found = loop.row_losses(trainer, micro, z0)
+        if counts:
+            tally.add_rows({"loss": (found.per_row, torch.ones_like(found.per_row)), **found.metrics})
+    values = summarise(tally, world) | ({"kto/z0": z0} if bank else {})
+    return {f"eval_{name}": value for name, value in values.items()}
+
+
+def records(history: Sequence[Mapping[str, float]], metric: str) -> list[int]:
+    """The numbers of steps done at each new best evaluation, in order; a tie and a NaN are no new best.
+
+    `history` holds lines of metrics.jsonl, whose steps count from 0. Raises DataError when no line has the metric.
+    """
+    if history and not any(metric in line for line in history):
+        raise DataError(f"metric_for_best_model = {metric} is not among the metrics of this loss", "choose eval_loss")
+    found: list[int] = []
+    best = -math.inf
+    for line in history:
+        value = line.get(metric, math.nan) * (-1 if metric in LOWER_IS_BETTER else 1)
+        if value > best:
+            best = value
+            found.append(int(line["step"]) + 1)
+    return found
+
+
+def is_stale(history: Sequence[Mapping[str, float]], metric: str, patience: int) -> bool:
+    """Whether `patience` evaluations in a row have passed without a new best; never when it is 0."""
+    best = records(history, metric)
+    since = [line for line in history if not best or int(line["step"]) + 1 > best[-1]]
+    return 0 < patience <= len(since)

@@ -1,0 +1,274 @@
+"""What a training run reads: pairs, labels or ranked groups from runs and files, checked; no model is loaded here."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from prefpipe import log
+from prefpipe.config.train import UNAVAILABLE, TrainConfig
+from prefpipe.errors import DataError, IdentityError, UsageError
+from prefpipe.ids import ids_digest
+from prefpipe.inputs import tokenised
+from prefpipe.inputs.kl_bank import kl_bank
+from prefpipe.models import chat as chats
+from prefpipe.models import vocabulary
+from prefpipe.models.policy import Policy, resolve
+from prefpipe.rows import filled, key_of, parts_of
+from prefpipe.runs import store
+from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
+from prefpipe.stages.train import rows as train_rows
+from prefpipe.stages.train.evaluation import split_by_prompt
+from prefpipe.stages.train.losses.batch import Kind
+from prefpipe.stages.train.losses.registry import LOSSES
+from prefpipe.stages.train.reference.identity import Reference, settle_reference
+from prefpipe.stages.train.reference.values import read_ref_logps
+from prefpipe.stages.train.rows import TrainLabel, TrainPair, TrainRow, has_references
+
+_HOW = {
+    "pairs": "pass --pairs DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, chosen, rejected",
+    "labels": "pass --labels DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, completion, label",
+    "groups": "pass --groups DIR (a run of prefpipe build-pairs with ranked groups)",
+}
+_EVAL = {"pairs": "eval_pairs", "labels": "eval_labels", "groups": "eval_groups"}
+Stored = Pair | Label | RankedGroup | KlBank
+T = TypeVar("T", bound=Stored)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains on: checked rows, rows to evaluate on and KTO's bank, dropped rows, where it starts, which
+    reference its values are of (None where no loss reads them) and who computed them, what identifies it, and whether
+    all completions were sampled from the reference.
+
+    The bank holds the mismatched rows of the training rows, then those of rows that were given to evaluate on."""
+
+    kind: Kind
+    rows: list[TrainRow]
+    bank: list[TrainLabel]
+    dropped: list[Dropped]
+    policy: Policy
+    reference: Reference | None
+    scorers: set[str]
+    inputs: dict[str, str]
+    eval_rows: list[TrainRow] = field(default_factory=list[TrainRow])
+    on_reference: bool = False
+    num_eval_bank: int = 0
+
+    @property
+    def training_bank(self) -> list[TrainLabel]:
+        """The mismatched rows that give a step its z0."""
+        return self.bank[: len(self.bank) - self.num_eval_bank]
+
+    @property
+    def eval_bank(self) -> list[TrainLabel]:
+        """The mismatched rows that give an evaluation its z0. Rows that eval_split holds out come from the same data as
+        the others, and so does their bank."""
+        return self.bank[len(self.bank) - self.num_eval_bank :] if self.num_eval_bank else self.bank
+
+
+@dataclass
+class _Read:
+    """Rows of all sources, as they are stored."""
+
+    rows: list[Stored] = field(default_factory=list[Stored])
+    bank: list[KlBank] = field(default_factory=list[KlBank])
+    dropped: list[Dropped] = field(default_factory=list[Dropped])
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Read and check everything that training needs, without loading a model."""
+    kind = kind_of(config)
+    given = {name: [Path(s) for s in getattr(config, name)] for name in (kind, _EVAL[kind])}
+    sources, held_out = given.values()
+    inputs = {f"{name}.{i}": store.input_digest(p) for name, paths in given.items() for i, p in enumerate(paths)}
+    policy = resolve(config.model, config.adapter)
+    vocabulary.check([s for s in (*sources, *held_out) if s.is_dir()], policy.directory)
+    has_texts = any(s.is_file() for s in (*sources, *held_out))
+    chat = chats.load(policy.directory, config.chat_template) if has_texts else None
+    read = _read(sources, kind, chat, config)
+    num_training, num_bank = len(read.rows), len(read.bank)
+    if held_out:
+        _add_held_out(read, held_out, _read(held_out, kind, chat, config))
+    for row in (*read.rows, *read.bank):
+        _check_ids(row)
+    needs_reference = any(LOSSES[name].needs_reference for name in config.loss_type)
+    if config.ref_logps:
+        inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
+        _take_values(read, config, needs_reference=needs_reference)
+    inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
+    rows = _train_rows(kind, read.rows)
+    _check_extras(config, rows)
+    bank = train_rows.from_bank(read.bank)
+    given = _given_reference(config, needs_reference=needs_reference)
+    reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, given) if needs_reference else None
+    inputs |= {"reference": _recorded(reference)} if reference and given else {}
+    scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
+    training, eval_rows = _parted(rows, num_training, kind, config)
+    on_reference = reference is not None and _sampled_by(sources) == {reference.id}
+    return Job(
+        kind, training, bank, read.dropped, policy, reference, scorers, inputs, eval_rows, on_reference=on_reference,
+        num_eval_bank=len(bank) - num_bank,
+    )  # fmt: skip
+
+
+def _sampled_by(sources: Sequence[Path]) -> set[str | None]:
+    """The policies that the rows' completions were sampled from, as runs of build-pairs say; None for those of files
+    and of runs that do not say."""
+    found: set[str | None] = set()
+    for source in sources:
+        identity = {} if source.is_file() else store.read_manifest(source)["identity"]
+        found |= set(identity.get("policies") or [None])
+    return found
+
+
+def kind_of(config: TrainConfig) -> Kind:
+    """What the losses train on; the only inputs given must be of that kind."""
+    kind = LOSSES[config.loss_type[0]].kind
+    given = [name for name in _HOW if getattr(config, name)]
+    if not given:
+        raise UsageError(f"no {kind} given: loss {config.loss_type[0]} trains on them", _HOW[kind])
+    if given != [kind]:
+        others = ", ".join(f"--{name}" for name in given if name != kind)
+        raise UsageError(f"loss {config.loss_type[0]} trains on {kind}, but {others} is given", _HOW[kind])
+    wrong = [f"--eval-{name}" for name, field_ in _EVAL.items() if name != kind and getattr(config, field_)]
+    if wrong:
+        raise UsageError(
+            f"loss {config.loss_type[0]} is evaluated on {kind}, but {', '.join(wrong)} is given",
+            f"give them as --eval-{kind}, or use --eval-split",
+        )
+    if kind == "labels" and config.group_by_prompt:
+        raise UsageError("group_by_prompt = true: labels are drawn class by class", "leave it out for labels")
+    return kind
+
+
+def _read(sources: Sequence[Path], kind: Kind, chat: chats.Chat | None, config: TrainConfig) -> _Read:
+    read = _Read()
+    for source in sources:
+        if source.is_file() and chat is not None and kind != "groups":
+            own, faulty = tokenised.read_pairs(source, chat) if kind == "pairs" else tokenised.read_labels(source, chat)
+            read.rows += own
+            read.dropped += faulty
+        else:
+            row_type = {"pairs": Pair, "labels": Label, "groups": RankedGroup}[kind]
+            read.rows += from_table(row_type, store.read_dataset(source, kind, row_type))
+            if (source / "kl_bank").is_dir():
+                read.bank += from_table(KlBank, store.read_dataset(source, "kl_bank", KlBank))
+    if not any(LOSSES[name].needs_z0 for name in config.loss_type):
+        read.bank = []
+    elif not read.bank:
+        labels = [row for row in read.rows if isinstance(row, Label)]
+        read.bank = kl_bank(labels, config.kl_bank_size, config.seed)
+    return read
+
+
+def _add_held_out(read: _Read, sources: Sequence[Path], own: _Read) -> None:
+    """Rows to evaluate on go behind the others, so that everything is checked, joined and scored alike."""
+    if not own.rows:
+        raise DataError(f"no row of {', '.join(map(str, sources))} can be evaluated on", "check the file")
+    read.rows += own.rows
+    read.bank += own.bank
+    read.dropped += own.dropped
+
+
+def _parted(
+    rows: list[TrainRow], num_training: int, kind: Kind, config: TrainConfig
+) -> tuple[list[TrainRow], list[TrainRow]]:
+    """Rows to train on and rows to evaluate on."""
+    if config.eval_split:
+        return split_by_prompt(rows, config.eval_split, config.seed)
+    training, eval_rows = rows[:num_training], rows[num_training:]
+    shared = {row.prompt for row in training} & {row.prompt for row in eval_rows}
+    if shared:
+        log.warn(f"{len(shared)} prompts of --eval-{kind} are trained on too: their metrics will look too good")
+    return training, eval_rows
+
+
+def _train_rows(kind: Kind, rows: Iterable[Stored]) -> list[TrainRow]:
+    if kind == "pairs":
+        return list(train_rows.from_pairs([row for row in rows if isinstance(row, Pair)]))
+    if kind == "labels":
+        return list(train_rows.from_labels([row for row in rows if isinstance(row, Label)]))
+    return list(train_rows.from_groups([row for row in rows if isinstance(row, RankedGroup)]))
+
+
+def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> None:
+    """Reference values of --ref-logps in place of the columns of every row whose completions are all there."""
+    if not needs_reference:
+        raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
+    digests = {key: digest for row in (*read.rows, *read.bank) for key, *_, digest in parts_of(row)}
+    values = read_ref_logps([Path(run) for run in config.ref_logps], digests)
+    if not values:
+        raise DataError(
+            f"none of {len(digests)} completions has log-probs in {', '.join(config.ref_logps)}",
+            "score these rows: prefpipe score --inputs DIR --out NEW",
+        )
+    read.rows = [_with_values(row, values) for row in read.rows]
+    read.bank = [_with_values(row, values) for row in read.bank]
+
+
+def _with_values(row: T, values: Mapping[str, RefLogps]) -> T:
+    known = all(key in values for key, *_ in parts_of(row))
+    return filled(row, values) if known else row
+
+
+def _check_ids(row: Stored) -> None:
+    """Raise IdentityError when a row's token ids are not those that its digests were made of."""
+    if any(ids_digest(prompt, ids) != digest for _, prompt, ids, digest in parts_of(row)):
+        raise IdentityError(
+            f"row {key_of(row)}: its token ids are not those that its log-probs were computed for",
+            "rows were edited or shuffled: make them again with `prefpipe build-pairs`",
+        )
+
+
+def _check_extras(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
+    """Raise DataError when a loss reads a column that is null, or a reward gap that has no logarithm."""
+    pairs = [row for row in rows if isinstance(row, TrainPair)]
+    for name in config.loss_type:
+        spec = LOSSES[name]
+        for needed, column in ((spec.needs_preference_prob, "preference_prob"), (spec.needs_reward_gap, "reward_gap")):
+            lacking = [row.pair_id for row in pairs if getattr(row, column) is None] if needed else []
+            if lacking:
+                raise DataError(
+                    f"loss {name} reads {column}, which {len(lacking)} of {len(pairs)} pairs lack (first {lacking[0]})",
+                    "build pairs that have it, or choose another loss: see docs/losses.md",
+                )
+        flat = [row.pair_id for row in pairs if name == "odpo" and not (row.reward_gap or 0.0) > 0]
+        if flat:
+            raise DataError(
+                f"loss odpo takes the logarithm of reward_gap, which is not above 0 in {len(flat)} pairs (first "
+                f"{flat[0]})",
+                "drop these pairs, or use the loss margin",
+            )
+
+
+def _given_reference(config: TrainConfig, *, needs_reference: bool) -> Policy | Literal["unavailable"] | None:
+    """The reference that the settings name; None for the initial policy or its base, whichever made the values."""
+    if config.reference_model == "policy" and config.reference_adapter == "none":
+        return None
+    if not needs_reference:
+        raise UsageError(f"a reference is read by none of {', '.join(config.loss_type)}", "leave --reference-model out")
+    if config.reference_model == UNAVAILABLE:
+        return UNAVAILABLE
+    model = config.model if config.reference_model == "policy" else config.reference_model
+    return resolve(model, config.reference_adapter)
+
+
+def _reference(
+    stored: Sequence[Stored], rows: Sequence[TrainRow], policy: Policy, given: Policy | Literal["unavailable"] | None
+) -> Reference:
+    """The one reference of the rows; refuses values of a model that cannot be checked here."""
+    named = sorted({row.reference for row in stored if row.reference is not None})
+    if len(named) > 1:
+        raise DataError(
+            f"the rows hold log-probs of {len(named)} references: {', '.join(named)}", "train on one at a time"
+        )
+    missing = sum(not has_references(row) for row in rows)
+    lacking = f"{missing} of {len(rows)} rows" if missing else None
+    return settle_reference(named[0] if named else None, lacking, policy, given)
+
+
+def _recorded(reference: Reference) -> str:
+    """A named reference among the inputs of a run: the weights of a run depend on it, and readers must know what was
+    not checked."""
+    return reference.id if reference.at_hand else f"{reference.id} (values not checked)"

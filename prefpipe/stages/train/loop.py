@@ -1,0 +1,219 @@
+"""The training loop: a generator of step metrics, from any step to the end. Saving and logging are its caller's."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from prefpipe import log
+from prefpipe.config.train import TrainConfig
+from prefpipe.errors import PrefpipeError
+from prefpipe.forward.logps import TreeModel
+from prefpipe.stages.train.loss_batches import scores_prompt, settings_of, to_loss_batch
+from prefpipe.stages.train.losses import metrics, registry
+from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch
+from prefpipe.stages.train.losses.unpaired import reference_point
+from prefpipe.stages.train.micro_batches import (
+    MicroBatch,
+    balanced_batches,
+    bank_rows,
+    global_batches,
+    micro_batches,
+    tree_of,
+)
+from prefpipe.stages.train.optimizer import MasterOptimizer, learning_rate
+from prefpipe.stages.train.parallel import World, sum_over_ranks
+from prefpipe.stages.train.rows import TrainLabel, TrainRow, has_references
+from prefpipe.stages.train.tally import Tally, summarise
+
+_SMALLEST_BUDGET = 64
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step; `values` are means over its rows under TRL's names.
+
+    `skipped` are the ids of its rows when its loss or gradient was not finite: nothing moved, and `values` holds what
+    is finite.
+    """
+
+    step: int
+    num_steps: int
+    num_rows: int
+    values: dict[str, float]
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass
+class Trainer:
+    """What a step needs. `wrapped` is the model as the ranks share it; the budget is in tokens and may shrink.
+
+    `on_reference`: the completions were sampled from the reference, so that the KL to it is reported. `start_noise`:
+    the policy starts as the reference, up to this noise in the log-prob of a token (nats); None where it does not.
+    """
+
+    model: TreeModel
+    wrapped: torch.nn.Module
+    optimizer: MasterOptimizer
+    config: TrainConfig
+    world: World
+    budget: int
+    on_reference: bool = False
+    start_noise: float | None = None
+
+
+def num_steps(num_rows: int, config: TrainConfig) -> int:
+    """Optimizer steps of the whole run."""
+    return config.num_train_epochs * math.ceil(num_rows / config.train_batch_size)
+
+
+def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
+    """Row numbers of every step of an epoch: shuffled, and for labels balanced by class."""
+    if isinstance(rows[0], TrainLabel):
+        labels = [bool(row.desirable) for row in cast("Sequence[TrainLabel]", rows)]
+        return balanced_batches(labels, config.train_batch_size, config.seed, epoch)
+    prompts = [row.prompt for row in rows]
+    return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=config.group_by_prompt)
+
+
+def steps(
+    trainer: Trainer, rows: Sequence[TrainRow], first: int, bank: Sequence[TrainLabel] = ()
+) -> Iterator[StepMetrics]:  # fmt: skip
+    """Run steps `first`.. to the end. A step whose loss or gradient is not finite moves nothing and says so.
+
+    `bank` holds the mismatched rows of KTO's reference point, with reference values.
+    """
+    config = trainer.config
+    if not all(map(has_references, rows)):
+        rows = [row.with_references(None) for row in rows]  # metrics of some rows would mislead
+    total = num_steps(len(rows), config)
+    per_epoch = total // config.num_train_epochs
+    batches: list[list[int]] = []
+    for step in range(first, total):
+        epoch, within = divmod(step, per_epoch)
+        if step == first or within == 0:
+            batches = epoch_batches(rows, config, epoch)
+        batch = [rows[row] for row in batches[within]]
+        drawn = [bank[i] for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]
+        values = _accumulate(trainer, batch, drawn, trainer.start_noise if step == 0 else None)
+        rate = learning_rate(
+            step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio,
+            warmup_steps=config.warmup_steps, schedule=config.lr_scheduler_type,
+        )  # fmt: skip
+        finite = math.isfinite(values["loss"])
+        if not finite:
+            trainer.optimizer.drop_gradients()
+        values["grad_norm"] = trainer.optimizer.step(rate, config.max_grad_norm) if finite else math.nan
+        finite = math.isfinite(values["grad_norm"])
+        values |= {"learning_rate": rate, "epoch": (step + 1) / per_epoch}
+        shown = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
+        yield StepMetrics(step, total, len(batch), shown, () if finite else tuple(row.row_id for row in batch))
+
+
+def _accumulate(
+    trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel], noise: float | None
+) -> dict[str, float]:
+    """Gradients of one global batch. Out of memory: half of its largest micro-batch is the new budget, and the same
+    batch is done again."""
+    while True:
+        try:
+            return _try_batch(trainer, batch, bank, noise)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            trainer.optimizer.drop_gradients()
+            tried = min(trainer.budget, max(_largest_load(trainer, rows) for rows in (batch, bank) if rows))
+            smaller = max(_SMALLEST_BUDGET, tried // 2)
+            if trainer.world.size > 1 or smaller >= tried:
+                raise PrefpipeError(
+                    f"out of memory with {tried} tokens in a micro-batch",
+                    "lower --max-tokens-per-micro-batch and run the same command again: it resumes",
+                ) from error
+        trainer.budget = smaller
+        log.warn(f"out of memory: micro-batches now hold {smaller} tokens; the step is done again")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _largest_load(trainer: Trainer, rows: Sequence[TrainRow]) -> int:
+    """Tokens of the largest micro-batch that the budget makes of a step."""
+    cut = micro_batches(rows, trainer.budget, score_prompt=scores_prompt(trainer.config))
+    return max(sum(tree.num_tokens for tree in micro.trees) for micro in cut)
+
+
+def _try_batch(
+    trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel], noise: float | None
+) -> dict[str, float]:
+    """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
+    z0 = z0_of(trainer, bank) if bank else 0.0
+    tally = Tally()
+    cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config))
+    for micro, counts in trainer.world.deal(cut):
+        # What a rank does beside its share to keep step with the others is not counted.
+        _micro_batch(trainer, micro, len(batch), z0, noise, counts=counts, tally=tally if counts else Tally())
+    values = summarise(tally, trainer.world)
+    values["tokens/scored_share"] = values.pop("tokens/scored") / values["tokens/unique"]
+    return {**values, "kto/z0": z0} if bank else values
+
+
+def _micro_batch(
+    trainer: Trainer, micro: MicroBatch, size: int, z0: float, noise: float | None, *, counts: bool, tally: Tally
+) -> None:
+    """Add the gradients of a micro-batch of a global batch of `size` rows, and its share of the step's metrics; with
+    `noise` also how far its loss is from that at the reference.
+
+    Nothing of its graph may outlive this call: nodes that stay between freed activations keep the heap from joining
+    them, and the next micro-batch then takes half as much again.
+    """
+    found = row_losses(trainer, micro, z0)
+    loss = found.per_row.sum() / size * float(counts)
+    (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
+    trainer.optimizer.gather_gradients()
+    tally.add_total("loss", float(loss.detach()))
+    tally.add_total("tokens/unique", float(found.num_tokens))
+    tally.add_total("tokens/scored", float(found.num_scored))
+    tally.add_total("tokens/logical", float(sum(tree_of(row).num_logical_tokens for row in micro.rows)))
+    tally.add_rows(found.metrics)
+    if noise is not None:
+        config = trainer.config
+        start = registry.departure(config.loss_type, config.loss_weights, found.batch, settings_of(config), noise)
+        shares = found.weights / size
+        for name in ("loss", "at_reference", "shift"):
+            tally.add_total(f"start/{name}", float((shares * getattr(start, name)).sum()))
+        tally.add_total("start/variance", float((shares * start.deviation).square().sum()))
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """What a forward pass makes of the rows [B] of a micro-batch: tokens computed and tokens scored, the batch of the
+    losses, the weights [B], the weighted loss of every row [B] and the metrics."""
+
+    num_tokens: int
+    num_scored: int
+    batch: LossBatch
+    weights: torch.Tensor
+    per_row: torch.Tensor
+    metrics: Mapping[str, metrics.Counted]
+
+
+def row_losses(trainer: Trainer, micro: MicroBatch, z0: float) -> RowLosses:
+    """Forward of a micro-batch, for a step and for an evaluation."""
+    config = trainer.config
+    layout = trainer.model.layout(micro.trees)
+    token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
+    batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
+    shown = metrics.metrics(batch, config.beta, on_reference=trainer.on_reference)
+    per_row = registry.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
+    return RowLosses(layout.input_ids.numel(), layout.targets.numel(), batch, weights, weights * per_row, shown)
+
+
+def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
+    """KTO's reference point at the policy of this step, without gradient: one value for the whole global batch."""
+    world, total = trainer.world, 0.0
+    with torch.no_grad():
+        for micro, counts in world.deal(micro_batches(bank, trainer.budget)):
+            layout = trainer.model.layout(micro.trees)
+            batch, _ = to_loss_batch(trainer.wrapped(layout), layout, micro, trainer.config)
+            if counts:
+                total += float(cast(LabelBatch, batch).completion.ratios.sum())
+    return reference_point(sum_over_ranks({"total": total}, world)["total"], len(bank))

@@ -1,0 +1,1 @@
+"""Losses of preference optimization: pure functions of tensors and settings."""

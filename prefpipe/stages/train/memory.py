@@ -1,0 +1,199 @@
+"""What a step costs in memory and time, measured on a probe: the basis of the token budget and of `prefpipe plan`.
+
+A probe runs forward and backward on the data at hand, so no table of architectures is needed. Two numbers come out:
+what autograd keeps for backward, counted storage by storage, and what the allocator really took at the highest point.
+The second is what a step needs; on CPU glibc's heap makes it up to twice the first (docs/LOG.md). The first is its
+least, and all there is where the system does not tell the second. Both grow linearly with the tokens of a micro-batch.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+
+from prefpipe import clock
+from prefpipe.forward import load
+from prefpipe.forward.head import chunk_bytes
+from prefpipe.forward.layout import Tree
+from prefpipe.forward.logps import TreeModel, causal_model
+from prefpipe.stages.train import process_memory
+
+_PROBE_TOKENS = 256
+_PASSES = 2  # a heap that was used before is what training meets: the first passes shape it
+_SHARE = 0.8  # of the free memory that a step may use; the rest is for fragmentation and what else runs
+_SMALLEST = 256
+_LARGEST = {"cuda": 32768, "cpu": 768}  # on CPU more is not faster (docs/LOG.md), it only takes memory
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes: weights of the model, adapter with gradients, optimizer (masters, moments, their gradients), the head's
+    largest chunk, fixed and per-token activations with what backward adds to them. Seconds per token: forward +
+    backward, and forward alone."""
+
+    weights: int
+    adapter: int
+    optimizer: int
+    head: int
+    activations_fixed: float
+    activations_per_token: float
+    train_seconds_per_token: float
+    score_seconds_per_token: float
+
+    def activations(self, tokens: int) -> float:
+        """Bytes that forward and backward of a micro-batch take at their highest point, beside the head's chunk."""
+        return self.activations_fixed + self.activations_per_token * tokens
+
+    def peak(self, tokens: int) -> float:
+        """Bytes at the highest point of a step whose micro-batches hold `tokens` tokens."""
+        return self.weights + self.adapter + self.optimizer + self.head + self.activations(tokens)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a run goes into the free memory: tokens of a micro-batch, whether backward computes activations again, the
+    footprint that this was decided on, and the tokens of the longest row."""
+
+    tokens: int
+    checkpointing: bool
+    footprint: Footprint
+    longest: int
+
+
+def fitting(
+    model: TreeModel, trees: Sequence[Tree], checkpointing: Literal["auto", "on", "off"], given: int
+) -> Fitting:  # fmt: skip
+    """Probe the model, with gradient checkpointing where it is on, or where the longest tree would not fit without it.
+
+    `given` is the budget in tokens that was asked for, 0 for the largest that fits. The model is left as it will train.
+    """
+    longest = max(tree.num_tokens for tree in trees)
+    device = next(model.parameters()).device
+    checkpoint_if(model, on=checkpointing == "on")
+    footprint, free = measure(model, trees), free_bytes(device)
+    needed = checkpointing == "auto" and not fits(footprint, free, longest)
+    if needed:
+        checkpoint_if(model, on=True)
+        footprint, free = measure(model, trees), free_bytes(device)
+    tokens = given or budget(footprint, device, free, longest)
+    return Fitting(tokens, needed or checkpointing == "on", footprint, longest)
+
+
+def checkpoint_if(model: TreeModel, *, on: bool) -> None:
+    """Gradient checkpointing from now on, where it is wanted."""
+    if on:
+        load.checkpoint_layers(model.policy)
+
+
+def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
+    """Run a small and a twice as large probe made of the data's own trees, forward and backward; leaves no gradient."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trainable)
+    head = chunk_bytes(cast(torch.nn.Linear, causal_model(model.policy).get_output_embeddings()).weight)
+    small, large = _take(trees, _PROBE_TOKENS), _take(trees, 2 * _PROBE_TOKENS)
+    tokens_small, tokens_large = (sum(t.num_tokens for t in probe) for probe in (small, large))
+    device = next(model.parameters()).device
+    start = _held(device)
+    (kept_small, taken_small, _), (kept_large, taken_large, seconds) = (_probe(model, p, start) for p in (small, large))
+    bytes_small, bytes_large = (
+        max(kept, taken - gradients - head) for kept, taken in ((kept_small, taken_small), (kept_large, taken_large))
+    )
+    slope = max(0.0, (bytes_large - bytes_small) / max(1, tokens_large - tokens_small))
+    if tokens_large == tokens_small:
+        slope = bytes_large / tokens_large
+    begin = clock.monotonic()
+    with torch.no_grad():
+        model(model.layout(large))
+    score_seconds = clock.monotonic() - begin
+    process_memory.return_free_memory()  # or the kernel would not count it as free when the budget is chosen
+    return Footprint(
+        weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        adapter=2 * gradients,
+        optimizer=16 * sum(p.numel() for p in trainable),
+        head=head,
+        activations_fixed=max(0.0, bytes_large - slope * tokens_large),
+        activations_per_token=slope,
+        train_seconds_per_token=seconds / tokens_large,
+        score_seconds_per_token=score_seconds / tokens_large,
+    )
+
+
+def budget(footprint: Footprint, device: torch.device, free_bytes: float, longest_tree: int) -> int:
+    """Tokens of a micro-batch that fit into the free memory beside what is fixed; at least the longest tree."""
+    left = _SHARE * free_bytes - footprint.optimizer - footprint.head - footprint.activations_fixed
+    fitting = int(left / max(1.0, footprint.activations_per_token))
+    return max(longest_tree, min(_LARGEST.get(device.type, 32768), max(_SMALLEST, fitting)))
+
+
+def fits(footprint: Footprint, free_bytes: float, longest_tree: int) -> bool:
+    """Whether a micro-batch of the longest tree alone fits into the free memory beside what is fixed."""
+    fixed = footprint.optimizer + footprint.head
+    return fixed + footprint.activations(longest_tree) <= _SHARE * free_bytes
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that can still be had: the GPU's free memory, or what the kernel calls available."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(process_memory.available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _take(trees: Sequence[Tree], tokens: int) -> list[Tree]:
+    taken: list[Tree] = []
+    load = 0
+    for number in range(len(trees) * 64):
+        if load >= tokens:
+            break
+        tree = trees[number % len(trees)]
+        taken.append(tree)
+        load += tree.num_tokens
+    return taken
+
+
+def _probe(model: TreeModel, trees: Sequence[Tree], start: int) -> tuple[int, int, float]:
+    """Bytes kept for backward, bytes taken over `start` at the highest point, seconds; of the last pass."""
+    device = next(model.parameters()).device
+    counted = _restart_peak(device)
+    for _ in range(_PASSES - 1):
+        _kept(model, trees)
+    kept, seconds = _kept(model, trees)
+    return kept, _peak(device) - start if counted else 0, seconds
+
+
+def _held(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else process_memory.resident_memory()
+
+
+def _restart_peak(device: torch.device) -> bool:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    return process_memory.restart_resident_peak()
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory.resident_peak()
+
+
+def _kept(model: TreeModel, trees: Sequence[Tree]) -> tuple[int, float]:
+    """Bytes that a forward pass keeps for backward (parameters and input aside), and seconds of both passes."""
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    layout = model.layout(trees)
+    start = clock.monotonic()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        total = model(layout).sum()
+    bytes_kept = sum(kept.values())
+    total.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return bytes_kept, clock.monotonic() - start

@@ -1,0 +1,113 @@
+"""Which rows make a step, and how a step is cut into micro-batches of token trees. No tensors, no model.
+
+A global batch is G rows fixed by (seed, epoch, step). Inside it, rows of one prompt share a tree, so that a prompt and
+a completion are computed once however many rows they are in. Trees are packed under a token budget; since every
+micro-batch adds its sum of losses divided by G, the budget never changes the result.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefpipe.forward.layout import Tree
+from prefpipe.stages.train.rows import TrainRow
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Trees, and for every row the numbers of its completions in its own order (counted through all trees)."""
+
+    trees: tuple[Tree, ...]
+    rows: tuple[TrainRow, ...]
+    places: tuple[tuple[int, ...], ...]
+
+
+def global_batches(
+    prompts: Sequence[tuple[int, ...]], batch_size: int, seed: int, epoch: int, *, together: bool
+) -> list[list[int]]:
+    """Row numbers of every step of an epoch; the last step may be smaller.
+
+    `together` draws the rows of a prompt one after the other, so that they share its forward pass; the price is
+    correlated gradients inside a step.
+    """
+    order = list(range(len(prompts)))
+    source = random.Random(f"{seed}/{epoch}")
+    source.shuffle(order)
+    if together:
+        first = {prompt: place for place, prompt in reversed(list(enumerate(prompts[row] for row in order)))}
+        order.sort(key=lambda row: first[prompts[row]])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def balanced_batches(desirable: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row numbers of every step of an epoch, shuffled inside each class and dealt so that every step holds both
+    classes in the proportion of the data, to within one row."""
+    source = random.Random(f"{seed}/{epoch}")
+    placed: list[tuple[float, int]] = []
+    for label in (True, False):
+        own = [row for row, value in enumerate(desirable) if value is label]
+        source.shuffle(own)
+        placed += [((place + 0.5) / len(own), row) for place, row in enumerate(own)]
+    order = [row for _, row in sorted(placed)]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def bank_rows(size: int, count: int, seed: int, step: int) -> list[int]:
+    """Which of `size` bank rows a step looks at: at most `count`, none twice, fixed by (seed, step)."""
+    return random.Random(f"bank/{seed}/{step}").sample(range(size), min(count, size))
+
+
+def micro_batches(rows: Sequence[TrainRow], max_tokens: int, *, score_prompt: bool = False) -> list[MicroBatch]:
+    """Cut a global batch: best-fit decreasing over prompt groups. A group above the budget stands alone.
+
+    With `score_prompt` a tree's prompt is the first token only, and the rest of it leads every completion: the layout
+    still computes it once, and its log-probs are there.
+    """
+    groups = sorted(_groups(rows, score_prompt), key=lambda g: (-g.trees[0].num_tokens, g.rows[0].row_id))
+    bins: list[list[MicroBatch]] = []
+    loads: list[int] = []
+    for group in groups:
+        size = group.trees[0].num_tokens
+        fitting = [i for i, load in enumerate(loads) if load + size <= max_tokens]
+        if fitting:
+            best = max(fitting, key=lambda i: loads[i])
+            bins[best].append(group)
+            loads[best] += size
+        else:
+            bins.append([group])
+            loads.append(size)
+    return [_merge(own) for own in bins]
+
+
+def tree_of(row: TrainRow) -> Tree:
+    """A row's prompt and completions as a tree of its own."""
+    return Tree(row.prompt, tuple(answer.ids for answer in row.answers))
+
+
+def _groups(rows: Sequence[TrainRow], score_prompt: bool) -> list[MicroBatch]:  # noqa: FBT001  (internal)
+    by_prompt: dict[tuple[int, ...], list[TrainRow]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt, []).append(row)
+    return [_group(prompt, own, score_prompt) for prompt, own in by_prompt.items()]
+
+
+def _group(prompt: tuple[int, ...], rows: list[TrainRow], score_prompt: bool) -> MicroBatch:  # noqa: FBT001  (internal)
+    number: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        for answer in row.answers:
+            number.setdefault(answer.ids, len(number))
+    places = tuple(tuple(number[answer.ids] for answer in row.answers) for row in rows)
+    tree = Tree(prompt, tuple(number))
+    if score_prompt:
+        tree = Tree(prompt[:1], tuple(prompt[1:] + ids for ids in number))
+    return MicroBatch((tree,), tuple(rows), places)
+
+
+def _merge(groups: list[MicroBatch]) -> MicroBatch:
+    places: list[tuple[int, ...]] = []
+    offset = 0
+    for group in groups:
+        places += [tuple(offset + i for i in own) for own in group.places]
+        offset += len(group.trees[0].completions)
+    rows = tuple(row for group in groups for row in group.rows)
+    return MicroBatch(tuple(group.trees[0] for group in groups), rows, tuple(places))

@@ -1,0 +1,1 @@
+"""What is watched while a policy trains: diagnostics, alerts, trackers."""

@@ -1,0 +1,142 @@
+"""An optimizer on float32 master copies of low-precision weights, and the learning-rate schedule.
+
+A bf16 weight has 8 bits of mantissa: an update of 1e-5 relative is rounded away. The masters take the updates and
+gather the gradients of all micro-batches in float32; the model gets their rounded copies. Sharded parameters (FSDP2)
+have sharded masters; `state` is always whole, so that a run may resume with another number of ranks.
+"""
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from prefpipe.errors import MissingInputError
+from prefpipe.stages.train.parallel import like, whole
+
+_BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+}
+
+
+class MasterOptimizer:
+    """AdamW (Loshchilov & Hutter 2019) or RMSprop over the trainable parameters of a model.
+
+    `optim` is a name of transformers.TrainingArguments. Raises MissingInputError where it needs a missing package.
+    """
+
+    def __init__(self, model: torch.nn.Module, weight_decay: float, optim: str = "adamw_torch_fused") -> None:
+        self._model = {_plain(n): p for n, p in model.named_parameters() if p.requires_grad}
+        self._master = {n: p.detach().float().clone().requires_grad_() for n, p in self._model.items()}
+        # Made now and kept: made during a step they would lie between its activations and fragment the heap.
+        for master in self._master.values():
+            master.grad = torch.zeros_like(master)
+        self._optimizer = _make(optim, list(self._master.values()), weight_decay)
+
+    def gather_gradients(self) -> None:
+        """Add the gradients of one micro-batch to the masters' and clear them."""
+        for name, parameter in self._model.items():
+            if parameter.grad is None:
+                continue
+            self._gradient(name).add_(parameter.grad)
+            parameter.grad = None
+
+    def _gradient(self, name: str) -> torch.Tensor:
+        gradient = self._master[name].grad
+        assert gradient is not None
+        return gradient
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step that is done again."""
+        self._optimizer.zero_grad(set_to_none=False)
+        for parameter in self._model.values():
+            parameter.grad = None
+
+    def step(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip, update, copy back. Returns the gradient norm before clipping; when it is not finite nothing moves."""
+        masters = list(self._master.values())
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)))
+        if math.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+            with torch.no_grad():
+                for name, parameter in self._model.items():
+                    parameter.copy_(self._master[name])
+        self._optimizer.zero_grad(set_to_none=False)
+        return norm
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Masters and moments as whole named tensors; a collective call when they are sharded."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, master in self._master.items():
+            tensors[f"master/{name}"] = whole(master.detach())
+            for key, value in self._optimizer.state[master].items():
+                # bitsandbytes counts steps in plain integers, and lets all parameters share its tables of levels.
+                tensors[f"{key}/{name}"] = whole(value).clone() if torch.is_tensor(value) else torch.tensor(value)
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state` gave, and the model's weights with it."""
+        with torch.no_grad():
+            for name, master in self._master.items():
+                master.copy_(like(tensors[f"master/{name}"], master))
+                self._model[name].copy_(master)
+                # In the given order on every rank: `state` gathers these one by one, in collective calls.
+                state: dict[str, Any] = {}
+                for key, value in ((k.split("/", 1)[0], v) for k, v in tensors.items() if k.split("/", 1)[1] == name):
+                    if key != "master":
+                        state[key] = _restored(value, master)
+                self._optimizer.state[master] = state
+
+
+def _make(optim: str, parameters: Sequence[torch.Tensor], weight_decay: float) -> torch.optim.Optimizer:
+    if optim == "adamw_torch_fused":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+    if optim == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=weight_decay)
+    try:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise MissingInputError(
+            f"optim = {optim} needs the package bitsandbytes", "install it with: pip install 'prefpipe[bnb]'"
+        ) from error
+    return getattr(bitsandbytes.optim, _BITSANDBYTES[optim])(parameters, lr=0.0, weight_decay=weight_decay)
+
+
+def _restored(value: torch.Tensor, master: torch.Tensor) -> Any:
+    """An entry of the optimizer's state: a plain integer, a tensor of its own shape, or one cut as its master is."""
+    if value.dim() == 0 and not value.is_floating_point():
+        return int(value)
+    if value.shape != master.shape:  # step counts and tables; the fused kernel counts on the parameter's device
+        return value.to(master.device, copy=True)
+    return like(value, master)
+
+
+def learning_rate(
+    step: int, num_steps: int, *, peak: float, warmup_ratio: float, schedule: str, warmup_steps: int = 0
+) -> float:  # fmt: skip
+    """Rate of step 0..num_steps-1: a linear rise over the warmup, then constant, or linear or cosine towards zero.
+
+    `warmup_steps` takes the place of `warmup_ratio` where it is not 0; the schedule "constant" has no warmup.
+    """
+    warmup = warmup_length(num_steps, warmup_ratio, warmup_steps, schedule)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule.startswith("constant"):
+        return peak
+    left = 1 - (step - warmup) / max(1, num_steps - warmup)
+    return peak * left if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+
+def warmup_length(num_steps: int, warmup_ratio: float, warmup_steps: int, schedule: str) -> int:
+    """Steps over which the learning rate rises."""
+    return 0 if schedule == "constant" else warmup_steps or math.ceil(warmup_ratio * num_steps)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without DDP's prefix: checkpoints do not depend on how the model was shared."""
+    return name.removeprefix("module.")

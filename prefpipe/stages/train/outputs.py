@@ -1,0 +1,135 @@
+"""What a training run leaves behind: an adapter or a model, a merged model when asked for, each with its model card."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefpipe import __version__, log
+from prefpipe.config.train import TrainConfig
+from prefpipe.forward import load
+from prefpipe.forward.logps import TreeModel, causal_model
+from prefpipe.models import fingerprint
+from prefpipe.models.policy import Policy, adapter_base_record
+from prefpipe.runs import fsio
+from prefpipe.stages.train import parallel
+
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+_LOADERS = {
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "PATH/adapter")""",
+    "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH/{name}")
+tokenizer = AutoTokenizer.from_pretrained("PATH/{name}")""",
+}
+
+
+def folder_of(config: TrainConfig) -> str:
+    """Where in OUT the trained policy lies: adapter/, or model/ when every weight is trained."""
+    return "adapter" if config.tuning == "lora" else "model"
+
+
+def tensors_of(model: TreeModel, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """What is saved, whole; a collective call."""
+    whole = parallel.whole_adapter if config.tuning == "lora" else parallel.whole_model
+    return whole(model.policy)
+
+
+def save(
+    out: Path, model: TreeModel, tensors: dict[str, torch.Tensor], policy: Policy, config: TrainConfig,
+    facts: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """Publish the trained policy under `out` (what is there already stays) and return its identity.
+
+    `facts` are what the model card tells beside the settings: counts, metrics, identities.
+    """
+    target = out / folder_of(config)
+    base = base_name(policy, config)
+
+    def fill(into: Path) -> None:
+        if config.tuning == "lora":
+            load.save_adapter(model.policy, tensors, into, base)
+            (into / "prefpipe.json").write_text(adapter_base_record(policy.weights), encoding="utf-8")
+        else:
+            load.save_model(causal_model(model.policy), tensors, into, policy.directory, config.chat_template)
+        (into / "README.md").write_text(card(target.name, base, config, facts), encoding="utf-8")
+
+    if not target.exists():
+        fsio.publish_dir(target, fill)
+    if config.merge:
+        _merge(out, policy, config, facts)
+    if config.tuning == "full":
+        return fingerprint.policy_id(fingerprint.weights_digest(target), None)
+    return fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(target))
+
+
+def base_name(policy: Policy, config: TrainConfig) -> str:
+    """The base model under a name that other tools can load."""
+    return str(policy.directory) if config.model.startswith("embedded:") else config.model
+
+
+def _merge(out: Path, policy: Policy, config: TrainConfig, facts: Mapping[str, Any]) -> None:
+    """OUT/merged: the base, read again on the CPU (it may be sharded or in 4 bits here), plus the saved adapter."""
+    target = out / "merged"
+    if target.exists():
+        return
+    log.info("merging the adapter into the model")
+    whole = load.merged(load.load_model(policy.directory, config.dtype, device="cpu"), out / "adapter")
+
+    def fill(into: Path) -> None:
+        load.save_model(whole, load.model_tensors(whole), into, policy.directory, config.chat_template)
+        (into / "README.md").write_text(card("merged", base_name(policy, config), config, facts), encoding="utf-8")
+
+    fsio.publish_dir(target, fill)
+
+
+def card(name: str, base: str, config: TrainConfig, facts: Mapping[str, Any]) -> str:
+    """README.md of a saved policy, with the metadata block that model hubs read. No time, no place: the same run has
+    the same card."""
+    library = "peft" if name == "adapter" else "transformers"
+    losses = " + ".join(f"{w:g} x {n}" for n, w in zip(config.loss_type, config.loss_weights, strict=True))
+    loader = _LOADERS["adapter" if name == "adapter" else "model"].format(base=base, name=name)
+    last = facts["last_step"]
+    rows = [(key, last[key]) for key in _SHOWN if key in last]
+    rows += [(key, value) for key, value in last.items() if key.startswith("eval_") and key[5:] in _SHOWN]
+    table = "\n".join(f"| {key} | {value:.4g} |" for key, value in rows)
+    rank = f", rank {config.lora_r}, alpha {config.lora_alpha}" if config.tuning == "lora" else ""
+    inputs = "\n".join(f"- {key}: `{digest}`" for key, digest in sorted(facts["inputs"].items()))
+    best = facts.get("best")
+    chosen = f"\nWeights of step {best['step']}, the best by {best['metric']} ({best['value']:.4g}).\n" if best else ""
+    return f"""---
+library_name: {library}
+base_model: {base}
+tags: [prefpipe, preference-optimization, {", ".join(config.loss_type)}]
+---
+
+# A policy trained with prefpipe {__version__}
+
+Trained on {facts["count"]} {facts["kind"]}, {config.train_batch_size} in each of {facts["steps"]} steps.
+
+- tuning: {config.tuning}{rank}
+- loss: {losses}, beta {config.beta:g}
+- optimizer: {config.optim}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}; seed {config.seed}
+- initial policy: `{facts["initial"]}`
+- reference: {f"`{facts['reference']}`" if facts["reference"] else "none (a reference-free loss)"}
+
+## Data
+
+{inputs}
+
+## Metrics of the last step
+
+| metric | value |
+|---|---|
+{table}
+{chosen}
+## Load it
+
+```python
+{loader}
+```
+"""

@@ -1,0 +1,73 @@
+"""`prefpipe plan RECIPE`: what a training run will cost, before it runs. Reads, probes one step, writes nothing."""
+
+from collections.abc import Sequence
+
+from prefpipe.config.train import TrainConfig
+from prefpipe.stages.train import loop, memory, stage
+from prefpipe.stages.train.inputs import prepare
+from prefpipe.stages.train.loss_batches import scores_prompt
+from prefpipe.stages.train.memory import Fitting
+from prefpipe.stages.train.micro_batches import micro_batches, tree_of
+from prefpipe.stages.train.rows import TrainRow
+
+_GIB = 2**30
+
+
+def run(config: TrainConfig) -> list[str]:
+    """Lines of a table: memory by part, tokens, steps, time, and what the cached reference saves."""
+    job = prepare(config)
+    model = stage.load_policy(job.policy, config)
+    stage.choose_rows(model, job.rows, config.dtype)
+    fitting = memory.fitting(
+        model, [tree_of(row) for row in job.rows], config.gradient_checkpointing, config.max_tokens_per_micro_batch
+    )
+    unique = unique_tokens(job.rows, config, fitting.tokens)
+    return _lines(config, job.kind, len(job.rows), fitting, unique)
+
+
+def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) -> dict[str, int]:
+    """Tokens of one epoch: computed, logical (every row apart), and of the largest micro-batch."""
+    computed = largest = 0
+    for numbers in loop.epoch_batches(rows, config, 0):
+        for micro in micro_batches([rows[n] for n in numbers], tokens, score_prompt=scores_prompt(config)):
+            load = sum(tree.num_tokens for tree in micro.trees)
+            computed, largest = computed + load, max(largest, load)
+    logical = sum(tree_of(row).num_logical_tokens for row in rows)
+    return {"computed": computed, "logical": logical, "largest micro-batch": largest}
+
+
+def _lines(
+    config: TrainConfig, kind: str, count: int, fitting: Fitting, unique: dict[str, int]
+) -> list[str]:  # fmt: skip
+    footprint, largest = fitting.footprint, unique["largest micro-batch"]
+    tokens = min(fitting.tokens, max(unique.values()))
+    epochs = config.num_train_epochs
+    seconds = epochs * unique["computed"] * footprint.train_seconds_per_token
+    reference = epochs * unique["computed"] * footprint.score_seconds_per_token
+    rows = {
+        f"{kind}, steps": f"{count}, {loop.num_steps(count, config)} of {config.train_batch_size} {kind}",
+        "tokens per epoch": f"{unique['computed']:,} computed, {unique['logical']:,} as separate rows",
+        "micro-batch": f"at most {tokens:,} tokens; the largest one holds {largest:,}",
+        "weights": f"{footprint.weights / _GIB:.3f} GiB ({config.dtype})",
+        "trained, gradients": f"{footprint.adapter / _GIB:.3f} GiB",
+        "optimizer": f"{footprint.optimizer / _GIB:.3f} GiB (fp32 masters, moments, gradients)",
+        "activations": f"{footprint.activations(largest) / _GIB:.3f} GiB "
+        f"({footprint.activations_per_token / 1024:.0f} KiB per token)",
+        "checkpointing": _checkpointing(config, fitting),
+        "head chunk": f"{footprint.head / _GIB:.3f} GiB",
+        "peak": f"{footprint.peak(largest) / _GIB:.3f} GiB",
+        "time": f"{seconds / 60:.1f} min ({1 / footprint.train_seconds_per_token:.0f} tokens/s in the probe)",
+        "cache saves": f"{footprint.weights / _GIB:.3f} GiB of a second model, or {reference / 60:.1f} min of "
+        "reference passes with the adapter off",
+    }
+    width = max(map(len, rows))
+    return [f"{name:<{width}}  {text}" for name, text in rows.items()]
+
+
+def _checkpointing(config: TrainConfig, fitting: Fitting) -> str:
+    """Whether train would compute activations again in backward, and why."""
+    if config.gradient_checkpointing != "auto":
+        return f"{config.gradient_checkpointing}, as asked for"
+    if fitting.checkpointing:
+        return f"on: a row of {fitting.longest:,} tokens does not fit the free memory without it"
+    return f"off: a row of {fitting.longest:,} tokens, the longest, fits the free memory"

@@ -1,0 +1,42 @@
+"""Memory of this process and of the machine, as the kernel counts it."""
+
+import ctypes
+import os
+from pathlib import Path
+
+
+def available_memory() -> int | None:
+    """Bytes that the kernel says can be had without swapping, or None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def restart_resident_peak() -> bool:
+    """Let `resident_peak` count from now on. False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def resident_peak() -> int:
+    """Most bytes of memory that this process held since the last restart of the count."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the kernel, where the C library (glibc) knows how; it keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

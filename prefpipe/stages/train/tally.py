@@ -1,0 +1,74 @@
+"""What a step reports: the values of its rows, gathered over micro-batches and ranks, as means and quantiles.
+
+Rows are kept one by one until the step ends: a mean of rounded partial sums would depend on how the step was cut, and a
+quantile needs them all.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from prefpipe.stages.train.parallel import World
+
+QUANTILES = {"p05": 0.05, "p50": 0.50, "p95": 0.95}
+_WITH_QUANTILES = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+
+
+@dataclass
+class Tally:
+    """Totals by name, and the values of all rows that a name counts. It grows with every micro-batch."""
+
+    totals: dict[str, float] = field(default_factory=dict[str, float])
+    rows: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+
+    def add_total(self, name: str, value: float) -> None:
+        """Add to what is summed over the step, such as the loss and token counts."""
+        self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def add_rows(self, found: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Take name -> (values [B], which of them count [B]); one transfer from the device for all of them."""
+        if not found:
+            return
+        values, counted = (torch.stack([pair[i].float() for pair in found.values()]).tolist() for i in (0, 1))
+        for name, own, counts in zip(found, values, counted, strict=True):
+            kept = [value for value, count in zip(own, counts, strict=True) if count]
+            self.rows.setdefault(name, []).extend(kept)
+
+
+def summarise(tally: Tally, world: World) -> dict[str, float]:
+    """Totals, means over the rows that count, and quantiles of the rewards; a name without rows is left out."""
+    gathered = world.gather((tally.totals, tally.rows))
+    totals: dict[str, float] = {}
+    rows: dict[str, list[float]] = {}
+    for own_totals, own_rows in gathered:
+        for name, value in own_totals.items():
+            totals[name] = totals.get(name, 0.0) + value
+        for name, values in own_rows.items():
+            rows.setdefault(name, []).extend(values)
+    found = dict(totals)
+    for name, values in rows.items():
+        if values:
+            found[name] = _mean(values)
+        if values and name in _WITH_QUANTILES:
+            found |= {f"{name}/{label}": quantile(values, share) for label, share in QUANTILES.items()}
+    return found
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between order statistics, as numpy's default; NaN when a value is NaN."""
+    if any(map(math.isnan, values)):
+        return math.nan
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    if ordered[low] == ordered[high]:
+        return ordered[low]
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Exactly rounded, so that the order of the rows does not matter; not finite when a value is not."""
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) / len(values)

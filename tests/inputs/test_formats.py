@@ -1,0 +1,127 @@
+"""Every public format as one thing; what is wrong with a row is said with its field."""
+
+from typing import Any
+
+import pytest
+
+from prefpipe.errors import DataError, RowFault
+from prefpipe.inputs import formats
+
+U, A = ({"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes")))
+B = {"role": "assistant", "content": "No"}
+PAIR = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Sure?\n\nAssistant: "
+ANNOTATED = {
+    "model": "m",
+    "response": "Yes",
+    "overall_score": 8.5,
+    "fine-grained_score": 4.75,
+    "custom_system_prompt": "",
+}
+ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "TRL standard": ({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, "preference", False),
+    "TRL conversational": ({"prompt": [U], "chosen": [A], "rejected": [B]}, "preference", False),
+    "TRL implicit prompt": ({"chosen": [U, A], "rejected": [U, B]}, "preference", False),
+    "UltraFeedback binarised": (
+        {"prompt": "Hi", "prompt_id": "x", "messages": [U, A], "chosen": [U, A], "rejected": [U, B],
+         "score_chosen": 8.0, "score_rejected": 3.5}, "preference", True),
+    "HH": ({"chosen": TRANSCRIPT + "Yes", "rejected": TRANSCRIPT + "No"}, "preference", False),
+    "TRL unpaired": ({"prompt": "Hi", "completion": "Yes", "label": True}, "label", False),
+    "TRL prompt-completion": ({"prompt": [U], "completion": [A]}, "completion", False),
+    "UltraFeedback raw": (
+        {"source": "s", "instruction": "Hi", "models": ["m", "n"],
+         "completions": [ANNOTATED, {"model": "n", "response": "No", "overall_score": 2.0}]}, "list", True),
+    "distilabel": (
+        {"instruction": "Hi", "generations": ["Yes", "No"], "ratings": [5, 1], "generation_models": ["m", "n"]},
+        "list", True),
+    "list of texts": ({"prompt": "Hi", "responses": ["Yes", "No"]}, "list", False),
+    "list of conversations": ({"prompt": [U], "completions": [[A], [B]], "scores": ["4", None]}, "list", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_format_is_recognised_and_gives_the_same_turns(name: str) -> None:
+    row, kind, rated = ROWS[name]
+    assert formats.recognise(row, "f, line 1") == kind
+    assert formats.has_ratings(row, kind) is rated
+    found = formats.parse(row, kind, "f, line 1")
+    assert found.prompt[-1]["role"] == "user"
+    expected = ["Yes"] if "completion" in row else ["Yes", "No"]
+    assert [turns[-1]["content"] for turns in found.answers] == expected
+    assert all([t["role"] for t in turns] == ["assistant"] for turns in found.answers)
+    assert (found.ratings is not None) is rated or kind == "list"
+    assert len(found.writers) == len(found.answers)
+
+
+@pytest.mark.parametrize(("name", "ratings", "writers"), [
+    ("UltraFeedback binarised", [8.0, 3.5], ["", ""]), ("UltraFeedback raw", [8.5, 2.0], ["m", "n"]),
+    ("distilabel", [5.0, 1.0], ["m", "n"]), ("list of texts", [None, None], ["", ""]),
+    ("list of conversations", [4.0, None], ["", ""]),
+])  # fmt: skip
+def test_ratings_and_writers(name: str, ratings: list[float | None], writers: list[str]) -> None:
+    row, kind, _ = ROWS[name]
+    found = formats.parse(row, kind, "f, line 1")
+    assert (found.ratings, found.writers) == (ratings, writers)
+
+
+def test_a_transcript_becomes_turns() -> None:
+    row, kind, _ = ROWS["HH"]
+    found = formats.parse(row, kind, "f")
+    assert [(m["role"], m["content"]) for m in found.prompt] == [
+        ("user", "Hi"),
+        ("assistant", "Hello!"),
+        ("user", "Sure?"),
+    ]
+
+
+def test_a_system_prompt_of_its_own_column_comes_first() -> None:
+    row = {"system_prompt": "Be brief.", "instruction": "Hi", "generations": ["Yes"], "ratings": None}
+    found = formats.parse(row, "list", "f")
+    assert [m["role"] for m in found.prompt] == ["system", "user"]
+    assert found.ratings == [None]
+
+
+def test_the_expected_answer_travels_with_the_prompt() -> None:
+    assert formats.parse({"prompt": "1+1", "completion": "2", "answer": "2"}, "completion", "f").answer == "2"
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({"chosen": [U, A, U, A], "rejected": [U, B, U, B]}, "several_turns"),
+    ({"prompt": "Hi", "chosen": [A, U, A], "rejected": [B]}, "several_turns"),
+    ({"prompt": "Hi", "chosen": [U], "rejected": [B]}, "empty"),
+    ({"prompt": "Ho", "chosen": [U], "rejected": [B]}, "bad_roles"),
+])  # fmt: skip
+def test_answers_that_hold_more_than_the_answer_are_left_out(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowFault) as fault:
+        formats.parse(row, "preference", "f")
+    assert fault.value.reason == reason
+
+
+@pytest.mark.parametrize(("kind", "row", "words"), [
+    ("list", {"prompt": "Hi", "completions": ["a", "b"], "ratings": [1]}, "'ratings' has 1 entries for 2 answers"),
+    ("list", {"prompt": "Hi", "completions": ["a"], "ratings": ["good"]}, "rating 0 of completions is 'good'"),
+    ("list", {"prompt": "Hi", "completions": ["a"], "ratings": [True]}, "rating 0 of completions is True"),
+    ("list", {"prompt": "Hi", "completions": [3]}, r"field 'completions\[0\]' is neither"),
+    ("list", {"completions": ["a"]}, "field 'prompt' is missing"),
+    ("preference", {**PAIR, "score_chosen": "x", "score_rejected": 1}, "score_chosen is 'x'"),
+    ("label", {"prompt": "Hi", "completion": "a", "label": "yes"}, "field 'label' is 'yes'"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(kind: str, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=f"^f, line 7: .*{words}"):
+        formats.parse(row, kind, "f, line 7")
+
+
+def test_unknown_columns_are_listed() -> None:
+    with pytest.raises(DataError, match="f, line 1: no known format has the columns question, text"):
+        formats.recognise({"question": "a", "text": "b"}, "f, line 1")
+
+
+def test_a_first_row_without_a_rating_is_still_of_a_rated_file() -> None:
+    assert formats.has_ratings({"prompt": "Hi", "completions": ["a"], "ratings": None}, "list")
+    assert formats.has_ratings({"prompt": "Hi", "completions": [{"response": "a", "overall_score": None}]}, "list")
+    assert not formats.has_ratings({"prompt": "Hi", "completions": [{"response": "a"}]}, "list")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "N/A", "", None])
+def test_no_rating_is_none(value: Any) -> None:
+    assert formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [value]}, "list", "f").ratings == [None]

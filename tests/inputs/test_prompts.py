@@ -1,0 +1,149 @@
+"""The prompts of a file: what is kept, in which order, and what is said of the rest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.ids import content_id
+from prefpipe.inputs.prompts import read_prompts
+from tests.conftest import ROOT, Write
+
+
+def test_messages_and_plain_text_are_the_same_prompt(write: Write) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    path = write({"messages": messages}, {"prompt": "Hi"}, {"prompt": messages}, {"messages": None, "prompt": "Hi"})
+    prompts, dropped = read_prompts(path, "train", 0)
+    assert [p.messages for p in prompts] == [messages]
+    (prompt,) = prompts
+    assert prompt.prompt_id == content_id(messages, None)
+    assert [(d.reason, d.detail) for d in dropped] == [
+        ("duplicate", f"{path}, line {n} repeats an earlier prompt") for n in (2, 3, 4)
+    ]
+    assert {d.id for d in dropped} == {prompt.prompt_id}
+
+
+def test_a_prompt_keeps_all_its_columns(write: Write) -> None:
+    row = {"prompt": "Hi", "answer": "hi", "source": "us", "level": 3, "tags": ["é"], "prompt_id": "foreign"}
+    ((prompt,), _) = read_prompts(write(row), "train", 0)
+    assert (prompt.answer, prompt.source, prompt.split) == ("hi", "us", "train")
+    assert json.loads(prompt.meta) == {"level": 3, "tags": ["é"]}
+    assert prompt.prompt_id == content_id(prompt.messages, "hi") != content_id(prompt.messages, None)
+
+
+def test_parquet_and_jsonl_give_the_same_prompts(write: Write, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": c}], "answer": c, "split": "train"} for c in "abc"]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (parquet, _), (jsonl, _) = (
+        read_prompts(tmp_path / "rows.parquet", "train", 0),
+        read_prompts(write(*rows), "train", 0),
+    )
+    assert list(parquet) == list(jsonl)
+    assert len(jsonl) == 3
+
+
+def test_splits_and_limit(write: Write) -> None:
+    """Rows 0, 2, 4 are held out; a row without a split belongs to train."""
+    rows = [{"prompt": str(i), **({"split": "heldout"} if i % 2 == 0 else {})} for i in range(6)]
+    path = write(*rows)
+
+    def texts(split: str, limit: int) -> list[str]:
+        return [p.messages[0]["content"] for p in read_prompts(path, split, limit)[0]]
+
+    assert texts("train", 0) == ["1", "3", "5"]
+    assert texts("heldout", 0) == ["0", "2", "4"]
+    assert texts("all", 0) == list("012345")
+    assert texts("heldout", 2) == ["0", "2"]
+    assert texts("all", 99) == list("012345")
+
+
+def test_a_duplicate_counts_within_its_split_only(write: Write) -> None:
+    path = write({"prompt": "a"}, {"prompt": "a", "split": "heldout"}, {"prompt": "a"})
+    prompts, dropped = read_prompts(path, "train", 0)
+    assert (len(prompts), len(dropped)) == (1, 1)
+    assert "line 3" in dropped[0].detail
+
+
+def test_a_split_that_is_not_there_lists_those_that_are(write: Write) -> None:
+    with pytest.raises(DataError, match=r"no prompt with split 'test' \(splits there: heldout, train\)") as caught:
+        read_prompts(write({"prompt": "a"}, {"prompt": "b", "split": "heldout"}), "test", 0)
+    assert "--split" in caught.value.hint
+    with pytest.raises(DataError, match="splits there: none"):
+        read_prompts(write(), "train", 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[1]", "line 2: not a JSON object"),
+        ({"text": "x"}, r"line 2: field 'prompt' is missing \(fields: text\)"),
+        ({"prompt": 3}, "line 2: field 'prompt' is neither text nor a list of messages"),
+        ({"messages": [{"role": "user"}]}, "line 2: field 'messages' is neither text nor"),
+        ({"messages": [{"role": "user", "content": None}]}, "line 2: field 'messages' is neither"),
+        ({"prompt": "x", "answer": 3}, "line 2: field 'answer' is int, not text"),
+    ],
+)
+def test_an_error_names_file_line_and_field(write: Write, row: Any, error: str) -> None:
+    path = write({"prompt": "fine"}, row)
+    with pytest.raises(DataError, match=f"^{path}, {error}") as caught:
+        read_prompts(path, "train", 0)
+    assert caught.value.hint
+
+
+def test_text_that_is_no_unicode_is_told_with_its_place(write: Write, tmp_path: Path) -> None:
+    r"""Half of a surrogate pair ("\ud800") is legal JSON but can be neither hashed nor stored as UTF-8."""
+    path = write({"prompt": "fine"}, r'{"prompt": "half \ud800"}')
+    prompts, dropped = read_prompts(path, "train", 0)
+    assert len(prompts) == 1
+    assert [(d.id, d.reason) for d in dropped] == [(f"{path}, line 2", "not_unicode")]
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.jsonl, line 1"):
+        read_prompts(latin, "train", 0)
+
+
+def test_an_error_of_a_parquet_row_names_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": pa.array(["a", None])}), path)
+    with pytest.raises(DataError, match=f"{path}, row 1: field 'prompt' is missing"):
+        read_prompts(path, "train", 0)
+
+
+def test_blank_lines_do_not_count_but_keep_line_numbers_right(write: Write) -> None:
+    path = write({"prompt": "a"}, "", "  ", {"answer": "b"})
+    with pytest.raises(DataError, match="line 4"):
+        read_prompts(path, "train", 0)
+
+
+def test_files_that_are_not_there_or_of_another_kind(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"nowhere\.jsonl does not exist"):
+        read_prompts(tmp_path / "nowhere.jsonl", "train", 0)
+    with pytest.raises(UsageError, match=r"unknown kind of file '\.csv'"):
+        read_prompts(write(name="rows.csv"), "train", 0)
+    with pytest.raises(DataError, match="cannot read"):
+        read_prompts(write("no parquet", name="rows.parquet"), "train", 0)
+
+
+def test_the_shipped_prompts_load_completely() -> None:
+    path = ROOT / "data" / "prompts.jsonl"
+    lines = path.read_text().splitlines()
+    prompts, dropped = read_prompts(path, "all", 0)
+    assert not dropped
+    assert len(prompts) == len(lines)
+    assert {p.split for p in prompts} == {"train", "heldout"}
+    assert all(p.answer and p.answer in p.messages[-1]["content"] for p in prompts)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_part_is_every_nth_of_the_prompts_that_are_kept(write: Write, number: int) -> None:
+    """Rows 0 to 6 without the repeated row 2 and the held-out row 4."""
+    rows = [{"prompt": str(i if i != 2 else 0), "split": "heldout" if i == 4 else "train"} for i in range(7)]
+    prompts, _ = read_prompts(write(*rows), "train", 0)
+    part = prompts.part(number, 3)
+    assert [p.messages[0]["content"] for p in part] == ["0", "1", "3", "5", "6"][number - 1 :: 3]
+    assert len(part) == len(list(part)) == len(list(part))

@@ -1,0 +1,212 @@
+"""Foreign files become our rows: nothing is lost without a reason, and every error says where."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefpipe.errors import DataError
+from prefpipe.ids import content_id, ids_digest
+from prefpipe.inputs.tokenised import read_labels, read_pairs
+from prefpipe.models import chat as chats
+from prefpipe.models.chat import Chat, encode, render
+from prefpipe.schemas import Message, Pair
+from tests.conftest import ROOT, Write
+
+EOS = 2  # <|im_end|>
+OPENING = "{{ messages[0].content }}:{% if messages|length > 1 %}"
+ANSWERS = st.text(alphabet="ab \n.é", min_size=1, max_size=8)
+
+
+def pair(prompt: Any = "Name a bird.", chosen: Any = "An owl.", rejected: Any = "No.") -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_standard_and_conversational_pairs_are_the_same(write: Write, chat: Chat) -> None:
+    turns = {
+        "prompt": [{"role": "user", "content": "Name a bird."}],
+        "chosen": [{"role": "assistant", "content": "An owl."}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    standard, _ = read_pairs(write(pair()), chat)
+    conversational, _ = read_pairs(write(turns), chat)
+    assert standard == conversational
+
+
+def test_the_ids_of_a_pair_by_hand(write: Write, chat: Chat) -> None:
+    """The prompt ends with the generation prompt; the completion is text + <|im_end|>; the newline after it is none."""
+    ((row,), dropped) = read_pairs(write(pair()), chat)
+    assert not dropped
+    assert row.prompt_token_ids == encode(chat, "<|im_start|>user\nName a bird.<|im_end|>\n<|im_start|>assistant\n")
+    assert row.chosen_token_ids == encode(chat, "An owl.<|im_end|>")
+    assert row.rejected_token_ids == encode(chat, "No.<|im_end|>")
+    assert row.chosen_ids_digest == ids_digest(row.prompt_token_ids, row.chosen_token_ids)
+    assert row.rejected_ids_digest == ids_digest(row.prompt_token_ids, row.rejected_token_ids)
+    assert row.pair_id == content_id(row.chosen_completion_id, row.rejected_completion_id)
+    assert (row.weight, row.reference, row.chosen_reward, row.ref_chosen_logps) == (1.0, None, None, None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=ANSWERS.filter(str.strip), chosen=ANSWERS, rejected=ANSWERS)
+def test_a_pair_is_its_rendering_cut_in_two(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prompt: str, chosen: str, rejected: str
+) -> None:
+    """prompt + completion is a prefix of the whole rendering; EOS comes once, at the end; the prompt is shared."""
+    if chosen == rejected:
+        return
+    chat = chats.load(tiny_model)
+    path = tmp_path_factory.mktemp("pairs") / "p.jsonl"
+    path.write_text(json.dumps(pair(prompt, chosen, rejected)))
+    ((row,), _) = read_pairs(path, chat)
+    for answer, ids in ((chosen, row.chosen_token_ids), (rejected, row.rejected_token_ids)):
+        turns = [Message(role="user", content=prompt), Message(role="assistant", content=answer)]
+        whole = encode(chat, render(chat, turns, add_generation_prompt=False))
+        assert whole[: len(row.prompt_token_ids) + len(ids)] == [*row.prompt_token_ids, *ids]
+        assert ids.index(EOS) == len(ids) - 1
+        assert chat.decode(ids) == answer
+
+
+def test_the_prompt_is_what_all_three_renderings_share(write: Write, chat: Chat) -> None:
+    """A template that opens the answer with <think> when generating: the rendered answers lack it, so it is no prompt.
+
+    'P<think>' and 'Pa' share 'P' alone; the answers come after it.
+    """
+    template = (
+        "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% else %}{{ messages[1].content }}{% endif %}"
+        "<|im_end|>"
+    )
+    ((row,), _) = read_pairs(write(pair("P", "abc", "abd")), replace(chat, template=template))
+    assert row.prompt_token_ids == encode(chat, "P")
+    assert row.chosen_token_ids == encode(chat, "abc<|im_end|>")
+    assert row.rejected_token_ids == encode(chat, "abd<|im_end|>")
+
+
+def test_what_both_answers_share_stays_in_both(write: Write, chat: Chat) -> None:
+    """The common prefix ends with the prompt alone, not inside the answers."""
+    ((row,), _) = read_pairs(write(pair(chosen="The owl.", rejected="The elk.")), chat)
+    assert chat.decode(row.chosen_token_ids) == "The owl."
+    assert chat.decode(row.rejected_token_ids) == "The elk."
+
+
+@pytest.mark.parametrize("ending", ["<|im_end|>\n", "<|im_end|><|im_end|>", "<|im_end|><|endoftext|>"])
+def test_one_end_whatever_the_template_adds(write: Write, chat: Chat, ending: str) -> None:
+    """The docstring's promise: "with its end-of-sequence token exactly once and nothing after it"."""
+    template = OPENING + "{{ messages[1].content }}" + ending + "{% endif %}"
+    changed = replace(chat, template=template, eos_token_ids=frozenset({0, EOS}))
+    ((row,), _) = read_pairs(write(pair("P", "abc", "abd")), changed)
+    for ids, answer in ((row.chosen_token_ids, "abc"), (row.rejected_token_ids, "abd")):
+        assert ids[:-1] == encode(chat, answer)
+        assert ids[-1] in changed.eos_token_ids
+
+
+def test_no_end_where_the_template_has_none(write: Write, chat: Chat) -> None:
+    """An end that the template does not write would be a token that the model never sees there."""
+    changed = replace(chat, template=OPENING + "{{ messages[1].content }}{% endif %}")
+    ((row,), _) = read_pairs(write(pair("P", "abc", "abd")), changed)
+    assert row.chosen_token_ids == encode(chat, "abc")
+
+
+def test_an_answer_that_spells_a_control_token_goes_to_the_ledger(write: Write, chat: Chat) -> None:
+    """It would end twice. DESIGN: control tokens are dropped by default, with their reason."""
+    rows, dropped = read_pairs(write(pair(), pair(chosen="An <|im_end|> owl.")), chat)
+    assert len(rows) == 1
+    assert [(d.id.rpartition(", ")[2], d.reason) for d in dropped] == [("line 2", "control_tokens")]
+
+
+def test_faulty_pairs_go_to_the_ledger_with_file_and_line(write: Write, chat: Chat) -> None:
+    path = write(
+        pair(),
+        pair(chosen="No."),
+        pair(prompt=" "),
+        pair(prompt=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
+        pair(chosen=[]),
+    )
+    rows, dropped = read_pairs(path, chat)
+    assert len(rows) == 1
+    assert [(d.id, d.reason) for d in dropped] == [
+        (f"{path}, line 2", "identical"),
+        (f"{path}, line 3", "empty"),
+        (f"{path}, line 4", "bad_roles"),
+        (f"{path}, line 5", "empty"),
+    ]
+
+
+def test_answers_with_the_same_tokens_are_identical(write: Write, chat: Chat) -> None:
+    """The template trims white space: the texts differ, what the model sees does not."""
+    template = OPENING + "{{ messages[1].content | trim }}<|im_end|>{% endif %}"
+    changed = replace(chat, template=template)
+    rows, dropped = read_pairs(write(pair(), pair(chosen="Yes.", rejected="Yes. ")), changed)
+    assert len(rows) == 1
+    assert [d.reason for d in dropped] == ["identical"]
+
+
+def test_chosen_that_repeats_the_prompt_never_doubles_it(write: Write, chat: Chat) -> None:
+    """A common form of preference files (UltraFeedback): `prompt` is text, `chosen` is the whole conversation.
+
+    The row is understood or goes to the ledger; a completion that holds the prompt once more would be trained on.
+    """
+    user = {"role": "user", "content": "Name a bird."}
+    whole = pair(
+        chosen=[user, {"role": "assistant", "content": "An owl."}],
+        rejected=[user, {"role": "assistant", "content": "No."}],
+    )
+    plain = pair(chosen="A tit.")
+    rows, dropped = read_pairs(write(plain, whole), chat)
+    assert len(rows) + len(dropped) == 2
+    assert all("Name a bird" not in chat.decode(row.chosen_token_ids) for row in rows)
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_a_missing_column_of_a_pair_is_named(write: Write, chat: Chat, name: str) -> None:
+    path = write(pair(), {k: v for k, v in pair().items() if k != name})
+    with pytest.raises(DataError, match=f"{path}, line 2: field '{name}' is missing"):
+        read_pairs(path, chat)
+    with pytest.raises(DataError, match=f"line 1: field '{name}' is neither text nor"):
+        read_pairs(write({**pair(), name: 3}), chat)
+
+
+def test_no_usable_pair_is_an_error(write: Write, chat: Chat) -> None:
+    path = write(pair(chosen="No."))
+    with pytest.raises(DataError, match=rf"{path} has no usable pair \(1 rows dropped\)"):
+        read_pairs(path, chat)
+
+
+def test_labels_have_the_ids_of_pairs_with_the_same_texts(write: Write, chat: Chat) -> None:
+    (pair,), _ = read_pairs(write({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, name="pairs.jsonl"), chat)
+    rows = [{"prompt": "Hi", "completion": text, "label": text == "Yes"} for text in ("Yes", "No")]
+    (good, bad), dropped = read_labels(write(*rows), chat)
+    assert (good.label, bad.label, dropped) == (True, False, [])
+    assert (good.token_ids, bad.token_ids) == (pair.chosen_token_ids, pair.rejected_token_ids)
+    assert good.prompt_token_ids == pair.prompt_token_ids
+    assert (good.completion_id, good.ids_digest) == (pair.chosen_completion_id, pair.chosen_ids_digest)
+
+
+@pytest.mark.parametrize("label", ["yes", 1, None])
+def test_a_label_is_true_or_false(write: Write, chat: Chat, label: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: field 'label'"):
+        read_labels(write({"prompt": "Hi", "completion": "Yes", "label": label}), chat)
+
+
+def test_faulty_and_repeated_labels_go_to_the_ledger(write: Write, chat: Chat) -> None:
+    good = {"prompt": "Hi", "completion": "Yes", "label": True}
+    labels, dropped = read_labels(write(good, {**good, "label": False}, {**good, "completion": []}), chat)
+    assert [row.label for row in labels] == [True]
+    assert [row.reason for row in dropped] == ["duplicate", "empty"]
+    with pytest.raises(DataError, match="no usable label"):
+        read_labels(write({**good, "completion": []}), chat)
+
+
+def test_the_shipped_pairs_load_completely(chat: Chat) -> None:
+    path = ROOT / "data" / "pairs.jsonl"
+    rows, dropped = read_pairs(path, chat)
+    assert not dropped
+    assert len(rows) == len(path.read_text().splitlines()) == len({r.pair_id for r in rows})
+    assert all(_ends_once(row) for row in rows)
+
+
+def _ends_once(row: Pair) -> bool:
+    return all(ids.index(EOS) == len(ids) - 1 for ids in (row.chosen_token_ids, row.rejected_token_ids))

@@ -1,0 +1,163 @@
+"""A model reference becomes files with an identity, or an error that says what is missing or does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prefpipe.errors import DataError, IdentityError, MissingInputError
+from prefpipe.models import fingerprint, policy
+from prefpipe.models.policy import (
+    EMBEDDED,
+    _memoised_digest,
+    adapter_base_record,
+    context_length,
+    platformdirs,
+    resolve,
+)
+
+
+def adapter(directory: Path, base_weights: str | None) -> Path:
+    directory.mkdir()
+    save_file({"lora_A": torch.ones(2, 2)}, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    if base_weights is not None:
+        (directory / "prefpipe.json").write_text(adapter_base_record(base_weights))
+    return directory
+
+
+def test_a_directory_is_a_model(tiny_model: Path) -> None:
+    policy = resolve(str(tiny_model))
+    assert policy.directory == tiny_model
+    assert policy.adapter is None
+    assert policy.id == policy.base_id == f"weights:{fingerprint.weights_digest(tiny_model)}"
+
+
+def test_other_weights_are_another_policy(tiny_model: Path, other_model: Path) -> None:
+    assert resolve(str(tiny_model)).id != resolve(str(other_model)).id
+
+
+def test_a_copy_is_the_same_policy(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    assert resolve(str(tmp_path / "copy")).id == resolve(str(tiny_model)).id
+
+
+def test_weights_that_change_in_place_are_noticed(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    before = resolve(str(tmp_path / "m")).id
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    assert resolve(str(tmp_path / "m")).id != before
+
+
+def test_an_adapter_is_part_of_the_policy(tiny_model: Path, tmp_path: Path) -> None:
+    base = resolve(str(tiny_model))
+    path = adapter(tmp_path / "a", base.weights)
+    policy = resolve(str(tiny_model), str(path))
+    assert policy.adapter == path
+    assert policy.id == f"{base.id}+adapter:{fingerprint.adapter_digest(path)}"
+    assert policy.base_id == base.id
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/model", "a/b/c", "../absent", "absent"])
+def test_a_missing_directory(name: str) -> None:
+    with pytest.raises(MissingInputError, match="is not a directory") as caught:
+        resolve(name)
+    assert name in caught.value.message
+    assert caught.value.exit_code == 66
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MissingInputError, match="is not a directory"):
+        resolve(str(tmp_path / "file"))
+
+
+def test_a_directory_without_config(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle, which is never read")
+    with pytest.raises(MissingInputError, match="has no weights") as caught:
+        resolve(str(tmp_path))
+    assert "safetensors" in caught.value.hint
+
+
+def test_an_unknown_embedded_model_lists_the_known_ones() -> None:
+    with pytest.raises(MissingInputError, match="no embedded model 'smollm3'") as caught:
+        resolve("embedded:smollm3")
+    assert all(name in caught.value.hint for name in EMBEDDED)
+
+
+def test_a_missing_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"absent is not a PEFT adapter"):
+        resolve(str(tiny_model), str(tmp_path / "absent"))
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_names(
+    tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    other = resolve(str(other_model))
+    path = adapter(tmp_path / "a", other.weights)
+    with pytest.raises(IdentityError, match=f"was trained on base {other.id}") as caught:
+        resolve(str(tiny_model), str(path))
+    assert resolve(str(tiny_model)).id in caught.value.message
+    assert caught.value.exit_code == 76
+
+
+def test_an_adapter_of_unknown_base_is_used_with_a_warning(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = adapter(tmp_path / "a", None)
+    assert resolve(str(tiny_model), str(path)).adapter == path
+    assert "warning: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_damaged_base_record_is_named(tiny_model: Path, tmp_path: Path, text: str) -> None:
+    path = adapter(tmp_path / "a", None)
+    (path / "prefpipe.json").write_text(text)
+    with pytest.raises(DataError, match=r"prefpipe\.json"):
+        resolve(str(tiny_model), str(path))
+
+
+def test_large_weights_are_hashed_once_and_again_when_they_change(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process (here: with its memory cleared) finds the digest; another state of the files does not."""
+    hashed: list[Path] = []
+    plain = fingerprint.weights_digest
+
+    def counted(directory: Path) -> str:
+        hashed.append(directory)
+        return plain(directory)
+
+    monkeypatch.setattr(policy, "_LARGE", 1)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda _name: tmp_path / "cache")
+    monkeypatch.setattr(fingerprint, "weights_digest", counted)
+    shutil.copytree(tiny_model, tmp_path / "m")
+
+    def resolve() -> str:
+        _memoised_digest.cache_clear()
+        return resolve(str(tmp_path / "m")).weights
+
+    first = resolve()
+    assert (resolve(), len(hashed)) == (first, 1)
+    (tmp_path / "m" / "model.safetensors").touch()
+    assert (resolve(), len(hashed)) == (first, 2)
+    for kept in (tmp_path / "cache" / "digests").iterdir():
+        kept.write_text("damaged")
+    assert (resolve(), len(hashed)) == (first, 3)
+
+
+def test_the_context_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
+    assert context_length(tiny_model) == 1024
+    (tmp_path / "config.json").write_text("{}")
+    assert context_length(tmp_path) is None

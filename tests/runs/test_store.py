@@ -1,0 +1,552 @@
+"""A run directory is resumed, refused or complete; damage is found, named, and never costs intact work."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.errors import DataError, LockedError, MissingInputError, UsageError
+from prefpipe.ids import content_id
+from prefpipe.runs import store
+from prefpipe.runs.store import Manifest, Run
+from prefpipe.schemas import Dropped, RefLogps, Reward, arrow_schema, from_table, to_table
+from tests.conftest import ROOT
+
+CONFIG = GenerateConfig(prompts="prompts.jsonl")
+INPUTS = {"prompts": "digest-of-prompts"}
+RECORD_KEYS = {"dataset", "rows", "bytes", "blake3", "fingerprint"}
+
+
+@contextmanager
+def opened(
+    out: Path, config: BaseModel = CONFIG, inputs: Mapping[str, str] = INPUTS, *, force: bool = False
+) -> Generator[Run]:
+    with store.open_run(out, "generate", config, inputs, force=force) as run:
+        yield run
+
+
+def rewards(index: int, *values: float | None) -> pa.Table:
+    return to_table(Reward, [Reward(f"c{index}-{i}", "r", v, "ok", None) for i, v in enumerate(values)])
+
+
+def write(run: Run) -> Manifest:
+    """What a stage does: the missing shards, then the manifest."""
+    run.write_dropped(Dropped, to_table(Dropped, [Dropped("p9", "too_long", "9 tokens")]))
+    for index in range(3):
+        if not run.has_part("rewards/r", index):
+            run.write_part("rewards/r", Reward, index, rewards(index, index, 0.5, None))
+    return run.finish({"rows": 9}, {"policy": "weights:0"})
+
+
+def complete(out: Path, **given: Any) -> Manifest:
+    with opened(out, **given) as run:
+        return write(run)
+
+
+def flip(path: Path, position: int = -1, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def data_files(out: Path) -> dict[str, bytes]:
+    skipped = (".lock", ".owner", "timing.jsonl", "quarantine")
+    return {
+        str(p.relative_to(out)): p.read_bytes()
+        for p in sorted(out.rglob("*"))
+        if p.is_file() and p.relative_to(out).parts[0] not in skipped
+    }
+
+
+def test_a_commit_record_describes_its_part(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        run.write_part("rewards/r", Reward, 7, rewards(0, 1.0, None))
+        record = json.loads((tmp_path / "rewards/r/part-00007.ok.json").read_text())
+        content = (tmp_path / "rewards/r/part-00007.parquet").read_bytes()
+        assert set(record) == RECORD_KEYS
+        assert record == {
+            "dataset": "Reward",
+            "rows": 2,
+            "bytes": len(content),
+            "blake3": blake3(content).hexdigest()[:32],
+            "fingerprint": run.fingerprint,
+        }
+        assert run.has_part("rewards/r", 7)
+        assert not run.has_part("rewards/r", 6)
+
+
+def test_a_part_without_record_is_not_committed_and_is_written_again(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
+        (tmp_path / "rewards/r/part-00000.ok.json").unlink()  # killed between the two renames
+        assert not run.has_part("rewards/r", 0)
+        run.write_part("rewards/r", Reward, 0, rewards(0, 2.0))
+        assert run.read_part("rewards/r", Reward, 0)["reward"].to_pylist() == [2.0]
+
+
+def test_the_manifest_lists_every_committed_file(tmp_path: Path) -> None:
+    manifest = complete(tmp_path)
+    assert set(manifest["files"]) == {"dropped.parquet", *(f"rewards/r/part-0000{i}.parquet" for i in range(3))}
+    for name, file in manifest["files"].items():
+        content = (tmp_path / name).read_bytes()
+        assert file == {"bytes": len(content), "blake3": blake3(content).hexdigest()[:32]}
+    assert manifest["totals"] == {"rows": 9}
+    assert manifest["identity"] == {"policy": "weights:0"}
+    assert manifest["inputs"] == INPUTS
+    assert store.read_manifest(tmp_path) == manifest
+    assert store.input_digest(tmp_path) == manifest["digest"]
+
+
+def test_a_complete_run_opens_as_complete(tmp_path: Path) -> None:
+    manifest = complete(tmp_path)
+    before = data_files(tmp_path)
+    with opened(tmp_path) as run:
+        assert run.manifest() == manifest
+    assert data_files(tmp_path) == before
+
+
+def test_equal_runs_in_two_places_are_equal_to_the_bit(tmp_path: Path) -> None:
+    assert complete(tmp_path / "a") == complete(tmp_path / "b")
+    assert data_files(tmp_path / "a") == data_files(tmp_path / "b")
+
+
+def test_a_partial_run_resumes_with_what_it_has(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as run:
+        run.write_part("rewards/r", Reward, 1, rewards(1, 1, 0.5, None))
+    record = tmp_path / "a/rewards/r/part-00001.ok.json"
+    written = record.stat().st_mtime_ns
+    with opened(tmp_path / "a") as run:
+        assert run.manifest() is None
+        assert [run.has_part("rewards/r", i) for i in range(3)] == [False, True, False]
+        write(run)
+    assert record.stat().st_mtime_ns == written
+    complete(tmp_path / "b")
+    assert data_files(tmp_path / "a") == data_files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["rewards/r/part-00001.parquet", "dropped.parquet"])
+def test_a_damaged_file_moves_to_quarantine_and_is_made_again(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    complete(tmp_path)
+    before = data_files(tmp_path)
+    flip(tmp_path / name)
+    damaged = (tmp_path / name).read_bytes()
+    with opened(tmp_path) as run:
+        assert run.manifest() is None
+        write(run)
+    assert data_files(tmp_path) == before
+    assert damaged in [p.read_bytes() for p in (tmp_path / "quarantine").iterdir()]
+    assert f"{tmp_path / name} is damaged" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["{", "{}"])
+def test_a_damaged_commit_record_is_no_commit_record(tmp_path: Path, damage: str) -> None:
+    with opened(tmp_path) as run:
+        run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
+        record = tmp_path / "rewards/r/part-00000.ok.json"
+        record.write_bytes(damage.encode("latin-1"))
+        assert not run.has_part("rewards/r", 0)
+        run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
+        assert run.has_part("rewards/r", 0)
+    assert record.name in [p.name for p in (tmp_path / "quarantine").iterdir()]
+
+
+@pytest.mark.parametrize("name", ["rewards/r/part-00001.parquet", "dropped.parquet"])
+def test_a_lost_file_is_made_again(tmp_path: Path, name: str) -> None:
+    complete(tmp_path)
+    before = data_files(tmp_path)
+    (tmp_path / name).unlink()
+    with opened(tmp_path) as run:
+        assert run.manifest() is None
+        write(run)
+    assert data_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["{", '{"files": {}}', "\x80"])
+def test_a_damaged_manifest_of_our_own_run_is_made_again(tmp_path: Path, damage: str) -> None:
+    complete(tmp_path)
+    before = data_files(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(damage.encode("latin-1"))
+    with opened(tmp_path) as run:
+        assert run.manifest() is None
+        write(run)
+    assert data_files(tmp_path) == before
+
+
+def test_what_was_damaged_twice_is_kept_twice(tmp_path: Path) -> None:
+    part = tmp_path / "rewards/r/part-00000.parquet"
+    for _ in range(2):
+        with opened(tmp_path) as run:
+            run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
+            flip(part)
+            assert not run.has_part("rewards/r", 0)
+    assert len(list((tmp_path / "quarantine").glob("part-00000.parquet*"))) == 2
+
+
+def test_any_flipped_bit_is_found_by_the_consumer_and_the_file_named(tmp_path: Path) -> None:
+    complete(tmp_path)
+    part = tmp_path / "rewards/r/part-00002.parquet"
+    intact = part.read_bytes()
+
+    @settings(deadline=None, max_examples=60)
+    @given(position=st.integers(min_value=0, max_value=len(intact) - 1), bit=st.integers(min_value=0, max_value=7))
+    def check(position: int, bit: int) -> None:
+        part.write_bytes(intact)
+        flip(part, position, bit)
+        with pytest.raises(DataError, match=r"part-00002\.parquet is damaged") as caught:
+            store.read_dataset(tmp_path, "rewards/r", Reward)
+        assert caught.value.exit_code == 65
+
+    check()
+
+
+def test_flipped_bits_in_the_pages_of_a_file_without_digest_never_change_data_silently(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        rows = [RefLogps(f"c{i}", "r", "s", "d", [-0.1 * k for k in range(i)], -1.5, i) for i in range(50)]
+        run.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, rows))
+    intact = (tmp_path / "ref_logps/part-00000.parquet").read_bytes()
+    footer = int.from_bytes(intact[-8:-4], "little") + 8
+    expected = store.read_parquet(tmp_path / "ref_logps/part-00000.parquet")
+
+    @settings(deadline=None, max_examples=80)
+    @given(
+        position=st.integers(min_value=4, max_value=len(intact) - footer - 1),
+        bit=st.integers(min_value=0, max_value=7),
+    )
+    def check(position: int, bit: int) -> None:
+        path = tmp_path / "damaged.parquet"
+        path.write_bytes(intact)
+        flip(path, position, bit)
+        try:
+            found = store.read_parquet(path)
+        except DataError as error:
+            found = error.message
+        assert str(path) in found if isinstance(found, str) else found.equals(expected)
+
+    check()
+
+
+def test_what_is_no_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_text("no parquet at all")
+    with pytest.raises(DataError, match=r"x\.parquet"):
+        store.read_parquet(tmp_path / "x.parquet")
+
+
+def tampered(out: Path, **changes: Any) -> None:
+    """A manifest that someone edited and whose digest is right again."""
+    manifest = {**json.loads((out / "manifest.json").read_text()), **changes}
+    digests = {n: f.get("blake3") if isinstance(f, dict) else f for n, f in manifest["files"].items()}
+    manifest["digest"] = content_id(manifest["fingerprint"], digests)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["../x.parquet", "rewards/../../x", "/etc/hostname", "..", "a/..", "a\n", "", "a//b"])
+def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path, name: str) -> None:
+    complete(tmp_path / "out")
+    tampered(tmp_path / "out", files={name: {"bytes": 1, "blake3": "0"}})
+    with pytest.raises(DataError, match="names files outside"):
+        store.read_manifest(tmp_path / "out")
+
+
+@pytest.mark.parametrize("entry", [{"bytes": 1}, None])
+def test_a_manifest_with_entries_without_digest_is_refused(tmp_path: Path, entry: object) -> None:
+    complete(tmp_path)
+    tampered(tmp_path, files={"rewards/r/part-00000.parquet": entry})
+    with pytest.raises(DataError, match="manifest"):
+        store.read_manifest(tmp_path)
+
+
+def test_an_edited_manifest_does_not_match_its_digest(tmp_path: Path) -> None:
+    complete(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["rewards/r/part-00001.parquet"]  # a shard less: a silently smaller dataset
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="does not match its own digest"):
+        store.read_dataset(tmp_path, "rewards/r", Reward)
+
+
+def test_a_run_that_is_not_complete_is_no_input(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
+    with pytest.raises(MissingInputError, match=r"no complete run") as caught:
+        store.input_digest(tmp_path)
+    assert caught.value.exit_code == 66
+    with pytest.raises(MissingInputError, match="does not exist"):
+        store.input_digest(tmp_path / "absent")
+
+
+def test_the_digest_of_an_input_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert store.input_digest(tmp_path / "file") == blake3(b"abc").hexdigest()[:32]
+
+
+def test_parts_come_back_in_order_and_columns_as_asked(tmp_path: Path) -> None:
+    complete(tmp_path)
+    table = store.read_dataset(tmp_path, "rewards/r", Reward)
+    assert [r.completion_id for r in from_table(Reward, table)] == [f"c{k}-{i}" for k in range(3) for i in range(3)]
+    assert store.read_dataset(tmp_path, "rewards/r", Reward, ["name"]).column_names == ["name"]
+
+
+def test_a_missing_dataset_error_lists_what_is_there(tmp_path: Path) -> None:
+    complete(tmp_path)
+    with pytest.raises(MissingInputError, match="no dataset 'pairs'") as caught:
+        store.read_dataset(tmp_path, "pairs", Reward)
+    assert "rewards/r" in caught.value.hint
+    assert "`generate`" in caught.value.hint
+
+
+def test_another_dataset_is_refused_by_name(tmp_path: Path) -> None:
+    complete(tmp_path)
+    with pytest.raises(DataError, match="holds 'Reward', not 'Dropped'"):
+        store.read_dataset(tmp_path, "rewards/r", Dropped)
+
+
+def logps(token_logps: Any, ref_logps: float = -1.0) -> pa.Table:
+    row = RefLogps("c", "r", "s", "d", token_logps, ref_logps, 1)
+    return to_table(RefLogps, [row])
+
+
+FULL = rewards(0, 1.0, 2.0)
+BAD_TABLES = {
+    "missing column": (Reward, FULL.drop_columns(["status"]), "'status'"),
+    "extra column": (Reward, FULL.append_column("more", pa.array([1, 2])), "'more'"),
+    "null in a required column": (
+        Reward,
+        FULL.set_column(3, "status", pa.array(["ok", None])),
+        "'status' has no value in row 1",
+    ),
+    "NaN": (Reward, rewards(0, 1.0, float("nan")), "'reward' holds NaN"),
+    "NaN in a list": (RefLogps, logps([-1.0, float("nan")]), "'token_logps' holds NaN"),
+    "null in a list": (RefLogps, logps([-1.0, None]), "'token_logps'"),
+    "text for a number": (Reward, FULL.set_column(2, "reward", pa.array(["high", "low"])), "'?reward'?"),
+    "a number too large": (
+        RefLogps,
+        logps([-1.0]).set_column(6, "num_tokens", pa.array([2**40])),
+        "'?num_tokens'?",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_the_gate_refuses(tmp_path: Path, case: str) -> None:
+    row_type, table, words = BAD_TABLES[case]
+    with opened(tmp_path) as run:
+        with pytest.raises(DataError, match=words) as caught:
+            run.write_part("d", row_type, 0, table)
+        assert "part-00000.parquet" in caught.value.message
+        assert not run.has_part("d", 0)
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_gate_orders_columns_casts_and_allows_empty_tables(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        turned = pa.table({n: FULL[n] for n in reversed(FULL.column_names)})
+        run.write_part("d", Reward, 0, turned)
+        assert run.read_part("d", Reward, 0).schema.equals(arrow_schema(Reward), check_metadata=True)
+        for row_type in (Reward, RefLogps, Dropped):
+            run.write_part(f"empty/{row_type.__name__}", row_type, 0, to_table(row_type, []))
+            assert run.read_part(f"empty/{row_type.__name__}", row_type, 0).num_rows == 0
+        run.write_part("chunks", RefLogps, 0, pa.concat_tables([logps([-1.0]), logps([])]))
+        assert run.read_part("chunks", RefLogps, 0)["token_logps"].to_pylist() == [[-1.0], []]
+
+
+def test_pages_carry_checksums_that_are_verified(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        run.write_part("d", Reward, 0, FULL)
+    pq.read_table(tmp_path / "d/part-00000.parquet", page_checksum_verification=True)
+    flip(tmp_path / "d/part-00000.parquet", 60)
+    with pytest.raises(DataError), opened(tmp_path) as run:
+        run.read_part("d", Reward, 0)
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
+    complete(tmp_path)
+    before = data_files(tmp_path)
+    other = CONFIG.model_copy(update={"num_samples": 4, "temperature": 0.5})
+    with pytest.raises(UsageError, match=r"num_samples: 8 there, 4 now; temperature: 1\.0 there, 0\.5 now") as caught:
+        complete(tmp_path, config=other)
+    assert caught.value.exit_code == 2
+    assert "--force" in caught.value.hint
+    assert "seed" not in caught.value.message
+    assert data_files(tmp_path) == before
+
+
+def test_other_inputs_and_another_command_are_refused_and_named(tmp_path: Path) -> None:
+    complete(tmp_path)
+    with pytest.raises(UsageError, match="input:prompts: 'digest-of-prompts' there, 'other' now"):
+        complete(tmp_path, inputs={"prompts": "other"})
+    other = store.open_run(tmp_path, "train", CONFIG, INPUTS, force=False)
+    with pytest.raises(UsageError, match="command: 'generate' there, 'train' now"), other:
+        pass
+
+
+def test_runtime_settings_and_paths_do_not_matter_and_resume_follows_the_first_start(tmp_path: Path) -> None:
+    manifest = complete(tmp_path)
+    update = {"max_num_seqs": 3, "kv_cache_mib": 16, "shard_rows": 5, "prompts": "elsewhere.jsonl", "model": "m"}
+    with opened(tmp_path, CONFIG.model_copy(update=update)) as run:
+        assert run.manifest() == manifest
+        assert run.saved["shard_rows"] == CONFIG.shard_rows
+
+
+def test_force_moves_everything_to_quarantine_and_starts_over(tmp_path: Path) -> None:
+    complete(tmp_path)
+    old = data_files(tmp_path)
+    other = CONFIG.model_copy(update={"num_samples": 4})
+    with opened(tmp_path, other, force=True) as run:
+        assert run.manifest() is None
+        assert not run.has_part("rewards/r", 0)
+        write(run)
+    moved = {str(p.relative_to(tmp_path / "quarantine")): p.read_bytes()
+             for p in (tmp_path / "quarantine").rglob("*") if p.is_file()}  # fmt: skip
+    assert moved == old
+    assert store.read_manifest(tmp_path)["fingerprint"] != json.loads(old["manifest.json"])["fingerprint"]
+
+
+def test_force_on_the_same_settings_starts_over_too(tmp_path: Path) -> None:
+    complete(tmp_path)
+    with opened(tmp_path, force=True) as run:
+        assert run.manifest() is None
+
+
+FORCE = """
+import os, signal, sys
+from pathlib import Path
+from prefpipe.runs import store
+from prefpipe.config.generate import GenerateConfig
+moves, rename = [], os.rename
+def dying_rename(*given):
+    moves.append(given)
+    if len(moves) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*given)
+os.rename = dying_rename
+config = GenerateConfig(prompts="prompts.jsonl")
+with store.open_run(Path(sys.argv[1]), "generate", config, {"prompts": "digest-of-prompts"}, force=True):
+    pass
+"""
+
+
+def test_a_kill_while_force_moves_files_can_be_repeated(tmp_path: Path) -> None:
+    complete(tmp_path / "fresh")
+    for number in (1, 2, 3, 4, 5):  # config, dropped, its record, rewards, manifest, in the order of the directory
+        out = tmp_path / str(number)
+        complete(out)
+        killed = subprocess.run([sys.executable, "-c", FORCE, str(out), str(number)], cwd=ROOT, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        complete(out, force=True)
+        assert data_files(out) == data_files(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_of_someone_else_is_refused_and_left_alone(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "thesis").mkdir()
+    for name in ("thesis/chapter.txt", ".notes.tmp", "thesis/.draft.tmp"):
+        (tmp_path / name).write_text("years of work")
+    with pytest.raises(UsageError, match="is not empty and is not a run of prefpipe"):
+        complete(tmp_path, force=force)
+    assert (tmp_path / "thesis/chapter.txt").exists()
+    assert (tmp_path / ".notes.tmp").exists()
+    assert (tmp_path / "thesis/.draft.tmp").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_with_someone_elses_config_json_is_refused(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_text("weights")
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        complete(tmp_path, force=force)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_damaged_config_json_is_named(tmp_path: Path) -> None:
+    complete(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config\.json is damaged"):
+        complete(tmp_path)
+
+
+def test_the_saved_config_is_the_first_file(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as run:
+        saved = json.loads((tmp_path / "a" / "config.json").read_text())
+        assert saved["command"] == "generate"
+        assert saved["config"] == CONFIG.model_dump(mode="json") == run.saved
+        assert not (tmp_path / "a" / "manifest.json").exists()
+
+
+def test_two_writers_of_one_directory(tmp_path: Path) -> None:
+    with opened(tmp_path), pytest.raises(LockedError, match=f"process {os.getpid()}"):
+        complete(tmp_path)
+
+
+def test_temporary_files_of_a_killed_writer_are_removed_on_resume(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
+    left = tmp_path / "rewards/r/.part-00001.parquet.123.tmp"
+    left.write_text("half")
+    complete(tmp_path)
+    assert not left.exists()
+    assert str(left.relative_to(tmp_path)) not in store.read_manifest(tmp_path)["files"]
+
+
+def test_every_dataset_name_that_can_be_written_can_be_read(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        run.write_part("rewards/mein_modul:größe", Reward, 0, rewards(0, 1.0))  # a user's own Python names
+        run.finish({}, {})
+    assert store.read_dataset(tmp_path, "rewards/mein_modul:größe", Reward).num_rows == 1
+
+
+def test_timing_stays_outside_of_every_digest(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as run:
+        run.log_timing(event="sampled", seconds=1.5)
+        timed = write(run)
+    (line,) = (tmp_path / "a/timing.jsonl").read_text().splitlines()
+    assert {k: v for k, v in json.loads(line).items() if k != "at"} == {"event": "sampled", "seconds": 1.5}
+    assert timed == complete(tmp_path / "b")
+
+
+def test_published_directories_and_metrics_are_in_the_manifest(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        manifest = run.finish({}, {})
+    assert set(manifest["files"]) == {"adapter/adapter_model.safetensors", "metrics.jsonl"}
+
+
+def test_the_digest_changes_with_data_and_settings_only(tmp_path: Path) -> None:
+    base = complete(tmp_path / "base")["digest"]
+    with opened(tmp_path / "data") as run:
+        run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
+        assert write(run)["digest"] != base
+    assert complete(tmp_path / "seed", config=CONFIG.model_copy(update={"seed": 1}))["digest"] != base
+    assert complete(tmp_path / "paths", config=CONFIG.model_copy(update={"prompts": "p"}))["digest"] == base
+
+
+@settings(deadline=None, max_examples=25)
+@given(values=st.lists(st.none() | st.floats(allow_nan=False), max_size=8))
+def test_values_survive_a_shard(values: list[float | None]) -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        with opened(folder) as run:
+            run.write_part("d", Reward, 0, rewards(0, *values))
+            assert run.read_part("d", Reward, 0)["reward"].to_pylist() == values
+    finally:
+        shutil.rmtree(folder)

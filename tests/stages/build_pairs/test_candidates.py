@@ -1,0 +1,126 @@
+"""Completion filters by hand, partitions, and what the sources refuse."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.errors import DataError
+from prefpipe.runs import store
+from prefpipe.schemas import Completion
+from prefpipe.stages.build_pairs import candidates, prompts
+from prefpipe.stages.build_pairs.candidates import Settled, open_sources, partition_of, read, settle, split
+from tests.stages.build_pairs.runs import Row, run_of, settings
+
+NONE = pl.DataFrame(schema=prompts.SCHEMA)
+
+
+def settled(tmp_path: Path, rows: list[Row], **changes: Any) -> Settled:
+    config = settings(run_of(tmp_path / "g", rows), **changes)
+    sources = open_sources(config)
+    (keys,) = read(sources, config, 1, tmp_path / "keys")
+    return settle(keys.collect(), NONE, sources, config)
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "reason"),
+    [
+        (Row("p", "x", 1.0, " \n\t"), {}, "empty"),
+        (Row("p", "x", 1.0, "hi <|im_end|>"), {}, "special_tokens"),
+        (Row("p", "x", 1.0, "hi <|im_end|>"), {"special_tokens": "keep"}, None),
+        (Row("p", "x", None, "hi <|im_end|>"), {}, "no_reward"),
+        (Row("p", "x", 1.0, "I'm sorry, but I can't help."), {}, None),
+        (Row("p", "x", 1.0, "I'm sorry, but I can't help."), {"refusals": "drop"}, "refusal"),
+        (Row("p", "x", 1.0, "la la la la la la la"), {"max_repetition": 0.5}, "repetition"),
+        (Row("p", "x", 1.0, "la la la la la la la"), {"max_repetition": 0.75}, None),
+        (Row("p", "x", 1.0, "Das ist ein kurzer Satz auf Deutsch."), {"languages": ["en", "fr"]}, "language"),
+        (Row("p", "x", 1.0, "Das ist ein kurzer Satz auf Deutsch."), {"languages": ["en", "de"]}, None),
+        (Row("p", "x", 1.0, "17 + 4 = 21"), {"languages": ["fr"]}, None),
+        (Row("p", "x", 1.0, "x", num_tokens=4), {"min_tokens": 5}, "too_short"),
+        (Row("p", "x", 1.0, "x", num_tokens=4), {"min_tokens": 4, "max_tokens": 4}, None),
+        (Row("p", "x", 1.0, "x", num_tokens=4), {"max_tokens": 3}, "too_long"),
+    ],
+)
+def test_a_completion_is_a_candidate_or_has_a_reason(
+    tmp_path: Path, row: Row, changes: dict[str, Any], reason: str | None
+) -> None:
+    found = settled(tmp_path, [row, Row("q", "other", None)], **changes)
+    expected = {"other": "no_reward", **({"x": reason} if reason else {})}
+    assert dict(found.ledger.select("id", "reason").iter_rows()) == expected
+    assert found.candidates.height + found.ledger.height == found.num_in == 2
+    assert found.num_rated == found.num_prompts == 2
+
+
+def test_a_dropped_prompt_takes_its_completions_along(tmp_path: Path) -> None:
+    rows = [Row("p", "a", 1.0), Row("p", "b", None), Row("q", "c", 1.0)]
+    config = settings(run_of(tmp_path / "g", rows))
+    sources = open_sources(config)
+    (keys,) = read(sources, config, 1, tmp_path / "keys")
+    faulty = pl.DataFrame([("p", "contaminated", "why")], schema=prompts.SCHEMA, orient="row")
+    found = settle(keys.collect(), faulty, sources, config)
+    assert sorted(found.ledger.rows()) == [
+        ("a", "contaminated", "prompt p: why"),
+        ("b", "contaminated", "prompt p: why"),
+    ]
+    assert found.candidates["completion_id"].to_list() == ["c"]
+
+
+def test_partitions_hold_whole_prompts_and_lose_nothing(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"prompt_id": [f"p{n % 20}" for n in range(100)], "n": range(100)})
+    halves = (frame[::2], frame[1::2])
+    parts = [
+        p.collect()
+        for p in split([f.lazy().with_columns(partition=partition_of(4)) for f in halves], 4, tmp_path / "parts")
+    ]
+    assert sorted(n for p in parts for n in p["n"]) == list(range(100))
+    owners = [set(p["prompt_id"]) for p in parts]
+    assert sum(len(o) for o in owners) == len(set[str]().union(*owners)) == 20
+    assert len([o for o in owners if o]) > 1
+
+
+def test_an_empty_partition_has_its_columns(tmp_path: Path) -> None:
+    frame = pl.LazyFrame({"prompt_id": ["a"], "n": [1], "partition": pl.Series([2], dtype=pl.UInt16)})
+    parts = [p.collect() for p in split([frame], 4, tmp_path / "parts")]
+    assert [p.height for p in parts] == [0, 0, 1, 0]
+    assert all(p.schema == parts[2].schema for p in parts)
+
+
+def test_how_many_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = open_sources(settings(run_of(tmp_path / "g", [Row("p", f"c{n}", 1.0) for n in range(25)])))
+    assert sources.num_partitions == 1
+    monkeypatch.setattr(candidates, "_ROWS_PER_PARTITION", 10)
+    assert sources.num_partitions == 3
+
+
+@pytest.mark.parametrize("change", ["missing", "type"])
+def test_a_file_with_a_missing_column_or_another_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """A file of another version: its digest is right, its columns are not."""
+    table = store.read_dataset(run_of(tmp_path / "g", [Row("p", "c", 1.0)]), "completions", Completion)
+    place = table.schema.get_field_index("sample_index")
+    other = table.drop_columns("sample_index")
+    if change == "type":
+        other = other.add_column(place, "sample_index", [["zero"]])
+    other = other.replace_schema_metadata({"prefpipe.dataset": "Completion"})
+    with store.open_run(tmp_path / "w", "generate", GenerateConfig(), {}, force=False) as made:
+        monkeypatch.setattr(store, "arrow_schema", lambda _row_type: other.schema)
+        made.write_part("completions", Completion, 0, other)
+        monkeypatch.undo()
+        made.finish({}, {})
+    with pytest.raises(
+        DataError, match=r"columns of Completion are missing or of another type: sample_index \(int32\)"
+    ):
+        store.scannable_files(tmp_path / "w", "completions", Completion)
+
+
+def test_pieces_hold_every_file_once_up_to_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes 4 4 4 9 1 with 8 at once: (4 4), (4), (9) alone although it is too large, (1)."""
+    files = [tmp_path / str(n) for n in range(5)]
+    for path, size in zip(files, (4, 4, 4, 9, 1), strict=True):
+        path.write_bytes(b"x" * size)
+    monkeypatch.setattr(candidates, "_BYTES_AT_ONCE", 8)
+    found = candidates.pieces([files[:1], files[1:]])
+    assert [list(group) for (group,) in found] == [files[:2], files[2:3], files[3:4], files[4:]]

@@ -1,0 +1,77 @@
+"""Which of several cached values a completion gets, and what rows of two scorers carry. Files: test_stage.py."""
+
+import polars as pl
+import pytest
+
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.errors import DataError, IdentityError
+from prefpipe.schemas import Pair, RankedGroup, arrow_schema
+from prefpipe.stages.build_pairs import rows
+from prefpipe.stages.build_pairs.rows import Contents
+
+COMPLETION = {"completion_id": ["c", "d"], "text": ["good", "bad"], "prompt_token_ids": [[1], [1]]}
+COMPLETION |= {"token_ids": [[5, 2], [6, 2]], "ids_digest": ["dc", "dd"], "policy": ["w", "w"]}
+REFERENCE = {
+    "completion_id": ["c", "c", "d"],
+    "reference": ["w"] * 3,
+    "scorer": ["b", "a", "a"],
+    "digest": ["dc", "dc", "dd"],
+}
+REFERENCE |= {"ref_token_logps": [[-1.0, -1.0], [-2.0, -2.0], [-3.0, -3.0]], "ref_logps": [-2.0, -4.0, -6.0]}
+PROMPTS = pl.LazyFrame({"prompt_id": ["p"], "prompt": [[{"role": "user", "content": "hi"}]]})
+
+
+def contents(references: pl.LazyFrame) -> Contents:
+    empty = references.clear()
+    return Contents([pl.LazyFrame(COMPLETION)], [references], [empty], [PROMPTS])
+
+
+def of_both(references: pl.LazyFrame) -> pl.DataFrame:
+    key = {
+        "prompt_id": ["p"], "chosen_completion_id": ["c"], "rejected_completion_id": ["d"], "chosen_reward": [1.0],
+        "rejected_reward": [0.0], "reward_gap": [1.0], "weight": [1.0], "chosen_finish_reason": ["stop"],
+        "rejected_finish_reason": ["stop"],
+    }  # fmt: skip
+    made = contents(references)
+    with_content = rows.sides(pl.DataFrame(key), made.of(0))
+    return rows.pair_rows(with_content, made.prompts_of(0), BuildPairsConfig())
+
+
+def test_of_two_scorers_the_first_by_name_wins_in_any_order() -> None:
+    for order in ([0, 1, 2], [2, 1, 0]):
+        shuffled = pl.DataFrame(REFERENCE)[order].lazy()
+        (row,) = of_both(shuffled).to_dicts()
+        assert (row["ref_chosen_logps"], row["ref_rejected_logps"], row["scorer"]) == (-4.0, -6.0, "a")
+        assert row["ref_chosen_token_logps"] == [-2.0, -2.0]
+
+
+def test_sides_of_two_scorers_have_no_reference() -> None:
+    other = pl.DataFrame({**REFERENCE, "scorer": ["b", "b", "a"]}).lazy()
+    (row,) = of_both(other).to_dicts()
+    assert {row["ref_chosen_logps"], row["ref_rejected_logps"], row["reference"], row["scorer"]} == {None}
+
+
+def test_the_columns_are_those_of_the_dataset() -> None:
+    table = rows.to_table(of_both(pl.LazyFrame(REFERENCE)), Pair)
+    assert table.column_names == arrow_schema(Pair).names
+
+
+def test_other_ids_are_refused() -> None:
+    stale = pl.LazyFrame({**REFERENCE, "digest": ["dc", "dc", "old"]})
+    with pytest.raises(IdentityError, match=r"log-probs of 1 completions .*first: completion d"):
+        contents(stale).of(0)
+
+
+def test_a_group_of_two_tokenizers_is_refused() -> None:
+    made = Contents(
+        [pl.LazyFrame({**COMPLETION, "prompt_token_ids": [[1], [9]]})], [pl.LazyFrame(REFERENCE)],
+        [pl.LazyFrame(REFERENCE).clear()], [PROMPTS],
+    )  # fmt: skip
+    ranked = pl.DataFrame(
+        {"prompt_id": ["p", "p"], "completion_id": ["c", "d"], "reward": [1.0, 0.0], "finish_reason": ["stop", "stop"]}
+    )
+    with pytest.raises(DataError, match="other token ids"):
+        rows.group_rows(ranked, made.of(0), made.prompts_of(0))
+    same = contents(pl.LazyFrame(REFERENCE))
+    table = rows.to_table(rows.group_rows(ranked, same.of(0), same.prompts_of(0)), RankedGroup)
+    assert table.to_pylist()[0]["ref_logps"] == [-4.0, -6.0]

@@ -1,0 +1,134 @@
+"""What score reads: inputs are identified by content, and shards are read only when asked for."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefpipe.engines.base import Sequence
+from prefpipe.errors import DataError, MissingInputError
+from prefpipe.ids import IdSet
+from prefpipe.inputs.kl_bank import kl_bank
+from prefpipe.inputs.tokenised import NO_LIMITS, read_labels
+from prefpipe.models import chat as chats
+from prefpipe.rewards.base import Answer
+from prefpipe.rows import key_of
+from prefpipe.runs import fsio
+from prefpipe.schemas import Dropped, Label, RankedGroup, Reward
+from prefpipe.stages.score import sources
+from prefpipe.stages.score.sources import Batch, Reader
+
+
+def reader(model: Path, rows: int) -> Reader:
+    return Reader(chats.load(model), NO_LIMITS, rows, rated=False, known=defaultdict(IdSet))
+
+
+def write(path: Path, count: int) -> Path:
+    rows = ({"prompt": f"Q{i}", "chosen": "Yes.", "rejected": f"No {i}."} for i in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_is_cut_into_shards_of_rows(tiny_model: Path, tmp_path: Path) -> None:
+    found = list(sources.shards(str(write(tmp_path / "p.jsonl", 7)), reader(tiny_model, 3)))
+    assert [names for names, _ in found] == [("prompts", "completions", "pairs")] * 3
+    batches = [read() for _, read in found]
+    assert [len(b.rows["pairs"]) for b in batches] == [3, 3, 1]
+    assert all(
+        {s.completion_id for s in b.sequences} == {c.completion_id for c in b.rows["completions"]} for b in batches
+    )
+
+
+def test_nothing_is_tokenised_before_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    """The second row is faulty: it hurts only who reads its shard."""
+    path = write(tmp_path / "p.jsonl", 1)
+    path.write_text(path.read_text() + '{"prompt": "Q", "chosen": 3, "rejected": "No."}\n')
+    (_, good), (_, bad) = sources.shards(str(path), reader(tiny_model, 1))
+    assert len(good().sequences) == 2
+    with pytest.raises(DataError, match="line 2: field 'chosen' is neither"):
+        bad()
+
+
+def test_an_empty_file_and_an_empty_run_are_errors(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="has no rows"):
+        list(sources.shards(str(tmp_path / "p.jsonl"), reader(tiny_model, 1)))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(MissingInputError, match="holds no complete run"):
+        list(sources.shards(str(tmp_path / "run"), reader(tiny_model, 1)))
+
+
+def test_a_file_is_identified_by_its_bytes_and_a_remote_one_by_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", 1)
+    assert sources.digest(str(path)) == fsio.file_digest(path)
+    assert sources.digest("hf://datasets/o/n@v1/f.parquet") == "hf://datasets/o/n@v1/f.parquet"
+
+
+@pytest.fixture
+def labels(tiny_model: Path, tmp_path: Path) -> list[Label]:
+    path = tmp_path / "labels.jsonl"
+    rows = ({"prompt": f"Q{i}", "completion": f"A {i}.", "label": True} for i in range(4))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_labels(path, chats.load(tiny_model))[0]
+
+
+def group(prompt_id: str, *completion_ids: str) -> RankedGroup:
+    n = len(completion_ids)
+    return RankedGroup(
+        prompt_id, [], [1], list(completion_ids), [[]] * n, [[2]] * n, ["d"] * n, [1.0] * n, ["stop"] * n, 1.0,
+        None, None, None, None,
+    )  # fmt: skip
+
+
+def batch(rows: dict[str, list[Any]], *names: str) -> Batch:
+    answers = [(name, Answer([], name, None)) for name in names]
+    ratings = [Reward(name, "rating", 1.0, "ok", None) for name in names if not rows]
+    return Batch(
+        rows, [Sequence(n, [1], [2]) for n in names], answers, ratings, [Dropped("line 1", "empty", "no text")]
+    )
+
+
+def names_of(found: Batch) -> list[list[str]]:
+    return [
+        [s.completion_id for s in found.sequences],
+        [n for n, _ in found.answers],
+        [r.completion_id for r in found.ratings],
+    ]
+
+
+def test_completions_of_a_run_that_kill_are_not_scored_and_not_rated() -> None:
+    found = sources.without(batch({}, "a", "b", "c"), {"b", "elsewhere"})
+    assert names_of(found) == [["a", "c"]] * 3
+    assert [(d.id, d.reason) for d in found.dropped] == [("line 1", "empty"), ("b", "engine_died")]
+
+
+def test_a_group_goes_as_a_whole_and_what_only_it_needs_is_not_scored() -> None:
+    groups = [group("p", "a", "b"), group("q", "c", "d")]
+    found = sources.without(batch({"groups": groups}, "a", "b", "c", "d"), {"b"})
+    assert found.rows == {"groups": groups[1:]}
+    assert [s.completion_id for s in found.sequences] == ["c", "d"]
+    (_, lost) = found.dropped
+    assert (lost.id, lost.reason, lost.detail) == ("p", "engine_died", "the engine died twice on completion b")
+
+
+def test_labels_and_rows_of_the_bank_are_left_out_by_their_own_ids(labels: list[Label]) -> None:
+    bank = kl_bank(labels, 4, 0)
+    for dataset, rows in (("labels", labels), ("kl_bank", bank)):
+        names = [key_of(row) for row in rows]
+        found = sources.without(batch({dataset: rows}, *names), {names[1]})
+        assert [key_of(row) for row in found.rows[dataset]] == [names[0], *names[2:]]
+        assert [s.completion_id for s in found.sequences] == [names[0], *names[2:]]
+        assert [d.id for d in found.dropped] == ["line 1", names[1]]
+
+
+def test_a_rating_of_a_completion_in_another_shard_goes_with_it() -> None:
+    rated = Batch({"completions": []}, [], [], [Reward(n, "rating", 1.0, "ok", None) for n in ("a", "b")], [])
+    found = sources.without(rated, {"b"})
+    assert ([r.completion_id for r in found.ratings], [d.id for d in found.dropped]) == (["a"], ["b"])
+
+
+def test_a_batch_without_killers_is_as_it_was(labels: list[Label]) -> None:
+    whole = batch({"labels": labels}, *(row.completion_id for row in labels))
+    assert sources.without(whole, frozenset()) == whole == sources.without(whole, {"somebody else"})

@@ -1,0 +1,137 @@
+"""Run under torchrun by test_parallel: what only a process group of two can show. Every rank asserts; 0 is success."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from prefpipe.forward.layout import flatten
+from prefpipe.forward.load import decoder_layers
+from prefpipe.forward.logps import Rows, TreeModel
+from prefpipe.models.policy import resolve
+from prefpipe.stages.train import loop, parallel, stage
+from prefpipe.stages.train.loop import Trainer
+from prefpipe.stages.train.micro_batches import tree_of
+from prefpipe.stages.train.optimizer import MasterOptimizer
+from prefpipe.stages.train.parallel import World
+from prefpipe.stages.train.rows import TrainPair
+from tests.stages.train import data
+
+
+def main(model_directory: Path, strategy: str) -> None:
+    world = parallel.start()
+    assert world.size == 2
+    assert world.leads == (world.rank == 0)
+    assert world.tell(f"from {world.rank}") == "from 0"
+    assert world.gather(world.rank) == [0, 1]
+    assert parallel.sum_over_ranks({"a": 1.0 + world.rank} if world.rank else {}, world) == {"a": 2.0}
+    pairs = data.to_train_pairs(data.with_reference(data.bare_pairs(5), model_directory))
+    check_values(start(model_directory, strategy, world), data.trainer(data.policy(model_directory), CONFIG), pairs)
+    check_gradient(model_directory, strategy, world, pairs, "shared")
+    check_gradient(model_directory, strategy, world, pairs, "separate")
+    check_gradient(model_directory, strategy, world, pairs, "shared", "full")
+    for tuning in ("lora", "full"):
+        check_state(model_directory, strategy, world, pairs, "float32", tuning)
+        check_state(model_directory, strategy, world, pairs, "bfloat16", tuning)
+    parallel.stop(world)
+
+
+CONFIG = data.config(Path(), train_batch_size=5, max_tokens_per_micro_batch=40, max_grad_norm=1e9)
+
+
+def policy(model_directory: Path, dtype: str, tuning: str) -> TreeModel:
+    """As a run starts: with a new adapter, or with every weight trained."""
+    if tuning == "lora":
+        return data.policy(model_directory, dtype)
+    settings = data.config(model_directory, dtype=dtype, tuning="full", lora_r=16, lora_alpha=32)
+    return stage.load_policy(resolve(str(model_directory)), settings)
+
+
+def start(
+    model_directory: Path, strategy: str, world: World, *, rows: Rows = "shared", dtype: str = "float32",
+    tuning: str = "lora",
+) -> Trainer:  # fmt: skip
+    model = policy(model_directory, dtype, tuning)
+    model.set_rows(rows)
+    wrapped = parallel.wrap(model, world, strategy)
+    started = Trainer(model, wrapped, MasterOptimizer(wrapped, 0.0), CONFIG, world, CONFIG.max_tokens_per_micro_batch)
+    check_shards(started, strategy, tuning)
+    return started
+
+
+def check_shards(trainer: Trainer, strategy: str, tuning: str) -> None:
+    """FSDP2: every parameter is cut over the two ranks, also those outside of the layers; DDP: none is."""
+    for name, parameter in trainer.model.named_parameters():
+        assert isinstance(parameter, DTensor) == (strategy == "fsdp2"), name
+        if isinstance(parameter, DTensor):
+            assert parameter.placements[0].is_shard(), name
+            assert parameter.to_local().numel() < parameter.numel(), name
+    layers = decoder_layers(trainer.model.policy)
+    assert len(layers) == 2
+    for layer in layers:
+        parameters = list(layer.parameters())
+        # Two norms, seven matrices, and their A and B where there is an adapter.
+        assert len(parameters) == 2 + 7 + (14 if tuning == "lora" else 0)
+        assert all(isinstance(p, DTensor) == (strategy == "fsdp2") for p in parameters)
+
+
+def check_values(two: Trainer, one: Trainer, pairs: Sequence[TrainPair]) -> None:
+    layout = flatten([tree_of(p) for p in pairs])
+    with torch.no_grad():
+        torch.testing.assert_close(two.wrapped(layout), one.model(layout), rtol=0, atol=2e-5)
+
+
+def check_gradient(
+    model_directory: Path, strategy: str, world: World, pairs: Sequence[TrainPair], rows: Rows, tuning: str = "lora"
+) -> None:
+    """After one step Adam's first moment is 0.1 x the (unclipped) gradient: within 1e-5 of that of one process."""
+    two = start(model_directory, strategy, world, rows=rows, tuning=tuning)
+    model = policy(model_directory, "float32", tuning)
+    model.set_rows(rows)
+    one = data.trainer(model, CONFIG)
+    ours, theirs = (next(loop.steps(trainer, pairs, 0)).values for trainer in (two, one))
+    assert ours.keys() == theirs.keys()
+    assert all(abs(ours[k] - theirs[k]) <= 1e-5 * max(1.0, abs(theirs[k])) for k in theirs)
+    mine, other = (moments(trainer) for trainer in (two, one))
+    assert other.norm() > 0
+    assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+def moments(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([v.flatten() for k, v in sorted(trainer.optimizer.state().items()) if k.startswith("exp_avg/")])
+
+
+def check_state(
+    model_directory: Path, strategy: str, world: World, pairs: Sequence[TrainPair], dtype: str, tuning: str
+) -> None:
+    """State is whole, named as in one process, equal on both ranks, and another wrapped model takes it over."""
+    names = {n for n, p in policy(model_directory, dtype, tuning).named_parameters() if p.requires_grad}
+    started = start(model_directory, strategy, world, dtype=dtype, tuning=tuning)
+    next(loop.steps(started, pairs, 0))
+    state = started.optimizer.state()
+    assert {key.partition("/")[2] for key in state} == names
+    assert not any(isinstance(t, DTensor) for t in state.values())
+    own = trained(started, tuning)
+    assert own.keys() == names
+    assert all(torch.equal(state[f"master/{n}"].to(t.dtype), t) for n, t in own.items())
+    assert all(bool(t.isfinite().all()) for t in state.values())
+    for mine, other in zip(*world.gather(list(state.values())), strict=True):
+        assert torch.equal(mine, other)
+    fresh = start(model_directory, strategy, world, dtype=dtype, tuning=tuning)
+    fresh.optimizer.load_state(world.tell(state))
+    check_shards(fresh, strategy, tuning)
+    again = fresh.optimizer.state()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[k], state[k]) for k in state)
+    assert all(torch.equal(t, own[n]) for n, t in trained(fresh, tuning).items())
+
+
+def trained(trainer: Trainer, tuning: str) -> dict[str, torch.Tensor]:
+    whole = parallel.whole_adapter if tuning == "lora" else parallel.whole_model
+    return {f"policy.{n}": t.clone() for n, t in whole(trainer.model.policy).items()}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

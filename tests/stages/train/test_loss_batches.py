@@ -1,0 +1,150 @@
+"""From token log-probs to what losses read: sums, prefixes, prompts, labels and padded groups, against plain slices."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefpipe.forward.layout import flatten
+from prefpipe.stages.train import rows as train_rows
+from prefpipe.stages.train.loss_batches import scores_prompt, settings_of, to_loss_batch
+from prefpipe.stages.train.losses import registry
+from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch, PairBatch, RankBatch
+from prefpipe.stages.train.micro_batches import micro_batches
+from prefpipe.stages.train.rows import TrainRow
+from tests.stages.train import data
+
+PAIRS = [
+    replace(p, ref_chosen=(-0.5,) * len(p.chosen), ref_rejected=(-0.25,) * len(p.rejected), weight=1 + i / 8)
+    for i, p in enumerate(data.to_train_pairs(data.bare_pairs(6)))
+]
+
+
+def value(position: int, token: int) -> float:
+    """A log-prob that depends on where a token stands after its prompt and which one it is; exact in float32."""
+    return -(position + 1) / 4 - token / 1024
+
+
+def made(rows: list[TrainRow], z0: float = 0.0, **changes: object) -> tuple[LossBatch, torch.Tensor, list[TrainRow]]:
+    """The batch of one micro-batch, with token log-probs from `value`, counted from the first token of the tree."""
+    config = data.config(Path(), **changes)
+    (micro,) = micro_batches(rows, 10**6, score_prompt=scores_prompt(config))
+    layout = flatten(micro.trees)
+    values = [value(i, t) for tree in micro.trees for c in tree.completions for i, t in enumerate(c)]
+    batch, weights = to_loss_batch(torch.tensor(values), layout, micro, config, z0)
+    return batch, weights, list(micro.rows)
+
+
+def sums(ids: tuple[int, ...], taken: int | None = None, after: int = 0) -> float:
+    return sum(value(after + i, t) for i, t in enumerate(ids[:taken]))
+
+
+def test_pairs_by_plain_slices():
+    batch, weights, rows = made(list(PAIRS))
+    assert isinstance(batch, PairBatch)
+    for n, row in enumerate(rows):
+        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
+            assert float(side.policy[n]) == pytest.approx(sums(answer.ids), rel=1e-6)
+            assert float(side.lengths[n]) == len(answer.ids)
+            assert side.reference is not None
+            assert float(side.reference[n]) == sum(answer.reference or ())
+    assert weights.tolist() == [row.weight for row in rows]
+    assert batch.nll is batch.preference_prob is batch.chosen.policy_prefix is None
+
+
+def test_prefixes_end_with_the_shorter_side():
+    batch, _, rows = made(list(PAIRS), ld_alpha=0.5)
+    assert isinstance(batch, PairBatch)
+    for n, row in enumerate(rows):
+        shorter = min(len(a.ids) for a in row.answers)
+        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
+            assert side.policy_prefix is not None
+            assert side.reference_prefix is not None
+            assert float(side.policy_prefix[n]) == pytest.approx(sums(answer.ids, shorter), rel=1e-6)
+            assert float(side.reference_prefix[n]) == sum((answer.reference or ())[:shorter])
+
+
+WPO_LOGPS = {(1, 2, 3): [-1, -0.5, -2], (4, 5, 6, 7): [-2, -1, -0.5, -1.25],
+             (1, 2, 3, 4, 5): [-0.25, -1.5, -0.75, -3, -0.1], (6, 7): [-0.9, -2.2]}  # fmt: skip
+WPO_SQUARES = {(1, 2, 3): [-0.4, -0.3, -0.9], (4, 5, 6, 7): [-0.8, -0.4, -0.3, -0.7],
+               (1, 2, 3, 4, 5): [-0.2, -0.6, -0.5, -1.1, -0.05], (6, 7): [-0.5, -0.9]}  # fmt: skip
+
+
+def weighted(shift: float) -> list[float]:
+    """loss * weight of two pairs: what TRL's own loss code gives for these numbers (its mean is 0.1734223)."""
+    pairs: list[TrainRow] = [
+        replace(PAIRS[0], prompt=(8, 8), chosen=(1, 2, 3), rejected=(4, 5, 6, 7), weight=1.0,
+                ref_chosen=(-4.1, 0.0, 0.0), ref_rejected=(-4.0, 0.0, 0.0, 0.0)),
+        replace(PAIRS[1], prompt=(9, 9), chosen=(1, 2, 3, 4, 5), rejected=(6, 7), weight=1.0,
+                ref_chosen=(-5.0, *[0.0] * 4), ref_rejected=(-3.6, 0.0)),
+    ]  # fmt: skip
+    config = data.config(Path(), use_weighting=True)
+    (micro,) = micro_batches(pairs, 10**6)
+    order = [tuple(completion) for tree in micro.trees for completion in tree.completions]
+    values = torch.tensor([[v for ids in order for v in table[ids]] for table in (WPO_LOGPS, WPO_SQUARES)])
+    values[1] -= shift
+    batch, weights = to_loss_batch(values.requires_grad_(), flatten(micro.trees), micro, config)
+    assert not weights.requires_grad
+    return (weights * registry.combine(("sigmoid",), (1.0,), batch, settings_of(config))).tolist()
+
+
+def test_wpo_weights_are_trls_until_they_pass_one():
+    assert sum(weighted(0.0)) / 2 == pytest.approx(0.1734223, abs=1e-6)
+    assert sum(weighted(5.0)) / 2 == pytest.approx(0.6887913, abs=1e-6)  # clamped at 1: the golden value of sigmoid
+
+
+def test_a_scored_prompt_is_in_the_nll_alone():
+    """Its first token has no prediction; completions keep their own sums."""
+    batch, _, rows = made(list(PAIRS), loss_type=("nll",), nll_scope="prompt_response")
+    assert isinstance(batch, PairBatch)
+    assert batch.nll is not None
+    for n, row in enumerate(rows):
+        rest = row.prompt[1:]
+        chosen = row.answers[0].ids
+        assert float(batch.nll.policy[n]) == pytest.approx(sums(rest + chosen), rel=1e-6)
+        assert float(batch.nll.lengths[n]) == len(rest) + len(chosen)
+        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
+            assert float(side.policy[n]) == pytest.approx(sums(answer.ids, after=len(rest)), rel=1e-5)
+
+
+def test_probabilities_and_gaps_are_there_when_every_pair_has_them():
+    graded = [replace(p, preference_prob=0.5 + i / 16, reward_gap=float(i)) for i, p in enumerate(PAIRS)]
+    batch, _, rows = made(list(graded))
+    assert isinstance(batch, PairBatch)
+    assert batch.preference_prob is not None
+    assert batch.reward_gap is not None
+    by_id = {p.pair_id: p for p in graded}
+    assert batch.preference_prob.tolist() == [by_id[r.row_id].preference_prob for r in rows]
+    assert batch.reward_gap.tolist() == [by_id[r.row_id].reward_gap for r in rows]
+    mixed, _, _ = made([*graded[:3], *PAIRS[3:]])
+    assert isinstance(mixed, PairBatch)
+    assert mixed.preference_prob is None
+
+
+def test_labels_and_their_reference_point():
+    labels = train_rows.from_labels(data.labels_of(data.bare_pairs(6)))
+    batch, _, rows = made(list(labels), z0=0.75)
+    assert isinstance(batch, LabelBatch)
+    wanted = {row.row_id: row.desirable for row in labels}
+    assert batch.desirable.tolist() == [wanted[row.row_id] for row in rows]
+    assert float(batch.z0) == 0.75
+    assert batch.completion.reference is None
+    assert batch.completion.policy.tolist() == pytest.approx([sums(row.answers[0].ids) for row in rows], rel=1e-6)
+
+
+def test_groups_of_different_sizes_are_padded():
+    groups = train_rows.from_groups(data.groups_of(data.bare_pairs(7, num_prompts=3)))
+    batch, _, rows = made(list(groups))
+    assert isinstance(batch, RankBatch)
+    sizes = [len(row.answers) for row in rows]
+    assert sorted(sizes) == [4, 4, 6]
+    assert batch.present.sum(-1).tolist() == sizes
+    for n, row in enumerate(rows):
+        found = batch.completions.policy[n, : sizes[n]].tolist()
+        assert found == pytest.approx([sums(a.ids) for a in row.answers], rel=1e-6)
+
+
+def test_settings_are_those_of_the_config():
+    found = settings_of(data.config(Path(), loss_type=("dpop",), beta=0.3, dpop_lambda=7.0))
+    assert (found.beta, found.dpop_lambda) == (0.3, 7.0)

@@ -1,0 +1,135 @@
+"""`prefpipe plan`: what a run will cost, through the command line, and its numbers against a count by hand."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from prefpipe.forward import load
+from prefpipe.stages.train import memory, plan, stage
+from prefpipe.stages.train.inputs import prepare
+from prefpipe.stages.train.micro_batches import tree_of
+from prefpipe.stages.train.rows import TrainPair
+from tests.conftest import Cli
+from tests.stages.train import data
+
+ROWS = (
+    "pairs, steps", "tokens per epoch", "micro-batch", "weights", "trained, gradients", "optimizer", "activations",
+    "checkpointing", "head chunk", "peak", "time", "cache saves",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = data.with_reference(data.bare_pairs(10), tiny_model)
+    return data.write_pairs(tmp_path_factory.mktemp("pairs") / "p", rows)
+
+
+def number(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    assert found, text
+    return int(found.group(1).replace(",", ""))
+
+
+def test_the_command_prints_a_table_and_writes_nothing(cli: Cli, tiny_model: Path, pairs: Path, tmp_path: Path):
+    done = cli(
+        "plan", "--model", tiny_model, "--pairs", pairs, "--dtype", "float32", "--train-batch-size", 4,
+        "--num-train-epochs", 2, "--lora-r", 4, "--max-tokens-per-micro-batch", 60,
+        cwd=tmp_path, env={"PYTHONPATH": os.fspath(Path(plan.__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    width = max(map(len, ROWS))
+    rows = {line[:width].rstrip(): line[width + 2 :] for line in done.stdout.splitlines()}
+    assert tuple(rows) == ROWS
+    assert rows["pairs, steps"] == "10, 6 of 4 pairs"
+    computed, logical = (
+        number(rows["tokens per epoch"], p) for p in (r"([\d,]+) computed", r"([\d,]+) as separate rows")
+    )
+    rows_of = data.bare_pairs(10)
+    assert logical == sum(
+        2 * len(r.prompt_token_ids) + len(r.chosen_token_ids) + len(r.rejected_token_ids) for r in rows_of
+    )
+    assert 0 < computed <= logical
+    assert number(rows["micro-batch"], r"holds ([\d,]+)") <= 60
+    for name in ("weights", "trained, gradients", "optimizer", "activations", "head chunk", "peak"):
+        assert re.match(r"\d+\.\d{3} GiB", rows[name]), rows[name]
+    assert re.match(r"\d+\.\d min \(\d+ tokens/s", rows["time"])
+    assert "reference passes with the adapter off" in rows["cache saves"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", [("--out", "somewhere"), ("--force",), ("--dry-run",)])
+def test_flags_that_write_are_refused(cli: Cli, tmp_path: Path, flag: tuple[str, ...]):
+    done = cli("plan", *flag, cwd=tmp_path, env={"PYTHONPATH": os.fspath(Path(plan.__file__).parents[1])})
+    assert done.returncode == 2
+    assert "plan writes nothing" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def pair(name: str, prompt: int, chosen: tuple[int, ...], rejected: tuple[int, ...]) -> TrainPair:
+    return TrainPair(name, "c", "r", (1,) * prompt, chosen, rejected, None, None, 1.0)
+
+
+def test_unique_tokens_by_hand(tiny_model: Path):
+    """Three pairs of a 10-token prompt in one step, the chosen one (5 tokens) always the same, rejected 1, 2, 3.
+
+    Computed 10 + 5 + 1 + 2 + 3 = 21, as separate rows 3 x (20 + 5) + 6 = 81; apart in steps of one pair
+    16 + 17 + 18 = 51.
+    """
+    pairs = [pair(str(n), 10, (9,) * 5, (20,) * n) for n in (1, 2, 3)]
+    together, apart = (data.config(tiny_model, train_batch_size=size) for size in (3, 1))
+    assert plan.unique_tokens(pairs, together, 1000) == {"computed": 21, "logical": 81, "largest micro-batch": 21}
+    assert plan.unique_tokens(pairs, apart, 1000) == {"computed": 51, "logical": 81, "largest micro-batch": 18}
+
+
+def test_grouping_by_prompt_computes_fewer_tokens(tiny_model: Path):
+    rows = data.to_train_pairs(data.bare_pairs(40))
+    apart, together = (
+        plan.unique_tokens(rows, data.config(tiny_model, group_by_prompt=flag), 10**6) for flag in (False, True)
+    )
+    assert together["computed"] < apart["computed"] < apart["logical"] == together["logical"]
+
+
+def test_a_plan_without_a_budget_fits_the_free_memory(tiny_model: Path, pairs: Path):
+    lines = plan.run(data.config(tiny_model, pairs))
+    assert [line.split("  ")[0] for line in lines] == list(ROWS)
+    (micro,) = (line for line in lines if line.startswith("micro-batch"))
+    assert number(micro, r"at most ([\d,]+)") >= number(micro, r"holds ([\d,]+)") > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "share", "events", "said"),
+    [
+        ("auto", 0.9, ["measure", "checkpoint", "measure"], "on: a row of {} tokens does not fit the free memory"),
+        ("auto", 1.2, ["measure"], "off: a row of {} tokens, the longest, fits the free memory"),
+        ("on", 1.2, ["checkpoint", "measure"], "on, as asked for"),
+        ("off", 0.9, ["measure"], "off, as asked for"),
+    ],
+)
+def test_checkpointing_is_foretold_as_train_does_it(
+    tiny_model: Path, pairs: Path, setting: str, share: float, events: list[str], said: str,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """Free memory of `share` of what the longest row needs beside what is fixed: plan says what train does, from a
+    footprint of the model as it will train."""
+    rows = prepare(data.config(tiny_model, pairs)).rows
+    trees = [tree_of(row) for row in rows]
+    longest = max(tree.num_tokens for tree in trees)
+    footprint = memory.measure(data.policy(tiny_model), trees)
+    needed = footprint.optimizer + footprint.head + footprint.activations(longest)
+    seen: list[str] = []
+
+    def measure(_model: object, _trees: object) -> memory.Footprint:
+        seen.append("measure")
+        return footprint
+
+    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: share * needed / memory._SHARE)
+    monkeypatch.setattr(load, "checkpoint_layers", lambda _model: seen.append("checkpoint"))
+    config = data.config(tiny_model, pairs, gradient_checkpointing=setting)
+    (line,) = (line for line in plan.run(config) if line.startswith("checkpointing"))
+    assert said.format(longest) in line
+    planned, seen = seen, []
+    stage.fitting_tokens(data.policy(tiny_model), rows, config)
+    assert planned == seen == events
