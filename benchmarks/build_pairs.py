@@ -121,11 +121,11 @@ def ours(folder: Path) -> tuple[float, int]:
     import polars as pl
 
     from prefpipe.config.build_pairs import BuildPairsConfig
-    from prefpipe.stages.build_pairs import rules
+    from prefpipe.stages.build_pairs import pair_rules
 
     start = time.perf_counter()
-    ranked = rules.rank(pl.read_parquet(folder / "keys.parquet"))
-    pairs = rules.pair_frame(ranked, rules.best_worst(ranked, BuildPairsConfig(rule="best-worst")))
+    ranked = pair_rules.rank(pl.read_parquet(folder / "keys.parquet"))
+    pairs = pair_rules.pair_frame(ranked, pair_rules.best_worst(ranked, BuildPairsConfig(rule="best-worst")))
     return time.perf_counter() - start, _digest(pairs["chosen_completion_id"], pairs["rejected_completion_id"])
 
 

@@ -89,15 +89,15 @@ def vllm(*, quick: bool) -> list[dict[str, Any]]:
     from prefpipe import engines
     from prefpipe.engines.base import Draw, EngineSettings, Request
     from prefpipe.ids import sample_seed
-    from prefpipe.models import chat as chats
+    from prefpipe.models.chat import encode, load_chat, render
 
     policy = resolve(MODEL)
-    chat = chats.load(policy.directory)
+    chat = load_chat(policy.directory)
     prompts, max_tokens = (8, 24) if quick else (16, 32)
     requests = []
     for i in range(prompts):
         message = {"role": "user", "content": f"Tell me about topic {i} in one short sentence."}
-        ids = chats.encode(chat, chats.render(chat, [message], add_generation_prompt=True))
+        ids = encode(chat, render(chat, [message], add_generation_prompt=True))
         draws = tuple(Draw(k, sample_seed(0, str(i), k), 1.0) for k in range(NUM_SAMPLES))
         requests.append(Request(str(i), ids, draws))
     settings = EngineSettings(policy, chat, "bfloat16", 1.0, max_tokens, 256, 32, 512)

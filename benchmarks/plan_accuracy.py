@@ -59,9 +59,9 @@ def worker(dtype: str, tokens: int, out: Path) -> None:
     from prefpipe.forward.logps import TreeModel
     from prefpipe.models import policy
     from prefpipe.stages.train import loop, memory
+    from prefpipe.stages.train.examples import TrainPair
     from prefpipe.stages.train.optimizer import MasterOptimizer
     from prefpipe.stages.train.parallel import World
-    from prefpipe.stages.train.rows import TrainPair
 
     torch.set_num_threads(1)
     source = random.Random(0)

@@ -287,10 +287,10 @@ def worker_ours(case: Case, folder: Path) -> None:
     from prefpipe.forward.logps import TreeModel, score
     from prefpipe.models import policy
     from prefpipe.stages.train import loop
+    from prefpipe.stages.train.examples import TrainPair
     from prefpipe.stages.train.micro_batches import global_batches, micro_batches
     from prefpipe.stages.train.optimizer import MasterOptimizer
     from prefpipe.stages.train.parallel import World
-    from prefpipe.stages.train.rows import TrainPair
 
     torch.set_num_threads(1)
     config = TrainConfig(

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from prefpipe import cli as command_line
-from prefpipe.models import chat as chats
-from prefpipe.models.chat import Chat
+from prefpipe.models.chat import Chat, load_chat
 from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +41,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chat(tiny_model: Path) -> Chat:
     """Its tokenizer and template."""
-    return chats.load(tiny_model)
+    return load_chat(tiny_model)
 
 
 @pytest.fixture(scope="session")

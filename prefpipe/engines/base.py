@@ -67,7 +67,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class ScoreRequest:
     """A given completion to score."""
 
     completion_id: str
@@ -111,7 +111,7 @@ class Engine(Protocol):
         """Each request with its samples, in the order in which they finish; requests are taken as needed."""
         ...
 
-    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         """(completion_id, raw log-prob of every completion token), with the adapter on or off."""
         ...
 

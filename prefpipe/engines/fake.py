@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, Sequence
-from prefpipe.models import chat as chats
+from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
+from prefpipe.models.chat import encode
 
 _WORDS = (
     *("a", "the", "small", "large", "old", "new", "quiet", "bright", "tool", "animal"),
@@ -28,9 +28,9 @@ class FakeEngine:
         self._max_tokens = settings.max_tokens
         self._end = min(chat.eos_token_ids)
         # Encoded once: what a word costs is a look-up, so that this engine never is what one waits for.
-        self._first = [chats.encode(chat, word.capitalize()) for word in _WORDS]
-        self._later = [chats.encode(chat, f" {word}") for word in _WORDS]
-        self._stop = chats.encode(chat, ".")
+        self._first = [encode(chat, word.capitalize()) for word in _WORDS]
+        self._later = [encode(chat, f" {word}") for word in _WORDS]
+        self._stop = encode(chat, ".")
         self._logps: dict[tuple[int, int], float] = {}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
@@ -38,7 +38,7 @@ class FakeEngine:
         for request in requests:
             yield request, [self._sample(draw) for draw in request.draws]
 
-    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         """The same made-up log-probs that sampling gives, shifted when the adapter is off."""
         for sequence in sequences:
             yield sequence.completion_id, self._score(sequence.token_ids, 0.0 if adapter else -0.125)
@@ -50,7 +50,7 @@ class FakeEngine:
                 sample = self._sample(Draw(0, query.seed, query.temperature))
                 yield query, Response(sample.token_ids, sample.finish_reason)
                 continue
-            ids = chats.encode(self._chat, json.dumps(_instance(query.schema, str(query.prompt_token_ids))))
+            ids = encode(self._chat, json.dumps(_instance(query.schema, str(query.prompt_token_ids))))
             stops = len(ids) < self._max_tokens
             yield query, Response([*ids, self._end][: self._max_tokens], "stop" if stops else "length")
 

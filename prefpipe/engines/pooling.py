@@ -10,7 +10,11 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefpipe.engines.vllm import _ENVIRONMENT, _cuda_is_available, _quiet  # one way to start vLLM quietly
+from prefpipe.engines.vllm import (
+    _ENVIRONMENT,  # one way to start vLLM quietly
+    _cuda_is_available,  # one way to start vLLM quietly
+    _quiet,  # one way to start vLLM quietly
+)
 
 Classify = Callable[[Sequence[Sequence[int]]], list[list[float]]]
 _KV_CACHE_MIB = 512  # on CPU; a GPU takes its free memory

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from prefpipe import log
-from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, Sequence
+from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
@@ -69,7 +69,7 @@ class TransformersEngine:
                     ],
                 )
 
-    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         """The trainer's own forward without gradient; neighbours with the same prompt share it."""
         with load.adapter_off(self._model.policy, off=not adapter):
             for prompts in _chunks(groupby(sequences, key=lambda s: tuple(s.prompt_token_ids))):
@@ -189,10 +189,10 @@ def _by_length(requests: list[Request], max_rows: int) -> Iterator[list[Request]
         yield batch
 
 
-_Prompt = tuple[tuple[int, ...], list[Sequence]]
+_Prompt = tuple[tuple[int, ...], list[ScoreRequest]]
 
 
-def _chunks(prompts: Iterable[tuple[tuple[int, ...], Iterator[Sequence]]]) -> Iterator[list[_Prompt]]:
+def _chunks(prompts: Iterable[tuple[tuple[int, ...], Iterator[ScoreRequest]]]) -> Iterator[list[_Prompt]]:
     """Prompts with their sequences, a few at a time: enough to fill a scoring pass, few enough to stay in memory."""
     waiting: list[_Prompt] = []
     for prompt, own in prompts:

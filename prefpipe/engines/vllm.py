@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, Sequence
+from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import DataError, UsageError
 
 # Read by vLLM when it is imported. In process: no children that outlive a kill, and a quarter of the start-up time.
@@ -113,12 +113,12 @@ class VllmEngine:
                 del waiting[prompt_id]
                 yield request, sorted(samples, key=lambda s: s.sample_index)
 
-    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         """Prompt log-probs of prompt + completion; only the completion's are kept."""
         params = self._vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
-        lengths: dict[str, Sequence] = {}
+        lengths: dict[str, ScoreRequest] = {}
 
         def given() -> Iterator[tuple[str, list[int], Any, bool]]:
             for sequence in sequences:

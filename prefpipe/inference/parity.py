@@ -23,7 +23,7 @@ _SIGNED, _ABSOLUTE = 0.01, {"float32": 0.001, "float16": 0.1, "bfloat16": 0.1}  
 class Checked:
     """A completion with the log-probs in the cache."""
 
-    sequence: base.Sequence
+    sequence: base.ScoreRequest
     token_logps: Sequence[float]
 
 

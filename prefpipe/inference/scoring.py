@@ -10,7 +10,7 @@ from prefpipe.engines.base import Engine
 from prefpipe.errors import PrefpipeError
 from prefpipe.inference.inflight import Inflight
 
-Shard = tuple[int, Sequence[base.Sequence]]
+Shard = tuple[int, Sequence[base.ScoreRequest]]
 Scored = tuple[int, dict[str, list[float]]]  # number of a shard, log-probs (nats) of every token by completion_id
 
 
@@ -60,7 +60,7 @@ class _Table:
     left: dict[int, int] = field(default_factory=dict)
     values: dict[int, dict[str, list[float]]] = field(default_factory=dict)
 
-    def open(self, index: int, given: Sequence[base.Sequence]) -> list[base.Sequence]:
+    def open(self, index: int, given: Sequence[base.ScoreRequest]) -> list[base.ScoreRequest]:
         """A shard begins; its sequences under keys of the run, since two shards may hold the same one."""
         self.left[index] = len(given)
         self.values[index] = {}

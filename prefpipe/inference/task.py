@@ -16,8 +16,7 @@ from prefpipe.inference import sampling
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Prepare, Ready, Sampled, Shard, Work
 from prefpipe.inputs.prompts import Prompts, read_prompts
-from prefpipe.models import chat as chats
-from prefpipe.models.chat import Chat, encode_prompt
+from prefpipe.models.chat import Chat, encode_prompt, load_chat, notices, stop_ids
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction
 from prefpipe.rewards.rating import load_rewards
@@ -52,12 +51,12 @@ def read_task(config: Config, reward_names: Sequence[str]) -> Task:
     prompts_file = Path(config.prompts)
     prompts, repeated = read_prompts(prompts_file, config.split, config.limit)
     policy = resolve(config.model, config.adapter)
-    chat = chats.load(policy.directory, config.chat_template, config.template_date)
-    for notice in chats.notices(chat):
+    chat = load_chat(policy.directory, config.chat_template, config.template_date)
+    for notice in notices(chat):
         log.info(f"notice: {notice}")
     functions, reward_ids = load_rewards(reward_names, config.reward_settings)
     inputs = {"prompts": store.input_digest(prompts_file), "policy": policy.id, **chat.digests, **reward_ids}
-    stops = tuple(sorted({*config.stop_token_ids, *chats.stop_ids(chat, config.stop)}))
+    stops = tuple(sorted({*config.stop_token_ids, *stop_ids(chat, config.stop)}))
     return Task(_part(prompts, config.part), repeated, policy, chat, functions, inputs, stops)
 
 

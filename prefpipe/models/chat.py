@@ -58,7 +58,7 @@ class Chat:
         return self.tokenizer.decode_batch([list(ids) for ids in token_ids], skip_special_tokens=True)
 
 
-def load(directory: Path, chat_template: str = "model", date: str = TODAY) -> Chat:
+def load_chat(directory: Path, chat_template: str = "model", date: str = TODAY) -> Chat:
     """Read tokenizer, template and end-of-sequence ids of a model directory.
 
     `chat_template` is "model", "none" (plain text) or a file. `date` is the day (YYYY-MM-DD) that a template with a

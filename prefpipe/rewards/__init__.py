@@ -17,7 +17,7 @@ from prefpipe.rewards.base import RewardFunction
 # Kind of reward -> the module that has `KIND(settings) -> RewardFunction`, `VERSION` and `inputs(settings)`. Loaded
 # only when asked for, since some bring heavy packages.
 REWARDS = {
-    **dict.fromkeys(("short_sentence", "length", "keyword", "repetition", "refusal"), "prefpipe.rewards.rules"),
+    **dict.fromkeys(("short_sentence", "length", "keyword", "repetition", "refusal"), "prefpipe.rewards.text_rules"),
     **dict.fromkeys(("regex", "exact_match"), "prefpipe.rewards.patterns"),
     "json_schema": "prefpipe.rewards.json_schema",
     "language": "prefpipe.rewards.language",

@@ -12,8 +12,7 @@ from prefpipe.config.judge import Judge
 from prefpipe.engines.base import Engine, EngineSettings, Query, Response
 from prefpipe.errors import RowFault, UsageError
 from prefpipe.ids import ids_digest, sample_seed
-from prefpipe.models import chat as chats
-from prefpipe.models.chat import Chat, encode_prompt, render
+from prefpipe.models.chat import Chat, encode_prompt, load_chat, render
 from prefpipe.models.policy import context_length, resolve
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.schemas import Message
@@ -25,7 +24,7 @@ _OBJECT: dict[str, Any] = {"type": "object"}
 def inputs(settings: Judge) -> dict[str, str]:
     """Weights, tokenizer and chat template of the judge, by content, in place of the path that names it."""
     policy = resolve(_name(settings))
-    return {"model": policy.id, **chats.load(policy.directory).digests}
+    return {"model": policy.id, **load_chat(policy.directory).digests}
 
 
 def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list[Reply]]:
@@ -37,7 +36,7 @@ def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list
     the context has no room for any question.
     """
     directory = resolve(_name(settings)).directory
-    chat = chats.load(directory)
+    chat = load_chat(directory)
     longest = _longest_question(settings, directory)
     has_system = takes_system(chat)
     open_engines = contextlib.ExitStack()

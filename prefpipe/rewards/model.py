@@ -18,8 +18,7 @@ from prefpipe.config.base import suggestion
 from prefpipe.config.rewards import RewardModel
 from prefpipe.engines import pooling
 from prefpipe.errors import RowFault, UsageError
-from prefpipe.models import chat as chats
-from prefpipe.models.chat import Chat, encode, render
+from prefpipe.models.chat import Chat, check_control_tokens, encode, load_chat, render
 from prefpipe.models.policy import resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
@@ -39,7 +38,7 @@ class Row:
 def inputs(settings: RewardModel) -> dict[str, str]:
     """Weights, tokenizer and chat template, by content."""
     policy = resolve(_name(settings))
-    return {"model": policy.id, **chats.load(policy.directory, settings.chat_template).digests}
+    return {"model": policy.id, **load_chat(policy.directory, settings.chat_template).digests}
 
 
 def reward_model(settings: RewardModel) -> RewardFunction:
@@ -50,7 +49,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
     unparsable; a logit that is no finite number gets none either, status crash. The weights load at the first call.
     """
     directory = resolve(_name(settings)).directory
-    chat = chats.load(directory, settings.chat_template)
+    chat = load_chat(directory, settings.chat_template)
     label = find_label(directory, settings.label)
     longest = min(settings.max_length, _config(directory).get("max_position_embeddings") or settings.max_length)
     started = contextlib.ExitStack()
@@ -109,7 +108,7 @@ def _check_architecture(directory: Path) -> None:
 def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:
     """Token ids of prompt and completion in the reward model's own terms. Raises RowFault when they cannot be rated."""
     messages = [*answer.messages, {"role": "assistant", "content": answer.text}]
-    chats.check_control_tokens(chat, messages)  # pyright: ignore[reportArgumentType]  (a Message is such a dict)
+    check_control_tokens(chat, messages)  # pyright: ignore[reportArgumentType]  (a Message is such a dict)
     ids = encode(chat, render(chat, messages, add_generation_prompt=False))  # pyright: ignore[reportArgumentType]
     if not ids:
         raise RowFault("empty", "the chat template renders nothing")

@@ -10,14 +10,14 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from prefpipe.engines import load
-from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, Sequence
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, ScoreRequest
 from prefpipe.engines.fake import FakeEngine
-from prefpipe.models import chat as chats
 from prefpipe.models import policy
+from prefpipe.models.chat import load_chat
 
 
 def settings(model: Path, max_tokens: int = 200) -> EngineSettings:
-    return EngineSettings(policy.resolve(str(model)), chats.load(model), "float32", 1.0, max_tokens, 1024, 4, 64)
+    return EngineSettings(policy.resolve(str(model)), load_chat(model), "float32", 1.0, max_tokens, 1024, 4, 64)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_greedy_does_not_depend_on_the_seed(engine: Engine) -> None:
 def test_scoring_equals_what_sampling_captured_and_shifts_without_the_adapter(engine: Engine) -> None:
     """Adapter off: 1/8 nat less per token, so that a test can tell the two references apart."""
     ((_, samples),) = engine.generate([request("a", 1, 2)])
-    given_ = [Sequence(str(s.sample_index), [1, 2, 3], s.token_ids) for s in samples]
+    given_ = [ScoreRequest(str(s.sample_index), [1, 2, 3], s.token_ids) for s in samples]
     on, off = dict(engine.score(given_, adapter=True)), dict(engine.score(given_, adapter=False))
     for sample in samples:
         assert on[str(sample.sample_index)] == sample.token_logps
@@ -92,7 +92,7 @@ def test_answers_follow_their_schema_with_the_keys_in_its_order(tiny_model: Path
         "type": "object",
         "properties": {"reason": {"type": "string"}, "rating": {"type": "integer", "enum": [3, 5, 8]}},
     }
-    chat, fake = chats.load(tiny_model), FakeEngine(settings(tiny_model))
+    chat, fake = load_chat(tiny_model), FakeEngine(settings(tiny_model))
     queries = [Query(str(n), [n], 0, 0.0, schema) for n in range(20)]
     found = {q.query_id: chat.decode(response.token_ids) for q, response in fake.respond(queries)}
     assert all(list(json.loads(text)) == ["reason", "rating"] for text in found.values())

@@ -19,13 +19,13 @@ from prefpipe import engines
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.train import TrainConfig
-from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, Sample, Sequence
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, Sample, ScoreRequest
 from prefpipe.engines.transformers import _batches, _draw, _Row
 from prefpipe.errors import UsageError
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter, scorer_name
 from prefpipe.forward.logps import TreeModel, score
-from prefpipe.models import chat as chats
+from prefpipe.models.chat import load_chat
 from prefpipe.models.policy import resolve
 from prefpipe.stages import build_pairs
 from prefpipe.stages.generate import stage as generate
@@ -38,7 +38,7 @@ PROMPTS = {name: list(map(ord, name)) for name in ("a bird", "an owl", "a song",
 @pytest.fixture(scope="module")
 def settings(tiny_model: Path) -> EngineSettings:
     policy = resolve(str(tiny_model))
-    return EngineSettings(policy, chats.load(tiny_model), "float32", 1.0, MAX_TOKENS, 64, 8, 64)
+    return EngineSettings(policy, load_chat(tiny_model), "float32", 1.0, MAX_TOKENS, 64, 8, 64)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,11 @@ def sampled(engine: Engine, given_: list[Request]) -> dict[str, list[Sample]]:
     return {request.prompt_id: samples for request, samples in engine.generate(given_)}
 
 
-def sequences(samples: dict[str, list[Sample]]) -> list[Sequence]:
+def sequences(samples: dict[str, list[Sample]]) -> list[ScoreRequest]:
     return [
-        Sequence(f"{name}/{s.sample_index}", PROMPTS[name], s.token_ids) for name, own in samples.items() for s in own
+        ScoreRequest(f"{name}/{s.sample_index}", PROMPTS[name], s.token_ids)
+        for name, own in samples.items()
+        for s in own
     ]
 
 

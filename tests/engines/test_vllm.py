@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from prefpipe import engines
-from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, Sequence
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample, ScoreRequest
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.ids import ids_digest
 from prefpipe.inputs.prompts import read_prompts
-from prefpipe.models import chat as chats
-from prefpipe.models.chat import encode, encode_prompt
+from prefpipe.models.chat import Chat, encode, encode_prompt, load_chat
 from prefpipe.models.policy import resolve
 from prefpipe.runs import store
 from prefpipe.schemas import Completion, RefLogps, from_table
@@ -45,7 +44,7 @@ class Facts:
 @pytest.fixture(scope="module")
 def settings(tiny_model: Path) -> EngineSettings:
     """Room for the longest prompt and a full completion, to the token."""
-    chat = chats.load(tiny_model)
+    chat = load_chat(tiny_model)
     longest = max(len(r.prompt_token_ids) for r in requests(chat))
     policy = resolve(str(tiny_model))
     return EngineSettings(policy, chat, "float32", 0.8, MAX_TOKENS, longest + MAX_TOKENS, MAX_NUM_SEQS, 64)
@@ -86,15 +85,17 @@ def adapted(tuned: EngineSettings) -> Samples:
         return collect(engine, requests(tuned.chat))
 
 
-def requests(chat: chats.Chat) -> list[Request]:
+def requests(chat: Chat) -> list[Request]:
     """30 requests of 3 draws: more than ten windows of 2 * MAX_NUM_SEQS draws, with prompts of many lengths."""
     return [Request(f"p{n}", encode(chat, f"bird {n}" + "!" * n), DRAWS) for n in range(30)]
 
 
-def sequences(chat: chats.Chat, samples: Samples) -> list[Sequence]:
+def sequences(chat: Chat, samples: Samples) -> list[ScoreRequest]:
     prompts = {r.prompt_id: r.prompt_token_ids for r in requests(chat)}
     return [
-        Sequence(f"{name}/{s.sample_index}", prompts[name], s.token_ids) for name, own in samples.items() for s in own
+        ScoreRequest(f"{name}/{s.sample_index}", prompts[name], s.token_ids)
+        for name, own in samples.items()
+        for s in own
     ]
 
 
@@ -324,7 +325,7 @@ def test_killed_on_real_vllm_and_run_again_nothing_is_lost_or_doubled(
 
 def check_completions(out: Path, model: Path, prompts_file: Path) -> None:
     """Every id that the command must give, each once, with log-probs that a transformers engine agrees with."""
-    chat, policy = chats.load(model), resolve(str(model))
+    chat, policy = load_chat(model), resolve(str(model))
     prompts, _ = read_prompts(prompts_file, "train", 0)
     completions = from_table(Completion, store.read_dataset(out, "completions", Completion))
     assert [(c.prompt_id, c.sample_index) for c in completions] == [(p.prompt_id, k) for p in prompts for k in range(3)]
@@ -336,5 +337,5 @@ def check_completions(out: Path, model: Path, prompts_file: Path) -> None:
         r.completion_id: r.token_logps for r in from_table(RefLogps, store.read_dataset(out, "ref_logps", RefLogps))
     }
     with engines.load("transformers", EngineSettings(policy, chat, "float32", 1.0, 12, 64, 8, 64)) as engine:
-        given = [Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in completions]
+        given = [ScoreRequest(c.completion_id, c.prompt_token_ids, c.token_ids) for c in completions]
         assert distance(logps, dict(engine.score(given, adapter=True))) < 1e-3

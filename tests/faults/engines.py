@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 
-from prefpipe.engines.base import EngineSettings, Request, Sample, Sequence
+from prefpipe.engines.base import EngineSettings, Request, Sample, ScoreRequest
 from prefpipe.engines.fake import FakeEngine
 
 
@@ -27,8 +27,8 @@ class Raises(FakeEngine):
                 waiting = []
         yield from super().generate(waiting)
 
-    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        waiting: list[Sequence] = []
+    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+        waiting: list[ScoreRequest] = []
         for sequence in sequences:
             waiting.append(sequence)
             if "poison" in self._chat.decode(sequence.prompt_token_ids + sequence.token_ids):

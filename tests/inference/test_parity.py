@@ -8,15 +8,15 @@ from typing import NoReturn
 import pytest
 
 from prefpipe import engines
-from prefpipe.engines.base import EngineSettings, Sequence
+from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.inference import parity
 from prefpipe.inference.parity import Checked
-from prefpipe.models import chat as chats
 from prefpipe.models import policy
+from prefpipe.models.chat import load_chat
 
 
 def checked(name: str, *logps: float) -> Checked:
-    return Checked(Sequence(name, [1], list(range(len(logps)))), logps)
+    return Checked(ScoreRequest(name, [1], list(range(len(logps)))), logps)
 
 
 def test_figures_by_hand() -> None:
@@ -88,7 +88,7 @@ def test_every_engine_has_another_one() -> None:
 def test_a_scorer_that_is_not_installed_is_said(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = EngineSettings(policy.resolve(str(tiny_model)), chats.load(tiny_model), "float32", 1.0, 8, 64, 2, 64)
+    settings = EngineSettings(policy.resolve(str(tiny_model)), load_chat(tiny_model), "float32", 1.0, 8, 64, 2, 64)
     monkeypatch.setattr(parity.importlib.util, "find_spec", lambda _name: None)
     report = parity.check([checked("a", -1.0)], "transformers", "s", settings, adapter=True)
     assert report["not_checked"] == "the other scorer, vllm, is not installed"
@@ -99,7 +99,7 @@ def test_a_scorer_that_is_not_installed_is_said(
 def test_a_scorer_that_fails_is_said_and_the_cache_stays(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = EngineSettings(policy.resolve(str(tiny_model)), chats.load(tiny_model), "float32", 1.0, 8, 64, 2, 64)
+    settings = EngineSettings(policy.resolve(str(tiny_model)), load_chat(tiny_model), "float32", 1.0, 8, 64, 2, 64)
 
     def broken(*_arguments: object) -> NoReturn:
         raise RuntimeError("no kernel image")
@@ -111,8 +111,8 @@ def test_a_scorer_that_fails_is_said_and_the_cache_stays(
 
 
 def test_disagreement_is_a_warning(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = EngineSettings(policy.resolve(str(tiny_model)), chats.load(tiny_model), "float32", 1.0, 8, 64, 2, 64)
-    rows = [Checked(Sequence("a", [1], [7, 8]), [-20.0, -20.0])]
+    settings = EngineSettings(policy.resolve(str(tiny_model)), load_chat(tiny_model), "float32", 1.0, 8, 64, 2, 64)
+    rows = [Checked(ScoreRequest("a", [1], [7, 8]), [-20.0, -20.0])]
     report = parity.check(rows, "fake", "edited", settings, adapter=True)
     assert (report["scorer"], report["other"], report["agrees"]) == ("edited", "fake-1", False)
     assert "edited and fake-1 disagree" in capsys.readouterr().err

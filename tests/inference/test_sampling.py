@@ -80,7 +80,7 @@ class ShuffledEngine:
         while waiting:
             yield self._finish(waiting)
 
-    def score(self, sequences: Iterable[base.Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+    def score(self, sequences: Iterable[base.ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         yield from ((s.completion_id, [0.0] * len(s.token_ids)) for s in sequences)
 
     def __enter__(self) -> Self:

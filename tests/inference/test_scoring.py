@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefpipe.engines.base import Request, Sample, Sequence
+from prefpipe.engines.base import Request, Sample, ScoreRequest
 from prefpipe.errors import PrefpipeError
 from prefpipe.inference import scoring
 from prefpipe.inference.inflight import Inflight
@@ -27,10 +27,10 @@ class Shuffled:
         self._in_flight, self._poison, self._lost = in_flight, poison, lost
         self.calls: list[list[str]] = []
 
-    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         assert adapter
         self.calls.append([])
-        waiting: list[Sequence] = []
+        waiting: list[ScoreRequest] = []
         for s in sequences:
             self.calls[-1].append(s.completion_id)
             if s.completion_id.endswith(self._poison or "nothing"):
@@ -41,7 +41,7 @@ class Shuffled:
         while waiting:
             yield self._finish(waiting)
 
-    def _finish(self, waiting: list[Sequence]) -> tuple[str, list[float]]:
+    def _finish(self, waiting: list[ScoreRequest]) -> tuple[str, list[float]]:
         s = waiting.pop(self._source.randrange(len(waiting)))
         return s.completion_id, [-float(t) for t in s.token_ids]
 
@@ -60,7 +60,7 @@ class Shuffled:
 def shards(*sizes: int) -> list[Shard]:
     """Every shard has the ids c0, c1, ...; the values that belong to (shard, place) are its own."""
     return [
-        (index, [Sequence(f"c{i}", [9], [index, i]) for i in range(size)]) for index, size in enumerate(sizes)
+        (index, [ScoreRequest(f"c{i}", [9], [index, i]) for i in range(size)]) for index, size in enumerate(sizes)
     ]  # fmt: skip
 
 

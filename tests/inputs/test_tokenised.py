@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id, ids_digest
 from prefpipe.inputs.tokenised import read_labels, read_pairs
-from prefpipe.models import chat as chats
-from prefpipe.models.chat import Chat, encode, render
+from prefpipe.models.chat import Chat, encode, load_chat, render
 from prefpipe.schemas import Message, Pair
 from tests.conftest import ROOT, Write
 
@@ -58,7 +57,7 @@ def test_a_pair_is_its_rendering_cut_in_two(
     """prompt + completion is a prefix of the whole rendering; EOS comes once, at the end; the prompt is shared."""
     if chosen == rejected:
         return
-    chat = chats.load(tiny_model)
+    chat = load_chat(tiny_model)
     path = tmp_path_factory.mktemp("pairs") / "p.jsonl"
     path.write_text(json.dumps(pair(prompt, chosen, rejected)))
     ((row,), _) = read_pairs(path, chat)

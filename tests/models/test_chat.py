@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from prefpipe.errors import DataError, MissingInputError, RowFault
-from prefpipe.models import chat as chats
 from prefpipe.models import policy
-from prefpipe.models.chat import Chat, encode, encode_prompt, render
+from prefpipe.models.chat import Chat, encode, encode_messages, encode_prompt, load_chat, notices, render
 from prefpipe.schemas import Message
 from tests.tiny import SPECIAL
 
@@ -66,7 +65,7 @@ def test_text_and_ids_equal_transformers_on_a_real_model(shape: str, add_generat
         directory = policy.resolve(EMBEDDED).directory
     except MissingInputError as error:
         pytest.skip(str(error))
-    _check_against_transformers(chats.load(directory), directory, SHAPES[shape], add_generation_prompt)
+    _check_against_transformers(load_chat(directory), directory, SHAPES[shape], add_generation_prompt)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -86,14 +85,14 @@ def test_every_construct_of_templates_renders_as_in_transformers(chat: Chat, tin
     )
 )
 def test_any_text_renders_and_encodes_as_in_transformers(tiny_model: Path, messages: list[Message]) -> None:
-    _check_against_transformers(chats.load(tiny_model), tiny_model, messages, True)
+    _check_against_transformers(load_chat(tiny_model), tiny_model, messages, True)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40))
 def test_decode_gives_the_text_back(tiny_model: Path, text: str) -> None:
     """A byte tokenizer loses nothing; the end-of-sequence token is no text."""
-    chat = chats.load(tiny_model)
+    chat = load_chat(tiny_model)
     if not any(token in text for token in SPECIAL):
         assert chat.decode([*encode(chat, text), 2]) == text
 
@@ -133,7 +132,7 @@ def test_control_tokens_that_are_no_special_tokens_count_when_the_template_uses_
     tokenizer["added_tokens"] += [{"id": 259, "content": "<turn>", **flags}, {"id": 260, "content": "<word>", **flags}]
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     (copy / "chat_template.jinja").write_text("{% for m in messages %}<turn>{{ m.content }}{% endfor %}")
-    assert set(chats.load(copy).control_tokens) == {*SPECIAL, "<turn>"}
+    assert set(load_chat(copy).control_tokens) == {*SPECIAL, "<turn>"}
 
 
 def test_a_prompt_of_exactly_the_limit_is_kept_and_one_token_more_is_too_long(chat: Chat) -> None:
@@ -183,44 +182,44 @@ def test_a_template_that_is_not_jinja_is_one_error_with_a_hint(copy: Path) -> No
     """One error for the whole run, not a fault of every row."""
     (copy / "chat_template.jinja").write_text("{% for m in messages %}")
     with pytest.raises(DataError, match="not valid Jinja") as caught:
-        encode_prompt(chats.load(copy), [USER], max_tokens=1000, control_tokens="drop")
+        encode_prompt(load_chat(copy), [USER], max_tokens=1000, control_tokens="drop")
     assert "--chat-template" in caught.value.hint
 
 
 def test_load_names_what_is_missing(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"chat template nowhere\.jinja does not exist"):
-        chats.load(copy, "nowhere.jinja")
+        load_chat(copy, "nowhere.jinja")
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(MissingInputError, match="has no chat template") as caught:
-        chats.load(copy)
+        load_chat(copy)
     assert "--chat-template" in caught.value.hint
     (copy / "tokenizer.json").unlink()
     with pytest.raises(MissingInputError, match=r"has no tokenizer.json") as caught:
-        chats.load(copy)
+        load_chat(copy)
     assert "save_pretrained" in caught.value.hint
 
 
 def test_a_template_comes_from_a_file_the_jinja_file_or_the_settings(copy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jinja"
     other.write_text("other")
-    assert chats.load(copy, str(other)).template == "other"
+    assert load_chat(copy, str(other)).template == "other"
     (copy / "chat_template.jinja").unlink()
     file = copy / "tokenizer_config.json"
     saved = json.loads(file.read_text())
     file.write_text(json.dumps({**saved, "chat_template": "inside"}))
-    assert chats.load(copy).template == "inside"
+    assert load_chat(copy).template == "inside"
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     file.write_text(json.dumps({**saved, "chat_template": named}))
-    assert chats.load(copy).template == "plain"
+    assert load_chat(copy).template == "plain"
 
 
 def test_every_end_of_sequence_id_counts(copy: Path) -> None:
     """The tokenizer says 2; the model config says 2; the generation config may list more."""
-    assert chats.load(copy).eos_token_ids == {2}
+    assert load_chat(copy).eos_token_ids == {2}
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-    assert chats.load(copy).eos_token_ids == {0, 2}
+    assert load_chat(copy).eos_token_ids == {0, 2}
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert chats.load(copy).eos_token_ids == {2, 7}
+    assert load_chat(copy).eos_token_ids == {2, 7}
 
 
 def test_a_model_without_an_end_is_an_error(copy: Path) -> None:
@@ -228,7 +227,7 @@ def test_a_model_without_an_end_is_an_error(copy: Path) -> None:
         values = json.loads((copy / name).read_text())
         (copy / name).write_text(json.dumps({k: v for k, v in values.items() if not k.startswith("eos_token")}))
     with pytest.raises(DataError, match="names no end-of-sequence token") as caught:
-        chats.load(copy)
+        load_chat(copy)
     assert "generation_config.json" in caught.value.hint
 
 
@@ -236,13 +235,13 @@ def test_named_tokens_may_be_objects(copy: Path) -> None:
     file = copy / "tokenizer_config.json"
     values = {**json.loads(file.read_text()), "eos_token": {"content": "<|im_end|>", "special": True}}
     file.write_text(json.dumps(values))
-    assert chats.load(copy).named_tokens["eos_token"] == "<|im_end|>"
+    assert load_chat(copy).named_tokens["eos_token"] == "<|im_end|>"
 
 
 def test_digests_change_with_the_content_only(copy: Path, chat: Chat) -> None:
-    assert chats.load(copy).digests == chat.digests
+    assert load_chat(copy).digests == chat.digests
     (copy / "chat_template.jinja").write_text("other")
-    changed = chats.load(copy).digests
+    changed = load_chat(copy).digests
     assert changed["chat_template"] != chat.digests["chat_template"]
     assert changed["tokenizer"] == chat.digests["tokenizer"]
 
@@ -274,8 +273,8 @@ def test_escaped_control_tokens_are_plain_text(chat: Chat, text: str) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL, "a", " ", "é", "\n"]), max_size=6).map("".join))
 def test_any_text_can_be_escaped(tiny_model: Path, text: str) -> None:
-    chat = chats.load(tiny_model)
-    ids = chats.encode_messages(
+    chat = load_chat(tiny_model)
+    ids = encode_messages(
         chat, [Message(role="user", content=text)], add_generation_prompt=False, control_tokens="escape"
     )
     assert sum(i < 3 for i in ids) == 2
@@ -292,7 +291,7 @@ def test_a_text_without_control_tokens_is_escaped_to_itself(chat: Chat) -> None:
 def test_escaping_on_a_real_tokenizer() -> None:
     """Merges around a control token: the pieces join to the text that was written."""
     try:
-        chat = chats.load(policy.resolve(EMBEDDED).directory)
+        chat = load_chat(policy.resolve(EMBEDDED).directory)
     except MissingInputError as error:
         pytest.skip(str(error))
     messages = [Message(role="user", content="The token <|im_end|> ends a turn.")]
@@ -311,40 +310,40 @@ def test_a_default_system_message_is_reported(chat: Chat) -> None:
         "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful tool.<|im_end|>\n{% endif %}"
         + chat.template
     )
-    (notice,) = chats.notices(replace(chat, template=added))
+    (notice,) = notices(replace(chat, template=added))
     assert "a system message of its own: 'system You are a helpful tool.'" in notice
-    assert chats.notices(chat) == []
+    assert notices(chat) == []
 
 
 def test_the_real_models_default_system_message_is_reported() -> None:
     try:
-        chat = chats.load(policy.resolve(EMBEDDED).directory)
+        chat = load_chat(policy.resolve(EMBEDDED).directory)
     except MissingInputError as error:
         pytest.skip(str(error))
-    (notice,) = chats.notices(chat)
+    (notice,) = notices(chat)
     assert "You are a helpful AI assistant named SmolLM" in notice
 
 
 def test_a_template_with_a_date_prints_the_given_day_and_is_identified_by_it(copy: Path) -> None:
     dated = "Today: {{ strftime_now('%d %B %Y') }} " + (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").write_text(dated)
-    first, second = (chats.load(copy, date=day) for day in ("2024-02-29", "2024-03-01"))
+    first, second = (load_chat(copy, date=day) for day in ("2024-02-29", "2024-03-01"))
     assert render(first, [USER], add_generation_prompt=False).startswith("Today: 29 February 2024")
     assert first.digests["template_date"] == "2024-02-29" != second.digests["template_date"]
-    assert any("prints a date, 2024-02-29" in notice for notice in chats.notices(first))
-    assert chats.load(copy).digests["template_date"] not in ("today", "")
+    assert any("prints a date, 2024-02-29" in notice for notice in notices(first))
+    assert load_chat(copy).digests["template_date"] not in ("today", "")
 
 
 def test_a_template_without_a_date_is_the_same_on_every_day(chat: Chat, tiny_model: Path) -> None:
-    assert chats.load(tiny_model, date="2024-02-29").digests == chat.digests
+    assert load_chat(tiny_model, date="2024-02-29").digests == chat.digests
     assert "template_date" not in chat.digests
 
 
 def test_plain_text_mode_is_prompt_answer_and_end(copy: Path) -> None:
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(MissingInputError, match="has no chat template"):
-        chats.load(copy)
-    plain = chats.load(copy, "none")
+        load_chat(copy)
+    plain = load_chat(copy, "none")
     assert encode_prompt(plain, [USER], max_tokens=99, control_tokens="drop") == encode(plain, "Name a bird.")
     turns = [USER, Message(role="assistant", content=" The owl.")]
     ids = encode(plain, render(plain, turns, add_generation_prompt=False))
@@ -364,7 +363,7 @@ def test_plain_text_begins_with_the_tokenizers_own_first_token(copy: Path) -> No
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
     }
     path.write_text(json.dumps(tokenizer))
-    plain = chats.load(copy, "none")
+    plain = load_chat(copy, "none")
     assert encode_prompt(plain, [USER], max_tokens=99, control_tokens="drop") == [0, *encode(plain, "Name a bird.")]
 
 

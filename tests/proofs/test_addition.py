@@ -21,9 +21,9 @@ from prefpipe.forward import attention
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, score
 from prefpipe.stages.train import loop
+from prefpipe.stages.train.examples import Ids, TrainPair
 from prefpipe.stages.train.monitor.alerts import RULES
 from prefpipe.stages.train.monitor.diagnostics import Facts, State, after_step
-from prefpipe.stages.train.rows import Ids, TrainPair
 from tests.stages.train import data
 
 CHARACTERS = "0123456789+=$"

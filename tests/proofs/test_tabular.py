@@ -19,7 +19,7 @@ import torch
 from prefpipe.forward.layout import Layout, Tree, flatten
 from prefpipe.forward.logps import TreeModel, completion_logps
 from prefpipe.stages.train import loop
-from prefpipe.stages.train.rows import Ids, TrainPair
+from prefpipe.stages.train.examples import Ids, TrainPair
 from tests.stages.train import data
 
 SYMBOLS, END, PROMPT, BETA = (1, 2, 3), 0, (9,), 0.5

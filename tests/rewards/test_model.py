@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from prefpipe.config.rewards import RewardModel
 from prefpipe.errors import MissingInputError, UsageError
-from prefpipe.models import chat as chats
+from prefpipe.models.chat import load_chat
 from prefpipe.rewards import identity, model
 from prefpipe.rewards.base import Answer
 from prefpipe.rewards.model import Row, batches, inputs, padding, reward_model, tokenise, without_padding
@@ -59,7 +59,7 @@ def without_pad(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def oracle(directory: Path, answers: list[Answer]) -> list[float]:
     """What transformers gives for each row alone, as a model card does it."""
     loaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
-    chat = chats.load(directory)
+    chat = load_chat(directory)
     with torch.no_grad():
         return [loaded(torch.tensor([tokenise(chat, a, 1000)])).logits[0, 0].item() for a in answers]
 

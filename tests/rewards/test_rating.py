@@ -10,7 +10,7 @@ from prefpipe.errors import DataError
 from prefpipe.ids import content_id
 from prefpipe.inference.sampling import Ready, Sampled
 from prefpipe.inference.task import answers_of
-from prefpipe.rewards import rating, rules
+from prefpipe.rewards import rating, text_rules
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.runs import fsio
 from prefpipe.schemas import Message, Prompt
@@ -64,5 +64,5 @@ def test_rewards_are_loaded_by_name_and_identified_by_content() -> None:
     assert list(functions) == [LETTERS, "short_sentence"]
     assert ids == {
         f"reward {LETTERS}": fsio.file_digest(Path(letters.__file__)),
-        "reward short_sentence": f"short_sentence-{rules.VERSION}",
+        "reward short_sentence": f"short_sentence-{text_rules.VERSION}",
     }

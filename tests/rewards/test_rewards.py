@@ -13,7 +13,7 @@ from prefpipe import rewards
 from prefpipe.config import shared
 from prefpipe.config.rewards import KINDS, Math, ShortSentence
 from prefpipe.errors import MissingInputError, UsageError
-from prefpipe.rewards import rules
+from prefpipe.rewards import text_rules
 from prefpipe.rewards.base import Answer
 from prefpipe.runs import fsio, store
 from prefpipe.schemas import Message, Reward
@@ -69,7 +69,7 @@ def as_bools(completions: list[Any], **_columns: Any) -> Sequence[bool]:
 
 def test_a_reward_of_ours_by_name() -> None:
     answers = [Answer(QUESTION, "An owl is a bird at night.", "owl")]
-    assert rewards.load("short_sentence")(answers) == rules.short_sentence(ShortSentence())(answers)
+    assert rewards.load("short_sentence")(answers) == text_rules.short_sentence(ShortSentence())(answers)
     assert set(rewards.REWARDS) == set(shared.REWARD_NAMES)
 
 
@@ -138,7 +138,7 @@ def test_a_wrapped_reward_is_identified_by_the_users_module(tmp_path: Path, monk
 
 
 def test_our_reward_is_identified_by_its_version() -> None:
-    assert rewards.identity("short_sentence") == f"short_sentence-{rules.VERSION}"
+    assert rewards.identity("short_sentence") == f"short_sentence-{text_rules.VERSION}"
 
 
 def test_a_module_that_is_not_there() -> None:

@@ -6,7 +6,7 @@ import polars as pl
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.schemas import RankedGroup
-from prefpipe.stages.build_pairs import filters, label_rules, rows, texts
+from prefpipe.stages.build_pairs import filters, label_rules, output_rows, texts
 from prefpipe.stages.build_pairs.accounting import Level
 from prefpipe.stages.build_pairs.candidates import cut
 from prefpipe.stages.build_pairs.job import Built, Job, counts
@@ -47,7 +47,9 @@ def build(job: Job, candidates: Sequence[pl.DataFrame]) -> Built:
     """Write ranked groups, one part per partition, and say what became of the other completions."""
     judged = by_keys(pl.concat(candidates), job.config)
     useful = filters.kept(judged)
-    contents = rows.fetch(job.sources, useful.select("prompt_id", "completion_id"), job.num_partitions, job.folder)
+    contents = output_rows.fetch(
+        job.sources, useful.select("prompt_id", "completion_id"), job.num_partitions, job.folder
+    )
     ledgers = [label_rules.ledger(judged)]
     num_groups = num_completions = number = 0
     for partition, own in enumerate(cut(useful, job.num_partitions)):
@@ -59,8 +61,8 @@ def build(job: Job, candidates: Sequence[pl.DataFrame]) -> Built:
         kept = filters.kept(compared).drop("text")
         if kept.is_empty():
             continue
-        made = rows.group_rows(kept, content, contents.prompts_of(partition))
-        job.run.write_part("groups", RankedGroup, number, rows.to_table(made, RankedGroup))
+        made = output_rows.group_rows(kept, content, contents.prompts_of(partition))
+        job.run.write_part("groups", RankedGroup, number, output_rows.to_table(made, RankedGroup))
         number, num_groups, num_completions = number + 1, num_groups + made.height, num_completions + kept.height
     ledger = pl.concat(ledgers)
     level = Level(judged.height, num_completions, counts(ledger))

@@ -7,7 +7,7 @@ import polars as pl
 from prefpipe.errors import DataError
 from prefpipe.inputs import kl_bank
 from prefpipe.schemas import KlBank, Label, from_table, to_table
-from prefpipe.stages.build_pairs import filters, label_rules, pairs, rows, trl
+from prefpipe.stages.build_pairs import filters, label_rules, output_rows, pairs, trl
 from prefpipe.stages.build_pairs.accounting import Level
 from prefpipe.stages.build_pairs.candidates import cut
 from prefpipe.stages.build_pairs.job import Built, Job, counts
@@ -25,7 +25,7 @@ def build(job: Job, candidates: Sequence[pl.DataFrame]) -> Built:
     else:
         judged = label_rules.by_reward(every, job.config)
     useful = filters.kept(judged)
-    contents = rows.fetch(
+    contents = output_rows.fetch(
         job.sources, useful.select("prompt_id", "completion_id"), job.num_partitions, job.folder / "labels"
     )
     compared = pl.concat(
@@ -34,7 +34,7 @@ def build(job: Job, candidates: Sequence[pl.DataFrame]) -> Built:
         )
         for number, own in enumerate(cut(useful, job.num_partitions))
     )
-    kept = rows.with_weights(filters.kept(compared), job.config)
+    kept = output_rows.with_weights(filters.kept(compared), job.config)
     ledgers += [label_rules.ledger(judged), label_rules.ledger(compared)]
     dropped = pl.concat(ledgers[-2:])
     levels["labels"] = Level(every.height, kept.height, counts(dropped))
@@ -55,7 +55,7 @@ def build(job: Job, candidates: Sequence[pl.DataFrame]) -> Built:
     return Built(levels, pl.concat(ledgers), totals, pl.DataFrame(), pl.DataFrame())
 
 
-def _write(job: Job, kept: pl.DataFrame, contents: rows.Contents) -> None:
+def _write(job: Job, kept: pl.DataFrame, contents: output_rows.Contents) -> None:
     # Enough prompts for a bank in which each is used about once; ids are hashes, so the first ones are a random choice.
     of_bank = kept["prompt_id"].unique().sort().head(max(2, 2 * job.config.kl_bank_rows))
     bank: list[Label] = []
@@ -63,11 +63,11 @@ def _write(job: Job, kept: pl.DataFrame, contents: rows.Contents) -> None:
     for partition, own in enumerate(cut(kept, job.num_partitions)):
         if own.is_empty():
             continue
-        made = rows.label_rows(own, contents.of(partition), contents.prompts_of(partition))
+        made = output_rows.label_rows(own, contents.of(partition), contents.prompts_of(partition))
         if job.config.format == "prefpipe":
-            job.run.write_part("labels", Label, number, rows.to_table(made, Label))
+            job.run.write_part("labels", Label, number, output_rows.to_table(made, Label))
             chosen = made.filter(pl.col("prompt_id").is_in(of_bank.implode()))
-            bank += from_table(Label, rows.to_table(chosen, Label))
+            bank += from_table(Label, output_rows.to_table(chosen, Label))
         else:
             row_type, table = trl.labels(made, job.config.format)
             job.run.write_part("trl", row_type, number, table)

@@ -8,11 +8,11 @@ import polars as pl
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.schemas import Pair
-from prefpipe.stages.build_pairs import data_report, filters, rows, rules, trl
+from prefpipe.stages.build_pairs import data_report, filters, output_rows, pair_rules, trl
 from prefpipe.stages.build_pairs.accounting import Level
 from prefpipe.stages.build_pairs.candidates import LEDGER, cut
 from prefpipe.stages.build_pairs.job import Built, Job, counts
-from prefpipe.stages.build_pairs.rows import with_weights
+from prefpipe.stages.build_pairs.output_rows import with_weights
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Judged:
     pairs: pl.DataFrame
     ledger: pl.DataFrame
     levels: dict[str, Level]
-    contents: rows.Contents
+    contents: output_rows.Contents
 
 
 def find(candidates: pl.DataFrame, config: BuildPairsConfig) -> Found:
     """Apply the rule; a prompt without a pair gets its reason: too_few, tie or no_pair."""
-    ranked = rules.rank(candidates)
-    pairs = rules.pair_frame(ranked, rules.RULES[config.rule](ranked, config))
+    ranked = pair_rules.rank(candidates)
+    pairs = pair_rules.pair_frame(ranked, pair_rules.RULES[config.rule](ranked, config))
     without = ranked.spans.join(pairs.select("prompt_id").unique(), on="prompt_id", how="anti", maintain_order="left")
     reason = (
         pl.when(pl.col("count") < 2).then(pl.lit("too_few"))
@@ -58,12 +58,12 @@ def judge(job: Job, found: Sequence[Found]) -> Judged:
     pairs = pl.concat(f.pairs for f in found)
     by_keys = filters.by_keys(pairs, job.config, filters.scale(pairs, job.config))
     useful = filters.kept(by_keys)
-    contents = rows.fetch(job.sources, _used(useful), job.num_partitions, job.folder / "pairs")
+    contents = output_rows.fetch(job.sources, _used(useful), job.num_partitions, job.folder / "pairs")
     by_content = [
-        filters.by_content(rows.sides(own, contents.of(number)), job.config).select(
+        filters.by_content(output_rows.sides(own, contents.of(number)), job.config).select(
             *by_keys.columns,
-            *(f"{s}_{n}" for s in rows.SIDES for n in ("ref_logps", "policy_logps")),
-            *(pl.col(f"{s}_token_ids").list.last().alias(f"{s}_last") for s in rows.SIDES),
+            *(f"{s}_{n}" for s in output_rows.SIDES for n in ("ref_logps", "policy_logps")),
+            *(pl.col(f"{s}_token_ids").list.last().alias(f"{s}_last") for s in output_rows.SIDES),
         )
         for number, own in enumerate(cut(useful, job.num_partitions))
     ]
@@ -95,10 +95,10 @@ def build(job: Job, found: Sequence[Found]) -> Built:
     for number, own in enumerate(cut(weighted, job.num_partitions)):
         if own.is_empty():
             continue
-        with_content = rows.sides(own, judged.contents.of(number))
-        made = rows.pair_rows(with_content, judged.contents.prompts_of(number), job.config)
+        with_content = output_rows.sides(own, judged.contents.of(number))
+        made = output_rows.pair_rows(with_content, judged.contents.prompts_of(number), job.config)
         if job.config.format == "prefpipe":
-            job.run.write_part("pairs", Pair, len(facts), rows.to_table(made, Pair))
+            job.run.write_part("pairs", Pair, len(facts), output_rows.to_table(made, Pair))
         else:
             row_type, table = trl.pairs(made, job.config.format)
             job.run.write_part("trl", row_type, len(facts), table)
@@ -120,7 +120,7 @@ def _check_scores(pairs: pl.DataFrame, config: BuildPairsConfig) -> None:
     """A subset is chosen by log-probs: all pairs must have them."""
     needed = {"all": (), "clear-reference": ("ref",)}.get(config.subset, ("ref", "policy"))
     for kind in needed:
-        bare = pairs.filter(pl.any_horizontal(pl.col(f"{side}_{kind}_logps").is_null() for side in rows.SIDES))
+        bare = pairs.filter(pl.any_horizontal(pl.col(f"{side}_{kind}_logps").is_null() for side in output_rows.SIDES))
         if bare.height:
             raise DataError(
                 f"{bare.height} of {pairs.height} pairs have no {'reference' if kind == 'ref' else kind} log-probs "
@@ -131,7 +131,7 @@ def _check_scores(pairs: pl.DataFrame, config: BuildPairsConfig) -> None:
 
 def _used(pairs: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(
-        pairs.select("prompt_id", pl.col(f"{side}_completion_id").alias("completion_id")) for side in rows.SIDES
+        pairs.select("prompt_id", pl.col(f"{side}_completion_id").alias("completion_id")) for side in output_rows.SIDES
     )
 
 

@@ -14,7 +14,7 @@ from prefpipe.models import vocabulary
 from prefpipe.runs import fsio, store
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped
-from prefpipe.stages.build_pairs import accounting, candidates, data_report, groups, labels, pairs, prompts
+from prefpipe.stages.build_pairs import accounting, candidates, data_report, groups, labels, pairs, prompt_filters
 from prefpipe.stages.build_pairs.accounting import Level
 from prefpipe.stages.build_pairs.data_report import Check
 from prefpipe.stages.build_pairs.job import Built, Job, counts
@@ -37,13 +37,13 @@ class _Settled:
 def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
     """Read the runs, select, filter, write; every completion is used, unused or in the ledger with its reason."""
     _check(config)
-    with store.open_run(out, "build-pairs", config, _inputs(config), force=force) as run_:
-        manifest = run_.manifest()
+    with store.open_run(out, "build-pairs", config, _inputs(config), force=force) as output:
+        manifest = output.manifest()
         if manifest is not None:
             log.info(f"{out} is complete already")
         else:
             with fsio.temporary_dir(out / "partitions") as folder:
-                manifest = _build(config, run_, folder)
+                manifest = _build(config, output, folder)
     warned = [c["id"] for c in manifest["totals"]["data_report"] if c["level"] == data_report.WARN]
     if config.strict and warned:
         for line in summary(manifest, out):
@@ -94,9 +94,9 @@ def _inputs(config: BuildPairsConfig) -> dict[str, str]:
     }
 
 
-def _build(config: BuildPairsConfig, run_: Run, folder: Path) -> Manifest:
+def _build(config: BuildPairsConfig, output: Run, folder: Path) -> Manifest:
     sources = candidates.open_sources(config)
-    job = Job(config, sources, run_, sources.num_partitions, folder)
+    job = Job(config, sources, output, sources.num_partitions, folder)
     settled = _settle(job)
     if config.output == "pairs":
         built = pairs.build(job, settled.found)
@@ -106,16 +106,16 @@ def _build(config: BuildPairsConfig, run_: Run, folder: Path) -> Manifest:
         built = groups.build(job, settled.candidates)
     levels = {"completions": settled.level, **built.levels}
     ledger = pl.concat([settled.ledger, built.ledger]).sort("id", "reason", "detail")
-    run_.write_dropped(Dropped, ledger.to_arrow())
+    output.write_dropped(Dropped, ledger.to_arrow())
     accounting.check(levels, ledger.height)
     if not built.totals[config.output]:
         reasons = ", ".join(f"{r}: {n}" for r, n in counts(ledger).items())
         what = config.output.removesuffix("s")
         raise DataError(
-            f"no {what} is left ({reasons})", f"see {run_.out}/dropped.parquet for every row and its reason"
+            f"no {what} is left ({reasons})", f"see {output.out}/dropped.parquet for every row and its reason"
         )
     checks = [c.to_json() for c in _report(config, built)]
-    run_.write_report("data_report.json", {"checks": checks})
+    output.write_report("data_report.json", {"checks": checks})
     totals: dict[str, Any] = {
         "completions": settled.level.came_in,
         "prompts": settled.num_prompts,
@@ -125,13 +125,13 @@ def _build(config: BuildPairsConfig, run_: Run, folder: Path) -> Manifest:
         "data_report": checks,
     }
     tokens = vocabulary.record(v for run in config.completions for v in vocabulary.recorded(Path(run)))
-    return run_.finish(totals, {"reward": config.reward, "policies": candidates.policies(sources), **tokens})
+    return output.finish(totals, {"reward": config.reward, "policies": candidates.policies(sources), **tokens})
 
 
 def _settle(job: Job) -> _Settled:
     """Candidates of every partition; for pairs the rule is applied at once, so that only pairs stay in memory."""
     config, sources = job.config, job.sources
-    faulty = prompts.faulty(candidates.scan(sources.prompts).select("prompt_id", "messages"), config)
+    faulty = prompt_filters.faulty(candidates.scan(sources.prompts).select("prompt_id", "messages"), config)
     found: list[pairs.Found] = []
     kept: list[pl.DataFrame] = []
     ledgers: list[pl.DataFrame] = []

@@ -27,19 +27,19 @@ _RESAMPLES = 2000
 def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample every held-out prompt that has no committed shard yet, rate the answers, sum up."""
     task = read_task(config, [config.reward])
-    with store.open_run(out, "evaluate", config, task.inputs, force=force) as run_:
-        manifest = run_.manifest()
+    with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
+        manifest = output.manifest()
         if manifest is not None:
             log.info(f"{out} is complete already")
             return manifest
-        num_shards = run_shards(run_, task, config, _Stage(config, run_, task))
+        num_shards = run_shards(output, task, config, _Stage(config, output, task))
         rows = [
             row
             for index in range(num_shards)
-            for row in from_table(Evaluation, run_.read_part(_DATASET, Evaluation, index))
+            for row in from_table(Evaluation, output.read_part(_DATASET, Evaluation, index))
         ]
         totals = {"round": config.round, **summarize(rows, config.pass_reward)}
-        return run_.finish(totals, {"policy": task.policy.id})
+        return output.finish(totals, {"policy": task.policy.id})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from prefpipe import log
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.engines.base import Draw, Engine, Sequence
+from prefpipe.engines.base import Draw, Engine, ScoreRequest
 from prefpipe.ids import ids_digests, numbered_id, sample_seed
 from prefpipe.inference import parity
 from prefpipe.inference.sampling import Sampled
@@ -27,19 +27,19 @@ R = TypeVar("R")
 def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample, score and rate every prompt that has no committed shard yet."""
     task = read_task(config, config.rewards)
-    with store.open_run(out, "generate", config, task.inputs, force=force) as run_:
-        manifest = run_.manifest()
+    with store.open_run(out, "generate", config, task.inputs, force=force) as output:
+        manifest = output.manifest()
         if manifest is not None:
             log.info(f"{out} is complete already")
             return manifest
-        stage = _Stage(config, run_, task)
-        num_shards = run_shards(run_, task, config, stage)
+        stage = _Stage(config, output, task)
+        num_shards = run_shards(output, task, config, stage)
         totals = stage.totals(num_shards)
         if config.check and stage.reference:
             totals["parity"] = stage.check(num_shards)
-            run_.write_report("parity.json", totals["parity"])
+            output.write_report("parity.json", totals["parity"])
         tokens = vocabulary.record([vocabulary.name(vocabulary.read(task.policy.directory))])
-        return run_.finish(totals, {"policy": task.policy.id, "reference": stage.reference, **tokens})
+        return output.finish(totals, {"policy": task.policy.id, "reference": stage.reference, **tokens})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
@@ -117,7 +117,7 @@ class _Stage:
         for index in (i for i, part in enumerate(ids) if among(part, picked).num_rows):
             logps = {r.completion_id: r for r in self._picked("ref_logps", RefLogps, index, picked)}
             for c in self._picked("completions", Completion, index, picked):
-                sequence = Sequence(c.completion_id, c.prompt_token_ids, c.token_ids)
+                sequence = ScoreRequest(c.completion_id, c.prompt_token_ids, c.token_ids)
                 rows.append(parity.Checked(sequence, logps[c.completion_id].token_logps))
                 longest = max(longest, len(c.prompt_token_ids) + len(c.token_ids))
                 scorer = logps[c.completion_id].scorer
@@ -153,7 +153,7 @@ class _Stage:
         if self.reference == self.task.policy.id:
             logps = [sample.token_logps for s in sampled for sample in s.samples]
         else:
-            given = [Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in completions]
+            given = [ScoreRequest(c.completion_id, c.prompt_token_ids, c.token_ids) for c in completions]
             scored = dict(engine.score(given, adapter=False))
             logps = [scored[c.completion_id] for c in completions]
         reference, scorer = self.reference, engine.scorer

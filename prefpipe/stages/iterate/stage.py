@@ -56,8 +56,8 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
         "generate.prompts": store.input_digest(Path(config.generate.prompts)),
         "evaluate.prompts": store.input_digest(Path(config.evaluate.prompts)),
     }
-    with store.open_run(out, "iterate", config, inputs, force=force) as run_:
-        manifest = run_.manifest()
+    with store.open_run(out, "iterate", config, inputs, force=force) as output:
+        manifest = output.manifest()
         if manifest is not None and all(_is_unchanged(out / name, d) for name, d in manifest["identity"].items()):
             log.info(f"{out} is complete already")
             return manifest
@@ -68,9 +68,9 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
             saved = out / f"{step.name}.json"
             fsio.write_text(saved, canonical_json({"command": step.command, "config": dump(step.config)}) + "\n")
             (runner or run_process)(step.command, saved, out / step.name)
-        run_.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
+        output.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
         rounds = [store.read_manifest(out / s.name)["totals"] for s in plan if s.command == "evaluate"]
-        return run_.finish({"rounds": rounds}, {s.name: store.read_manifest(out / s.name)["digest"] for s in plan})
+        return output.finish({"rounds": rounds}, {s.name: store.read_manifest(out / s.name)["digest"] for s in plan})
 
 
 def steps(config: IterateConfig, out: Path) -> Iterator[Step]:

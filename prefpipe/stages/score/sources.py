@@ -36,7 +36,7 @@ class Batch:
     """
 
     rows: dict[str, list[Any]]
-    sequences: list[base.Sequence]
+    sequences: list[base.ScoreRequest]
     answers: list[tuple[str, Answer]]
     ratings: list[Reward]
     dropped: list[Dropped]
@@ -158,7 +158,7 @@ def _import(chunk: list[Placed], kind: str, reader: Reader, *, with_ratings: boo
         )
     rows: dict[str, list[Any]] = {"prompts": made.prompts, "completions": made.completions}
     rows |= {"pairs": made.pairs, "labels": made.labels}
-    sequences = [base.Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in made.used.values()]
+    sequences = [base.ScoreRequest(c.completion_id, c.prompt_token_ids, c.token_ids) for c in made.used.values()]
     elsewhere = frozenset(made.used).difference(c.completion_id for c in made.completions)
     answers = [_answer(c, made.asked[c.completion_id]) for c in made.completions]
     return Batch(rows, sequences, answers, made.ratings, made.dropped, elsewhere)
@@ -195,7 +195,7 @@ def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -
     rows = from_table(PREFERENCES[dataset], table)
     kept: list[Any] = []
     dropped: list[Dropped] = []
-    sequences: dict[str, base.Sequence] = {}
+    sequences: dict[str, base.ScoreRequest] = {}
     for row in rows:
         own = [_verified(source, *parts) for parts in parts_of(row)]
         _, overlong = _fitting(own, max_length)
@@ -206,17 +206,17 @@ def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -
     return Batch({dataset: kept}, list(sequences.values()), [], [], dropped)
 
 
-def _verified(source: Path, name: str, prompt: list[int], ids: list[int], digest: str) -> base.Sequence:
+def _verified(source: Path, name: str, prompt: list[int], ids: list[int], digest: str) -> base.ScoreRequest:
     if ids_digest(prompt, ids) != digest:
         raise IdentityError(
             f"{source}: the token ids of {name} do not match their digest (ids_digest)",
             "rows were edited or shuffled: make that run again",
         )
-    return base.Sequence(name, prompt, ids)
+    return base.ScoreRequest(name, prompt, ids)
 
 
-def _fitting(sequences: Sequence[base.Sequence], max_length: int) -> tuple[list[base.Sequence], list[Dropped]]:
-    kept: list[base.Sequence] = []
+def _fitting(sequences: Sequence[base.ScoreRequest], max_length: int) -> tuple[list[base.ScoreRequest], list[Dropped]]:
+    kept: list[base.ScoreRequest] = []
     dropped: list[Dropped] = []
     for s in sequences:
         length = len(s.prompt_token_ids) + len(s.token_ids)

@@ -19,9 +19,8 @@ from prefpipe.ids import IdSet, ids_digest
 from prefpipe.inference import parity, scoring, task
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inputs.tokenised import Limits
-from prefpipe.models import chat as chats
 from prefpipe.models import vocabulary
-from prefpipe.models.chat import Chat
+from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import RewardFunction
@@ -49,7 +48,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
     """Score and rate every row that has no committed shard yet, a shard at a time."""
     _check(config)
     policy = resolve(config.model, config.adapter)
-    chat = chats.load(policy.directory, config.chat_template, config.template_date)
+    chat = load_chat(policy.directory, config.chat_template, config.template_date)
     config = config.model_copy(update={"max_length": _longest(config, policy)})
     functions, reward_ids = rating.load_rewards(config.rewards, config.reward_settings)
     inputs = {f"inputs.{i}": sources.digest(source) for i, source in enumerate(config.inputs)} | reward_ids
@@ -57,27 +56,27 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
     inputs |= chat.digests if any(not Path(source).is_dir() for source in config.inputs) else {}
     for source in (Path(s) for s in config.inputs if Path(s).is_dir()):
         sources.notice_other_chat(source, chat)
-    with store.open_run(out, "score", config, inputs, force=force) as run_:
-        manifest = run_.manifest()
+    with store.open_run(out, "score", config, inputs, force=force) as output:
+        manifest = output.manifest()
         if manifest is not None:
             log.info(f"{out} is complete already")
             return manifest
-        stage = _Stage(config, run_, policy, chat, functions)
+        stage = _Stage(config, output, policy, chat, functions)
         inflight = Inflight.load(out)
         missing = stage.missing()
         first = next(missing, None)
         if first is not None:
             start = clock.monotonic()
             rows = stage.fill(chain([first], missing), inflight)
-            run_.log_timing(event="scored", rows=rows, seconds=round(clock.monotonic() - start, 3))
+            output.log_timing(event="scored", rows=rows, seconds=round(clock.monotonic() - start, 3))
         inflight.close()
-        run_.gather_dropped(Dropped, to_table(Dropped, []))
+        output.gather_dropped(Dropped, to_table(Dropped, []))
         totals = stage.totals()
         if config.check and config.reference == "policy":
             totals["parity"] = stage.check()
-            run_.write_report("parity.json", totals["parity"])
+            output.write_report("parity.json", totals["parity"])
         tokens = vocabulary.record(vocabulary.of_sources(config.inputs, policy.directory))
-        return run_.finish(totals, {"reference": policy.id if config.reference == "policy" else None, **tokens})
+        return output.finish(totals, {"reference": policy.id if config.reference == "policy" else None, **tokens})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
@@ -256,12 +255,12 @@ class _Stage:
         scorer = next(iter(rows.values())).scorer if rows else ""
         return parity.check(checked, self.config.engine, scorer, self.settings, adapter=True)
 
-    def _sequences(self, shard: Shard) -> Iterable[base.Sequence]:
+    def _sequences(self, shard: Shard) -> Iterable[base.ScoreRequest]:
         """The sequences of a committed shard; imported ones from what was written: nothing is tokenised twice."""
         if "completions" not in shard.datasets:
             return shard.read().sequences
         written = from_table(Completion, self.run.read_part("completions", Completion, shard.index))
-        return [base.Sequence(c.completion_id, c.prompt_token_ids, c.token_ids) for c in written]
+        return [base.ScoreRequest(c.completion_id, c.prompt_token_ids, c.token_ids) for c in written]
 
 
 def _check(config: ScoreConfig) -> None:

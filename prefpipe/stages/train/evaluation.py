@@ -12,10 +12,10 @@ import torch
 
 from prefpipe.errors import DataError
 from prefpipe.stages.train import loop
+from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_references
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.loss_batches import scores_prompt
 from prefpipe.stages.train.micro_batches import micro_batches
-from prefpipe.stages.train.rows import TrainLabel, TrainRow, has_references
 from prefpipe.stages.train.tally import Tally, summarise
 
 R = TypeVar("R", bound=TrainRow)

@@ -23,7 +23,7 @@ from prefpipe.stages.train.optimizer import warmup_length
 
 
 def fit(
-    run_: Run | None, trainer: Trainer, job: Job, state: State, *, exact: bool = False,
+    output: Run | None, trainer: Trainer, job: Job, state: State, *, exact: bool = False,
     audit_seconds: float | None = None,
 ) -> tuple[dict[str, Any], Sequence[Alert]]:  # fmt: skip
     """Run the loop; leaves the model with the weights to save.
@@ -33,30 +33,30 @@ def fit(
     (rank 0), which evaluation was the best; and all alerts.
     """
     world, config = trainer.world, trainer.config
-    resumed = world.tell(checkpoint.newest(run_.out / "checkpoints", run_.fingerprint) if run_ else None)
+    resumed = world.tell(checkpoint.newest(output.out / "checkpoints", output.fingerprint) if output else None)
     if resumed is not None:
         trainer.optimizer.load_state(resumed.tensors)
         state = State.from_json(resumed.diagnostics or state.to_json())
         log.info(f"resuming after step {resumed.step}")
     first = resumed.step if resumed else 0
-    if run_:
-        fsio.truncate(run_.out / "metrics.jsonl", resumed.metrics_bytes if resumed else 0)
-    history = world.tell([line for line in _lines(run_) if "eval_loss" in line] if run_ else [])
+    if output:
+        fsio.truncate(output.out / "metrics.jsonl", resumed.metrics_bytes if resumed else 0)
+    history = world.tell([line for line in _lines(output) if "eval_loss" in line] if output else [])
     total = loop.num_steps(len(job.rows), config)
     facts = Facts(total, _warmup(total, config), config.beta, config.learning_rate, exact)
-    watched = watching(run_, config, facts, state, first, audit_seconds)
+    watched = watching(output, config, facts, state, first, audit_seconds)
     with watched as watch, log.progress("training", total, "steps") as advance:
         advance(first)
-        _run_steps(run_, trainer, job, watch, first, history, advance)
+        _run_steps(output, trainer, job, watch, first, history, advance)
     results: dict[str, Any] = {"steps": total, "last_step": {}}
-    if run_:
-        *_, last = _lines(run_)
+    if output:
+        *_, last = _lines(output)
         results = {"steps": last["step"] + 1, "last_step": last}
-    return results | _best(run_, trainer, history), watch.state.alerts
+    return results | _best(output, trainer, history), watch.state.alerts
 
 
 def _run_steps(
-    run_: Run | None, trainer: Trainer, job: Job, watch: Watch, first: int, history: list[dict[str, float]],
+    output: Run | None, trainer: Trainer, job: Job, watch: Watch, first: int, history: list[dict[str, float]],
     advance: log.Advance,
 ) -> None:  # fmt: skip
     world, config = trainer.world, trainer.config
@@ -77,8 +77,8 @@ def _run_steps(
             best = evaluation.records(history, config.metric_for_best_model) if config.load_best_model_at_end else []
             keep = (due or best[-1:] == [done] or _stops(history, config)) and watch.verdict is None
             tensors = trainer.optimizer.state() if keep else None  # every rank takes part
-            if run_:
-                _record(run_, line, tensors, watch.state, config, best)
+            if output:
+                _record(output, line, tensors, watch.state, config, best)
             watch.tell(step, alerts)
             advance(1, note(step))
             if signal_number:
@@ -107,7 +107,7 @@ def _stops(history: Sequence[dict[str, float]], config: TrainConfig) -> bool:
     return evaluation.is_stale(history, config.metric_for_best_model, config.early_stopping_patience)
 
 
-def _best(run_: Run | None, trainer: Trainer, history: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _best(output: Run | None, trainer: Trainer, history: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Put the weights of the best evaluation into the model, where that is asked for; says which it was."""
     config, metric = trainer.config, trainer.config.metric_for_best_model
     if not history or not (config.load_best_model_at_end or config.early_stopping_patience):
@@ -117,26 +117,26 @@ def _best(run_: Run | None, trainer: Trainer, history: Sequence[dict[str, float]
         raise DataError(f"no evaluation gave a finite {metric}", "lower learning_rate, or look at the rows")
     value = next(line[metric] for line in history if line["step"] + 1 == best[-1])
     if config.load_best_model_at_end and best[-1] != history[-1]["step"] + 1:
-        state = trainer.world.tell(checkpoint.at_step(run_.out / "checkpoints", best[-1]) if run_ else None)
+        state = trainer.world.tell(checkpoint.at_step(output.out / "checkpoints", best[-1]) if output else None)
         trainer.optimizer.load_state(cast(Checkpoint, state).tensors)
         log.info(f"the best evaluation was after step {best[-1]}: its weights are kept")
     return {"best": {"step": best[-1], "metric": metric, "value": value}}
 
 
-def _lines(run_: Run) -> list[dict[str, float]]:
+def _lines(output: Run) -> list[dict[str, float]]:
     """What metrics.jsonl holds."""
-    path = run_.out / "metrics.jsonl"
+    path = output.out / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _record(
-    run_: Run, line: dict[str, Any], tensors: dict[str, torch.Tensor] | None, state: State, config: TrainConfig,
+    output: Run, line: dict[str, Any], tensors: dict[str, torch.Tensor] | None, state: State, config: TrainConfig,
     best: Sequence[int],
 ) -> None:  # fmt: skip
     """Append the metrics of a step and, with tensors, save a checkpoint that vouches for them."""
-    metrics = run_.out / "metrics.jsonl"
+    metrics = output.out / "metrics.jsonl"
     fsio.append_line(metrics, json.dumps(line))
     if tensors is not None:
         fsio.sync_file(metrics)
         done = Checkpoint(int(line["step"]) + 1, metrics.stat().st_size, tensors, state.to_json())
-        checkpoint.save(run_.out / "checkpoints", done, run_.fingerprint, config.save_total_limit, best)
+        checkpoint.save(output.out / "checkpoints", done, output.fingerprint, config.save_total_limit, best)

@@ -11,19 +11,19 @@ from prefpipe.errors import DataError, IdentityError, UsageError
 from prefpipe.ids import ids_digest
 from prefpipe.inputs import tokenised
 from prefpipe.inputs.kl_bank import kl_bank
-from prefpipe.models import chat as chats
 from prefpipe.models import vocabulary
+from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.policy import Policy, resolve
 from prefpipe.rows import filled, key_of, parts_of
 from prefpipe.runs import store
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
-from prefpipe.stages.train import rows as train_rows
+from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train.evaluation import split_by_prompt
+from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_references
 from prefpipe.stages.train.losses.batch import Kind
 from prefpipe.stages.train.losses.registry import LOSSES
 from prefpipe.stages.train.reference.identity import Reference, settle_reference
 from prefpipe.stages.train.reference.values import read_ref_logps
-from prefpipe.stages.train.rows import TrainLabel, TrainPair, TrainRow, has_references
 
 _HOW = {
     "pairs": "pass --pairs DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, chosen, rejected",
@@ -85,7 +85,7 @@ def prepare(config: TrainConfig) -> Job:
     policy = resolve(config.model, config.adapter)
     vocabulary.check([s for s in (*sources, *held_out) if s.is_dir()], policy.directory)
     has_texts = any(s.is_file() for s in (*sources, *held_out))
-    chat = chats.load(policy.directory, config.chat_template) if has_texts else None
+    chat = load_chat(policy.directory, config.chat_template) if has_texts else None
     read = _read(sources, kind, chat, config)
     num_training, num_bank = len(read.rows), len(read.bank)
     if held_out:
@@ -142,7 +142,7 @@ def kind_of(config: TrainConfig) -> Kind:
     return kind
 
 
-def _read(sources: Sequence[Path], kind: Kind, chat: chats.Chat | None, config: TrainConfig) -> _Read:
+def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainConfig) -> _Read:
     read = _Read()
     for source in sources:
         if source.is_file() and chat is not None and kind != "groups":

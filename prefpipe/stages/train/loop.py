@@ -11,6 +11,7 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel
+from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_references
 from prefpipe.stages.train.loss_batches import scores_prompt, settings_of, to_loss_batch
 from prefpipe.stages.train.losses import metrics, registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch
@@ -25,7 +26,6 @@ from prefpipe.stages.train.micro_batches import (
 )
 from prefpipe.stages.train.optimizer import MasterOptimizer, learning_rate
 from prefpipe.stages.train.parallel import World, sum_over_ranks
-from prefpipe.stages.train.rows import TrainLabel, TrainRow, has_references
 from prefpipe.stages.train.tally import Tally, summarise
 
 _SMALLEST_BUDGET = 64

@@ -10,9 +10,9 @@ import torch
 from prefpipe.config.train import TrainConfig
 from prefpipe.forward.layout import Layout
 from prefpipe.forward.logps import completion_logps
+from prefpipe.stages.train.examples import Answer, TrainGroup, TrainLabel, TrainPair
 from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, LossSettings, PairBatch, RankBatch
 from prefpipe.stages.train.micro_batches import MicroBatch
-from prefpipe.stages.train.rows import Answer, TrainGroup, TrainLabel, TrainPair
 
 
 def settings_of(config: TrainConfig) -> LossSettings:

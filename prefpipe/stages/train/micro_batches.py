@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefpipe.forward.layout import Tree
-from prefpipe.stages.train.rows import TrainRow
+from prefpipe.stages.train.examples import TrainRow
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.stages.train import loop, memory, stage
+from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.inputs import prepare
 from prefpipe.stages.train.loss_batches import scores_prompt
 from prefpipe.stages.train.memory import Fitting
 from prefpipe.stages.train.micro_batches import micro_batches, tree_of
-from prefpipe.stages.train.rows import TrainRow
 
 _GIB = 2**30
 

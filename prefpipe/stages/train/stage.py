@@ -22,6 +22,7 @@ from prefpipe.runs import store
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, to_table
 from prefpipe.stages.train import memory, outputs, parallel
+from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.fit import fit
 from prefpipe.stages.train.inputs import Job, prepare
 from prefpipe.stages.train.loop import Trainer
@@ -33,7 +34,6 @@ from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.reference import audit
 from prefpipe.stages.train.reference.identity import Reference
 from prefpipe.stages.train.reference.values import Audited, audited, filled, not_audited, values_for
-from prefpipe.stages.train.rows import TrainRow
 from prefpipe.stages.train.targets import targets
 
 
@@ -43,32 +43,32 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     trackers.check_installed(config.report_to)
     job = prepare(config)
     opened = store.open_run(out, "train", config, job.inputs, force=force) if world.leads else nullcontext(None)
-    with opened as run_:
-        manifest = world.tell(run_.manifest() if run_ else None)
+    with opened as output:
+        manifest = world.tell(output.manifest() if output else None)
         if manifest is not None:
             log.info(f"{out} is complete already")
         else:
-            manifest = _run(run_, world, job, config)
+            manifest = _run(output, world, job, config)
     parallel.stop(world)  # after an error the process just ends: leaving the group would wait for the other ranks
     return manifest
 
 
-def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manifest:
-    """`run_` is the output directory, held by rank 0 only."""
-    if run_:
-        run_.write_dropped(Dropped, to_table(Dropped, job.dropped))
+def _run(output: Run | None, world: World, job: Job, config: TrainConfig) -> Manifest:
+    """`output` is the output directory, held by rank 0 only."""
+    if output:
+        output.write_dropped(Dropped, to_table(Dropped, job.dropped))
     for row in (*job.rows, *job.eval_rows, *job.bank):
         audit.check_cached(row)
     audit.check_scorers(job.scorers, SCORER_VERSION)
     warned = _say_targets(config, job)
     audited = Audited()
     if job.reference and job.reference.model:
-        job, audited = _by_reference(run_, world, job, job.reference.model, config)
+        job, audited = _by_reference(output, world, job, job.reference.model, config)
     model = load_policy(job.policy, config)
     _check_vocabulary(model, [*job.rows, *job.eval_rows, *job.bank])
     choose_rows(model, job.rows, config.dtype)
     if job.reference and not job.reference.model:
-        job, audited = _referenced(run_, world, job, job.reference, model, config)
+        job, audited = _referenced(output, world, job, job.reference, model, config)
     if job.reference and job.reference.id != job.policy.id:
         log.info(
             "the reference is not the initial policy: log-ratios are not 0 before step 0, and the loss of step 0 is "
@@ -82,10 +82,10 @@ def _run(run_: Run | None, world: World, job: Job, config: TrainConfig) -> Manif
         start_noise=_start_noise(job, config, audited),
     )  # fmt: skip
     state = diagnostics.at_start(RULES, warned)
-    trained, alerts = fit(run_, trainer, job, state, exact=_exact(job, config), audit_seconds=audited.seconds)
+    trained, alerts = fit(output, trainer, job, state, exact=_exact(job, config), audit_seconds=audited.seconds)
     results = {"audit": audited.found, **trained, "alerts": [asdict(alert) for alert in alerts]}
     tensors = outputs.tensors_of(model, config)
-    manifest = _finish(run_, job, model, tensors, config, results) if run_ else None
+    manifest = _finish(output, job, model, tensors, config, results) if output else None
     return cast(Manifest, world.tell(manifest))
 
 
@@ -124,7 +124,7 @@ def _start_noise(job: Job, config: TrainConfig, audited: Audited) -> float | Non
 
 
 def _by_reference(
-    run_: Run | None, world: World, job: Job, reference: Policy, config: TrainConfig
+    output: Run | None, world: World, job: Job, reference: Policy, config: TrainConfig
 ) -> tuple[Job, Audited]:
     """As `_referenced`, by a reference that is not the initial policy: loaded for this alone, and freed."""
     log.info("the reference is a model of its own: it is loaded first, to check its log-probs")
@@ -132,7 +132,7 @@ def _by_reference(
     model = TreeModel(load.load_adapter(base, reference.adapter, trainable=False) if reference.adapter else base)
     _check_vocabulary(model, [*job.rows, *job.eval_rows, *job.bank])
     choose_rows(model, job.rows, config.dtype)
-    job, audited = _referenced(run_, world, job, cast(Reference, job.reference), model, config)
+    job, audited = _referenced(output, world, job, cast(Reference, job.reference), model, config)
     del base, model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -140,7 +140,7 @@ def _by_reference(
 
 
 def _referenced(
-    run_: Run | None, world: World, job: Job, reference: Reference, model: TreeModel, config: TrainConfig
+    output: Run | None, world: World, job: Job, reference: Reference, model: TreeModel, config: TrainConfig
 ) -> tuple[Job, Audited]:
     """The job with reference values in all rows, missing ones made now, and what the audit of them found."""
     if not reference.at_hand:
@@ -149,7 +149,7 @@ def _referenced(
     scorer = load.scorer_name(config.dtype, in_4bit=config.load_in_4bit)
     # A new adapter changes nothing yet, but it costs time: it is off too while the base is scored.
     with load.adapter_off(model.policy, off=reference.id == job.policy.base_id):
-        values = values_for(run_, world, every, model, scorer, reference.id)
+        values = values_for(output, world, every, model, scorer, reference.id)
     scorers = job.scorers | ({scorer} if values else set[str]())
     job = replace(
         job,
@@ -163,18 +163,18 @@ def _referenced(
 
 
 def _finish(
-    run_: Run, job: Job, model: TreeModel, tensors: dict[str, torch.Tensor], config: TrainConfig,
+    output: Run, job: Job, model: TreeModel, tensors: dict[str, torch.Tensor], config: TrainConfig,
     results: dict[str, Any],
 ) -> Manifest:  # fmt: skip
     """Save the trained policy and the manifest."""
     policy, count = job.policy, len(job.rows)
     identity = {"initial": policy.id, "reference": job.reference.id if job.reference else None}
     facts = {**results, **identity, "count": count, "kind": job.kind, "inputs": job.inputs}
-    trained = outputs.save(run_.out, model, tensors, policy, config, facts)
+    trained = outputs.save(output.out, model, tensors, policy, config, facts)
     totals = {job.kind: count, "dropped": len(job.dropped), **results}
     if job.eval_rows:
         totals[f"eval_{job.kind}"] = len(job.eval_rows)
-    return run_.finish(totals, {"policy": trained, **identity})
+    return output.finish(totals, {"policy": trained, **identity})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

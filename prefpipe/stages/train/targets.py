@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.stages.train.rows import TrainLabel, TrainRow
+from prefpipe.stages.train.examples import TrainLabel, TrainRow
 
 _PER_TOKEN = ("sigmoid_norm", "rainbow", "simpo", "alphapo")  # beta multiplies nats per token
 _FREE_OF_BETA = ("nll", "orpo")

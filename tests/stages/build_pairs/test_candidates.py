@@ -10,11 +10,11 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import DataError
 from prefpipe.runs import store
 from prefpipe.schemas import Completion
-from prefpipe.stages.build_pairs import candidates, prompts
+from prefpipe.stages.build_pairs import candidates, prompt_filters
 from prefpipe.stages.build_pairs.candidates import Settled, open_sources, partition_of, read, settle, split
 from tests.stages.build_pairs.runs import Row, run_of, settings
 
-NONE = pl.DataFrame(schema=prompts.SCHEMA)
+NONE = pl.DataFrame(schema=prompt_filters.SCHEMA)
 
 
 def settled(tmp_path: Path, rows: list[Row], **changes: Any) -> Settled:
@@ -58,7 +58,7 @@ def test_a_dropped_prompt_takes_its_completions_along(tmp_path: Path) -> None:
     config = settings(run_of(tmp_path / "g", rows))
     sources = open_sources(config)
     (keys,) = read(sources, config, 1, tmp_path / "keys")
-    faulty = pl.DataFrame([("p", "contaminated", "why")], schema=prompts.SCHEMA, orient="row")
+    faulty = pl.DataFrame([("p", "contaminated", "why")], schema=prompt_filters.SCHEMA, orient="row")
     found = settle(keys.collect(), faulty, sources, config)
     assert sorted(found.ledger.rows()) == [
         ("a", "contaminated", "prompt p: why"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe.config.build_pairs import BuildPairsConfig
-from prefpipe.stages.build_pairs import candidates, pairs, rows
+from prefpipe.stages.build_pairs import candidates, output_rows, pairs
 from tests.stages.build_pairs.runs import Row, frame
 
 ROWS = st.lists(st.tuples(st.sampled_from("pqrs"), st.sampled_from([0.0, 0.5, 1.0])), max_size=12).map(
@@ -35,12 +35,12 @@ def test_a_prompt_has_pairs_or_one_reason(rows: list[Row], rule: str) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from("pqrs"), min_size=1, max_size=12))
 def test_weights_have_mean_1_and_prompts_the_same_sum(prompts: list[str]) -> None:
-    weighted = rows.with_weights(pl.DataFrame({"prompt_id": prompts}), BuildPairsConfig(weight_by="prompt"))
+    weighted = output_rows.with_weights(pl.DataFrame({"prompt_id": prompts}), BuildPairsConfig(weight_by="prompt"))
     sums = weighted.group_by("prompt_id").agg(pl.col("weight").sum())["weight"]
     assert weighted["weight"].mean() == pytest.approx(1)
     assert sums.to_list() == pytest.approx([len(prompts) / len(set(prompts))] * len(set(prompts)))
     for config in (BuildPairsConfig(), BuildPairsConfig(rule="all-above-gap", weight_by="pair")):
-        assert set(rows.with_weights(pl.DataFrame({"prompt_id": prompts}), config)["weight"]) == {1.0}
+        assert set(output_rows.with_weights(pl.DataFrame({"prompt_id": prompts}), config)["weight"]) == {1.0}
 
 
 def test_cut_loses_nothing() -> None:

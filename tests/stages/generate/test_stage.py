@@ -12,11 +12,11 @@ import pytest
 from prefpipe import engines
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines import fake
-from prefpipe.engines.base import EngineSettings, Request, Sample, Sequence
+from prefpipe.engines.base import EngineSettings, Request, Sample, ScoreRequest
 from prefpipe.errors import DataError, MissingInputError, PrefpipeError, UsageError
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.ids import content_id, ids_digest, numbered_id, sample_seed
-from prefpipe.models import chat as chats
+from prefpipe.models.chat import load_chat
 from prefpipe.models.policy import adapter_base_record, resolve
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
@@ -43,7 +43,7 @@ class CountingEngine:
             sampled.extend([request.prompt_id])
             yield request, samples
 
-    def score(self, sequences: Iterable[Sequence], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         yield from self._engine.score(sequences, adapter=adapter)
 
     def __enter__(self) -> Self:
@@ -122,7 +122,7 @@ def test_a_completion_is_identified_by_content(tiny_model: Path, prompts_file: P
     """The id is a hash of prompt, policy, sampling settings and sample_index; the digest covers the exact ids."""
     run(config(tiny_model, prompts_file), tmp_path / "g")
     policy = resolve(str(tiny_model)).id
-    chat = chats.load(tiny_model)
+    chat = load_chat(tiny_model)
     completions = rows(tmp_path / "g", "completions", Completion)
     assert len({c.completion_id for c in completions}) == len(completions)
     for c in completions:
@@ -153,7 +153,7 @@ def test_more_samples_of_a_prompt_contain_the_fewer(tiny_model: Path, prompts_fi
 def test_the_seed_of_a_draw_names_seed_prompt_and_index(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
     run(config(tiny_model, prompts_file, seed=5), tmp_path / "g")
     completion = rows(tmp_path / "g", "completions", Completion)[4]
-    settings = EngineSettings(resolve(str(tiny_model)), chats.load(tiny_model), "bfloat16", 1.0, 60, 1024, 4, 64)
+    settings = EngineSettings(resolve(str(tiny_model)), load_chat(tiny_model), "bfloat16", 1.0, 60, 1024, 4, 64)
     draw = fake.Draw(1, sample_seed(5, completion.prompt_id, 1), 1.0)
     ((_, [again]),) = fake.FakeEngine(settings).generate([Request("x", [1], (draw,))])
     assert completion.sample_index == 1

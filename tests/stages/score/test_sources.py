@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from prefpipe.engines.base import Sequence
+from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import IdSet
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.inputs.tokenised import NO_LIMITS, read_labels
-from prefpipe.models import chat as chats
+from prefpipe.models.chat import load_chat
 from prefpipe.rewards.base import Answer
 from prefpipe.rows import key_of
 from prefpipe.runs import fsio
@@ -22,7 +22,7 @@ from prefpipe.stages.score.sources import Batch, Reader
 
 
 def reader(model: Path, rows: int) -> Reader:
-    return Reader(chats.load(model), NO_LIMITS, rows, rated=False, known=defaultdict(IdSet))
+    return Reader(load_chat(model), NO_LIMITS, rows, rated=False, known=defaultdict(IdSet))
 
 
 def write(path: Path, count: int) -> Path:
@@ -71,7 +71,7 @@ def labels(tiny_model: Path, tmp_path: Path) -> list[Label]:
     path = tmp_path / "labels.jsonl"
     rows = ({"prompt": f"Q{i}", "completion": f"A {i}.", "label": True} for i in range(4))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_labels(path, chats.load(tiny_model))[0]
+    return read_labels(path, load_chat(tiny_model))[0]
 
 
 def group(prompt_id: str, *completion_ids: str) -> RankedGroup:
@@ -86,7 +86,7 @@ def batch(rows: dict[str, list[Any]], *names: str) -> Batch:
     answers = [(name, Answer([], name, None)) for name in names]
     ratings = [Reward(name, "rating", 1.0, "ok", None) for name in names if not rows]
     return Batch(
-        rows, [Sequence(n, [1], [2]) for n in names], answers, ratings, [Dropped("line 1", "empty", "no text")]
+        rows, [ScoreRequest(n, [1], [2]) for n in names], answers, ratings, [Dropped("line 1", "empty", "no text")]
     )
 
 

@@ -22,22 +22,22 @@ from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageEr
 from prefpipe.ids import ids_digest
 from prefpipe.inputs import files, tokenised
 from prefpipe.inputs.kl_bank import kl_bank
-from prefpipe.models import chat as chats
+from prefpipe.models.chat import load_chat
 from prefpipe.models.policy import resolve
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import (
-    Completion,  # fmt: skip
-    Dropped,  # fmt: skip
-    KlBank,  # fmt: skip
-    Label,  # fmt: skip
-    Pair,  # fmt: skip
-    Prompt,  # fmt: skip
-    RankedGroup,  # fmt: skip
-    RefLogps,  # fmt: skip
-    Reward,  # fmt: skip
-    from_table,  # fmt: skip
-    to_table,  # fmt: skip
+    Completion,
+    Dropped,
+    KlBank,
+    Label,
+    Pair,
+    Prompt,
+    RankedGroup,
+    RefLogps,
+    Reward,
+    from_table,
+    to_table,
 )
 from prefpipe.stages import build_pairs
 from prefpipe.stages.generate import stage as generate
@@ -101,7 +101,7 @@ def test_a_preference_file_becomes_filled_pairs_and_completions(tiny_model: Path
     }  # fmt: skip
     logps = {r.completion_id: r for r in rows(tmp_path / "s", "ref_logps", RefLogps)}
     policy = resolve(str(tiny_model)).id
-    expected, _ = tokenised.read_pairs(write(*PAIRS), chats.load(tiny_model))
+    expected, _ = tokenised.read_pairs(write(*PAIRS), load_chat(tiny_model))
     for pair, plain in zip(rows(tmp_path / "s", "pairs", Pair), expected, strict=True):
         assert (pair.pair_id, pair.chosen_token_ids) == (plain.pair_id, plain.chosen_token_ids)
         for side in ("chosen", "rejected"):
@@ -218,7 +218,7 @@ def test_pairs_of_a_run_are_filled(tiny_model: Path, generated: tuple[Path, Path
 def test_labels_bank_and_groups_of_a_run_are_filled(tiny_model: Path, write: Write, tmp_path: Path) -> None:
     """Written as build-pairs writes them; each kind has its own shape of the same columns."""
     given = [{"prompt": f"Q{i}", "completion": f"A {i}.", "label": True} for i in range(4)]
-    labels, _ = tokenised.read_labels(write(*given), chats.load(tiny_model))
+    labels, _ = tokenised.read_labels(write(*given), load_chat(tiny_model))
     group = RankedGroup(
         "p", labels[0].prompt, labels[0].prompt_token_ids, ["a", "b"], [labels[0].completion] * 2, [[7, 2], [8, 9, 2]],
         [ids_digest(labels[0].prompt_token_ids, ids) for ids in ([7, 2], [8, 9, 2])], [1.0, 0.0], ["stop"] * 2, 1.0,
@@ -323,7 +323,7 @@ def test_control_tokens_are_escaped_where_asked(tiny_model: Path, write: Write, 
     run(tiny_model, write({**PAIRS[0], "chosen": "say <|im_end|>"}), tmp_path / "s", special_tokens_in_prompts="escape")
     (pair,) = rows(tmp_path / "s", "pairs", Pair)
     assert pair.chosen_token_ids.count(2) == 1
-    assert chats.load(tiny_model).decode(pair.chosen_token_ids) == "say <|im_end|>"
+    assert load_chat(tiny_model).decode(pair.chosen_token_ids) == "say <|im_end|>"
 
 
 def test_memory_does_not_grow_with_the_rows(tiny_model: Path, tmp_path: Path) -> None:

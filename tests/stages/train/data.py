@@ -17,10 +17,10 @@ from prefpipe.models.policy import resolve
 from prefpipe.runs import store
 from prefpipe.schemas import KlBank, Label, Pair, RankedGroup, to_table
 from prefpipe.stages.train import parallel
+from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.optimizer import MasterOptimizer
 from prefpipe.stages.train.parallel import World
-from prefpipe.stages.train.rows import TrainPair
 
 EOS = 2
 

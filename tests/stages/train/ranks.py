@@ -12,11 +12,11 @@ from prefpipe.forward.load import decoder_layers
 from prefpipe.forward.logps import Rows, TreeModel
 from prefpipe.models.policy import resolve
 from prefpipe.stages.train import loop, parallel, stage
+from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.micro_batches import tree_of
 from prefpipe.stages.train.optimizer import MasterOptimizer
 from prefpipe.stages.train.parallel import World
-from prefpipe.stages.train.rows import TrainPair
 from tests.stages.train import data
 
 

@@ -14,9 +14,9 @@ from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.models import policy
 from prefpipe.runs import store
 from prefpipe.schemas import RefLogps, to_table
+from prefpipe.stages.train.examples import TrainLabel, TrainPair
 from prefpipe.stages.train.inputs import prepare
 from prefpipe.stages.train.reference.identity import Reference
-from prefpipe.stages.train.rows import TrainLabel, TrainPair
 from tests.stages.train import data
 
 BARE = data.bare_pairs(8)

@@ -15,11 +15,11 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.stages.train import loop
+from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import StepMetrics
 from prefpipe.stages.train.micro_batches import global_batches, micro_batches
 from prefpipe.stages.train.optimizer import learning_rate
 from prefpipe.stages.train.parallel import World
-from prefpipe.stages.train.rows import TrainPair
 from tests.stages.train import data
 from tests.stages.train.data import policy, trainer
 

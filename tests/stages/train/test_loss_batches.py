@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from prefpipe.forward.layout import flatten
-from prefpipe.stages.train import rows as train_rows
+from prefpipe.stages.train import examples as train_rows
+from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.loss_batches import scores_prompt, settings_of, to_loss_batch
 from prefpipe.stages.train.losses import registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch, PairBatch, RankBatch
 from prefpipe.stages.train.micro_batches import micro_batches
-from prefpipe.stages.train.rows import TrainRow
 from tests.stages.train import data
 
 PAIRS = [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.stages.train import loop
+from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.micro_batches import (
     MicroBatch,
     balanced_batches,
@@ -20,7 +21,6 @@ from prefpipe.stages.train.micro_batches import (
     micro_batches,
     tree_of,
 )
-from prefpipe.stages.train.rows import TrainPair
 from tests.stages.train import data
 
 PROMPTS = st.sampled_from([(1,), (1, 2, 3), (4, 5), (6, 7, 8, 9, 10)])

@@ -8,9 +8,9 @@ import pytest
 
 from prefpipe.forward import load
 from prefpipe.stages.train import memory, plan, stage
+from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.inputs import prepare
 from prefpipe.stages.train.micro_batches import tree_of
-from prefpipe.stages.train.rows import TrainPair
 from tests.conftest import Cli
 from tests.stages.train import data
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe.stages.train import rows as train_rows
-from prefpipe.stages.train.rows import TrainLabel, TrainPair
+from prefpipe.stages.train import examples as train_rows
+from prefpipe.stages.train.examples import TrainLabel, TrainPair
 from prefpipe.stages.train.targets import targets
 from tests.stages.train import data
 

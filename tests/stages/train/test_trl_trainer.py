@@ -15,8 +15,8 @@ from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, score
 from prefpipe.stages.train import loop
+from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.micro_batches import global_batches
-from prefpipe.stages.train.rows import TrainPair
 from tests.conftest import ROOT
 from tests.stages.train import data
 

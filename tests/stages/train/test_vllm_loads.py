@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from prefpipe import engines
 from prefpipe.engines.base import Draw, EngineSettings, Request, Sample
-from prefpipe.models import chat as chats
-from prefpipe.models.chat import encode
+from prefpipe.models.chat import encode, load_chat
 from prefpipe.models.policy import resolve
 from prefpipe.stages.train import stage
 from tests.stages.train import data
@@ -41,7 +40,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
 
 def sampled(model: Path, adapter: str = "none") -> list[Sample]:
     """Greedy completions by vLLM, with their log-probs."""
-    chat = chats.load(model)
+    chat = load_chat(model)
     policy = resolve(str(model), adapter)
     given = [Request(text, encode(chat, text), (Draw(0, 0, 0.0),)) for text in PROMPTS]
     with engines.load("vllm", EngineSettings(policy, chat, "float32", 1.0, MAX_TOKENS, 64, 4, 64)) as engine:
@@ -51,7 +50,7 @@ def sampled(model: Path, adapter: str = "none") -> list[Sample]:
 
 def greedy(model: Path) -> tuple[list[list[int]], list[list[float]]]:
     """The same by transformers alone: token ids, and the log-prob of each."""
-    chat, loaded = chats.load(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    chat, loaded = load_chat(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids: list[list[int]] = []
     logps: list[list[float]] = []
     for text in PROMPTS:

@@ -6,13 +6,7 @@ from itertools import pairwise as neighbours
 
 import torch
 
-from prefpipe.stages.train.losses.batch import (
-    LabelBatch,
-    Logps,
-    LossBatch,
-    PairBatch,
-    RankBatch,
-)
+from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, PairBatch, RankBatch
 
 Counted = tuple[torch.Tensor, torch.Tensor]  # values [B], and which of them count [B]
 LENGTH_EDGES = (64, 256, 1024)  # tokens of both completions of a pair, inclusive; as parity.json's of one

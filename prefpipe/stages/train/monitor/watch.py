@@ -52,9 +52,9 @@ class Pace:
 
 @dataclass
 class Watch:
-    """The state of the alert rules, and where things are told. Every rank has one; only rank 0 has a `run_`."""
+    """The state of the alert rules, and where things are told. Every rank has one; only rank 0 has a `output`."""
 
-    run_: Run | None
+    output: Run | None
     facts: Facts
     strict: bool
     state: State
@@ -88,11 +88,11 @@ class Watch:
         for pace in (single, self.whole, self.recent):
             pace.add(step)
         self.last = now
-        if self.run_:
+        if self.output:
             rates = {f"rates/{name}": value for name, value in single.rates(now).items()}
             self.track(step.step, {f"train/{name}": value for name, value in {**step.values, **rates}.items()})
             if now - self.recent.since >= _TIMING_EVERY_S:
-                self.run_.log_timing(event="training", step=step.step, **self.recent.summary(now))
+                self.output.log_timing(event="training", step=step.step, **self.recent.summary(now))
                 self.recent = Pace(now)
         if step.skipped:
             log.warn(f"step {step.step} is skipped, its loss or gradient is not finite: rows {_listed(step.skipped)}")
@@ -103,22 +103,24 @@ class Watch:
 
 @contextmanager
 def watching(
-    run_: Run | None, config: TrainConfig, facts: Facts, state: State, first: int, audit_seconds: float | None = None
+    output: Run | None, config: TrainConfig, facts: Facts, state: State, first: int, audit_seconds: float | None = None
 ) -> Generator[Watch]:
     """Watch a run from step `first` on; timing.jsonl tells how long it and its audit took. Raises what would end it
     before it starts."""
     open_trackers = (
-        tracking(config.report_to, run_.out, run_.fingerprint, dump(config), first) if run_ else nullcontext(_nothing)
+        tracking(config.report_to, output.out, output.fingerprint, dump(config), first)
+        if output
+        else nullcontext(_nothing)
     )
     now = clock.monotonic()
     with open_trackers as track:
-        watch = Watch(run_, facts, config.strict, state, track, Pace(now), Pace(now), now)
+        watch = Watch(output, facts, config.strict, state, track, Pace(now), Pace(now), now)
         if watch.verdict is not None:
             raise watch.verdict
         yield watch
-        if run_:
+        if output:
             audited = {} if audit_seconds is None else {"audit_seconds": round(audit_seconds, 3)}
-            run_.log_timing(event="trained", **watch.whole.summary(clock.monotonic()), **audited)
+            output.log_timing(event="trained", **watch.whole.summary(clock.monotonic()), **audited)
 
 
 def say_alerts(alerts: Sequence[Alert]) -> None:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward.layout import Tree
+from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.micro_batches import tree_of
-from prefpipe.stages.train.rows import TrainRow
 
 Score = Callable[[Sequence[Tree]], list[list[list[float]]]]
 _NOISE = 0.055  # standard deviation per token between 16-bit kernels

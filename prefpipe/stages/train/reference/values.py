@@ -17,11 +17,11 @@ from prefpipe.ids import ids_digest
 from prefpipe.runs import store
 from prefpipe.runs.store import Run
 from prefpipe.schemas import RefLogps, from_table, to_table
+from prefpipe.stages.train.examples import TokenLogps, TrainRow, has_references
 from prefpipe.stages.train.micro_batches import tree_of
 from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.reference import audit
 from prefpipe.stages.train.reference.identity import Reference
-from prefpipe.stages.train.rows import TokenLogps, TrainRow, has_references
 
 R = TypeVar("R", bound=TrainRow)
 
@@ -35,22 +35,22 @@ class Audited:
 
 
 def values_for(
-    run_: Run | None, world: World, rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference: str
+    output: Run | None, world: World, rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference: str
 ) -> dict[str, TokenLogps]:  # fmt: skip
     """Values by completion id for every row that lacks some: scored once, on all ranks, and then read from the run.
 
-    `run_` is the output directory, held by rank 0 only. The caller sees to it that `model` is the reference.
+    `output` is the output directory, held by rank 0 only. The caller sees to it that `model` is the reference.
     """
     missing = [row for row in rows if not has_references(row)]
     if not missing:
         return {}
-    if not world.tell(run_.has_part("ref_logps", 0) if run_ else False):
+    if not world.tell(output.has_part("ref_logps", 0) if output else False):
         log.info(f"{len(missing)} of {len(rows)} rows have no reference log-probs: they are scored once, now")
         made = _score(missing[world.rank :: world.size], model, scorer, reference)
         found = {r.completion_id: r for share in world.gather(made) for r in share}
-        if run_:
-            run_.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [found[key] for key in sorted(found)]))
-    return world.tell(_cached(run_))
+        if output:
+            output.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [found[key] for key in sorted(found)]))
+    return world.tell(_cached(output))
 
 
 def filled(rows: Sequence[R], values: dict[str, TokenLogps]) -> list[R]:
@@ -94,10 +94,10 @@ def not_audited(reference: Reference) -> Audited:
     return Audited({"rows": 0, "not_checked": reason})
 
 
-def _cached(run_: Run | None) -> dict[str, TokenLogps]:
-    if run_ is None:
+def _cached(output: Run | None) -> dict[str, TokenLogps]:
+    if output is None:
         return {}
-    rows = from_table(RefLogps, run_.read_part("ref_logps", RefLogps, 0))
+    rows = from_table(RefLogps, output.read_part("ref_logps", RefLogps, 0))
     return {r.completion_id: tuple(r.token_logps) for r in rows}
 
 

@@ -15,12 +15,12 @@ from prefpipe.forward.logps import TreeModel
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.runs import fsio, store
 from prefpipe.schemas import RefLogps
+from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train import loop, stage
-from prefpipe.stages.train import rows as train_rows
+from prefpipe.stages.train.examples import TrainLabel, TrainPair
 from prefpipe.stages.train.losses.registry import LOSSES
 from prefpipe.stages.train.micro_batches import balanced_batches, bank_rows
 from prefpipe.stages.train.optimizer import learning_rate
-from prefpipe.stages.train.rows import TrainLabel, TrainPair
 from tests.conftest import Cli
 from tests.stages.train import data
 from tests.stages.train.losses.test_pairwise import AT_REFERENCE

@@ -17,8 +17,8 @@ from prefpipe.ids import ids_digest
 from prefpipe.models import policy
 from prefpipe.schemas import Pair
 from prefpipe.stages.train import stage
+from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.reference.audit import Audit, Score, audit, check, check_scorers, noise_between_kernels
-from prefpipe.stages.train.rows import TrainPair
 from tests.stages.train import data
 
 Values = tuple[float, ...]

@@ -12,7 +12,7 @@ from prefpipe.errors import IdentityError
 from prefpipe.forward import load
 from prefpipe.runs import store
 from prefpipe.schemas import RefLogps, from_table
-from prefpipe.stages.train import rows as train_rows
+from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.reference import values
 from tests.stages.train import data

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from prefpipe.inputs.kl_bank import kl_bank
-from prefpipe.stages.train import rows
-from prefpipe.stages.train.rows import has_references
+from prefpipe.stages.train import examples
+from prefpipe.stages.train.examples import has_references
 from tests.stages.train import data
 
 BARE = data.bare_pairs(6)
@@ -13,7 +13,7 @@ BARE = data.bare_pairs(6)
 
 def test_pairs_keep_their_numbers():
     row = replace(BARE[0], preference_prob=0.75, reward_gap=2.5, weight=0.5, ref_chosen_token_logps=[-1.0])
-    (found,) = rows.from_pairs([row])
+    (found,) = examples.from_pairs([row])
     assert (found.row_id, found.weight, found.preference_prob, found.reward_gap) == (row.pair_id, 0.5, 0.75, 2.5)
     assert [a.completion_id for a in found.answers] == [row.chosen_completion_id, row.rejected_completion_id]
     assert [list(a.ids) for a in found.answers] == [row.chosen_token_ids, row.rejected_token_ids]
@@ -23,10 +23,10 @@ def test_pairs_keep_their_numbers():
 
 def test_labels_and_bank_rows():
     stored = data.labels_of(BARE)
-    found = rows.from_labels(stored)
+    found = examples.from_labels(stored)
     assert [row.desirable for row in found] == [row.label for row in stored] == [True, False] * 6
     assert [list(row.prompt) for row in found] == [row.prompt_token_ids for row in stored]
-    bank = rows.from_bank(kl_bank(stored, 4, 0))
+    bank = examples.from_bank(kl_bank(stored, 4, 0))
     assert [row.desirable for row in bank] == [None] * 4
     assert all(row.row_id == row.answer.completion_id for row in bank)
     assert not {row.row_id for row in bank} & {row.row_id for row in found}
@@ -35,7 +35,7 @@ def test_labels_and_bank_rows():
 def test_groups_keep_the_order_of_ranks():
     (stored, *_) = data.groups_of(BARE)
     values = [[float(-i)] * len(ids) for i, ids in enumerate(stored.token_ids)]
-    (found,) = rows.from_groups([replace(stored, ref_token_logps=values)])
+    (found,) = examples.from_groups([replace(stored, ref_token_logps=values)])
     assert [a.completion_id for a in found.answers] == stored.completion_ids
     assert [list(a.reference or ()) for a in found.answers] == values
     assert has_references(found)
@@ -47,9 +47,9 @@ def test_missing_values_are_filled_and_others_are_kept(tiny_model: Path):
     values = {half.chosen_id: (9.0,), half.rejected_id: (8.0,)}
     assert half.with_references(values) == replace(known, ref_rejected=(8.0,))
     assert not any(a.reference for a in known.with_references(None).answers)
-    (label, *_) = rows.from_labels(data.labels_of(BARE))
+    (label, *_) = examples.from_labels(data.labels_of(BARE))
     assert label.with_references({label.row_id: (1.0,)}).answer.reference == (1.0,)
-    (group, *_) = rows.from_groups(data.groups_of(BARE))
+    (group, *_) = examples.from_groups(data.groups_of(BARE))
     filled = group.with_references({a.completion_id: (float(i),) for i, a in enumerate(group.answers)})
     assert [a.reference for a in filled.answers] == [(float(i),) for i in range(len(group.answers))]
     assert filled.with_references(None) == group

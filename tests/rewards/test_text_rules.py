@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe.config.rewards import Keyword, Length, Refusal, Repetition, ShortSentence
-from prefpipe.rewards import rules as r
+from prefpipe.rewards import text_rules as r
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
-from prefpipe.rewards.rules import echoes, is_one_sentence, names, num_words
+from prefpipe.rewards.text_rules import echoes, is_one_sentence, names, num_words
 from prefpipe.schemas import Message
 
 short_sentence = r.short_sentence(ShortSentence())

@@ -6,8 +6,8 @@ import pytest
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.schemas import Pair, RankedGroup, arrow_schema
-from prefpipe.stages.build_pairs import rows
-from prefpipe.stages.build_pairs.rows import Contents
+from prefpipe.stages.build_pairs import output_rows
+from prefpipe.stages.build_pairs.output_rows import Contents
 
 COMPLETION = {"completion_id": ["c", "d"], "text": ["good", "bad"], "prompt_token_ids": [[1], [1]]}
 COMPLETION |= {"token_ids": [[5, 2], [6, 2]], "ids_digest": ["dc", "dd"], "policy": ["w", "w"]}
@@ -33,8 +33,8 @@ def of_both(references: pl.LazyFrame) -> pl.DataFrame:
         "rejected_finish_reason": ["stop"],
     }  # fmt: skip
     made = contents(references)
-    with_content = rows.sides(pl.DataFrame(key), made.of(0))
-    return rows.pair_rows(with_content, made.prompts_of(0), BuildPairsConfig())
+    with_content = output_rows.sides(pl.DataFrame(key), made.of(0))
+    return output_rows.pair_rows(with_content, made.prompts_of(0), BuildPairsConfig())
 
 
 def test_of_two_scorers_the_first_by_name_wins_in_any_order() -> None:
@@ -52,7 +52,7 @@ def test_sides_of_two_scorers_have_no_reference() -> None:
 
 
 def test_the_columns_are_those_of_the_dataset() -> None:
-    table = rows.to_table(of_both(pl.LazyFrame(REFERENCE)), Pair)
+    table = output_rows.to_table(of_both(pl.LazyFrame(REFERENCE)), Pair)
     assert table.column_names == arrow_schema(Pair).names
 
 
@@ -71,7 +71,7 @@ def test_a_group_of_two_tokenizers_is_refused() -> None:
         {"prompt_id": ["p", "p"], "completion_id": ["c", "d"], "reward": [1.0, 0.0], "finish_reason": ["stop", "stop"]}
     )
     with pytest.raises(DataError, match="other token ids"):
-        rows.group_rows(ranked, made.of(0), made.prompts_of(0))
+        output_rows.group_rows(ranked, made.of(0), made.prompts_of(0))
     same = contents(pl.LazyFrame(REFERENCE))
-    table = rows.to_table(rows.group_rows(ranked, same.of(0), same.prompts_of(0)), RankedGroup)
+    table = output_rows.to_table(output_rows.group_rows(ranked, same.of(0), same.prompts_of(0)), RankedGroup)
     assert table.to_pylist()[0]["ref_logps"] == [-4.0, -6.0]

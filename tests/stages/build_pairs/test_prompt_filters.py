@@ -12,7 +12,7 @@ import pytest
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError, MissingInputError, UsageError
-from prefpipe.stages.build_pairs import prompts, texts
+from prefpipe.stages.build_pairs import prompt_filters, texts
 
 WORDS = [f"word{n}" for n in range(400)]
 
@@ -27,7 +27,7 @@ def frame(rows: dict[str, str], role: str = "user") -> pl.LazyFrame:
 
 
 def faulty(rows: dict[str, str], **changes: Any) -> dict[str, str]:
-    found = prompts.faulty(frame(rows), BuildPairsConfig.model_validate(changes))
+    found = prompt_filters.faulty(frame(rows), BuildPairsConfig.model_validate(changes))
     return dict(found.select("prompt_id", "reason").iter_rows())
 
 
@@ -39,7 +39,7 @@ def test_duplicates_differ_in_case_spaces_and_composition_only() -> None:
 
 def test_a_role_makes_another_prompt() -> None:
     both = pl.concat([frame({"a": "hi"}), frame({"b": "hi"}, role="system"), frame({"a": "hi"})])
-    assert prompts.duplicates(both).is_empty()
+    assert prompt_filters.duplicates(both).is_empty()
 
 
 def test_near_duplicates_against_exact_similarity() -> None:
@@ -83,7 +83,7 @@ def test_contamination_by_shared_ngrams(tmp_path: Path, kind: str) -> None:
     expected = {"hit": "contaminated", **({} if kind == "jsonl" else {"whole": "contaminated"})}
     assert faulty(rows, contamination=(str(path),)) == expected
     assert set(faulty(rows, contamination=(str(path),), contamination_ngram=12)) >= {"hit", "miss"}
-    detail = prompts.faulty(frame(rows), BuildPairsConfig(contamination=(str(path),))).filter(
+    detail = prompt_filters.faulty(frame(rows), BuildPairsConfig(contamination=(str(path),))).filter(
         pl.col("prompt_id") == "hit"
     )
     assert " ".join(words[5:18]) in detail["detail"].item()
@@ -92,9 +92,9 @@ def test_contamination_by_shared_ngrams(tmp_path: Path, kind: str) -> None:
 def test_benchmark_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"a": "x"}\n{broken\n')
     with pytest.raises(DataError, match=r"b\.jsonl, line 2: not valid JSON"):
-        prompts.benchmark_ngrams([tmp_path / "b.jsonl"], 3)
+        prompt_filters.benchmark_ngrams([tmp_path / "b.jsonl"], 3)
     with pytest.raises(MissingInputError):
-        prompts.benchmark_ngrams([tmp_path / "none.txt"], 3)
+        prompt_filters.benchmark_ngrams([tmp_path / "none.txt"], 3)
     (tmp_path / "b.csv").write_text("x")
     with pytest.raises(UsageError, match=r"unknown kind of file '\.csv'"):
-        prompts.benchmark_ngrams([tmp_path / "b.csv"], 3)
+        prompt_filters.benchmark_ngrams([tmp_path / "b.csv"], 3)

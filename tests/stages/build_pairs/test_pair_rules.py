@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.ids import sample_seed
-from prefpipe.stages.build_pairs.rules import RULES, draw, pair_frame, rank
+from prefpipe.stages.build_pairs.pair_rules import RULES, draw, pair_frame, rank
 from tests.conftest import ROOT
 from tests.stages.build_pairs.runs import Row, frame
 
