@@ -61,10 +61,14 @@ def filled(row: Any, logps: Logps) -> Any:
     if isinstance(row, Pair):
         chosen, rejected = logps[row.chosen_completion_id], logps[row.rejected_completion_id]
         return replace(
-            row, ref_chosen_logps=chosen.ref_logps, ref_rejected_logps=rejected.ref_logps,
-            ref_chosen_token_logps=chosen.token_logps, ref_rejected_token_logps=rejected.token_logps,
-            reference=chosen.reference, scorer=chosen.scorer,
-        )  # fmt: skip
+            row,
+            ref_chosen_logps=chosen.ref_logps,
+            ref_rejected_logps=rejected.ref_logps,
+            ref_chosen_token_logps=chosen.token_logps,
+            ref_rejected_token_logps=rejected.token_logps,
+            reference=chosen.reference,
+            scorer=chosen.scorer,
+        )
     if isinstance(row, RankedGroup):
         own = [logps[name] for name in row.completion_ids]
         values: tuple[Any, Any] = [r.ref_logps for r in own], [r.token_logps for r in own]

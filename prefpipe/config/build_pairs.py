@@ -36,9 +36,17 @@ class BuildPairsConfig(BaseModel):
     seed: shared.Seed = 0
 
     rule: Literal[
-        "best-worst", "best-random-worse", "best-worst-of-5", "best-sigma", "all-above-gap", "top-bottom",
-        "correct-wrong", "longest-correct", "smallest-gap", "length-controlled",
-    ] = "best-random-worse"  # fmt: skip
+        "best-worst",
+        "best-random-worse",
+        "best-worst-of-5",
+        "best-sigma",
+        "all-above-gap",
+        "top-bottom",
+        "correct-wrong",
+        "longest-correct",
+        "smallest-gap",
+        "length-controlled",
+    ] = "best-random-worse"
     """How completions of a prompt become pairs; docs/pair-rules.md has formula, source and use of each."""
     pairs_per_prompt: Count = 1
     """Most pairs taken from one prompt; 0 for all that the rule finds."""

@@ -207,9 +207,22 @@ class Function(BaseModel):
 
 
 Settings = (
-    ShortSentence | Length | Regex | JsonSchema | Keyword | Language | Repetition | Refusal | ExactMatch | Math
-    | ReasoningGym | Code | RewardModel | Judge | Function
-)  # fmt: skip
+    ShortSentence
+    | Length
+    | Regex
+    | JsonSchema
+    | Keyword
+    | Language
+    | Repetition
+    | Refusal
+    | ExactMatch
+    | Math
+    | ReasoningGym
+    | Code
+    | RewardModel
+    | Judge
+    | Function
+)
 KINDS: dict[str, type[BaseModel]] = {cls.model_fields["kind"].default: cls for cls in get_args(Settings)}
 
 

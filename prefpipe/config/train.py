@@ -9,10 +9,33 @@ from prefpipe.config import shared
 from prefpipe.config.base import PATH, RUNTIME, STRICT
 
 Loss = Literal[
-    "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "sppo",
-    "apo_zero", "apo_down", "dpop", "rdpo", "margin", "odpo", "soft", "rainbow", "simpo", "alphapo", "cpo", "orpo",
-    "nll", "kto", "apo_zero_unpaired", "plackett_luce",
-]  # fmt: skip
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "sppo",
+    "apo_zero",
+    "apo_down",
+    "dpop",
+    "rdpo",
+    "margin",
+    "odpo",
+    "soft",
+    "rainbow",
+    "simpo",
+    "alphapo",
+    "cpo",
+    "orpo",
+    "nll",
+    "kto",
+    "apo_zero_unpaired",
+    "plackett_luce",
+]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 _H = ("beta", "ld_alpha")  # of a loss of the log-ratios of a pair
 _GAMMA = ("simpo_gamma", "simpo_gamma_beta_ratio")
@@ -54,8 +77,14 @@ ROWS: dict[str, Literal["pairs", "labels", "groups"]] = {  # what a loss trains 
 }
 READS = {name: (*own, "use_weighting") if name in PAIR_LOSSES else own for name, own in _READS.items()}
 LORA_ONLY = (
-    "lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge",
-)  # fmt: skip
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "lora_dropout",
+    "lora_target_modules",
+    "load_in_4bit",
+    "merge",
+)
 UNAVAILABLE = "unavailable"  # the reference_model that is not at hand
 _LARGEST_MARGIN = 2.0  # nats per token: SimPO's published margins are 0.1 to 0.5
 

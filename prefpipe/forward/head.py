@@ -70,9 +70,11 @@ def _to_logps(raw: torch.Tensor, targets: torch.Tensor, rule: LogitRule, *, slop
     (1[v = y] - p_v) dl_v / dx_v, rounded to its dtype."""
     step = _rows_at_once(raw.device)
     return torch.cat(
-        [_block(raw[i : i + step], targets[i : i + step].unsqueeze(1), rule, slopes=slopes)
-         for i in range(0, raw.shape[0], step)]
-    )  # fmt: skip
+        [
+            _block(raw[i : i + step], targets[i : i + step].unsqueeze(1), rule, slopes=slopes)
+            for i in range(0, raw.shape[0], step)
+        ]
+    )
 
 
 def _ruled(scores: torch.Tensor, rule: LogitRule) -> torch.Tensor:

@@ -24,9 +24,15 @@ M = TypeVar("M", bound=torch.nn.Module)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What makes a directory of weights a model that can be talked to, beside its weights and their config.
 _BESIDE_WEIGHTS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "generation_config.json", "*.model",
-)  # fmt: skip
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+)
 
 
 def scorer_name(dtype: str, *, in_4bit: bool = False) -> str:
@@ -43,9 +49,12 @@ def load_model(directory: Path, dtype: str, *, in_4bit: bool = False, device: st
     transformers_logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True,
+        directory,
+        dtype=DTYPES[dtype],
+        use_safetensors=True,
+        local_files_only=True,
         **(_four_bits(dtype, device) if in_4bit else {}),
-    )  # fmt: skip
+    )
     attention.check_positions(model.config)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UsageError(f"{directory}: an output head with a bias is not supported", "use a model without one")
@@ -71,9 +80,11 @@ def _four_bits(dtype: str, device: str) -> dict[str, Any]:
             "load_in_4bit needs the package bitsandbytes", "install it with: pip install 'prefpipe[bnb]'"
         )
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[dtype],
-    )  # fmt: skip
+    )
     return {
         "quantization_config": settings,
         "device_map": {"": torch.cuda.current_device() if device == "cuda" else device},
@@ -82,7 +93,7 @@ def _four_bits(dtype: str, device: str) -> dict[str, Any]:
 
 def add_lora(
     model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int, rslora: bool = False
-) -> PeftModel:  # fmt: skip
+) -> PeftModel:
     """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype."""
     torch.manual_seed(seed)
     targets = target_modules if target_modules == "all-linear" else [t.strip() for t in target_modules.split(",")]
@@ -177,7 +188,7 @@ def model_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def save_model(
     model: PreTrainedModel, tensors: dict[str, torch.Tensor], directory: Path, source: Path, chat_template: str
-) -> None:  # fmt: skip
+) -> None:
     """A model directory that transformers and vLLM load: weights as safetensors (`tensors` as `model_tensors` gives
     them, whole), config, and tokenizer and chat template of `source`; a template file takes the template's place."""
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True)

@@ -77,9 +77,15 @@ def compare(rows: Sequence[Checked], fresh: Mapping[str, Sequence[float]], dtype
         f"{tokens['largest']:.4f}); at beta {_BETA} a pair's margin moves by about {shift:.4f}"
     )
     return {
-        "rows": len(rows), "agrees": agrees, "summary": summary, "per_token": tokens, "per_completion": sums,
-        "by_length": _by_length(deltas), "beta": _BETA, "margin_shift": shift,
-    }  # fmt: skip
+        "rows": len(rows),
+        "agrees": agrees,
+        "summary": summary,
+        "per_token": tokens,
+        "per_completion": sums,
+        "by_length": _by_length(deltas),
+        "beta": _BETA,
+        "margin_shift": shift,
+    }
 
 
 def table(report: Mapping[str, Any]) -> list[str]:

@@ -74,9 +74,14 @@ def cut(prompts: Iterable[Prompt], rows: int, wanted: set[int]) -> Iterator[Shar
 
 
 def sample_shards(
-    missing: Callable[[], Iterable[Shard]], prepare: Prepare, engine: Engine, work: Work, chat: Chat,
-    inflight: Inflight, advance: Advance,
-) -> int:  # fmt: skip
+    missing: Callable[[], Iterable[Shard]],
+    prepare: Prepare,
+    engine: Engine,
+    work: Work,
+    chat: Chat,
+    inflight: Inflight,
+    advance: Advance,
+) -> int:
     """Sample all prompts of the missing shards without a pause between shards; commit each when it is whole.
 
     `missing` reads them anew at every call. The prompts of a shard are tokenised when the engine asks for its first:

@@ -107,11 +107,20 @@ def preparation(task: Task, config: Config, killers: Sequence[str] = ()) -> Prep
 def engine_settings(task: Task, config: Config, max_model_len: int) -> EngineSettings:
     """Engine settings with room for `max_model_len` tokens in prompt and completion."""
     return EngineSettings(
-        task.policy, task.chat, config.dtype, config.top_p, config.max_tokens, max_model_len,
-        config.max_num_seqs, config.kv_cache_mib, top_k=config.top_k, min_p=config.min_p,
-        stop_token_ids=task.stop_token_ids, tensor_parallel_size=config.tensor_parallel_size,
+        task.policy,
+        task.chat,
+        config.dtype,
+        config.top_p,
+        config.max_tokens,
+        max_model_len,
+        config.max_num_seqs,
+        config.kv_cache_mib,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        stop_token_ids=task.stop_token_ids,
+        tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
-    )  # fmt: skip
+    )
 
 
 def prompt_key(config: Config, task: Task, ready: Ready) -> str:

@@ -29,9 +29,13 @@ _INSIDE = {
     "writer": ("model", "source"),
 }
 _KNOWN = {
-    *_PROMPTS, *_LISTS, *_RATINGS, *_WRITERS, *(name for pair in _SIDES for name in pair),
+    *_PROMPTS,
+    *_LISTS,
+    *_RATINGS,
+    *_WRITERS,
+    *(name for pair in _SIDES for name in pair),
     *("chosen", "rejected", "completion", "label", "answer", "messages", "system_prompt", "model"),
-}  # fmt: skip
+}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _UNRATED = ("", "n/a", "none", "null", "nan")
 

@@ -35,7 +35,14 @@ def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
 
 def _row(prompt_id: str, prompt_ids: list[int], row: Label) -> KlBank:
     return KlBank(
-        bank_id=content_id(prompt_ids, row.token_ids), prompt_id=prompt_id, completion_id=row.completion_id,
-        prompt_token_ids=prompt_ids, token_ids=row.token_ids, ids_digest=ids_digest(prompt_ids, row.token_ids),
-        ref_logps=None, ref_token_logps=None, reference=None, scorer=None,
-    )  # fmt: skip
+        bank_id=content_id(prompt_ids, row.token_ids),
+        prompt_id=prompt_id,
+        completion_id=row.completion_id,
+        prompt_token_ids=prompt_ids,
+        token_ids=row.token_ids,
+        ids_digest=ids_digest(prompt_ids, row.token_ids),
+        ref_logps=None,
+        ref_token_logps=None,
+        reference=None,
+        scorer=None,
+    )

@@ -126,12 +126,22 @@ def to_label(found: Tokenised) -> Label:
     """A row of the label format."""
     assert found.source.label is not None
     return Label(
-        completion_id=found.completion_id(0), prompt_id=found.prompt_id, prompt=found.prompt,
-        completion=found.answers[0], label=found.source.label, prompt_token_ids=found.prompt_ids,
-        token_ids=found.token_ids[0], ids_digest=ids_digest(found.prompt_ids, found.token_ids[0]),
-        finish_reason=found.finish_reason(0), reward=None, weight=1.0, ref_logps=None, ref_token_logps=None,
-        reference=None, scorer=None,
-    )  # fmt: skip
+        completion_id=found.completion_id(0),
+        prompt_id=found.prompt_id,
+        prompt=found.prompt,
+        completion=found.answers[0],
+        label=found.source.label,
+        prompt_token_ids=found.prompt_ids,
+        token_ids=found.token_ids[0],
+        ids_digest=ids_digest(found.prompt_ids, found.token_ids[0]),
+        finish_reason=found.finish_reason(0),
+        reward=None,
+        weight=1.0,
+        ref_logps=None,
+        ref_token_logps=None,
+        reference=None,
+        scorer=None,
+    )
 
 
 def to_pair(found: Tokenised) -> Pair:
@@ -142,16 +152,32 @@ def to_pair(found: Tokenised) -> Pair:
     ratings = found.source.ratings or [None, None]
     gap = ratings[0] - ratings[1] if ratings[0] is not None and ratings[1] is not None else None
     return Pair(
-        pair_id=content_id(*ids), prompt_id=found.prompt_id, chosen_completion_id=ids[0],
-        rejected_completion_id=ids[1], prompt=found.prompt, chosen=found.answers[0], rejected=found.answers[1],
-        prompt_token_ids=found.prompt_ids, chosen_token_ids=found.token_ids[0], rejected_token_ids=found.token_ids[1],
+        pair_id=content_id(*ids),
+        prompt_id=found.prompt_id,
+        chosen_completion_id=ids[0],
+        rejected_completion_id=ids[1],
+        prompt=found.prompt,
+        chosen=found.answers[0],
+        rejected=found.answers[1],
+        prompt_token_ids=found.prompt_ids,
+        chosen_token_ids=found.token_ids[0],
+        rejected_token_ids=found.token_ids[1],
         chosen_ids_digest=ids_digest(found.prompt_ids, found.token_ids[0]),
-        rejected_ids_digest=ids_digest(found.prompt_ids, found.token_ids[1]), chosen_reward=ratings[0],
-        rejected_reward=ratings[1], reward_gap=gap, preference_prob=None,
-        chosen_finish_reason=found.finish_reason(0), rejected_finish_reason=found.finish_reason(1), weight=1.0,
-        ref_chosen_logps=None, ref_rejected_logps=None, ref_chosen_token_logps=None, ref_rejected_token_logps=None,
-        reference=None, scorer=None,
-    )  # fmt: skip
+        rejected_ids_digest=ids_digest(found.prompt_ids, found.token_ids[1]),
+        chosen_reward=ratings[0],
+        rejected_reward=ratings[1],
+        reward_gap=gap,
+        preference_prob=None,
+        chosen_finish_reason=found.finish_reason(0),
+        rejected_finish_reason=found.finish_reason(1),
+        weight=1.0,
+        ref_chosen_logps=None,
+        ref_rejected_logps=None,
+        ref_chosen_token_logps=None,
+        ref_rejected_token_logps=None,
+        reference=None,
+        scorer=None,
+    )
 
 
 def to_json(values: Mapping[str, Any]) -> str:

@@ -95,9 +95,14 @@ def run(settings: Code, program: str, tests: str | None, stdin: str, running: se
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="prefpipe-code-") as folder:
         job = {
-            "program": program, "tests": tests, "token": token, "folder": folder, "isolation": settings.isolation,
-            "cpu_seconds": math.ceil(settings.timeout_seconds), "memory_bytes": settings.memory_mib << 20,
-        }  # fmt: skip
+            "program": program,
+            "tests": tests,
+            "token": token,
+            "folder": folder,
+            "isolation": settings.isolation,
+            "cpu_seconds": math.ceil(settings.timeout_seconds),
+            "memory_bytes": settings.memory_mib << 20,
+        }
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as printed:
             given.write(stdin.encode(errors="replace"))
             given.seek(0)
@@ -123,10 +128,14 @@ def _spawn(
     verdict_read, verdict_write = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-I", sandbox.__file__, str(job_read), str(verdict_write)],
-        stdin=given, stdout=printed, stderr=subprocess.DEVNULL, pass_fds=(job_read, verdict_write), cwd=job["folder"],
+        stdin=given,
+        stdout=printed,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(job_read, verdict_write),
+        cwd=job["folder"],
         env={"HOME": job["folder"], "TMPDIR": job["folder"], "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
-    )  # fmt: skip
+    )
     running.add(process)
     try:
         os.close(job_read)

@@ -38,9 +38,11 @@ def function(settings: Function) -> RewardFunction:
     name = _named(settings)
     find(name)
     rate_all = isolated(
-        f"{__name__}:rate", timeout_seconds=settings.timeout_seconds, num_workers=settings.num_workers,
+        f"{__name__}:rate",
+        timeout_seconds=settings.timeout_seconds,
+        num_workers=settings.num_workers,
         imports=[name.partition(":")[0]],
-    )  # fmt: skip
+    )
 
     def rate_answers(answers: Sequence[Answer]) -> list[Scored]:
         outcomes = rate_all([[name, asdict(answer)] for answer in answers])

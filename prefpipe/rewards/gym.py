@@ -54,9 +54,14 @@ def prompts(
 
 
 def write_prompts(
-    path: Path, task: str, *, size: int, seed: int = 0, heldout: float = 0.0,
+    path: Path,
+    task: str,
+    *,
+    size: int,
+    seed: int = 0,
+    heldout: float = 0.0,
     datasets: Sequence[Mapping[str, Any]] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Write `prompts` as JSONL."""
     rows = prompts(task, size, seed, heldout, datasets)
     fsio.write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -100,10 +100,12 @@ def _start(function: str, timeout_seconds: float, imports: Sequence[str]) -> Pro
     """In a session of its own: Ctrl-C is for us, and we end it."""
     return subprocess.Popen(
         [sys.executable, "-m", "prefpipe.rewards.worker", function, str(timeout_seconds), *imports],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def _ask(process: Process, arguments: Sequence[Any]) -> Outcome | None:

@@ -222,5 +222,8 @@ def _messages(settings: Judge, shape: str, answer: Answer, shown: dict[str, str]
 def _schema(verdict: dict[str, Any]) -> dict[str, Any]:
     properties = {"reason": {"type": "string"}, **verdict}
     return {
-        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
-    }  # fmt: skip
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }

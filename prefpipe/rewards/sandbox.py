@@ -29,18 +29,70 @@ _OPEN_FILES = 64
 
 # seccomp: numbers of x86-64 (arch/x86/entry/syscalls/syscall_64.tbl).
 _DENIED = {
-    "socket": 41, "socketpair": 53, "io_uring_setup": 425, "fork": 57, "vfork": 58, "execve": 59, "execveat": 322,
-    "kill": 62, "tkill": 200, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_open": 434,
-    "pidfd_send_signal": 424, "pidfd_getfd": 438, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311,
-    "kcmp": 312, "perf_event_open": 298, "unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "chroot": 161,
-    "pivot_root": 155, "open_tree": 428, "move_mount": 429, "fsopen": 430, "mount_setattr": 442, "bpf": 321,
-    "userfaultfd": 323, "keyctl": 250, "add_key": 248, "request_key": 249, "personality": 135, "chmod": 90,
-    "fchmod": 91, "fchmodat": 268, "fchmodat2": 452, "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260,
-    "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280, "setxattr": 188, "lsetxattr": 189,
-    "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "shmget": 29, "semget": 64,
-    "msgget": 68, "mq_open": 240, "setpriority": 141, "sched_setscheduler": 144, "ioprio_set": 251, "setsid": 112,
+    "socket": 41,
+    "socketpair": 53,
+    "io_uring_setup": 425,
+    "fork": 57,
+    "vfork": 58,
+    "execve": 59,
+    "execveat": 322,
+    "kill": 62,
+    "tkill": 200,
+    "tgkill": 234,
+    "rt_sigqueueinfo": 129,
+    "rt_tgsigqueueinfo": 297,
+    "pidfd_open": 434,
+    "pidfd_send_signal": 424,
+    "pidfd_getfd": 438,
+    "ptrace": 101,
+    "process_vm_readv": 310,
+    "process_vm_writev": 311,
+    "kcmp": 312,
+    "perf_event_open": 298,
+    "unshare": 272,
+    "setns": 308,
+    "mount": 165,
+    "umount2": 166,
+    "chroot": 161,
+    "pivot_root": 155,
+    "open_tree": 428,
+    "move_mount": 429,
+    "fsopen": 430,
+    "mount_setattr": 442,
+    "bpf": 321,
+    "userfaultfd": 323,
+    "keyctl": 250,
+    "add_key": 248,
+    "request_key": 249,
+    "personality": 135,
+    "chmod": 90,
+    "fchmod": 91,
+    "fchmodat": 268,
+    "fchmodat2": 452,
+    "chown": 92,
+    "fchown": 93,
+    "lchown": 94,
+    "fchownat": 260,
+    "utime": 132,
+    "utimes": 235,
+    "futimesat": 261,
+    "utimensat": 280,
+    "setxattr": 188,
+    "lsetxattr": 189,
+    "fsetxattr": 190,
+    "removexattr": 197,
+    "lremovexattr": 198,
+    "fremovexattr": 199,
+    "shmget": 29,
+    "semget": 64,
+    "msgget": 68,
+    "mq_open": 240,
+    "setpriority": 141,
+    "sched_setscheduler": 144,
+    "ioprio_set": 251,
+    "setsid": 112,
     "setpgid": 109,
-}  # fmt: skip
+}
 _CLONE, _CLONE3, _PRLIMIT = 56, 435, 302
 _CLONE_THREAD = 0x10000
 _X86_64, _X32 = 0xC000003E, 0x40000000
@@ -169,10 +221,15 @@ def _landlock(libc: ctypes.CDLL, folder: str) -> None:
 def _seccomp(libc: ctypes.CDLL) -> None:
     deny, allow = (_RETURN, 0, 0, _ERROR | _EPERM), (_RETURN, 0, 0, _ALLOW)
     steps: list[tuple[int, int, int, int]] = [
-        (_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _X86_64), (_RETURN, 0, 0, _KILL),
-        (_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), deny,
-        (_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERROR | _ENOSYS),  # glibc then asks for clone, with flags to see
-    ]  # fmt: skip
+        (_LOAD, 0, 0, _ARCH),
+        (_EQUAL, 1, 0, _X86_64),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, _NUMBER),
+        (_AT_LEAST, 0, 1, _X32),
+        deny,
+        (_EQUAL, 0, 1, _CLONE3),
+        (_RETURN, 0, 0, _ERROR | _ENOSYS),  # glibc then asks for clone, with flags to see
+    ]
     for number in _DENIED.values():
         steps += [(_EQUAL, 0, 1, number), deny]
     steps += [(_EQUAL, 0, 4, _CLONE), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_ANY_BIT, 0, 1, _CLONE_THREAD), allow, deny]

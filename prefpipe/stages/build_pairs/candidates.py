@@ -110,9 +110,13 @@ def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -
     rewards names it), fault (why the text is no candidate, or null), run. Raises DataError for rewards that do not fit.
     """
     completions = scan(sources.completions).select(
-        "prompt_id", "completion_id", "finish_reason", "run", num_tokens=pl.col("token_ids").list.len(),
+        "prompt_id",
+        "completion_id",
+        "finish_reason",
+        "run",
+        num_tokens=pl.col("token_ids").list.len(),
         fault=_fault(config),
-    )  # fmt: skip
+    )
     rewards = _rewards(sources)
     keys = completions.join(rewards, on="completion_id", how="left").with_columns(
         rated=pl.col("rated").fill_null(value=False), partition=partition_of(count)

@@ -70,11 +70,15 @@ def table(checks: list[Check]) -> list[str]:
 def pair_facts(pairs: pl.DataFrame) -> pl.DataFrame:
     """The narrow columns of pairs (rows of Pair with chosen_policy and rejected_policy beside them)."""
     return pairs.select(
-        "prompt_id", "chosen_reward", "rejected_reward", "reward_gap",
+        "prompt_id",
+        "chosen_reward",
+        "rejected_reward",
+        "reward_gap",
         *(pl.col(f"{s}_token_ids").list.len().alias(f"{s}_tokens") for s in _SIDES),
         *(f"{s}_finish_reason" for s in _SIDES),
-        *(f"ref_{s}_logps" for s in _SIDES), *(f"{s}_policy" for s in _SIDES),
-    )  # fmt: skip
+        *(f"ref_{s}_logps" for s in _SIDES),
+        *(f"{s}_policy" for s in _SIDES),
+    )
 
 
 def pair_sample(pairs: pl.DataFrame, total: int) -> pl.DataFrame:
@@ -82,9 +86,13 @@ def pair_sample(pairs: pl.DataFrame, total: int) -> pl.DataFrame:
     limit = min(1.0, _SAMPLE / total) * 16**8
     chosen = pairs.filter(pl.col("pair_id").str.head(8).str.to_integer(base=16) < limit)
     return chosen.select(
-        "pair_id", "prompt_id", "prompt_token_ids", prompt=texts.conversation("prompt"),
-        **{f"{s}_text": pl.col(f"{s}_text") for s in _SIDES}, **{f"{s}_ids": pl.col(f"{s}_token_ids") for s in _SIDES},
-    ).sort("pair_id")  # fmt: skip
+        "pair_id",
+        "prompt_id",
+        "prompt_token_ids",
+        prompt=texts.conversation("prompt"),
+        **{f"{s}_text": pl.col(f"{s}_text") for s in _SIDES},
+        **{f"{s}_ids": pl.col(f"{s}_token_ids") for s in _SIDES},
+    ).sort("pair_id")
 
 
 def d1(data: Data) -> Check:
@@ -93,11 +101,13 @@ def d1(data: Data) -> Check:
     share = small / max(data.found, 1)
     numbers = {"mean": gap.mean(), "sd": gap.std(ddof=0), "min": gap.min(), "dropped_share": share}
     return Check(
-        "D1", "reward gap", NOTICE if share > 0.3 else OK,
+        "D1",
+        "reward gap",
+        NOTICE if share > 0.3 else OK,
         f"mean {numbers['mean']:.3g}, sd {numbers['sd']:.3g}, {share:.0%} dropped as small",
         "many pairs were nearly equal: more samples per prompt, or soft labels (preference_prob, gap_filter none)",
         numbers,
-    )  # fmt: skip
+    )
 
 
 def d2(data: Data) -> Check:
@@ -107,19 +117,26 @@ def d2(data: Data) -> Check:
     low = [e <= 3 or e < 0.05 * max(len(c), len(r)) for c, r in ids if (e := texts.token_edits(c, r)) >= 0]
     share = sum(low) / max(len(low), 1)
     return Check(
-        "D2", "near-identical", WARN if share > 0.2 else OK, f"{share:.1%} differ in a few tokens only",
+        "D2",
+        "near-identical",
+        WARN if share > 0.2 else OK,
+        f"{share:.1%} differ in a few tokens only",
         "the chosen log-prob may fall: train with an NLL term or a DPOP loss, or set near_identical_tokens",
         {"share": share},
-    )  # fmt: skip
+    )
 
 
 def d3(data: Data) -> Check:
     """Contradictions among the pairs that the rule found; above 2 % the labels are noisy."""
     share = data.dropped.get("contradiction", 0) / max(data.found, 1)
     return Check(
-        "D3", "contradictions", WARN if share > 0.02 else OK, f"{share:.1%} of pairs contradict another one",
-        f"the labels are noisy: train with label_smoothing {min(share, 0.49):.2f}, or find out why", {"share": share},
-    )  # fmt: skip
+        "D3",
+        "contradictions",
+        WARN if share > 0.02 else OK,
+        f"{share:.1%} of pairs contradict another one",
+        f"the labels are noisy: train with label_smoothing {min(share, 0.49):.2f}, or find out why",
+        {"share": share},
+    )
 
 
 def d4(data: Data) -> Check:
@@ -136,9 +153,13 @@ def d4(data: Data) -> Check:
     if share < 0.35:
         advice = "the reference prefers most rejected completions: check the direction of the reward"
     return Check(
-        "D4", "hardness", level, f"the reference prefers chosen in {share:.0%}; token overlap {jaccard:.2f}", advice,
+        "D4",
+        "hardness",
+        level,
+        f"the reference prefers chosen in {share:.0%}; token overlap {jaccard:.2f}",
+        advice,
         {"reference_prefers_chosen": share, "jaccard": jaccard},
-    )  # fmt: skip
+    )
 
 
 def d5(data: Data) -> Check:
@@ -150,21 +171,26 @@ def d5(data: Data) -> Check:
     distinct = len(set[str]().union(*grams)) / max(sum(map(len, grams)), 1)
     bad = unique < 0.5 or (top >= 0.01 and data.facts.height >= 1000)
     return Check(
-        "D5", "prompt diversity", WARN if bad else OK,
+        "D5",
+        "prompt diversity",
+        WARN if bad else OK,
         f"{len(per_prompt)} prompts for {data.facts.height} pairs, top prompt {top:.1%}, distinct-3 {distinct:.2f}",
         "more prompts help, more pairs per prompt hardly (Tulu 3): add prompts, or lower pairs_per_prompt",
         {"prompts": len(per_prompt), "unique_share": unique, "top_share": top, "distinct_3": distinct},
-    )  # fmt: skip
+    )
 
 
 def d6(data: Data) -> Check:
     """Size: under 500 and under 2,000 pairs warn, under 5,000 is worth a note."""
     n = data.facts.height
     return Check(
-        "D6", "size", WARN if n < 2000 else NOTICE if n < 5000 else OK, f"{n} pairs",
+        "D6",
+        "size",
+        WARN if n < 2000 else NOTICE if n < 5000 else OK,
+        f"{n} pairs",
         "too few to measure anything but a rule reward" if n < 500 else "several thousand pairs are usual",
         {"pairs": n},
-    )  # fmt: skip
+    )
 
 
 def d7(data: Data) -> Check:
@@ -176,11 +202,13 @@ def d7(data: Data) -> Check:
     area = auc(chosen, rejected)
     bad = not 0.4 <= longer <= 0.6 or not 1 / 1.2 <= ratio <= 1.2 or max(area, 1 - area) > 0.65
     return Check(
-        "D7", "length bias", WARN if bad else OK,
+        "D7",
+        "length bias",
+        WARN if bad else OK,
         f"chosen longer in {longer:.0%}, length ratio {ratio:.2f}, AUC of length {area:.2f}",
         "training may learn length: try rule length-controlled, length_penalty or max_length_difference",
         {"chosen_longer": longer, "ratio": ratio, "auc": area},
-    )  # fmt: skip
+    )
 
 
 def d8(data: Data) -> Check:
@@ -189,20 +217,26 @@ def d8(data: Data) -> Check:
     quartile = pl.concat([chosen, data.facts["rejected_reward"]]).quantile(0.25, "lower")
     share = float((chosen < quartile).sum()) / len(chosen)
     return Check(
-        "D8", "both bad", WARN if share > 0.1 else OK,
+        "D8",
+        "both bad",
+        WARN if share > 0.1 else OK,
         f"{share:.1%} of chosen are below the lower quartile ({quartile:.3g})",
-        "set min_chosen_quantile, or a loss that pushes both down (APO-down)", {"share": share, "quartile": quartile},
-    )  # fmt: skip
+        "set min_chosen_quantile, or a loss that pushes both down (APO-down)",
+        {"share": share, "quartile": quartile},
+    )
 
 
 def d9(data: Data) -> Check:
     """Truncation: completions that hit max_tokens, by side."""
     cut = {s: float((data.facts[f"{s}_finish_reason"] == "length").sum()) / data.facts.height for s in _SIDES}
     return Check(
-        "D9", "truncation", WARN if max(cut.values()) > 0.05 else OK,
+        "D9",
+        "truncation",
+        WARN if max(cut.values()) > 0.05 else OK,
         f"chosen {cut['chosen']:.1%}, rejected {cut['rejected']:.1%} cut off",
-        "one side cut off more often teaches length: raise max_tokens of generate, or set truncated_rejected drop", cut,
-    )  # fmt: skip
+        "one side cut off more often teaches length: raise max_tokens of generate, or set truncated_rejected drop",
+        cut,
+    )
 
 
 def d10(data: Data) -> Check:
@@ -210,11 +244,13 @@ def d10(data: Data) -> Check:
     chosen, rejected = (data.sample[f"{s}_text"].to_list() for s in _SIDES)
     area, best = surface.shortcut(chosen, rejected)
     return Check(
-        "D10", "surface shortcut", WARN if area > 0.75 else OK,
+        "D10",
+        "surface shortcut",
+        WARN if area > 0.75 else OK,
         f"form alone picks chosen in {area:.0%} of held-out pairs (strongest: {best})",
         "the policy may learn the form and nothing else: look at some pairs, vary the rejected side",
         {"accuracy": area, "strongest": best},
-    )  # fmt: skip
+    )
 
 
 def d11(data: Data) -> Check:
@@ -223,20 +259,26 @@ def d11(data: Data) -> Check:
     one_sided = sources["chosen"] != sources["rejected"] and not sources["chosen"] & sources["rejected"]
     if one_sided:
         return Check(
-            "D11", "off-policy", WARN, "chosen and rejected always come from different models",
-            "the policy can learn whose text it is: mix the models on both sides", {"one_sided": True},
-        )  # fmt: skip
+            "D11",
+            "off-policy",
+            WARN,
+            "chosen and rejected always come from different models",
+            "the policy can learn whose text it is: mix the models on both sides",
+            {"one_sided": True},
+        )
     per_token = [_per_token(data.facts, s).drop_nulls() for s in _SIDES]
     if not all(len(p) for p in per_token):
         return _unmeasured("D11", "off-policy")
     chosen, rejected = (math.fsum(p) / len(p) for p in per_token)
     bad = chosen < -2.5 or chosen - rejected < -1
     return Check(
-        "D11", "off-policy", WARN if bad else OK,
+        "D11",
+        "off-policy",
+        WARN if bad else OK,
         f"reference log-prob per token {chosen:.2f} chosen, {rejected:.2f} rejected",
         "the reference would hardly write the chosen side: sample from the policy itself, or weight pairs (WPO)",
         {"chosen_per_token": chosen, "rejected_per_token": rejected, "one_sided": False},
-    )  # fmt: skip
+    )
 
 
 def d12(data: Data) -> Check:
@@ -245,10 +287,13 @@ def d12(data: Data) -> Check:
     assert b is not None
     weighted = b.desirable_weight != 1 or b.undesirable_weight != 1
     return Check(
-        "D12", "class balance", NOTICE if weighted else OK, f"{b.desirable} desirable, {b.undesirable} undesirable",
+        "D12",
+        "class balance",
+        NOTICE if weighted else OK,
+        f"{b.desirable} desirable, {b.undesirable} undesirable",
         f"train with desirable_weight {b.desirable_weight:.3g} and undesirable_weight {b.undesirable_weight:.3g}",
         asdict(b),
-    )  # fmt: skip
+    )
 
 
 def d13(data: Data) -> Check:
@@ -257,12 +302,14 @@ def d13(data: Data) -> Check:
     drift = data.beta * length * 0.1
     bad = drift > 5 or drift < 0.05
     return Check(
-        "D13", "beta", WARN if bad else OK,
+        "D13",
+        "beta",
+        WARN if bad else OK,
         f"1/beta = {1 / data.beta:.3g} nats, {1 / data.beta / max(length, 1):.3g} per token at {length:.0f} tokens",
         "a shift of 0.1 nat per token gives an implicit reward of "
         f"{drift:.2g}: " + ("lower beta, or a length-normalised loss" if drift > 5 else "raise beta"),
         {"nats": 1 / data.beta, "nats_per_token": 1 / data.beta / max(length, 1), "mean_tokens": length},
-    )  # fmt: skip
+    )
 
 
 def d14(data: Data) -> Check:
@@ -280,11 +327,13 @@ def d14(data: Data) -> Check:
         *([f"{repeated} completions begin with the generation prompt"] if repeated else []),
     ]
     return Check(
-        "D14", "template", WARN if problems else OK,
+        "D14",
+        "template",
+        WARN if problems else OK,
         "; ".join(problems) or f"prompts share their last {len(tail)} tokens",
         "check the chat template that made these ids: the policy will see the same boundary when it is used",
         {"common_end": len(tail), "doubled_start": doubled, "repeated_prompt": repeated},
-    )  # fmt: skip
+    )
 
 
 CHECKS: tuple[Callable[[Data], Check], ...] = (d1, d2, d3, d4, d5, d6, d7, d8, d9, d10, d11, d12, d13, d14)

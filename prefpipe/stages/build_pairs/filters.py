@@ -87,9 +87,13 @@ def by_content(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
         )
     if config.contradictions == "drop":
         circle = contradictory(judged.with_row_index("place").filter(pl.col("reason").is_null()))
-        judged = judged.with_row_index("place").with_columns(
-            reason=pl.when(pl.col("place").is_in(circle)).then(pl.lit("contradiction")).otherwise("reason")
-        ).drop("place")  # fmt: skip
+        judged = (
+            judged.with_row_index("place")
+            .with_columns(
+                reason=pl.when(pl.col("place").is_in(circle)).then(pl.lit("contradiction")).otherwise("reason")
+            )
+            .drop("place")
+        )
     return judged.drop("chosen_normal", "rejected_normal")
 
 

@@ -158,9 +158,13 @@ def to_table(rows: pl.DataFrame, row_type: type[Pair | Label | RankedGroup]) -> 
 def _references(files: Files) -> list[pl.LazyFrame]:
     """Cached log-probs, piece by piece; values of two references never mix."""
     empty = {
-        "completion_id": pl.String, "reference": pl.String, "scorer": pl.String, "digest": pl.String,
-        "ref_token_logps": pl.List(pl.Float32), "ref_logps": pl.Float32,
-    }  # fmt: skip
+        "completion_id": pl.String,
+        "reference": pl.String,
+        "scorer": pl.String,
+        "digest": pl.String,
+        "ref_token_logps": pl.List(pl.Float32),
+        "ref_logps": pl.Float32,
+    }
     if not files:
         return [pl.LazyFrame(schema=empty)]
     names = sorted(scan(files).select(pl.col("reference").unique()).collect(engine="streaming")["reference"])

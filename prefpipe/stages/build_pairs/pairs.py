@@ -40,15 +40,19 @@ def find(candidates: pl.DataFrame, config: BuildPairsConfig) -> Found:
     pairs = pair_rules.pair_frame(ranked, pair_rules.RULES[config.rule](ranked, config))
     without = ranked.spans.join(pairs.select("prompt_id").unique(), on="prompt_id", how="anti", maintain_order="left")
     reason = (
-        pl.when(pl.col("count") < 2).then(pl.lit("too_few"))
-        .when(pl.col("ties") == pl.col("count")).then(pl.lit("tie"))
+        pl.when(pl.col("count") < 2)
+        .then(pl.lit("too_few"))
+        .when(pl.col("ties") == pl.col("count"))
+        .then(pl.lit("tie"))
         .otherwise(pl.lit("no_pair"))
-    )  # fmt: skip
+    )
     detail = (
-        pl.when(pl.col("count") < 2).then(pl.lit("a pair needs two candidates of the prompt"))
-        .when(pl.col("ties") == pl.col("count")).then(pl.format("the rewards of all {} candidates are equal", "count"))
+        pl.when(pl.col("count") < 2)
+        .then(pl.lit("a pair needs two candidates of the prompt"))
+        .when(pl.col("ties") == pl.col("count"))
+        .then(pl.format("the rewards of all {} candidates are equal", "count"))
         .otherwise(pl.format("rule {} pairs none of {} candidates", pl.lit(config.rule), "count"))
-    )  # fmt: skip
+    )
     ledger = without.select(id="prompt_id", reason=reason, detail=detail)
     return Found(pairs, ledger, ranked.spans.height)
 

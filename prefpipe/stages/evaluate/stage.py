@@ -144,8 +144,17 @@ def _row(config: EvaluateConfig, task: Task, sampled: Sampled, i: int, score: Sc
     decoding = "greedy" if sample.sample_index == 0 else "sampled"
     return Evaluation(
         completion_id=numbered_id(prompt_key(config, task, sampled.ready), sample.sample_index),
-        prompt_id=prompt.prompt_id, sample_index=sample.sample_index, round=config.round, decoding=decoding,
-        messages=prompt.messages, text=sampled.texts[i], token_ids=sample.token_ids,
-        finish_reason=sample.finish_reason, policy=task.policy.id, name=config.reward, reward=score.reward,
-        status=score.status, detail=score.detail,
-    )  # fmt: skip
+        prompt_id=prompt.prompt_id,
+        sample_index=sample.sample_index,
+        round=config.round,
+        decoding=decoding,
+        messages=prompt.messages,
+        text=sampled.texts[i],
+        token_ids=sample.token_ids,
+        finish_reason=sample.finish_reason,
+        policy=task.policy.id,
+        name=config.reward,
+        reward=score.reward,
+        status=score.status,
+        detail=score.detail,
+    )

@@ -93,11 +93,16 @@ def _add_answer(made: Imported, found: Tokenised, i: int, known: Known, *, paire
 
 def _to_completion(found: Tokenised, i: int) -> Completion:
     return Completion(
-        completion_id=found.completion_id(i), prompt_id=found.prompt_id, sample_index=i,
-        text=found.answers[i][-1]["content"], prompt_token_ids=found.prompt_ids, token_ids=found.token_ids[i],
-        finish_reason=found.finish_reason(i), policy=found.source.writers[i] or IMPORTED,
+        completion_id=found.completion_id(i),
+        prompt_id=found.prompt_id,
+        sample_index=i,
+        text=found.answers[i][-1]["content"],
+        prompt_token_ids=found.prompt_ids,
+        token_ids=found.token_ids[i],
+        finish_reason=found.finish_reason(i),
+        policy=found.source.writers[i] or IMPORTED,
         ids_digest=ids_digest(found.prompt_ids, found.token_ids[i]),
-    )  # fmt: skip
+    )
 
 
 def _to_prompt(found: Tokenised, row: formats.Row) -> Prompt:

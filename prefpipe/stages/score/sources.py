@@ -77,14 +77,16 @@ def without(batch: Batch, killers: Collection[str]) -> Batch:
         fatal = {name: name for name in names if name in killers}
     fatal |= {r.completion_id: r.completion_id for r in batch.ratings if r.completion_id in killers}
     return replace(
-        batch, rows=rows, sequences=[s for s in batch.sequences if s.completion_id in needed],
+        batch,
+        rows=rows,
+        sequences=[s for s in batch.sequences if s.completion_id in needed],
         answers=[(name, answer) for name, answer in batch.answers if name not in killers],
         ratings=[r for r in batch.ratings if r.completion_id not in killers],
         dropped=[
             *batch.dropped,
             *(Dropped(key, ENGINE_DIED, f"the engine died twice on completion {name}") for key, name in fatal.items()),
         ],
-    )  # fmt: skip
+    )
 
 
 def digest(source: str) -> str:

@@ -109,10 +109,18 @@ class _Stage:
     def settings(self) -> EngineSettings:
         c = self.config
         return EngineSettings(
-            self.policy, self.chat, c.dtype, 1.0, 1, c.max_length, c.max_num_seqs, c.kv_cache_mib,
-            tensor_parallel_size=c.tensor_parallel_size, gpu_memory_utilization=c.gpu_memory_utilization,
+            self.policy,
+            self.chat,
+            c.dtype,
+            1.0,
+            1,
+            c.max_length,
+            c.max_num_seqs,
+            c.kv_cache_mib,
+            tensor_parallel_size=c.tensor_parallel_size,
+            gpu_memory_utilization=c.gpu_memory_utilization,
             max_tokens_per_batch=c.max_tokens_per_batch,
-        )  # fmt: skip
+        )
 
     def has(self, shard: Shard) -> bool:
         return all(self.run.has_part(name, shard.index) for name in shard.datasets)
@@ -200,8 +208,9 @@ class _Stage:
             scores = rating.rate([answer for _, answer in batch.answers], function, name)
             ids = [completion_id for completion_id, _ in batch.answers]
             written[rating.reward_folder(name)] = (
-                Reward, [Reward(i, name, s.reward, s.status, s.detail) for i, s in zip(ids, scores, strict=True)]
-            )  # fmt: skip
+                Reward,
+                [Reward(i, name, s.reward, s.status, s.detail) for i, s in zip(ids, scores, strict=True)],
+            )
         written["dropped"] = (Dropped, batch.dropped)
         for name in shard.datasets:
             row_type, rows = written[name]
@@ -222,9 +231,12 @@ class _Stage:
             raise DataError("no row is left", f"see {self.run.out}/dropped.parquet for every row and its reason")
         reasons = Counter(r for part in self._column("dropped", Dropped, "reason") for r in part)
         return {
-            "rows": rows, "tokens": int(tokens), "mean_token_logp": total / tokens if tokens else None,
-            "mean_reward": means, "dropped": dict(sorted(reasons.items())),
-        }  # fmt: skip
+            "rows": rows,
+            "tokens": int(tokens),
+            "mean_token_logp": total / tokens if tokens else None,
+            "mean_reward": means,
+            "dropped": dict(sorted(reasons.items())),
+        }
 
     def _tally(self, dataset: str, row_type: type, column: str | None) -> tuple[int, float]:
         """(number, sum) of the values of a column that are there; without a column, (number of rows, 0)."""

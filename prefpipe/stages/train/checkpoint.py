@@ -29,9 +29,7 @@ class Checkpoint:
     diagnostics: dict[str, Any] | None = None
 
 
-def save(
-    folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2, records: Sequence[int] = ()
-) -> None:  # fmt: skip
+def save(folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2, records: Sequence[int] = ()) -> None:
     """Publish a checkpoint, then remove all but the newest `limit` (by step number, never by time).
 
     `records` are steps, in order, whose weights were the best so far. The last one before any checkpoint that is kept

@@ -125,41 +125,56 @@ def from_pairs(rows: Sequence[Pair]) -> list[TrainPair]:
     """Rows of the dataset as what training needs of them."""
     return [
         TrainPair(
-            row.pair_id, row.chosen_completion_id, row.rejected_completion_id, tuple(row.prompt_token_ids),
-            tuple(row.chosen_token_ids), tuple(row.rejected_token_ids), _optional(row.ref_chosen_token_logps),
-            _optional(row.ref_rejected_token_logps), row.weight, row.preference_prob, row.reward_gap,
+            row.pair_id,
+            row.chosen_completion_id,
+            row.rejected_completion_id,
+            tuple(row.prompt_token_ids),
+            tuple(row.chosen_token_ids),
+            tuple(row.rejected_token_ids),
+            _optional(row.ref_chosen_token_logps),
+            _optional(row.ref_rejected_token_logps),
+            row.weight,
+            row.preference_prob,
+            row.reward_gap,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def from_labels(rows: Sequence[Label]) -> list[TrainLabel]:
     """Rows of the dataset as what training needs of them."""
     return [
         TrainLabel(
-            row.completion_id, tuple(row.prompt_token_ids),
-            Answer(row.completion_id, tuple(row.token_ids), _optional(row.ref_token_logps)), row.label, row.weight,
+            row.completion_id,
+            tuple(row.prompt_token_ids),
+            Answer(row.completion_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
+            row.label,
+            row.weight,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def from_bank(rows: Sequence[KlBank]) -> list[TrainLabel]:
     """Mismatched rows; their values are kept under bank_id, for the completion has others with its own prompt."""
     return [
         TrainLabel(
-            row.bank_id, tuple(row.prompt_token_ids),
-            Answer(row.bank_id, tuple(row.token_ids), _optional(row.ref_token_logps)), None, 1.0,
+            row.bank_id,
+            tuple(row.prompt_token_ids),
+            Answer(row.bank_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
+            None,
+            1.0,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def from_groups(rows: Sequence[RankedGroup]) -> list[TrainGroup]:
     """Rows of the dataset as what training needs of them."""
     return [
         TrainGroup(
-            row.prompt_id, tuple(row.prompt_token_ids),
+            row.prompt_id,
+            tuple(row.prompt_token_ids),
             tuple(
                 Answer(key, tuple(ids), None if row.ref_token_logps is None else tuple(row.ref_token_logps[i]))
                 for i, (key, ids) in enumerate(zip(row.completion_ids, row.token_ids, strict=True))
@@ -167,7 +182,7 @@ def from_groups(rows: Sequence[RankedGroup]) -> list[TrainGroup]:
             row.weight,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def _filled(answer: Answer, values: Mapping[str, TokenLogps] | None) -> TokenLogps | None:

@@ -23,9 +23,14 @@ from prefpipe.stages.train.optimizer import warmup_length
 
 
 def fit(
-    output: Run | None, trainer: Trainer, job: Job, state: State, *, exact: bool = False,
+    output: Run | None,
+    trainer: Trainer,
+    job: Job,
+    state: State,
+    *,
+    exact: bool = False,
     audit_seconds: float | None = None,
-) -> tuple[dict[str, Any], Sequence[Alert]]:  # fmt: skip
+) -> tuple[dict[str, Any], Sequence[Alert]]:
     """Run the loop; leaves the model with the weights to save.
 
     `state` is what the alert rules know before step 0, `exact` whether every log-ratio must be 0 there,
@@ -56,9 +61,14 @@ def fit(
 
 
 def _run_steps(
-    output: Run | None, trainer: Trainer, job: Job, watch: Watch, first: int, history: list[dict[str, float]],
+    output: Run | None,
+    trainer: Trainer,
+    job: Job,
+    watch: Watch,
+    first: int,
+    history: list[dict[str, float]],
     advance: log.Advance,
-) -> None:  # fmt: skip
+) -> None:
     world, config = trainer.world, trainer.config
     total = loop.num_steps(len(job.rows), config)
     with interrupts.noted() as stopped:
@@ -130,9 +140,13 @@ def _lines(output: Run) -> list[dict[str, float]]:
 
 
 def _record(
-    output: Run, line: dict[str, Any], tensors: dict[str, torch.Tensor] | None, state: State, config: TrainConfig,
+    output: Run,
+    line: dict[str, Any],
+    tensors: dict[str, torch.Tensor] | None,
+    state: State,
+    config: TrainConfig,
     best: Sequence[int],
-) -> None:  # fmt: skip
+) -> None:
     """Append the metrics of a step and, with tensors, save a checkpoint that vouches for them."""
     metrics = output.out / "metrics.jsonl"
     fsio.append_line(metrics, json.dumps(line))

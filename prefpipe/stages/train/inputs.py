@@ -107,9 +107,18 @@ def prepare(config: TrainConfig) -> Job:
     training, eval_rows = _parted(rows, num_training, kind, config)
     on_reference = reference is not None and _sampled_by(sources) == {reference.id}
     return Job(
-        kind, training, bank, read.dropped, policy, reference, scorers, inputs, eval_rows, on_reference=on_reference,
+        kind,
+        training,
+        bank,
+        read.dropped,
+        policy,
+        reference,
+        scorers,
+        inputs,
+        eval_rows,
+        on_reference=on_reference,
         num_eval_bank=len(bank) - num_bank,
-    )  # fmt: skip
+    )
 
 
 def _sampled_by(sources: Sequence[Path]) -> set[str | None]:

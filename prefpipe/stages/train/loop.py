@@ -80,7 +80,7 @@ def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> 
 
 def steps(
     trainer: Trainer, rows: Sequence[TrainRow], first: int, bank: Sequence[TrainLabel] = ()
-) -> Iterator[StepMetrics]:  # fmt: skip
+) -> Iterator[StepMetrics]:
     """Run steps `first`.. to the end. A step whose loss or gradient is not finite moves nothing and says so.
 
     `bank` holds the mismatched rows of KTO's reference point, with reference values.
@@ -99,9 +99,13 @@ def steps(
         drawn = [bank[i] for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]
         values = _accumulate(trainer, batch, drawn, trainer.start_noise if step == 0 else None)
         rate = learning_rate(
-            step, total, peak=config.learning_rate, warmup_ratio=config.warmup_ratio,
-            warmup_steps=config.warmup_steps, schedule=config.lr_scheduler_type,
-        )  # fmt: skip
+            step,
+            total,
+            peak=config.learning_rate,
+            warmup_ratio=config.warmup_ratio,
+            warmup_steps=config.warmup_steps,
+            schedule=config.lr_scheduler_type,
+        )
         finite = math.isfinite(values["loss"])
         if not finite:
             trainer.optimizer.drop_gradients()

@@ -48,9 +48,7 @@ def to_loss_batch(
 class _Given:
     """The log-probs of a micro-batch, cut into the sums that are asked for."""
 
-    def __init__(
-        self, token_logps: torch.Tensor, layout: Layout, micro: MicroBatch, config: TrainConfig
-    ) -> None:  # fmt: skip
+    def __init__(self, token_logps: torch.Tensor, layout: Layout, micro: MicroBatch, config: TrainConfig) -> None:
         self.micro, self.config, self.device = micro, config, token_logps.device
         self._token_logps = token_logps
         lengths = [len(ids) for tree in micro.trees for ids in tree.completions]
@@ -74,10 +72,10 @@ class _Given:
             lengths=self.column(lengths),
             reference=self.column([math.fsum(a.reference or ()) for a in answers]) if known else None,
             policy_prefix=None if prefixes is None else self._sums(numbers, lengths, prefixes),
-            reference_prefix=None if prefixes is None or not known else self.column(
-                [math.fsum((a.reference or ())[:n]) for a, n in zip(answers, prefixes, strict=True)]
-            ),
-        )  # fmt: skip
+            reference_prefix=None
+            if prefixes is None or not known
+            else self.column([math.fsum((a.reference or ())[:n]) for a, n in zip(answers, prefixes, strict=True)]),
+        )
 
     def policy_weights(self, log_collisions: torch.Tensor) -> torch.Tensor:
         """[B], without gradient: min(1, product over both sides of exp(mean over tokens of log p - log sum_v p_v^2)),

@@ -64,7 +64,7 @@ class Fitting:
 
 def fitting(
     model: TreeModel, trees: Sequence[Tree], checkpointing: Literal["auto", "on", "off"], given: int
-) -> Fitting:  # fmt: skip
+) -> Fitting:
     """Probe the model, with gradient checkpointing where it is on, or where the longest tree would not fit without it.
 
     `given` is the budget in tokens that was asked for, 0 for the largest that fits. The model is left as it will train.

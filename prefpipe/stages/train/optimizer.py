@@ -118,7 +118,7 @@ def _restored(value: torch.Tensor, master: torch.Tensor) -> Any:
 
 def learning_rate(
     step: int, num_steps: int, *, peak: float, warmup_ratio: float, schedule: str, warmup_steps: int = 0
-) -> float:  # fmt: skip
+) -> float:
     """Rate of step 0..num_steps-1: a linear rise over the warmup, then constant, or linear or cosine towards zero.
 
     `warmup_steps` takes the place of `warmup_ratio` where it is not 0; the schedule "constant" has no warmup.

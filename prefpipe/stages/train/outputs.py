@@ -40,9 +40,13 @@ def tensors_of(model: TreeModel, config: TrainConfig) -> dict[str, torch.Tensor]
 
 
 def save(
-    out: Path, model: TreeModel, tensors: dict[str, torch.Tensor], policy: Policy, config: TrainConfig,
+    out: Path,
+    model: TreeModel,
+    tensors: dict[str, torch.Tensor],
+    policy: Policy,
+    config: TrainConfig,
     facts: Mapping[str, Any],
-) -> str:  # fmt: skip
+) -> str:
     """Publish the trained policy under `out` (what is there already stays) and return its identity.
 
     `facts` are what the model card tells beside the settings: counts, metrics, identities.

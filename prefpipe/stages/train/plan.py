@@ -36,9 +36,7 @@ def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) ->
     return {"computed": computed, "logical": logical, "largest micro-batch": largest}
 
 
-def _lines(
-    config: TrainConfig, kind: str, count: int, fitting: Fitting, unique: dict[str, int]
-) -> list[str]:  # fmt: skip
+def _lines(config: TrainConfig, kind: str, count: int, fitting: Fitting, unique: dict[str, int]) -> list[str]:
     footprint, largest = fitting.footprint, unique["largest micro-batch"]
     tokens = min(fitting.tokens, max(unique.values()))
     epochs = config.num_train_epochs

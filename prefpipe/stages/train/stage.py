@@ -78,9 +78,15 @@ def _run(output: Run | None, world: World, job: Job, config: TrainConfig) -> Man
     wrapped = parallel.wrap(model, world, config.distributed)
     optimizer = MasterOptimizer(wrapped, config.weight_decay, config.optim)
     trainer = Trainer(
-        model, wrapped, optimizer, config, world, tokens, on_reference=job.on_reference,
+        model,
+        wrapped,
+        optimizer,
+        config,
+        world,
+        tokens,
+        on_reference=job.on_reference,
         start_noise=_start_noise(job, config, audited),
-    )  # fmt: skip
+    )
     state = diagnostics.at_start(RULES, warned)
     trained, alerts = fit(output, trainer, job, state, exact=_exact(job, config), audit_seconds=audited.seconds)
     results = {"audit": audited.found, **trained, "alerts": [asdict(alert) for alert in alerts]}
@@ -163,9 +169,13 @@ def _referenced(
 
 
 def _finish(
-    output: Run, job: Job, model: TreeModel, tensors: dict[str, torch.Tensor], config: TrainConfig,
+    output: Run,
+    job: Job,
+    model: TreeModel,
+    tensors: dict[str, torch.Tensor],
+    config: TrainConfig,
     results: dict[str, Any],
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Save the trained policy and the manifest."""
     policy, count = job.policy, len(job.rows)
     identity = {"initial": policy.id, "reference": job.reference.id if job.reference else None}
@@ -201,10 +211,14 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
         return TreeModel(load.load_adapter(base, policy.adapter, trainable=True))
     return TreeModel(
         load.add_lora(
-            base, r=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules,
-            seed=config.seed, rslora=config.use_rslora,
+            base,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            seed=config.seed,
+            rslora=config.use_rslora,
         )
-    )  # fmt: skip
+    )
 
 
 def _load_base(policy: Policy, config: TrainConfig) -> PreTrainedModel:

@@ -71,7 +71,7 @@ class Departure:
 
 def departure(
     names: Sequence[str], weights: Sequence[float], batch: LossBatch, s: LossSettings, noise: float
-) -> Departure:  # fmt: skip
+) -> Departure:
     """How far the loss is from its value at the reference; `noise` is the standard deviation of the log-prob of a token
     between kernels, in nats, independent from token to token.
 

@@ -25,10 +25,19 @@ _EVAL_RISE = 0.05
 TOO_MANY_SKIPS = "A13b"  # the STOP rule that ends a run without being made strict
 # The metrics that rules average.
 _FOLLOWED = (
-    "loss", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "rewards/abs_margins", "rewards/saturated", "rewards/both_fall", "deltas/chosen", "kl/ref_policy",
+    "loss",
+    "learning_rate",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/abs_margins",
+    "rewards/saturated",
+    "rewards/both_fall",
+    "deltas/chosen",
+    "kl/ref_policy",
     "kl/ref_policy_per_token",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,7 @@ def slope(values: Sequence[float]) -> float:
 
 def after_step(
     state: State, facts: Facts, rules: Mapping[str, Rule], step: int, values: Mapping[str, float], *, skipped: bool
-) -> tuple[State, list[Alert]]:  # fmt: skip
+) -> tuple[State, list[Alert]]:
     """The state after a step, and the alerts that begin with it."""
     recent = tuple(s for s in state.skipped if s > step - _SKIPS_WITHIN)
     if skipped:
@@ -177,7 +186,7 @@ def after_step(
 
 def after_eval(
     state: State, facts: Facts, rules: Mapping[str, Rule], step: int, values: Mapping[str, float]
-) -> tuple[State, list[Alert]]:  # fmt: skip
+) -> tuple[State, list[Alert]]:
     """The state after an evaluation (`values` under eval_ names), and the alerts that begin with it."""
     loss, lowest = values["eval_loss"], state.lowest_eval_loss
     above = lowest is not None and loss > lowest + _EVAL_RISE * abs(lowest)

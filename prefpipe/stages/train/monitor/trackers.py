@@ -50,9 +50,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def tracking(
-    names: Sequence[str], out: Path, run_id: str, settings: Mapping[str, Any], first: int
-) -> Generator[Track]:  # fmt: skip
+def tracking(names: Sequence[str], out: Path, run_id: str, settings: Mapping[str, Any], first: int) -> Generator[Track]:
     """Yields a function that sends the metrics of a step to all trackers.
 
     `run_id` is the same whenever this run is resumed. Steps that an interrupted process sent after its last checkpoint

@@ -29,9 +29,11 @@ def settle_reference(
     if isinstance(given, Policy):
         if cached not in (None, given.id):
             raise _mismatch(
-                str(cached), f"the reference that is given is {given.id}", given.id,
+                str(cached),
+                f"the reference that is given is {given.id}",
+                given.id,
                 "pass the --reference-model and --reference-adapter that made them, or make them again: prefpipe score",
-            )  # fmt: skip
+            )
         return Reference(given.id, None if given.id in own else given)
     if cached in own or (cached is None and not (given and lacking)):
         return Reference(cached or policy.id)
@@ -44,10 +46,12 @@ def settle_reference(
         )
     if given is None:
         raise _mismatch(
-            cached, f"training starts from {policy.id}", policy.id,
+            cached,
+            f"training starts from {policy.id}",
+            policy.id,
             "pass the --model and --adapter that made them, or generate again with this model; if the reference is "
             "meant to be another one, pass it as --reference-model and --reference-adapter",
-        )  # fmt: skip
+        )
     return Reference(cached, at_hand=False)
 
 

@@ -36,7 +36,7 @@ class Audited:
 
 def values_for(
     output: Run | None, world: World, rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference: str
-) -> dict[str, TokenLogps]:  # fmt: skip
+) -> dict[str, TokenLogps]:
     """Values by completion id for every row that lacks some: scored once, on all ranks, and then read from the run.
 
     `output` is the output directory, held by rank 0 only. The caller sees to it that `model` is the reference.
@@ -59,9 +59,14 @@ def filled(rows: Sequence[R], values: dict[str, TokenLogps]) -> list[R]:
 
 
 def audited(
-    world: World, model: TreeModel, rows: Sequence[TrainRow], scorers: set[str], config: TrainConfig, *,
+    world: World,
+    model: TreeModel,
+    rows: Sequence[TrainRow],
+    scorers: set[str],
+    config: TrainConfig,
+    *,
     base_is_reference: bool,
-) -> Audited:  # fmt: skip
+) -> Audited:
     """Re-score rows by the reference and compare; raises IdentityError when it did not make the values of the rows.
     `scorers` made them."""
     start = clock.monotonic()
