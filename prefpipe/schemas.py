@@ -22,7 +22,8 @@ Messages = list[Message]
 TokenIds = list[Int32]
 TokenLogps = list[Float32]
 
-VERSION = 1
+VERSION = 1  # of all row types together: CONTRIBUTING.md says when to raise it
+DATASET_KEY, VERSION_KEY = "prefpipe.dataset", "prefpipe.version"  # in the metadata of every file
 _MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
 _SCALARS: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
@@ -205,7 +206,7 @@ def arrow_schema(row_type: type) -> pa.Schema:
     """The Arrow schema of a row type, with dataset name and version in its metadata."""
     hints = typing.get_type_hints(row_type, include_extras=True)
     fields = [_field(f.name, hints[f.name]) for f in dataclasses.fields(row_type)]
-    return pa.schema(fields, metadata={"prefpipe.dataset": row_type.__name__, "prefpipe.version": str(VERSION)})
+    return pa.schema(fields, metadata={DATASET_KEY: row_type.__name__, VERSION_KEY: str(VERSION)})
 
 
 def to_table(row_type: type[R], rows: list[R]) -> pa.Table:

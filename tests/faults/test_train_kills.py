@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from prefpipe.runs import store
+from prefpipe.runs import manifests
 from tests.faults.forge import Forge, forge
 from tests.stages.train import data
 
@@ -140,7 +140,7 @@ def test_sigterm_writes_a_checkpoint_and_leaves_with_143(forged: Forge, case: Ca
 def test_the_case_is_worth_it(case: Case, tmp_path: Path):
     """Dropout changed the result, and the best evaluation was not the last."""
     (tmp_path / "m.json").write_bytes(case.whole["manifest.json"])
-    totals = store._read_json(tmp_path / "m.json")["totals"]
+    totals = manifests.read_json(tmp_path / "m.json")["totals"]
     assert totals["best"]["step"] < totals["steps"]
     (tmp_path / "a.safetensors").write_bytes(case.whole["adapter/adapter_model.safetensors"])
     assert any(t.abs().max() > 0 for n, t in load_file(tmp_path / "a.safetensors").items() if "lora_B" in n)

@@ -15,7 +15,7 @@ from prefpipe.inference.task import engine_settings, prompt_key, read_task, star
 from prefpipe.inputs.prompts import read_prompts
 from prefpipe.models import policy
 from prefpipe.models.chat import Chat
-from prefpipe.runs import store
+from prefpipe.runs import store, tables
 from prefpipe.schemas import Completion, Message, Prompt, from_table
 from prefpipe.stages.generate import stage as generate
 from tests.conftest import Cli, Write
@@ -39,7 +39,7 @@ def test_faulty_prompts_are_in_the_ledger_with_their_reasons(
         model=str(tiny_model), prompts=str(path), engine="fake", max_prompt_tokens=40, num_samples=1, shard_rows=2
     )
     generate.run(config, tmp_path / "g", force=False)
-    found = store.read_parquet(tmp_path / "g" / "dropped.parquet").to_pylist()
+    found = tables.read_parquet(tmp_path / "g" / "dropped.parquet").to_pylist()
     assert [(d["id"], d["reason"]) for d in found] == [
         (prompt("good").prompt_id, "duplicate"),
         (prompt(FAULTY["long"]).prompt_id, "too_long"),
@@ -109,7 +109,7 @@ def test_a_prompt_that_leaves_no_room_for_the_completion_is_dropped(
     )
     manifest = generate.run(config, tmp_path / "g", force=False)
     assert manifest["totals"]["prompts"] == 1
-    (row,) = store.read_parquet(tmp_path / "g" / "dropped.parquet").to_pylist()
+    (row,) = tables.read_parquet(tmp_path / "g" / "dropped.parquet").to_pylist()
     assert (row["reason"], row["detail"]) == ("too_long", "924 tokens in the prompt, the most is 923")
 
 

@@ -131,7 +131,7 @@ def test_a_directory_is_absent_or_complete(tmp_path: Path, fault: str, published
 
 def test_a_torn_write_kills_the_process_and_the_next_writer_cleans_up(tmp_path: Path) -> None:
     path = tmp_path / "out" / "file.txt"
-    code = "import sys, pathlib; from prefpipe import fsio; fsio.write_text(pathlib.Path(sys.argv[1]), 'x' * 1000)"
+    code = "import sys, pathlib; from prefpipe.runs import fsio; fsio.write_text(pathlib.Path(sys.argv[1]), 'x' * 1000)"
     done = python(code, path, fault="write:1:torn")
     assert done.returncode == -signal.SIGKILL
     (left,) = path.parent.iterdir()
@@ -148,7 +148,7 @@ def test_a_torn_write_kills_the_process_and_the_next_writer_cleans_up(tmp_path: 
 def test_a_killed_writer_leaves_no_partial_file_under_the_name(tmp_path: Path, point: str) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
-    code = "import sys, pathlib; from prefpipe import fsio; fsio.write_text(pathlib.Path(sys.argv[1]), 'new')"
+    code = "import sys, pathlib; from prefpipe.runs import fsio; fsio.write_text(pathlib.Path(sys.argv[1]), 'new')"
     assert python(code, path, fault=f"{point}:1:kill").returncode == -signal.SIGKILL
     assert path.read_text() == ("new" if point == "fsync_dir" else "old")
 
@@ -169,7 +169,7 @@ def test_published_files_follow_the_umask(tmp_path: Path, mask: int) -> None:
 
 def test_a_second_process_is_refused_and_told_who_holds_the_lock_until_a_kill_9(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from prefpipe import fsio\n"
+        "import sys, time, pathlib; from prefpipe.runs import fsio\n"
         "with fsio.lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
@@ -193,7 +193,7 @@ def test_the_lock_is_free_after_an_error_inside(tmp_path: Path) -> None:
 
 def test_waiting_for_the_lock_ends_when_the_other_process_ends(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from prefpipe import fsio\n"
+        "import sys, time, pathlib; from prefpipe.runs import fsio\n"
         "with fsio.lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(0.5)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:

@@ -7,62 +7,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
-from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import DataError, LockedError, MissingInputError, UsageError
-from prefpipe.ids import content_id
 from prefpipe.runs import store
-from prefpipe.runs.store import Manifest, Run
-from prefpipe.schemas import Dropped, RefLogps, Reward, arrow_schema, from_table, to_table
+from prefpipe.schemas import Reward, from_table
 from tests.conftest import ROOT
-
-CONFIG = GenerateConfig(prompts="prompts.jsonl")
-INPUTS = {"prompts": "digest-of-prompts"}
-RECORD_KEYS = {"dataset", "rows", "bytes", "blake3", "fingerprint"}
-
-
-@contextmanager
-def opened(
-    out: Path, config: BaseModel = CONFIG, inputs: Mapping[str, str] = INPUTS, *, force: bool = False
-) -> Generator[Run]:
-    with store.open_run(out, "generate", config, inputs, force=force) as run:
-        yield run
-
-
-def rewards(index: int, *values: float | None) -> pa.Table:
-    return to_table(Reward, [Reward(f"c{index}-{i}", "r", v, "ok", None) for i, v in enumerate(values)])
-
-
-def write(run: Run) -> Manifest:
-    """What a stage does: the missing shards, then the manifest."""
-    run.write_dropped(Dropped, to_table(Dropped, [Dropped("p9", "too_long", "9 tokens")]))
-    for index in range(3):
-        if not run.has_part("rewards/r", index):
-            run.write_part("rewards/r", Reward, index, rewards(index, index, 0.5, None))
-    return run.finish({"rows": 9}, {"policy": "weights:0"})
-
-
-def complete(out: Path, **given: Any) -> Manifest:
-    with opened(out, **given) as run:
-        return write(run)
-
-
-def flip(path: Path, position: int = -1, bit: int = 0) -> None:
-    content = bytearray(path.read_bytes())
-    content[position % len(content)] ^= 1 << bit
-    path.write_bytes(content)
+from tests.runs.cases import CONFIG, INPUTS, complete, flip, opened, rewards, write
 
 
 def data_files(out: Path) -> dict[str, bytes]:
@@ -72,23 +28,6 @@ def data_files(out: Path) -> dict[str, bytes]:
         for p in sorted(out.rglob("*"))
         if p.is_file() and p.relative_to(out).parts[0] not in skipped
     }
-
-
-def test_a_commit_record_describes_its_part(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
-        run.write_part("rewards/r", Reward, 7, rewards(0, 1.0, None))
-        record = json.loads((tmp_path / "rewards/r/part-00007.ok.json").read_text())
-        content = (tmp_path / "rewards/r/part-00007.parquet").read_bytes()
-        assert set(record) == RECORD_KEYS
-        assert record == {
-            "dataset": "Reward",
-            "rows": 2,
-            "bytes": len(content),
-            "blake3": blake3(content).hexdigest()[:32],
-            "fingerprint": run.fingerprint,
-        }
-        assert run.has_part("rewards/r", 7)
-        assert not run.has_part("rewards/r", 6)
 
 
 def test_a_part_without_record_is_not_committed_and_is_written_again(tmp_path: Path) -> None:
@@ -217,72 +156,6 @@ def test_any_flipped_bit_is_found_by_the_consumer_and_the_file_named(tmp_path: P
     check()
 
 
-def test_flipped_bits_in_the_pages_of_a_file_without_digest_never_change_data_silently(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
-        rows = [RefLogps(f"c{i}", "r", "s", "d", [-0.1 * k for k in range(i)], -1.5, i) for i in range(50)]
-        run.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, rows))
-    intact = (tmp_path / "ref_logps/part-00000.parquet").read_bytes()
-    footer = int.from_bytes(intact[-8:-4], "little") + 8
-    expected = store.read_parquet(tmp_path / "ref_logps/part-00000.parquet")
-
-    @settings(deadline=None, max_examples=80)
-    @given(
-        position=st.integers(min_value=4, max_value=len(intact) - footer - 1),
-        bit=st.integers(min_value=0, max_value=7),
-    )
-    def check(position: int, bit: int) -> None:
-        path = tmp_path / "damaged.parquet"
-        path.write_bytes(intact)
-        flip(path, position, bit)
-        try:
-            found = store.read_parquet(path)
-        except DataError as error:
-            found = error.message
-        assert str(path) in found if isinstance(found, str) else found.equals(expected)
-
-    check()
-
-
-def test_what_is_no_parquet_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.parquet").write_text("no parquet at all")
-    with pytest.raises(DataError, match=r"x\.parquet"):
-        store.read_parquet(tmp_path / "x.parquet")
-
-
-def tampered(out: Path, **changes: Any) -> None:
-    """A manifest that someone edited and whose digest is right again."""
-    manifest = {**json.loads((out / "manifest.json").read_text()), **changes}
-    digests = {n: f.get("blake3") if isinstance(f, dict) else f for n, f in manifest["files"].items()}
-    manifest["digest"] = content_id(manifest["fingerprint"], digests)
-    (out / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize("name", ["../x.parquet", "rewards/../../x", "/etc/hostname", "..", "a/..", "a\n", "", "a//b"])
-def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path, name: str) -> None:
-    complete(tmp_path / "out")
-    tampered(tmp_path / "out", files={name: {"bytes": 1, "blake3": "0"}})
-    with pytest.raises(DataError, match="names files outside"):
-        store.read_manifest(tmp_path / "out")
-
-
-@pytest.mark.parametrize("entry", [{"bytes": 1}, None])
-def test_a_manifest_with_entries_without_digest_is_refused(tmp_path: Path, entry: object) -> None:
-    complete(tmp_path)
-    tampered(tmp_path, files={"rewards/r/part-00000.parquet": entry})
-    with pytest.raises(DataError, match="manifest"):
-        store.read_manifest(tmp_path)
-
-
-def test_an_edited_manifest_does_not_match_its_digest(tmp_path: Path) -> None:
-    complete(tmp_path)
-    path = tmp_path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["files"]["rewards/r/part-00001.parquet"]  # a shard less: a silently smaller dataset
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="does not match its own digest"):
-        store.read_dataset(tmp_path, "rewards/r", Reward)
-
-
 def test_a_run_that_is_not_complete_is_no_input(tmp_path: Path) -> None:
     with opened(tmp_path) as run:
         run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
@@ -311,70 +184,6 @@ def test_a_missing_dataset_error_lists_what_is_there(tmp_path: Path) -> None:
         store.read_dataset(tmp_path, "pairs", Reward)
     assert "rewards/r" in caught.value.hint
     assert "`generate`" in caught.value.hint
-
-
-def test_another_dataset_is_refused_by_name(tmp_path: Path) -> None:
-    complete(tmp_path)
-    with pytest.raises(DataError, match="holds 'Reward', not 'Dropped'"):
-        store.read_dataset(tmp_path, "rewards/r", Dropped)
-
-
-def logps(token_logps: Any, ref_logps: float = -1.0) -> pa.Table:
-    row = RefLogps("c", "r", "s", "d", token_logps, ref_logps, 1)
-    return to_table(RefLogps, [row])
-
-
-FULL = rewards(0, 1.0, 2.0)
-BAD_TABLES = {
-    "missing column": (Reward, FULL.drop_columns(["status"]), "'status'"),
-    "extra column": (Reward, FULL.append_column("more", pa.array([1, 2])), "'more'"),
-    "null in a required column": (
-        Reward,
-        FULL.set_column(3, "status", pa.array(["ok", None])),
-        "'status' has no value in row 1",
-    ),
-    "NaN": (Reward, rewards(0, 1.0, float("nan")), "'reward' holds NaN"),
-    "NaN in a list": (RefLogps, logps([-1.0, float("nan")]), "'token_logps' holds NaN"),
-    "null in a list": (RefLogps, logps([-1.0, None]), "'token_logps'"),
-    "text for a number": (Reward, FULL.set_column(2, "reward", pa.array(["high", "low"])), "'?reward'?"),
-    "a number too large": (
-        RefLogps,
-        logps([-1.0]).set_column(6, "num_tokens", pa.array([2**40])),
-        "'?num_tokens'?",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_TABLES)
-def test_the_gate_refuses(tmp_path: Path, case: str) -> None:
-    row_type, table, words = BAD_TABLES[case]
-    with opened(tmp_path) as run:
-        with pytest.raises(DataError, match=words) as caught:
-            run.write_part("d", row_type, 0, table)
-        assert "part-00000.parquet" in caught.value.message
-        assert not run.has_part("d", 0)
-    assert not (tmp_path / "d").exists()
-
-
-def test_the_gate_orders_columns_casts_and_allows_empty_tables(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
-        turned = pa.table({n: FULL[n] for n in reversed(FULL.column_names)})
-        run.write_part("d", Reward, 0, turned)
-        assert run.read_part("d", Reward, 0).schema.equals(arrow_schema(Reward), check_metadata=True)
-        for row_type in (Reward, RefLogps, Dropped):
-            run.write_part(f"empty/{row_type.__name__}", row_type, 0, to_table(row_type, []))
-            assert run.read_part(f"empty/{row_type.__name__}", row_type, 0).num_rows == 0
-        run.write_part("chunks", RefLogps, 0, pa.concat_tables([logps([-1.0]), logps([])]))
-        assert run.read_part("chunks", RefLogps, 0)["token_logps"].to_pylist() == [[-1.0], []]
-
-
-def test_pages_carry_checksums_that_are_verified(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
-        run.write_part("d", Reward, 0, FULL)
-    pq.read_table(tmp_path / "d/part-00000.parquet", page_checksum_verification=True)
-    flip(tmp_path / "d/part-00000.parquet", 60)
-    with pytest.raises(DataError), opened(tmp_path) as run:
-        run.read_part("d", Reward, 0)
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from rensa import RMinHash, RMinHashLSH  # type: ignore[attr-defined]  # a compi
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError, MissingInputError, UsageError
-from prefpipe.runs import store
+from prefpipe.runs import tables
 from prefpipe.stages.build_pairs.texts import conversation, folded, ngrams, words
 
 _PERMUTATIONS = 128
@@ -98,7 +98,7 @@ def _texts(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "check the path given to --contamination")
     if path.suffix == ".parquet":
-        yield from _strings(store.read_parquet(path).to_pylist())
+        yield from _strings(tables.read_parquet(path).to_pylist())
     elif path.suffix in (".jsonl", ".json", ".txt"):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if path.suffix == ".txt":

@@ -39,9 +39,7 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
     _check(config)
     with store.open_run(out, "build-pairs", config, _inputs(config), force=force) as output:
         manifest = output.manifest()
-        if manifest is not None:
-            log.info(f"{out} is complete already")
-        else:
+        if manifest is None:
             with fsio.temporary_dir(out / "partitions") as folder:
                 manifest = _build(config, output, folder)
     warned = [c["id"] for c in manifest["totals"]["data_report"] if c["level"] == data_report.WARN]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefpipe import log
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.engines.base import Draw, Engine
 from prefpipe.ids import numbered_id, sample_seed
@@ -30,7 +29,6 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
         manifest = output.manifest()
         if manifest is not None:
-            log.info(f"{out} is complete already")
             return manifest
         num_shards = run_shards(output, task, config, _Stage(config, output, task))
         rows = [

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prefpipe import log
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, ScoreRequest
 from prefpipe.ids import ids_digests, numbered_id, sample_seed
@@ -30,7 +29,6 @@ def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
     with store.open_run(out, "generate", config, task.inputs, force=force) as output:
         manifest = output.manifest()
         if manifest is not None:
-            log.info(f"{out} is complete already")
             return manifest
         stage = _Stage(config, output, task)
         num_shards = run_shards(output, task, config, stage)

@@ -57,9 +57,8 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
         "evaluate.prompts": store.input_digest(Path(config.evaluate.prompts)),
     }
     with store.open_run(out, "iterate", config, inputs, force=force) as output:
-        manifest = output.manifest()
-        if manifest is not None and all(_is_unchanged(out / name, d) for name, d in manifest["identity"].items()):
-            log.info(f"{out} is complete already")
+        manifest = output.manifest(lambda m: all(_is_unchanged(out / name, d) for name, d in m["identity"].items()))
+        if manifest is not None:
             return manifest
         plan = list(steps(config, out))
         start = clock.monotonic()

@@ -59,7 +59,6 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
     with store.open_run(out, "score", config, inputs, force=force) as output:
         manifest = output.manifest()
         if manifest is not None:
-            log.info(f"{out} is complete already")
             return manifest
         stage = _Stage(config, output, policy, chat, functions)
         inflight = Inflight.load(out)

@@ -45,9 +45,7 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     opened = store.open_run(out, "train", config, job.inputs, force=force) if world.leads else nullcontext(None)
     with opened as output:
         manifest = world.tell(output.manifest() if output else None)
-        if manifest is not None:
-            log.info(f"{out} is complete already")
-        else:
+        if manifest is None:
             manifest = _run(output, world, job, config)
     parallel.stop(world)  # after an error the process just ends: leaving the group would wait for the other ranks
     return manifest

@@ -10,7 +10,7 @@ import polars as pl
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.ids import content_id, ids_digest
-from prefpipe.runs import store
+from prefpipe.runs import store, tables
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Completion, Dropped, Message, Pair, Prompt, RefLogps, Reward, from_table, to_table
 from prefpipe.stages import build_pairs
@@ -104,4 +104,4 @@ def pairs_of(out: Path) -> list[Pair]:
 
 
 def ledger_of(out: Path) -> list[Dropped]:
-    return from_table(Dropped, store.read_parquet(out / "dropped.parquet"))
+    return from_table(Dropped, tables.read_parquet(out / "dropped.parquet"))

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
-from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import DataError
-from prefpipe.runs import store
-from prefpipe.schemas import Completion
 from prefpipe.stages.build_pairs import candidates, prompt_filters
 from prefpipe.stages.build_pairs.candidates import Settled, open_sources, partition_of, read, settle, split
+from tests.runs.cases import rewrite
 from tests.stages.build_pairs.runs import Row, run_of, settings
 
 NONE = pl.DataFrame(schema=prompt_filters.SCHEMA)
@@ -95,25 +94,20 @@ def test_how_many_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("change", ["missing", "type"])
-def test_a_file_with_a_missing_column_or_another_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    """A file of another version: its digest is right, its columns are not."""
-    table = store.read_dataset(run_of(tmp_path / "g", [Row("p", "c", 1.0)]), "completions", Completion)
-    place = table.schema.get_field_index("sample_index")
-    other = table.drop_columns("sample_index")
-    if change == "type":
-        other = other.add_column(place, "sample_index", [["zero"]])
-    other = other.replace_schema_metadata({"prefpipe.dataset": "Completion"})
-    with store.open_run(tmp_path / "w", "generate", GenerateConfig(), {}, force=False) as made:
-        monkeypatch.setattr(store, "arrow_schema", lambda _row_type: other.schema)
-        made.write_part("completions", Completion, 0, other)
-        monkeypatch.undo()
-        made.finish({}, {})
+def test_a_file_with_a_missing_column_or_another_type(tmp_path: Path, change: str) -> None:
+    """A file of another program: its digest is right, its columns are not."""
+
+    def changed(table: pa.Table) -> pa.Table:
+        place = table.schema.get_field_index("sample_index")
+        other = table.drop_columns("sample_index")
+        return other if change == "missing" else other.add_column(place, "sample_index", [["zero"]])
+
+    run = run_of(tmp_path / "g", [Row("p", "c", 1.0)])
+    rewrite(run, "completions/part-00000.parquet", changed)
     with pytest.raises(
         DataError, match=r"columns of Completion are missing or of another type: sample_index \(int32\)"
     ):
-        store.scannable_files(tmp_path / "w", "completions", Completion)
+        open_sources(settings(run))
 
 
 def test_pieces_hold_every_file_once_up_to_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import DataError, IdentityError, MissingInputError, PrefpipeError, UsageError
 from prefpipe.ids import content_id, ids_digest
-from prefpipe.runs import store
+from prefpipe.runs import store, tables
 from prefpipe.schemas import Completion, Message, Pair, Prompt, RefLogps, Reward, to_table
 from prefpipe.stages import build_pairs
 from prefpipe.stages.build_pairs import candidates
@@ -151,7 +151,7 @@ def test_partitions_change_only_how_the_rows_are_cut(
                     (
                         row
                         for f in sorted((tmp_path / o / dataset).glob("*.parquet"))
-                        for row in store.read_parquet(f).to_pylist()
+                        for row in tables.read_parquet(f).to_pylist()
                     ),
                 )
             )

@@ -10,7 +10,7 @@ import pytest
 
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import DataError
-from prefpipe.runs import store
+from prefpipe.runs import tables
 from prefpipe.schemas import Message, Prompt
 from prefpipe.stages.generate import stage as generate
 from tests.conftest import ROOT
@@ -90,14 +90,14 @@ def test_columns_and_values(tmp_path: Path) -> None:
     rows = [Row("p", "p0", 1.0, "good"), Row("p", "p1", 0.0, "bad", num_tokens=3)]
     run = run_of(tmp_path / "g", rows)
     build(tmp_path / "o", run, format="trl-standard")
-    (row,) = store.read_parquet(tmp_path / "o" / "trl" / "part-00000.parquet").to_pylist()
+    (row,) = tables.read_parquet(tmp_path / "o" / "trl" / "part-00000.parquet").to_pylist()
     assert row == {
         "prompt": "about p", "chosen": "good", "rejected": "bad", "prompt_ids": [1, 5], "chosen_ids": ids_of(rows[0]),
         "rejected_ids": ids_of(rows[1]), "ref_chosen_logps": logps_of(rows[0], "w").ref_logps,
         "ref_rejected_logps": logps_of(rows[1], "w").ref_logps, "reward_gap": 1.0,
     }  # fmt: skip
     build(tmp_path / "c", run, format="trl")
-    (row,) = store.read_parquet(tmp_path / "c" / "trl" / "part-00000.parquet").to_pylist()
+    (row,) = tables.read_parquet(tmp_path / "c" / "trl" / "part-00000.parquet").to_pylist()
     assert row["prompt"] == [{"role": "user", "content": "about p"}]
     assert row["chosen"] == [{"role": "assistant", "content": "good"}]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.errors import UsageError
 from prefpipe.ids import sample_seed
-from prefpipe.runs import store
+from prefpipe.runs import store, tables
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Dropped, Evaluation, Message, Prompt, from_table
 from prefpipe.stages.evaluate import stage as evaluate
@@ -210,7 +210,7 @@ def test_dropped_prompts_are_in_the_ledger(tiny_model: Path, tmp_path: Path) -> 
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "good"}\n{"prompt": "good"}\n{"prompt": "spells <|im_start|>"}\n')
     run(config(tiny_model, path, split="all"), tmp_path / "e")
-    dropped = from_table(Dropped, store.read_parquet(tmp_path / "e" / "dropped.parquet"))
+    dropped = from_table(Dropped, tables.read_parquet(tmp_path / "e" / "dropped.parquet"))
     assert [d.reason for d in dropped] == ["duplicate", "control_tokens"]
 
 

@@ -18,7 +18,7 @@ from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_ad
 from prefpipe.ids import content_id, ids_digest, numbered_id, sample_seed
 from prefpipe.models.chat import load_chat
 from prefpipe.models.policy import adapter_base_record, resolve
-from prefpipe.runs import store
+from prefpipe.runs import store, tables
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, from_table
 from prefpipe.stages.generate import stage as generate
@@ -321,4 +321,4 @@ def test_errors_come_before_the_directory_is_touched(tiny_model: Path, prompts_f
 
 
 def rows_dropped(out: Path) -> list[Dropped]:
-    return from_table(Dropped, store.read_parquet(out / "dropped.parquet"))
+    return from_table(Dropped, tables.read_parquet(out / "dropped.parquet"))

@@ -19,7 +19,7 @@ from prefpipe.ids import IdSet, content_id
 from prefpipe.inputs.files import Placed
 from prefpipe.inputs.tokenised import NO_LIMITS, tokenise
 from prefpipe.models.chat import Chat
-from prefpipe.runs import store
+from prefpipe.runs import store, tables
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Completion, Dropped, Label, Pair, Prompt, RefLogps, Reward, from_table
 from prefpipe.stages import build_pairs
@@ -179,7 +179,7 @@ def run(model: Path, sources: Sequence[str], out: Path, size: int) -> Manifest:
 
 
 def rows_of(out: Path) -> dict[str, list[Any]]:
-    ledger = from_table(Dropped, store.read_parquet(out / "dropped.parquet"))
+    ledger = from_table(Dropped, tables.read_parquet(out / "dropped.parquet"))
     return {name: from_table(t, store.read_dataset(out, name, t)) for name, t in DATASETS.items()} | {"dropped": ledger}
 
 

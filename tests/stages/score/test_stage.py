@@ -24,7 +24,7 @@ from prefpipe.inputs import files, tokenised
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.models.chat import load_chat
 from prefpipe.models.policy import resolve
-from prefpipe.runs import store
+from prefpipe.runs import store, tables
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import (
     Completion,
@@ -90,7 +90,7 @@ def rows(out: Path, dataset: str, row_type: type) -> list[Any]:
 
 
 def dropped(out: Path) -> list[Dropped]:
-    return from_table(Dropped, store.read_parquet(out / "dropped.parquet"))
+    return from_table(Dropped, tables.read_parquet(out / "dropped.parquet"))
 
 
 def test_a_preference_file_becomes_filled_pairs_and_completions(tiny_model: Path, write: Write, tmp_path: Path) -> None:

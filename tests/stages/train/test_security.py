@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefpipe.errors import DataError
-from prefpipe.runs import store
+from prefpipe.runs import manifests, store
 from prefpipe.stages.train import stage
 from tests.faults.forge import Forge, forge
 from tests.stages.train import data
@@ -88,7 +88,7 @@ def test_a_manifest_cannot_name_files_outside_of_its_directory(
     (tmp_path / "secret.safetensors").write_bytes(b"outside")
     manifest = json.loads((pairs / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 7, "blake3": "0" * 32}
-    manifest["digest"] = store._manifest_digest(manifest)
+    manifest["digest"] = manifests.digest(manifest)
     (pairs / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="names files outside its directory"):
         stage.run(data.config(tiny_model, pairs), tmp_path / "t", force=False)

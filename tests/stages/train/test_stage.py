@@ -17,7 +17,7 @@ from prefpipe.errors import DataError, IdentityError, PrefpipeError, StorageErro
 from prefpipe.forward import load
 from prefpipe.forward.head import LogitRule
 from prefpipe.models import policy
-from prefpipe.runs import fsio, store
+from prefpipe.runs import fsio, store, tables
 from prefpipe.schemas import Dropped, Pair, RefLogps, from_table
 from prefpipe.stages.train import stage
 from tests.conftest import Cli
@@ -373,7 +373,7 @@ def test_a_foreign_file_alone_is_enough(tiny_model: Path, tmp_path: Path):
     assert len(made) == 14
     assert all(len(m.token_logps) == m.num_tokens for m in made)
     assert all(m.ref_logps == pytest.approx(sum(m.token_logps), rel=1e-6) for m in made)
-    (dropped,) = from_table(Dropped, store.read_parquet(tmp_path / "t" / "dropped.parquet"))
+    (dropped,) = from_table(Dropped, tables.read_parquet(tmp_path / "t" / "dropped.parquet"))
     assert (dropped.reason, dropped.id) == ("identical", f"{source}, line 8")
 
 

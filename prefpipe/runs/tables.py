@@ -1,0 +1,104 @@
+"""One Parquet file of a run: its columns and values are checked before it is written, its schema when it is read.
+
+The only writer of Parquet. Page checksums are written, and verified while reading.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from prefpipe.errors import DataError
+from prefpipe.runs import fsio
+from prefpipe.schemas import DATASET_KEY, VERSION_KEY, arrow_schema
+
+_OTHER_VERSION = (
+    "make that run again: its config.json is the recipe of its command; "
+    "or use the prefpipe that made it, named under `versions` in its manifest.json"
+)
+
+
+def write_table(path: Path, row_type: type, table: pa.Table) -> None:
+    """Write rows of a type, atomically. Raises DataError for other columns, values that do not fit, nulls and NaN."""
+    checked = _checked(row_type, table, path)
+    fsio.write_atomic(
+        path, lambda temporary: pq.write_table(checked, temporary, write_page_checksum=True, compression="zstd")
+    )
+
+
+def read_table(path: Path, row_type: type, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a file, or some columns of them. Raises DataError as `check_schema` does, and for a damaged file."""
+    table = read_parquet(path)
+    _check_schema(table.schema, row_type, path)
+    return table.select(columns) if columns is not None else table
+
+
+def check_schema(path: Path, row_type: type) -> None:
+    """Raise DataError when a file holds another dataset, another version of it, or other columns than `row_type`."""
+    _check_schema(pq.read_schema(path), row_type, path)
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """A Parquet file of any schema, page checksums verified where it has them."""
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}", "the file is damaged or is not Parquet") from error
+
+
+def _check_schema(schema: pa.Schema, row_type: type, path: Path) -> None:
+    expected = arrow_schema(row_type)
+    dataset, version = (_written(schema, key) for key in (DATASET_KEY, VERSION_KEY))
+    if dataset != row_type.__name__:
+        raise DataError(f"{path} holds '{dataset}', not '{row_type.__name__}'", "check which directory you passed")
+    if version != _written(expected, VERSION_KEY):
+        raise DataError(
+            f"{path} holds '{dataset}' in schema version {version}; this prefpipe reads version "
+            f"{_written(expected, VERSION_KEY)}",
+            _OTHER_VERSION,
+        )
+    wrong = [f"{f.name} ({f.type})" for f in expected if f.name not in schema.names or schema.field(f.name) != f]
+    if wrong or len(schema) != len(expected):
+        raise DataError(
+            f"{path}: columns of {dataset} are missing or of another type: "
+            f"{', '.join(wrong) or 'there are more than it has'}",
+            _OTHER_VERSION,
+        )
+
+
+def _written(schema: pa.Schema, key: str) -> str:
+    return (schema.metadata or {}).get(key.encode(), b"?").decode(errors="replace")
+
+
+def _checked(row_type: type, table: pa.Table, path: Path) -> pa.Table:
+    """Exact columns, exact types, no null and no NaN where the schema has none: Arrow itself checks none of it."""
+    schema = arrow_schema(row_type)
+    if set(table.column_names) != set(schema.names):
+        differing = sorted(set(table.column_names) ^ set(schema.names))
+        raise DataError(f"{path}: columns {differing} are not those of {row_type.__name__}", "this is a bug: report it")
+    for field in schema:
+        column = table.column(field.name)
+        if not field.nullable and column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise DataError(f"{path}: column '{field.name}' has no value in row {row}", "fix that row of the input")
+        if pa.types.is_list(field.type) and pa.types.is_list(column.type) and _flat(column).null_count:
+            raise DataError(f"{path}: column '{field.name}' has a list with a missing value", "fix the input")
+    table = pa.table([_cast(table.column(field.name), field, path) for field in schema], schema=schema)
+    for field in schema:
+        column = table.column(field.name)
+        values = _flat(column) if pa.types.is_list(field.type) else column
+        if pa.types.is_floating(values.type) and pc.call_function("any", [values.is_nan()]).as_py():
+            raise DataError(f"{path}: column '{field.name}' holds NaN", "find the model or reward that returned it")
+    return table
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, path: Path) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: column '{field.name}': {error}", f"it must be {field.type}: fix the input") from error
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks().flatten()
