@@ -1,6 +1,6 @@
-"""The command line: parse, call one stage, render errors. No logic.
+"""The command line: parse the options, call one stage, print what it says. No logic.
 
-Heavy packages load only inside the command that needs them: `prefpipe --help` imports none of them.
+A stage and its heavy packages are imported by the command that runs it: `prefpipe --help` imports none of them.
 """
 
 import importlib
@@ -40,11 +40,15 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 
 
 def main() -> None:
-    """Run the command line and leave with the exit code of DESIGN: errors are two lines, never a traceback."""
+    """Run the command line and exit with one of the codes in `prefpipe.errors`.
+
+    An error is two lines on stderr, `error:` and `hint:`. `--verbose` adds the traceback of an unexpected one.
+    """
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _stop)
-    # Threads that wait by spinning starve each other on a busy machine: vLLM is 6 to 12 times slower (docs/LOG.md).
+    # OpenMP threads that spin while they wait starve each other on a busy machine: vLLM is then 6 to 12 times slower
+    # (docs/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     verbose = "--verbose" in sys.argv
     try:
@@ -70,14 +74,18 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def _missing_package(error: ModuleNotFoundError) -> int:
-    extra = {"vllm": "cpu] or prefpipe[cuda"}.get(error.name or "", "train")
-    log.error(f"this command needs the package '{error.name}'", f"install it with: pip install 'prefpipe[{extra}]'")
+    extras = ("cpu", "cuda") if error.name == "vllm" else ("train",)
+    commands = " or ".join(f"pip install 'prefpipe[{extra}]'" for extra in extras)
+    log.error(f"this command needs the package '{error.name}'", f"install it with: {commands}")
     return _failed(MissingInputError.exit_code)
 
 
 def _failed(code: int) -> int:
-    """The exit code of an error. Under torchrun the process ends here and now: while the error is cleared away, DDP
-    would wait for ranks that wait for this one; torchrun ends the others as soon as this one is gone."""
+    """The exit code of an error. Under torchrun the process ends in this function.
+
+    A normal exit destroys DDP's process group, which waits for the other ranks, which wait for this one. Once this
+    process is gone, torchrun stops the others.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -100,7 +108,7 @@ def _version(value: bool) -> None:  # noqa: FBT001  (typer's callback signature)
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,  # noqa: FBT002
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,  # noqa: FBT002
 ) -> None:
     """Offline preference optimization: generate, score, build-pairs, train, evaluate, iterate."""
 
@@ -109,10 +117,10 @@ def root(
 def show_config(
     command: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")],
 ) -> None:
-    """Print the documented default recipe of a command."""
+    """Print a recipe with every setting of a command: its meaning and its default."""
     if command not in STAGES:
         raise UsageError(
-            f"no command '{command}'{base.suggestion(command, list(STAGES))}", f"commands are {', '.join(STAGES)}"
+            f"no command '{command}'{base.suggestion(command, list(STAGES))}", f"the commands are {', '.join(STAGES)}"
         )
     config_class, _ = STAGES[command]
     typer.echo(f"# prefpipe {command} RECIPE.toml --out DIR\n# {config_class.__doc__}\n")
@@ -120,13 +128,13 @@ def show_config(
 
 
 def _register(name: str, config_class: type[BaseModel], module: str) -> None:
-    def run(recipe: Path | None, given: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
-        config = base.load(config_class, recipe, given)
+    def run(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
+        config = base.load(config_class, recipe, settings)
         if dry_run:
             typer.echo(json.dumps(base.dump(config), indent=2))
             return
         if out is None:
-            raise UsageError("--out is missing", f"say where the run lives: prefpipe {name} ... --out runs/NAME")
+            raise UsageError("--out is missing", f"name the directory of the run: prefpipe {name} ... --out runs/NAME")
         stage = importlib.import_module(module)
         manifest = stage.run(config, out, force=force)
         if os.environ.get("RANK", "0") == "0":
@@ -136,11 +144,11 @@ def _register(name: str, config_class: type[BaseModel], module: str) -> None:
     app.command(name)(flags.command(config_class, run))
 
 
-def _plan(recipe: Path | None, given: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
-    """What a training run will cost. Writes nothing, so that --out and --force have nothing to do."""
+def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
     if out is not None or force or dry_run:
         raise UsageError("plan writes nothing", "leave out --out, --force and --dry-run")
-    for line in importlib.import_module("prefpipe.stages.train.plan").run(base.load(TrainConfig, recipe, given)):
+    plan = importlib.import_module("prefpipe.stages.train.plan")
+    for line in plan.run(base.load(TrainConfig, recipe, settings)):
         typer.echo(line)
 
 

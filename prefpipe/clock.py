@@ -1,11 +1,11 @@
-"""The clock: durations, the time of day, and the date that a chat template prints."""
+"""The only reader of the clock: durations, the time of day, and the date that a chat template prints."""
 
 import time
 from datetime import UTC, datetime
 
 
 def monotonic() -> float:
-    """Seconds for measuring durations."""
+    """Seconds since some fixed point; differences are durations."""
     return time.monotonic()
 
 
@@ -15,6 +15,6 @@ def utc_now() -> str:
 
 
 def local_time(form: str, day: str = "today") -> str:
-    """The local time in a strftime format, or midnight of a day (YYYY-MM-DD), for chat templates that print a date."""
+    """The local time in a strftime format: now, or midnight of a day (YYYY-MM-DD). Chat templates print dates by it."""
     when = datetime.now() if day == "today" else datetime.fromisoformat(day)
     return when.astimezone().strftime(form)

@@ -1,19 +1,21 @@
-"""The error tree: every failure a user can cause or meet, with its exit code.
+"""The error tree: every failure that a user can cause or meet, with the exit code of the command.
 
 PrefpipeError                 1   anything else
   UsageError                  2   bad flag, recipe, name or value; OUT belongs to another config
-  StrictError                 3   a check that the user made strict failed (STOP rule)
-  DataError                  65   bad or corrupt data, or no row survives
+  StrictError                 3   with --strict, a rule said STOP or a check of the data warned
+  DataError                  65   bad or damaged data, or no row is left
   MissingInputError          66   an input is not there
   StorageError               74   I/O error, disk full
   LockedError                75   another process holds OUT
-  IdentityError              76   cache or model does not belong here (identity, audit)
-  Interrupted           130/143   SIGINT / SIGTERM after a clean stop, resumable
+  IdentityError              76   cached values belong to another model than the one in use
+  Interrupted           130/143   Ctrl-C / SIGTERM; the same command resumes
+
+RowFault is not in the tree: it concerns one row, which goes to the ledger, and the command goes on.
 """
 
 
 class PrefpipeError(Exception):
-    """What happened (with the value and the place), and what to do about it."""
+    """`message` says what happened, with the value and the place; `hint` says what to do about it."""
 
     exit_code = 1
 
@@ -30,13 +32,13 @@ class UsageError(PrefpipeError):
 
 
 class StrictError(PrefpipeError):
-    """A check that the user made strict failed; what was done up to it is kept."""
+    """A check that `--strict` turns into an error failed. Everything up to it is written."""
 
     exit_code = 3
 
 
 class DataError(PrefpipeError):
-    """Bad or corrupt data, or no row survives."""
+    """Bad or damaged data, or no row is left."""
 
     exit_code = 65
 
@@ -60,15 +62,15 @@ class LockedError(PrefpipeError):
 
 
 class IdentityError(PrefpipeError):
-    """A cached value or a model does not belong to what is being run."""
+    """A cached value, a run or an adapter belongs to another model than the one in use."""
 
     exit_code = 76
 
 
 class Interrupted(BaseException):
-    """A signal asked the command to stop; committed work is kept and the same command resumes.
+    """A signal asked the command to stop. What was committed is kept, and the same command resumes.
 
-    Like KeyboardInterrupt no Exception, so that a user's `except Exception` does not swallow it.
+    It derives from BaseException, as KeyboardInterrupt does: `except Exception` in a user's reward lets it pass.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -79,7 +81,7 @@ class Interrupted(BaseException):
 
 
 class RowFault(Exception):
-    """One row that cannot be used: a reason word for the ledger, and the detail."""
+    """One row that cannot be used. `reason` is the word of the ledger (docs/datasets.md), `detail` a sentence."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")

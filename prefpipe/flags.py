@@ -1,4 +1,4 @@
-"""A config class as command-line options: one flag per field, dotted for nested tables, nothing else."""
+"""A config class as command-line options: one flag per field. The flag of a field in a table is `--TABLE.FIELD`."""
 
 import inspect
 from collections.abc import Callable
@@ -11,13 +11,14 @@ from pydantic.fields import FieldInfo
 
 from prefpipe.config.base import fields
 
-OPERATIONS = ("out", "force", "dry_run", "verbose")  # flags that are not settings: they cannot change a result
+OPERATIONS = ("out", "force", "dry_run", "verbose")  # options of every command that are no settings
 
 
 def command(cls: type[BaseModel], run: Callable[..., None]) -> Callable[..., None]:
-    """A function for typer: `run(recipe, flags, out, force, dry_run)` with only the flags that were given.
+    """A function for typer, with one parameter per option. It calls `run(recipe, flags, out=, force=, dry_run=)`.
 
-    `verbose` is declared here and read by `cli.main`, which must know it before anything can fail.
+    `flags` holds the settings of the command line by dotted name; a setting without a flag is absent. `--verbose` is
+    declared here for the help text and read by `cli.main`, which must know it before anything can fail.
     """
     names = {name: name.replace(".", "__") for name, _ in fields(cls)}
 

@@ -1,4 +1,4 @@
-"""Content ids and per-sample seeds. blake2b only, never `hash()`: the same content has the same id everywhere."""
+"""Content ids and seeds of samples, by blake2b: the same content has the same id in every process."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ _FIRST_SLOTS = 256
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
+    """JSON with sorted keys and without spaces: equal values give equal text."""
     return _CANONICAL.encode(value)
 
 
@@ -20,24 +20,26 @@ def content_id(*parts: object) -> str:
 
 
 def numbered_id(key: str, number: int) -> str:
-    """The 128-bit id of one of many things that share a key."""
+    """The 128-bit id of a key and a number, as 32 hex digits: faster than `content_id` for many ids with one key."""
     return hashlib.blake2b(f"{key}/{number}".encode(), digest_size=16).hexdigest()
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
-    """A 63-bit seed that depends on (seed, prompt_id, sample_index) only, never on order, sharding or batch size."""
+    """The 63-bit seed of one sample. It depends on the arguments alone, not on order, shards or batch size."""
     key = f"{seed}/{prompt_id}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
 def ids_digest(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-    """128-bit digest of the exact ids that a log-probability belongs to; the boundary is part of it."""
-    (digest,) = ids_digests(prompt_token_ids, [token_ids])
-    return digest
+    """The digest of a prompt and a completion, 32 hex digits: which token ids a log-prob belongs to.
+
+    The boundary counts: a token that moves from the prompt to the completion changes the digest.
+    """
+    return next(ids_digests(prompt_token_ids, [token_ids]))
 
 
 def ids_digests(prompt_token_ids: Sequence[int], completions: Iterable[Sequence[int]]) -> Iterator[str]:
-    """`ids_digest` of every completion of one prompt, which is hashed once."""
+    """`ids_digest` of every completion of a prompt. The prompt is hashed once."""
     prompt = hashlib.blake2b(len(prompt_token_ids).to_bytes(8, "little"), digest_size=16)
     prompt.update(array("i", prompt_token_ids))
     for token_ids in completions:
@@ -47,15 +49,18 @@ def ids_digests(prompt_token_ids: Sequence[int], completions: Iterable[Sequence[
 
 
 class IdSet:
-    """A growing set of content ids, 24 to 48 bytes each (a Python set of them takes 123): open addressing in one array,
-    two 64-bit halves to a slot, at most two slots of three in use."""
+    """A growing set of content ids in 24 to 48 bytes each, where a Python set takes 123.
+
+    An open-addressing hash table in one array: a slot holds the two 64-bit halves of an id, and at most two slots of
+    three are in use.
+    """
 
     def __init__(self) -> None:
         self._halves = array("Q", [0]) * (2 * _FIRST_SLOTS)
         self._count = 0
 
     def add(self, key: str) -> bool:
-        """Put an id (32 hex digits) in; False when it is there already."""
+        """Add an id (32 hex digits); False when the set has it already."""
         if not _insert(self._halves, int(key[:16], 16), int(key[16:], 16)):
             return False
         self._count += 1
@@ -69,8 +74,10 @@ class IdSet:
 
 
 def _insert(halves: "array[int]", high: int, low: int) -> bool:
-    """Put an id into the first free slot from its own place on; False when it is there already. An id of nothing but
-    zeros, which no digest gives in practice, would count as a free slot."""
+    """Write an id into the first free slot at or after slot `low % slots`; False when a slot there holds it already.
+
+    A free slot is two zeros. The id of zeros alone would look like one, but no digest is zero in practice.
+    """
     slots = len(halves) // 2
     slot = low % slots
     while halves[2 * slot] or halves[2 * slot + 1]:

@@ -1,4 +1,4 @@
-"""What people see on stderr: messages and progress. The only writer to stderr; stdout is for data."""
+"""Messages and progress on stderr. No other module writes there; stdout is for data."""
 
 import os
 import sys
@@ -26,10 +26,10 @@ _REMARK_EVERY_S = 30.0
 
 
 class Advance(Protocol):
-    """Takes the number of units just done, and how it stands (shown behind the rate)."""
+    """Reports progress: `amount` units more are done. `note` is shown behind the rate, such as the present loss."""
 
     def __call__(self, amount: float, note: str = "") -> None:
-        """Show it, or remember it for the next line."""
+        """Update the bar, or print a line when the last one is old enough."""
         ...
 
 
@@ -39,17 +39,17 @@ def _console() -> Console:
 
 
 def info(message: str) -> None:
-    """A line about what is going on."""
+    """Print a line about what the command does."""
     _console().print(Text(message))
 
 
 def warn(message: str) -> None:
-    """Something that the user should look at; the run goes on."""
+    """Print a warning: the user should look at something, and the run goes on."""
     _console().print(Text("warning: ", style="yellow") + Text(message))
 
 
 def error(message: str, hint: str) -> None:
-    """What happened, then what to do."""
+    """Print the two lines of an error: what happened, and what to do."""
     console = _console()
     console.print(Text("error: ", style="bold red") + Text(message))
     console.print(Text("hint: ", style="cyan") + Text(hint))
@@ -57,10 +57,9 @@ def error(message: str, hint: str) -> None:
 
 @contextmanager
 def progress(description: str, total: float | None, unit: str) -> Generator[Advance]:
-    """Show progress of `total` units (None: nobody knows how many): a bar with rate and ETA, or a plain line
-    every few seconds without a terminal.
+    """Show progress of `total` units, or of an unknown number (None).
 
-    Yields a function that takes the number of units just done, and a note on how it stands.
+    On a terminal it is a bar with rate and ETA, elsewhere a line every few seconds.
     """
     console = _console()
     if console.quiet:
@@ -74,7 +73,7 @@ def progress(description: str, total: float | None, unit: str) -> Generator[Adva
 
 
 def remarks(description: str, total: int, unit: str) -> Callable[[int], None]:
-    """Progress of long work inside a bar, whose place is taken: a line every half minute.
+    """Show progress of long work while a bar is on the screen already: a line every half minute.
 
     Returns a function that takes the number of units done so far.
     """

@@ -1,4 +1,7 @@
-"""Row types. One frozen dataclass per dataset; its Arrow schema and nullability derive from the annotations."""
+"""Row types, one frozen dataclass per dataset. The annotations decide the Arrow schema and which columns may be null.
+
+A column is declared here and nowhere else. docs/datasets.md lists the columns.
+"""
 
 import dataclasses
 import types
@@ -210,7 +213,7 @@ def arrow_schema(row_type: type) -> pa.Schema:
 
 
 def to_table(row_type: type[R], rows: list[R]) -> pa.Table:
-    """Rows as an Arrow table of the row type's schema."""
+    """Rows of a type as an Arrow table with the schema of that type."""
     names = [f.name for f in dataclasses.fields(row_type)]  # type: ignore[arg-type]  # R is always a dataclass here
     schema = arrow_schema(row_type)
     columns = [pa.array([getattr(row, n) for row in rows], type=schema.field(n).type) for n in names]
@@ -218,12 +221,12 @@ def to_table(row_type: type[R], rows: list[R]) -> pa.Table:
 
 
 def from_table(row_type: type[R], table: pa.Table) -> list[R]:
-    """An Arrow table as rows."""
+    """The rows of an Arrow table; its columns must be the fields of the type."""
     return [row_type(**row) for row in table.to_pylist()]
 
 
 def among(table: pa.Table, keys: pa.Array) -> pa.Table:
-    """The rows whose completion_id is one of `keys`."""
+    """The rows of a table whose completion_id is one of `keys`."""
     return table.filter(pc.call_function("is_in", [table["completion_id"]], pc.SetLookupOptions(keys)))
 
 

@@ -326,14 +326,23 @@ def test_verbose_shows_the_traceback_of_an_unexpected_error_only(cli: Cli, tmp_p
     assert_refused(done, 66, "no complete run")
 
 
-def test_a_missing_extra_names_the_install_line(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
-    block = "import sys; sys.modules['torch'] = None; from prefpipe.cli import main; main()"
-    arguments = ("generate", "--model", tiny_model, "--prompts", prompts_file, "--engine", "transformers", "--out",
+@pytest.mark.parametrize(
+    ("engine", "package", "install"),
+    [
+        ("transformers", "torch", "pip install 'prefpipe[train]'"),
+        ("vllm", "vllm", "pip install 'prefpipe[cpu]' or pip install 'prefpipe[cuda]'"),
+    ],
+)
+def test_a_missing_extra_names_the_install_line(
+    tiny_model: Path, prompts_file: Path, tmp_path: Path, engine: str, package: str, install: str
+) -> None:
+    block = f"import sys; sys.modules['{package}'] = None; from prefpipe.cli import main; main()"
+    arguments = ("generate", "--model", tiny_model, "--prompts", prompts_file, "--engine", engine, "--out",
                  tmp_path / "g")  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", block, *map(str, arguments)], cwd=ROOT, text=True, capture_output=True, check=False
     )
-    assert_refused(done, 66, "needs the package 'torch'", "pip install 'prefpipe[train]'")
+    assert_refused(done, 66, f"needs the package '{package}'", f"install it with: {install}\n")
 
 
 def test_words_go_to_stderr_and_data_to_stdout(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Configs: frozen pydantic models, loaded once from defaults < recipe < flags, with every error at once.
 
-A config class sets `model_config = STRICT`. The attribute docstring (or the description of a shared field type) is the
-help text. A field annotated with RUNTIME cannot change results (batch sizes, cadence) and stays out of the fingerprint,
-as does every PATH field: inputs enter the fingerprint by content, not by name.
+A config class sets `model_config = STRICT`. The docstring below a field (or the description of its type) is its help
+text. Two marks in the annotation of a field keep it out of the fingerprint of a run: RUNTIME for a setting that cannot
+change results, such as a batch size; PATH for an input, which enters the fingerprint by its content.
 """
 
 import difflib
+import itertools
 import json
 import re
 import textwrap
@@ -29,9 +30,10 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any]) -> C:
-    """Merge defaults < recipe (TOML, or the JSON that a run saved) < flags and validate once.
+    """A config from its defaults, a recipe (TOML, or the JSON that a run saved) and flags; the later one wins.
 
-    `flags` maps dotted field names to values. Raises UsageError with all problems, MissingInputError without the file.
+    `flags` maps dotted field names to values. Raises UsageError with every problem at once, MissingInputError when the
+    recipe does not exist.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     for name, value in flags.items():
@@ -79,12 +81,12 @@ def suggestion(word: str, candidates: list[str]) -> str:
 
 
 def dump(config: BaseModel) -> dict[str, Any]:
-    """All values as JSON types; `load` of them gives the same config."""
+    """All settings as JSON types. `load` reads them back as the same config."""
     return config.model_dump(mode="json")
 
 
 def result_fields(config: BaseModel) -> dict[str, Any]:
-    """The values that can change results, by dotted name: what the fingerprint of a run is made of."""
+    """The settings that can change results, by dotted name. They are part of the fingerprint of a run."""
     values: dict[str, Any] = {}
     for name, field in fields(type(config)):
         if RUNTIME in field.metadata or PATH in field.metadata:
@@ -97,7 +99,7 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
 
 
 def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf field with its dotted name, nested tables included."""
+    """Every setting with its dotted name, those of nested tables included."""
     for name, field in cls.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from fields(field.annotation, f"{prefix}{name}.")
@@ -106,7 +108,7 @@ def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldI
 
 
 def to_toml(config: BaseModel) -> str:
-    """A documented recipe with every setting at its present value."""
+    """A recipe (TOML) with every setting of a config: its meaning as a comment, and its value."""
     lines: list[str] = []
     table = ""
     for name, field in sorted(fields(type(config)), key=lambda item: item[0].count(".")):
@@ -164,14 +166,15 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _without_secrets(value: Any) -> Any:
-    """A user and a password in an address do not go to the terminal."""
+    """A value for the terminal: user and password of an address are replaced by stars."""
     return re.sub(r"://[^/@\s]*@", "://***@", value) if isinstance(value, str) else value
 
 
 def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
-    """The setting as the user writes it, and the class whose setting it is.
+    """The name of a setting as the user writes it, and the class that has the setting.
 
-    In tables of several kinds pydantic puts the kind behind the table's name; it is no part of what the user writes.
+    `location` is pydantic's. For a table that can be of several kinds it holds the kind behind the name of the table,
+    which the user does not write.
     """
     written: list[str] = []
     owner = cls
@@ -184,10 +187,11 @@ def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[st
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             owner = field.annotation
         elif kinds := _kinds(field.annotation):
-            written += [table for table in [next(parts, None)] if table is not None]
+            written += itertools.islice(parts, 1)
             kind = next(parts, "")
             owner = kinds.get(kind, owner)
-            written += [kind] if kind and kind not in kinds else []
+            if kind and kind not in kinds:
+                written.append(kind)
     return written, owner
 
 

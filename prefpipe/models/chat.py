@@ -1,4 +1,4 @@
-"""The only caller of chat templates and tokenizers: messages to token ids and back. Torch-free.
+"""Messages to token ids and back: the only module that calls a tokenizer. Torch-free.
 
 A chat template is applied once, when a prompt enters the pipeline; from then on token ids travel.
 """
@@ -7,39 +7,31 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from prefpipe import clock
 from prefpipe.config.base import suggestion
 from prefpipe.errors import DataError, MissingInputError, RowFault, UsageError
-from prefpipe.models import fingerprint
+from prefpipe.models import fingerprint, template
 from prefpipe.schemas import Message
 
 TODAY = "today"
 _ROLES = ("system", "user", "assistant")
-_MARK = "\ue0ff"  # private use: in no template and, one hopes, in no text; a text that has it is refused
-# Plain-text mode: a prompt, its answer, the end; the tokenizer's own opening token where it adds one.
-_PLAIN = (
-    "{% if messages | length > 2 or messages[0]['role'] != 'user' %}"
-    "{{ raise_exception('plain-text mode takes one prompt and one answer') }}{% endif %}"
-    "{{ opening_token }}{% for m in messages %}{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ closing_token }}{% endif %}{% endfor %}"
-)
+_MARK = "\ue0ff"  # a private character, in no template; a text that holds it is refused
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer, a chat template and what ends a completion."""
+    """How a model reads a conversation.
+
+    `named_tokens` are those that a template may print (`bos_token`, `eos_token`, ...). Any of `eos_token_ids` ends a
+    completion. `control_tokens` are the texts that become a control token wherever they stand. `digests` identify
+    tokenizer and template, and the date where the template prints one.
+    """
 
     tokenizer: Tokenizer
     template: str
@@ -78,55 +70,59 @@ def load_chat(directory: Path, chat_template: str = "model", date: str = TODAY) 
     settings = _json(directory / "tokenizer_config.json")
     named = {k: _token_text(v) for k, v in settings.items() if k.endswith("_token") and v is not None}
     eos = _eos_ids(directory, tokenizer, named)
-    template = _template(directory, settings, chat_template)
-    if template == _PLAIN:
+    text = template.find(directory, settings, chat_template)
+    if text == template.PLAIN:
         named |= {"opening_token": _opening(tokenizer), "closing_token": tokenizer.id_to_token(min(eos)) or ""}
     digests = {
         "tokenizer": fingerprint.tokenizer_digest(directory),
-        "chat_template": fingerprint.text_digest(template),
+        "chat_template": fingerprint.text_digest(text),
     }
-    if _prints_date(template):
+    if template.prints_date(text):
         date = clock.local_time("%Y-%m-%d") if date == TODAY else date
         digests["template_date"] = date
-    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special or t.content in template]
+    # An ordinary added token is a control token when the template writes it.
+    control = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special or t.content in text]
     return Chat(
         tokenizer=tokenizer,
-        template=template,
+        template=text,
         named_tokens=named,
         eos_token_ids=eos,
-        control_tokens=tuple(special),
+        control_tokens=tuple(control),
         digests=digests,
         date=date,
     )
 
 
 def notices(chat: Chat) -> list[str]:
-    """What a template puts into every prompt by itself: a default system message, a date."""
-    found: list[str] = []
-    if _prints_date(chat.template):
-        found.append(f"the chat template prints a date, {chat.date}: --template-date fixes it for later runs")
+    """A line for each thing that the template puts into every prompt: a date, a default system message."""
+    lines: list[str] = []
+    if template.prints_date(chat.template):
+        lines.append(f"the chat template prints a date, {chat.date}: --template-date fixes it for later runs")
     added = _default_system(chat)
     if added:
-        found.append(f"the chat template adds a system message of its own: {added!r}")
-    return found
+        lines.append(f"the chat template adds a system message of its own: {added!r}")
+    return lines
 
 
 def stop_ids(chat: Chat, strings: Sequence[str]) -> list[int]:
-    """The ids of stop strings that are control tokens of the tokenizer. Raises UsageError for any other text: it can
-    end inside a token, and then a text that is cut there and its token ids disagree."""
+    """The ids of stop strings that are control tokens of the tokenizer.
+
+    Raises UsageError for any other text. It can end inside a token: the text would be cut there, and the token ids with
+    their log-probs would go on.
+    """
     known = {token.content: number for number, token in chat.tokenizer.get_added_tokens_decoder().items()}
     for text in strings:
         if text not in known:
             raise UsageError(
-                f"stop string {text!r} is not a token of its own in this tokenizer{suggestion(text, list(known))}: it "
-                "can end inside a token, and then the text stops where the token ids, and their log-probs, go on",
-                "stop at a control token, by --stop-token-ids, or leave it out and drop what runs on by a reward",
+                f"stop string {text!r} is not a control token of this tokenizer{suggestion(text, list(known))}: it can "
+                "end inside a token, and then the text stops where the token ids, and their log-probs, go on",
+                "stop at a control token or by --stop-token-ids, or use a reward that rates long answers lower",
             )
     return [known[text] for text in strings]
 
 
 def encode_prompt(chat: Chat, messages: Sequence[Message], *, max_tokens: int, control_tokens: str) -> list[int]:
-    """Token ids of a prompt, ready for the answer. Raises RowFault for a prompt that cannot be used.
+    """Token ids of a prompt, up to where the answer begins. Raises RowFault for a prompt that cannot be used.
 
     `control_tokens` as in `encode_messages`.
     """
@@ -161,30 +157,16 @@ def check_control_tokens(chat: Chat, messages: Sequence[Message]) -> None:
 
 
 def render(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """The chat template applied to messages, as transformers' apply_chat_template does it.
-
-    Raises RowFault when the template refuses the messages.
-    """
-    try:
-        return _compiled(chat.template, chat.date).render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **chat.named_tokens,
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"the chat template is not valid Jinja: {error}", "fix it, or pass --chat-template FILE"
-        ) from error
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise RowFault("template_refused", str(error)) from error
+    """The chat template applied to messages. Raises RowFault when it refuses them."""
+    return template.render(
+        chat.template, chat.date, messages, chat.named_tokens, add_generation_prompt=add_generation_prompt
+    )
 
 
 def encode(chat: Chat, text: str) -> list[int]:
-    """Token ids of rendered text; the template already holds every control token, so none is added."""
-    (found,) = chat.tokenizer.encode_batch_fast([text], add_special_tokens=False)  # `encode` also finds the offsets
-    return found.ids
+    """Token ids of rendered text. None is added: the template has written every control token already."""
+    encodings = chat.tokenizer.encode_batch_fast([text], add_special_tokens=False)  # `encode` also computes offsets
+    return encodings[0].ids
 
 
 def _spelled(chat: Chat, text: str) -> str | None:
@@ -192,15 +174,19 @@ def _spelled(chat: Chat, text: str) -> str | None:
 
 
 def _encode_escaped(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-    """Each spelled control token is marked, so that it survives the template, and then tokenised in two halves, neither
-    of which is the token. Raises RowFault where a tokenizer cannot join pieces without changing the text."""
+    """Token ids in which a spelled control token is plain text.
+
+    Before rendering, a mark and a number replace it, so that it survives the template. Afterwards it is tokenised in
+    two halves, neither of which is the token. Raises RowFault when the ids do not decode to the text that was written:
+    some tokenizers cannot join pieces without changing them.
+    """
     if any(_MARK in m["content"] for m in messages):
         raise RowFault("control_tokens", "the text holds the private character that marks control tokens")
     tokens = sorted(chat.control_tokens, key=len, reverse=True)
     spelled = re.compile("|".join(map(re.escape, tokens)))
     marked = [
         Message(
-            role=m["role"], content=spelled.sub(lambda found: f"{_MARK}{tokens.index(found[0])}{_MARK}", m["content"])
+            role=m["role"], content=spelled.sub(lambda match: f"{_MARK}{tokens.index(match[0])}{_MARK}", m["content"])
         )
         for m in messages
     ]
@@ -226,13 +212,9 @@ def _check_messages(messages: Sequence[Message]) -> None:
         raise RowFault("bad_roles", f"a prompt ends with a user message, system comes first; roles are {roles}")
 
 
-def _prints_date(template: str) -> bool:
-    return "strftime_now" in template
-
-
 def _default_system(chat: Chat) -> str:
     """The words in front of the first user turn that do not stand in front of the second one."""
-    first, second = "\ue0a1", "\ue0a2"
+    first, second = "\ue0a1", "\ue0a2"  # private characters as the texts of the two turns
     turns = [Message(role="user", content=first), Message(role="assistant", content=first)]
     try:
         opening, *_ = render(chat, turns[:1], add_generation_prompt=True).split(first)
@@ -250,76 +232,23 @@ def _default_system(chat: Chat) -> str:
 
 
 def _opening(tokenizer: Tokenizer) -> str:
-    """The token that the tokenizer itself puts in front of a text, if it does."""
+    """The token that the tokenizer puts in front of every text, or nothing."""
     ids = tokenizer.encode("", add_special_tokens=True).ids
     return tokenizer.id_to_token(ids[0]) or "" if ids else ""
 
 
-def _template(directory: Path, settings: dict[str, Any], chosen: str) -> str:
-    if chosen == "none":
-        return _PLAIN
-    if chosen != "model":
-        path = Path(chosen)
-        if not path.is_file():
-            raise MissingInputError(f"chat template {chosen} does not exist", "give the path of a Jinja file")
-        return path.read_text(encoding="utf-8")
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    inside = settings.get("chat_template")
-    if isinstance(inside, list):
-        inside = next((t["template"] for t in inside if t["name"] == "default"), None)
-    if not isinstance(inside, str):
-        raise MissingInputError(
-            f"{directory} has no chat template",
-            "pass one with --chat-template FILE.jinja, or --chat-template none for plain text",
-        )
-    return inside
-
-
 def _eos_ids(directory: Path, tokenizer: Tokenizer, named: dict[str, str]) -> frozenset[int]:
-    """Every id that ends a completion: generation config, model config and the tokenizer's own."""
-    found: set[int] = set()
+    """Every id that ends a completion: of generation config, model config and tokenizer together."""
+    ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = _json(directory / name).get("eos_token_id")
-        found |= set(value if isinstance(value, list) else [] if value is None else [value])
-    own = tokenizer.token_to_id(named.get("eos_token", ""))
-    if own is not None:
-        found.add(own)
-    if not found:
+        ids |= set(value if isinstance(value, list) else [] if value is None else [value])
+    of_tokenizer = tokenizer.token_to_id(named.get("eos_token", ""))
+    if of_tokenizer is not None:
+        ids.add(of_tokenizer)
+    if not ids:
         raise DataError(f"{directory} names no end-of-sequence token", "set eos_token_id in its generation_config.json")
-    return frozenset(found)
-
-
-@cache
-def _compiled(template: str, date: str) -> jinja2.Template:
-    """A template, compiled once, in the environment that chat templates are written for (transformers' conventions)."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    available: dict[str, Any] = environment.globals  # jinja2 types it by the defaults it happens to hold
-    available.update(raise_exception=_raise, strftime_now=lambda form: clock.local_time(form, date))
-    return environment.from_string(template)
-
-
-def _to_json(value: object, **options: Any) -> str:
-    settings: dict[str, Any] = {"ensure_ascii": False, **options}
-    return json.dumps(value, **settings)
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for those who make masks from it; here it only renders."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2's way to name what an extension parses)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The body of the block, as if the tag were not there."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    return frozenset(ids)
 
 
 def _token_text(value: str | dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Identity of weights, adapter, tokenizer and chat template, by content: names and paths never enter a digest.
+"""Digests of weights, adapter, tokenizer and chat template. Content decides; names and paths never enter a digest.
 
-A policy is named `weights:HEX` or `weights:HEX+adapter:HEX`, so that a refusal can say which part differs.
+A policy is named `weights:HEX` or `weights:HEX+adapter:HEX`, so that an error can say which part differs.
 """
 
 import json
@@ -13,8 +13,8 @@ from blake3 import blake3
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import canonical_json
 
-VERSION = 1  # raise it when a digest below can change: kept digests of another version are not read
-# Config fields that change the forward pass; the rest (paths, versions, defaults for sampling) does not.
+VERSION = 1  # raise it when a function below can return another digest: cached digests of other versions are ignored
+# Fields of a config that do not change the forward pass.
 _IGNORED_CONFIG = {
     "_name_or_path",
     "transformers_version",
@@ -67,7 +67,7 @@ def text_digest(text: str) -> str:
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """Digest of tokenizer.json without padding and truncation, which change when a tokenizer is used."""
+    """Digest of tokenizer.json without its padding and truncation, which a library writes back when it uses them."""
     tokenizer = _json(directory / "tokenizer.json")
     kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
     return text_digest(canonical_json(kept))
@@ -98,7 +98,10 @@ def _digest(files: list[Path], config: dict[str, Any]) -> str:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
-    """(name, dtype, shape, blake3 of the bytes) of every tensor in a safetensors file, read once from start to end."""
+    """(name, dtype, shape, blake3 of the bytes) of every tensor in a safetensors file.
+
+    Raises DataError when the header does not describe tensors that lie inside the file.
+    """
     with path.open("rb") as file:
         size = path.stat().st_size
         prefix = file.read(8)
@@ -112,7 +115,7 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
         if not isinstance(header, dict):
             raise DataError(f"{path} is damaged: its header is not an object", "fetch the file again")
         header.pop("__metadata__", None)
-        found: list[tuple[str, str, list[int], str]] = []
+        tensors: list[tuple[str, str, list[int], str]] = []
         for name, tensor in sorted(header.items()):
             try:
                 start, end = tensor["data_offsets"]
@@ -122,8 +125,8 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
             if not inside:
                 raise DataError(f"{path} is damaged: tensor {name} reaches past its end", "fetch the file again")
             file.seek(8 + length + start)
-            found.append((name, dtype, shape, _bytes_digest(file, end - start)))
-        return found
+            tensors.append((name, dtype, shape, _bytes_digest(file, end - start)))
+        return tensors
 
 
 def _bytes_digest(file: Any, length: int) -> str:

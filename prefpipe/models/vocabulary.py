@@ -1,7 +1,7 @@
-"""Which tokens the ids of a run stand for. Rows travel as token ids, so they are rows of any model with these tokens.
+"""Which tokens the ids of a run stand for. Rows travel as token ids, so any model with the same tokens can read them.
 
-A vocabulary is named `SIZE:HEX`: how many ids it has, and the digest of the token of each. What else a tokenizer does
-(how it cuts text, what it strips) has no part in it: the ids are there already.
+A vocabulary is named `SIZE:HEX`: how many ids it has, and the digest of the token of each. How a tokenizer cuts text
+into tokens has no part in it, because the ids exist already.
 """
 
 import json
@@ -14,59 +14,65 @@ from prefpipe.ids import canonical_json
 from prefpipe.models import fingerprint
 from prefpipe.runs import store
 
-_FIELD = "vocabularies"  # of a manifest's identity; absent in runs that do not know
+_FIELD = "vocabularies"  # in the identity of a manifest; older runs do not have it
 Tokens = list[tuple[int, str]]
 
 
 def read(directory: Path) -> Tokens:
-    """(id, token) of everything in the tokenizer.json of a model, sorted.
+    """(id, token) of every token in the tokenizer.json of a model, sorted by id.
 
-    Raises DataError for a file that is not one.
+    Raises DataError when the file is not a tokenizer.
     """
     path = directory / "tokenizer.json"
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        own = tokenizer["model"]["vocab"]
-        if isinstance(own, Mapping):
-            found = {(number, token) for token, number in own.items()}
+        listed = tokenizer["model"]["vocab"]
+        if isinstance(listed, Mapping):
+            tokens = {(number, token) for token, number in listed.items()}
         else:  # Unigram: a list of token and score
-            found = {(number, token) for number, (token, _) in enumerate(own)}
-        return sorted(found | {(added["id"], added["content"]) for added in tokenizer.get("added_tokens", ())})
+            tokens = {(number, token) for number, (token, _) in enumerate(listed)}
+        return sorted(tokens | {(added["id"], added["content"]) for added in tokenizer.get("added_tokens", ())})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a tokenizer: {error}", "fetch or save the model again") from error
 
 
 def name(tokens: Tokens, size: int | None = None) -> str:
-    """The name of a vocabulary, or of its ids below `size` alone: a model with more tokens still has the old ones."""
+    """The name of a vocabulary. With `size`, only ids below it count: tokens appended later do not change the name."""
     kept = [pair for pair in tokens if size is None or pair[0] < size]
     return f"{kept[-1][0] + 1 if kept else 0}:{fingerprint.text_digest(canonical_json(kept))}"
 
 
-def record(found: Iterable[str]) -> dict[str, list[str]]:
-    """What a manifest says beside the models that took part."""
-    return {_FIELD: sorted(set(found))}
+def record(names: Iterable[str]) -> dict[str, list[str]]:
+    """The vocabularies of the rows of a run, as an entry of the identity in its manifest."""
+    return {_FIELD: sorted(set(names))}
 
 
 def recorded(run: Path) -> list[str]:
-    """The vocabularies of the rows of a complete run; none where it does not say."""
+    """The names of the vocabularies of a complete run; empty for a run that was made before they were recorded."""
     return store.read_manifest(run)["identity"].get(_FIELD, [])
 
 
 def of_sources(sources: Iterable[str], directory: Path) -> list[str]:
-    """The vocabularies of the rows of runs and of files, which are tokenised with the model in `directory`."""
-    found: list[str] = []
+    """The names of the vocabularies of several inputs: runs have recorded theirs, files of text get that of a model.
+
+    `directory` is the model that tokenises the files.
+    """
+    names: list[str] = []
     for source in sources:
-        found += recorded(Path(source)) if Path(source).is_dir() else [name(read(directory))]
-    return found
+        names += recorded(Path(source)) if Path(source).is_dir() else [name(read(directory))]
+    return names
 
 
 def check(runs: Sequence[Path], directory: Path) -> None:
-    """Raise IdentityError when a run was made with a tokenizer whose ids are other tokens than those of a model."""
+    """Raise IdentityError when the token ids of a run are other tokens in the model of `directory`.
+
+    Without a tokenizer.json in `directory` nothing can be compared, and the log says so.
+    """
     known = [(run, theirs) for run in runs for theirs in recorded(run)]
     if not known:
         return
     if not (directory / "tokenizer.json").is_file():
-        log.warn(f"{directory} has no tokenizer.json: whether the token ids of the rows are its own is not checked")
+        log.warn(f"{directory} has no tokenizer.json: nobody checks that it has the tokens of the rows")
         return
     tokens = read(directory)
     for run, theirs in known:

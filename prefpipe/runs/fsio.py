@@ -1,8 +1,8 @@
-"""Every write, rename, fsync and lock call of the package, with named fault points for the crash tests.
+"""Every write, rename, fsync and lock of the package, with fault points for the crash tests.
 
-A fault is armed from outside: `PREFPIPE_FAULT="point:n:action"` makes the n-th pass (from 1) through `point` do
-`action`: `kill` (SIGKILL to this process), `sigterm`, `enospc`, `eio`, or `torn` (half of the bytes reach the
-temporary file, then SIGKILL). Points: `write`, `fsync`, `rename`, `fsync_dir`, `append`.
+`PREFPIPE_FAULT="point:n:action"` makes a crash: the n-th call (from 1) that reaches `point` does `action`. Points are
+`write`, `fsync`, `rename`, `fsync_dir`, `append`. Actions are `kill` (SIGKILL to this process), `sigterm`, `enospc`,
+`eio`, and `torn` (half of the bytes reach the temporary file, then SIGKILL).
 """
 
 import errno
@@ -24,11 +24,11 @@ from prefpipe.errors import LockedError, StorageError
 Appender = Callable[[str], None]
 _CHUNK = 8 << 20
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
-_passes: Counter[str] = Counter()  # only counts fault points; never read by product code
+_passes: Counter[str] = Counter()  # calls per fault point, while a fault is armed
 
 
 def fault(point: str, path: Path | None = None) -> None:
-    """Do what PREFPIPE_FAULT asks at this pass through `point`; nothing at all when it is not set."""
+    """A fault point: do what PREFPIPE_FAULT asks for this call. `path` is the file that `torn` cuts in half."""
     armed = os.environ.get("PREFPIPE_FAULT")
     if not armed:
         return
@@ -50,7 +50,7 @@ def fault(point: str, path: Path | None = None) -> None:
 
 @contextmanager
 def storage_errors(path: Path) -> Generator[None]:
-    """Turn what the operating system says into one StorageError that names the path and the free space."""
+    """Turn an OSError into a StorageError that names the path, and the free space when the disk is full."""
     try:
         yield
     except OSError as error:
@@ -73,9 +73,9 @@ def make_dirs(path: Path) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then fsync, rename and fsync the directory.
+    """Let `write` fill a temporary file beside `path`, fsync it, rename it, and fsync the directory.
 
-    A reader sees the old file or the whole new one, never a part; a failed write leaves no file behind.
+    A reader sees the old file or the whole new one, never a part. A failed write leaves no file behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
@@ -98,9 +98,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` build a directory under a temporary name, fsync all of it, then rename it to `path`.
+    """Let `fill` build a directory under a temporary name, fsync everything in it, and rename it to `path`.
 
-    `path` must not exist: a directory is either absent or complete.
+    `path` must not exist. A published directory is complete from the moment it exists.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
@@ -126,7 +126,10 @@ def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
 
 @contextmanager
 def temporary_dir(path: Path) -> Generator[Path]:
-    """A directory beside `path` under a temporary name, removed at the end; a killed writer's is a leftover."""
+    """A directory beside `path` under a temporary name, removed at the end.
+
+    `remove_leftovers` removes it when the process was killed before.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         temporary.mkdir(parents=True)
@@ -137,7 +140,7 @@ def temporary_dir(path: Path) -> Generator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line to a log file; readers ignore a torn last line."""
+    """Append one line to a log file. A kill can tear the last line, which readers ignore."""
     with storage_errors(path):
         fault("append", path if path.exists() else None)
         with path.open("a", encoding="utf-8") as file:
@@ -146,7 +149,7 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def appender(path: Path) -> Generator[Appender]:
-    """A function that appends lines, each in a write of its own: they outlive this process, though not the machine."""
+    """A function that appends one line per system call: lines survive a kill of this process, not a power cut."""
     with storage_errors(path):
         file = path.open("ab", buffering=0)
 
@@ -159,26 +162,26 @@ def appender(path: Path) -> Generator[Appender]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file that has served its purpose."""
+    """Remove a file; none is no error."""
     with storage_errors(path):
         path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
-    """Make what was appended to a file durable."""
+    """Fsync a file, so that appended lines survive a power cut."""
     with storage_errors(path):
         _fsync(path)
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a log file back to `size` bytes (a resumed run drops the lines after its checkpoint)."""
+    """Cut a log file back to `size` bytes. A resumed run drops the lines after its checkpoint."""
     with storage_errors(path):
         if path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
 
 
 def move_aside(path: Path, into: Path) -> Path:
-    """Move a file or directory into `into` under a free name; nothing is ever deleted."""
+    """Move a file or directory into `into`, with a number behind its name when that is taken. Returns its new path."""
     with storage_errors(path):
         into.mkdir(parents=True, exist_ok=True)
         target = into / path.name
@@ -191,15 +194,15 @@ def move_aside(path: Path, into: Path) -> Path:
 
 
 def remove_dir(path: Path) -> None:
-    """Remove a directory that a newer checkpoint replaced."""
+    """Remove a directory with everything in it."""
     with storage_errors(path):
         shutil.rmtree(path)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove temporary files of writers that were killed; call it only while holding the directory's lock.
+    """Remove the temporary files of writers that were killed. The caller holds the lock of the directory.
 
-    Folders with a lock of their own (the steps of a round) belong to somebody else, and so does their content.
+    A folder with another lock in it is skipped: it is another run, such as a step of a round.
     """
     with storage_errors(directory):
         for entry in sorted(directory.iterdir()):
@@ -210,12 +213,12 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a name is that of a temporary file of ours."""
+    """Whether a path has the name of a temporary file of this module."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def sync_dir(path: Path) -> None:
-    """Make renames inside `path` durable."""
+    """Fsync a directory, so that renames in it survive a power cut."""
     fault("fsync_dir")
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -226,9 +229,9 @@ def sync_dir(path: Path) -> None:
 
 @contextmanager
 def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
-    """Hold `directory` for this process; the kernel frees the lock when the process ends, however it ends.
+    """Hold `directory` for this process. The kernel frees the lock when the process ends, however it ends.
 
-    Raises LockedError, naming the owner, when another process holds it and `wait` is not set.
+    While another process holds it, `wait` waits for its end; otherwise LockedError names that process.
     """
     make_dirs(directory)
     held = filelock.FileLock(directory / ".lock")
@@ -268,7 +271,7 @@ def _fsync(path: Path) -> None:
 
 
 def _open_to_umask(path: Path) -> None:
-    """Undo mode 0600, which safetensors leaves behind: another user's vLLM must be able to read an adapter."""
+    """Give a file the mode of the umask. safetensors leaves 0600, and a vLLM of another user must read an adapter."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -34,7 +34,10 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """An output directory that this process holds. `saved` are the settings of the first start: resume follows them."""
+    """An output directory that this process holds.
+
+    `inputs` maps each input to its digest. `saved` holds the settings of the first start, which a resumed run follows.
+    """
 
     out: Path
     command: str
@@ -71,7 +74,7 @@ class Run:
         return None
 
     def has_part(self, dataset: str, index: int) -> bool:
-        """Whether a shard is committed and intact; a damaged one goes to quarantine."""
+        """Whether a shard is committed and intact. A damaged one moves to quarantine."""
         part = self._part(dataset, index)
         record = commits.record_path(part)
         if not record.exists():
@@ -84,36 +87,36 @@ class Run:
         return False
 
     def write_part(self, dataset: str, row_type: type, index: int, table: pa.Table) -> None:
-        """Commit one shard of a dataset."""
+        """Write and commit one shard of a dataset. Raises DataError for rows that do not fit the row type."""
         self._write(self._part(dataset, index), row_type, table)
 
     def write_dropped(self, row_type: type, table: pa.Table) -> None:
-        """Commit the ledger of rows that did not go on."""
+        """Write and commit the ledger: rows that did not go on, with their reasons."""
         self._write(self.out / "dropped.parquet", row_type, table)
 
     def gather_dropped(self, row_type: type, before: pa.Table) -> int:
-        """Commit the ledger: `before`, then the dropped rows of all shards. Returns how many the shards have."""
+        """Write the ledger from `before` and the `dropped` dataset. Returns the number of rows of the latter."""
         shards = [self.read_part("dropped", row_type, index) for index in self.parts("dropped")]
         self.write_dropped(row_type, pa.concat_tables([before, *shards]))
         return sum(part.num_rows for part in shards)
 
     def read_part(self, dataset: str, row_type: type, index: int, columns: list[str] | None = None) -> pa.Table:
-        """A committed shard of this run."""
+        """The rows of a committed shard, or some columns of them."""
         return tables.read_table(self._part(dataset, index), row_type, columns)
 
     def parts(self, dataset: str) -> list[int]:
         """The numbers of the committed shards of a dataset."""
-        found = (self.out / dataset).glob("part-*.ok.json")
-        return sorted(int(p.name.removeprefix("part-").removesuffix(".ok.json")) for p in found)
+        records = (self.out / dataset).glob("part-*.ok.json")
+        return sorted(int(p.name.removeprefix("part-").removesuffix(".ok.json")) for p in records)
 
     def write_report(self, name: str, report: Mapping[str, Any]) -> None:
-        """Commit a small JSON file that the manifest lists."""
+        """Write a small JSON file. The manifest lists those that `commits` names."""
         fsio.write_text(self.out / name, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, totals: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest:
-        """Write the manifest over everything committed: the run is complete from here on.
+        """Write the manifest of every committed file. The run is complete from here on.
 
-        `totals` are counts and metrics, `identity` says which models took part.
+        `totals` are counts and metrics, `identity` names the models that took part.
         """
         files = {str(p.relative_to(self.out)): commits.describe(p) for p in commits.committed(self.out)}
         content = {
@@ -127,7 +130,7 @@ class Run:
         return manifests.write(self.out / "manifest.json", content)
 
     def log_timing(self, **values: object) -> None:
-        """One line in timing.jsonl, with the time of day."""
+        """Append a line to timing.jsonl: the time of day, and `values`."""
         fsio.append_line(self.out / "timing.jsonl", json.dumps({"at": clock.utc_now(), **values}))
 
     def _part(self, dataset: str, index: int) -> Path:
@@ -144,10 +147,10 @@ class Run:
 
 @contextmanager
 def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, str], *, force: bool) -> Generator[Run]:
-    """Hold `out` for one run of `command`; `inputs` maps each input to its content digest.
+    """Hold `out` for one run of `command`. `inputs` maps each input to the digest of its content.
 
-    Raises UsageError when `out` belongs to other settings or inputs (`force` moves the old files to quarantine/),
-    LockedError when another process writes there.
+    Raises UsageError when `out` belongs to other settings, inputs or another command; `force` moves its files to
+    quarantine/ instead. Raises LockedError when another process holds `out`.
     """
     identity = {
         "command": command,
@@ -180,7 +183,7 @@ def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, st
 
 
 def input_digest(path: Path) -> str:
-    """What identifies an input: the digest in the manifest of a run directory, or the bytes of a file."""
+    """The digest of an input: of a run, that of its manifest; of a file, that of its bytes."""
     if path.is_dir():
         return read_manifest(path)["digest"]
     if not path.exists():
@@ -200,7 +203,7 @@ def read_manifest(run_dir: Path) -> Manifest:
 
 
 def read_dataset(run_dir: Path, dataset: str, row_type: type, columns: list[str] | None = None) -> pa.Table:
-    """A whole dataset of a complete run, every file checked against its digest before it is read.
+    """All rows of a dataset of a complete run. Each file is checked against its digest before it is read.
 
     Raises MissingInputError without a manifest or dataset, DataError for a damaged file or another schema version.
     """
@@ -227,7 +230,7 @@ def datasets(manifest: Manifest) -> list[str]:
 
 
 def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
-    """The files of a dataset for a reader that does not check page checksums: digest and schema are checked here.
+    """The paths of a dataset, for polars, which verifies no page checksum: digests and schemas are checked first.
 
     Raises as `read_dataset` does.
     """
@@ -242,7 +245,7 @@ def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
 def read_file(
     run_dir: Path, manifest: Manifest, name: str, row_type: type, columns: list[str] | None = None
 ) -> pa.Table:
-    """One file of a complete run, checked against its digest before it is read."""
+    """The rows of one file of a complete run. Raises as `read_dataset` does."""
     if name not in manifest["files"]:
         raise MissingInputError(f"{run_dir} has no file '{name}'", "check which directory you passed")
     _check_digest(run_dir, manifest, name)

@@ -1,7 +1,6 @@
 """Chat templates and tokens: the same as transformers', and every faulty prompt has a reason."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,42 +13,10 @@ from prefpipe.errors import DataError, MissingInputError, RowFault
 from prefpipe.models import policy
 from prefpipe.models.chat import Chat, encode, encode_messages, encode_prompt, load_chat, notices, render
 from prefpipe.schemas import Message
+from tests.models.cases import SHAPES, USER
 from tests.tiny import SPECIAL
 
-USER = Message(role="user", content="Name a bird.")
-SHAPES = {
-    "one turn": [USER],
-    "system first": [Message(role="system", content="Be brief."), USER],
-    "multi-turn": [USER, Message(role="assistant", content="The owl."), Message(role="user", content="Another?")],
-    "white space": [Message(role="user", content="  two\n\nlines\t ")],
-    "not ASCII": [Message(role="user", content="Où est l'été? 日本 🦉 e\u0301")],
-    "ends with the answer": [USER, Message(role="assistant", content="The owl.")],
-}
 EMBEDDED = "embedded:smollm2-135m-instruct"
-# What real templates use: named tokens, loop controls, JSON, block trimming, namespaces, slices, the generation tag.
-TEMPLATES = {
-    "named tokens": "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{{ eos_token }}{% endfor %}",
-    "loop controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}"
-    "{% break %}{% endfor %}",
-    "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
-    "json as ASCII": "{{ messages | tojson(ensure_ascii=true) }}",
-    "trimmed blocks": "{% for m in messages %}\n    {% if true %}\n  {{ m.content }}\n    {% endif %}\n{% endfor %}\n",
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-    "slices": "{{ messages[-1]['content'][:3] }}{% for m in messages[::-1] %}{{ m['role'] }}{% endfor %}",
-    "no tools": "{% if tools %}{{ tools }}{% endif %}{% if documents is none %}x{% endif %}{{ unknown_name }}",
-    "generation tag": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-}
-
-
-@pytest.fixture
-def copy(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the model's small files, to be edited."""
-    directory = tmp_path / "model"
-    directory.mkdir()
-    for path in tiny_model.iterdir():
-        if path.suffix != ".safetensors":
-            shutil.copy(path, directory)
-    return directory
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
@@ -66,14 +33,6 @@ def test_text_and_ids_equal_transformers_on_a_real_model(shape: str, add_generat
     except MissingInputError as error:
         pytest.skip(str(error))
     _check_against_transformers(load_chat(directory), directory, SHAPES[shape], add_generation_prompt)
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_every_construct_of_templates_renders_as_in_transformers(chat: Chat, tiny_model: Path, template: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    for messages in SHAPES.values():
-        expected = tokenizer.apply_chat_template(messages, chat_template=TEMPLATES[template], tokenize=False)
-        assert render(replace(chat, template=TEMPLATES[template]), messages, add_generation_prompt=False) == expected
 
 
 @settings(max_examples=50, deadline=None)
@@ -95,12 +54,6 @@ def test_decode_gives_the_text_back(tiny_model: Path, text: str) -> None:
     chat = load_chat(tiny_model)
     if not any(token in text for token in SPECIAL):
         assert chat.decode([*encode(chat, text), 2]) == text
-
-
-def test_the_date_is_the_local_one(chat: Chat) -> None:
-    text = render(replace(chat, template="{{ strftime_now('%Y') }}"), [USER], add_generation_prompt=False)
-    assert text.isdigit()
-    assert len(text) == 4
 
 
 def test_a_prompt_ends_where_the_answer_begins(chat: Chat) -> None:
@@ -163,29 +116,6 @@ def test_a_prompt_of_white_space_is_empty(chat: Chat) -> None:
         encode_prompt(chat, [Message(role="user", content=" \n\t")], max_tokens=1000, control_tokens="drop")
 
 
-def test_a_template_that_refuses_gives_its_own_words(chat: Chat) -> None:
-    refusing = replace(chat, template="{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}x")
-    assert render(refusing, [USER], add_generation_prompt=False) == "x"
-    with pytest.raises(RowFault, match="one turn only") as caught:
-        render(refusing, SHAPES["system first"], add_generation_prompt=False)
-    assert caught.value.reason == "template_refused"
-
-
-def test_a_template_cannot_reach_python(chat: Chat) -> None:
-    """The sandbox refuses attributes with underscores; transformers' does the same."""
-    hostile = replace(chat, template="{{ messages.__class__.__mro__ }}")
-    with pytest.raises(RowFault, match="unsafe"):
-        render(hostile, [USER], add_generation_prompt=False)
-
-
-def test_a_template_that_is_not_jinja_is_one_error_with_a_hint(copy: Path) -> None:
-    """One error for the whole run, not a fault of every row."""
-    (copy / "chat_template.jinja").write_text("{% for m in messages %}")
-    with pytest.raises(DataError, match="not valid Jinja") as caught:
-        encode_prompt(load_chat(copy), [USER], max_tokens=1000, control_tokens="drop")
-    assert "--chat-template" in caught.value.hint
-
-
 def test_load_names_what_is_missing(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"chat template nowhere\.jinja does not exist"):
         load_chat(copy, "nowhere.jinja")
@@ -197,20 +127,6 @@ def test_load_names_what_is_missing(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"has no tokenizer.json") as caught:
         load_chat(copy)
     assert "save_pretrained" in caught.value.hint
-
-
-def test_a_template_comes_from_a_file_the_jinja_file_or_the_settings(copy: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.jinja"
-    other.write_text("other")
-    assert load_chat(copy, str(other)).template == "other"
-    (copy / "chat_template.jinja").unlink()
-    file = copy / "tokenizer_config.json"
-    saved = json.loads(file.read_text())
-    file.write_text(json.dumps({**saved, "chat_template": "inside"}))
-    assert load_chat(copy).template == "inside"
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    file.write_text(json.dumps({**saved, "chat_template": named}))
-    assert load_chat(copy).template == "plain"
 
 
 def test_every_end_of_sequence_id_counts(copy: Path) -> None:

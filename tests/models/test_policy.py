@@ -144,17 +144,17 @@ def test_large_weights_are_hashed_once_and_again_when_they_change(
     monkeypatch.setattr(fingerprint, "weights_digest", counted)
     shutil.copytree(tiny_model, tmp_path / "m")
 
-    def resolve() -> str:
+    def digest() -> str:
         _memoised_digest.cache_clear()
         return resolve(str(tmp_path / "m")).weights
 
-    first = resolve()
-    assert (resolve(), len(hashed)) == (first, 1)
+    first = digest()
+    assert (digest(), len(hashed)) == (first, 1)
     (tmp_path / "m" / "model.safetensors").touch()
-    assert (resolve(), len(hashed)) == (first, 2)
+    assert (digest(), len(hashed)) == (first, 2)
     for kept in (tmp_path / "cache" / "digests").iterdir():
         kept.write_text("damaged")
-    assert (resolve(), len(hashed)) == (first, 3)
+    assert (digest(), len(hashed)) == (first, 3)
 
 
 def test_the_context_of_a_model(tiny_model: Path, tmp_path: Path) -> None:

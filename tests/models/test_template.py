@@ -1,0 +1,77 @@
+"""Chat templates render as in transformers, cannot reach Python, and come from where a model keeps them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from prefpipe.errors import DataError, RowFault
+from prefpipe.models.chat import Chat, encode_prompt, load_chat, render
+from tests.models.cases import SHAPES, USER
+
+# What real templates use: named tokens, loop controls, JSON, block trimming, namespaces, slices, the generation tag.
+TEMPLATES = {
+    "named tokens": "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{{ eos_token }}{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}"
+    "{% break %}{% endfor %}",
+    "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
+    "json as ASCII": "{{ messages | tojson(ensure_ascii=true) }}",
+    "trimmed blocks": "{% for m in messages %}\n    {% if true %}\n  {{ m.content }}\n    {% endif %}\n{% endfor %}\n",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "slices": "{{ messages[-1]['content'][:3] }}{% for m in messages[::-1] %}{{ m['role'] }}{% endfor %}",
+    "no tools": "{% if tools %}{{ tools }}{% endif %}{% if documents is none %}x{% endif %}{{ unknown_name }}",
+    "generation tag": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("construct", TEMPLATES)
+def test_every_construct_of_templates_renders_as_in_transformers(chat: Chat, tiny_model: Path, construct: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for messages in SHAPES.values():
+        expected = tokenizer.apply_chat_template(messages, chat_template=TEMPLATES[construct], tokenize=False)
+        assert render(replace(chat, template=TEMPLATES[construct]), messages, add_generation_prompt=False) == expected
+
+
+def test_the_date_is_the_local_one(chat: Chat) -> None:
+    text = render(replace(chat, template="{{ strftime_now('%Y') }}"), [USER], add_generation_prompt=False)
+    assert text.isdigit()
+    assert len(text) == 4
+
+
+def test_a_template_that_refuses_gives_its_own_words(chat: Chat) -> None:
+    refusing = replace(chat, template="{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}x")
+    assert render(refusing, [USER], add_generation_prompt=False) == "x"
+    with pytest.raises(RowFault, match="one turn only") as caught:
+        render(refusing, SHAPES["system first"], add_generation_prompt=False)
+    assert caught.value.reason == "template_refused"
+
+
+def test_a_template_cannot_reach_python(chat: Chat) -> None:
+    """The sandbox refuses attributes with underscores; transformers' does the same."""
+    hostile = replace(chat, template="{{ messages.__class__.__mro__ }}")
+    with pytest.raises(RowFault, match="unsafe"):
+        render(hostile, [USER], add_generation_prompt=False)
+
+
+def test_a_template_that_is_not_jinja_is_one_error_with_a_hint(copy: Path) -> None:
+    """One error for the whole run, not a fault of every row."""
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}")
+    with pytest.raises(DataError, match="not valid Jinja") as caught:
+        encode_prompt(load_chat(copy), [USER], max_tokens=1000, control_tokens="drop")
+    assert "--chat-template" in caught.value.hint
+
+
+def test_a_template_comes_from_a_file_the_jinja_file_or_the_settings(copy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jinja"
+    other.write_text("other")
+    assert load_chat(copy, str(other)).template == "other"
+    (copy / "chat_template.jinja").unlink()
+    file = copy / "tokenizer_config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({**saved, "chat_template": "inside"}))
+    assert load_chat(copy).template == "inside"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    file.write_text(json.dumps({**saved, "chat_template": named}))
+    assert load_chat(copy).template == "plain"
