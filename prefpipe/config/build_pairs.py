@@ -1,8 +1,13 @@
-"""Settings of `prefpipe build-pairs`."""
+"""Settings of `prefpipe build-pairs`, and which of them each choice reads.
 
-from typing import Annotated, Literal
+A setting that the chosen output, rule, filter ... does not read may only have its default: it would change nothing.
+"""
 
-from pydantic import BaseModel, Field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
 from prefpipe.config.base import PATH, RUNTIME, STRICT
@@ -12,117 +17,227 @@ Count = Annotated[int, Field(ge=0)]
 Choice = Literal["drop", "keep"]
 
 
+@dataclass(frozen=True)
+class PairRule:
+    """How completions of a prompt become pairs.
+
+    `reads`: settings that only some rules read; `seed` and max_length_difference, a pair filter too, are open to all.
+    `weigh_by`: what counts the same with weight_by = rule.
+    """
+
+    reads: tuple[str, ...]
+    weigh_by: Literal["prompt", "pair"] = "pair"
+
+
+# The function of a rule is found by its name, with underscores, in stages/build_pairs/pair_rules.py.
+RULES = {
+    "best-worst": PairRule(("pairs_per_prompt",)),
+    "best-random-worse": PairRule(("pairs_per_prompt",)),
+    "best-worst-of-5": PairRule(()),
+    "best-sigma": PairRule(("pairs_per_prompt",)),
+    "all-above-gap": PairRule(("pairs_per_prompt", "rule_gap"), weigh_by="prompt"),
+    "top-bottom": PairRule(("pairs_per_prompt", "top_k")),
+    "correct-wrong": PairRule(("pairs_per_prompt", "correct_reward")),
+    "longest-correct": PairRule(("pairs_per_prompt", "correct_reward")),
+    "smallest-gap": PairRule(("pairs_per_prompt", "rule_gap")),
+    "length-controlled": PairRule(("pairs_per_prompt",)),
+}
+# A subset of the pairs -> the models whose log-probs choose it.
+SUBSETS: dict[str, tuple[Literal["ref", "policy"], ...]] = {
+    "all": (),
+    "small-implicit-gap": ("ref", "policy"),
+    "large-dual-margin": ("ref", "policy"),
+    "clear-reference": ("ref",),
+}
+if TYPE_CHECKING:
+    RuleName = SubsetName = str
+else:
+    RuleName, SubsetName = Literal[tuple(RULES)], Literal[tuple(SUBSETS)]
+
+_RULE_SETTINGS = tuple(sorted({name for rule in RULES.values() for name in rule.reads}))
+_PAIR_FILTERS = (
+    *("gap_filter", "min_gap", "min_gap_sd", "min_chosen_quantile", "max_length_difference", "max_length_ratio"),
+    *("near_identical_tokens", "near_identical_share", "contradictions", "subset", "subset_share", "policy_logps"),
+)
+_PAIR_SELECTION = ("rule", *_RULE_SETTINGS, *_PAIR_FILTERS)
+_LABEL_SETTINGS = ("label_rule", "label_threshold", "label_quantile", "kl_bank_rows")
+# Choice -> value -> settings that this value reads. With a value that does not list it, a setting that others list is
+# not read; a setting that no value lists is always read. A choice comes after the choice that reads it.
+READS: dict[str, dict[str, tuple[str, ...]]] = {
+    "output": {
+        "pairs": (*_PAIR_SELECTION, "weight_by", "preference_prob", "preference_scale", "beta"),
+        "labels": (*_PAIR_SELECTION, "weight_by", *_LABEL_SETTINGS),
+        "groups": (),
+    },
+    "format": {
+        "prefpipe": ("weight_by", "preference_prob", "preference_scale", "kl_bank_rows"),
+        "trl": (),
+        "trl-standard": (),
+    },
+    "label_rule": {
+        **dict.fromkeys(("mean", "median", "thumbs"), ()),
+        "threshold": ("label_threshold",),
+        "quantile": ("label_quantile",),
+        "pairs": _PAIR_SELECTION,
+    },
+    "rule": {name: rule.reads for name, rule in RULES.items()},
+    "preference_prob": {"none": (), "bradley-terry": ("preference_scale",)},
+    "gap_filter": {
+        "both": ("min_gap", "min_gap_sd"),
+        "absolute": ("min_gap",),
+        "scaled": ("min_gap_sd",),
+        "none": (),
+    },
+    "subset": {
+        name: (*(["subset_share"] if logps else []), *(["policy_logps"] if "policy" in logps else []))
+        for name, logps in SUBSETS.items()
+    },
+}
+
+
+def unread(values: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that no choice among `values` reads, each with the choices that would read it."""
+    found: dict[str, str] = {}
+    for choice, rows in READS.items():
+        if choice in found:
+            continue
+        for name in sorted({name for row in rows.values() for name in row} - set(rows[values[choice]])):
+            readers = " or ".join(value for value, row in rows.items() if name in row)
+            found.setdefault(name, f"{choice} = {readers}")
+    return found
+
+
 class BuildPairsConfig(BaseModel):
     """Turn completions with rewards into pairs, labels (KTO) or ranked groups; every dropped row has its reason."""
 
     model_config = STRICT
 
     completions: Annotated[tuple[str, ...], PATH] = ()
-    """Run directories with completions (and, unless given apart, their rewards and reference log-probs)."""
+    """Run directories with completions; their rewards and reference log-probs are read from them too."""
     reward_runs: Annotated[tuple[str, ...], PATH] = ()
-    """Run directories with rewards for these completions; none: those of the completions' own runs."""
+    """Run directories to read the rewards from instead; none reads those in `completions`."""
     ref_logps: Annotated[tuple[str, ...], PATH] = ()
-    """Run directories with reference log-probs for these completions; none: those of the completions' own runs."""
+    """Run directories to read the reference log-probs from instead; none reads those in `completions`."""
     policy_logps: Annotated[tuple[str, ...], PATH] = ()
-    """Runs of `prefpipe score` with a trained policy as the reference: what an implicit reward needs (see subset)."""
+    """Runs of `prefpipe score` whose model was a trained policy: `subset` compares its log-probs with the reference."""
     reward: shared.StoredReward = "short_sentence"
     """Which reward ranks the completions."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Rank by reward - length_penalty * tokens; rewards and gaps of the output are then these."""
+    """Rank by reward - length_penalty * tokens. The output holds these penalised rewards and their gaps."""
     output: Literal["pairs", "labels", "groups"] = "pairs"
     """pairs (DPO and relatives), labels with a KL bank (KTO), or ranked groups (listwise losses)."""
     format: Literal["prefpipe", "trl", "trl-standard"] = "prefpipe"
     """prefpipe for `prefpipe train`; trl: messages as TRL's trainers read them; trl-standard: plain text."""
     seed: shared.Seed = 0
 
-    rule: Literal[
-        "best-worst",
-        "best-random-worse",
-        "best-worst-of-5",
-        "best-sigma",
-        "all-above-gap",
-        "top-bottom",
-        "correct-wrong",
-        "longest-correct",
-        "smallest-gap",
-        "length-controlled",
-    ] = "best-random-worse"
-    """How completions of a prompt become pairs; docs/pair-rules.md has formula, source and use of each."""
+    rule: RuleName = "best-random-worse"
+    """How completions of a prompt become pairs; docs/pair-rules.md gives formula, source and use of each rule."""
     pairs_per_prompt: Count = 1
-    """Most pairs taken from one prompt; 0 for all that the rule finds."""
+    """Most pairs of one prompt; 0 for every pair that the rule makes."""
     rule_gap: Annotated[float, Field(ge=0)] = 0.5
-    """Least reward_gap that the rules all-above-gap and smallest-gap pair."""
+    """Rules all-above-gap and smallest-gap: smallest reward_gap of a pair."""
     top_k: Annotated[int, Field(ge=1)] = 2
-    """Rule top-bottom pairs each of the k best with each of the k worst."""
+    """Rule top-bottom: each of the top_k best completions is paired with each of the top_k worst."""
     correct_reward: float = 0.5
     """Rules correct-wrong and longest-correct: a completion is correct when its reward is at least this."""
     weight_by: Literal["rule", "prompt", "pair"] = "rule"
-    """What counts the same: every pair (label), or every prompt however many pairs it has. rule: prompts for the rule
-    all-above-gap, pairs for the others. Weights have mean 1."""
+    """What counts the same in training: every pair (or label), or every prompt, however many pairs it has. rule: every
+    prompt with the rule all-above-gap, every pair with the others. Weights have mean 1."""
     preference_prob: Literal["none", "bradley-terry"] = "none"
-    """Soft labels: the column preference_prob = sigmoid(reward_gap / preference_scale); use gap_filter none with it."""
+    """bradley-terry writes soft labels, preference_prob = sigmoid(reward_gap / preference_scale); use gap_filter none
+    with it."""
     preference_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Rewards per nat of preference: 1 for a reward model trained with the Bradley-Terry loss."""
+    """Reward difference that is one nat of preference: 1 for a reward model trained with the Bradley-Terry loss."""
 
     gap_filter: Literal["both", "absolute", "scaled", "none"] = "both"
-    """A gap is small when it is below min_gap (absolute), below min_gap_sd standard deviations (scaled), or both."""
+    """Drop a pair whose gap is below min_gap (absolute), below min_gap_sd standard deviations (scaled), below both, or
+    for no gap at all (none)."""
     min_gap: Annotated[float, Field(ge=0)] = 0.5
     """Smallest reward_gap that is kept, in units of the reward."""
     min_gap_sd: Annotated[float, Field(ge=0)] = 0.25
-    """Smallest reward_gap that is kept, in standard deviations of the gaps that the rule found."""
+    """Smallest reward_gap that is kept, in standard deviations of the gaps of the rule's pairs."""
     min_chosen_quantile: Share = 0.0
-    """Drop pairs whose chosen reward is below this quantile of chosen rewards: both completions are bad."""
+    """Drop pairs whose chosen reward is below this quantile of chosen rewards: both of their completions are bad."""
     truncated_chosen: Choice = "drop"
-    """A pair whose chosen completion hit max_tokens teaches not to stop: drop it, or keep."""
+    """Chosen (or desirable) completions that hit max_tokens, which teach the policy not to stop: drop, or keep."""
     truncated_rejected: Choice = "keep"
-    """A pair whose rejected completion hit max_tokens: drop it, or keep."""
+    """Rejected (or undesirable) completions that hit max_tokens: drop, or keep."""
     max_length_difference: Count = 0
     """Most tokens between the lengths of chosen and rejected; 0 for no limit."""
     max_length_ratio: Annotated[float, Field(ge=0)] = 0.0
     """Longest side over shortest side, in tokens, that is kept; 0 for no limit."""
     near_identical_tokens: Count = 0
-    """Drop pairs that so few token edits turn into each other; 0 drops identical texts only."""
+    """Drop pairs whose sides differ by at most so many token edits; 0 drops identical texts only."""
     near_identical_share: Share = 0.0
-    """Drop pairs whose token edits are at most this share of the longer side."""
+    """Drop pairs whose sides differ by at most this share of the longer side, in token edits."""
     contradictions: Choice = "drop"
     """Pairs of a prompt that contradict each other (A over B and B over A, or in a circle; by text): drop, or keep."""
-    subset: Literal["all", "small-implicit-gap", "large-dual-margin", "clear-reference"] = "all"
-    """Keep subset_share of the pairs: smallest implicit-reward gap, largest sum of both margins, clearest reference."""
+    subset: SubsetName = "all"
+    """Keep only subset_share of the pairs: those with the smallest gap of implicit rewards, with the largest sum of
+    implicit and reward gap, or with the largest difference of reference log-probs per token; all keeps every pair."""
     subset_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the pairs that `subset` keeps."""
 
     special_tokens: Choice = "drop"
-    """A completion whose text spells control tokens (<|im_end|>, [INST], </s>): drop, or keep."""
+    """Completions whose text spells control tokens (<|im_end|>, [INST], </s>): drop, or keep."""
     refusals: Choice = "keep"
-    """A completion that begins as a refusal ("I'm sorry, but I can't"): drop, or keep."""
+    """Completions with a phrase of refusal ("I'm sorry, but") in their first 200 characters, as the reward `refusal`
+    finds it: drop, or keep."""
     max_repetition: Share = 1.0
     """Largest share of a completion's word 4-grams that repeat an earlier one; 1 for no limit."""
     languages: tuple[str, ...] = ()
-    """Keep completions in these languages only (codes like en, de; by py3langid, extra `rewards`); none keeps all."""
+    """Keep only completions in these languages (codes like en, de; py3langid of the extra `rewards` tells them); none
+    keeps every language."""
     min_tokens: Count = 0
     """Shortest completion, in tokens."""
     max_tokens: Count = 0
     """Longest completion, in tokens; 0 for no limit."""
 
     duplicate_prompts: Choice = "drop"
-    """Prompts whose texts are equal but for case and spaces: keep the first by id and drop the others, or keep all."""
+    """Prompts whose texts are equal but for case and spaces: drop every one but the first by id, or keep them."""
     near_duplicate_prompts: Share = 0.0
-    """Drop prompts whose word 3-grams overlap with an earlier prompt's by this Jaccard similarity; 0 for off."""
+    """Drop prompts whose word 3-grams have this Jaccard similarity with those of an earlier prompt; 0 for off."""
     contamination: Annotated[tuple[str, ...], PATH] = ()
-    """Benchmark files (.txt with a text per line, .jsonl, .parquet): prompts that share word n-grams are dropped."""
+    """Benchmark files (.txt with a text per line, .jsonl, .parquet): prompts that share a word n-gram are dropped."""
     contamination_ngram: Annotated[int, Field(ge=1)] = 13
-    """Words in an n-gram of the contamination check; shorter texts are compared whole."""
+    """Words in an n-gram of the contamination check; shorter texts are compared as a whole."""
 
     label_rule: Literal["mean", "median", "threshold", "quantile", "thumbs", "pairs"] = "mean"
-    """Labels: above the prompt's mean or median, a threshold, upper and lower quantile, the sign, or sides of pairs."""
+    """Desirable is a reward above the prompt's mean or median, from a threshold on, in the upper quantile, or above 0
+    (thumbs), or a completion that the pair rule chooses (pairs)."""
     label_threshold: float = 0.5
-    """Label rule threshold: desirable when the reward is at least this."""
+    """Label rule threshold: smallest desirable reward."""
     label_quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """Label rule quantile: the upper share is desirable, the lower undesirable, the rest a dead zone."""
+    """Label rule quantile: this upper share of the rewards is desirable, this lower share undesirable; the rest is
+    dropped."""
     kl_bank_rows: Annotated[int, Field(ge=1)] = 256
-    """Rows of mismatched prompt and completion for KTO's reference point."""
+    """Prompts with the completion of another prompt, for KTO's reference point z0."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Beta of the training to come, for check D13 of the data report."""
+    """beta that the training will use, for check D13 of the data report."""
     strict: Annotated[bool, RUNTIME] = False
-    """Exit 3 when a check of the data report warns."""
+    """End with exit code 3 when a check of the data report warns; the run is complete all the same."""
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> Self:
+        problems = list(self._misfits())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _misfits(self) -> Iterator[str]:
+        if self.output == "groups" and self.format != "prefpipe":
+            yield "TRL has no trainer for ranked groups: leave out format, or choose output = pairs or labels"
+        for name, reader in unread(dict(self)).items():
+            if self._is_changed(name):
+                yield f"{name} = {getattr(self, name)} is read only with {reader}"
+        if self._is_changed("contamination_ngram") and not self.contamination:
+            yield f"contamination_ngram = {self.contamination_ngram} is read only with contamination"
+        if "policy" in SUBSETS[self.subset] and not self.policy_logps:
+            yield (
+                f"subset = {self.subset} needs log-probs of a trained policy: score the completions with it "
+                "(prefpipe score) and pass that run as policy_logps"
+            )
+
+    def _is_changed(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default

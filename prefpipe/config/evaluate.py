@@ -10,7 +10,7 @@ from prefpipe.config.rewards import check_gpu_memory
 
 
 class EvaluateConfig(BaseModel):
-    """Rate a policy on held-out prompts: one greedy and several sampled answers for each."""
+    """Rate a policy on held-out prompts: one greedy and several sampled answers to each prompt."""
 
     model_config = STRICT
 
@@ -26,7 +26,7 @@ class EvaluateConfig(BaseModel):
     pass_reward: float = 1.0
     """An answer passes when its reward is at least this."""
     num_samples: Annotated[int, Field(ge=1)] = 2
-    """Sampled answers for every prompt, beside the greedy one."""
+    """Sampled answers to every prompt, beside the greedy one."""
     temperature: shared.Temperature = 1.0
     top_p: shared.TopP = 1.0
     top_k: shared.TopK = 0
@@ -42,7 +42,7 @@ class EvaluateConfig(BaseModel):
     seed: shared.Seed = 0
     part: shared.Part = "1/1"
     round: Annotated[int, Field(ge=0)] = 0
-    """Number of the round that made the policy; 0 is the start."""
+    """Number of the round that trained the policy; 0 is the policy before training."""
     shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
     tensor_parallel_size: shared.TensorParallelSize = 1
@@ -51,6 +51,6 @@ class EvaluateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
-        own = self.gpu_memory_utilization if self.engine == "vllm" else None
-        check_gpu_memory(own, (self.reward,), self.reward_settings)
+        share = self.gpu_memory_utilization if self.engine == "vllm" else None
+        check_gpu_memory(share, (self.reward,), self.reward_settings)
         return self

@@ -21,8 +21,8 @@ class GenerateConfig(BaseModel):
     limit: shared.Limit = 0
     engine: shared.Engine = "vllm"
     reference: Literal["policy", "base", "none"] = "policy"
-    """Whose log-probs to cache: the policy that samples (free, captured while sampling), the base model (one more
-    pass with the adapter off), or none."""
+    """Whose log-probs to cache as those of the reference: the policy that samples (captured while sampling, at no
+    cost), the base model (one more pass with the adapter off), or none."""
     reward_settings: shared.RewardSettings = {}
     rewards: shared.Rewards = ()
     num_samples: Annotated[int, Field(ge=1)] = 8
@@ -42,7 +42,7 @@ class GenerateConfig(BaseModel):
     seed: shared.Seed = 0
     part: shared.Part = "1/1"
     check: Annotated[int, Field(ge=0)] = 32
-    """Rows that the other scorer (transformers for vllm, vllm for transformers) scores again, for parity.json."""
+    """Rows that the other engine (transformers for vllm, vllm for transformers) scores again, for parity.json."""
     shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
     tensor_parallel_size: shared.TensorParallelSize = 1
@@ -51,7 +51,7 @@ class GenerateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
-        checks = self.engine == "transformers" and self.reference != "none" and self.check > 0  # with vLLM
-        own = self.gpu_memory_utilization if self.engine == "vllm" or checks else None
-        check_gpu_memory(own, self.rewards, self.reward_settings)
+        vllm_scores_again = self.engine == "transformers" and self.reference != "none" and self.check > 0
+        share = self.gpu_memory_utilization if self.engine == "vllm" or vllm_scores_again else None
+        check_gpu_memory(share, self.rewards, self.reward_settings)
         return self

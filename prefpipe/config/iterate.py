@@ -11,7 +11,8 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.train import ROWS, TrainConfig
 
-_OWNED = {
+# Table -> settings that `iterate` fills in itself, since they link the stages.
+_LINKS = {
     "generate": ("model", "adapter", "reference"),
     "build_pairs": ("completions", "reward_runs", "ref_logps", "policy_logps"),
     "train": ("model", "adapter", "pairs", "labels", "groups", "ref_logps", "reference_model", "reference_adapter"),
@@ -20,15 +21,16 @@ _OWNED = {
 
 
 class IterateConfig(BaseModel):
-    """Rounds of generate, build-pairs, train and evaluate; round n starts from the adapter of round n - 1."""
+    """Rounds of generate, build-pairs, train and evaluate; a round starts from the policy of the round before."""
 
     model_config = STRICT
 
     model: shared.Model = shared.DEFAULT_MODEL
     rounds: Annotated[int, Field(ge=1)] = 2
-    """How many rounds."""
+    """Rounds after the evaluation of the policy before training."""
     reference: Literal["previous", "base"] = "previous"
-    """Reference of a round: the policy it starts from (its log-probs cost nothing), or the base model (adapter off)."""
+    """Reference model of a round: the policy that it starts from, whose log-probs come with its samples at no cost, or
+    the base model (the policy with its adapter off)."""
     generate: GenerateConfig = GenerateConfig()
     build_pairs: BuildPairsConfig = BuildPairsConfig()
     train: TrainConfig = TrainConfig()
@@ -36,13 +38,13 @@ class IterateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _tables_leave_links_alone(self) -> "IterateConfig":
-        for table, names in _OWNED.items():
+        for table, names in _LINKS.items():
             settings = getattr(self, table)
-            given = [n for n in names if getattr(settings, n) != type(settings).model_fields[n].default]
-            if given:
-                raise ValueError(f"iterate links the stages itself: remove {', '.join(given)} from [{table}]")
+            changed = [n for n in names if getattr(settings, n) != type(settings).model_fields[n].default]
+            if changed:
+                raise ValueError(f"iterate links the stages itself: remove {', '.join(changed)} from [{table}]")
         if self.train.tuning == "full" and self.reference == "base":
-            raise ValueError("reference = base needs an adapter that can be off: train.tuning = full has none")
+            raise ValueError("reference = base needs an adapter to turn off: train.tuning = full has none")
         return self
 
     @model_validator(mode="after")

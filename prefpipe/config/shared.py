@@ -9,16 +9,14 @@ from prefpipe.config.base import PATH, RUNTIME, suggestion
 
 DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
 REWARD_NAMES = tuple(rewards.KINDS)
-
-
-IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
+IMPORTED_REWARD = "rating"  # the dataset of ratings that `score` imports with foreign answers
 
 
 def _check_reward(name: str, info: ValidationInfo) -> str:
-    """A kind, the user's module:function, or a table (if the tables hold an error of their own, that is said alone)."""
-    tables = info.data.get("reward_settings")
+    """The name, of a kind, a table or a module:function. Raises ValueError for any other."""
+    tables = info.data.get("reward_settings")  # None when the tables are refused: that error is enough
     if name == IMPORTED_REWARD:
-        raise ValueError(f"'{name}' is the name of ratings that `prefpipe score` imports: name the table otherwise")
+        raise ValueError(f"'{name}' is the name of the ratings that `prefpipe score` imports: rename the table")
     if name in REWARD_NAMES or ":" in name or tables is None or name in tables:
         return name
     known = [*tables, *REWARD_NAMES]
@@ -33,26 +31,29 @@ Adapter = Annotated[str, PATH, Field(description="Directory of a PEFT LoRA adapt
 ChatTemplate = Annotated[
     str,
     PATH,
-    Field(description="'model' for the model's own chat template, a Jinja file, or 'none': plain text, then the end."),
+    Field(
+        description="'model' for the chat template of the model, a Jinja file, or 'none' for plain text that ends with "
+        "the end-of-sequence token."
+    ),
 ]
 TemplateDate = Annotated[
     str,
-    RUNTIME,  # where a template prints it, the day is an input of the run
+    RUNTIME,  # a template that prints the day makes it an input of the run
     Field(pattern=r"^(today|\d{4}-\d\d-\d\d)$", description="Day that a chat template prints: YYYY-MM-DD, or today."),
 ]
 Prompts = Annotated[
     str, PATH, Field(description="Prompts: JSONL or Parquet with `messages` (or a text column `prompt`).")
 ]
-Split = Annotated[str, Field(description="Which rows of the prompts by their `split` column; 'all' for every row.")]
-Limit = Annotated[int, Field(ge=0, description="Use only the first so many prompts of the split; 0 for all.")]
+Split = Annotated[str, Field(description="Value of the `split` column whose prompts to use; 'all' for every prompt.")]
+Limit = Annotated[int, Field(ge=0, description="Use only the first so many prompts of the split; 0 for every prompt.")]
 Engine = Annotated[
     Literal["vllm", "transformers", "fake"],
-    Field(description="What samples: vllm, transformers (slower, everywhere), fake (canned text, for tests)."),
+    Field(description="What samples: vllm, transformers (slower, runs anywhere), fake (canned text, for tests)."),
 ]
 Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="Number type of weights and compute.")]
 RewardSettings = rewards.RewardSettings
-RewardName = Annotated[str, AfterValidator(_check_reward)]  # declare reward_settings before it
-# Of a run, computed or imported by `score`: which names there are, only the run knows.
+RewardName = Annotated[str, AfterValidator(_check_reward)]  # a class declares reward_settings before such a field
+# A reward that a run holds, computed or imported. Only the run knows its names, so that none is refused here.
 StoredReward = Annotated[str, Field(min_length=1)]
 Rewards = Annotated[
     tuple[RewardName, ...],
@@ -68,23 +69,23 @@ MaxPromptTokens = Annotated[int, Field(ge=1, description="Longer prompts are dro
 SpecialTokens = Annotated[
     Literal["drop", "escape", "allow"],
     Field(
-        description="Text that spells control tokens: drop the row (with its reason), escape (tokenise it as the plain "
-        "text that it is), or allow it to act as control tokens."
+        description="Text that spells control tokens: drop the row (with its reason), escape (tokenise it as plain "
+        "text), or allow it to act as control tokens."
     ),
 ]
-TopK = Annotated[int, Field(ge=0, description="Sample from the so many likeliest tokens; 0 for all.")]
+TopK = Annotated[int, Field(ge=0, description="Sample from the so many likeliest tokens; 0 for every token.")]
 MinP = Annotated[
     float, Field(ge=0, le=1, description="Drop tokens less likely than this share of the likeliest one; 0 for none.")
 ]
 StopTokenIds = Annotated[
     tuple[int, ...],
-    Field(description="Token ids that end a completion, beside the model's own; they stay in it."),
+    Field(description="Token ids that end a completion, beside those of the model; they stay in the completion."),
 ]
 Stop = Annotated[
     tuple[str, ...],
     Field(
-        description="The same by the text of control tokens, such as <|im_end|>. Other stop strings are refused: they "
-        "can end inside a token, and then the text and the token ids disagree."
+        description="Texts of control tokens, such as <|im_end|>, that end a completion. Other stop strings are "
+        "refused: they can end inside a token, and then the text and the token ids disagree."
     ),
 ]
 Part = Annotated[

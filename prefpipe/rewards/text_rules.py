@@ -1,6 +1,7 @@
-"""Rewards computed from the text alone."""
+"""Rewards computed from the text alone. What a refusal and a repetition is, is defined here for the whole package."""
 
 import re
+from collections.abc import Sequence
 
 from prefpipe.config.rewards import Keyword, Length, Refusal, Repetition, ShortSentence
 from prefpipe.rewards.base import Answer, RewardFunction, Scored, one_by_one
@@ -8,7 +9,7 @@ from prefpipe.rewards.base import Answer, RewardFunction, Scored, one_by_one
 VERSION = 1  # raise it when a reward below can change: a run never mixes two versions
 FEWEST_WORDS, MOST_WORDS = 5, 10
 _LONG_WORD = 5
-_OPENING = 200  # a refusal says so at once: characters that are searched for its phrases
+_OPENING = 200  # characters: a refusal comes at once
 _REFUSALS = (
     "i can't",
     "i cannot",
@@ -103,12 +104,10 @@ def repetition(settings: Repetition) -> RewardFunction:
     text that never repeats itself, near 0 for a loop. A text of fewer than n words repeats nothing: 1."""
 
     def rate(answer: Answer) -> Scored:
-        words = answer.text.lower().split()
-        grams = list(zip(*(words[i:] for i in range(settings.n)), strict=False))
-        distinct = len(set(grams))
-        if distinct == len(grams):
+        distinct, total = distinct_ngrams(answer.text, settings.n)
+        if distinct == total:
             return Scored(1.0)
-        return Scored(distinct / len(grams), "ok", f"{distinct} of {len(grams)} {settings.n}-grams are distinct")
+        return Scored(distinct / total, "ok", f"{distinct} of {total} {settings.n}-grams are distinct")
 
     return one_by_one(rate)
 
@@ -116,20 +115,33 @@ def repetition(settings: Repetition) -> RewardFunction:
 def refusal(settings: Refusal) -> RewardFunction:
     """0 for a refusal, 1 for an answer; `prefer = "refusal"` swaps them. Status wrong for 0.
 
-    A refusal is one by its words: one of the phrases stands within the first 200 characters. English only, unless
-    `phrases` adds others. It judges the wording, not whether the refusal was right.
+    `phrases` of the settings are searched as well as the English ones. The wording is judged, not whether the refusal
+    was right.
     """
-    phrases = tuple(p.lower() for p in (*_REFUSALS, *settings.phrases))
+    phrases = tuple(p.lower() for p in settings.phrases)
 
     def rate(answer: Answer) -> Scored:
-        opening = " ".join(answer.text[:_OPENING].lower().replace("\u2019", "'").split())
-        phrase = next((p for p in phrases if stands_in(p, opening)), None)
+        phrase = refusal_phrase(answer.text, phrases)
         detail = None if phrase is None else f"says {phrase!r}"
         if (phrase is None) == (settings.prefer == "answer"):
             return Scored(1.0, "ok", detail)
         return Scored(0.0, "wrong", detail or "no refusal")
 
     return one_by_one(rate)
+
+
+def refusal_phrase(text: str, further: Sequence[str] = ()) -> str | None:
+    """The phrase of refusal in the first 200 characters of a completion, or None: English ones and `further`, in lower
+    case."""
+    opening = " ".join(text[:_OPENING].lower().replace("\u2019", "'").split())
+    return next((phrase for phrase in (*_REFUSALS, *further) if stands_in(phrase, opening)), None)
+
+
+def distinct_ngrams(text: str, n: int) -> tuple[int, int]:
+    """How many different n-grams of lower-case words a text has, and how many in all; 0 of 0 for fewer than n words."""
+    words = text.lower().split()
+    ngrams = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(set(ngrams)), len(ngrams)
 
 
 def window(count: int, shortest: int, longest: int) -> float:

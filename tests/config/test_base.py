@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from prefpipe.cli import STAGES
 from prefpipe.config import base
-from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig, unread
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
@@ -115,7 +115,23 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
             "build_pairs.output": ROWS[found.get("train.loss_type", ("sigmoid",))[0]],
             "build_pairs.format": "prefpipe",
         }
+    if cls in (IterateConfig, BuildPairsConfig):
+        _keep_what_build_pairs_reads(found, "build_pairs." if cls is IterateConfig else "")
     return found
+
+
+def _keep_what_build_pairs_reads(found: dict[str, Any], prefix: str) -> None:
+    """Drop settings that the choices among them do not read; a subset of trained log-probs, a format of groups."""
+    needs = {name for name, logps in SUBSETS.items() if "policy" in logps}
+    if found.get(f"{prefix}subset") in needs and not found.get(f"{prefix}policy_logps"):
+        found.pop(f"{prefix}subset")
+    if found.get(f"{prefix}output") == "groups":
+        found.pop(f"{prefix}format", None)
+    if not found.get(f"{prefix}contamination"):
+        found.pop(f"{prefix}contamination_ngram", None)
+    chosen = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    for name in unread({**dict(BuildPairsConfig()), **chosen}):
+        found.pop(f"{prefix}{name}", None)
 
 
 def _of_one_kind(losses: tuple[str, ...]) -> tuple[str, ...]:

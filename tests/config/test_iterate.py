@@ -27,13 +27,16 @@ LINKS = {
     "evaluate.adapter": "a",
     "evaluate.round": "3",
 }
+READERS = {
+    "build_pairs.policy_logps": {"build_pairs.subset": "small-implicit-gap"}
+}  # without it nothing reads the link
 
 
 @pytest.mark.parametrize("name", LINKS)
 def test_a_link_is_refused_by_name(name: str) -> None:
     table, _, leaf = name.partition(".")
     with pytest.raises(UsageError, match=rf"remove {leaf} from \[{table}\]"):
-        base.load(IterateConfig, None, {name: LINKS[name]})
+        base.load(IterateConfig, None, {name: LINKS[name], **READERS.get(name, {})})
 
 
 def test_all_links_of_a_table_are_named_at_once() -> None:

@@ -87,7 +87,7 @@ def test_the_tokenizer_of_a_foreign_file_travels_through_score_and_build_pairs(
     done = call("score", *COMMON, "--model", models[0], "--inputs", tmp_path / "s", "--out", tmp_path / "again")
     assert "was made with another tokenizer" in done.stderr
     build = ("build-pairs", "--completions", tmp_path / "s", "--ref-logps", tmp_path / "again", "--reward", "rating")
-    done = call(*build, "--gap-filter", "none", "--output", output, "--out", tmp_path / "p")
+    done = call(*build, "--output", output, "--out", tmp_path / "p")
     assert done.code == 0, done.stderr
     own = [vocabulary.name(vocabulary.read(tiny_model))]
     for run in ("s", "again", "p"):

@@ -24,9 +24,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "prefpipe"
 WITHOUT_MIRROR = {
     *("__main__.py", "forward/dequantize.py", "engines/base.py", "engines/pooling.py", "rewards/base.py"),
-    *(
-        f"config/{name}.py" for name in ("build_pairs", "evaluate", "generate", "score", "shared")
-    ),  # config/test_base.py
+    *(f"config/{name}.py" for name in ("evaluate", "generate", "score", "shared")),  # config/test_base.py
 }
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))
 RECIPE_CASES = [pytest.param(p, id=str(p.relative_to(ROOT / "stages"))) for p in RECIPES]

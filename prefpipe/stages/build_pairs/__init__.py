@@ -1,15 +1,20 @@
-"""Stage 2, `prefpipe build-pairs`: completions with rewards -> pairs, labels or groups, and a ledger of the rest.
+"""Stage 2, `prefpipe build-pairs`: completions with rewards -> pairs, labels or groups, and a ledger of the other rows.
 
-candidates.py      completions joined with rewards, in partitions by prompt; completion filters
+stage.py           the steps, from open inputs to the manifest
 prompt_filters.py  duplicate, near-duplicate and contaminated prompts
+candidates.py      completions joined with rewards, in partitions by prompt; completion filters
 pair_rules.py      candidates of a prompt -> pairs (docs/pair-rules.md)
 filters.py         pairs -> kept, or dropped with one reason
-labels.py          candidates -> labels, class balance
-output_rows.py     texts, token ids and log-probs of the chosen rows -> rows of the output datasets
-texts.py           what is read from texts and token ids
+pairs.py           pair rule, filters, rows of pairs
+label_rules.py     candidates -> desirable or undesirable, class weights
+labels.py          label rule, rows of labels, the KL bank
+groups.py          ranked groups
+output_rows.py     texts, token ids and log-probs of the rows in use -> rows of the output datasets
+trl.py             the same rows as TRL reads them
 accounting.py      in = out + sum of reasons
-data_report.py     the checks D1-D14 before a training
-stage.py           read -> pure steps -> write
+data_report.py     the checks D1-D14 before a training; data_measures.py and surface.py measure them
+partitions.py      rows of several runs in partitions of whole prompts
+texts.py           measures of texts and token ids
 """
 
 from prefpipe.stages.build_pairs.stage import run, summary

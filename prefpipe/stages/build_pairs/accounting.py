@@ -1,7 +1,10 @@
-"""What came in, what went out, what was dropped and why: in = out + sum of reasons, on every level."""
+"""Rows that came in, went out and were dropped: in = out + sum of reasons, on every level."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
 
 from prefpipe.errors import PrefpipeError
 
@@ -15,12 +18,33 @@ class Level:
     dropped: Mapping[str, int]
 
     def to_json(self) -> dict[str, object]:
-        """As it stands in the manifest."""
+        """The entry of the manifest."""
         return {"in": self.came_in, "out": self.went_out, "dropped": dict(sorted(self.dropped.items()))}
 
 
+@dataclass(frozen=True)
+class BuildResult:
+    """What became of the candidates: counts by level, ledger rows, and the totals of the output for the manifest.
+
+    `facts` has one row per pair and `sample` the texts of some pairs, for the data report; labels and groups leave both
+    empty.
+    """
+
+    levels: Mapping[str, Level]
+    ledger: pl.DataFrame
+    totals: Mapping[str, Any]
+    facts: pl.DataFrame
+    sample: pl.DataFrame
+
+
+def count_reasons(ledger: pl.DataFrame) -> dict[str, int]:
+    """Ledger rows by reason."""
+    return dict(ledger.group_by("reason").len().sort("reason").iter_rows())
+
+
 def check(levels: Mapping[str, Level], ledger_rows: int) -> None:
-    """Raise when a row is lost on the way, or when the ledger has other rows than the counts say."""
+    """Raise PrefpipeError when a level loses a row without a reason, or when the ledger has other rows than the levels
+    count."""
     for name, level in levels.items():
         if level.came_in != level.went_out + sum(level.dropped.values()):
             raise _unbalanced(

@@ -1,11 +1,11 @@
-"""Completions joined with their rewards, in partitions by prompt, and the completions that are no candidates.
+"""Completions joined with their rewards, in partitions by prompt, and which of them are candidates.
 
-Only key columns are kept: texts and token ids are looked at while they stream by (length, control tokens) and read
-again later for the few rows that were chosen. A partition holds whole prompts, so that everything that follows works
+Only key columns stay in memory. Texts and token ids are judged while they stream by (length, control tokens) and are
+read again later for the few rows that the rule chose. A partition holds whole prompts, so that every later step works
 on one partition at a time.
 """
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +13,19 @@ import polars as pl
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError
-from prefpipe.runs import fsio, store
+from prefpipe.runs import store
+from prefpipe.runs.store import Run
 from prefpipe.schemas import Completion, Prompt, RefLogps, Reward
 from prefpipe.stages.build_pairs import texts
+from prefpipe.stages.build_pairs.partitions import Files, partition_of, scan, split
 
 LEDGER = {"id": pl.String, "reason": pl.String, "detail": pl.String}
 _ROWS_PER_PARTITION = 400_000
-_BYTES_AT_ONCE = 512 << 20
-Files = Sequence[Sequence[Path]]  # of every run
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of every input, by run; digests and columns are checked when they are opened."""
+    """The Parquet files of every input, by run. `open_sources` checks their digests and columns."""
 
     completions: Files
     prompts: Files
@@ -35,13 +35,26 @@ class Sources:
 
     @property
     def num_partitions(self) -> int:
-        """How many partitions these completions need so that one fits into memory many times."""
+        """How many partitions keep the key columns of one far below the memory: about 400,000 rows in each."""
         return 1 + int(scan(self.completions).select(pl.len()).collect().item()) // _ROWS_PER_PARTITION
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """What the makers of pairs, labels and groups share: settings, input files, the run directory that they write to,
+    and how many partitions they put into which folder."""
+
+    config: BuildPairsConfig
+    sources: Sources
+    run_dir: Run
+    num_partitions: int
+    folder: Path
+
+
 def open_sources(config: BuildPairsConfig) -> Sources:
-    """Check every input file. Raises MissingInputError or DataError for what is not there or not as it was written."""
-    runs, rated = ([Path(p) for p in names] for names in (config.completions, config.reward_runs or config.completions))
+    """Check every input file. Raises MissingInputError for a missing run or dataset, DataError for a damaged file."""
+    runs = [Path(p) for p in config.completions]
+    rated = [Path(p) for p in config.reward_runs] or runs
     scored = [Path(p) for p in config.ref_logps] or [
         r for r in runs if "ref_logps" in store.datasets(store.read_manifest(r))
     ]
@@ -55,59 +68,22 @@ def open_sources(config: BuildPairsConfig) -> Sources:
 
 
 def policies(sources: Sources) -> list[str]:
-    """The policies that the completions were sampled from."""
-    found = scan(sources.completions).select(pl.col("policy").unique()).collect(engine="streaming")
-    return sorted(found["policy"].to_list())
+    """The identities of the policies that sampled the completions."""
+    names = scan(sources.completions).select(pl.col("policy").unique()).collect(engine="streaming")
+    return sorted(names["policy"].to_list())
 
 
-def scan(files: Files) -> pl.LazyFrame:
-    """A dataset of several runs, with the number of the run beside it."""
-    return pl.concat(
-        pl.scan_parquet(list(own)).with_columns(run=pl.lit(number, pl.UInt16)) for number, own in enumerate(files)
-    )
-
-
-def partition_of(count: int) -> pl.Expr:
-    """The partition of a prompt."""
-    return (pl.col("prompt_id").hash(0) % count).cast(pl.UInt16)
-
-
-def split(frames: Sequence[pl.LazyFrame], count: int, folder: Path) -> list[pl.LazyFrame]:
-    """Frames of the same columns cut by their column `partition` (0 to count - 1).
-
-    In memory when there is one partition, in files otherwise, one frame after the other: a partitioned sink holds most
-    of what goes through it.
-    """
-    if count == 1:
-        return [pl.concat(f.drop("partition").collect(engine="streaming") for f in frames).lazy()]
-    fsio.make_dirs(folder)
-    schema = frames[0].drop("partition").collect_schema()
-    with fsio.storage_errors(folder):
-        for number, frame in enumerate(frames):
-            by = pl.PartitionBy(folder / str(number), key="partition", include_key=False)
-            frame.sink_ipc(by, compression="lz4", mkdir=True)
-    parts = [sorted(folder.glob(f"*/partition={number}/*")) for number in range(count)]
-    return [pl.scan_ipc(files) if files else pl.LazyFrame(schema=schema) for files in parts]
-
-
-def pieces(files: Files) -> list[Files]:
-    """The files in groups of up to 512 MiB, so that one group's rows fit into memory many times."""
-    groups: list[list[Path]] = [[]]
-    size = 0
-    for path in (path for own in files for path in own):
-        if groups[-1] and size + path.stat().st_size > _BYTES_AT_ONCE:
-            groups.append([])
-            size = 0
-        groups[-1].append(path)
-        size += path.stat().st_size
-    return [[group] for group in groups]
+def prompts(sources: Sources) -> pl.LazyFrame:
+    """prompt_id and messages of every prompt; one that several runs hold has several rows."""
+    return scan(sources.prompts).select("prompt_id", "messages")
 
 
 def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -> list[pl.LazyFrame]:
-    """Key columns of every completion with its reward, cut into partitions.
+    """Key columns of every completion with its reward, in `count` partitions.
 
-    Columns: prompt_id, completion_id, finish_reason, num_tokens, reward (null without one), rated (whether a row of the
-    rewards names it), fault (why the text is no candidate, or null), run. Raises DataError for rewards that do not fit.
+    Columns: prompt_id, completion_id, finish_reason, num_tokens, reward (or null), rated (whether the rewards have a
+    row for it), fault (the reason why its text is no candidate, or null), run. Raises DataError when one completion has
+    two different rewards.
     """
     completions = scan(sources.completions).select(
         "prompt_id",
@@ -125,8 +101,8 @@ def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -
 
 
 @dataclass(frozen=True)
-class Settled:
-    """One partition: its candidates, ledger rows of the other completions, and counts."""
+class CandidatePartition:
+    """One partition: its candidates, ledger rows of its other completions, and how many rows and prompts came in."""
 
     candidates: pl.DataFrame
     ledger: pl.DataFrame
@@ -135,16 +111,18 @@ class Settled:
     num_prompts: int
 
 
-def settle(keys: pl.DataFrame, dropped_prompts: pl.DataFrame, sources: Sources, config: BuildPairsConfig) -> Settled:
-    """Candidates and ledger rows of one partition of `read`, every completion in exactly one of them.
+def select(
+    keys: pl.DataFrame, dropped_prompts: pl.DataFrame, sources: Sources, config: BuildPairsConfig
+) -> CandidatePartition:
+    """Divide one partition of `read` into candidates and ledger rows; every completion is in exactly one of them.
 
-    A completion that stands in several runs counts once. Raises DataError for ids that are there twice in one run, or
-    with other content, and for rewards that are no finite number.
+    A completion that several runs hold counts once. Raises DataError for an id that stands twice in one run or for two
+    different completions, and for a reward that is no finite number.
     """
-    keys = _once(keys, sources)
+    keys = _without_copies(keys, sources)
     wrong = keys.filter(pl.col("reward").is_not_null() & ~pl.col("reward").is_finite())
     if wrong.height:
-        place = _place(sources.rewards, pl.col("completion_id") == wrong["completion_id"][0])
+        place = _file_and_row(sources.rewards, pl.col("completion_id") == wrong["completion_id"][0])
         raise DataError(
             f"{place}: column 'reward' is {wrong['reward'][0]} ({wrong.height} such rows)",
             "a reward is a finite number, or null when there is none",
@@ -166,25 +144,26 @@ def settle(keys: pl.DataFrame, dropped_prompts: pl.DataFrame, sources: Sources, 
     candidates = judged.filter(pl.col("reason").is_null()).select(
         "prompt_id", "completion_id", "reward", "finish_reason", "num_tokens"
     )
-    return Settled(candidates, ledger, keys.height, int(keys["rated"].sum()), keys["prompt_id"].n_unique())
+    return CandidatePartition(candidates, ledger, keys.height, int(keys["rated"].sum()), keys["prompt_id"].n_unique())
 
 
-def check_foreign(sources: Sources, matched: int) -> None:
-    """Every row of the rewards must belong to a completion of these runs; `matched` of their ids were found."""
+def check_rewards_match(sources: Sources, num_rated: int) -> None:
+    """Raise DataError when the rewards have more rows than the `num_rated` completions that they rate."""
     total = int(_rewards(sources).select(pl.len()).collect(engine="streaming").item())
-    if total == matched:
+    if total == num_rated:
         return
     foreign = scan(sources.rewards).join(scan(sources.completions), on="completion_id", how="anti")
     first = foreign.select(pl.col("completion_id").min()).collect().item()
-    place = _place(sources.rewards, pl.col("completion_id") == first)
+    place = _file_and_row(sources.rewards, pl.col("completion_id") == first)
     raise DataError(
-        f"{total - matched} rewards belong to no completion of these runs; {place}: column 'completion_id' is {first}",
+        f"{total - num_rated} rewards belong to no completion of these runs; "
+        f"{place}: column 'completion_id' is {first}",
         "pass the runs they were made for with --completions",
     )
 
 
 def _fault(config: BuildPairsConfig) -> pl.Expr:
-    """The first reason why a completion is no candidate, from its own content."""
+    """The first reason in its text or length why a completion is no candidate, or null."""
     text, length = pl.col("text"), pl.col("token_ids").list.len()
     reason = pl.when(text.str.strip_chars() == "").then(pl.lit("empty"))
     if config.special_tokens == "drop":
@@ -194,7 +173,8 @@ def _fault(config: BuildPairsConfig) -> pl.Expr:
     if config.max_tokens:
         reason = reason.when(length > config.max_tokens).then(pl.lit("too_long"))
     if config.refusals == "drop":
-        reason = reason.when(text.str.contains(texts.REFUSAL)).then(pl.lit("refusal"))
+        refuses = text.map_elements(texts.is_refusal, return_dtype=pl.Boolean)
+        reason = reason.when(refuses).then(pl.lit("refusal"))
     if config.max_repetition < 1:
         share = text.map_elements(texts.repetition, return_dtype=pl.Float64)
         reason = reason.when(share > config.max_repetition).then(pl.lit("repetition"))
@@ -205,7 +185,7 @@ def _fault(config: BuildPairsConfig) -> pl.Expr:
 
 
 def _rewards(sources: Sources) -> pl.LazyFrame:
-    """completion_id, reward and rated, once per completion. Two different rewards of one completion are an error."""
+    """completion_id, reward and rated (true), once per completion. Raises DataError when two rewards of one differ."""
     rows = scan(sources.rewards).select("completion_id", "reward")
     if len(sources.rewards) == 1:
         return rows.with_columns(rated=pl.lit(True))  # noqa: FBT003  (a column of true)
@@ -213,7 +193,7 @@ def _rewards(sources: Sources) -> pl.LazyFrame:
     differing = once.filter(pl.col("reward") != pl.col("low")).collect(engine="streaming")
     if differing.height:
         first = differing.sort("completion_id").row(0, named=True)
-        place = _place(sources.rewards, pl.col("completion_id") == first["completion_id"])
+        place = _file_and_row(sources.rewards, pl.col("completion_id") == first["completion_id"])
         raise DataError(
             f"{differing.height} completions have two rewards of this name; {place}: completion_id "
             f"{first['completion_id']} has {first['low']} and {first['reward']}",
@@ -222,9 +202,10 @@ def _rewards(sources: Sources) -> pl.LazyFrame:
     return once.select("completion_id", "reward", rated=pl.lit(True))  # noqa: FBT003
 
 
-def _once(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
-    once = keys.unique("completion_id", keep="first")
-    if once.height == keys.height:
+def _without_copies(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
+    """Each completion once. Raises DataError for an id that stands twice in one run, or for other content."""
+    unique = keys.unique("completion_id", keep="first")
+    if unique.height == keys.height:
         return keys
     content = pl.struct("prompt_id", "finish_reason", "num_tokens")
     counts = keys.group_by("completion_id").agg(
@@ -232,29 +213,23 @@ def _once(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
     )
     wrong = counts.filter((pl.col("rows") > pl.col("runs")) | (pl.col("contents") > 1)).sort("completion_id")
     if wrong.is_empty():
-        return once
+        return unique
     first = wrong.row(0, named=True)
     wanted = pl.col("completion_id") == first["completion_id"]
-    # A reward that is there twice doubles the row as well.
-    twice = scan(sources.completions).filter(wanted).select(pl.len()).collect().item() > first["runs"]
-    place = _place(sources.completions if twice or first["contents"] > 1 else sources.rewards, wanted)
+    # Two rewards of one completion also double its row: look which of the two datasets holds it twice.
+    repeated = scan(sources.completions).filter(wanted).select(pl.len()).collect().item() > first["runs"]
+    place = _file_and_row(sources.completions if repeated or first["contents"] > 1 else sources.rewards, wanted)
     raise DataError(
         f"{place}: column 'completion_id': {first['completion_id']} is there twice ({wrong.height} such ids)",
         "an id stands once in a run, and always for the same completion: remove the copies",
     )
 
 
-def _place(files: Files, wanted: pl.Expr) -> str:
-    """File and row of the last row that fits: of copies, the one that is too much."""
-    found = ""
-    for path in (path for own in files for path in own):
+def _file_and_row(files: Files, wanted: pl.Expr) -> str:
+    """File and row of the last row that `wanted` selects: among copies, the one to remove."""
+    place = ""
+    for path in itertools.chain(*files):
         rows = pl.scan_parquet(path, row_index_name="row").filter(wanted).select(pl.col("row").max()).collect()
         if rows.item() is not None:
-            found = f"{path}, row {rows.item()}"
-    return found
-
-
-def cut(frame: pl.DataFrame, count: int) -> list[pl.DataFrame]:
-    """The rows of each partition."""
-    partition = frame.select(partition_of(count)).to_series()
-    return [frame.filter(partition == number) for number in range(count)]
+            place = f"{path}, row {rows.item()}"
+    return place

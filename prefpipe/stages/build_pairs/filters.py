@@ -1,7 +1,7 @@
 """Pair filters: each pair is kept, or dropped with the first reason that applies.
 
-`by_keys` judges what is known without texts, `by_content` what needs texts and token ids, `subset` picks the share of
-pairs that log-probs recommend. Reasons are judged in the order in which they stand here.
+`by_keys` reads key columns, `by_content` texts and token ids, `subset` log-probs. Each adds a column `reason`, null for
+the pairs that it keeps. The order of the reasons is the order of the code.
 """
 
 import math
@@ -14,26 +14,26 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.stages.build_pairs import texts
 
 REASON = "reason"
-_SIDES = ("chosen", "rejected")
-_ENOUGH = 20  # completions per side, below which last tokens are an accident
+SIDES = ("chosen", "rejected")
+_ENOUGH = 20  # completions of a side: with fewer, equal last tokens may be chance
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the thresholds are relative to: the pairs that the rule found."""
+    """What the thresholds are relative to, measured on the pairs of the rule."""
 
     gap_sd: float
     least_chosen_reward: float
 
 
 def scale(pairs: pl.DataFrame, config: BuildPairsConfig) -> Scale:
-    """Standard deviation of the gaps, and the reward below which a chosen completion is bad."""
+    """Standard deviation of the reward gaps, and the reward below which a chosen completion is bad."""
     lowest = pairs["chosen_reward"].quantile(config.min_chosen_quantile, "higher") if pairs.height else None
     return Scale(standard_deviation(pairs["reward_gap"].to_list()), -math.inf if lowest is None else float(lowest))
 
 
 def standard_deviation(values: Sequence[float]) -> float:
-    """Population standard deviation from exact sums: the order of the values never matters. 0 without values."""
+    """Population standard deviation, 0 without values; from exact sums, so that the order of the values is free."""
     if not values:
         return 0.0
     mean = math.fsum(values) / len(values)
@@ -41,7 +41,7 @@ def standard_deviation(values: Sequence[float]) -> float:
 
 
 def by_keys(pairs: pl.DataFrame, config: BuildPairsConfig, scale: Scale) -> pl.DataFrame:
-    """The pairs with a column `reason`, null for those that are kept.
+    """Reasons small_gap, truncated_*, length_difference, length_ratio, both_bad.
 
     `pairs` has chosen_* and rejected_* reward, finish_reason, num_tokens, and reward_gap.
     """
@@ -52,7 +52,7 @@ def by_keys(pairs: pl.DataFrame, config: BuildPairsConfig, scale: Scale) -> pl.D
         f(pl.col("chosen_num_tokens").cast(pl.Int64), pl.col("rejected_num_tokens").cast(pl.Int64))
         for f in (pl.max_horizontal, pl.min_horizontal)
     )
-    cut = {side: pl.col(f"{side}_finish_reason") == "length" for side in ("chosen", "rejected")}
+    cut = {side: pl.col(f"{side}_finish_reason") == "length" for side in SIDES}
     reason = pl.when(small[config.gap_filter]).then(pl.lit("small_gap"))
     if config.truncated_chosen == "drop":
         reason = reason.when(cut["chosen"]).then(pl.lit("truncated_chosen"))
@@ -68,11 +68,12 @@ def by_keys(pairs: pl.DataFrame, config: BuildPairsConfig, scale: Scale) -> pl.D
 
 
 def by_content(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """The pairs with a column `reason`; whole prompts, with chosen_* and rejected_* text and token_ids.
+    """Reasons identical_text, near_identical, contradiction.
 
-    A text is compared in its normal form (NFC, no space at either end).
+    `pairs` holds whole prompts, with chosen_* and rejected_* text and token_ids. Texts are compared in their normal
+    form (NFC, no space at either end).
     """
-    normal = pairs.with_columns(texts.normal(f"{side}_text").alias(f"{side}_normal") for side in ("chosen", "rejected"))
+    normal = pairs.with_columns(texts.normal(f"{side}_text").alias(f"{side}_normal") for side in SIDES)
     same = pl.col("chosen_normal") == pl.col("rejected_normal")
     judged = normal.with_columns(reason=pl.when(same).then(pl.lit("identical_text")))
     if config.near_identical_tokens or config.near_identical_share:
@@ -86,11 +87,11 @@ def by_content(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
             reason=pl.when(pl.Series(near, dtype=pl.Boolean)).then(pl.lit("near_identical")).otherwise("reason")
         )
     if config.contradictions == "drop":
-        circle = contradictory(judged.with_row_index("place").filter(pl.col("reason").is_null()))
+        cycle = contradictory(judged.with_row_index("place").filter(pl.col("reason").is_null()))
         judged = (
             judged.with_row_index("place")
             .with_columns(
-                reason=pl.when(pl.col("place").is_in(circle)).then(pl.lit("contradiction")).otherwise("reason")
+                reason=pl.when(pl.col("place").is_in(cycle)).then(pl.lit("contradiction")).otherwise("reason")
             )
             .drop("place")
         )
@@ -98,26 +99,26 @@ def by_content(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def contradictory(pairs: pl.DataFrame) -> list[int]:
-    """`place` of every pair that lies on a circle of preferences between the texts of its prompt.
+    """`place` of every pair on a cycle of preferences between the texts of its prompt (A over B, B over A).
 
-    `pairs` has place, prompt_id, chosen_normal, rejected_normal. A circle needs a text that is chosen in one pair and
-    rejected in another; only prompts with one are walked through.
+    `pairs` has place, prompt_id, chosen_normal, rejected_normal. A cycle needs a text that is chosen in one pair and
+    rejected in another; only prompts with such a text are searched.
     """
     chosen = pairs.select("prompt_id", text="chosen_normal").unique()
     rejected = pairs.select("prompt_id", text="rejected_normal").unique()
     suspects = chosen.join(rejected, on=["prompt_id", "text"], how="semi").select("prompt_id").unique()
-    found: list[int] = []
-    for _, own in pairs.join(suspects, on="prompt_id", how="semi").group_by("prompt_id"):
-        edges = list(own.select("chosen_normal", "rejected_normal").iter_rows())
+    places: list[int] = []
+    for _, group in pairs.join(suspects, on="prompt_id", how="semi").group_by("prompt_id"):
+        edges = list(group.select("chosen_normal", "rejected_normal").iter_rows())
         above: dict[str, set[str]] = {}
         for better, worse in edges:
             above.setdefault(better, set()).add(worse)
-        found += [p for p, (c, r) in zip(own["place"], edges, strict=True) if _reaches(above, r, c)]
-    return sorted(found)
+        places += [p for p, (c, r) in zip(group["place"], edges, strict=True) if _reaches(above, r, c)]
+    return sorted(places)
 
 
 def subset(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """The pairs with a column `reason`: not_in_subset for all but the best subset_share of them.
+    """Reason not_in_subset for every pair but the best subset_share of them (docs/pair-rules.md, Subsets).
 
     `pairs` has chosen_* and rejected_* ref_logps, policy_logps (sums, in nats) and num_tokens, and reward_gap.
     """
@@ -126,10 +127,7 @@ def subset(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
     implicit = (pl.col("chosen_policy_logps") - pl.col("chosen_ref_logps")) - (
         pl.col("rejected_policy_logps") - pl.col("rejected_ref_logps")
     )
-    per_token = [
-        pl.col(f"{side}_ref_logps") / pl.max_horizontal(pl.col(f"{side}_num_tokens"), 1)
-        for side in ("chosen", "rejected")
-    ]
+    per_token = [pl.col(f"{side}_ref_logps") / pl.max_horizontal(pl.col(f"{side}_num_tokens"), 1) for side in SIDES]
     score = {
         "small-implicit-gap": implicit.abs(),
         "large-dual-margin": -(_in_units(implicit) + _in_units(pl.col("reward_gap"))),
@@ -145,11 +143,12 @@ def subset(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def end_on_one_side(pairs: pl.DataFrame) -> str | None:
-    """Says so when completions that ended by themselves end with one token on one side and never on the other.
+    """The sentence that the two sides were tokenised differently, or None.
 
-    The token is the most frequent last one of both sides; a mistake in tokenising shows as all against none.
+    Completions that did not hit max_tokens end with an end-of-sequence token. When the most frequent last token of a
+    side ends more than 95 % of it and none of the other side, one of them lacks that token.
     """
-    ends = {s: pairs.filter(pl.col(f"{s}_finish_reason") != "length")[f"{s}_last"].drop_nulls() for s in _SIDES}
+    ends = {s: pairs.filter(pl.col(f"{s}_finish_reason") != "length")[f"{s}_last"].drop_nulls() for s in SIDES}
     if not all(len(e) for e in ends.values()):
         return None
     for token in sorted({t for e in ends.values() for t in e.mode().sort().head(1)}):
@@ -170,12 +169,12 @@ def ledger(judged: pl.DataFrame) -> pl.DataFrame:
 
 
 def kept(judged: pl.DataFrame) -> pl.DataFrame:
-    """The pairs without a reason."""
+    """The rows without a reason."""
     return judged.filter(pl.col(REASON).is_null()).drop(REASON)
 
 
 def _in_units(values: pl.Expr) -> pl.Expr:
-    """Values from 0 to 1 between their smallest and largest, so that margins of different units can be added."""
+    """Values scaled to 0 (the smallest) to 1 (the largest), so that margins of different units add up."""
     values = values.cast(pl.Float64)
     spread = values.max() - values.min()
     return pl.when(spread > 0).then((values - values.min()) / spread).otherwise(0.0)

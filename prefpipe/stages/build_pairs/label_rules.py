@@ -1,4 +1,4 @@
-"""Label rules: candidates are desirable, undesirable, or dropped with a reason; class balance and its weights."""
+"""Label rules: a candidate is desirable, undesirable, or dropped with a reason; the class weights of KTO."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,16 @@ import polars as pl
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.stages.build_pairs import filters, texts
 
-_RATIO = (1.0, 1.5)  # of weighted desirable to weighted undesirable labels: 2402.01306, section 4.1
-_AIM = 1.25
+_RATIO = (1.0, 1.5)  # weighted desirable over weighted undesirable labels: 2402.01306, section 4.1
+_AIM = 1.25  # the ratio that weights bring it to
 
 
 def by_reward(candidates: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """Candidates with columns label (true is desirable) and reason (why there is no label, or null).
+    """Candidates with the columns label (true is desirable) and reason (why it gets no label, or null).
 
-    mean, median: above or below that of the prompt, equal to it is a tie. threshold: at least label_threshold or below.
-    quantile: the upper and the lower label_quantile of all rewards, a dead zone between. thumbs: the sign, 0 is dead.
+    mean, median: desirable above that of the prompt's rewards, undesirable below; equal is a tie. threshold: desirable
+    from label_threshold on. quantile: the upper and the lower label_quantile of the rewards of the run, dead_zone
+    between. thumbs: the sign of the reward; 0 is the dead_zone.
     """
     reward = pl.col("reward")
     low, high, dead = {
@@ -25,7 +26,7 @@ def by_reward(candidates: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFram
         "quantile": (*_quantiles(candidates, config.label_quantile), "dead_zone"),
         "thumbs": (reward < 0, reward > 0, "dead_zone"),
     }[config.label_rule]
-    ordered = candidates.sort("prompt_id", "completion_id")  # sums of floats in one order
+    ordered = candidates.sort("prompt_id", "completion_id")  # one order, so that a mean has the same bits
     judged = ordered.with_columns(label=high, reason=pl.when(~(low ^ high)).then(pl.lit(dead)))
     if config.truncated_chosen == "drop":
         judged = _when(judged, pl.col("label") & (pl.col("finish_reason") == "length"), "truncated_chosen")
@@ -34,10 +35,10 @@ def by_reward(candidates: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFram
     return judged
 
 
-def from_pairs(of_pairs: pl.DataFrame, candidates: pl.DataFrame) -> pl.DataFrame:
-    """Candidates with the side that they have in the pairs; on both sides is a contradiction, on none unused."""
+def from_pairs(pairs: pl.DataFrame, candidates: pl.DataFrame) -> pl.DataFrame:
+    """Candidates with label and reason by their side in the pairs: both sides are a contradiction, none is unused."""
     chosen, rejected = (
-        pl.col("completion_id").is_in(of_pairs[f"{s}_completion_id"].implode()) for s in ("chosen", "rejected")
+        pl.col("completion_id").is_in(pairs[f"{s}_completion_id"].implode()) for s in ("chosen", "rejected")
     )
     judged = candidates.sort("prompt_id", "completion_id").with_columns(label=chosen)
     reason = pl.when(chosen & rejected).then(pl.lit("contradiction")).when(~chosen & ~rejected).then(pl.lit("unused"))
@@ -45,7 +46,7 @@ def from_pairs(of_pairs: pl.DataFrame, candidates: pl.DataFrame) -> pl.DataFrame
 
 
 def by_content(labels: pl.DataFrame) -> pl.DataFrame:
-    """Labels (with text) and a reason: contradiction where equal texts of a prompt have different labels."""
+    """Labels (with text) with a column `reason`: contradiction where equal texts of a prompt have different labels."""
     normal = labels.with_columns(normal=texts.normal("text"))
     differing = pl.col("label").n_unique().over("prompt_id", "normal") > 1
     return normal.with_columns(reason=pl.when(differing).then(pl.lit("contradiction"))).drop("normal")
@@ -60,7 +61,7 @@ def ledger(judged: pl.DataFrame) -> pl.DataFrame:
 
 @dataclass(frozen=True)
 class Balance:
-    """How many labels of each class, and the weights that bring their ratio where KTO wants it."""
+    """How many labels of each class, and their weights for KTO: the totals of a run of labels, and D12's numbers."""
 
     desirable: int
     undesirable: int
@@ -69,13 +70,16 @@ class Balance:
 
 
 def balance(desirable: int, undesirable: int) -> Balance:
-    """Weights with (lambda_D n_D) / (lambda_U n_U) in [1, 3/2], one of them 1 (2402.01306, section 4.1)."""
+    """The class weights of so many labels."""
+    return Balance(desirable, undesirable, *class_weights(desirable, undesirable))
+
+
+def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
+    """lambda_D, lambda_U with (lambda_D n_D) / (lambda_U n_U) in [1, 3/2], one of them 1 (2402.01306, section 4.1)."""
     ratio = desirable / undesirable if undesirable else 0.0
     if not ratio or _RATIO[0] <= ratio <= _RATIO[1]:
-        return Balance(desirable, undesirable, 1.0, 1.0)
-    if ratio < _RATIO[0]:
-        return Balance(desirable, undesirable, _AIM / ratio, 1.0)
-    return Balance(desirable, undesirable, 1.0, ratio / _AIM)
+        return 1.0, 1.0
+    return (_AIM / ratio, 1.0) if ratio < _RATIO[0] else (1.0, ratio / _AIM)
 
 
 def _prompt_mean() -> pl.Expr:
@@ -83,7 +87,7 @@ def _prompt_mean() -> pl.Expr:
 
 
 def _quantiles(candidates: pl.DataFrame, share: float) -> tuple[pl.Expr, pl.Expr]:
-    """At or below the lower quantile and at or above the upper one; values that are both are neither."""
+    """Whether a reward is in the lower share, and whether in the upper one. A reward in both gets no label."""
     rewards = candidates["reward"]
     low, high = rewards.quantile(share, "lower"), rewards.quantile(1 - share, "higher")
     return pl.col("reward") <= low, pl.col("reward") >= high

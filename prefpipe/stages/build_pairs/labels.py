@@ -1,6 +1,7 @@
-"""Candidates -> labels for KTO, and the KL bank of mismatched rows."""
+"""Candidates -> labels for KTO, and the KL bank of prompts with completions of other prompts."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import polars as pl
 
@@ -8,70 +9,73 @@ from prefpipe.errors import DataError
 from prefpipe.inputs import kl_bank
 from prefpipe.schemas import KlBank, Label, from_table, to_table
 from prefpipe.stages.build_pairs import filters, label_rules, output_rows, pairs, trl
-from prefpipe.stages.build_pairs.accounting import Level
-from prefpipe.stages.build_pairs.candidates import cut
-from prefpipe.stages.build_pairs.job import Built, Job, counts
+from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
+from prefpipe.stages.build_pairs.candidates import Workspace
+from prefpipe.stages.build_pairs.partitions import cut
 
 
-def build(job: Job, candidates: Sequence[pl.DataFrame]) -> Built:
-    """Write labels, one part per partition, and a KL bank of mismatched rows; say what became of the others."""
+def build(workspace: Workspace, candidates: Sequence[pl.DataFrame]) -> BuildResult:
+    """Write labels, one part per partition, and a KL bank of mismatched rows; say what became of the other completions.
+
+    Raises DataError when every label has the same class.
+    """
+    config = workspace.config
     levels: dict[str, Level] = {}
     ledgers: list[pl.DataFrame] = []
     every = pl.concat(candidates)
-    if job.config.label_rule == "pairs":
-        judged_pairs = pairs.judge(job, [pairs.find(own, job.config) for own in candidates])
-        judged, levels = label_rules.from_pairs(judged_pairs.pairs, every), dict(judged_pairs.levels)
-        ledgers.append(judged_pairs.ledger)
+    if config.label_rule == "pairs":
+        filtered = pairs.filter_pairs(workspace, [pairs.apply_rule(part, config) for part in candidates])
+        judged, levels = label_rules.from_pairs(filtered.pairs, every), dict(filtered.levels)
+        ledgers.append(filtered.ledger)
     else:
-        judged = label_rules.by_reward(every, job.config)
+        judged = label_rules.by_reward(every, config)
     useful = filters.kept(judged)
     contents = output_rows.fetch(
-        job.sources, useful.select("prompt_id", "completion_id"), job.num_partitions, job.folder / "labels"
+        workspace.sources,
+        useful.select("prompt_id", "completion_id"),
+        workspace.num_partitions,
+        workspace.folder / "labels",
     )
     compared = pl.concat(
-        label_rules.by_content(own.join(contents.of(number).select("completion_id", "text"), on="completion_id")).drop(
-            "text"
-        )
-        for number, own in enumerate(cut(useful, job.num_partitions))
+        _by_content(part, contents.of(number)) for number, part in enumerate(cut(useful, workspace.num_partitions))
     )
-    kept = output_rows.with_weights(filters.kept(compared), job.config)
-    ledgers += [label_rules.ledger(judged), label_rules.ledger(compared)]
-    dropped = pl.concat(ledgers[-2:])
-    levels["labels"] = Level(every.height, kept.height, counts(dropped))
-    shares = label_rules.balance(int(kept["label"].sum()), int((~kept["label"]).sum()))
-    if kept.height and not (shares.desirable and shares.undesirable):
+    kept = output_rows.with_weights(filters.kept(compared), config)
+    dropped = pl.concat([label_rules.ledger(judged), label_rules.ledger(compared)])
+    levels["labels"] = Level(every.height, kept.height, count_reasons(dropped))
+    balance = label_rules.balance(int(kept["label"].sum()), int((~kept["label"]).sum()))
+    if kept.height and not (balance.desirable and balance.undesirable):
         raise DataError(
-            f"all {kept.height} labels are {'desirable' if shares.desirable else 'undesirable'}: KTO needs both",
+            f"all {kept.height} labels are {'desirable' if balance.desirable else 'undesirable'}: KTO needs both",
             "choose another --label-rule or --label-threshold",
         )
-    _write(job, kept, contents)
-    totals = {
-        "labels": kept.height,
-        "desirable": shares.desirable,
-        "undesirable": shares.undesirable,
-        "desirable_weight": shares.desirable_weight,
-        "undesirable_weight": shares.undesirable_weight,
-    }
-    return Built(levels, pl.concat(ledgers), totals, pl.DataFrame(), pl.DataFrame())
+    _write(workspace, kept, contents)
+    totals = {"labels": kept.height, **asdict(balance)}
+    return BuildResult(levels, pl.concat([*ledgers, dropped]), totals, pl.DataFrame(), pl.DataFrame())
 
 
-def _write(job: Job, kept: pl.DataFrame, contents: output_rows.Contents) -> None:
-    # Enough prompts for a bank in which each is used about once; ids are hashes, so the first ones are a random choice.
-    of_bank = kept["prompt_id"].unique().sort().head(max(2, 2 * job.config.kl_bank_rows))
-    bank: list[Label] = []
+def _by_content(labels: pl.DataFrame, contents: pl.DataFrame) -> pl.DataFrame:
+    with_text = labels.join(contents.select("completion_id", "text"), on="completion_id")
+    return label_rules.by_content(with_text).drop("text")
+
+
+def _write(workspace: Workspace, kept: pl.DataFrame, contents: output_rows.Contents) -> None:
+    config, run_dir = workspace.config, workspace.run_dir
+    # Enough prompts to use each about once in the bank; ids are hashes, so the lowest ones are a random choice.
+    bank_prompts = kept["prompt_id"].unique().sort().head(max(2, 2 * config.kl_bank_rows))
+    bank_labels: list[Label] = []
     number = 0
-    for partition, own in enumerate(cut(kept, job.num_partitions)):
-        if own.is_empty():
+    for partition, part in enumerate(cut(kept, workspace.num_partitions)):
+        if part.is_empty():
             continue
-        made = output_rows.label_rows(own, contents.of(partition), contents.prompts_of(partition))
-        if job.config.format == "prefpipe":
-            job.run.write_part("labels", Label, number, output_rows.to_table(made, Label))
-            chosen = made.filter(pl.col("prompt_id").is_in(of_bank.implode()))
-            bank += from_table(Label, output_rows.to_table(chosen, Label))
+        rows = output_rows.label_rows(part, contents.of(partition), contents.prompts_of(partition))
+        if config.format == "prefpipe":
+            run_dir.write_part("labels", Label, number, output_rows.to_table(rows, Label))
+            of_bank = rows.filter(pl.col("prompt_id").is_in(bank_prompts.implode()))
+            bank_labels += from_table(Label, output_rows.to_table(of_bank, Label))
         else:
-            row_type, table = trl.labels(made, job.config.format)
-            job.run.write_part("trl", row_type, number, table)
+            row_type, table = trl.labels(rows, config.format)
+            run_dir.write_part("trl", row_type, number, table)
         number += 1
-    if bank:
-        made_bank = kl_bank.kl_bank(bank, job.config.kl_bank_rows, job.config.seed)
-        job.run.write_part("kl_bank", KlBank, 0, to_table(KlBank, made_bank))
+    if bank_labels:
+        bank = kl_bank.kl_bank(bank_labels, config.kl_bank_rows, config.seed)
+        run_dir.write_part("kl_bank", KlBank, 0, to_table(KlBank, bank))

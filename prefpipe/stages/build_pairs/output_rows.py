@@ -1,7 +1,7 @@
-"""Texts, token ids and log-probs of the chosen rows -> rows of the output datasets.
+"""Texts, token ids and log-probs of the completions in use -> rows of the output datasets.
 
-Only completions that some pair, label or group uses are fetched, in one pass over the files, and cut into the same
-partitions as the candidates.
+Only completions that a pair, label or group uses are fetched, in one pass over the files and into the same partitions
+as the candidates.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.build_pairs import RULES, BuildPairsConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.ids import content_id
 from prefpipe.schemas import Label, Pair, RankedGroup, arrow_schema
-from prefpipe.stages.build_pairs.candidates import Files, Sources, partition_of, pieces, scan, split
-
-SIDES = ("chosen", "rejected")
+from prefpipe.stages.build_pairs.candidates import Sources
+from prefpipe.stages.build_pairs.filters import SIDES
+from prefpipe.stages.build_pairs.partitions import Files, batches, partition_of, scan, split
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What belongs to the used completions and prompts, by partition."""
+    """Contents, reference and policy log-probs of the completions in use, and their prompts, by partition."""
 
     completions: Sequence[pl.LazyFrame]
     references: Sequence[pl.LazyFrame]
@@ -30,58 +30,66 @@ class Contents:
     prompts: Sequence[pl.LazyFrame]
 
     def of(self, number: int) -> pl.DataFrame:
-        """completion_id with text, prompt_token_ids, token_ids, ids_digest, policy; ref_logps, ref_token_logps,
-        reference and scorer (null without a cache); policy_logps (null without one)."""
+        """One partition: completion_id, text, prompt_token_ids, token_ids, ids_digest, policy; ref_logps,
+        ref_token_logps, reference and scorer (null without reference log-probs); policy_logps (null without them).
+
+        Raises IdentityError when log-probs were made for other token ids.
+        """
         references = _one_per_completion(self.references[number])
         policies = _one_per_completion(self.policies[number]).select("completion_id", policy_logps="ref_logps")
-        found = (
+        joined = (
             self.completions[number]
             .collect()
             .unique("completion_id")
             .join(references, on="completion_id", how="left")
             .join(policies, on="completion_id", how="left")
         )
-        foreign = found.filter(pl.col("digest") != pl.col("ids_digest")).sort("completion_id")
+        foreign = joined.filter(pl.col("digest") != pl.col("ids_digest")).sort("completion_id")
         if foreign.height:
             raise IdentityError(
                 f"the log-probs of {foreign.height} completions were made for other token ids (first: completion "
                 f"{foreign['completion_id'][0]})",
                 "score these completions again: prefpipe score",
             )
-        return found.drop("digest")
+        return joined.drop("digest")
 
     def prompts_of(self, number: int) -> pl.DataFrame:
-        """prompt_id and its messages as `prompt`."""
+        """One partition: prompt_id, and its messages as `prompt`."""
         return self.prompts[number].collect().unique("prompt_id")
 
 
 def fetch(sources: Sources, used: pl.DataFrame, count: int, folder: Path) -> Contents:
-    """Read what belongs to `used` (prompt_id, completion_id). Raises DataError when two references are mixed."""
+    """Read the contents of `used` (prompt_id, completion_id) into `count` partitions, in `folder` if there are several.
+
+    Raises DataError when the runs hold log-probs of several references.
+    """
     used = used.unique().with_columns(partition=partition_of(count))
     wanted = used.lazy().select("completion_id", "partition")
     columns = ("completion_id", "text", "prompt_token_ids", "token_ids", "ids_digest", "policy")
-    completions = [scan(piece).select(columns) for piece in pieces(sources.completions)]
-    prompts = [scan(piece).select("prompt_id", prompt="messages") for piece in pieces(sources.prompts)]
+    completions = [scan(batch).select(columns) for batch in batches(sources.completions)]
+    prompts = [scan(batch).select("prompt_id", prompt="messages") for batch in batches(sources.prompts)]
     used_prompts = used.lazy().select("prompt_id", "partition").unique()
-
     references, policies = _references(sources.ref_logps), _references(sources.policy_logps)
 
-    def cut(frames: Sequence[pl.LazyFrame], chosen: pl.LazyFrame, key: str, name: str) -> list[pl.LazyFrame]:
-        return split([frame.join(chosen, on=key) for frame in frames], count, folder / name)
+    def matching(frames: Sequence[pl.LazyFrame], keys: pl.LazyFrame, key: str, name: str) -> list[pl.LazyFrame]:
+        return split([frame.join(keys, on=key) for frame in frames], count, folder / name)
 
     return Contents(
-        completions=cut(completions, wanted, "completion_id", "completions"),
-        references=cut(references, wanted, "completion_id", "references"),
-        policies=cut(policies, wanted, "completion_id", "policies"),
-        prompts=cut(prompts, used_prompts, "prompt_id", "prompts"),
+        completions=matching(completions, wanted, "completion_id", "completions"),
+        references=matching(references, wanted, "completion_id", "references"),
+        policies=matching(policies, wanted, "completion_id", "policies"),
+        prompts=matching(prompts, used_prompts, "prompt_id", "prompts"),
     )
 
 
 def sides(pairs: pl.DataFrame, contents: pl.DataFrame) -> pl.DataFrame:
-    """Pairs with the content of both completions, as chosen_* and rejected_*. Raises DataError for mixed tokenizers."""
+    """Pairs with the content of both completions, as chosen_* and rejected_*.
+
+    Raises DataError when the sides of a pair have other token ids for their prompt.
+    """
     for side in SIDES:
-        own = contents.select(pl.all().name.prefix(f"{side}_"))
-        pairs = pairs.join(own, on=f"{side}_completion_id", how="left", maintain_order="left")
+        content = contents.select(pl.all().name.prefix(f"{side}_"))
+        pairs = pairs.join(content, on=f"{side}_completion_id", how="left", maintain_order="left")
     other = pairs.filter(pl.col("chosen_prompt_token_ids") != pl.col("rejected_prompt_token_ids"))
     if other.height:
         first = other.sort("prompt_id").row(0, named=True)
@@ -94,7 +102,7 @@ def sides(pairs: pl.DataFrame, contents: pl.DataFrame) -> pl.DataFrame:
 
 
 def pair_rows(pairs: pl.DataFrame, prompts: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """Rows of Pair, by prompt, best chosen first, worst rejected first. `pairs` comes from `sides`, with weight."""
+    """Rows of Pair, by prompt, best chosen first, worst rejected first. `pairs` comes from `sides` and has `weight`."""
     order = ["prompt_id", "chosen_reward", "chosen_completion_id", "rejected_reward", "rejected_completion_id"]
     pairs = _with_prompts(pairs, prompts).sort(order, descending=[name == "chosen_reward" for name in order])
     ids = [content_id(c, r) for c, r in pairs.select("chosen_completion_id", "rejected_completion_id").iter_rows()]
@@ -122,9 +130,9 @@ def label_rows(labels: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFra
 
 
 def group_rows(ranked: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
-    """Rows of RankedGroup. `ranked` has prompt_id, completion_id, reward, finish_reason; best first in a prompt.
+    """Rows of RankedGroup. `ranked` has prompt_id, completion_id, reward, finish_reason, best first within a prompt.
 
-    Log-probs are there when every completion of the group has them, from one scorer.
+    A group has log-probs when each of its completions has them, from one scorer; else they are null.
     """
     rows = ranked.join(contents, on="completion_id", how="left", maintain_order="left")
     if rows.filter(pl.col("prompt_token_ids") != pl.col("prompt_token_ids").first().over("prompt_id")).height:
@@ -156,7 +164,7 @@ def to_table(rows: pl.DataFrame, row_type: type[Pair | Label | RankedGroup]) -> 
 
 
 def _references(files: Files) -> list[pl.LazyFrame]:
-    """Cached log-probs, piece by piece; values of two references never mix."""
+    """Cached log-probs, by batch of files. Raises DataError when they are of several references."""
     empty = {
         "completion_id": pl.String,
         "reference": pl.String,
@@ -173,23 +181,23 @@ def _references(files: Files) -> list[pl.LazyFrame]:
             f"the runs hold log-probs of {len(names)} references: {', '.join(names)}", "pass runs with one reference"
         )
     renamed = {"ids_digest": "digest", "token_logps": "ref_token_logps"}
-    return [scan(piece).rename(renamed).select(*empty) for piece in pieces(files)]
+    return [scan(batch).rename(renamed).select(*empty) for batch in batches(files)]
 
 
 def _one_per_completion(frame: pl.LazyFrame) -> pl.DataFrame:
-    """Of several values of a completion (a run given twice, two scorers) always the same one."""
+    """One row per completion. Several (of two scorers, or a run that is listed twice) always leave the same one."""
     return frame.collect().sort("completion_id", "scorer", "ref_logps").unique("completion_id", keep="first")
 
 
 def _with_prompts(rows: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
-    found = rows.join(prompts, on="prompt_id", how="left", maintain_order="left")
-    lost = found.filter(pl.col("prompt").is_null())["prompt_id"]
+    joined = rows.join(prompts, on="prompt_id", how="left", maintain_order="left")
+    lost = joined.filter(pl.col("prompt").is_null())["prompt_id"]
     if len(lost):
         raise DataError(
             f"{lost.n_unique()} prompts are in no prompts/ of these runs (first: {lost.min()})",
             "a run with completions holds their prompts: make it again",
         )
-    return found
+    return joined
 
 
 def _as_messages(column: str) -> pl.Expr:
@@ -197,10 +205,10 @@ def _as_messages(column: str) -> pl.Expr:
 
 
 def with_weights(frame: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """A column `weight` with mean 1: the same for every row, or for every prompt in sum."""
-    all_pairs = config.rule == "all-above-gap" and config.output == "pairs"
-    by_prompt = config.weight_by == "prompt" or (config.weight_by == "rule" and all_pairs)
-    if not by_prompt or frame.is_empty():
+    """A column `weight` with mean 1: equal for every row, or with an equal sum for every prompt."""
+    of_rule = RULES[config.rule].weigh_by if config.output == "pairs" else "pair"
+    weigh_by = of_rule if config.weight_by == "rule" else config.weight_by
+    if weigh_by == "pair" or frame.is_empty():
         return frame.with_columns(weight=pl.lit(1.0))
     per_prompt = frame.height / frame["prompt_id"].n_unique()
     return frame.with_columns(weight=per_prompt / pl.len().over("prompt_id"))

@@ -1,9 +1,9 @@
 """Pair rules: the ranked candidates of every prompt -> pairs, as positions in one flat frame. No text, no files.
 
-A rule is a function `(ranked, config) -> frame` with columns `chosen` and `rejected`: positions in `ranked.flat`. It
-never pairs equal rewards, and its result does not depend on the order of rows or on threads: candidates are ranked by
-(prompt_id, reward descending, completion_id), and draws depend on (seed, prompt_id) only. docs/pair-rules.md has a
-section per rule with formula, source and use.
+A rule is a function `(ranked, config) -> frame` with the columns `chosen` and `rejected`: positions in `ranked.flat`.
+`find` takes it by its name in config/build_pairs.py. A rule never pairs equal rewards. Its result does not depend on
+the order of rows or on threads: candidates are ranked by (prompt_id, reward descending, completion_id), and draws
+depend on (seed, prompt_id) only. docs/pair-rules.md has a section per rule with formula, source and use.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,10 @@ import polars as pl
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.ids import sample_seed
 
-_RANDOM_REJECTED = 5  # of 2502.16825: the rejected completion is the worst of five random ones
+_RANDOM_REJECTED = 5  # completions that are drawn, the worst of which is rejected (2502.16825)
+
+
+Rule = Callable[["Ranked", BuildPairsConfig], pl.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Ranked:
 
 
 def rank(candidates: pl.DataFrame) -> Ranked:
-    """Order candidates; rows may come in any order, completion ids are unique."""
+    """Order candidates. Their rows may come in any order; completion ids are unique."""
     flat = candidates.sort("prompt_id", "reward", "completion_id", descending=[False, True, False]).with_columns(
         prompt=pl.col("prompt_id").rle_id()
     )
@@ -50,7 +53,7 @@ def rank(candidates: pl.DataFrame) -> Ranked:
 
 
 def best_worst(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
-    """The k-th best with the k-th worst, k = 1, 2, ...; no completion is used twice (2405.07863)."""
+    """The k-th best with the k-th worst, k = 1, 2, ...; no completion is in two pairs (2405.07863)."""
     pairs = _explode(ranked.spans, k=pl.int_ranges(0, pl.col("count") // 2, dtype=pl.UInt32))
     pairs = pairs.with_columns(
         chosen=pl.col("start") + pl.col("k"), rejected=pl.col("start") + pl.col("count") - 1 - pl.col("k")
@@ -62,14 +65,14 @@ def best_random_worse(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
     """The best with random ones among those that have a lower reward (Tulu 3, 2411.15124)."""
     rejected = pl.int_ranges(pl.col("start") + pl.col("ties"), pl.col("start") + pl.col("count"), dtype=pl.UInt32)
     spans = ranked.spans.filter(pl.col("count") > pl.col("ties"))
-    if config.pairs_per_prompt == 1:  # one draw needs no list of what could be drawn
+    if config.pairs_per_prompt == 1:  # one draw needs no list of all worse completions
         drawn = _draws(spans, pl.col("count") - pl.col("ties"), 1, config.seed)
         return drawn.select(chosen=pl.col("start"), rejected=pl.col("start") + pl.col("ties") + pl.col("n"))
     return _drawn(ranked, _explode(spans, rejected=rejected).with_columns(chosen=pl.col("start")), config)
 
 
 def best_worst_of_5(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
-    """The best of all with the worst of five random ones (2502.16825); the same as best-worst for five or fewer."""
+    """The best with the worst of five random ones (2502.16825): one pair, that of best-worst for five or fewer."""
     drawn = _draws(ranked.spans, pl.col("count"), _RANDOM_REJECTED, config.seed)
     worst = drawn.group_by("prompt", "start", maintain_order=True).agg(pl.col("n").max())
     pairs = worst.select("prompt", chosen=pl.col("start"), rejected=pl.col("start") + pl.col("n"))
@@ -77,7 +80,7 @@ def best_worst_of_5(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def best_sigma(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
-    """The best with the one nearest to mean - 2 standard deviations of its prompt's rewards (2502.16825)."""
+    """The best with the one whose reward is nearest to mean - 2 standard deviations of its prompt (2502.16825)."""
     target = pl.col("reward").mean() - 2 * pl.col("reward").std(ddof=0)
     targets = ranked.flat.group_by("prompt", maintain_order=True).agg(target=target)
     pairs = (
@@ -94,12 +97,12 @@ def best_sigma(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def all_above_gap(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
-    """Every two completions whose rewards differ by at least rule_gap (RS-DPO, 2402.10038)."""
+    """Random pairs of those whose rewards differ by at least rule_gap (RS-DPO, 2402.10038)."""
     return _drawn(ranked, _above_gap(ranked, config.rule_gap), config)
 
 
 def top_bottom(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
-    """Each of the k best with each of the k worst, k at most half of the candidates."""
+    """Random pairs of one of the k best with one of the k worst, k = top_k, at most half of the candidates."""
     k = pl.min_horizontal(pl.lit(config.top_k, dtype=pl.UInt32), pl.col("count") // 2)
     end = pl.col("start") + pl.col("count")
     spans = ranked.spans.with_columns(k=k)
@@ -132,7 +135,7 @@ def longest_correct(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def smallest_gap(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
-    """The two completions with the smallest gap that is at least rule_gap: hard pairs (HALOs, mode min)."""
+    """The pair with the smallest gap that is at least rule_gap: hard pairs (HALOs, mode min)."""
     pairs = _above_gap(ranked, config.rule_gap).sort("prompt", "gap", "chosen", "rejected")
     return _first(pairs, config)
 
@@ -140,7 +143,7 @@ def smallest_gap(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
 def length_controlled(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
     """The largest gap; on ties the shortest chosen, then the rejected closest in length (WPO v2, 2406.11827).
 
-    With max_length_difference only pairs within that many tokens are looked at (Olmo 3, 2512.13961).
+    With max_length_difference only pairs within that many tokens are candidates (Olmo 3, 2512.13961).
     """
     tokens = ranked.flat["num_tokens"].cast(pl.Int64)
     pairs = _above_gap(ranked, 0.0)
@@ -152,19 +155,11 @@ def length_controlled(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
     return _first(pairs.sort(order, descending=[name == "gap" for name in order]), config)
 
 
-Rule = Callable[[Ranked, BuildPairsConfig], pl.DataFrame]
-RULES: dict[str, Rule] = {
-    "best-worst": best_worst,
-    "best-random-worse": best_random_worse,
-    "best-worst-of-5": best_worst_of_5,
-    "best-sigma": best_sigma,
-    "all-above-gap": all_above_gap,
-    "top-bottom": top_bottom,
-    "correct-wrong": correct_wrong,
-    "longest-correct": longest_correct,
-    "smallest-gap": smallest_gap,
-    "length-controlled": length_controlled,
-}
+def find(name: str) -> Rule:
+    """The rule of that name."""
+    return globals()[name.replace("-", "_")]
+
+
 _SIDE = ("completion_id", "reward", "finish_reason", "num_tokens")
 
 
@@ -210,26 +205,26 @@ def _with_correct(ranked: Ranked, least: float) -> pl.DataFrame:
 
 
 def _first(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """The first pairs_per_prompt pairs of every prompt, in the order given."""
+    """The first pairs_per_prompt pairs of every prompt, in the order of the rows; 0 for each of them."""
     if config.pairs_per_prompt:
         pairs = pairs.filter(pl.int_range(pl.len()).over("prompt") < config.pairs_per_prompt)
     return pairs.select("chosen", "rejected")
 
 
 def _drawn(ranked: Ranked, pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """pairs_per_prompt random pairs of every prompt, all when there are no more."""
+    """pairs_per_prompt random pairs of every prompt; each of them for 0, or when there are no more."""
     if not config.pairs_per_prompt:
         return pairs.select("chosen", "rejected")
     pairs = pairs.sort("prompt", "chosen", "rejected").with_columns(n=pl.int_range(pl.len()).over("prompt"))
-    spans = ranked.spans.join(pairs.group_by("prompt").agg(found=pl.len()), on="prompt", maintain_order="left")
-    drawn = _draws(spans, pl.col("found"), config.pairs_per_prompt, config.seed)
+    spans = ranked.spans.join(pairs.group_by("prompt").agg(pairs=pl.len()), on="prompt", maintain_order="left")
+    drawn = _draws(spans, pl.col("pairs"), config.pairs_per_prompt, config.seed)
     return pairs.join(drawn.select("prompt", "n"), on=["prompt", "n"], how="semi", maintain_order="left").select(
         "chosen", "rejected"
     )
 
 
 def _draws(spans: pl.DataFrame, count: pl.Expr, most: int, seed: int) -> pl.DataFrame:
-    """The prompts once per draw, with `n`: up to `most` different numbers below `count`, by (seed, prompt_id) alone."""
+    """The prompts, once per draw, with the drawn `n`: up to `most` different numbers below `count`."""
     counts = spans.select(count.alias("count"))["count"].to_list()
     prompts = spans["prompt_id"].to_list()
     drawn = [n for p, c in zip(prompts, counts, strict=True) for n in draw(seed, p, c, most)]

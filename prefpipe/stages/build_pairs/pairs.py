@@ -1,23 +1,24 @@
-"""Candidates -> pairs: rule, filters by keys, filters by content, weights, rows."""
+"""Candidates -> pairs: rule, filters by key columns, filters by content, subset, weights, rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.schemas import Pair
-from prefpipe.stages.build_pairs import data_report, filters, output_rows, pair_rules, trl
-from prefpipe.stages.build_pairs.accounting import Level
-from prefpipe.stages.build_pairs.candidates import LEDGER, cut
-from prefpipe.stages.build_pairs.job import Built, Job, counts
+from prefpipe.stages.build_pairs import data_measures, filters, output_rows, pair_rules, trl
+from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
+from prefpipe.stages.build_pairs.candidates import LEDGER, Workspace
+from prefpipe.stages.build_pairs.filters import SIDES
 from prefpipe.stages.build_pairs.output_rows import with_weights
+from prefpipe.stages.build_pairs.partitions import cut
 
 
 @dataclass(frozen=True)
-class Found:
-    """Pairs that the rule finds in one partition, as key columns, and the prompts in which it finds none."""
+class RulePairs:
+    """Pairs that the rule makes in one partition, as key columns, and ledger rows of the prompts without a pair."""
 
     pairs: pl.DataFrame
     ledger: pl.DataFrame
@@ -25,8 +26,8 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Pairs that all filters keep (key columns), with their contents; ledger rows and counts of the others."""
+class FilteredPairs:
+    """Pairs that every filter keeps (key columns), with their contents; ledger rows and counts of the others."""
 
     pairs: pl.DataFrame
     ledger: pl.DataFrame
@@ -34,10 +35,10 @@ class Judged:
     contents: output_rows.Contents
 
 
-def find(candidates: pl.DataFrame, config: BuildPairsConfig) -> Found:
-    """Apply the rule; a prompt without a pair gets its reason: too_few, tie or no_pair."""
+def apply_rule(candidates: pl.DataFrame, config: BuildPairsConfig) -> RulePairs:
+    """Pairs of one partition. A prompt without a pair has its reason in the ledger: too_few, tie or no_pair."""
     ranked = pair_rules.rank(candidates)
-    pairs = pair_rules.pair_frame(ranked, pair_rules.RULES[config.rule](ranked, config))
+    pairs = pair_rules.pair_frame(ranked, pair_rules.find(config.rule)(ranked, config))
     without = ranked.spans.join(pairs.select("prompt_id").unique(), on="prompt_id", how="anti", maintain_order="left")
     reason = (
         pl.when(pl.col("count") < 2)
@@ -54,77 +55,85 @@ def find(candidates: pl.DataFrame, config: BuildPairsConfig) -> Found:
         .otherwise(pl.format("rule {} pairs none of {} candidates", pl.lit(config.rule), "count"))
     )
     ledger = without.select(id="prompt_id", reason=reason, detail=detail)
-    return Found(pairs, ledger, ranked.spans.height)
+    return RulePairs(pairs, ledger, ranked.spans.height)
 
 
-def judge(job: Job, found: Sequence[Found]) -> Judged:
-    """Filter the pairs of all partitions."""
-    pairs = pl.concat(f.pairs for f in found)
-    by_keys = filters.by_keys(pairs, job.config, filters.scale(pairs, job.config))
+def filter_pairs(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> FilteredPairs:
+    """Filter the pairs of every partition: by key columns, by content, by subset.
+
+    Raises DataError when a subset lacks log-probs, or when the two sides were tokenised differently.
+    """
+    config = workspace.config
+    pairs = pl.concat(r.pairs for r in rule_pairs)
+    by_keys = filters.by_keys(pairs, config, filters.scale(pairs, config))
     useful = filters.kept(by_keys)
-    contents = output_rows.fetch(job.sources, _used(useful), job.num_partitions, job.folder / "pairs")
-    by_content = [
-        filters.by_content(output_rows.sides(own, contents.of(number)), job.config).select(
-            *by_keys.columns,
-            *(f"{s}_{n}" for s in output_rows.SIDES for n in ("ref_logps", "policy_logps")),
-            *(pl.col(f"{s}_token_ids").list.last().alias(f"{s}_last") for s in output_rows.SIDES),
-        )
-        for number, own in enumerate(cut(useful, job.num_partitions))
-    ]
-    compared = pl.concat(by_content)
-    _check_scores(filters.kept(compared), job.config)
-    one_sided = filters.end_on_one_side(filters.kept(compared))
+    contents = output_rows.fetch(
+        workspace.sources, _completions_of(useful), workspace.num_partitions, workspace.folder / "pairs"
+    )
+    by_content = pl.concat(
+        _by_content(part, contents.of(number), config).select(*by_keys.columns, *_CONTENT_KEYS)
+        for number, part in enumerate(cut(useful, workspace.num_partitions))
+    )
+    _check_logps(filters.kept(by_content), config)
+    one_sided = filters.end_on_one_side(filters.kept(by_content))
     if one_sided:
         raise DataError(one_sided, "the two sides were tokenised differently: score them with one model")
-    chosen = filters.subset(
-        filters.kept(compared).sort("prompt_id", "chosen_completion_id", "rejected_completion_id"), job.config
-    )
-    kept = filters.kept(chosen)
-    without = pl.concat([pl.DataFrame(schema=LEDGER), *(f.ledger for f in found)])
-    dropped = pl.concat(filters.ledger(j.select(by_keys.columns)) for j in (by_keys, compared, chosen))
-    num_prompts = sum(f.num_prompts for f in found)
+    ordered = filters.kept(by_content).sort("prompt_id", "chosen_completion_id", "rejected_completion_id")
+    by_subset = filters.subset(ordered, config)
+    kept = filters.kept(by_subset)
+    without = pl.concat([pl.DataFrame(schema=LEDGER), *(r.ledger for r in rule_pairs)])
+    dropped = pl.concat(filters.ledger(judged.select(by_keys.columns)) for judged in (by_keys, by_content, by_subset))
+    num_prompts = sum(r.num_prompts for r in rule_pairs)
     levels = {
-        "prompts": Level(num_prompts, pairs["prompt_id"].n_unique(), counts(without)),
-        "pairs": Level(pairs.height, kept.height, counts(dropped)),
+        "prompts": Level(num_prompts, pairs["prompt_id"].n_unique(), count_reasons(without)),
+        "pairs": Level(pairs.height, kept.height, count_reasons(dropped)),
     }
-    return Judged(kept.select(pairs.columns), pl.concat([without, dropped]), levels, contents)
+    return FilteredPairs(kept.select(pairs.columns), pl.concat([without, dropped]), levels, contents)
 
 
-def build(job: Job, found: Sequence[Found]) -> Built:
-    """Write the pairs that are kept, one part per partition, and say what became of the others."""
-    judged = judge(job, found)
-    weighted = with_weights(judged.pairs, job.config)
+def build(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> BuildResult:
+    """Write the pairs that the filters keep, one part per partition, and say what became of the others."""
+    config, run_dir = workspace.config, workspace.run_dir
+    filtered = filter_pairs(workspace, rule_pairs)
+    weighted = with_weights(filtered.pairs, config)
     facts: list[pl.DataFrame] = []
     samples: list[pl.DataFrame] = []
-    for number, own in enumerate(cut(weighted, job.num_partitions)):
-        if own.is_empty():
+    for number, part in enumerate(cut(weighted, workspace.num_partitions)):
+        if part.is_empty():
             continue
-        with_content = output_rows.sides(own, judged.contents.of(number))
-        made = output_rows.pair_rows(with_content, judged.contents.prompts_of(number), job.config)
-        if job.config.format == "prefpipe":
-            job.run.write_part("pairs", Pair, len(facts), output_rows.to_table(made, Pair))
+        with_content = output_rows.sides(part, filtered.contents.of(number))
+        rows = output_rows.pair_rows(with_content, filtered.contents.prompts_of(number), config)
+        if config.format == "prefpipe":
+            run_dir.write_part("pairs", Pair, len(facts), output_rows.to_table(rows, Pair))
         else:
-            row_type, table = trl.pairs(made, job.config.format)
-            job.run.write_part("trl", row_type, len(facts), table)
-        facts.append(data_report.pair_facts(made))
-        samples.append(data_report.pair_sample(made, weighted.height))
+            row_type, table = trl.pairs(rows, config.format)
+            run_dir.write_part("trl", row_type, len(facts), table)
+        facts.append(data_measures.pair_facts(rows))
+        samples.append(data_measures.pair_sample(rows, weighted.height))
     totals = {
         "pairs": weighted.height,
         "prompts_with_pairs": weighted["prompt_id"].n_unique(),
         "mean_reward_gap": weighted["reward_gap"].mean(),
         "chosen_longer": (weighted["chosen_num_tokens"] > weighted["rejected_num_tokens"]).mean(),
     }
-    sample = _joined(samples)
-    return Built(
-        judged.levels, judged.ledger, totals, _joined(facts), sample if sample.is_empty() else sample.sort("pair_id")
-    )
+    sample = pl.concat(samples).sort("pair_id") if samples else pl.DataFrame()
+    return BuildResult(filtered.levels, filtered.ledger, totals, pl.concat(facts) if facts else pl.DataFrame(), sample)
 
 
-def _check_scores(pairs: pl.DataFrame, config: BuildPairsConfig) -> None:
-    """A subset is chosen by log-probs: all pairs must have them."""
-    needed = {"all": (), "clear-reference": ("ref",)}.get(config.subset, ("ref", "policy"))
-    for kind in needed:
-        bare = pairs.filter(pl.any_horizontal(pl.col(f"{side}_{kind}_logps").is_null() for side in output_rows.SIDES))
+_CONTENT_KEYS = (  # what later filters read of the contents: log-probs, and the token that ends each side
+    *(f"{side}_{name}" for side in SIDES for name in ("ref_logps", "policy_logps")),
+    *(pl.col(f"{side}_token_ids").list.last().alias(f"{side}_last") for side in SIDES),
+)
+
+
+def _by_content(pairs: pl.DataFrame, contents: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
+    return filters.by_content(output_rows.sides(pairs, contents), config)
+
+
+def _check_logps(pairs: pl.DataFrame, config: BuildPairsConfig) -> None:
+    """Raise DataError when a pair lacks log-probs that `subset` compares."""
+    for kind in SUBSETS[config.subset]:
+        bare = pairs.filter(pl.any_horizontal(pl.col(f"{side}_{kind}_logps").is_null() for side in SIDES))
         if bare.height:
             raise DataError(
                 f"{bare.height} of {pairs.height} pairs have no {'reference' if kind == 'ref' else kind} log-probs "
@@ -133,11 +142,8 @@ def _check_scores(pairs: pl.DataFrame, config: BuildPairsConfig) -> None:
             )
 
 
-def _used(pairs: pl.DataFrame) -> pl.DataFrame:
+def _completions_of(pairs: pl.DataFrame) -> pl.DataFrame:
+    """prompt_id and completion_id of both sides."""
     return pl.concat(
-        pairs.select("prompt_id", pl.col(f"{side}_completion_id").alias("completion_id")) for side in output_rows.SIDES
+        pairs.select("prompt_id", pl.col(f"{side}_completion_id").alias("completion_id")) for side in SIDES
     )
-
-
-def _joined(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    return pl.concat(frames) if frames else pl.DataFrame()

@@ -1,4 +1,4 @@
-"""Prompts that do not go on, with their reason: duplicates, near duplicates, and texts of a benchmark."""
+"""Prompts to drop, with their reason: duplicates, near duplicates, and texts of a benchmark."""
 
 import json
 from collections.abc import Iterator
@@ -13,15 +13,17 @@ from prefpipe.runs import tables
 from prefpipe.stages.build_pairs.texts import conversation, folded, ngrams, words
 
 _PERMUTATIONS = 128
-_BANDS = 32  # of 4 rows: a pair of similarity 0.5 becomes a candidate with probability 0.87, of 0.8 with 1 - 5e-8
+# 32 bands of 4 rows: two prompts of similarity 0.5 are compared with probability 0.87, of 0.8 with 1 - 5e-8.
+_BANDS = 32
 _SHINGLE = 3
 SCHEMA = {"prompt_id": pl.String, "reason": pl.String, "detail": pl.String}
 
 
-def faulty(prompts: pl.LazyFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """prompt_id, reason, detail of every prompt that is dropped; the first by prompt_id of equal ones stays.
+def dropped_prompts(prompts: pl.LazyFrame, config: BuildPairsConfig) -> pl.DataFrame:
+    """prompt_id, reason and detail of every prompt to drop. Among equal prompts the first by prompt_id stays.
 
-    `prompts` has prompt_id and messages; a prompt may be there several times.
+    `prompts` has prompt_id and messages; a prompt may have several rows. Raises MissingInputError, UsageError or
+    DataError for a benchmark file that cannot be read.
     """
     dropped = [pl.DataFrame(schema=SCHEMA)]
     if config.duplicate_prompts == "drop":
@@ -39,7 +41,7 @@ def faulty(prompts: pl.LazyFrame, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def duplicates(prompts: pl.LazyFrame) -> pl.DataFrame:
-    """Prompts whose texts differ in case, spaces or Unicode composition only."""
+    """Prompts whose text is that of another one but for case, spaces and Unicode composition."""
     return (
         prompts.select("prompt_id", text=folded(conversation("messages")).hash())
         .group_by("text")
@@ -55,38 +57,38 @@ def duplicates(prompts: pl.LazyFrame) -> pl.DataFrame:
 
 
 def near_duplicates(prompts: pl.DataFrame, similarity: float) -> pl.DataFrame:
-    """Prompts whose word 3-grams overlap by `similarity` with those of an earlier prompt that stays.
+    """Prompts whose word 3-grams have at least this Jaccard `similarity` with those of an earlier prompt that stays.
 
-    `prompts` has prompt_id and text, in order. Similarity is MinHash's estimate from 128 permutations (standard error
-    at most 0.044); candidates come from locality-sensitive hashing.
+    `prompts` has prompt_id and text, in order. The similarity is MinHash's estimate from 128 permutations (standard
+    error at most 0.044), for the prompts that locality-sensitive hashing finds near.
     """
     index = RMinHashLSH(similarity, _PERMUTATIONS, _BANDS)
     kept: list[tuple[str, RMinHash]] = []
-    found: list[tuple[str, str, str]] = []
+    dropped: list[tuple[str, str, str]] = []
     for prompt_id, text in prompts.select("prompt_id", "text").iter_rows():
         sketch = RMinHash(_PERMUTATIONS, 0)
         sketch.update(sorted(ngrams(words(text), _SHINGLE)))
         near = ((kept[i][1].jaccard(sketch), -i) for i in index.query(sketch))
         best, place = max(near, default=(0.0, 0))
         if best >= similarity:
-            found.append((prompt_id, "near_duplicate_prompt", f"similarity {best:.2f} with {kept[-place][0]}"))
+            dropped.append((prompt_id, "near_duplicate_prompt", f"similarity {best:.2f} with {kept[-place][0]}"))
         else:
             index.insert(len(kept), sketch)
             kept.append((prompt_id, sketch))
-    return pl.DataFrame(found, schema=SCHEMA, orient="row")
+    return pl.DataFrame(dropped, schema=SCHEMA, orient="row")
 
 
 def contaminated(prompts: pl.DataFrame, known: set[str], n: int) -> pl.DataFrame:
     """Prompts (prompt_id, text) that share a word n-gram with a benchmark."""
-    found: list[tuple[str, str, str]] = []
+    dropped: list[tuple[str, str, str]] = []
     for prompt_id, text in prompts.select("prompt_id", "text").iter_rows():
-        # Every turn begins with its role, which a benchmark does not have.
+        # A turn begins with its role, which a benchmark lacks: compare without the roles, then the whole text.
         shared = {g for turn in text.split("\n") for g in ngrams(words(turn.partition(": ")[2] or turn), n)} & known
         if not shared:
             shared = ngrams(words(text), n) & known
         if shared:
-            found.append((prompt_id, "contaminated", f"shares with a benchmark: {min(shared)}"))
-    return pl.DataFrame(found, schema=SCHEMA, orient="row")
+            dropped.append((prompt_id, "contaminated", f"shares with a benchmark: {min(shared)}"))
+    return pl.DataFrame(dropped, schema=SCHEMA, orient="row")
 
 
 def benchmark_ngrams(files: list[Path], n: int) -> set[str]:

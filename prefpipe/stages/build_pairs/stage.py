@@ -1,6 +1,14 @@
-"""The stage: read key columns -> candidates -> pairs, labels or groups -> rows, ledger and data report."""
+"""`prefpipe build-pairs stages/build-pairs/verifier.toml --completions runs/g --out DIR`
 
-from collections.abc import Sequence
+1. Open the runs with completions, rewards and log-probs; check digests and columns.
+2. Drop prompts (duplicate, contaminated) and completions that are no candidates.
+3. Make pairs, labels or groups of the candidates, drop what a filter refuses, write the rows.
+4. Write the ledger: every completion, prompt and pair that was dropped, with its reason. Check that the rows add up.
+5. Write the data report, then the manifest.
+6. With --strict: fail when a check of the report warns.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,149 +17,157 @@ import polars as pl
 
 from prefpipe import log
 from prefpipe.config.build_pairs import BuildPairsConfig
-from prefpipe.errors import DataError, PrefpipeError, UsageError
+from prefpipe.errors import DataError, StrictError, UsageError
 from prefpipe.models import vocabulary
 from prefpipe.runs import fsio, store
-from prefpipe.runs.store import Manifest, Run
+from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Dropped
 from prefpipe.stages.build_pairs import accounting, candidates, data_report, groups, labels, pairs, prompt_filters
-from prefpipe.stages.build_pairs.accounting import Level
+from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
+from prefpipe.stages.build_pairs.candidates import Workspace
 from prefpipe.stages.build_pairs.data_report import Check
-from prefpipe.stages.build_pairs.job import Built, Job, counts
 from prefpipe.stages.build_pairs.label_rules import balance
 
-_STRICT_EXIT = 3
+_INPUTS = ("completions", "reward_runs", "ref_logps", "policy_logps", "contamination")
 
 
 @dataclass(frozen=True)
-class _Settled:
-    """What became of all completions: candidates by partition, or what the pair rule made of them; the ledger."""
+class _Selection:
+    """The candidates by partition (for pairs: what the rule made of them), the ledger and the counts of the others."""
 
-    found: list[pairs.Found]
     candidates: list[pl.DataFrame]
+    rule_pairs: list[pairs.RulePairs]
     ledger: pl.DataFrame
     level: Level
     num_prompts: int
 
 
 def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
-    """Read the runs, select, filter, write; every completion is used, unused or in the ledger with its reason."""
-    _check(config)
-    with store.open_run(out, "build-pairs", config, _inputs(config), force=force) as output:
-        manifest = output.manifest()
+    """Build the rows of `config.output` in `out`. Raises StrictError when `strict` is set and a check warns."""
+    if not config.completions:
+        raise UsageError("no completions given", "pass --completions DIR (a run of prefpipe generate or score)")
+    with store.open_run(out, "build-pairs", config, _digests(config), force=force) as run_dir:
+        manifest = run_dir.manifest()
         if manifest is None:
             with fsio.temporary_dir(out / "partitions") as folder:
-                manifest = _build(config, output, folder)
-    warned = [c["id"] for c in manifest["totals"]["data_report"] if c["level"] == data_report.WARN]
-    if config.strict and warned:
-        for line in summary(manifest, out):
-            log.info(line)
-        failed = PrefpipeError(
-            f"the data report warns: {', '.join(warned)}", f"see {out}/data_report.json, or leave out --strict"
-        )
-        failed.exit_code = _STRICT_EXIT
-        raise failed
+                sources = candidates.open_sources(config)
+                workspace = Workspace(config, sources, run_dir, sources.num_partitions, folder)
+                selection = _select(workspace)
+                result = _write_rows(workspace, selection)
+                levels = {"completions": selection.level, **result.levels}
+                dropped = _write_ledger(workspace, selection, result, levels)
+                checks = _write_report(workspace, result)
+                totals = {
+                    "completions": selection.level.came_in,
+                    "prompts": selection.num_prompts,
+                    **result.totals,
+                    "dropped": dropped,
+                    "levels": {name: level.to_json() for name, level in levels.items()},
+                    "data_report": checks,
+                }
+                manifest = run_dir.finish(totals, _identity(workspace))
+    if config.strict:
+        _refuse_warnings(manifest, out)
     return manifest
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
     """What the command prints when it is done: counts on every level, then the data report."""
     t = manifest["totals"]
-    made = next(name for name in ("pairs", "labels", "groups") if name in t)
-    lines = [f"{t[made]} {made} from {t['completions']} completions of {t['prompts']} prompts in {out}"]
+    output = next(name for name in ("pairs", "labels", "groups") if name in t)
+    lines = [f"{t[output]} {output} from {t['completions']} completions of {t['prompts']} prompts in {out}"]
     for name, level in t["levels"].items():
         reasons = ", ".join(f"{reason}: {count}" for reason, count in level["dropped"].items()) or "nothing"
         lines.append(f"  {name}: {level['in']} in, {level['out']} out; dropped: {reasons}")
-    if made == "pairs":
+    if output == "pairs":
         lines.append(
             f"  mean reward_gap {t['mean_reward_gap']:.3f}, chosen longer than rejected in {t['chosen_longer']:.0%}"
         )
     return [*lines, *data_report.table([Check(**c) for c in t["data_report"]])]
 
 
-def _check(config: BuildPairsConfig) -> None:
-    if not config.completions:
-        raise UsageError("no completions given", "pass --completions DIR (a run of prefpipe generate or score)")
-    if config.output == "groups" and config.format != "prefpipe":
-        raise UsageError(
-            "TRL has no trainer for ranked groups", "leave out --format, or choose --output pairs or labels"
-        )
-    if config.subset in ("small-implicit-gap", "large-dual-margin") and not config.policy_logps:
-        raise UsageError(
-            f"subset {config.subset} needs log-probs of a trained policy",
-            "score the completions with it (prefpipe score) and pass that run as --policy-logps",
-        )
-
-
-def _inputs(config: BuildPairsConfig) -> dict[str, str]:
-    named = ("completions", "reward_runs", "ref_logps", "policy_logps", "contamination")
-    return {
-        f"{name}.{number}": store.input_digest(Path(path))
-        for name in named
-        for number, path in enumerate(getattr(config, name))
-    }
-
-
-def _build(config: BuildPairsConfig, output: Run, folder: Path) -> Manifest:
-    sources = candidates.open_sources(config)
-    job = Job(config, sources, output, sources.num_partitions, folder)
-    settled = _settle(job)
-    if config.output == "pairs":
-        built = pairs.build(job, settled.found)
-    elif config.output == "labels":
-        built = labels.build(job, settled.candidates)
-    else:
-        built = groups.build(job, settled.candidates)
-    levels = {"completions": settled.level, **built.levels}
-    ledger = pl.concat([settled.ledger, built.ledger]).sort("id", "reason", "detail")
-    output.write_dropped(Dropped, ledger.to_arrow())
-    accounting.check(levels, ledger.height)
-    if not built.totals[config.output]:
-        reasons = ", ".join(f"{r}: {n}" for r, n in counts(ledger).items())
-        what = config.output.removesuffix("s")
-        raise DataError(
-            f"no {what} is left ({reasons})", f"see {output.out}/dropped.parquet for every row and its reason"
-        )
-    checks = [c.to_json() for c in _report(config, built)]
-    output.write_report("data_report.json", {"checks": checks})
-    totals: dict[str, Any] = {
-        "completions": settled.level.came_in,
-        "prompts": settled.num_prompts,
-        **built.totals,
-        "dropped": counts(ledger),
-        "levels": {name: level.to_json() for name, level in levels.items()},
-        "data_report": checks,
-    }
-    tokens = vocabulary.record(v for run in config.completions for v in vocabulary.recorded(Path(run)))
-    return output.finish(totals, {"reward": config.reward, "policies": candidates.policies(sources), **tokens})
-
-
-def _settle(job: Job) -> _Settled:
-    """Candidates of every partition; for pairs the rule is applied at once, so that only pairs stay in memory."""
-    config, sources = job.config, job.sources
-    faulty = prompt_filters.faulty(candidates.scan(sources.prompts).select("prompt_id", "messages"), config)
-    found: list[pairs.Found] = []
-    kept: list[pl.DataFrame] = []
+def _select(workspace: Workspace) -> _Selection:
+    """Candidates of every partition. For pairs the rule is applied at once, so that only its pairs stay in memory."""
+    config, sources = workspace.config, workspace.sources
+    dropped_prompts = prompt_filters.dropped_prompts(candidates.prompts(sources), config)
+    selected: list[pl.DataFrame] = []
+    rule_pairs: list[pairs.RulePairs] = []
     ledgers: list[pl.DataFrame] = []
     num_in = num_rated = num_prompts = num_candidates = 0
-    for part in candidates.read(sources, config, job.num_partitions, job.folder / "keys"):
-        settled = candidates.settle(part.collect(), faulty, sources, config)
-        num_in, num_rated = num_in + settled.num_in, num_rated + settled.num_rated
-        num_prompts, num_candidates = num_prompts + settled.num_prompts, num_candidates + settled.candidates.height
-        ledgers.append(settled.ledger)
+    for keys in candidates.read(sources, config, workspace.num_partitions, workspace.folder / "keys"):
+        part = candidates.select(keys.collect(), dropped_prompts, sources, config)
+        num_in, num_rated = num_in + part.num_in, num_rated + part.num_rated
+        num_prompts, num_candidates = num_prompts + part.num_prompts, num_candidates + part.candidates.height
+        ledgers.append(part.ledger)
         if config.output == "pairs":
-            found.append(pairs.find(settled.candidates, config))
+            rule_pairs.append(pairs.apply_rule(part.candidates, config))
         else:
-            kept.append(settled.candidates)
-    candidates.check_foreign(sources, num_rated)
+            selected.append(part.candidates)
+    candidates.check_rewards_match(sources, num_rated)
     ledger = pl.concat(ledgers)
-    return _Settled(found, kept, ledger, Level(num_in, num_candidates, counts(ledger)), num_prompts)
+    level = Level(num_in, num_candidates, count_reasons(ledger))
+    return _Selection(selected, rule_pairs, ledger, level, num_prompts)
 
 
-def _report(config: BuildPairsConfig, built: Built) -> Sequence[Check]:
-    level = built.levels.get("pairs", Level(0, 0, {}))
-    share = None
+def _write_rows(workspace: Workspace, selection: _Selection) -> BuildResult:
+    if workspace.config.output == "pairs":
+        return pairs.build(workspace, selection.rule_pairs)
+    build = labels.build if workspace.config.output == "labels" else groups.build
+    return build(workspace, selection.candidates)
+
+
+def _write_ledger(
+    workspace: Workspace, selection: _Selection, result: BuildResult, levels: Mapping[str, Level]
+) -> dict[str, int]:
+    """Dropped rows by reason. Raises DataError when no row of the output is left."""
+    output, run_dir = workspace.config.output, workspace.run_dir
+    ledger = pl.concat([selection.ledger, result.ledger]).sort("id", "reason", "detail")
+    run_dir.write_dropped(Dropped, ledger.to_arrow())
+    accounting.check(levels, ledger.height)
+    dropped = count_reasons(ledger)
+    if not result.totals[output]:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise DataError(
+            f"no {output.removesuffix('s')} is left ({reasons})",
+            f"see {run_dir.out}/dropped.parquet for every row and its reason",
+        )
+    return dropped
+
+
+def _write_report(workspace: Workspace, result: BuildResult) -> list[dict[str, Any]]:
+    config = workspace.config
+    level = result.levels.get("pairs", Level(0, 0, {}))
+    classes = None
     if config.output == "labels":
-        share = balance(built.totals["desirable"], built.totals["undesirable"])
-    data = data_report.Data(built.facts, built.sample, level.dropped, level.came_in, config.beta, share)
-    return data_report.report(data)
+        classes = balance(result.totals["desirable"], result.totals["undesirable"])
+    data = data_report.Data(result.facts, result.sample, level.dropped, level.came_in, config.beta, classes)
+    checks = [check.to_json() for check in data_report.report(data)]
+    workspace.run_dir.write_report("data_report.json", {"checks": checks})
+    return checks
+
+
+def _identity(workspace: Workspace) -> dict[str, Any]:
+    """Which reward, policies and vocabularies the rows come from."""
+    config = workspace.config
+    vocabularies = vocabulary.record(v for run in config.completions for v in vocabulary.recorded(Path(run)))
+    return {"reward": config.reward, "policies": candidates.policies(workspace.sources), **vocabularies}
+
+
+def _refuse_warnings(manifest: Manifest, out: Path) -> None:
+    """Raise StrictError when a check of the data report warns, after the summary that the command then never prints."""
+    warnings = [c["id"] for c in manifest["totals"]["data_report"] if c["level"] == data_report.WARN]
+    if warnings:
+        for line in summary(manifest, out):
+            log.info(line)
+        raise StrictError(
+            f"the data report warns: {', '.join(warnings)}", f"see {out}/data_report.json, or leave out --strict"
+        )
+
+
+def _digests(config: BuildPairsConfig) -> dict[str, str]:
+    """The content of every input, by setting and place: completions.0, ..."""
+    return {
+        f"{name}.{number}": store.input_digest(Path(path))
+        for name in _INPUTS
+        for number, path in enumerate(getattr(config, name))
+    }

@@ -1,14 +1,16 @@
-"""Marks of form that could tell chosen from rejected without reading: a small classifier over them, held out."""
+"""Marks of form (openings, lists, punctuation), and how well a small classifier tells chosen from rejected by them."""
 
 import math
 import re
 from collections.abc import Callable, Sequence
 
+from prefpipe.stages.build_pairs import texts
+
 _MOST = 2000  # pairs; the classifier has nine weights
 _STEPS = 60
 MARKS: dict[str, Callable[[str], float]] = {
     "eager opening": lambda t: float(bool(re.match(r"(?i)\s*(sure|certainly|of course|absolutely|great)\b", t))),
-    "refusal opening": lambda t: float(bool(re.match(r"(?i)\s*(i'm sorry|i am sorry|i can'?t|as an ai)\b", t))),
+    "refusal opening": lambda t: float(texts.is_refusal(t)),
     "list items": lambda t: float(len(re.findall(r"(?m)^\s*(?:[-*\u2022]|\d+[.)])\s", t))),
     "headings": lambda t: float(len(re.findall(r"(?m)^#+ ", t))),
     "bold": lambda t: float(t.count("**")),
@@ -21,10 +23,11 @@ MARKS: dict[str, Callable[[str], float]] = {
 
 
 def shortcut(chosen: Sequence[str], rejected: Sequence[str]) -> tuple[float, str]:
-    """Share of held-out pairs in which a linear score of the marks is higher for chosen (ties count half), and the
-    mark with the largest weight.
+    """Share of held-out pairs whose chosen side has the higher score (ties count half), and the mark with the largest
+    weight; (0.5, "none") for fewer than two pairs.
 
-    Logistic regression on differences of marks (a Bradley-Terry model of form), fitted on every other pair.
+    The score is linear in the marks: logistic regression on their differences, a Bradley-Terry model of form, fitted on
+    every other pair of the first 2,000.
     """
     differences = [_difference(c, r) for c, r in zip(chosen[:_MOST], rejected[:_MOST], strict=True)]
     fitted, held_out = differences[::2], differences[1::2]
@@ -43,7 +46,8 @@ def _difference(chosen: str, rejected: str) -> list[float]:
 
 
 def _fit(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Gradient ascent on the mean of log sigmoid(w x), with a little decay so that separable marks stay finite."""
+    """Weights w by gradient ascent on the mean of log sigmoid(w x), x a row. The decay keeps w finite for marks that
+    separate the sides perfectly."""
     weights = [0.0] * len(MARKS)
     for _ in range(_STEPS):
         slopes = [0.0] * len(MARKS)

@@ -1,4 +1,4 @@
-"""What is read from texts and token ids: normal form, refusals, control tokens, repetition, edit distance, n-grams."""
+"""Measures of texts and token ids: normal form, refusals, control tokens, repetition, edit distance, n-grams."""
 
 import importlib
 import re
@@ -8,14 +8,8 @@ import polars as pl
 from rapidfuzz.distance import Levenshtein
 
 from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.rewards import text_rules
 
-_CANNOT = "can ?not|can['\u2019]?t|won['\u2019]?t|will not|am (?:unable|not able) to"
-_HELP = "help|assist|provide|comply|fulfill|answer|create|write|generate|support|engage|do that|discuss"
-REFUSAL = (
-    r"(?i)^\W*(?:(?:i['\u2019]?m|i am) (?:very |so |really |truly )?sorry\b|sorry, (?:but )?(?:i|as)\b|"
-    r"(?:i apologi[sz]e|my apologies)\b|as an ai\b|"
-    rf"(?:unfortunately, )?i(?: (?:{_CANNOT})|['\u2019]?m (?:unable|not able) to) (?:{_HELP})\b)"
-)
 CONTROL_TOKENS = (
     r"<\|[A-Za-z0-9_ \-]{1,40}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|^\s*<s>|</s>\s*$"
 )
@@ -24,18 +18,18 @@ _REPEATED_NGRAM = 4
 
 
 def normal(column: str) -> pl.Expr:
-    """Texts that a reader cannot tell apart are the same: NFC, no space at either end."""
+    """Normal form: NFC, no space at either end. A reader cannot tell apart texts that have the same one."""
     return pl.col(column).str.normalize("NFC").str.strip_chars()
 
 
 def conversation(column: str) -> pl.Expr:
-    """Messages as one text, roles included."""
+    """Messages as one text: a line `role: content` for each."""
     turn = pl.format("{}: {}", pl.element().struct.field("role"), pl.element().struct.field("content"))
     return pl.col(column).list.eval(turn).list.join("\n")
 
 
 def folded(text: pl.Expr) -> pl.Expr:
-    """Text without differences of case, spaces and composition of characters."""
+    """Text in lower case, NFC, with one space for any white space."""
     return text.str.normalize("NFC").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
 
 
@@ -51,15 +45,19 @@ def ngrams(tokens: Sequence[str], n: int) -> set[str]:
     return {" ".join(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
 
 
+def is_refusal(text: str) -> bool:
+    """Whether a completion refuses, by the phrases of the reward `refusal`."""
+    return text_rules.refusal_phrase(text) is not None
+
+
 def repetition(text: str) -> float:
-    """Share of word 4-grams that repeat an earlier one; 0 for shorter texts."""
-    tokens = words(text)
-    total = len(tokens) - _REPEATED_NGRAM + 1
-    return 1 - len(ngrams(tokens, _REPEATED_NGRAM)) / total if total > 1 else 0.0
+    """Share of word 4-grams that repeat an earlier one: 1 minus the reward `repetition`, 0 for shorter texts."""
+    distinct, total = text_rules.distinct_ngrams(text, _REPEATED_NGRAM)
+    return 1 - distinct / total if total else 0.0
 
 
 def language_in(languages: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a text is in one of the languages; texts without letters are in all of them.
+    """A function that says whether a text is in one of the languages; a text without letters counts as being in each.
 
     Raises MissingInputError without the package, UsageError for a code that it does not know.
     """
@@ -77,11 +75,11 @@ def language_in(languages: Sequence[str]) -> Callable[[str], bool]:
 
 
 def token_edits(one: Sequence[int], other: Sequence[int]) -> int:
-    """Insertions, deletions and replacements of tokens that turn one completion into the other."""
+    """Edit distance: insertions, deletions and replacements of tokens that turn one completion into the other."""
     return Levenshtein.distance(one, other)
 
 
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
-    """Overlap of the sets of tokens, from 0 to 1."""
+    """Jaccard similarity of the sets of tokens, from 0 to 1."""
     a, b = set(one), set(other)
     return len(a & b) / len(a | b) if a or b else 1.0

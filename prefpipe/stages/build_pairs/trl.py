@@ -1,8 +1,8 @@
 """Rows as TRL 1.16 reads them: `datasets.load_dataset("parquet")`, then DPOTrainer or KTOTrainer.
 
-Columns that TRL does not know are ignored by it. `*_ids` hold the exact token ids that the reference log-probs belong
-to: TRL tokenises again by itself, with the template's tail after the end-of-sequence token; examples/ shows the few
-lines that make it take ids and log-probs as they are.
+TRL ignores columns that it does not know. `*_ids` are the token ids of the reference log-probs. TRL tokenises the texts
+again, with the tail of the template after the end-of-sequence token; examples/ shows the few lines that make it take
+ids and log-probs from these columns.
 """
 
 from dataclasses import dataclass

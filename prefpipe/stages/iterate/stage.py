@@ -1,10 +1,15 @@
-"""`prefpipe iterate`: rounds of generate -> build-pairs -> train -> evaluate, each step a fresh process.
+"""`prefpipe iterate stages/iterate/demo.toml --out DIR`: rounds of generate -> build-pairs -> train -> evaluate.
 
-    OUT/round-0/evaluate           the policy before training
-    OUT/round-1/generate.json      the exact config of a step: `prefpipe generate THIS.json --out DIR` replays it
-    OUT/round-1/generate/          its run directory; a step that is complete is not run again
+1. Identify the model and the prompts.
+2. Plan the steps: an evaluation before training (round 0), then four steps per round, each linked to those before it.
+3. Run each step in a process of its own, which frees its memory. Its saved config replays it.
+4. Write the manifest: the results of every evaluation.
 
-A process per step frees all memory by construction, and a killed round resumes inside the step that was cut.
+    DIR/round-0/evaluate           the policy before training
+    DIR/round-1/generate.json      the config of a step: `prefpipe generate THIS.json --out RUN` replays it
+    DIR/round-1/generate/          its run directory
+
+A step that is complete says so and does nothing; a killed one resumes where it was cut.
 """
 
 import subprocess
@@ -28,8 +33,9 @@ from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Evaluation, from_table
 
 Runner = Callable[[str, Path, Path], None]  # command, saved config, run directory
-_SHOWN = 3
-_WIDTH = 110
+_NUM_PROMPTS_SHOWN = 3
+_WIDTH = 110  # characters of an answer in the summary
+_COLUMNS = (("mean_words", ".1f"), ("degenerate", ".1%"), ("mean_reward", ".3f"))  # of the table: total, format
 
 
 @dataclass(frozen=True)
@@ -47,17 +53,9 @@ class Step:
 
 
 def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None = None) -> Manifest:
-    """Run every step that is not complete; `runner` is how a step is run (a process by default)."""
-    for table in ("generate", "evaluate"):
-        if not getattr(config, table).prompts:
-            raise UsageError(f"no prompts given for {table}", f"set prompts in the [{table}] table")
-    inputs = {
-        "policy": policy.resolve(config.model).id,
-        "generate.prompts": store.input_digest(Path(config.generate.prompts)),
-        "evaluate.prompts": store.input_digest(Path(config.evaluate.prompts)),
-    }
-    with store.open_run(out, "iterate", config, inputs, force=force) as output:
-        manifest = output.manifest(lambda m: all(_is_unchanged(out / name, d) for name, d in m["identity"].items()))
+    """Run every step that is not complete. `runner` runs a step (by default in a process)."""
+    with store.open_run(out, "iterate", config, _inputs(config), force=force) as run_dir:
+        manifest = run_dir.manifest(lambda m: all(_is_unchanged(out / name, d) for name, d in m["identity"].items()))
         if manifest is not None:
             return manifest
         plan = list(steps(config, out))
@@ -67,14 +65,18 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
             saved = out / f"{step.name}.json"
             fsio.write_text(saved, canonical_json({"command": step.command, "config": dump(step.config)}) + "\n")
             (runner or run_process)(step.command, saved, out / step.name)
-        output.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
-        rounds = [store.read_manifest(out / s.name)["totals"] for s in plan if s.command == "evaluate"]
-        return output.finish({"rounds": rounds}, {s.name: store.read_manifest(out / s.name)["digest"] for s in plan})
+        run_dir.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
+        manifests = {step.name: store.read_manifest(out / step.name) for step in plan}
+        rounds = [manifests[step.name]["totals"] for step in plan if step.command == "evaluate"]
+        return run_dir.finish({"rounds": rounds}, {name: m["digest"] for name, m in manifests.items()})
 
 
 def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
-    """Every step in order, linked: round n samples from, is compared with and continues the policy of round n - 1, an
-    adapter on the model or, with full fine-tuning, a model."""
+    """Every step in order, with the links between them filled in.
+
+    Round n samples from the policy of round n - 1 and trains it on. That policy is an adapter on the model or, with
+    full fine-tuning, a model.
+    """
     model, adapter = config.model, "none"
     yield _evaluation(config, 0, model, adapter)
     for number in range(1, config.rounds + 1):
@@ -100,14 +102,14 @@ def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
 
 
 def run_process(command: str, saved: Path, out: Path) -> None:
-    """Run one step as `python -m prefpipe COMMAND CONFIG --out DIR`. Raises with the exit code of the step."""
+    """Run one step as `python -m prefpipe COMMAND CONFIG --out DIR`. Raises an error with the exit code of the step."""
     process = subprocess.Popen(
         [sys.executable, "-m", "prefpipe", command, str(saved), "--out", str(out)], stdout=sys.stderr
     )
     try:
         code = process.wait()
     except BaseException:
-        process.terminate()  # Ctrl-C reaches it anyway; a SIGTERM to us does not
+        process.terminate()  # Ctrl-C reaches the step by itself; a SIGTERM reaches this process only
         process.wait()
         raise
     if code != 0:
@@ -119,7 +121,7 @@ def run_process(command: str, saved: Path, out: Path) -> None:
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
-    """The table round by round, some answers side by side, where everything is, and what comes next."""
+    """The results round by round, some answers of each round, the paths of the files, and what to run next."""
     rounds = manifest["totals"]["rounds"]
     last = out / f"round-{len(rounds) - 1}"
     trained_on = next(name for name in ("pairs", "labels", "groups") if (last / "build-pairs" / name).is_dir())
@@ -137,6 +139,18 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
         "next         prefpipe config iterate > mine.toml   (put your model and prompts in)",
         "             prefpipe iterate mine.toml --out runs/mine",
     ]
+
+
+def _inputs(config: IterateConfig) -> dict[str, str]:
+    """What identifies model and prompts. Raises UsageError without prompts."""
+    for table in ("generate", "evaluate"):
+        if not getattr(config, table).prompts:
+            raise UsageError(f"no prompts given for {table}", f"set prompts in the [{table}] table")
+    return {
+        "policy": policy.resolve(config.model).id,
+        "generate.prompts": store.input_digest(Path(config.generate.prompts)),
+        "evaluate.prompts": store.input_digest(Path(config.evaluate.prompts)),
+    }
 
 
 def _policy(last: Path) -> list[str]:
@@ -172,22 +186,19 @@ def _table(rounds: list[dict[str, Any]]) -> list[str]:
     return [*lines, "", f"{count} held-out prompts; the last three columns are greedy / sampled answers."]
 
 
-_COLUMNS = (("mean_words", ".1f"), ("degenerate", ".1%"), ("mean_reward", ".3f"))
-
-
 def _answers(out: Path, num_rounds: int) -> list[str]:
-    """Greedy answers of every round to the first prompts."""
-    by_round = [
-        {e.prompt_id: e for e in from_table(Evaluation, table) if e.decoding == "greedy"}
-        for table in (
-            store.read_dataset(out / f"round-{n}/evaluate", "evaluations", Evaluation) for n in range(num_rounds)
-        )
-    ]
+    """The greedy answers of every round to the first prompts."""
+    by_round = [_greedy_answers(out / f"round-{n}/evaluate") for n in range(num_rounds)]
     lines: list[str] = []
-    for prompt_id in list(by_round[0])[:_SHOWN]:
+    for prompt_id in list(by_round[0])[:_NUM_PROMPTS_SHOWN]:
         lines.append(f"> {by_round[0][prompt_id].messages[-1]['content']}")
         for number, answers in enumerate(by_round):
             name = "start" if number == 0 else f"round {number}"
             lines.append(f"  {name:<8} {textwrap.shorten(answers[prompt_id].text, _WIDTH, placeholder=' ...')}")
         lines.append("")
     return lines
+
+
+def _greedy_answers(run_dir: Path) -> dict[str, Evaluation]:
+    rows = from_table(Evaluation, store.read_dataset(run_dir, "evaluations", Evaluation))
+    return {row.prompt_id: row for row in rows if row.decoding == "greedy"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.build_pairs import BuildPairsConfig, unread
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.ids import content_id, ids_digest
 from prefpipe.runs import store, tables
@@ -89,9 +89,16 @@ def run_of(
     return out
 
 
+def fitting(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes that the choices among them read."""
+    left_out = unread({**dict(BuildPairsConfig()), **changes})
+    return {name: value for name, value in changes.items() if name not in left_out}
+
+
 def settings(*runs: Path, **changes: Any) -> BuildPairsConfig:
     """Settings that drop no pair for its gap, unless asked to."""
-    values = {"completions": tuple(map(str, runs)), "reward": REWARD, "gap_filter": "none", **changes}
+    pairs = fitting({"gap_filter": "none", **changes}).keys() & {"gap_filter"}
+    values = {"completions": tuple(map(str, runs)), "reward": REWARD, **dict.fromkeys(pairs, "none"), **changes}
     return BuildPairsConfig.model_validate(values)
 
 

@@ -1,7 +1,8 @@
+import polars as pl
 import pytest
 
 from prefpipe.errors import PrefpipeError
-from prefpipe.stages.build_pairs.accounting import Level, check
+from prefpipe.stages.build_pairs.accounting import Level, check, count_reasons
 
 
 def test_what_adds_up_passes() -> None:
@@ -21,3 +22,9 @@ def test_what_adds_up_passes() -> None:
 def test_what_is_lost_on_the_way_is_an_error(level: Level, rows: int, message: str) -> None:
     with pytest.raises(PrefpipeError, match=message):
         check({"completions": level}, rows)
+
+
+def test_rows_by_reason() -> None:
+    ledger = pl.DataFrame({"id": ["a", "b", "c"], "reason": ["tie", "empty", "tie"], "detail": [""] * 3})
+    assert count_reasons(ledger) == {"empty": 1, "tie": 2}
+    assert count_reasons(ledger.clear()) == {}

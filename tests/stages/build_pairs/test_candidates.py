@@ -9,18 +9,18 @@ import pytest
 
 from prefpipe.errors import DataError
 from prefpipe.stages.build_pairs import candidates, prompt_filters
-from prefpipe.stages.build_pairs.candidates import Settled, open_sources, partition_of, read, settle, split
+from prefpipe.stages.build_pairs.candidates import CandidatePartition, open_sources, read, select
 from tests.runs.cases import rewrite
 from tests.stages.build_pairs.runs import Row, run_of, settings
 
 NONE = pl.DataFrame(schema=prompt_filters.SCHEMA)
 
 
-def settled(tmp_path: Path, rows: list[Row], **changes: Any) -> Settled:
+def selected(tmp_path: Path, rows: list[Row], **changes: Any) -> CandidatePartition:
     config = settings(run_of(tmp_path / "g", rows), **changes)
     sources = open_sources(config)
     (keys,) = read(sources, config, 1, tmp_path / "keys")
-    return settle(keys.collect(), NONE, sources, config)
+    return select(keys.collect(), NONE, sources, config)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def settled(tmp_path: Path, rows: list[Row], **changes: Any) -> Settled:
 def test_a_completion_is_a_candidate_or_has_a_reason(
     tmp_path: Path, row: Row, changes: dict[str, Any], reason: str | None
 ) -> None:
-    found = settled(tmp_path, [row, Row("q", "other", None)], **changes)
+    found = selected(tmp_path, [row, Row("q", "other", None)], **changes)
     expected = {"other": "no_reward", **({"x": reason} if reason else {})}
     assert dict(found.ledger.select("id", "reason").iter_rows()) == expected
     assert found.candidates.height + found.ledger.height == found.num_in == 2
@@ -58,32 +58,12 @@ def test_a_dropped_prompt_takes_its_completions_along(tmp_path: Path) -> None:
     sources = open_sources(config)
     (keys,) = read(sources, config, 1, tmp_path / "keys")
     faulty = pl.DataFrame([("p", "contaminated", "why")], schema=prompt_filters.SCHEMA, orient="row")
-    found = settle(keys.collect(), faulty, sources, config)
+    found = select(keys.collect(), faulty, sources, config)
     assert sorted(found.ledger.rows()) == [
         ("a", "contaminated", "prompt p: why"),
         ("b", "contaminated", "prompt p: why"),
     ]
     assert found.candidates["completion_id"].to_list() == ["c"]
-
-
-def test_partitions_hold_whole_prompts_and_lose_nothing(tmp_path: Path) -> None:
-    frame = pl.DataFrame({"prompt_id": [f"p{n % 20}" for n in range(100)], "n": range(100)})
-    halves = (frame[::2], frame[1::2])
-    parts = [
-        p.collect()
-        for p in split([f.lazy().with_columns(partition=partition_of(4)) for f in halves], 4, tmp_path / "parts")
-    ]
-    assert sorted(n for p in parts for n in p["n"]) == list(range(100))
-    owners = [set(p["prompt_id"]) for p in parts]
-    assert sum(len(o) for o in owners) == len(set[str]().union(*owners)) == 20
-    assert len([o for o in owners if o]) > 1
-
-
-def test_an_empty_partition_has_its_columns(tmp_path: Path) -> None:
-    frame = pl.LazyFrame({"prompt_id": ["a"], "n": [1], "partition": pl.Series([2], dtype=pl.UInt16)})
-    parts = [p.collect() for p in split([frame], 4, tmp_path / "parts")]
-    assert [p.height for p in parts] == [0, 0, 1, 0]
-    assert all(p.schema == parts[2].schema for p in parts)
 
 
 def test_how_many_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +88,3 @@ def test_a_file_with_a_missing_column_or_another_type(tmp_path: Path, change: st
         DataError, match=r"columns of Completion are missing or of another type: sample_index \(int32\)"
     ):
         open_sources(settings(run))
-
-
-def test_pieces_hold_every_file_once_up_to_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes 4 4 4 9 1 with 8 at once: (4 4), (4), (9) alone although it is too large, (1)."""
-    files = [tmp_path / str(n) for n in range(5)]
-    for path, size in zip(files, (4, 4, 4, 9, 1), strict=True):
-        path.write_bytes(b"x" * size)
-    monkeypatch.setattr(candidates, "_BYTES_AT_ONCE", 8)
-    found = candidates.pieces([files[:1], files[1:]])
-    assert [list(group) for (group,) in found] == [files[:2], files[2:3], files[3:4], files[4:]]

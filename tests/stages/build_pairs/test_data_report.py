@@ -1,9 +1,7 @@
 """Every check has data that makes it warn and data that does not; numbers by hand."""
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import polars as pl
 import pytest
@@ -11,52 +9,7 @@ import pytest
 from prefpipe.stages.build_pairs import data_report
 from prefpipe.stages.build_pairs.data_report import NOTICE, OK, WARN, Data
 from prefpipe.stages.build_pairs.label_rules import balance
-
-NUM = 6000
-
-
-def facts(count: int = NUM, **columns: Any) -> pl.DataFrame:
-    """Pairs that a careful person likes: unique prompts, equal lengths, mixed hardness."""
-    source = random.Random(0)
-    lengths = [source.randint(20, 60) for _ in range(2 * count)]
-    values: dict[str, Any] = {
-        "prompt_id": [f"p{n}" for n in range(count)],
-        "chosen_reward": [1 + source.random() for _ in range(count)],
-        "rejected_reward": [source.random() for _ in range(count)],
-        "chosen_tokens": lengths[:count],
-        "rejected_tokens": lengths[count:],
-        "chosen_finish_reason": "stop",
-        "rejected_finish_reason": "stop",
-        "ref_chosen_logps": [-source.uniform(0.5, 1.5) * t for t in lengths[:count]],
-        "ref_rejected_logps": [-source.uniform(0.5, 1.5) * t for t in lengths[count:]],
-        "chosen_policy": "w",
-        "rejected_policy": "w",
-    }
-    frame = pl.DataFrame({**values, **columns})
-    return frame.with_columns(reward_gap=pl.col("chosen_reward") - pl.col("rejected_reward"))
-
-
-def sample(count: int = 60, **columns: Any) -> pl.DataFrame:
-    source = random.Random(1)
-
-    def ids() -> list[int]:
-        return [source.randint(10, 5000) for _ in range(20)] + [2]
-
-    def text() -> str:
-        return " ".join(source.choices(["tide", "moss", "harp", "owl", "rain", "salt"], k=12)) + "."
-
-    values: dict[str, Any] = {
-        "pair_id": [f"{n:032x}" for n in range(count)],
-        "prompt_id": [f"p{n}" for n in range(count)],
-        "prompt_token_ids": [[1, 100 + n, 7, 8, 9] for n in range(count)],
-        "prompt": [f"user: tell me number {n} of many" for n in range(count)],
-        "chosen_text": [text() for _ in range(count)],
-        "rejected_text": [text() for _ in range(count)],
-        "chosen_ids": [ids() for _ in range(count)],
-        "rejected_ids": [ids() for _ in range(count)],
-    }
-    return pl.DataFrame({**values, **columns})
-
+from tests.stages.build_pairs.measured import NUM, facts, sample
 
 GOOD = Data(facts(), sample(), {}, NUM, 0.1)
 
@@ -113,37 +66,4 @@ def test_a_check_sees_its_fault(name: str, level: str, data: Callable[[], Data])
 
 
 def test_every_check_has_a_case() -> None:
-    assert {name for name, _, _ in CASES} == {f"D{n}" for n in range(1, 15)}
-
-
-def test_numbers_by_hand() -> None:
-    """Lengths 3 > 1, 2 < 4, 5 = 5: longer in 1 of 2; ratio 10/10; AUC of {3,2,5} over {1,4,5}: (1 + 1 + 2.5) / 9."""
-    few = facts(3, chosen_tokens=[3, 2, 5], rejected_tokens=[1, 4, 5])
-    numbers = data_report.d7(replace(GOOD, facts=few)).numbers
-    assert numbers == pytest.approx({"chosen_longer": 0.5, "ratio": 1.0, "auc": 4.5 / 9})
-    beta = data_report.d13(replace(GOOD, facts=few, beta=0.2)).numbers
-    assert beta == pytest.approx({"nats": 5.0, "nats_per_token": 1.5, "mean_tokens": 20 / 6})
-
-
-def test_auc_against_all_comparisons() -> None:
-    source = random.Random(3)
-    ones, others = ([source.randint(0, 6) for _ in range(n)] for n in (13, 9))
-    won = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in ones for b in others)
-    assert data_report.auc(pl.Series(ones), pl.Series(others)) == pytest.approx(won / (13 * 9))
-
-
-def test_the_sample_is_drawn_by_id() -> None:
-    source = random.Random(0)
-    rows = 4000
-    pairs = pl.DataFrame(
-        {
-            "pair_id": [f"{source.getrandbits(128):032x}" for _ in range(rows)], "prompt_id": ["p"] * rows,
-            "prompt_token_ids": [[1]] * rows, "prompt": [[{"role": "user", "content": "x"}]] * rows,
-            **{f"{s}_text": ["t"] * rows for s in ("chosen", "rejected")},
-            **{f"{s}_token_ids": [[2]] * rows for s in ("chosen", "rejected")},
-        }
-    )  # fmt: skip
-    assert data_report.pair_sample(pairs, rows).height == rows
-    drawn = data_report.pair_sample(pairs, 40_000)
-    assert 850 < drawn.height < 1150
-    assert drawn["pair_id"].max() < "4"  # type: ignore[operator]
+    assert {name for name, _, _ in CASES} == set(data_report.CHECKS) == {f"D{n}" for n in range(1, 15)}

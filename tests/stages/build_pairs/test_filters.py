@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.stages.build_pairs import filters
+from tests.stages.build_pairs.runs import fitting
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ CONFIGS = st.fixed_dictionaries(
 
 
 def config(**changes: Any) -> BuildPairsConfig:
-    return BuildPairsConfig.model_validate(changes)
+    return BuildPairsConfig.model_validate(fitting({"policy_logps": ("runs/t",), **changes}))
 
 
 def key_frame(pairs: list[Pair]) -> pl.DataFrame:

@@ -56,7 +56,7 @@ def test_labels_equal_the_oracle_in_any_order(rule: str, rows: list[Row], cut: b
         "truncated_chosen": "drop" if cut else "keep",
         "truncated_rejected": "drop" if cut else "keep",
     }
-    config = BuildPairsConfig(label_rule=rule, **choice)  # type: ignore[arg-type]
+    config = BuildPairsConfig(output="labels", label_rule=rule, **choice)  # type: ignore[arg-type]
     judged = label_rules.by_reward(frame(source.sample(rows, len(rows))), config)
     found = {i: (label, why) for i, label, why in judged.select("completion_id", "label", "reason").iter_rows()}
     assert len(found) == len(rows)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe.config.build_pairs import BuildPairsConfig
-from prefpipe.stages.build_pairs import candidates, output_rows, pairs
+from prefpipe.stages.build_pairs import output_rows, pairs
 from tests.stages.build_pairs.runs import Row, frame
 
 ROWS = st.lists(st.tuples(st.sampled_from("pqrs"), st.sampled_from([0.0, 0.5, 1.0])), max_size=12).map(
@@ -19,8 +19,8 @@ ROWS = st.lists(st.tuples(st.sampled_from("pqrs"), st.sampled_from([0.0, 0.5, 1.
 @settings(deadline=None, max_examples=60)
 @given(ROWS, st.sampled_from(["best-worst", "correct-wrong"]))
 def test_a_prompt_has_pairs_or_one_reason(rows: list[Row], rule: str) -> None:
-    config = BuildPairsConfig(rule=rule, correct_reward=0.75)  # type: ignore[arg-type]
-    found = pairs.find(frame(rows), config)
+    config = BuildPairsConfig(rule=rule, correct_reward=0.75 if rule == "correct-wrong" else 0.5)
+    found = pairs.apply_rule(frame(rows), config)
     reasons = dict(found.ledger.select("id", "reason").iter_rows())
     counts = Counter(r.prompt_id for r in rows)
     assert found.num_prompts == len(counts)
@@ -41,10 +41,3 @@ def test_weights_have_mean_1_and_prompts_the_same_sum(prompts: list[str]) -> Non
     assert sums.to_list() == pytest.approx([len(prompts) / len(set(prompts))] * len(set(prompts)))
     for config in (BuildPairsConfig(), BuildPairsConfig(rule="all-above-gap", weight_by="pair")):
         assert set(output_rows.with_weights(pl.DataFrame({"prompt_id": prompts}), config)["weight"]) == {1.0}
-
-
-def test_cut_loses_nothing() -> None:
-    rows = pl.DataFrame({"prompt_id": [f"p{n}" for n in range(30)]})
-    parts = candidates.cut(rows, 4)
-    assert len(parts) == 4
-    assert sorted(p for part in parts for p in part["prompt_id"]) == sorted(rows["prompt_id"])

@@ -27,7 +27,7 @@ def frame(rows: dict[str, str], role: str = "user") -> pl.LazyFrame:
 
 
 def faulty(rows: dict[str, str], **changes: Any) -> dict[str, str]:
-    found = prompt_filters.faulty(frame(rows), BuildPairsConfig.model_validate(changes))
+    found = prompt_filters.dropped_prompts(frame(rows), BuildPairsConfig.model_validate(changes))
     return dict(found.select("prompt_id", "reason").iter_rows())
 
 
@@ -83,7 +83,7 @@ def test_contamination_by_shared_ngrams(tmp_path: Path, kind: str) -> None:
     expected = {"hit": "contaminated", **({} if kind == "jsonl" else {"whole": "contaminated"})}
     assert faulty(rows, contamination=(str(path),)) == expected
     assert set(faulty(rows, contamination=(str(path),), contamination_ngram=12)) >= {"hit", "miss"}
-    detail = prompt_filters.faulty(frame(rows), BuildPairsConfig(contamination=(str(path),))).filter(
+    detail = prompt_filters.dropped_prompts(frame(rows), BuildPairsConfig(contamination=(str(path),))).filter(
         pl.col("prompt_id") == "hit"
     )
     assert " ".join(words[5:18]) in detail["detail"].item()

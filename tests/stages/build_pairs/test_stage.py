@@ -17,8 +17,8 @@ from prefpipe.ids import content_id, ids_digest
 from prefpipe.runs import store, tables
 from prefpipe.schemas import Completion, Message, Pair, Prompt, RefLogps, Reward, to_table
 from prefpipe.stages import build_pairs
-from prefpipe.stages.build_pairs import candidates
-from tests.conftest import ROOT, Cli
+from prefpipe.stages.build_pairs import candidates, partitions
+from tests.conftest import ROOT, Call, Cli
 from tests.stages.build_pairs import runs
 from tests.stages.build_pairs.runs import Row, build, ids_of, ledger_of, logps_of, pairs_of, run_of
 
@@ -96,7 +96,7 @@ def test_every_completion_prompt_and_pair_goes_on_or_stands_in_the_ledger(
     # Two prompts always have a pair, labels of both kinds and a group.
     rows = [*rows, *(Row(p, f"{p}{x}", float(x), f"{p} {x}") for p in "yz" for x in (0, 1))]
     place = tmp_path_factory.mktemp("runs")
-    totals = build(place / "o", run_of(place / "g", rows), **changes)["totals"]
+    totals = build(place / "o", run_of(place / "g", rows), **runs.fitting(changes))["totals"]
     ledger = Counter(d.reason for d in ledger_of(place / "o"))
     assert totals["dropped"] == dict(sorted(ledger.items()))
     levels = totals["levels"]
@@ -138,7 +138,7 @@ def test_partitions_change_only_how_the_rows_are_cut(
     run = run_of(tmp_path / "g", MANY, shards=3)
     manifest = build(tmp_path / "one", run, **changes)
     monkeypatch.setattr(candidates, "_ROWS_PER_PARTITION", 10)
-    monkeypatch.setattr(candidates, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(partitions, "_BYTES_AT_ONCE", 1)
     several = build(tmp_path / "five", run, **changes)
     for name in ("levels", "dropped", "completions", "prompts"):
         assert several["totals"][name] == manifest["totals"][name]
@@ -310,9 +310,6 @@ def test_duplicate_prompts_are_dropped_with_their_completions(tmp_path: Path) ->
 def test_a_subset_needs_its_log_probs_and_names_the_command(tmp_path: Path) -> None:
     rows = [Row(f"p{p}", f"p{p}{n}", float(n), f"t{n}", num_tokens=3 + n) for p in range(8) for n in (0, 1)]
     run = run_of(tmp_path / "g", rows)
-    with pytest.raises(UsageError, match="needs log-probs of a trained policy") as caught:
-        build(tmp_path / "o", run, subset="small-implicit-gap")
-    assert "prefpipe score" in caught.value.hint
     policy = run_of(tmp_path / "t", rows, reference="weights:trained", name=None, scale=0.2)
     totals = build(tmp_path / "s", run, policy_logps=(str(policy),), subset="small-implicit-gap", subset_share=0.5)[
         "totals"
@@ -445,8 +442,6 @@ def test_inputs_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="no dataset 'rewards/mine:f'") as caught:
         build(tmp_path / "o", run)
     assert "rewards/other:f" in caught.value.hint
-    with pytest.raises(UsageError, match="TRL has no trainer for ranked groups"):
-        build(tmp_path / "o", run, output="groups", format="trl")
 
 
 def test_a_complete_run_is_left_alone_and_other_settings_are_refused(tmp_path: Path) -> None:
@@ -455,32 +450,42 @@ def test_a_complete_run_is_left_alone_and_other_settings_are_refused(tmp_path: P
     before = contents(tmp_path / "o")
     assert build(tmp_path / "o", run) == first
     assert contents(tmp_path / "o") == before
-    with pytest.raises(UsageError, match=r"min_gap: 0\.5 there, 0\.1 now"):
-        build(tmp_path / "o", run, min_gap=0.1)
+    with pytest.raises(UsageError, match="pairs_per_prompt: 1 there, 2 now"):
+        build(tmp_path / "o", run, pairs_per_prompt=2)
 
 
-def test_strict_turns_a_warning_into_exit_3(tmp_path: Path, cli: Cli) -> None:
-    """Two pairs are few: D6 warns. The run is complete either way, and says the same when it is asked again."""
+def test_strict_turns_a_warning_into_exit_3(tmp_path: Path, call: Call) -> None:
+    """One pair is few: D6 warns. The run is complete either way, and says the same when it is asked again."""
     run = run_of(tmp_path / "g", GOOD)
-    command = [
-        "build-pairs",
-        "--completions",
-        run,
-        "--reward",
-        runs.REWARD,
-        "--gap-filter",
-        "none",
-        "--out",
-        tmp_path / "o",
-    ]
-    plain = cli(*command)
-    assert plain.returncode == 0, plain.stderr
-    assert "1 pairs from 2 completions of 1 prompts" in plain.stdout
-    assert "D6  WARN    size                 1 pairs" in plain.stdout
-    strict = cli(*command, "--strict")
-    assert strict.returncode == 3
-    assert "error: the data report warns: " in strict.stderr
-    assert "D6" in strict.stderr
+    for out, flags in (("plain", ()), ("strict", ("--strict",)), ("plain", ("--strict",)), ("strict", ())):
+        done = call(
+            "build-pairs", "--completions", run, "--reward", runs.REWARD, "--gap-filter", "none", *flags,
+            "--out", tmp_path / out,
+        )  # fmt: skip
+        assert done.code == (3 if flags else 0), done.stderr
+        assert (tmp_path / out / "manifest.json").exists()
+        if flags:
+            assert "D6  WARN    size                 1 pairs" in done.stderr
+            error, hint = done.stderr.strip().splitlines()[-2:]
+            assert error == "error: the data report warns: D2, D6, D7, D11, D13"
+            assert hint == f"hint: see {tmp_path / out}/data_report.json, or leave out --strict"
+
+
+def test_strict_has_nothing_to_say_without_a_warning(tmp_path: Path, call: Call) -> None:
+    """Labels have one check, D12, and no warning."""
+    run = run_of(tmp_path / "g", [Row(p, f"{p}{n}", float(n), f"{p} {n}") for p in "pq" for n in (0, 1)])
+    command = ("build-pairs", "--completions", run, "--reward", runs.REWARD, "--output", "labels", "--strict")
+    done = call(*command, "--out", tmp_path / "o")
+    assert done.code == 0, done.stderr
+
+
+def test_a_setting_that_the_rule_does_not_read_is_refused_on_the_command_line(tmp_path: Path, call: Call) -> None:
+    done = call(
+        "build-pairs", "--completions", tmp_path, "--rule", "best-worst", "--rule-gap", 0.1, "--out", tmp_path / "o"
+    )
+    assert done.code == 2
+    assert "rule_gap = 0.1 is read only with rule = all-above-gap or smallest-gap" in done.stderr
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_summary_counts_every_level(tmp_path: Path) -> None:
@@ -508,7 +513,7 @@ def test_bad_input_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
 
 def test_every_reason_is_documented() -> None:
     """Names of reasons in the code and in docs/pair-rules.md are the same."""
-    code = "".join(p.read_text() for p in (ROOT / "prefpipe" / "build_pairs").glob("*.py"))
+    code = "".join(p.read_text() for p in (ROOT / "prefpipe" / "stages" / "build_pairs").glob("*.py"))
     page = (ROOT / "docs" / "pair-rules.md").read_text().partition("## Reasons in the ledger")[2]
     named = set(re.findall(r'then\(pl\.lit\("(\w+)"\)\)', code)) | set(re.findall(r'reason=pl\.lit\("(\w+)"\)', code))
     assert len(named) > 20

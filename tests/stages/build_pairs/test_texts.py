@@ -1,6 +1,5 @@
 """What is read from texts, by hand and against plain Python."""
 
-import re
 import sys
 from unicodedata import normalize
 
@@ -9,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefpipe.config.rewards import Refusal, Repetition
 from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.rewards import text_rules
+from prefpipe.rewards.base import Answer
 from prefpipe.stages.build_pairs import texts
 
 
@@ -20,29 +22,17 @@ def test_normal_form_is_nfc_without_spaces_around(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "refuses"),
     [
-        "I'm sorry, but I can't help with that.", "I\u2019m very sorry to hear that", "As an AI, I have no views.",
-        "Sorry, but I cannot do this", "I cannot assist with that request.", "I am not able to provide this.",
-        "Unfortunately, I can't help you.", "  I apologize, but no.", "\"I won't write that.\"",
+        ("I'm sorry, but I can't help with that.", True), ("I\u2019m sorry, but no", True),
+        ("Unfortunately, I can't help you.", True), ("I can help.", False),
+        ("The sorry state of it: I'm sorry was all he said.", False), ("x" * 200 + " I cannot do that.", False),
     ],
 )  # fmt: skip
-def test_refusals(text: str) -> None:
-    assert pl.Series([text]).str.contains(texts.REFUSAL).item()
-    assert re.search(texts.REFUSAL, text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I can help.",
-        "The sorry state of it: I'm sorry was all he said.",
-        "I can't believe it!",
-        "As an AI grows, so does cost.",
-    ],
-)
-def test_what_is_no_refusal(text: str) -> None:
-    assert bool(re.search(texts.REFUSAL, text)) is text.startswith("As an AI")
+def test_a_refusal_is_what_the_reward_calls_one(text: str, refuses: bool) -> None:
+    rate = text_rules.refusal(Refusal())
+    (scored,) = rate([Answer([], text, None)])
+    assert texts.is_refusal(text) is refuses is (scored.reward == 0)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +54,12 @@ def test_repetition_by_hand() -> None:
     assert texts.repetition("one two three four five six") == 0.0
     assert texts.repetition("one one one") == 0.0
     assert texts.repetition("") == 0.0
+
+
+@given(st.lists(st.sampled_from("abA"), max_size=12).map(" ".join))
+def test_repetition_is_what_the_reward_of_four_words_takes_off(text: str) -> None:
+    (scored,) = text_rules.repetition(Repetition(n=4))([Answer([], text, None)])
+    assert texts.repetition(text) == pytest.approx(1 - (scored.reward or 0.0))
 
 
 def test_ngrams_of_a_short_text_are_the_text() -> None:
