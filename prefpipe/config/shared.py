@@ -12,6 +12,7 @@ REWARD_NAMES = tuple(rewards.KINDS)
 
 
 IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
+JSON_SUFFIXES = (".jsonl", ".json")  # files with one JSON object per line
 
 
 def _check_reward(name: str, info: ValidationInfo) -> str:
