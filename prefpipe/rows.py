@@ -1,14 +1,27 @@
-"""What a row of any dataset is made of: its key, its completions, its reference columns."""
+"""The parts of a row of any dataset: its key, its completions, its reference log-probs. No other module builds or
+checks them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from prefpipe.errors import DataError, IdentityError
+from prefpipe.ids import ids_digest
 from prefpipe.schemas import Completion, KlBank, Label, Pair, Prompt, RankedGroup, RefLogps
 
-Logps = Mapping[str, RefLogps]
+Logps = Mapping[str, RefLogps]  # by completion_id; of a row of the KL bank, by bank_id
 PREFERENCES: dict[str, type] = {"pairs": Pair, "labels": Label, "kl_bank": KlBank, "groups": RankedGroup}
 ROW_TYPES: dict[str, type] = {"prompts": Prompt, "completions": Completion, **PREFERENCES}
+
+
+class CompletionIds(NamedTuple):
+    """The token ids of a completion in a row. `key` is its completion_id; in the KL bank, where the prompt is another
+    one's, the bank_id."""
+
+    key: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    digest: str
 
 
 def key_column(row_type: type) -> str:
@@ -17,31 +30,33 @@ def key_column(row_type: type) -> str:
 
 
 def key_of(row: Any) -> str:
-    """What identifies a row in its dataset."""
+    """The value that identifies a row in its dataset."""
     return getattr(row, key_column(type(row)))
 
 
-_Parts = tuple[str, list[int], list[int], str]  # id, prompt ids, completion ids, digest
+def completions_of(row: Any) -> list[CompletionIds]:
+    """The completions of a row, in the order of its columns; a prompt has none."""
+    return _COMPLETIONS[type(row)](row)
 
 
-def _of_pair(row: Pair) -> list[_Parts]:
+def _of_pair(row: Pair) -> list[CompletionIds]:
     prompt = row.prompt_token_ids
     return [
-        (row.chosen_completion_id, prompt, row.chosen_token_ids, row.chosen_ids_digest),
-        (row.rejected_completion_id, prompt, row.rejected_token_ids, row.rejected_ids_digest),
+        CompletionIds(row.chosen_completion_id, prompt, row.chosen_token_ids, row.chosen_ids_digest),
+        CompletionIds(row.rejected_completion_id, prompt, row.rejected_token_ids, row.rejected_ids_digest),
     ]
 
 
-def _of_one(row: Completion | Label | KlBank) -> list[_Parts]:
-    return [(key_of(row), row.prompt_token_ids, row.token_ids, row.ids_digest)]
+def _of_one(row: Completion | Label | KlBank) -> list[CompletionIds]:
+    return [CompletionIds(key_of(row), row.prompt_token_ids, row.token_ids, row.ids_digest)]
 
 
-def _of_group(row: RankedGroup) -> list[_Parts]:
+def _of_group(row: RankedGroup) -> list[CompletionIds]:
     columns = zip(row.completion_ids, row.token_ids, row.ids_digests, strict=True)
-    return [(name, row.prompt_token_ids, ids, digest) for name, ids, digest in columns]
+    return [CompletionIds(key, row.prompt_token_ids, ids, digest) for key, ids, digest in columns]
 
 
-_PARTS: dict[type, Callable[[Any], list[_Parts]]] = {
+_COMPLETIONS: dict[type, Callable[[Any], list[CompletionIds]]] = {
     Pair: _of_pair,
     RankedGroup: _of_group,
     **dict.fromkeys((Completion, Label, KlBank), _of_one),
@@ -49,31 +64,60 @@ _PARTS: dict[type, Callable[[Any], list[_Parts]]] = {
 }
 
 
-def parts_of(row: Any) -> list[_Parts]:
-    """(id, prompt ids, token ids, digest) of every completion of a row, in its order; none of a prompt."""
-    return _PARTS[type(row)](row)
+def check_ids(row: Any, source: object) -> None:
+    """Raise IdentityError when the token ids of a row are not those that its digests were made of. `source` is where
+    the row was read."""
+    for key, prompt, ids, digest in completions_of(row):
+        if ids_digest(prompt, ids) != digest:
+            raise IdentityError(
+                f"{source}: the token ids of {key} do not match their digest (ids_digest)",
+                "the rows were edited or shuffled: make them again with the command that wrote them",
+            )
 
 
-def filled(row: Any, logps: Logps) -> Any:
-    """A row with its reference values, where it has such columns and they were scored."""
+def logps_of_other_ids(completion_ids: Sequence[str], source: object) -> IdentityError:
+    """The error for log-probs whose digest is not that of the completions that they shall belong to."""
+    return IdentityError(
+        f"{source}: the log-probs of {len(completion_ids)} completions were made for other token ids (first: "
+        f"completion {completion_ids[0]})",
+        "score these completions again: prefpipe score --inputs DIR --out NEW",
+    )
+
+
+def one_reference(references: Iterable[str | None]) -> str | None:
+    """The reference of all log-probs, None where there are none. Raises DataError for two: their values never mix."""
+    names = sorted({name for name in references if name is not None})
+    if len(names) > 1:
+        raise DataError(
+            f"the inputs hold log-probs of {len(names)} references: {', '.join(names)}",
+            "pass inputs with one reference at a time",
+        )
+    return names[0] if names else None
+
+
+def ref_logps(completion_id: str, digest: str, token_logps: list[float], *, reference: str, scorer: str) -> RefLogps:
+    """A row of reference log-probs. `digest` is the ids_digest of the completion, `token_logps` (nats) has a value for
+    each of its tokens."""
+    return RefLogps(completion_id, reference, scorer, digest, token_logps, sum(token_logps), len(token_logps))
+
+
+def with_ref_logps(row: Any, logps: Logps) -> Any:
+    """A row with its reference columns filled from `logps`. A row without such columns comes back as it is, and so does
+    every row when nothing was scored."""
     if not logps or isinstance(row, Prompt | Completion):
         return row
+    scored = [logps[key] for key, *_ in completions_of(row)]
+    sums, tokens = [r.ref_logps for r in scored], [r.token_logps for r in scored]
+    names = {"reference": scored[0].reference, "scorer": scored[0].scorer}
     if isinstance(row, Pair):
-        chosen, rejected = logps[row.chosen_completion_id], logps[row.rejected_completion_id]
         return replace(
             row,
-            ref_chosen_logps=chosen.ref_logps,
-            ref_rejected_logps=rejected.ref_logps,
-            ref_chosen_token_logps=chosen.token_logps,
-            ref_rejected_token_logps=rejected.token_logps,
-            reference=chosen.reference,
-            scorer=chosen.scorer,
+            ref_chosen_logps=sums[0],
+            ref_rejected_logps=sums[1],
+            ref_chosen_token_logps=tokens[0],
+            ref_rejected_token_logps=tokens[1],
+            **names,
         )
     if isinstance(row, RankedGroup):
-        own = [logps[name] for name in row.completion_ids]
-        values: tuple[Any, Any] = [r.ref_logps for r in own], [r.token_logps for r in own]
-        found = own[0]
-    else:
-        found = logps[row.bank_id if isinstance(row, KlBank) else row.completion_id]
-        values = found.ref_logps, found.token_logps
-    return replace(row, ref_logps=values[0], ref_token_logps=values[1], reference=found.reference, scorer=found.scorer)
+        return replace(row, ref_logps=sums, ref_token_logps=tokens, **names)
+    return replace(row, ref_logps=sums[0], ref_token_logps=tokens[0], **names)

@@ -1,5 +1,6 @@
 """Settings of `prefpipe score`."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -47,9 +48,20 @@ class ScoreConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
-        scores = self.engine == "vllm" or (
-            self.engine == "transformers" and self.check > 0
-        )  # by vLLM, or checked with it
-        own = self.gpu_memory_utilization if scores and self.reference == "policy" else None
-        check_gpu_memory(own, self.rewards, self.reward_settings)
+        checked_with_vllm = self.engine == "transformers" and self.check > 0
+        uses_vllm = self.reference == "policy" and (self.engine == "vllm" or checked_with_vllm)
+        check_gpu_memory(self.gpu_memory_utilization if uses_vllm else None, self.rewards, self.reward_settings)
         return self
+
+    @model_validator(mode="after")
+    def _adds_something(self) -> Self:
+        """Foreign files are worth reading without scores: their rows become ours."""
+        runs_only = bool(self.inputs) and not any(map(_is_file, self.inputs))
+        if runs_only and self.reference == "none" and not self.rewards:
+            raise ValueError("nothing to do: no reference and no rewards; pass --rewards NAME, or --reference policy")
+        return self
+
+
+def _is_file(source: str) -> bool:
+    """Whether an input is a file by its name; any other is a run directory."""
+    return source.startswith("hf://") or Path(source).suffix in (*shared.JSON_SUFFIXES, ".parquet")

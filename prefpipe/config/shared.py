@@ -9,7 +9,8 @@ from prefpipe.config.base import PATH, RUNTIME, suggestion
 
 DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
 REWARD_NAMES = tuple(rewards.KINDS)
-IMPORTED_REWARD = "rating"  # the dataset of ratings that `score` imports with foreign answers
+IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
+JSON_SUFFIXES = (".jsonl", ".json")  # files with one JSON object per line
 
 
 def _check_reward(name: str, info: ValidationInfo) -> str:

@@ -1,1 +1,1 @@
-"""Work through an engine: prompts to completions, completions to log-probs, shard by shard."""
+"""Prompts to completions and completions to log-probs, shard by shard through an engine."""

@@ -1,13 +1,13 @@
-"""What the engine was working on when it died: the record that finds the one thing that kills it.
+"""Which requests were in the engine when it died: the record that finds the one request that kills it.
 
-OUT/inflight.log has a line when something (the key of a prompt to sample, or of a completion to score) enters the
-engine, when it leaves it, and when an attempt ends. What was inside when an attempt ended without a word is under
-suspicion and runs alone the next time. Alone, an engine that fails convicts it at once; a process that vanishes (which
-may have been anybody's kill -9) convicts it the second time.
+OUT/inflight.log has a line when a request (by its key: that of a prompt to sample, or of a completion to score) enters
+the engine, when it leaves the engine, and when an attempt starts or ends. Requests that were inside when the process or
+the engine died are suspects, and run alone the next time. An engine that fails on a suspect alone convicts it at once;
+a process that vanishes (which may have been anybody's kill -9) convicts it the second time.
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,32 +20,36 @@ from prefpipe.runs.fsio import Appender
 T = TypeVar("T")
 _NAME = "inflight.log"
 _CONVICTED = 2
-# What the end of an attempt says against a key that was alone in the engine. A new start without an end before it:
-# the process was gone in between.
+# Charges against a request that ran alone, by how the attempt ended. A start that follows no end: the process vanished.
 _ENDS = {"stopped": 0, "start": 1, "died": _CONVICTED}
 
 
 @dataclass
 class Inflight:
-    """Earlier attempts as they stand in the log, and the present one. `killers` never run again in this directory."""
+    """Earlier attempts as they stand in the log, and the present one.
+
+    suspects: keys of requests that were inside at a death, in the order in which they entered
+    killers: keys of requests that are convicted; they never run again in this directory
+    inside: keys of the requests that the engine works on now
+    """
 
     path: Path
     suspects: list[str]
     killers: list[str]
-    open: dict[str, None] = field(default_factory=dict)
+    inside: dict[str, None] = field(default_factory=dict)
     _log: Appender | None = None
 
     @classmethod
     def load(cls, out: Path) -> "Inflight":
-        """What earlier attempts left behind."""
+        """Read the log of earlier attempts in a run directory."""
         path = out / _NAME
-        deaths, alone = _read(path)
-        killers = [i for i, count in alone.items() if count >= _CONVICTED]
-        return cls(path, [i for i in deaths if i not in killers], killers)
+        suspects, charges = _read(path)
+        killers = [key for key, count in charges.items() if count >= _CONVICTED]
+        return cls(path, [key for key in suspects if key not in killers], killers)
 
     @contextmanager
     def recording(self) -> Generator[None]:
-        """Record an attempt; any end but the death of the process or of the engine clears what is inside."""
+        """Record an attempt. Any end but the death of the process or of the engine clears the requests inside."""
         with fsio.appender(self.path) as log:
             self._log = log
             log("start")
@@ -57,29 +61,30 @@ class Inflight:
             log("stopped")
 
     def take(self, key: str, *, alone: bool) -> None:
-        """A prompt or completion enters the engine."""
-        self.open[key] = None
+        """A request enters the engine."""
+        self.inside[key] = None
         self._write(f"{'alone' if alone else 'take'} {key}")
 
     def done(self, key: str) -> None:
-        """It leaves the engine."""
-        self.open.pop(key, None)
+        """A request leaves the engine."""
+        self.inside.pop(key, None)
         self._write(f"done {key}")
 
-    def entering(self, things: Iterable[T], key: Callable[[T], str], *, alone: bool) -> Iterator[T]:
-        """What an engine is given, on record as it is taken."""
-        for thing in things:
-            self.take(key(thing), alone=alone)
-            yield thing
+    def entering(self, requests: Iterable[tuple[str, T]], *, alone: bool) -> Iterator[T]:
+        """The requests of (key, request), each recorded when the engine takes it."""
+        for key, request in requests:
+            self.take(key, alone=alone)
+            yield request
 
     def died(self) -> None:
-        """The engine failed with what is inside."""
+        """The engine failed while it worked on the requests inside."""
         self._write("died")
 
     def watch(self, results: Iterator[T], things: str) -> Iterator[T]:
-        """What an engine yields. Raises PrefpipeError, and records it, when the engine fails; our own errors pass.
+        """The results of an engine. An exception of the engine is recorded as its death and raised as PrefpipeError; a
+        PrefpipeError passes.
 
-        `things` says for the message what the engine works on: prompts, completions.
+        `things` is the word for several requests in the message: prompts, completions.
         """
         while True:
             try:
@@ -91,16 +96,16 @@ class Inflight:
             except Exception as error:
                 self.died()
                 raise PrefpipeError(
-                    f"the engine died while it worked on {len(self.open)} {things}: {type(error).__name__}: {error}",
+                    f"the engine died while it worked on {len(self.inside)} {things}: {type(error).__name__}: {error}",
                     f"run the same command again: these {things} run first, one at a time, and one that kills the "
                     "engine again goes to dropped.parquet",
                 ) from error
             yield result
 
     def close(self) -> None:
-        """The run is whole: only the killers are kept, for the day a shard must be made again."""
+        """The run is whole. Only the killers stay on record, for the day when a shard must be made again."""
         if self.killers:
-            fsio.write_text(self.path, "".join(f"killer {i}\n" for i in self.killers))
+            fsio.write_text(self.path, "".join(f"killer {key}\n" for key in self.killers))
         else:
             fsio.remove(self.path)
 
@@ -110,8 +115,8 @@ class Inflight:
 
 
 def _read(path: Path) -> tuple[dict[str, None], Counter[str]]:
-    """(what was inside at a bad end, how heavily each is charged); a torn last line is ignored."""
-    inside: dict[str, bool] = {}
+    """(keys inside at a death, charges by key). A torn last line is ignored."""
+    inside: dict[str, bool] = {}  # key -> whether it was alone
     suspects: dict[str, None] = {}
     charges: Counter[str] = Counter()
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
@@ -124,8 +129,8 @@ def _read(path: Path) -> tuple[dict[str, None], Counter[str]]:
         elif word == "killer":
             charges[key] = _CONVICTED
         elif word in _ENDS:
-            weight = _ENDS[word]
-            suspects |= dict.fromkeys(inside) if weight else {}
-            charges.update({i: weight for i, alone in inside.items() if alone})
+            if _ENDS[word]:
+                suspects |= dict.fromkeys(inside)
+            charges.update({key: _ENDS[word] for key, alone in inside.items() if alone})
             inside.clear()
     return suspects, charges

@@ -1,4 +1,4 @@
-"""How far two scorers are apart on the same rows: every cache of log-probs carries such a report, parity.json."""
+"""How far two scorers differ on the same completions. Every cache of log-probs carries this report, parity.json."""
 
 import hashlib
 import heapq
@@ -10,8 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from prefpipe import engines, log
-from prefpipe.engines import base
-from prefpipe.engines.base import EngineSettings
+from prefpipe.engines.base import EngineSettings, ScoreRequest
 
 OTHER = {"vllm": "transformers", "transformers": "vllm", "fake": "fake"}
 _BUCKETS = (64, 256, 1024)  # tokens in a completion, inclusive
@@ -20,36 +19,40 @@ _SIGNED, _ABSOLUTE = 0.01, {"float32": 0.001, "float16": 0.1, "bfloat16": 0.1}  
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A completion with the log-probs in the cache."""
+class CachedLogps:
+    """A completion with its cached log-probs: nats, one per token."""
 
-    sequence: base.ScoreRequest
+    request: ScoreRequest
     token_logps: Sequence[float]
 
 
 def pick(completion_ids: Iterable[str], count: int, seed: int) -> set[str]:
-    """`count` random ids (all, if there are fewer): by hash, so that order and sharding do not matter."""
+    """`count` random ids, or every id if there are fewer: by hash, so that order and sharding do not matter."""
     return set(heapq.nsmallest(count, completion_ids, key=lambda name: _hash(f"{seed}/{name}")))
 
 
 def check(
-    rows: Sequence[Checked], engine: str, scorer: str, settings: EngineSettings, *, adapter: bool
+    cached: Sequence[CachedLogps], engine: str, scorer: str, settings: EngineSettings, *, adapter: bool
 ) -> dict[str, Any]:
-    """Score rows again with the other engine and compare; a report that says why not, where it is not installed or
-    fails: the cache is whole without it, and a run of hours does not end with an error of a second engine."""
+    """Score completions again with the other engine and compare; the report for parity.json.
+
+    If the second engine is missing or fails, the report says why and the run continues: parity is a check, not an
+    input. `engine` and `scorer` made the cache; `adapter` says whether the adapter was on.
+    """
     other = OTHER[engine]
-    missing = next((m for m in ((other,) if other != "fake" else ()) if importlib.util.find_spec(m) is None), None)
-    if missing is not None or not rows:
-        return _not_checked(scorer, f"the other scorer, {other}, is not installed" if rows else "no row was scored")
-    log.info(f"checking {len(rows)} rows with the other scorer, {other}")
-    ordered = sorted(rows, key=lambda r: r.sequence.prompt_token_ids)
+    if not cached:
+        return _not_checked(scorer, "no row was scored")
+    if other != "fake" and importlib.util.find_spec(other) is None:
+        return _not_checked(scorer, f"the other scorer, {other}, is not installed")
+    log.info(f"checking {len(cached)} rows with the other scorer, {other}")
+    requests = sorted((c.request for c in cached), key=lambda request: request.prompt_token_ids)
     try:
         with engines.load(other, settings) as second:
-            fresh = dict(second.score((r.sequence for r in ordered), adapter=adapter))
+            fresh = dict(second.score(requests, adapter=adapter))
             names = {"scorer": scorer, "other": second.scorer}
     except Exception as error:
         return _not_checked(scorer, f"the other scorer, {other}, failed: {type(error).__name__}: {error}")
-    report = {**names, **compare(rows, fresh, settings.dtype)}
+    report = {**names, **compare(cached, fresh, settings.dtype)}
     if not report["agrees"]:
         log.warn(f"{scorer} and {names['other']} disagree: {report['summary']}")
     return report
@@ -60,15 +63,18 @@ def _not_checked(scorer: str, reason: str) -> dict[str, Any]:
     return {"rows": 0, "scorer": scorer, "not_checked": reason}
 
 
-def compare(rows: Sequence[Checked], fresh: Mapping[str, Sequence[float]], dtype: str) -> dict[str, Any]:
-    """Differences (fresh minus cached, nats) per token and per completion, overall and by length, and what they mean.
+def compare(cached: Sequence[CachedLogps], fresh: Mapping[str, Sequence[float]], dtype: str) -> dict[str, Any]:
+    """Differences (fresh minus cached, nats) per token and per completion, over everything and by length, and how far
+    they move a margin. `fresh` has the log-probs of the second engine by completion_id.
 
     A pair's implicit margin is beta * ((logp_c - ref_c) - (logp_r - ref_r)): with independent errors of standard
     deviation s per completion it moves by beta * s * sqrt(2). Thresholds per token are those of the step-0 audit.
     """
-    deltas = [[b - a for a, b in zip(row.token_logps, fresh[row.sequence.completion_id], strict=True)] for row in rows]
-    tokens = _moments([d for own in deltas for d in own])
-    sums = _moments([sum(own) for own in deltas])
+    deltas = [
+        [new - old for old, new in zip(c.token_logps, fresh[c.request.completion_id], strict=True)] for c in cached
+    ]
+    tokens = _moments([delta for completion in deltas for delta in completion])
+    sums = _moments([sum(completion) for completion in deltas])
     shift = _BETA * sums["sd"] * math.sqrt(2)
     limit = max(_SIGNED, 4 * 0.055 / math.sqrt(max(1, tokens["count"])))
     agrees = abs(tokens["mean"]) <= limit and tokens["mean_absolute"] <= _ABSOLUTE[dtype]
@@ -77,7 +83,7 @@ def compare(rows: Sequence[Checked], fresh: Mapping[str, Sequence[float]], dtype
         f"{tokens['largest']:.4f}); at beta {_BETA} a pair's margin moves by about {shift:.4f}"
     )
     return {
-        "rows": len(rows),
+        "rows": len(cached),
         "agrees": agrees,
         "summary": summary,
         "per_token": tokens,
@@ -89,7 +95,7 @@ def compare(rows: Sequence[Checked], fresh: Mapping[str, Sequence[float]], dtype
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
-    """The report for people."""
+    """The report as lines for the terminal."""
     if "not_checked" in report:
         return [f"  parity: not checked, {report['not_checked']}"]
     buckets = [
@@ -101,14 +107,15 @@ def table(report: Mapping[str, Any]) -> list[str]:
 
 
 def _by_length(deltas: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """Moments of the differences per completion, for each bucket of lengths that has a completion."""
     edges = [0, *_BUCKETS, math.inf]
-    found: list[dict[str, Any]] = []
+    buckets: list[dict[str, Any]] = []
     for low, high in pairwise(edges):
-        own = [sum(d) for d in deltas if low < len(d) <= high]
-        if own:
+        sums = [sum(completion) for completion in deltas if low < len(completion) <= high]
+        if sums:
             name = f"{low + 1}-{high}" if high < math.inf else f"over {low}"
-            found.append({"tokens": name, **_moments(own)})
-    return found
+            buckets.append({"tokens": name, **_moments(sums)})
+    return buckets
 
 
 def _moments(values: Sequence[float]) -> dict[str, Any]:

@@ -1,20 +1,20 @@
-"""Prompts to an engine to committed shards, for generate and evaluate. Nothing is sampled twice."""
+"""The sampling that `generate` and `evaluate` share: prompts -> engine -> committed shards, nothing twice."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefpipe import clock, engines, log
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.engines.base import Engine, EngineSettings
+from prefpipe.engines.base import Draw, Engine, EngineSettings
 from prefpipe.errors import DataError, RowFault, UsageError
-from prefpipe.ids import content_id, ids_digest
+from prefpipe.ids import content_id, ids_digest, sample_seed
 from prefpipe.inference import sampling
 from prefpipe.inference.inflight import Inflight
-from prefpipe.inference.sampling import Prepare, Ready, Sampled, Shard, Work
+from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
 from prefpipe.inputs.prompts import Prompts, read_prompts
 from prefpipe.models.chat import Chat, encode_prompt, load_chat, notices, stop_ids
 from prefpipe.models.policy import Policy, context_length, resolve
@@ -26,13 +26,20 @@ from prefpipe.schemas import Dropped, Prompt, to_table
 
 _SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 16, 512
 Config = GenerateConfig | EvaluateConfig
+Commit = Callable[[SampledShard, Engine], None]  # writes a whole shard; the engine that sampled it still runs
 
 
 @dataclass(frozen=True)
 class Task:
-    """The prompts of a run, what answers them, what rates the answers, and what identifies all that.
+    """What a run samples, with which policy, and how the completions are rated.
 
-    `stop_token_ids` end a completion beside the model's own.
+    prompts: the prompts of this run
+    repeated: ledger rows of the prompts that the file has more than once
+    policy: the model with its adapter
+    chat: its tokenizer and chat template
+    rewards: reward functions by name
+    inputs: identity of each input, by name, for the fingerprint of the run
+    stop_token_ids: token ids that end a completion beside the model's own
     """
 
     prompts: Prompts
@@ -45,7 +52,10 @@ class Task:
 
 
 def read_task(config: Config, reward_names: Sequence[str]) -> Task:
-    """Read and identify everything that sampling needs, before the output directory is touched."""
+    """Read and identify everything that sampling needs, before the output directory is touched.
+
+    Raises UsageError without prompts, and whatever prompts, model, chat template or rewards raise.
+    """
     if not config.prompts:
         raise UsageError("no prompts given", "pass --prompts FILE (JSONL or Parquet)")
     prompts_file = Path(config.prompts)
@@ -60,29 +70,30 @@ def read_task(config: Config, reward_names: Sequence[str]) -> Task:
     return Task(_part(prompts, config.part), repeated, policy, chat, functions, inputs, stops)
 
 
-def run_shards(run: Run, task: Task, config: Config, work: Work) -> int:
-    """Sample every prompt that has no committed shard yet; returns the number of shards of the run."""
+def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], draws: Draws, commit: Commit) -> int:
+    """Sample and commit every shard that lacks one of `datasets`, then the ledger. Returns the number of shards of the
+    run."""
     inflight = Inflight.load(run.out)
-    prepare = preparation(task, config, inflight.killers)
+    encode = encoder(task, config, inflight.killers)
     rows = run.saved["shard_rows"] or _fitting_rows(len(task.prompts))
     count = math.ceil(len(task.prompts) / rows)
-    missing = {index for index in range(count) if not work.has(index)}
+    missing = {index for index in range(count) if not all(run.has_part(name, index) for name in datasets)}
     if missing:
-        _check_any(sampling.cut(task.prompts, rows, missing), prepare, fresh=len(missing) == count)
+        _check_any(sampling.cut(task.prompts, rows, missing), encode, fresh=len(missing) == count)
         start = clock.monotonic()
+        expected = sum(min(rows, len(task.prompts) - index * rows) for index in missing)
+        tokens = 0
         settings = engine_settings(task, config, _longest_prompt(config, task.policy) + config.max_tokens)
-        with start_engine(config.engine, settings) as engine, inflight.recording():
-            expected = sum(min(rows, len(task.prompts) - index * rows) for index in missing)
-            with log.progress("sampling", expected, "prompts") as advance:
-                tokens = sampling.sample_shards(
-                    lambda: sampling.cut(task.prompts, rows, missing),
-                    prepare,
-                    engine,
-                    work,
-                    task.chat,
-                    inflight,
-                    advance,
-                )
+        with (
+            start_engine(config.engine, settings) as engine,
+            inflight.recording(),
+            log.progress("sampling", expected, "prompts") as advance,
+        ):
+            for shard in sampling.sample_shards(
+                lambda: sampling.cut(task.prompts, rows, missing), encode, draws, engine, task.chat, inflight, advance
+            ):
+                tokens += sum(len(s.token_ids) for prompt in shard.sampled for s in prompt.samples)
+                commit(shard, engine)
         run.log_timing(event="sampled", tokens=tokens, seconds=round(clock.monotonic() - start, 3))
     dropped = run.gather_dropped(Dropped, to_table(Dropped, task.repeated))
     if dropped:
@@ -91,17 +102,18 @@ def run_shards(run: Run, task: Task, config: Config, work: Work) -> int:
     return count
 
 
-def preparation(task: Task, config: Config, killers: Sequence[str] = ()) -> Prepare:
-    """A function that tokenises a prompt, or raises RowFault with the reason why it cannot be sampled."""
-    most = _longest_prompt(config, task.policy)
+def encoder(task: Task, config: Config, killers: Sequence[str] = ()) -> Encode:
+    """A function that tokenises a prompt, or raises RowFault with the reason why it cannot be sampled. `killers` are
+    the ids of prompts that killed the engine twice."""
+    longest = _longest_prompt(config, task.policy)
     control_tokens = config.special_tokens_in_prompts
 
-    def prepare(prompt: Prompt) -> list[int]:
+    def encode(prompt: Prompt) -> list[int]:
         if prompt.prompt_id in killers:
             raise RowFault("engine_died", "the engine died twice while it worked on this prompt")
-        return encode_prompt(task.chat, prompt.messages, max_tokens=most, control_tokens=control_tokens)
+        return encode_prompt(task.chat, prompt.messages, max_tokens=longest, control_tokens=control_tokens)
 
-    return prepare
+    return encode
 
 
 def engine_settings(task: Task, config: Config, max_model_len: int) -> EngineSettings:
@@ -123,23 +135,33 @@ def engine_settings(task: Task, config: Config, max_model_len: int) -> EngineSet
     )
 
 
-def prompt_key(config: Config, task: Task, ready: Ready) -> str:
-    """What the completions of a prompt have in common: its messages and ids, the policy and how it samples. The id of
-    a completion is a hash of this and its sample_index: num_samples and order are no part of it."""
-    sampling = [
+def sampled_draws(config: Config, prompt: Prompt, indices: range) -> tuple[Draw, ...]:
+    """Completions to sample at the temperature of the run, one for every sample_index in `indices`."""
+    return tuple(Draw(k, sample_seed(config.seed, prompt.prompt_id, k), config.temperature) for k in indices)
+
+
+def prompt_key(config: Config, task: Task, encoded: EncodedPrompt) -> str:
+    """The key that all completions of a prompt share: its messages and ids, the policy and the settings of sampling.
+
+    The id of a completion is a hash of this key and its sample_index: num_samples and order are no part of it.
+    """
+    settings = [
         *(config.engine, config.dtype, config.seed, config.temperature, config.top_p, config.top_k, config.min_p),
         *(config.max_tokens, task.stop_token_ids),
     ]
-    return content_id(ready.prompt.prompt_id, ids_digest(ready.token_ids, ()), task.policy.id, sampling)
+    return content_id(encoded.prompt.prompt_id, ids_digest(encoded.token_ids, ()), task.policy.id, settings)
 
 
-def answers_of(sampled: Sequence[Sampled]) -> list[Answer]:
-    """Every sample with what it answers, the samples of a prompt together."""
+def answers_of(sampled: Sequence[SampledPrompt]) -> list[Answer]:
+    """Every sample as an answer to rate, in the order of `sampled`: the samples of a prompt stand together."""
+    return [answer for prompt in sampled for answer in _answers(prompt)]
+
+
+def _answers(sampled: SampledPrompt) -> list[Answer]:
+    prompt = sampled.encoded.prompt
     return [
-        Answer(p.messages, text, p.answer, p.meta, len(sample.token_ids))
-        for s in sampled
-        for p in [s.ready.prompt]
-        for text, sample in zip(s.texts, s.samples, strict=True)
+        Answer(prompt.messages, text, prompt.answer, prompt.meta, len(sample.token_ids))
+        for text, sample in zip(sampled.texts, sampled.samples, strict=True)
     ]
 
 
@@ -149,14 +171,14 @@ def start_engine(name: str, settings: EngineSettings) -> Engine:
     return engines.load(name, settings)
 
 
-def _check_any(missing: Iterable[Shard], prepare: Prepare, *, fresh: bool) -> None:
-    """Raise DataError when no prompt can be sampled, before an engine starts for nothing; the first that can ends the
-    search. A run that is not fresh has shards already: there may well be none left."""
+def _check_any(missing: Iterable[PromptShard], encode: Encode, *, fresh: bool) -> None:
+    """Raise DataError when no prompt can be sampled, before an engine starts for nothing. The first prompt that can
+    ends the search. A run that is not fresh has shards already: its missing ones may well hold no such prompt."""
     reasons: Counter[str] = Counter()
     detail = ""
     for prompt in (p for _, prompts in missing for p in prompts):
         try:
-            prepare(prompt)
+            encode(prompt)
         except RowFault as fault:
             reasons[fault.reason] += 1
             detail = detail or fault.detail
@@ -181,6 +203,6 @@ def _part(prompts: Prompts, part: str) -> Prompts:
 def _longest_prompt(config: Config, policy: Policy) -> int:
     """max_prompt_tokens, or less where prompt, completion and one token more would not fit into the model's context."""
     context = context_length(policy.directory)
-    return (
-        config.max_prompt_tokens if context is None else min(config.max_prompt_tokens, context - config.max_tokens - 1)
-    )
+    if context is None:
+        return config.max_prompt_tokens
+    return min(config.max_prompt_tokens, context - config.max_tokens - 1)

@@ -1,1 +1,1 @@
-"""What comes from outside: files of prompts and preferences, as rows of ours, tokenised once."""
+"""Files that the user brings: prompts and preferences, read as rows of ours and tokenised once."""

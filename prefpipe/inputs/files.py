@@ -8,14 +8,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prefpipe.config.shared import JSON_SUFFIXES
 from prefpipe.errors import DataError, MissingInputError, UsageError
 
-Placed = tuple[str, dict[str, Any]]  # (file and line, row)
+ForeignRow = tuple[str, dict[str, Any]]  # where it stands (file and line), its columns
 _STREAMED_ROWS = 256
 
 
-def rows(path: str | Path) -> Iterator[Placed]:
-    """(place, row) of a JSONL or Parquet file, or of an hf:// path, as a stream: never the whole file in memory."""
+def rows(path: str | Path) -> Iterator[ForeignRow]:
+    """The rows of a JSONL or Parquet file, or of an hf:// path, as a stream: never the whole file in memory.
+
+    Raises MissingInputError without the file, UsageError for another kind of file, DataError for a damaged one or a
+    line that is not a JSON object.
+    """
     if str(path).startswith("hf://"):
         for number, row in enumerate(remote_rows(str(path))):
             yield f"{path}, row {number}", row
@@ -26,25 +31,31 @@ def rows(path: str | Path) -> Iterator[Placed]:
     if path.suffix == ".parquet":
         for number, row in enumerate(parquet_rows(path)):
             yield f"{path}, row {number}", row
-    elif path.suffix in (".jsonl", ".json"):
-        yield from _json_lines(path)
+    elif path.suffix in JSON_SUFFIXES:
+        yield from _json_rows(path)
     else:
         raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", "give .jsonl or .parquet")
 
 
-def _json_lines(path: Path) -> Iterator[Placed]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, value) of every line that is not blank. Raises DataError for a line that is not JSON."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                value = json.loads(line)
             except ValueError as error:
                 raise DataError(f"{where}: not valid JSON: {error}", "every line is one JSON object") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: not a JSON object", "every line is one JSON object")
-            yield where, row
+            yield where, value
+
+
+def _json_rows(path: Path) -> Iterator[ForeignRow]:
+    for where, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: not a JSON object", "every line is one JSON object")
+        yield where, row
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

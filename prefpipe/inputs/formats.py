@@ -1,4 +1,4 @@
-"""Rows of public datasets, whatever their columns are called, as one thing: a prompt, its answers, their ratings.
+"""Rows of public datasets, whatever their columns are called: a prompt, its answers, their ratings.
 
 | format | columns |
 |---|---|
@@ -11,7 +11,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefpipe.errors import DataError, RowFault
@@ -41,9 +41,16 @@ _UNRATED = ("", "n/a", "none", "null", "nan")
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A prompt and its answers as turns. `ratings` has one number (or None) per answer, or is None where the format has
-    none; `writers` says who wrote each; `label` is that of the label format; `answer` is the expected answer."""
+class AnsweredPrompt:
+    """A row of any format.
+
+    prompt: messages up to the answers
+    answers: the turns of each answer
+    ratings: a number (or None) per answer; None where the format has no ratings
+    writers: per answer the model that wrote it, "" where the row does not say
+    label: desirable or not, in the label format
+    answer: the expected answer
+    """
 
     prompt: Messages
     answers: list[Messages]
@@ -69,28 +76,29 @@ def recognise(row: Row, where: str) -> str:
 
 
 def has_ratings(row: Row, kind: str) -> bool:
-    """Whether a file of this format rates its answers: by the columns of its first row, which may be empty there."""
+    """Whether a file of this format rates its answers, from the columns of its first row; their values may be null."""
     if kind == "preference":
         return any(a in row and b in row for a, b in _SIDES)
     if kind != "list":
         return False
-    answers = row[_first(row, _LISTS) or ""]
-    inside = isinstance(answers, list) and any(isinstance(a, dict) and a.keys() & _INSIDE["rating"] for a in answers)
-    return any(name in row for name in _RATINGS) or inside
+    if any(name in row for name in _RATINGS):
+        return True
+    entries = row[_first(row, _LISTS) or ""]
+    return isinstance(entries, list) and any(isinstance(e, dict) and e.keys() & _INSIDE["rating"] for e in entries)
 
 
-def parse(row: Row, kind: str, where: str) -> Answered:
+def parse(row: Row, kind: str, where: str) -> AnsweredPrompt:
     """A row of a format. Raises DataError for a missing or mistyped field, RowFault for a row that cannot be used."""
     return _PARSERS[kind](row, where)
 
 
 def others(row: Row) -> dict[str, Any]:
-    """The columns that no format reads: they stay with the prompt, for rewards that look at them."""
+    """The columns that no format reads. They stay with the prompt, for rewards that read them."""
     return {name: value for name, value in row.items() if name not in _KNOWN}
 
 
 def messages(value: object, where: str, name: str, role: str) -> Messages:
-    """A field as messages; plain text is one message of `role`. Raises DataError naming the field."""
+    """A field as messages; plain text is one message of `role`. Raises DataError that names the field."""
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if isinstance(value, list) and all(
@@ -105,14 +113,14 @@ def messages(value: object, where: str, name: str, role: str) -> Messages:
 
 
 def field(row: Row, name: str, where: str) -> Any:
-    """A field that must be there."""
+    """The value of a field. Raises DataError where it is missing or null."""
     if row.get(name) is None:
         raise DataError(f"{where}: field '{name}' is missing (fields: {', '.join(row) or 'none'})", f"add '{name}'")
     return row[name]
 
 
 def check_unicode(name: str, *texts: str) -> None:
-    """JSON can hold half of a surrogate pair, which is no text: it has no bytes."""
+    """Raise RowFault for text without bytes: JSON can hold half of a surrogate pair."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
@@ -120,7 +128,8 @@ def check_unicode(name: str, *texts: str) -> None:
 
 
 def answer_turns(prompt: Messages, turns: Messages) -> Messages:
-    """The one assistant turn that answers: many files repeat the prompt in front of it."""
+    """The one assistant turn that answers the prompt, which many files repeat in front of it. Raises RowFault for no
+    turn, for several, and for a turn of somebody else."""
     if turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
     if not turns:
@@ -132,7 +141,7 @@ def answer_turns(prompt: Messages, turns: Messages) -> Messages:
     return turns
 
 
-def _preference(row: Row, where: str) -> Answered:
+def _preference(row: Row, where: str) -> AnsweredPrompt:
     chosen, rejected = (_side(field(row, name, where), where, name) for name in ("chosen", "rejected"))
     if row.get("prompt") is not None:
         prompt = _prompt(row, where)
@@ -140,10 +149,10 @@ def _preference(row: Row, where: str) -> Answered:
         prompt = _shared_turns(chosen, rejected)
     else:
         prompt = messages(field(row, "prompt", where), where, "prompt", "user")
-    names = next((pair for pair in _SIDES if all(n in row for n in pair)), None)
-    ratings = [_number(row[n], where, n) for n in names] if names else None
+    columns = next((pair for pair in _SIDES if all(name in row for name in pair)), None)
+    ratings = [_number(row[name], where, name) for name in columns] if columns else None
     answers = [answer_turns(prompt, turns) for turns in (chosen, rejected)]
-    return Answered(prompt, answers, ratings, ["", ""], None, _expected(row))
+    return AnsweredPrompt(prompt, answers, ratings, ["", ""], None, _expected(row))
 
 
 def _side(value: object, where: str, name: str) -> Messages:
@@ -170,36 +179,44 @@ def _shared_turns(chosen: Messages, rejected: Messages) -> Messages:
     return chosen[:-1]
 
 
-def _list(row: Row, where: str) -> Answered:
+def _list(row: Row, where: str) -> AnsweredPrompt:
     name = _first(row, _LISTS)
     prompt = _prompt(row, where)
-    given = field(row, name or _LISTS[0], where)
-    if not isinstance(given, list) or not given:
+    entries = field(row, name or _LISTS[0], where)
+    if not isinstance(entries, list) or not entries:
         raise RowFault("empty", f"field '{name}' is not a list of answers")
-    answers = [answer_turns(prompt, _answer(a, where, f"{name}[{i}]")) for i, a in enumerate(given)]
-    outside = _first(row, _RATINGS)
-    if outside is not None:
-        ratings = _aligned(row[outside], len(given), where, outside)
-    else:
-        ratings = [_inside(a, "rating") for a in given]
-    writers = _first(row, _WRITERS)
-    who = _aligned(row[writers], len(given), where, writers) if writers else [_inside(a, "writer") for a in given]
+    answers = [answer_turns(prompt, _answer(entry, where, f"{name}[{i}]")) for i, entry in enumerate(entries)]
+    ratings = _per_answer(row, entries, _RATINGS, "rating", where)
+    writers = _per_answer(row, entries, _WRITERS, "writer", where)
     numbers = [_number(r, where, f"rating {i} of {name}") for i, r in enumerate(ratings)]
-    return Answered(prompt, answers, numbers, [str(w or "") for w in who], None, _expected(row))
+    return AnsweredPrompt(prompt, answers, numbers, [str(w or "") for w in writers], None, _expected(row))
 
 
-def _completion(row: Row, where: str) -> Answered:
+def _per_answer(row: Row, entries: list[Any], columns: Iterable[str], kind: str, where: str) -> list[Any]:
+    """One value per answer: from the first of `columns` that the row has, else from inside the entries of the list."""
+    name = _first(row, columns)
+    if name is None:
+        return [_inside(entry, kind) for entry in entries]
+    values = row[name]
+    if not isinstance(values, list) or len(values) != len(entries):
+        count = len(values) if isinstance(values, list) else "no list"
+        raise DataError(
+            f"{where}: field '{name}' has {count} entries for {len(entries)} answers", "give one per answer"
+        )
+    return values
+
+
+def _completion(row: Row, where: str) -> AnsweredPrompt:
     prompt = _prompt(row, where)
     turns = answer_turns(prompt, messages(field(row, "completion", where), where, "completion", "assistant"))
-    return Answered(prompt, [turns], None, [str(row.get("model") or "")], None, _expected(row))
+    return AnsweredPrompt(prompt, [turns], None, [str(row.get("model") or "")], None, _expected(row))
 
 
-def _label(row: Row, where: str) -> Answered:
+def _label(row: Row, where: str) -> AnsweredPrompt:
     value = field(row, "label", where)
     if not isinstance(value, bool):
         raise DataError(f"{where}: field 'label' is {value!r}", "write true (desirable) or false (undesirable)")
-    found = _completion(row, where)
-    return Answered(found.prompt, found.answers, None, found.writers, value, found.answer)
+    return replace(_completion(row, where), label=value)
 
 
 _PARSERS = {"preference": _preference, "list": _list, "label": _label, "completion": _completion}
@@ -208,11 +225,11 @@ FORMATS = tuple(_PARSERS)
 
 def _prompt(row: Row, where: str) -> Messages:
     name = _first(row, _PROMPTS) or "prompt"
-    found = messages(field(row, name, where), where, name, "user")
+    prompt = messages(field(row, name, where), where, name, "user")
     system = row.get("system_prompt")
-    if isinstance(system, str) and system.strip() and found and found[0]["role"] != "system":
-        found = [Message(role="system", content=system), *found]
-    return found
+    if isinstance(system, str) and system.strip() and prompt and prompt[0]["role"] != "system":
+        prompt = [Message(role="system", content=system), *prompt]
+    return prompt
 
 
 def _expected(row: Row) -> str | None:
@@ -222,19 +239,13 @@ def _expected(row: Row) -> str | None:
 
 def _answer(value: object, where: str, name: str) -> Messages:
     if isinstance(value, dict) and "role" not in value:
-        value = value.get(_first(value, _INSIDE["text"]) or "")
+        value = _inside(value, "text")
     return messages(value, where, name, "assistant")
 
 
-def _inside(answer: object, what: str) -> Any:
-    return answer.get(_first(answer, _INSIDE[what]) or "") if isinstance(answer, dict) else None
-
-
-def _aligned(values: object, count: int, where: str, name: str) -> list[Any]:
-    if not isinstance(values, list) or len(values) != count:
-        found = len(values) if isinstance(values, list) else "no list"
-        raise DataError(f"{where}: field '{name}' has {found} entries for {count} answers", "give one per answer")
-    return values
+def _inside(entry: object, kind: str) -> Any:
+    """The text, rating or writer inside an entry of the list; None for an entry that is plain text."""
+    return entry.get(_first(entry, _INSIDE[kind]) or "") if isinstance(entry, dict) else None
 
 
 def _number(value: object, where: str, name: str) -> float | None:

@@ -9,11 +9,12 @@ from prefpipe.schemas import KlBank, Label
 
 
 def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
-    """Up to `size` distinct rows (prompt i, completion j), never of the same prompt; the order of labels is no matter.
+    """Up to `size` distinct rows: the prompt of one label with the completion of another, never of the same prompt. The
+    order of `labels` does not matter.
 
-    Prompts and completions are used about equally often: in a shuffled round of prompts each completion goes to the
-    prompt at some distance from its own, then at another distance, until the bank is full. Raises DataError with fewer
-    than two prompts.
+    Prompts and completions are used about equally often: the prompts stand in a shuffled circle, and each completion
+    goes to the prompt at some distance from the prompt that it answers, then at another distance, until the bank is
+    full. Raises DataError with fewer than two prompts.
     """
     rows = sorted(labels, key=lambda row: row.completion_id)
     prompts = sorted({row.prompt_id: row.prompt_token_ids for row in rows}.items())
@@ -28,12 +29,12 @@ def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
         for row in rows:
             if len(bank) >= size:
                 return sorted(bank.values(), key=lambda r: r.bank_id)
-            made = _row(*prompts[(place[row.prompt_id] + distance) % len(prompts)], row)
-            bank.setdefault(made.bank_id, made)
+            bank_row = _bank_row(*prompts[(place[row.prompt_id] + distance) % len(prompts)], row)
+            bank.setdefault(bank_row.bank_id, bank_row)
     return sorted(bank.values(), key=lambda r: r.bank_id)
 
 
-def _row(prompt_id: str, prompt_ids: list[int], row: Label) -> KlBank:
+def _bank_row(prompt_id: str, prompt_ids: list[int], row: Label) -> KlBank:
     return KlBank(
         bank_id=content_id(prompt_ids, row.token_ids),
         prompt_id=prompt_id,

@@ -1,4 +1,4 @@
-"""The prompts of a file: checked once, then read one by one, never all of them in memory."""
+"""The prompts of a file: all are checked once, then read one by one; memory does not grow with their number."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ _COLUMNS = ("messages", "prompt", "answer", "split", "source", "meta", "prompt_i
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a file that are kept, read anew at every iteration: memory does not grow with their number.
+    """The prompts of a file that a run samples, read anew at every iteration.
 
-    `kept` has a byte for every row of the file: 1 if it is one of them.
+    `kept` has a byte for every row of the file: 1 if its prompt is one of them.
     """
 
     path: Path
@@ -45,9 +45,9 @@ class Prompts:
 def read_prompts(path: Path, split: str, limit: int) -> tuple[Prompts, list[Dropped]]:
     """Prompts of a JSONL or Parquet file, the rows of `split` ("all" for every row), at most `limit` (0: no limit).
 
-    A row has `messages` (list of role and content) or `prompt` (the same, or plain text as one user message). A
-    repeated prompt goes to the ledger. Every row is checked now. Raises MissingInputError, or DataError naming file,
-    line and field.
+    A row has `messages` (list of role and content) or `prompt` (the same, or plain text as one user message). The
+    second result is the ledger of faulty and repeated rows. Every row is checked now. Raises MissingInputError, or
+    DataError that names file, line and field.
     """
     kept = bytearray()
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""Foreign files become our rows, tokenised once: answered prompts to score and to train on."""
+"""Rows of foreign files as rows of ours, tokenised once: pairs and labels to score and to train on."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from prefpipe.errors import DataError, RowFault
 from prefpipe.ids import common_prefix, content_id, ids_digest
 from prefpipe.inputs import formats
 from prefpipe.inputs.files import rows
-from prefpipe.inputs.formats import Answered
+from prefpipe.inputs.formats import AnsweredPrompt
 from prefpipe.models.chat import Chat, encode_messages, encode_prompt
 from prefpipe.schemas import Dropped, Label, Message, Messages, Pair
 
@@ -21,8 +21,13 @@ _JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be tokenised, in tokens. `overlong`: a row over max_length is dropped, or its start is kept (keep_start:
-    the completion loses its end). A prompt over max_prompt_length is always dropped. `control_tokens`: see chat."""
+    """How long a row may be, and what happens to a longer one.
+
+    max_prompt_length: tokens of a prompt; a row with a longer one is dropped
+    max_length: tokens of prompt and completion together
+    overlong: "drop" a row over max_length, or "keep_start": its completions lose their ends
+    control_tokens: text that spells a control token: "drop" the row, "escape" (tokenise it as plain text) or "allow"
+    """
 
     max_prompt_length: int = _NO_LIMIT
     max_length: int = _NO_LIMIT
@@ -35,7 +40,13 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A prompt and its answers as token ids. `cut` says of each answer whether it lost its end."""
+    """A prompt and its answers as token ids.
+
+    prompt, prompt_id, prompt_ids: the prompt as messages, its content id, its token ids
+    answers, token_ids: each answer as messages, and as token ids with the end-of-sequence token
+    cut: whether each answer lost its end to max_length
+    answered: the row as it was parsed
+    """
 
     prompt: Messages
     prompt_id: str
@@ -43,22 +54,22 @@ class Tokenised:
     answers: list[Messages]
     token_ids: list[list[int]]
     cut: list[bool]
-    source: Answered
+    answered: AnsweredPrompt
 
     def completion_id(self, i: int) -> str:
-        """Of answer i: the same ids are the same completion, whatever file they come from."""
+        """The completion_id of answer i: the same ids are the same completion, whatever file they come from."""
         return content_id(self.prompt_ids, self.token_ids[i], "import")
 
     def finish_reason(self, i: int) -> str:
-        """Of answer i: length when it was cut here."""
+        """The finish_reason of answer i: "length" when it lost its end to max_length."""
         return "length" if self.cut[i] else IMPORTED
 
 
 def read_pairs(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list[Pair], list[Dropped]]:
-    """Pairs of a preference file (see formats), tokenised once.
+    """Pairs of a preference file (see formats), and the ledger of its faulty rows.
 
-    The prompt is the common token prefix of the prompt alone and both renderings; what follows is the completion, with
-    its end-of-sequence token exactly once and nothing after it. Faulty rows go to the ledger.
+    The prompt is the common token prefix of the prompt alone and both renderings; the rest is the completion, with its
+    end-of-sequence token exactly once and nothing after it. Raises DataError for a file without a usable pair.
     """
     pairs: list[Pair] = []
     dropped: list[Dropped] = []
@@ -75,9 +86,10 @@ def read_pairs(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list
 
 
 def read_labels(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list[Label], list[Dropped]]:
-    """Labels of a TRL unpaired file (`prompt`, `completion`, `label`; text or messages), tokenised as pairs are.
+    """Labels of a TRL unpaired file (`prompt`, `completion`, `label`; text or messages), tokenised as pairs are, and
+    the ledger of its faulty and repeated rows.
 
-    Raises DataError for a label that is not true or false; faulty rows and repeated ones go to the ledger.
+    Raises DataError for a label that is not true or false, and for a file without a usable label.
     """
     labels: dict[str, Label] = {}
     dropped: list[Dropped] = []
@@ -97,14 +109,14 @@ def read_labels(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[lis
     return list(labels.values()), dropped
 
 
-def tokenise(source: Answered, chat: Chat, limits: Limits) -> Tokenised:
-    """Prompt ids (the common token prefix of the prompt alone and every rendering) and answer ids (what follows, up to
-    its end). Raises RowFault for a row that cannot be used."""
-    prompt = source.prompt
+def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
+    """Prompt ids (the common token prefix of the prompt alone and every rendering) and answer ids (the rest, up to the
+    end of the answer). Raises RowFault for a row that cannot be used."""
+    prompt = answered.prompt
     alone = encode_prompt(chat, prompt, max_tokens=limits.max_prompt_length, control_tokens=limits.control_tokens)
     whole = [
         encode_messages(chat, [*prompt, *turns], add_generation_prompt=False, control_tokens=limits.control_tokens)
-        for turns in source.answers
+        for turns in answered.answers
     ]
     shared = common_prefix([alone, *whole])
     ids = [_until_eos(w[shared:], chat) for w in whole]
@@ -117,24 +129,24 @@ def tokenise(source: Answered, chat: Chat, limits: Limits) -> Tokenised:
         ids = [i[:room] for i in ids]
     answers = [
         [Message(role="assistant", content=chat.decode(i))] if was_cut else turns
-        for i, turns, was_cut in zip(ids, source.answers, cut, strict=True)
+        for i, turns, was_cut in zip(ids, answered.answers, cut, strict=True)
     ]
-    return Tokenised(prompt, content_id(prompt, source.answer), alone[:shared], answers, ids, cut, source)
+    return Tokenised(prompt, content_id(prompt, answered.answer), alone[:shared], answers, ids, cut, answered)
 
 
-def to_label(found: Tokenised) -> Label:
+def to_label(source: Tokenised) -> Label:
     """A row of the label format."""
-    assert found.source.label is not None
+    assert source.answered.label is not None
     return Label(
-        completion_id=found.completion_id(0),
-        prompt_id=found.prompt_id,
-        prompt=found.prompt,
-        completion=found.answers[0],
-        label=found.source.label,
-        prompt_token_ids=found.prompt_ids,
-        token_ids=found.token_ids[0],
-        ids_digest=ids_digest(found.prompt_ids, found.token_ids[0]),
-        finish_reason=found.finish_reason(0),
+        completion_id=source.completion_id(0),
+        prompt_id=source.prompt_id,
+        prompt=source.prompt,
+        completion=source.answers[0],
+        label=source.answered.label,
+        prompt_token_ids=source.prompt_ids,
+        token_ids=source.token_ids[0],
+        ids_digest=ids_digest(source.prompt_ids, source.token_ids[0]),
+        finish_reason=source.finish_reason(0),
         reward=None,
         weight=1.0,
         ref_logps=None,
@@ -144,32 +156,32 @@ def to_label(found: Tokenised) -> Label:
     )
 
 
-def to_pair(found: Tokenised) -> Pair:
+def to_pair(source: Tokenised) -> Pair:
     """A row of the preference format. Raises RowFault when both answers have the same tokens."""
-    if found.token_ids[0] == found.token_ids[1]:
+    if source.token_ids[0] == source.token_ids[1]:
         raise RowFault("identical", "chosen and rejected have the same tokens")
-    ids = [found.completion_id(i) for i in (0, 1)]
-    ratings = found.source.ratings or [None, None]
+    ids = [source.completion_id(i) for i in (0, 1)]
+    ratings = source.answered.ratings or [None, None]
     gap = ratings[0] - ratings[1] if ratings[0] is not None and ratings[1] is not None else None
     return Pair(
         pair_id=content_id(*ids),
-        prompt_id=found.prompt_id,
+        prompt_id=source.prompt_id,
         chosen_completion_id=ids[0],
         rejected_completion_id=ids[1],
-        prompt=found.prompt,
-        chosen=found.answers[0],
-        rejected=found.answers[1],
-        prompt_token_ids=found.prompt_ids,
-        chosen_token_ids=found.token_ids[0],
-        rejected_token_ids=found.token_ids[1],
-        chosen_ids_digest=ids_digest(found.prompt_ids, found.token_ids[0]),
-        rejected_ids_digest=ids_digest(found.prompt_ids, found.token_ids[1]),
+        prompt=source.prompt,
+        chosen=source.answers[0],
+        rejected=source.answers[1],
+        prompt_token_ids=source.prompt_ids,
+        chosen_token_ids=source.token_ids[0],
+        rejected_token_ids=source.token_ids[1],
+        chosen_ids_digest=ids_digest(source.prompt_ids, source.token_ids[0]),
+        rejected_ids_digest=ids_digest(source.prompt_ids, source.token_ids[1]),
         chosen_reward=ratings[0],
         rejected_reward=ratings[1],
         reward_gap=gap,
         preference_prob=None,
-        chosen_finish_reason=found.finish_reason(0),
-        rejected_finish_reason=found.finish_reason(1),
+        chosen_finish_reason=source.finish_reason(0),
+        rejected_finish_reason=source.finish_reason(1),
         weight=1.0,
         ref_chosen_logps=None,
         ref_rejected_logps=None,
@@ -181,12 +193,13 @@ def to_pair(found: Tokenised) -> Pair:
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """Columns that have no place of their own, as JSON."""
+    """Columns that no field of a row type holds, as JSON."""
     return _JSON.encode(values)
 
 
 def _until_eos(ids: list[int], chat: Chat) -> list[int]:
-    """A completion ends with the end-of-sequence token of its last turn; what the template adds is no part of it."""
+    """The ids of a completion up to the end-of-sequence token of its last turn. What the template adds behind it is no
+    part of the completion."""
     last = max((i for i, t in enumerate(ids) if t in chat.eos_token_ids), default=None)
     while last and ids[last - 1] in chat.eos_token_ids:
         last -= 1

@@ -10,13 +10,13 @@ import pytest
 from prefpipe import engines
 from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.inference import parity
-from prefpipe.inference.parity import Checked
+from prefpipe.inference.parity import CachedLogps
 from prefpipe.models import policy
 from prefpipe.models.chat import load_chat
 
 
-def checked(name: str, *logps: float) -> Checked:
-    return Checked(ScoreRequest(name, [1], list(range(len(logps)))), logps)
+def checked(name: str, *logps: float) -> CachedLogps:
+    return CachedLogps(ScoreRequest(name, [1], list(range(len(logps)))), logps)
 
 
 def test_figures_by_hand() -> None:
@@ -68,7 +68,7 @@ def test_a_small_bias_is_seen_where_the_noise_hides_it() -> None:
 
 def test_rows_are_reported_by_length() -> None:
     rows = [checked("a", *[-1.0] * 64), checked("b", *[-1.0] * 65), checked("c", *[-1.0] * 2000)]
-    report = parity.compare(rows, {r.sequence.completion_id: r.token_logps for r in rows}, "float32")
+    report = parity.compare(rows, {r.request.completion_id: r.token_logps for r in rows}, "float32")
     assert [(b["tokens"], b["count"]) for b in report["by_length"]] == [("1-64", 1), ("65-256", 1), ("over 1024", 1)]
     assert len(parity.table({"other": "x", **report})) == 4
 
@@ -112,7 +112,7 @@ def test_a_scorer_that_fails_is_said_and_the_cache_stays(
 
 def test_disagreement_is_a_warning(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = EngineSettings(policy.resolve(str(tiny_model)), load_chat(tiny_model), "float32", 1.0, 8, 64, 2, 64)
-    rows = [Checked(ScoreRequest("a", [1], [7, 8]), [-20.0, -20.0])]
+    rows = [CachedLogps(ScoreRequest("a", [1], [7, 8]), [-20.0, -20.0])]
     report = parity.check(rows, "fake", "edited", settings, adapter=True)
     assert (report["scorer"], report["other"], report["agrees"]) == ("edited", "fake-1", False)
     assert "edited and fake-1 disagree" in capsys.readouterr().err

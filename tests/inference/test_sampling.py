@@ -1,7 +1,7 @@
-"""Prompts to shards: whole ones only, in their order, whatever order an engine finishes in."""
+"""Prompts to samples, shard by shard: whole ones only, prompts in their order, whatever order an engine finishes in."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,47 +16,31 @@ from prefpipe.errors import PrefpipeError, RowFault
 from prefpipe.ids import content_id
 from prefpipe.inference import sampling
 from prefpipe.inference.inflight import Inflight
-from prefpipe.inference.sampling import Ready, Sampled, Shard
+from prefpipe.inference.sampling import Draws, EncodedPrompt, PromptShard, SampledShard
 from prefpipe.models.chat import Chat
-from prefpipe.schemas import Dropped, Message, Prompt
+from prefpipe.schemas import Message, Prompt
 
 DRAWS = (Draw(0, 1, 1.0), Draw(1, 2, 1.0))
 
 
-class Recorder:
-    """A stage that remembers what it was given."""
-
-    def __init__(self, draws: Callable[[Prompt], tuple[Draw, ...]] = lambda _prompt: DRAWS) -> None:
-        self.committed: dict[int, list[Sampled]] = {}
-        self.dropped: dict[int, list[Dropped]] = {}
-        self.taken_at_commit: list[int] = []
-        self._draws = draws
-
-    def has(self, index: int) -> bool:
-        return index in self.committed
-
-    def draws(self, prompt: Prompt) -> tuple[Draw, ...]:
-        return self._draws(prompt)
-
-    def commit(self, index: int, sampled: list[Sampled], dropped: list[Dropped], engine: base.Engine) -> None:
-        assert index not in self.committed
-        self.committed[index] = sampled
-        self.dropped[index] = dropped
-        self.taken_at_commit.append(getattr(engine, "taken", 0))
-
-
-def sample(missing: Sequence[Shard], engine: base.Engine, work: Recorder, chat: Chat, out: Path) -> int:
+def sample(
+    missing: Sequence[PromptShard],
+    engine: base.Engine,
+    chat: Chat,
+    out: Path,
+    draws: Draws = lambda _prompt: DRAWS,
+) -> Iterator[SampledShard]:
     """As a run does it; a prompt is tokenised as its first letter."""
     inflight = Inflight.load(out)
 
-    def prepare(prompt: Prompt) -> list[int]:
+    def encode(prompt: Prompt) -> list[int]:
         if prompt.prompt_id in inflight.killers:
             raise RowFault("engine_died", "twice")
         return tokens_of(prompt)
 
     with inflight.recording():
-        return sampling.sample_shards(
-            lambda: iter(missing), prepare, engine, work, chat, inflight, lambda amount, note="": None
+        yield from sampling.sample_shards(
+            lambda: iter(missing), encode, draws, engine, chat, inflight, lambda amount, note="": None
         )
 
 
@@ -110,49 +94,45 @@ def prompts(number: int) -> list[Prompt]:
     return [prompt(str(i)) for i in range(number)]
 
 
-def cut(given_: Sequence[Prompt], rows: int) -> list[Shard]:
-    return list(sampling.cut(given_, rows, set(range(-(-len(given_) // rows)))))
+def cut(some: Sequence[Prompt], rows: int) -> list[PromptShard]:
+    return list(sampling.cut(some, rows, set(range(-(-len(some) // rows)))))
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))
-def test_shards_commit_whole_once_and_in_prompt_order(
+def test_shards_come_back_whole_once_and_in_prompt_order(
     chat: Chat, tmp_path: Path, number: int, rows: int, in_flight: int, seed: int
 ) -> None:
-    """Every shard is committed once, with its prompts in their order and every prompt with its own samples."""
-    given_ = prompts(number)
-    work = Recorder()
-    tokens = sample(cut(given_, rows), ShuffledEngine(seed, in_flight), work, chat, tmp_path)
-    assert sorted(work.committed) == list(range(-(-number // rows)))
-    in_order = [s for i in sorted(work.committed) for s in work.committed[i]]
-    assert [s.ready for s in in_order] == [Ready(p, tokens_of(p)) for p in given_]
+    """Every shard comes back once, with its prompts in their order and every prompt with its own samples."""
+    shards = list(sample(cut(prompts(number), rows), ShuffledEngine(seed, in_flight), chat, tmp_path))
+    shards.sort(key=lambda shard: shard.index)
+    assert [shard.index for shard in shards] == list(range(-(-number // rows)))
+    in_order = [s for shard in shards for s in shard.sampled]
+    assert [s.encoded for s in in_order] == [EncodedPrompt(p, tokens_of(p)) for p in prompts(number)]
     for sampled in in_order:
-        assert [s.token_ids for s in sampled.samples] == [[*sampled.ready.token_ids, 2]] * 2
-        assert sampled.texts == [chat.decode([*sampled.ready.token_ids, 2])] * 2
-    assert tokens == number * 2 * 2
+        assert [s.token_ids for s in sampled.samples] == [[*sampled.encoded.token_ids, 2]] * 2
+        assert sampled.texts == [chat.decode([*sampled.encoded.token_ids, 2])] * 2
 
 
-def test_a_shard_commits_as_soon_as_it_is_whole(chat: Chat, tmp_path: Path) -> None:
-    """One request in flight: shard 0 (two prompts) is committed before the third prompt is asked for."""
-    work = Recorder()
-    sample(cut(prompts(6), 2), ShuffledEngine(0, 1), work, chat, tmp_path)
-    assert work.taken_at_commit == [2, 4, 6]
+def test_a_shard_comes_back_as_soon_as_it_is_whole(chat: Chat, tmp_path: Path) -> None:
+    """One request in flight: shard 0 (two prompts) comes back before the third prompt is asked for."""
+    engine = ShuffledEngine(0, 1)
+    assert [engine.taken for _ in sample(cut(prompts(6), 2), engine, chat, tmp_path)] == [2, 4, 6]
 
 
-def test_only_the_given_shards_are_sampled(chat: Chat, tmp_path: Path) -> None:
+def test_only_the_missing_shards_are_sampled(chat: Chat, tmp_path: Path) -> None:
     """Resume passes the missing ones under their own numbers."""
-    found = cut(prompts(9), 3)
-    work, engine = Recorder(), ShuffledEngine(0, 4)
-    sample([found[0], found[2]], engine, work, chat, tmp_path)
-    assert sorted(work.committed) == [0, 2]
+    shards = cut(prompts(9), 3)
+    engine = ShuffledEngine(0, 4)
+    assert {shard.index for shard in sample([shards[0], shards[2]], engine, chat, tmp_path)} == {0, 2}
     assert engine.taken == 6
 
 
 def test_prompts_are_cut_into_numbered_shards_of_which_only_the_wanted_are_kept() -> None:
-    given_ = prompts(7)
-    assert cut(given_, 3) == [(0, given_[:3]), (1, given_[3:6]), (2, given_[6:])]
-    assert list(sampling.cut(iter(given_), 3, {0, 2})) == [(0, given_[:3]), (2, given_[6:])]
-    assert list(sampling.cut(given_, 3, set())) == []
+    some = prompts(7)
+    assert cut(some, 3) == [(0, some[:3]), (1, some[3:6]), (2, some[6:])]
+    assert list(sampling.cut(iter(some), 3, {0, 2})) == [(0, some[:3]), (2, some[6:])]
+    assert list(sampling.cut(some, 3, set())) == []
 
 
 def test_a_shard_is_tokenised_when_the_engine_asks_for_it(chat: Chat, tmp_path: Path) -> None:
@@ -161,7 +141,7 @@ def test_a_shard_is_tokenised_when_the_engine_asks_for_it(chat: Chat, tmp_path: 
     tokenised = 0
     ahead: list[int] = []
 
-    def prepare(prompt: Prompt) -> list[int]:
+    def encode(prompt: Prompt) -> list[int]:
         nonlocal tokenised
         tokenised += 1
         return tokens_of(prompt)
@@ -173,49 +153,63 @@ def test_a_shard_is_tokenised_when_the_engine_asks_for_it(chat: Chat, tmp_path: 
 
     inflight = Inflight.load(tmp_path)
     with inflight.recording():
-        sampling.sample_shards(
-            lambda: sampling.cut(prompts(20), 2, set(range(10))), prepare, Watched(0, 3), Recorder(), chat, inflight,
+        shards = sampling.sample_shards(
+            lambda: sampling.cut(prompts(20), 2, set(range(10))),
+            encode,
+            lambda _prompt: DRAWS,
+            Watched(0, 3),
+            chat,
+            inflight,
             lambda amount, note="": None,
-        )  # fmt: skip
+        )
+        assert len(list(shards)) == 10
     assert tokenised == 20
     assert len(ahead) == 20
     assert max(ahead) <= 1
 
 
-def test_a_prompt_that_cannot_be_sampled_is_handed_over_with_its_shard(chat: Chat, tmp_path: Path) -> None:
-    """Prompts 0 and 1 are the whole of shard 0, which is committed without a sample; 4 is one of two."""
+def test_a_prompt_that_cannot_be_sampled_comes_back_with_its_shard(chat: Chat, tmp_path: Path) -> None:
+    """Prompts 0 and 1 are the whole of shard 0, which comes back without a sample; 4 is one of two."""
     faulty = {"0", "1", "4"}
 
-    def prepare(prompt: Prompt) -> list[int]:
+    def encode(prompt: Prompt) -> list[int]:
         if (text := prompt.messages[0]["content"]) in faulty:
             raise RowFault("too_long", f"prompt {text}")
         return tokens_of(prompt)
 
-    work, inflight = Recorder(), Inflight.load(tmp_path)
+    inflight = Inflight.load(tmp_path)
     done: list[float] = []
     with inflight.recording():
-        sampling.sample_shards(
-            lambda: cut(prompts(6), 2), prepare, ShuffledEngine(0, 3), work, chat, inflight,
-            lambda amount, note="": done.append(amount),
-        )  # fmt: skip
-    kept = {i: [s.ready.prompt.messages[0]["content"] for s in own] for i, own in work.committed.items()}
+        shards = list(
+            sampling.sample_shards(
+                lambda: cut(prompts(6), 2),
+                encode,
+                lambda _prompt: DRAWS,
+                ShuffledEngine(0, 3),
+                chat,
+                inflight,
+                lambda amount, note="": done.append(amount),
+            )
+        )
+    kept = {shard.index: [s.encoded.prompt.messages[0]["content"] for s in shard.sampled] for shard in shards}
     assert kept == {0: [], 1: ["2", "3"], 2: ["5"]}
-    assert {i: [d.detail for d in own] for i, own in work.dropped.items()} == {
-        0: ["prompt 0", "prompt 1"], 1: [], 2: ["prompt 4"],
-    }  # fmt: skip
+    assert {shard.index: [d.detail for d in shard.dropped] for shard in shards} == {
+        0: ["prompt 0", "prompt 1"],
+        1: [],
+        2: ["prompt 4"],
+    }
     assert sum(done) == 6
 
 
 def test_draws_are_asked_for_by_prompt(chat: Chat, tmp_path: Path) -> None:
-    given_ = prompts(3)
-    work = Recorder(lambda p: DRAWS[: 1 + (p is given_[1])])
-    sample(cut(given_, 3), ShuffledEngine(3, 3), work, chat, tmp_path)
-    seen = [(s.ready.prompt.messages[0]["content"], len(s.samples)) for s in work.committed[0]]
+    some = prompts(3)
+    (shard,) = sample(cut(some, 3), ShuffledEngine(3, 3), chat, tmp_path, lambda p: DRAWS[: 1 + (p is some[1])])
+    seen = [(s.encoded.prompt.messages[0]["content"], len(s.samples)) for s in shard.sampled]
     assert seen == [("0", 1), ("1", 2), ("2", 1)]
 
 
 class DyingEngine(ShuffledEngine):
-    """Fails as soon as it is given a prompt of one id."""
+    """Fails as soon as it gets the prompt of one id."""
 
     def __init__(self, poison: str, in_flight: int) -> None:
         super().__init__(0, in_flight)
@@ -233,19 +227,40 @@ class DyingEngine(ShuffledEngine):
 
 def test_a_prompt_that_kills_the_engine_twice_is_left_out_and_the_others_are_not(chat: Chat, tmp_path: Path) -> None:
     """First death: three prompts were inside. Second: they run alone, so the one that kills is known. Third: done."""
-    given_ = prompts(8)
-    poison = given_[4].prompt_id
-    found = cut(given_, 2)
-    work = Recorder()
+    some = prompts(8)
+    poison = some[4].prompt_id
+    committed: dict[int, SampledShard] = {}
+
+    def attempt() -> None:
+        missing = [shard for shard in cut(some, 2) if shard[0] not in committed]
+        for shard in sample(missing, DyingEngine(poison, 3), chat, tmp_path):
+            assert shard.index not in committed
+            committed[shard.index] = shard
+
     for expected in (3, 1):
         with pytest.raises(
             PrefpipeError, match=rf"the engine died while it worked on {expected} prompts: RuntimeError"
         ):
-            sample([s for s in found if not work.has(s[0])], DyingEngine(poison, 3), work, chat, tmp_path)
-    inflight = Inflight.load(tmp_path)
-    assert inflight.killers == [poison]
-    sample([s for s in found if not work.has(s[0])], DyingEngine(poison, 3), work, chat, tmp_path)
-    assert sorted(work.committed) == [0, 1, 2, 3]
-    kept = [s.ready.prompt for i in sorted(work.committed) for s in work.committed[i]]
-    assert kept == [p for p in given_ if p.prompt_id != poison]
-    assert [(d.id, d.reason) for own in work.dropped.values() for d in own] == [(poison, "engine_died")]
+            attempt()
+    assert Inflight.load(tmp_path).killers == [poison]
+    attempt()
+    assert sorted(committed) == [0, 1, 2, 3]
+    kept = [s.encoded.prompt for i in sorted(committed) for s in committed[i].sampled]
+    assert kept == [p for p in some if p.prompt_id != poison]
+    assert [(d.id, d.reason) for shard in committed.values() for d in shard.dropped] == [(poison, "engine_died")]
+
+
+def test_suspects_run_first_and_alone(chat: Chat, tmp_path: Path) -> None:
+    """Prompts 3 and 4 were inside, and one that is committed meanwhile; its shard is not among the missing ones."""
+    some = prompts(6)
+    lines = [f"take {p.prompt_id}" for p in (some[3], some[4], prompt("99"))]
+    (tmp_path / "inflight.log").write_text("\n".join(["start", *lines, ""]))
+    list(sample(cut(some, 2), ShuffledEngine(0, 3), chat, tmp_path))
+    log = (tmp_path / "inflight.log").read_text().splitlines()
+    entered = [line for line in log[len(lines) + 2 :] if not line.startswith("done")]
+    alone, others = [some[3], some[4]], [some[0], some[1], some[2], some[5]]
+    assert entered == [
+        *(f"alone {p.prompt_id}" for p in alone),
+        *(f"take {p.prompt_id}" for p in others),
+        "stopped",
+    ]

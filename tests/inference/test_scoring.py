@@ -1,51 +1,51 @@
-"""Completions to an engine, shard by shard: whole ones with their own values, whatever order an engine finishes in."""
+"""Completions to an engine, shard by shard: log-probs by completion_id, though a completion may stand in two shards."""
 
-import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from prefpipe.engines.base import Request, Sample, ScoreRequest
+from prefpipe.engines.base import Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import PrefpipeError
 from prefpipe.inference import scoring
 from prefpipe.inference.inflight import Inflight
-from prefpipe.inference.scoring import Scored, Shard
+from prefpipe.inference.scoring import Values
+from prefpipe.inference.shards import Shard
+from prefpipe.schemas import Completion
 
 
-class Shuffled:
-    """Finishes in random order, holding up to `in_flight`; fails as soon as it is given `poison`, loses `lost`."""
+class Scorer:
+    """Takes three requests before it answers one, as -token for every token; fails as soon as it gets `poison`."""
 
-    scorer = "shuffled"
+    scorer = "scorer"
 
-    def __init__(self, seed: int = 0, in_flight: int = 3, poison: str = "", lost: str = "") -> None:
-        self._source = random.Random(seed)
-        self._in_flight, self._poison, self._lost = in_flight, poison, lost
+    def __init__(self, poison: str = "") -> None:
+        self._poison = poison
         self.calls: list[list[str]] = []
 
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         assert adapter
         self.calls.append([])
         waiting: list[ScoreRequest] = []
-        for s in sequences:
-            self.calls[-1].append(s.completion_id)
-            if s.completion_id.endswith(self._poison or "nothing"):
+        for request in sequences:
+            self.calls[-1].append(request.completion_id)
+            if request.completion_id == self._poison:
                 raise RuntimeError("CUDA error: device-side assert triggered")
-            waiting += [] if s.completion_id.endswith(self._lost or "nothing") else [s]
-            if len(waiting) == self._in_flight:
-                yield self._finish(waiting)
+            waiting.append(request)
+            if len(waiting) == 3:
+                yield self._finish(waiting.pop(0))
         while waiting:
-            yield self._finish(waiting)
+            yield self._finish(waiting.pop(0))
 
-    def _finish(self, waiting: list[ScoreRequest]) -> tuple[str, list[float]]:
-        s = waiting.pop(self._source.randrange(len(waiting)))
-        return s.completion_id, [-float(t) for t in s.token_ids]
+    def _finish(self, request: ScoreRequest) -> tuple[str, list[float]]:
+        return request.completion_id, [-float(t) for t in request.token_ids]
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
+        raise NotImplementedError
+
+    def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -57,77 +57,42 @@ class Shuffled:
         return None
 
 
-def shards(*sizes: int) -> list[Shard]:
+def shards(*sizes: int) -> list[Shard[int, ScoreRequest]]:
     """Every shard has the ids c0, c1, ...; the values that belong to (shard, place) are its own."""
     return [
-        (index, [ScoreRequest(f"c{i}", [9], [index, i]) for i in range(size)]) for index, size in enumerate(sizes)
-    ]  # fmt: skip
+        scoring.shard_of(index, index, [ScoreRequest(f"c{i}", [9], [index, i]) for i in range(size)])
+        for index, size in enumerate(sizes)
+    ]
 
 
-def expected(given_: list[Shard]) -> dict[int, dict[str, list[float]]]:
-    return {index: {s.completion_id: [-float(t) for t in s.token_ids] for s in own} for index, own in given_}
-
-
-def score(given_: Iterable[Shard], engine: Shuffled, out: Path) -> list[Scored]:
+def score(of: Iterable[Shard[int, ScoreRequest]], engine: Scorer, out: Path) -> list[tuple[int, Values]]:
     inflight = Inflight.load(out)
     with inflight.recording():
-        return list(scoring.score_shards(given_, engine, inflight, None))
+        return list(scoring.score_shards(of, engine, inflight, lambda amount, note="": None))
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.integers(0, 4), max_size=6), st.integers(1, 9), st.integers(0, 1000))
-def test_every_shard_comes_back_once_with_its_own_values(
-    tmp_path: Path, sizes: list[int], in_flight: int, seed: int
-) -> None:
-    """The same ids stand in all shards; a shard may be empty."""
-    given_ = shards(*sizes)
-    found = score(given_, Shuffled(seed, in_flight), tmp_path)
-    assert len(found) == len(given_)
-    assert dict(found) == expected(given_)
-
-
-def test_shards_are_read_as_the_engine_needs_them(tmp_path: Path) -> None:
-    """One sequence in flight: a shard comes back before the one after the next is read."""
-    read: list[int] = []
-
-    def reading() -> Iterator[Shard]:
-        for shard in shards(2, 2, 2):
-            read.append(shard[0])
-            yield shard
-
-    inflight = Inflight.load(tmp_path)
-    with inflight.recording():
-        so_far = [list(read) for _ in scoring.score_shards(reading(), Shuffled(in_flight=1), inflight, None)]
-    assert so_far == [[0], [0, 1], [0, 1, 2]]
+def test_the_same_completion_in_two_shards_is_scored_for_each(tmp_path: Path) -> None:
+    found = score(shards(2, 0, 3), Scorer(), tmp_path)
+    assert dict(found) == {0: {"c0": [0, 0], "c1": [0, -1]}, 1: {}, 2: {"c0": [-2, 0], "c1": [-2, -1], "c2": [-2, -2]}}
+    assert len(found) == 3
 
 
 def test_a_completion_that_kills_the_engine_twice_is_known_by_its_id(tmp_path: Path) -> None:
     """First death: three were inside. Second: they run alone, so the one that kills is known."""
-    given_ = shards(2, 4, 2)
     for count in (3, 1):
         with pytest.raises(PrefpipeError, match=f"the engine died while it worked on {count} completions") as caught:
-            score(given_, Shuffled(poison="1/c2"), tmp_path)
+            score(shards(2, 4, 2), Scorer(poison="1/c2"), tmp_path)
         assert "these completions run first, one at a time" in caught.value.hint
     assert scoring.killers(Inflight.load(tmp_path)) == {"c2"}
 
 
-def test_suspects_run_alone_and_first_the_others_once(tmp_path: Path) -> None:
-    given_ = shards(2, 3, 2)
+def test_suspects_run_alone_and_first_with_the_shards_up_to_theirs(tmp_path: Path) -> None:
     (tmp_path / "inflight.log").write_text("start\ntake 1/c1\ntake 1/c2\ntake 0/c9\n")  # 0/c9 is done meanwhile
-    engine = Shuffled()
-    assert dict(score(iter(given_), engine, tmp_path)) == expected(given_)
+    engine = Scorer()
+    assert [index for index, _ in score(iter(shards(2, 3, 2)), engine, tmp_path)] == [0, 1, 2]
     assert engine.calls == [["1/c1"], ["1/c2"], ["0/c0", "0/c1", "1/c0", "2/c0", "2/c1"]]
 
 
-def test_a_shard_of_suspects_comes_back_before_the_others_run(tmp_path: Path) -> None:
-    (tmp_path / "inflight.log").write_text("start\ntake 0/c0\n")
-    engine = Shuffled()
-    inflight = Inflight.load(tmp_path)
-    with inflight.recording():
-        index, _ = next(iter(scoring.score_shards(shards(1, 5), engine, inflight, None)))
-    assert (index, engine.calls) == (0, [["0/c0"]])
-
-
-def test_a_sequence_without_values_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(PrefpipeError, match="gave no log-probs for 2 completions"):
-        score(shards(2, 2), Shuffled(lost="c1"), tmp_path)
+def test_a_request_has_the_ids_of_its_completion() -> None:
+    completion = Completion("c", "p", 0, "text", [1, 2], [3], "stop", "policy", "digest")
+    assert scoring.request_of(completion) == ScoreRequest("c", [1, 2], [3])

@@ -10,7 +10,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import EngineSettings
 from prefpipe.errors import DataError, UsageError
 from prefpipe.ids import content_id
-from prefpipe.inference.sampling import Ready
+from prefpipe.inference.sampling import EncodedPrompt
 from prefpipe.inference.task import engine_settings, prompt_key, read_task, start_engine
 from prefpipe.inputs.prompts import read_prompts
 from prefpipe.models import policy
@@ -72,8 +72,8 @@ def test_a_stop_string_is_a_control_token_or_refused(tiny_model: Path, write: Wr
     assert task.stop_token_ids == (1, 9)
     assert engine_settings(task, config, 42).stops == {1, 2, 9}
     alike = config.model_copy(update={"stop": (), "stop_token_ids": (1, 9)})
-    ready = Ready(prompt("good"), [5])
-    assert prompt_key(config, task, ready) == prompt_key(alike, read_task(alike, ()), ready)
+    encoded = EncodedPrompt(prompt("good"), [5])
+    assert prompt_key(config, task, encoded) == prompt_key(alike, read_task(alike, ()), encoded)
     common = ("generate", "--model", tiny_model, "--prompts", path, "--engine", "fake", "--out", tmp_path / "g")
     for text in ("\n\n", "<|im_strat|>"):
         done = cli(*common, "--stop", text)

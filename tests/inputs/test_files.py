@@ -28,6 +28,15 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, what: str) -> None:
         list(files.rows(tmp_path / "a.jsonl"))
 
 
+def test_a_line_is_what_ends_with_a_newline_and_may_hold_any_value(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line for str.splitlines, not in JSON Lines."""
+    values = ["one\u2028line", {"a": "two\u0085halves"}, [1]]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(v, ensure_ascii=False) for v in values))
+    assert list(files.json_lines(tmp_path / "a.jsonl")) == [
+        (f"{tmp_path}/a.jsonl, line {number}", value) for number, value in enumerate(values, start=1)
+    ]
+
+
 def test_damage_to_a_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"cannot read .*a\.parquet"):

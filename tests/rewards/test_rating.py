@@ -8,7 +8,7 @@ import pytest
 from prefpipe.engines.base import Sample
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id
-from prefpipe.inference.sampling import Ready, Sampled
+from prefpipe.inference.sampling import EncodedPrompt, SampledPrompt
 from prefpipe.inference.task import answers_of
 from prefpipe.rewards import rating, text_rules
 from prefpipe.rewards.base import Answer, Scored
@@ -31,8 +31,8 @@ def _sample(index: int) -> Sample:
 def test_a_reward_sees_prompt_answer_and_text_and_comes_back_in_order() -> None:
     """Two prompts with two samples and one."""
     sampled = [
-        Sampled(Ready(prompt("q", "a"), [1]), [_sample(0), _sample(1)], ["one", "two"]),
-        Sampled(Ready(prompt("r"), [1]), [_sample(0)], ["three"]),
+        SampledPrompt(EncodedPrompt(prompt("q", "a"), [1]), [_sample(0), _sample(1)], ["one", "two"]),
+        SampledPrompt(EncodedPrompt(prompt("r"), [1]), [_sample(0)], ["three"]),
     ]
 
     def reward(answers: Sequence[Answer]) -> list[Scored]:
@@ -44,7 +44,7 @@ def test_a_reward_sees_prompt_answer_and_text_and_comes_back_in_order() -> None:
 
 
 def test_a_reward_that_crashes_on_all_rows_is_an_error_on_some_it_is_recorded() -> None:
-    sampled = [Sampled(Ready(prompt("q"), [1]), [_sample(0), _sample(1)], ["good", "bad"])]
+    sampled = [SampledPrompt(EncodedPrompt(prompt("q"), [1]), [_sample(0), _sample(1)], ["good", "bad"])]
     answers = answers_of(sampled)
 
     def crash(answers: Sequence[Answer]) -> list[Scored]:

@@ -12,8 +12,9 @@ import polars as pl
 import pyarrow as pa
 
 from prefpipe.config.build_pairs import RULES, BuildPairsConfig
-from prefpipe.errors import DataError, IdentityError
+from prefpipe.errors import DataError
 from prefpipe.ids import content_id
+from prefpipe.rows import logps_of_other_ids, one_reference
 from prefpipe.schemas import Label, Pair, RankedGroup, arrow_schema
 from prefpipe.stages.build_pairs.candidates import Sources
 from prefpipe.stages.build_pairs.filters import SIDES
@@ -46,11 +47,7 @@ class Contents:
         )
         foreign = joined.filter(pl.col("digest") != pl.col("ids_digest")).sort("completion_id")
         if foreign.height:
-            raise IdentityError(
-                f"the log-probs of {foreign.height} completions were made for other token ids (first: completion "
-                f"{foreign['completion_id'][0]})",
-                "score these completions again: prefpipe score",
-            )
+            raise logps_of_other_ids(foreign["completion_id"].to_list(), "the inputs")
         return joined.drop("digest")
 
     def prompts_of(self, number: int) -> pl.DataFrame:
@@ -175,11 +172,7 @@ def _references(files: Files) -> list[pl.LazyFrame]:
     }
     if not files:
         return [pl.LazyFrame(schema=empty)]
-    names = sorted(scan(files).select(pl.col("reference").unique()).collect(engine="streaming")["reference"])
-    if len(names) > 1:
-        raise DataError(
-            f"the runs hold log-probs of {len(names)} references: {', '.join(names)}", "pass runs with one reference"
-        )
+    one_reference(scan(files).select(pl.col("reference").unique()).collect(engine="streaming")["reference"])
     renamed = {"ids_digest": "digest", "token_logps": "ref_token_logps"}
     return [scan(batch).rename(renamed).select(*empty) for batch in batches(files)]
 

@@ -1,6 +1,5 @@
 """Prompts to drop, with their reason: duplicates, near duplicates, and texts of a benchmark."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import polars as pl
 from rensa import RMinHash, RMinHashLSH  # type: ignore[attr-defined]  # a compiled module without stubs
 
 from prefpipe.config.build_pairs import BuildPairsConfig
-from prefpipe.errors import DataError, MissingInputError, UsageError
-from prefpipe.runs import tables
+from prefpipe.config.shared import JSON_SUFFIXES
+from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.inputs import files
 from prefpipe.stages.build_pairs.texts import conversation, folded, ngrams, words
 
 _PERMUTATIONS = 128
@@ -91,27 +91,22 @@ def contaminated(prompts: pl.DataFrame, known: set[str], n: int) -> pl.DataFrame
     return pl.DataFrame(dropped, schema=SCHEMA, orient="row")
 
 
-def benchmark_ngrams(files: list[Path], n: int) -> set[str]:
-    """The word n-grams of every text in the files. Raises MissingInputError, UsageError, DataError."""
-    return {gram for path in files for text in _texts(path) for gram in ngrams(words(text), n)}
+def benchmark_ngrams(paths: list[Path], n: int) -> set[str]:
+    """The word n-grams of every text in these files. Raises MissingInputError, UsageError, DataError."""
+    return {gram for path in paths for text in _texts(path) for gram in ngrams(words(text), n)}
 
 
 def _texts(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "check the path given to --contamination")
-    if path.suffix == ".parquet":
-        yield from _strings(tables.read_parquet(path).to_pylist())
-    elif path.suffix in (".jsonl", ".json", ".txt"):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if path.suffix == ".txt":
-                yield line
-            elif line.strip():
-                try:
-                    yield from _strings(json.loads(line))
-                except ValueError as error:
-                    raise DataError(
-                        f"{path}, line {number}: not valid JSON: {error}", "every line is one JSON object"
-                    ) from error
+    if path.suffix == ".txt":
+        yield from path.read_text(encoding="utf-8").splitlines()
+    elif path.suffix == ".parquet":
+        for row in files.parquet_rows(path):
+            yield from _strings(row)
+    elif path.suffix in JSON_SUFFIXES:
+        for _, value in files.json_lines(path):
+            yield from _strings(value)
     else:
         raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", "give .txt, .jsonl or .parquet")
 

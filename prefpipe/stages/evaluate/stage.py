@@ -1,18 +1,27 @@
-"""`prefpipe evaluate`: greedy and sampled answers of a policy on held-out prompts, rated, with intervals."""
+"""Greedy and sampled answers of a policy to held-out prompts, rated, with intervals.
+
+    prefpipe evaluate stages/evaluate/short-sentence.toml --adapter runs/t/adapter --out DIR
+
+1. Read prompts, policy, chat template and reward, and identify each by its content.
+2. Open DIR; a run that is complete stays as it is.
+3. Sample every prompt that has no committed shard yet, rate the answers; commit each shard when it is whole.
+4. Sum up over all shards: pass rates with intervals, mean reward, length, degenerate answers.
+5. Write the manifest.
+"""
 
 import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.engines.base import Draw, Engine
-from prefpipe.ids import numbered_id, sample_seed
-from prefpipe.inference.sampling import Sampled
-from prefpipe.inference.task import Task, answers_of, prompt_key, read_task, run_shards
+from prefpipe.ids import numbered_id
+from prefpipe.inference.sampling import SampledPrompt, SampledShard
+from prefpipe.inference.task import Task, answers_of, prompt_key, read_task, run_shards, sampled_draws
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import Scored
 from prefpipe.runs import store
@@ -24,13 +33,20 @@ _RESAMPLES = 2000
 
 
 def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
-    """Sample every held-out prompt that has no committed shard yet, rate the answers, sum up."""
+    """Sample every prompt that has no committed shard yet, rate the answers, sum up."""
     task = read_task(config, [config.reward])
     with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
         manifest = output.manifest()
         if manifest is not None:
             return manifest
-        num_shards = run_shards(output, task, config, _Stage(config, output, task))
+        num_shards = run_shards(
+            output,
+            task,
+            config,
+            ["dropped", _DATASET],
+            lambda prompt: draws(config, prompt),
+            partial(_commit, config, output, task),
+        )
         rows = [
             row
             for index in range(num_shards)
@@ -55,16 +71,13 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
 
 
 def draws(config: EvaluateConfig, prompt: Prompt) -> tuple[Draw, ...]:
-    """Draw 0 is greedy, the others are sampled."""
-    sampled = range(1, config.num_samples + 1)
-    return (
-        Draw(0, 0, 0.0),
-        *(Draw(k, sample_seed(config.seed, prompt.prompt_id, k), config.temperature) for k in sampled),
-    )
+    """The completions to sample for a prompt: 0 is greedy, the others are sampled."""
+    return Draw(0, 0, 0.0), *sampled_draws(config, prompt, range(1, config.num_samples + 1))
 
 
 def summarize(rows: Sequence[Evaluation], pass_reward: float) -> dict[str, Any]:
-    """Pass rate with a 95 % interval, mean reward, mean length and degenerate share, for greedy and sampled answers.
+    """Pass rate with a 95 % interval, mean reward, mean length and share of degenerate answers, for greedy and for
+    sampled answers.
 
     Greedy: Wilson interval (one answer per prompt). Sampled: bootstrap over prompts, since the answers to one prompt
     are not independent.
@@ -72,20 +85,20 @@ def summarize(rows: Sequence[Evaluation], pass_reward: float) -> dict[str, Any]:
     texts = Counter((d, t) for d, t, _ in {(r.decoding, r.text.strip(), r.prompt_id) for r in rows})
     result: dict[str, Any] = {"prompts": len({r.prompt_id for r in rows})}
     for decoding in ("greedy", "sampled"):
-        own = [r for r in rows if r.decoding == decoding]
-        passed: dict[str, list[bool]] = {}
-        for r in own:
+        answers = [r for r in rows if r.decoding == decoding]
+        passed: dict[str, list[bool]] = {}  # by prompt
+        for r in answers:
             passed.setdefault(r.prompt_id, []).append(r.reward is not None and r.reward >= pass_reward)
         interval = wilson([p for (p,) in passed.values()]) if decoding == "greedy" else bootstrap(list(passed.values()))
-        rewards = [r.reward for r in own if r.reward is not None]
+        rewards = [r.reward for r in answers if r.reward is not None]
         result[decoding] = {
-            "answers": len(own),
-            "pass": sum(map(sum, passed.values())) / len(own),
+            "answers": len(answers),
+            "pass": _rate(list(passed.values())),
             "low": interval[0],
             "high": interval[1],
             "mean_reward": sum(rewards) / len(rewards) if rewards else 0.0,
-            "mean_words": sum(len(r.text.split()) for r in own) / len(own),
-            "degenerate": sum(is_degenerate(r, texts[(decoding, r.text.strip())] > 2) for r in own) / len(own),
+            "mean_words": sum(len(r.text.split()) for r in answers) / len(answers),
+            "degenerate": sum(is_degenerate(r, texts[(decoding, r.text.strip())] > 2) for r in answers) / len(answers),
         }
     return result
 
@@ -105,8 +118,9 @@ def bootstrap(groups: Sequence[Sequence[bool]]) -> tuple[float, float]:
     return rates[int(0.025 * _RESAMPLES)], rates[int(0.975 * _RESAMPLES) - 1]
 
 
-def is_degenerate(row: Evaluation, repeated: bool) -> bool:  # noqa: FBT001  (a fact about the row, given by the caller)
-    """Under three words, never ended, the same three words three times, or one text given to several prompts."""
+def is_degenerate(row: Evaluation, repeated: bool) -> bool:  # noqa: FBT001  (a fact about the row, which only the caller can know)
+    """Whether an answer has under three words, was cut at max_tokens, says the same three words three times, or is the
+    text of an answer to several prompts (`repeated`)."""
     words = row.text.split()
     trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
     loops = bool(trigrams) and max(trigrams.values()) >= 3
@@ -117,35 +131,23 @@ def _rate(groups: Sequence[Sequence[bool]]) -> float:
     return sum(map(sum, groups)) / sum(map(len, groups))
 
 
-@dataclass(frozen=True)
-class _Stage:
-    config: EvaluateConfig
-    run: Run
-    task: Task
-
-    def has(self, index: int) -> bool:
-        return self.run.has_part("dropped", index) and self.run.has_part(_DATASET, index)
-
-    def draws(self, prompt: Prompt) -> tuple[Draw, ...]:
-        return draws(self.config, prompt)
-
-    def commit(self, index: int, sampled: list[Sampled], dropped: list[Dropped], engine: Engine) -> None:  # noqa: ARG002  (every stage is given it)
-        name = self.config.reward
-        scores = iter(rating.rate(answers_of(sampled), self.task.rewards[name], name))
-        rows = [_row(self.config, self.task, s, i, next(scores)) for s in sampled for i in range(len(s.texts))]
-        self.run.write_part("dropped", Dropped, index, to_table(Dropped, dropped))
-        self.run.write_part(_DATASET, Evaluation, index, to_table(Evaluation, rows))
+def _commit(config: EvaluateConfig, output: Run, task: Task, shard: SampledShard, _engine: Engine) -> None:
+    """Write one shard. The evaluations come last, so that a shard with them is whole."""
+    scores = iter(rating.rate(answers_of(shard.sampled), task.rewards[config.reward], config.reward))
+    rows = [_row(config, task, prompt, i, next(scores)) for prompt in shard.sampled for i in range(len(prompt.texts))]
+    output.write_part("dropped", Dropped, shard.index, to_table(Dropped, shard.dropped))
+    output.write_part(_DATASET, Evaluation, shard.index, to_table(Evaluation, rows))
 
 
-def _row(config: EvaluateConfig, task: Task, sampled: Sampled, i: int, score: Scored) -> Evaluation:
-    sample, prompt = sampled.samples[i], sampled.ready.prompt
-    decoding = "greedy" if sample.sample_index == 0 else "sampled"
+def _row(config: EvaluateConfig, task: Task, sampled: SampledPrompt, i: int, score: Scored) -> Evaluation:
+    """The row of sample i of a prompt, with its score."""
+    sample, prompt = sampled.samples[i], sampled.encoded.prompt
     return Evaluation(
-        completion_id=numbered_id(prompt_key(config, task, sampled.ready), sample.sample_index),
+        completion_id=numbered_id(prompt_key(config, task, sampled.encoded), sample.sample_index),
         prompt_id=prompt.prompt_id,
         sample_index=sample.sample_index,
         round=config.round,
-        decoding=decoding,
+        decoding="greedy" if sample.sample_index == 0 else "sampled",
         messages=prompt.messages,
         text=sampled.texts[i],
         token_ids=sample.token_ids,

@@ -1,7 +1,17 @@
-"""Stage 1, `prefpipe generate`: prompts -> completions, with reference log-probs and rewards beside them."""
+"""Stage 1: prompts -> completions, with reference log-probs and rewards beside them.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+    prefpipe generate stages/generate/short-sentence.toml --out DIR
+
+1. Read prompts, policy, chat template and rewards, and identify each by its content.
+2. Open DIR; a run that is complete stays as it is.
+3. Sample every prompt that has no committed shard yet; commit each shard when it is whole.
+4. Count over all shards.
+5. Score `check` random completions again with the other engine: parity.json.
+6. Write the ids of the models and the tokens, and the manifest.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,13 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.engines.base import Draw, Engine, ScoreRequest
-from prefpipe.ids import ids_digests, numbered_id, sample_seed
+from prefpipe.engines.base import Engine
+from prefpipe.ids import ids_digests, numbered_id
 from prefpipe.inference import parity
-from prefpipe.inference.sampling import Sampled
-from prefpipe.inference.task import Task, answers_of, engine_settings, prompt_key, read_task, run_shards
+from prefpipe.inference.sampling import SampledPrompt, SampledShard
+from prefpipe.inference.scoring import request_of
+from prefpipe.inference.task import Task, answers_of, engine_settings, prompt_key, read_task, run_shards, sampled_draws
 from prefpipe.models import vocabulary
 from prefpipe.rewards import rating
+from prefpipe.rows import ref_logps
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, among, from_table, to_table
@@ -30,14 +42,21 @@ def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
         manifest = output.manifest()
         if manifest is not None:
             return manifest
-        stage = _Stage(config, output, task)
-        num_shards = run_shards(output, task, config, stage)
-        totals = stage.totals(num_shards)
-        if config.check and stage.reference:
-            totals["parity"] = stage.check(num_shards)
+        reference = _reference(config, task)
+        num_shards = run_shards(
+            output,
+            task,
+            config,
+            _datasets(task, reference),
+            lambda prompt: sampled_draws(config, prompt, range(config.num_samples)),
+            partial(_commit, config, output, task, reference),
+        )
+        totals = _totals(output, num_shards, list(task.rewards))
+        if config.check and reference:
+            totals["parity"] = _check(config, output, task, reference, num_shards)
             output.write_report("parity.json", totals["parity"])
         tokens = vocabulary.record([vocabulary.name(vocabulary.read(task.policy.directory))])
-        return output.finish(totals, {"policy": task.policy.id, "reference": stage.reference, **tokens})
+        return output.finish(totals, {"policy": task.policy.id, "reference": reference, **tokens})
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
@@ -48,115 +67,111 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     return [*lines, *(parity.table(t["parity"]) if "parity" in t else [])]
 
 
-@dataclass(frozen=True)
-class _Stage:
-    config: GenerateConfig
-    run: Run
-    task: Task
+def _reference(config: GenerateConfig, task: Task) -> str | None:
+    """The id of the reference, or None when no log-probs are cached."""
+    return {"policy": task.policy.id, "base": task.policy.base_id, "none": None}[config.reference]
 
-    @property
-    def reference(self) -> str | None:
-        """The id of the reference, if its log-probs are cached."""
-        return {"policy": self.task.policy.id, "base": self.task.policy.base_id, "none": None}[self.config.reference]
 
-    def datasets(self) -> list[str]:
-        """The datasets of one shard; the completions come last, so that a shard with them is whole."""
-        references = ["ref_logps"] if self.reference else []
-        return ["dropped", "prompts", *references, *map(rating.reward_folder, self.task.rewards), "completions"]
+def _datasets(task: Task, reference: str | None) -> list[str]:
+    """The datasets of a shard, in the order in which they are written."""
+    logps = ["ref_logps"] if reference else []
+    return ["dropped", "prompts", *logps, *map(rating.reward_folder, task.rewards), "completions"]
 
-    def has(self, index: int) -> bool:
-        return all(self.run.has_part(name, index) for name in self.datasets())
 
-    def draws(self, prompt: Prompt) -> tuple[Draw, ...]:
-        seed, temperature = self.config.seed, self.config.temperature
-        return tuple(
-            Draw(k, sample_seed(seed, prompt.prompt_id, k), temperature) for k in range(self.config.num_samples)
+def _commit(
+    config: GenerateConfig, output: Run, task: Task, reference: str | None, shard: SampledShard, engine: Engine
+) -> None:
+    """Write one shard. The completions come last, so that a shard with them is whole."""
+    completions = [c for prompt in shard.sampled for c in _completions(config, task, prompt)]
+
+    def write(dataset: str, row_type: type[R], rows: list[R]) -> None:
+        output.write_part(dataset, row_type, shard.index, to_table(row_type, rows))
+
+    write("dropped", Dropped, shard.dropped)
+    write("prompts", Prompt, [prompt.encoded.prompt for prompt in shard.sampled])
+    if reference:
+        logps = _token_logps(shard, completions, engine, captured=reference == task.policy.id)
+        rows = zip(completions, logps, strict=True)
+        scorer = engine.scorer
+        write(
+            "ref_logps",
+            RefLogps,
+            [ref_logps(c.completion_id, c.ids_digest, v, reference=reference, scorer=scorer) for c, v in rows],
+        )
+    answers = answers_of(shard.sampled) if task.rewards else []
+    for name, function in task.rewards.items():
+        scores = zip(completions, rating.rate(answers, function, name), strict=True)
+        rewards = [Reward(c.completion_id, name, s.reward, s.status, s.detail) for c, s in scores]
+        write(rating.reward_folder(name), Reward, rewards)
+    write("completions", Completion, completions)
+
+
+def _completions(config: GenerateConfig, task: Task, sampled: SampledPrompt) -> Iterator[Completion]:
+    """A row for every sample of a prompt."""
+    encoded = sampled.encoded
+    key = prompt_key(config, task, encoded)
+    digests = ids_digests(encoded.token_ids, [s.token_ids for s in sampled.samples])
+    for sample, text, digest in zip(sampled.samples, sampled.texts, digests, strict=True):
+        yield Completion(
+            completion_id=numbered_id(key, sample.sample_index),
+            prompt_id=encoded.prompt.prompt_id,
+            sample_index=sample.sample_index,
+            text=text,
+            prompt_token_ids=encoded.token_ids,
+            token_ids=sample.token_ids,
+            finish_reason=sample.finish_reason,
+            policy=task.policy.id,
+            ids_digest=digest,
         )
 
-    def commit(self, index: int, sampled: list[Sampled], dropped: list[Dropped], engine: Engine) -> None:
-        """Write one shard: dropped prompts, prompts, reference log-probs, rewards, completions."""
-        completions = [c for s in sampled for c in self._completions(s)]
-        self.run.write_part("dropped", Dropped, index, to_table(Dropped, dropped))
-        self.run.write_part("prompts", Prompt, index, to_table(Prompt, [s.ready.prompt for s in sampled]))
-        if self.reference:
-            rows = self._references(completions, sampled, engine)
-            self.run.write_part("ref_logps", RefLogps, index, to_table(RefLogps, rows))
-        answers = answers_of(sampled) if self.task.rewards else []
-        for name, function in self.task.rewards.items():
-            rows = [
-                Reward(c.completion_id, name, s.reward, s.status, s.detail)
-                for c, s in zip(completions, rating.rate(answers, function, name), strict=True)
-            ]
-            self.run.write_part(rating.reward_folder(name), Reward, index, to_table(Reward, rows))
-        self.run.write_part("completions", Completion, index, to_table(Completion, completions))
 
-    def totals(self, num_shards: int) -> dict[str, Any]:
-        """Counts over all shards, read column by column: the same whether the run was interrupted or not."""
-        counts = {"prompts": 0, "completions": 0, "tokens": 0}
-        for index in range(num_shards):
-            part = self.run.read_part("completions", Completion, index, ["prompt_id", "token_ids"])
-            counts["prompts"] += len(part["prompt_id"].unique())
-            counts["completions"] += part.num_rows
-            lengths = pc.call_function("list_value_length", [part["token_ids"]])
-            counts["tokens"] += pc.call_function("sum", [lengths]).as_py() or 0
-        means: dict[str, float | None] = {}
-        for name in self.task.rewards:
-            values = [v for i in range(num_shards) for v in self._rewards(name, i) if v is not None]
-            means[name] = sum(values) / len(values) if values else None
-        return {**counts, "mean_reward": means}
+def _token_logps(
+    shard: SampledShard, completions: Sequence[Completion], engine: Engine, *, captured: bool
+) -> list[list[float]]:
+    """Reference log-probs (nats) of the tokens of each completion: those captured while sampling where the policy is
+    the reference, else those of a scoring pass with the adapter off."""
+    if captured:
+        return [sample.token_logps for prompt in shard.sampled for sample in prompt.samples]
+    scored = dict(engine.score(map(request_of, completions), adapter=False))
+    return [scored[c.completion_id] for c in completions]
 
-    def check(self, num_shards: int) -> dict[str, Any]:
-        """Score random rows again with the other scorer: captured values against computed ones."""
-        ids = [self.run.read_part("ref_logps", RefLogps, i, ["completion_id"]) for i in range(num_shards)]
-        names = (name for part in ids for name in part["completion_id"].to_pylist())
-        picked = pa.array(sorted(parity.pick(names, self.config.check, self.config.seed)))
-        rows: list[parity.Checked] = []
-        longest, scorer = 1, ""
-        for index in (i for i, part in enumerate(ids) if among(part, picked).num_rows):
-            logps = {r.completion_id: r for r in self._picked("ref_logps", RefLogps, index, picked)}
-            for c in self._picked("completions", Completion, index, picked):
-                sequence = ScoreRequest(c.completion_id, c.prompt_token_ids, c.token_ids)
-                rows.append(parity.Checked(sequence, logps[c.completion_id].token_logps))
-                longest = max(longest, len(c.prompt_token_ids) + len(c.token_ids))
-                scorer = logps[c.completion_id].scorer
-        settings = engine_settings(self.task, self.config, longest)
-        adapter = self.reference == self.task.policy.id
-        return parity.check(rows, self.config.engine, scorer, settings, adapter=adapter)
 
-    def _rewards(self, name: str, index: int) -> list[float | None]:
-        return self.run.read_part(rating.reward_folder(name), Reward, index, ["reward"])["reward"].to_pylist()
+def _totals(output: Run, num_shards: int, reward_names: Sequence[str]) -> dict[str, Any]:
+    """Counts over all shards, read column by column: the same whether the run was interrupted or not."""
+    counts = {"prompts": 0, "completions": 0, "tokens": 0}
+    for index in range(num_shards):
+        part = output.read_part("completions", Completion, index, ["prompt_id", "token_ids"])
+        counts["prompts"] += len(part["prompt_id"].unique())
+        counts["completions"] += part.num_rows
+        lengths = pc.call_function("list_value_length", [part["token_ids"]])
+        counts["tokens"] += pc.call_function("sum", [lengths]).as_py() or 0
+    return {**counts, "mean_reward": {name: _mean_reward(output, num_shards, name) for name in reward_names}}
 
-    def _picked(self, dataset: str, row_type: type[R], index: int, completion_ids: pa.Array) -> list[R]:
-        return from_table(row_type, among(self.run.read_part(dataset, row_type, index), completion_ids))
 
-    def _completions(self, sampled: Sampled) -> Iterator[Completion]:
-        ready, policy = sampled.ready, self.task.policy.id
-        key = prompt_key(self.config, self.task, ready)
-        digests = ids_digests(ready.token_ids, [s.token_ids for s in sampled.samples])
-        for sample, text, digest in zip(sampled.samples, sampled.texts, digests, strict=True):
-            yield Completion(
-                completion_id=numbered_id(key, sample.sample_index),
-                prompt_id=ready.prompt.prompt_id,
-                sample_index=sample.sample_index,
-                text=text,
-                prompt_token_ids=ready.token_ids,
-                token_ids=sample.token_ids,
-                finish_reason=sample.finish_reason,
-                policy=policy,
-                ids_digest=digest,
-            )
+def _mean_reward(output: Run, num_shards: int, name: str) -> float | None:
+    folder = rating.reward_folder(name)
+    parts = (output.read_part(folder, Reward, index, ["reward"])["reward"].to_pylist() for index in range(num_shards))
+    rewards = [reward for part in parts for reward in part if reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
 
-    def _references(self, completions: list[Completion], sampled: list[Sampled], engine: Engine) -> list[RefLogps]:
-        """Captured while sampling when the policy is the reference; else one scoring pass with the adapter off."""
-        if self.reference == self.task.policy.id:
-            logps = [sample.token_logps for s in sampled for sample in s.samples]
-        else:
-            given = [ScoreRequest(c.completion_id, c.prompt_token_ids, c.token_ids) for c in completions]
-            scored = dict(engine.score(given, adapter=False))
-            logps = [scored[c.completion_id] for c in completions]
-        reference, scorer = self.reference, engine.scorer
-        assert reference is not None
-        return [
-            RefLogps(c.completion_id, reference, scorer, c.ids_digest, values, sum(values), len(values))
-            for c, values in zip(completions, logps, strict=True)
-        ]
+
+def _check(config: GenerateConfig, output: Run, task: Task, reference: str, num_shards: int) -> dict[str, Any]:
+    """Score random completions again with the other engine; only shards that hold one of them are read."""
+    parts = [output.read_part("ref_logps", RefLogps, index, ["completion_id"]) for index in range(num_shards)]
+    names = (name for part in parts for name in part["completion_id"].to_pylist())
+    picked = pa.array(sorted(parity.pick(names, config.check, config.seed)))
+
+    def read(dataset: str, row_type: type[R], index: int) -> list[R]:
+        return from_table(row_type, among(output.read_part(dataset, row_type, index), picked))
+
+    cached: list[parity.CachedLogps] = []
+    scorer = ""
+    for index in (i for i, part in enumerate(parts) if among(part, picked).num_rows):
+        logps = {row.completion_id: row for row in read("ref_logps", RefLogps, index)}
+        for completion in read("completions", Completion, index):
+            row = logps[completion.completion_id]
+            cached.append(parity.CachedLogps(request_of(completion), row.token_logps))
+            scorer = row.scorer
+    lengths = (len(c.request.prompt_token_ids) + len(c.request.token_ids) for c in cached)
+    settings = engine_settings(task, config, max(lengths, default=1))
+    return parity.check(cached, config.engine, scorer, settings, adapter=reference == task.policy.id)

@@ -1,4 +1,4 @@
-"""Shards of foreign files: rows of ours that no earlier row of the run repeats, whatever shard that one is in."""
+"""Shards of foreign files as rows of ours, without the rows that repeat an earlier one, in whichever shard that is."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,21 +10,24 @@ from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import RowFault
 from prefpipe.ids import IdSet, ids_digest
 from prefpipe.inputs import files, formats, tokenised
-from prefpipe.inputs.files import Placed
+from prefpipe.inputs.files import ForeignRow
 from prefpipe.inputs.tokenised import IMPORTED, Limits, Tokenised
 from prefpipe.models.chat import Chat
 from prefpipe.schemas import Completion, Dropped, Label, Pair, Prompt, Reward
 
 RATING_FOLDER = f"rewards/{IMPORTED_REWARD}"
-Known = defaultdict[str, IdSet]  # the keys of the rows that a run has so far, by dataset
+Known = defaultdict[str, IdSet]  # the keys that the run has written already, by dataset
 
 
 @dataclass(frozen=True)
 class Imported:
     """Rows of one shard of a foreign file that no earlier row of the run repeats.
 
-    `used` are the completions that these rows are about, new ones and others, by id; `asked` says which prompt a
-    completion answers, with the further columns of the row that it stands in.
+    prompts, completions, pairs, labels: the rows of these datasets
+    ratings: the file's own ratings, as rewards
+    dropped: ledger rows of what is faulty or repeated
+    used: by completion_id, every completion that these rows need, also one that an earlier shard has written
+    prompt_of: by completion_id, the prompt that it answers, with the further columns of its row
     """
 
     prompts: list[Prompt] = field(default_factory=list[Prompt])
@@ -34,89 +37,100 @@ class Imported:
     labels: list[Label] = field(default_factory=list[Label])
     dropped: list[Dropped] = field(default_factory=list[Dropped])
     used: dict[str, Completion] = field(default_factory=dict[str, Completion])
-    asked: dict[str, Prompt] = field(default_factory=dict[str, Prompt])
+    prompt_of: dict[str, Prompt] = field(default_factory=dict[str, Prompt])
 
 
-def chunks(path: str | Path, size: int) -> Iterator[list[Placed]]:
-    """Neighbouring rows of a file, `size` at a time: the shards of an import."""
+def chunks(path: str | Path, size: int) -> Iterator[list[ForeignRow]]:
+    """The rows of a file, `size` at a time: one shard each."""
     stream = files.rows(path)
     while chunk := list(islice(stream, size)):
         yield chunk
 
 
-def import_rows(chunk: list[Placed], kind: str, chat: Chat, limits: Limits, known: Known, *, rated: bool) -> Imported:
+def import_rows(
+    chunk: list[ForeignRow], kind: str, chat: Chat, limits: Limits, known: Known, *, rated: bool
+) -> Imported:
     """One shard of a foreign file as rows of ours; their keys are added to `known`. `rated`: the file has ratings, so
-    that one which is missing is a row as well.
+    that a missing one is a row as well.
 
     Answers with the same tokens are one completion. A row that repeats an earlier one of the run goes to the ledger;
     several pairs, or a pair and a label, may well share a completion.
     """
-    made = Imported()
+    imported = Imported()
     for where, row in chunk:
         try:
-            found = tokenised.tokenise(formats.parse(row, kind, where), chat, limits)
+            source = tokenised.tokenise(formats.parse(row, kind, where), chat, limits)
             if kind == "preference":
-                pair = tokenised.to_pair(found)
+                pair = tokenised.to_pair(source)
                 if not known["pairs"].add(pair.pair_id):
                     raise RowFault("duplicate", "repeats an earlier pair")
-                made.pairs.append(pair)
+                imported.pairs.append(pair)
         except RowFault as fault:
-            made.dropped.append(Dropped(where, fault.reason, fault.detail))
+            imported.dropped.append(Dropped(where, fault.reason, fault.detail))
             continue
-        prompt = _to_prompt(found, row)
+        prompt = _to_prompt(source, row)
         if known["prompts"].add(prompt.prompt_id):
-            made.prompts.append(prompt)
-        for i in range(len(found.answers)):
-            made.asked.setdefault(found.completion_id(i), prompt)
-            if not _add_answer(made, found, i, known, paired=kind == "preference", rated=rated):
+            imported.prompts.append(prompt)
+        for i in range(len(source.answers)):
+            imported.prompt_of.setdefault(source.completion_id(i), prompt)
+            if not _add_answer(imported, source, i, known, paired=kind == "preference", rated=rated):
                 detail = f"{where} repeats an earlier answer"
-                made.dropped.append(Dropped(found.completion_id(i), "duplicate", detail))
-    return made
+                imported.dropped.append(Dropped(source.completion_id(i), "duplicate", detail))
+    return imported
 
 
-def _add_answer(made: Imported, found: Tokenised, i: int, known: Known, *, paired: bool, rated: bool) -> bool:
-    """Add what answer i brings: a completion, a rating, a label, a side of a pair. False when it brings nothing new."""
-    completion = _to_completion(found, i)
+def _add_answer(imported: Imported, source: Tokenised, i: int, known: Known, *, paired: bool, rated: bool) -> bool:
+    """Add the completion, the label and the rating of answer i, each if it is new. Returns whether the answer is of
+    any use: it brings one of these, or is one side of a pair."""
+    completion = _to_completion(source, i)
     key = completion.completion_id
     is_new = known["completions"].add(key)
     if is_new:
-        made.completions.append(completion)
-    labels = [tokenised.to_label(found)] if found.source.label is not None and known["labels"].add(key) else []
-    made.labels.extend(labels)
-    ratings = [r for r in _to_ratings(found, i) if (rated or r.reward is not None) and known[RATING_FOLDER].add(key)]
-    made.ratings.extend(ratings)
-    if is_new or paired or labels:
-        made.used[key] = completion
+        imported.completions.append(completion)
+    is_labelled = source.answered.label is not None and known["labels"].add(key)
+    if is_labelled:
+        imported.labels.append(tokenised.to_label(source))
+    rating = _to_rating(source, i)
+    is_rated = rating is not None and (rated or rating.reward is not None) and known[RATING_FOLDER].add(key)
+    if rating is not None and is_rated:
+        imported.ratings.append(rating)
+    if is_new or paired or is_labelled:
+        imported.used[key] = completion
         return True
-    return bool(ratings)
+    return is_rated
 
 
-def _to_completion(found: Tokenised, i: int) -> Completion:
+def _to_completion(source: Tokenised, i: int) -> Completion:
     return Completion(
-        completion_id=found.completion_id(i),
-        prompt_id=found.prompt_id,
+        completion_id=source.completion_id(i),
+        prompt_id=source.prompt_id,
         sample_index=i,
-        text=found.answers[i][-1]["content"],
-        prompt_token_ids=found.prompt_ids,
-        token_ids=found.token_ids[i],
-        finish_reason=found.finish_reason(i),
-        policy=found.source.writers[i] or IMPORTED,
-        ids_digest=ids_digest(found.prompt_ids, found.token_ids[i]),
+        text=source.answers[i][-1]["content"],
+        prompt_token_ids=source.prompt_ids,
+        token_ids=source.token_ids[i],
+        finish_reason=source.finish_reason(i),
+        policy=source.answered.writers[i] or IMPORTED,
+        ids_digest=ids_digest(source.prompt_ids, source.token_ids[i]),
     )
 
 
-def _to_prompt(found: Tokenised, row: formats.Row) -> Prompt:
+def _to_prompt(source: Tokenised, row: formats.Row) -> Prompt:
     return Prompt(
-        found.prompt_id, found.prompt, found.source.answer, "train", IMPORTED, tokenised.to_json(formats.others(row))
+        prompt_id=source.prompt_id,
+        messages=source.prompt,
+        answer=source.answered.answer,
+        split="train",
+        source=IMPORTED,
+        meta=tokenised.to_json(formats.others(row)),
     )
 
 
-def _to_ratings(found: Tokenised, i: int) -> list[Reward]:
-    """The rating of answer i as a reward, or nothing where the format has none."""
-    if found.source.ratings is None:
-        return []
-    rating = found.source.ratings[i]
-    detail = None if rating is not None else "the file has no rating for this answer"
-    return [
-        Reward(found.completion_id(i), IMPORTED_REWARD, rating, "ok" if rating is not None else "unparsable", detail)
-    ]
+def _to_rating(source: Tokenised, i: int) -> Reward | None:
+    """The rating of answer i as a reward; None where the format has no ratings."""
+    if source.answered.ratings is None:
+        return None
+    rating = source.answered.ratings[i]
+    if rating is None:
+        detail = "the file has no rating for this answer"
+        return Reward(source.completion_id(i), IMPORTED_REWARD, None, "unparsable", detail)
+    return Reward(source.completion_id(i), IMPORTED_REWARD, rating, "ok", None)

@@ -1,4 +1,4 @@
-"""What `prefpipe score` reads: shards of our runs and of foreign files, each as rows, token ids and answers to rate."""
+"""The shards that `prefpipe score` reads, of our runs and of foreign files: rows to write, to score and to rate."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow as pa
 
 from prefpipe import log
-from prefpipe.engines import base
-from prefpipe.errors import DataError, IdentityError, MissingInputError
-from prefpipe.ids import ids_digest
+from prefpipe.engines.base import ScoreRequest
+from prefpipe.errors import DataError, MissingInputError
+from prefpipe.inference.scoring import request_of
 from prefpipe.inputs import formats
-from prefpipe.inputs.files import Placed
+from prefpipe.inputs.files import ForeignRow
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models.chat import Chat
 from prefpipe.rewards.base import Answer
-from prefpipe.rows import PREFERENCES, key_of, parts_of
+from prefpipe.rows import PREFERENCES, check_ids, completions_of, key_of
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Completion, Dropped, Prompt, Reward, from_table
@@ -26,71 +26,89 @@ from prefpipe.stages.score.imports import RATING_FOLDER, Known
 
 ENGINE_DIED = "engine_died"
 _ADDED = {"preference": ("pairs",), "label": ("labels",)}
+_Prompts = Callable[[str, set[str]], dict[str, Prompt]]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of one shard: datasets to write beside the scores, what to score, what to rate, what was left out.
+class ShardRows:
+    """The rows of one shard of an input.
 
-    `elsewhere` are the ids of sequences that an earlier shard holds: scored for this one's rows, not written again.
+    rows: by dataset, the rows to write beside the scores
+    requests: the completions to score
+    answers: (completion_id, answer) to rate
+    ratings: the file's own ratings, as rewards
+    dropped: ledger rows of what is left out
+    written_before: ids of the completions in `requests` that an earlier shard writes: they are scored for the pairs and
+        labels of this shard, and their log-probs are not written again
     """
 
     rows: dict[str, list[Any]]
-    sequences: list[base.ScoreRequest]
+    requests: list[ScoreRequest]
     answers: list[tuple[str, Answer]]
     ratings: list[Reward]
     dropped: list[Dropped]
-    elsewhere: frozenset[str] = frozenset()
+    written_before: frozenset[str] = frozenset()
 
 
-_Prompts = Callable[[str, set[str]], dict[str, Prompt]]
-Read = tuple[tuple[str, ...], Callable[[], Batch]]  # the datasets of a shard beside its scores, and how to read it
+@dataclass(frozen=True)
+class InputShard:
+    """A shard of an input: the datasets that it brings beside the scores, and the function that reads it."""
+
+    datasets: tuple[str, ...]
+    read: Callable[[], ShardRows]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How inputs are read: with which tokenizer, up to which length, how many rows at a time, with answers to rate, and
-    beside which rows of foreign files that the run has so far."""
+    """How inputs are read.
+
+    chat: tokenizer and chat template for foreign files
+    limits: how long a row may be
+    shard_rows: rows in a shard of a foreign file, or of pairs, labels and groups of a run
+    rated: whether rewards are asked for, so that answers are read as well
+    known: keys that this run has written already, by dataset, to drop repeats in foreign files
+    """
 
     chat: Chat
     limits: Limits
-    rows: int
+    shard_rows: int
     rated: bool
     known: Known
 
 
-def without(batch: Batch, killers: Collection[str]) -> Batch:
-    """A batch without the completions that kill the engine, and without every row that is about one of them: each has
-    its line in the ledger, and what only they need is not scored. Prompts stay: they may have other completions."""
+def without(shard: ShardRows, killers: Collection[str]) -> ShardRows:
+    """A shard without the completions that kill the engine, and without every row that is about one of them: each has
+    its line in the ledger. What only those rows need is not scored. Prompts stay: they may have other completions."""
     if not killers:
-        return batch
-    fatal: dict[str, str] = {}  # the key of a row, and the completion of it that kills
+        return shard
+    fatal: dict[str, str] = {}  # key of a row -> the completion of it that kills
     rows: dict[str, list[Any]] = {}
-    for dataset, given in batch.rows.items():
-        fatal |= {key_of(row): name for row in given for name, *_ in parts_of(row) if name in killers}
-        rows[dataset] = [row for row in given if key_of(row) not in fatal]
-    if batch.rows:
-        needed = {name for kept in rows.values() for row in kept for name, *_ in parts_of(row)}
+    for dataset, dataset_rows in shard.rows.items():
+        fatal |= {key_of(row): key for row in dataset_rows for key, *_ in completions_of(row) if key in killers}
+        rows[dataset] = [row for row in dataset_rows if key_of(row) not in fatal]
+    if shard.rows:
+        needed = {key for kept in rows.values() for row in kept for key, *_ in completions_of(row)}
     else:  # completions of a run, which are not written again
-        names = [s.completion_id for s in batch.sequences]
-        needed = {name for name in names if name not in killers}
-        fatal = {name: name for name in names if name in killers}
-    fatal |= {r.completion_id: r.completion_id for r in batch.ratings if r.completion_id in killers}
+        ids = [request.completion_id for request in shard.requests]
+        needed = set(ids).difference(killers)
+        fatal = {completion_id: completion_id for completion_id in ids if completion_id in killers}
+    fatal |= {r.completion_id: r.completion_id for r in shard.ratings if r.completion_id in killers}
+    lost = [
+        Dropped(key, ENGINE_DIED, f"the engine died twice on completion {completion_id}")
+        for key, completion_id in fatal.items()
+    ]
     return replace(
-        batch,
+        shard,
         rows=rows,
-        sequences=[s for s in batch.sequences if s.completion_id in needed],
-        answers=[(name, answer) for name, answer in batch.answers if name not in killers],
-        ratings=[r for r in batch.ratings if r.completion_id not in killers],
-        dropped=[
-            *batch.dropped,
-            *(Dropped(key, ENGINE_DIED, f"the engine died twice on completion {name}") for key, name in fatal.items()),
-        ],
+        requests=[request for request in shard.requests if request.completion_id in needed],
+        answers=[(completion_id, answer) for completion_id, answer in shard.answers if completion_id not in killers],
+        ratings=[rating for rating in shard.ratings if rating.completion_id not in killers],
+        dropped=[*shard.dropped, *lost],
     )
 
 
 def digest(source: str) -> str:
-    """What identifies an input: a run or file by content, an hf:// path by its name and revision."""
+    """The identity of an input: a run or file by content, an hf:// path by its name and revision."""
     if source.startswith("hf://"):
         if "@" not in source:
             log.warn(f"{source} names no revision: it may change; write hf://datasets/OWNER/NAME@REVISION/FILE")
@@ -98,8 +116,8 @@ def digest(source: str) -> str:
     return store.input_digest(Path(source))
 
 
-def shards(source: str, reader: Reader) -> Iterator[Read]:
-    """The shards of one input, in order; a shard is read only when its function is called.
+def shards(source: str, reader: Reader) -> Iterator[InputShard]:
+    """The shards of one input, in order; the rows of a shard are read only when its function is called.
 
     Those of files must be read in their order, once: a row that repeats one of an earlier shard is left out.
     """
@@ -108,127 +126,133 @@ def shards(source: str, reader: Reader) -> Iterator[Read]:
     return _of_file(source, reader)
 
 
-def _of_file(source: str, reader: Reader) -> Iterator[Read]:
+def _of_file(source: str, reader: Reader) -> Iterator[InputShard]:
     kind, datasets = "", ("prompts", "completions")
-    for chunk in imports.chunks(source, reader.rows):
+    for chunk in imports.chunks(source, reader.shard_rows):
         if not kind:
             where, row = chunk[0]
             kind = formats.recognise(row, where)
             datasets += _ADDED.get(kind, ())
             datasets += (RATING_FOLDER,) if formats.has_ratings(row, kind) else ()
-        yield datasets, partial(_import, chunk, kind, reader, with_ratings=RATING_FOLDER in datasets)
+        yield InputShard(datasets, partial(_import, chunk, kind, reader, with_ratings=RATING_FOLDER in datasets))
     if not kind:
         raise DataError(f"{source} has no rows", "check the file")
 
 
-def _of_run(source: Path, reader: Reader) -> Iterator[Read]:
+def _of_run(source: Path, reader: Reader) -> Iterator[InputShard]:
     manifest = store.read_manifest(source)
     present = store.datasets(manifest)
     if "completions" in present:
         prompts = partial(_prompts, source, manifest, {})
         for name in store.part_names(source, manifest, "completions"):
-            yield (), partial(_completions, source, manifest, name, reader, prompts)
+            yield InputShard((), partial(_completions, source, manifest, name, reader, prompts))
         return
-    known = [name for name in PREFERENCES if name in present]
-    if not known:
+    preferences = [name for name in PREFERENCES if name in present]
+    if not preferences:
         raise MissingInputError(f"{source} has nothing to score", f"it has: {', '.join(present) or 'no dataset'}")
     if reader.rated:
         raise MissingInputError(f"{source} holds no completions to rate", "pass the run that its completions come from")
-    for dataset in known:
+    for dataset in preferences:
         for name in store.part_names(source, manifest, dataset):
             table = store.read_file(source, manifest, name, PREFERENCES[dataset])
-            for start in range(0, table.num_rows, reader.rows):
-                rows = table.slice(start, reader.rows)
-                yield (dataset,), partial(_preferences, source, dataset, rows, reader.limits.max_length)
+            for start in range(0, table.num_rows, reader.shard_rows):
+                rows = table.slice(start, reader.shard_rows)
+                yield InputShard((dataset,), partial(_preferences, source, dataset, rows, reader.limits.max_length))
 
 
 def notice_other_chat(source: Path, chat: Chat) -> None:
-    """Ids are scored as they are, so another tokenizer or template changes no value; but the user should know."""
+    """Warn about a run that was made with another tokenizer or chat template. Its ids are scored as they are, so this
+    changes no value; but the user should know."""
     manifest = store.read_manifest(source)
     for name in ("tokenizer", "chat_template"):
-        theirs = manifest["inputs"].get(name)
-        if theirs is not None and theirs != chat.digests[name]:
+        recorded = manifest["inputs"].get(name)
+        if recorded is not None and recorded != chat.digests[name]:
             log.warn(f"{source} was made with another {name.replace('_', ' ')}: its token ids are scored as they are")
 
 
-def _import(chunk: list[Placed], kind: str, reader: Reader, *, with_ratings: bool) -> Batch:
-    made = imports.import_rows(chunk, kind, reader.chat, reader.limits, reader.known, rated=with_ratings)
-    if not with_ratings and any(r.reward is not None for r in made.ratings):
+def _import(chunk: list[ForeignRow], kind: str, reader: Reader, *, with_ratings: bool) -> ShardRows:
+    imported = imports.import_rows(chunk, kind, reader.chat, reader.limits, reader.known, rated=with_ratings)
+    if not with_ratings and any(r.reward is not None for r in imported.ratings):
         raise DataError(
             f"{chunk[0][0]}: here or below an answer has a rating, but the first row of the file has no such field",
             "give every row the same fields; a missing rating is null",
         )
-    rows: dict[str, list[Any]] = {"prompts": made.prompts, "completions": made.completions}
-    rows |= {"pairs": made.pairs, "labels": made.labels}
-    sequences = [base.ScoreRequest(c.completion_id, c.prompt_token_ids, c.token_ids) for c in made.used.values()]
-    elsewhere = frozenset(made.used).difference(c.completion_id for c in made.completions)
-    answers = [_answer(c, made.asked[c.completion_id]) for c in made.completions]
-    return Batch(rows, sequences, answers, made.ratings, made.dropped, elsewhere)
+    rows: dict[str, list[Any]] = {"prompts": imported.prompts, "completions": imported.completions}
+    rows |= {"pairs": imported.pairs, "labels": imported.labels}
+    written_before = frozenset(imported.used).difference(c.completion_id for c in imported.completions)
+    return ShardRows(
+        rows,
+        [request_of(c) for c in imported.used.values()],
+        [_answer(c, imported.prompt_of[c.completion_id]) for c in imported.completions],
+        imported.ratings,
+        imported.dropped,
+        written_before,
+    )
 
 
-def _completions(source: Path, manifest: Manifest, name: str, reader: Reader, prompts: _Prompts) -> Batch:
+def _completions(source: Path, manifest: Manifest, name: str, reader: Reader, prompts: _Prompts) -> ShardRows:
     """A part of the completions of one of our runs."""
-    found = from_table(Completion, store.read_file(source, manifest, name, Completion))
-    sequences = [_verified(source, c.completion_id, c.prompt_token_ids, c.token_ids, c.ids_digest) for c in found]
-    kept, dropped = _fitting(sequences, reader.limits.max_length)
-    asked = prompts(name.replace("completions/", "prompts/"), {c.prompt_id for c in found}) if reader.rated else {}
-    return Batch({}, kept, [_answer(c, asked[c.prompt_id]) for c in found if reader.rated], [], dropped)
+    completions = from_table(Completion, store.read_file(source, manifest, name, Completion))
+    for completion in completions:
+        check_ids(completion, source)
+    requests, overlong = _fitting([request_of(c) for c in completions], reader.limits.max_length)
+    answers: list[tuple[str, Answer]] = []
+    if reader.rated:
+        prompt_of = prompts(name.replace("completions/", "prompts/"), {c.prompt_id for c in completions})
+        answers = [_answer(c, prompt_of[c.prompt_id]) for c in completions]
+    return ShardRows({}, requests, answers, [], overlong)
 
 
 def _prompts(
     source: Path, manifest: Manifest, places: dict[str, str], beside: str, wanted: set[str]
 ) -> dict[str, Prompt]:
-    """Prompts of a run by id. `beside` is the part that belongs to the completions which answer them; a prompt that
-    comes up again stands in an earlier part only: `places`, the part of every prompt, is filled when that is needed."""
-    found = {p.prompt_id: p for p in from_table(Prompt, store.read_file(source, manifest, beside, Prompt))}
-    lacking = wanted - found.keys()
+    """Prompts of a run by id.
+
+    `beside` is the part that belongs to the completions which answer them. A prompt that comes up again stands in an
+    earlier part only: then `places`, the part of every prompt, is filled, once for all calls.
+    """
+    prompts = {p.prompt_id: p for p in from_table(Prompt, store.read_file(source, manifest, beside, Prompt))}
+    lacking = wanted - prompts.keys()
     if lacking and not places:
         for name in store.part_names(source, manifest, "prompts"):
             ids = store.read_file(source, manifest, name, Prompt, ["prompt_id"])["prompt_id"].to_pylist()
             places.update(dict.fromkeys(ids, name))
     for name in sorted({places[prompt_id] for prompt_id in lacking}):
         part = from_table(Prompt, store.read_file(source, manifest, name, Prompt))
-        found |= {p.prompt_id: p for p in part if p.prompt_id in lacking}
-    return found
+        prompts |= {p.prompt_id: p for p in part if p.prompt_id in lacking}
+    return prompts
 
 
-def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -> Batch:
+def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -> ShardRows:
     """Rows of pairs, labels, KL bank or groups of one of our runs. A row with an overlong completion is left out."""
-    rows = from_table(PREFERENCES[dataset], table)
     kept: list[Any] = []
     dropped: list[Dropped] = []
-    sequences: dict[str, base.ScoreRequest] = {}
-    for row in rows:
-        own = [_verified(source, *parts) for parts in parts_of(row)]
-        _, overlong = _fitting(own, max_length)
+    requests: dict[str, ScoreRequest] = {}
+    for row in from_table(PREFERENCES[dataset], table):
+        check_ids(row, source)
+        row_requests = [ScoreRequest(key, prompt, ids) for key, prompt, ids, _ in completions_of(row)]
+        _, overlong = _fitting(row_requests, max_length)
         dropped += overlong
         if not overlong:
             kept.append(row)
-            sequences |= {s.completion_id: s for s in own}
-    return Batch({dataset: kept}, list(sequences.values()), [], [], dropped)
+            requests |= {request.completion_id: request for request in row_requests}
+    return ShardRows({dataset: kept}, list(requests.values()), [], [], dropped)
 
 
-def _verified(source: Path, name: str, prompt: list[int], ids: list[int], digest: str) -> base.ScoreRequest:
-    if ids_digest(prompt, ids) != digest:
-        raise IdentityError(
-            f"{source}: the token ids of {name} do not match their digest (ids_digest)",
-            "rows were edited or shuffled: make that run again",
-        )
-    return base.ScoreRequest(name, prompt, ids)
-
-
-def _fitting(sequences: Sequence[base.ScoreRequest], max_length: int) -> tuple[list[base.ScoreRequest], list[Dropped]]:
-    kept: list[base.ScoreRequest] = []
-    dropped: list[Dropped] = []
-    for s in sequences:
-        length = len(s.prompt_token_ids) + len(s.token_ids)
+def _fitting(requests: Sequence[ScoreRequest], max_length: int) -> tuple[list[ScoreRequest], list[Dropped]]:
+    """Requests of at most `max_length` tokens, and the ledger of the longer ones."""
+    fitting: list[ScoreRequest] = []
+    overlong: list[Dropped] = []
+    for request in requests:
+        length = len(request.prompt_token_ids) + len(request.token_ids)
         if length <= max_length:
-            kept.append(s)
+            fitting.append(request)
         else:
             detail = f"{length} tokens in prompt and completion, max_length is {max_length}"
-            dropped.append(Dropped(s.completion_id, "too_long", detail))
-    return kept, dropped
+            overlong.append(Dropped(request.completion_id, "too_long", detail))
+    return fitting, overlong
 
 
-def _answer(c: Completion, p: Prompt) -> tuple[str, Answer]:
-    return c.completion_id, Answer(p.messages, c.text, p.answer, p.meta, len(c.token_ids))
+def _answer(completion: Completion, prompt: Prompt) -> tuple[str, Answer]:
+    answer = Answer(prompt.messages, completion.text, prompt.answer, prompt.meta, len(completion.token_ids))
+    return completion.completion_id, answer

@@ -7,14 +7,13 @@ from typing import Literal, TypeVar
 
 from prefpipe import log
 from prefpipe.config.train import UNAVAILABLE, TrainConfig
-from prefpipe.errors import DataError, IdentityError, UsageError
-from prefpipe.ids import ids_digest
+from prefpipe.errors import DataError, UsageError
 from prefpipe.inputs import tokenised
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.models import vocabulary
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.policy import Policy, resolve
-from prefpipe.rows import filled, key_of, parts_of
+from prefpipe.rows import check_ids, completions_of, key_of, one_reference, with_ref_logps
 from prefpipe.runs import store
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
 from prefpipe.stages.train import examples as train_rows
@@ -91,7 +90,7 @@ def prepare(config: TrainConfig) -> Job:
     if held_out:
         _add_held_out(read, held_out, _read(held_out, kind, chat, config))
     for row in (*read.rows, *read.bank):
-        _check_ids(row)
+        check_ids(row, f"row {key_of(row)}")
     needs_reference = any(LOSSES[name].needs_reference for name in config.loss_type)
     if config.ref_logps:
         inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
@@ -205,7 +204,7 @@ def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> 
     """Reference values of --ref-logps in place of the columns of every row whose completions are all there."""
     if not needs_reference:
         raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
-    digests = {key: digest for row in (*read.rows, *read.bank) for key, *_, digest in parts_of(row)}
+    digests = {key: digest for row in (*read.rows, *read.bank) for key, *_, digest in completions_of(row)}
     values = read_ref_logps([Path(run) for run in config.ref_logps], digests)
     if not values:
         raise DataError(
@@ -217,17 +216,8 @@ def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> 
 
 
 def _with_values(row: T, values: Mapping[str, RefLogps]) -> T:
-    known = all(key in values for key, *_ in parts_of(row))
-    return filled(row, values) if known else row
-
-
-def _check_ids(row: Stored) -> None:
-    """Raise IdentityError when a row's token ids are not those that its digests were made of."""
-    if any(ids_digest(prompt, ids) != digest for _, prompt, ids, digest in parts_of(row)):
-        raise IdentityError(
-            f"row {key_of(row)}: its token ids are not those that its log-probs were computed for",
-            "rows were edited or shuffled: make them again with `prefpipe build-pairs`",
-        )
+    known = all(key in values for key, *_ in completions_of(row))
+    return with_ref_logps(row, values) if known else row
 
 
 def _check_extras(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
@@ -267,14 +257,10 @@ def _reference(
     stored: Sequence[Stored], rows: Sequence[TrainRow], policy: Policy, given: Policy | Literal["unavailable"] | None
 ) -> Reference:
     """The one reference of the rows; refuses values of a model that cannot be checked here."""
-    named = sorted({row.reference for row in stored if row.reference is not None})
-    if len(named) > 1:
-        raise DataError(
-            f"the rows hold log-probs of {len(named)} references: {', '.join(named)}", "train on one at a time"
-        )
+    named = one_reference(row.reference for row in stored)
     missing = sum(not has_references(row) for row in rows)
     lacking = f"{missing} of {len(rows)} rows" if missing else None
-    return settle_reference(named[0] if named else None, lacking, policy, given)
+    return settle_reference(named, lacking, policy, given)
 
 
 def _recorded(reference: Reference) -> str:

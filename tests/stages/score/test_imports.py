@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.score import ScoreConfig
 from prefpipe.ids import IdSet, content_id
-from prefpipe.inputs.files import Placed
-from prefpipe.inputs.tokenised import NO_LIMITS, tokenise
+from prefpipe.inputs import tokenised
+from prefpipe.inputs.files import ForeignRow
+from prefpipe.inputs.tokenised import NO_LIMITS
 from prefpipe.models.chat import Chat
 from prefpipe.runs import store, tables
 from prefpipe.runs.store import Manifest
@@ -60,11 +61,11 @@ def known() -> Known:
     return defaultdict(IdSet)
 
 
-def placed(rows: Sequence[dict[str, Any]]) -> list[Placed]:
+def placed(rows: Sequence[dict[str, Any]]) -> list[ForeignRow]:
     return [(f"line {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def imported(rows: list[Placed], kind: str, chat: Chat, size: int) -> list[Imported]:
+def imported(rows: list[ForeignRow], kind: str, chat: Chat, size: int) -> list[Imported]:
     so_far = known()
     return [
         imports.import_rows(rows[start : start + size], kind, chat, NO_LIMITS, so_far, rated=kind == "list")
@@ -73,7 +74,7 @@ def imported(rows: list[Placed], kind: str, chat: Chat, size: int) -> list[Impor
 
 
 def union(shards: list[Imported]) -> dict[str, list[Any]]:
-    names = [f.name for f in fields(Imported) if f.name not in ("used", "asked")]
+    names = [f.name for f in fields(Imported) if f.name not in ("used", "prompt_of")]
     return {name: list(chain.from_iterable(getattr(s, name) for s in shards)) for name in names}
 
 
@@ -105,7 +106,7 @@ def test_the_rows_are_the_same_wherever_shards_are_cut(chat: Chat, kind: str, da
         sides = {i for p in shard.pairs for i in (p.chosen_completion_id, p.rejected_completion_id)}
         own = {c.completion_id for c in shard.completions}
         assert set(shard.used) == own | sides | {row.completion_id for row in shard.labels}
-        assert set(shard.asked) >= own
+        assert set(shard.prompt_of) >= own
 
 
 def test_answers_of_several_pairs_are_one_completion_and_a_repeated_pair_has_a_reason(chat: Chat) -> None:
@@ -136,7 +137,7 @@ def test_a_further_rating_or_label_of_a_known_answer_is_no_repetition(chat: Chat
 
 def test_an_answer_is_rated_with_the_columns_of_its_own_row(chat: Chat) -> None:
     (made,) = imported(placed(FILES["preference"]), "preference", chat, 9)
-    assert [made.asked[c.completion_id].meta for c in made.completions] == [
+    assert [made.prompt_of[c.completion_id].meta for c in made.completions] == [
         '{"id": 1}', '{"id": 1}', '{"id": 2}', '{"id": 3}', '{"id": 3}'
     ]  # fmt: skip
 
@@ -221,12 +222,12 @@ def test_shards_made_again_have_the_same_bytes_and_only_they_are_tokenised(
     (out / "manifest.json").unlink()
     for index in lost:
         (out / "completions" / f"part-{index:05d}.ok.json").unlink()
-    tokenised: list[Any] = []
-    plain = tokenise
-    monkeypatch.setattr(tokenised, "tokenise", lambda *args: tokenised.append(args) or plain(*args))
+    calls: list[Any] = []
+    plain = tokenised.tokenise
+    monkeypatch.setattr(tokenised, "tokenise", lambda *args: calls.append(args) or plain(*args))
     assert run(tiny_model, sources, out, 2) == manifest
     assert {name: (out / name).read_bytes() for name in manifest["files"]} == before
-    assert len(tokenised) == sum([2, 2, 1, 2, 2, 2, 2][index] for index in lost)
+    assert len(calls) == sum([2, 2, 1, 2, 2, 2, 2][index] for index in lost)
 
 
 def test_build_pairs_and_score_take_a_run_whose_answers_came_up_again(

@@ -18,7 +18,7 @@ from prefpipe.rows import key_of
 from prefpipe.runs import fsio
 from prefpipe.schemas import Dropped, Label, RankedGroup, Reward
 from prefpipe.stages.score import sources
-from prefpipe.stages.score.sources import Batch, Reader
+from prefpipe.stages.score.sources import Reader, ShardRows
 
 
 def reader(model: Path, rows: int) -> Reader:
@@ -33,11 +33,11 @@ def write(path: Path, count: int) -> Path:
 
 def test_a_file_is_cut_into_shards_of_rows(tiny_model: Path, tmp_path: Path) -> None:
     found = list(sources.shards(str(write(tmp_path / "p.jsonl", 7)), reader(tiny_model, 3)))
-    assert [names for names, _ in found] == [("prompts", "completions", "pairs")] * 3
-    batches = [read() for _, read in found]
+    assert [shard.datasets for shard in found] == [("prompts", "completions", "pairs")] * 3
+    batches = [shard.read() for shard in found]
     assert [len(b.rows["pairs"]) for b in batches] == [3, 3, 1]
     assert all(
-        {s.completion_id for s in b.sequences} == {c.completion_id for c in b.rows["completions"]} for b in batches
+        {s.completion_id for s in b.requests} == {c.completion_id for c in b.rows["completions"]} for b in batches
     )
 
 
@@ -45,10 +45,10 @@ def test_nothing_is_tokenised_before_it_is_asked_for(tiny_model: Path, tmp_path:
     """The second row is faulty: it hurts only who reads its shard."""
     path = write(tmp_path / "p.jsonl", 1)
     path.write_text(path.read_text() + '{"prompt": "Q", "chosen": 3, "rejected": "No."}\n')
-    (_, good), (_, bad) = sources.shards(str(path), reader(tiny_model, 1))
-    assert len(good().sequences) == 2
+    good, bad = sources.shards(str(path), reader(tiny_model, 1))
+    assert len(good.read().requests) == 2
     with pytest.raises(DataError, match="line 2: field 'chosen' is neither"):
-        bad()
+        bad.read()
 
 
 def test_an_empty_file_and_an_empty_run_are_errors(tiny_model: Path, tmp_path: Path) -> None:
@@ -82,17 +82,17 @@ def group(prompt_id: str, *completion_ids: str) -> RankedGroup:
     )  # fmt: skip
 
 
-def batch(rows: dict[str, list[Any]], *names: str) -> Batch:
+def batch(rows: dict[str, list[Any]], *names: str) -> ShardRows:
     answers = [(name, Answer([], name, None)) for name in names]
     ratings = [Reward(name, "rating", 1.0, "ok", None) for name in names if not rows]
-    return Batch(
+    return ShardRows(
         rows, [ScoreRequest(n, [1], [2]) for n in names], answers, ratings, [Dropped("line 1", "empty", "no text")]
     )
 
 
-def names_of(found: Batch) -> list[list[str]]:
+def names_of(found: ShardRows) -> list[list[str]]:
     return [
-        [s.completion_id for s in found.sequences],
+        [s.completion_id for s in found.requests],
         [n for n, _ in found.answers],
         [r.completion_id for r in found.ratings],
     ]
@@ -108,7 +108,7 @@ def test_a_group_goes_as_a_whole_and_what_only_it_needs_is_not_scored() -> None:
     groups = [group("p", "a", "b"), group("q", "c", "d")]
     found = sources.without(batch({"groups": groups}, "a", "b", "c", "d"), {"b"})
     assert found.rows == {"groups": groups[1:]}
-    assert [s.completion_id for s in found.sequences] == ["c", "d"]
+    assert [s.completion_id for s in found.requests] == ["c", "d"]
     (_, lost) = found.dropped
     assert (lost.id, lost.reason, lost.detail) == ("p", "engine_died", "the engine died twice on completion b")
 
@@ -119,12 +119,12 @@ def test_labels_and_rows_of_the_bank_are_left_out_by_their_own_ids(labels: list[
         names = [key_of(row) for row in rows]
         found = sources.without(batch({dataset: rows}, *names), {names[1]})
         assert [key_of(row) for row in found.rows[dataset]] == [names[0], *names[2:]]
-        assert [s.completion_id for s in found.sequences] == [names[0], *names[2:]]
+        assert [s.completion_id for s in found.requests] == [names[0], *names[2:]]
         assert [d.id for d in found.dropped] == ["line 1", names[1]]
 
 
 def test_a_rating_of_a_completion_in_another_shard_goes_with_it() -> None:
-    rated = Batch({"completions": []}, [], [], [Reward(n, "rating", 1.0, "ok", None) for n in ("a", "b")], [])
+    rated = ShardRows({"completions": []}, [], [], [Reward(n, "rating", 1.0, "ok", None) for n in ("a", "b")], [])
     found = sources.without(rated, {"b"})
     assert ([r.completion_id for r in found.ratings], [d.id for d in found.dropped]) == (["a"], ["b"])
 

@@ -400,7 +400,9 @@ def test_reading_reference_values_for_train(
     by_id = {r.completion_id: r for r in rows(tmp_path / "a", "ref_logps", RefLogps)}
     assert all(found[i] == by_id[i] for i in wanted)
     first = next(iter(wanted))
-    with pytest.raises(IdentityError, match=f"log-probs of {first} were made for other token ids"):
+    with pytest.raises(
+        IdentityError, match=f"log-probs of 1 completions were made for other token ids .first: completion {first}"
+    ):
         read_ref_logps([tmp_path / "a"], {**wanted, first: "another"})
     assert read_ref_logps([tmp_path / "a", tmp_path / "b"], wanted) == found  # the first run that has a row counts
     with pytest.raises(MissingInputError, match="no dataset 'ref_logps'"):
@@ -411,7 +413,7 @@ def test_two_references_never_mix(tiny_model: Path, other_model: Path, write: Wr
     run(tiny_model, write(*PAIRS[:3]), tmp_path / "a")
     run(other_model, write(*PAIRS[3:], name="b.jsonl"), tmp_path / "b")
     both = [r for n in "ab" for r in rows(tmp_path / n, "ref_logps", RefLogps)]
-    with pytest.raises(DataError, match="several references"):
+    with pytest.raises(DataError, match="log-probs of 2 references"):
         read_ref_logps([tmp_path / "a", tmp_path / "b"], {r.completion_id: r.ids_digest for r in both})
 
 
@@ -434,8 +436,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     out = tmp_path / "o"
     with pytest.raises(UsageError, match="no inputs given"):
         score.run(ScoreConfig(model=str(tiny_model)), out, force=False)
-    with pytest.raises(UsageError, match="nothing to do"):
-        run(tiny_model, completions, out, reference="none")
+    done = cli("score", "--inputs", completions, "--reference", "none", "--out", out)
+    assert_refused(done, 2, "nothing to do: no reference and no rewards")
     with pytest.raises(MissingInputError, match=r"absent\.jsonl does not exist"):
         run(tiny_model, tmp_path / "absent.jsonl", out)
     assert not out.exists()

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from prefpipe import clock, log
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, score
 from prefpipe.ids import ids_digest
+from prefpipe.rows import logps_of_other_ids, one_reference, ref_logps
 from prefpipe.runs import store
 from prefpipe.runs.store import Run
 from prefpipe.schemas import RefLogps, from_table, to_table
@@ -114,8 +114,8 @@ def _score(rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference: s
         for row, values in zip(ordered, score(model, map(tree_of, ordered)), strict=True):
             for answer, logps in zip(row.answers, values, strict=True):
                 digest = ids_digest(row.prompt, answer.ids)
-                found[answer.completion_id] = RefLogps(
-                    answer.completion_id, reference, scorer, digest, logps, sum(logps), len(logps)
+                found[answer.completion_id] = ref_logps(
+                    answer.completion_id, digest, logps, reference=reference, scorer=scorer
                 )
             advance(1)
     return list(found.values())
@@ -137,12 +137,7 @@ def read_ref_logps(runs: Sequence[Path], digests: Mapping[str, str]) -> dict[str
             ]
             for row in from_table(RefLogps, table.take(wanted)) if wanted else ():
                 if row.ids_digest != digests[row.completion_id]:
-                    raise IdentityError(
-                        f"{run / name}: log-probs of {row.completion_id} were made for other token ids (ids_digest)",
-                        "score these rows: prefpipe score --inputs DIR --out NEW",
-                    )
+                    raise logps_of_other_ids([row.completion_id], run / name)
                 found[row.completion_id] = row
-    references = sorted({row.reference for row in found.values()})
-    if len(references) > 1:
-        raise DataError(f"the runs hold log-probs of several references: {', '.join(references)}", "pass one at a time")
+    one_reference(row.reference for row in found.values())
     return found

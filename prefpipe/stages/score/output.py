@@ -1,0 +1,126 @@
+"""The shards that `prefpipe score` writes: their numbers and datasets, which of them are missing, and their totals."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefpipe.config.shared import IMPORTED_REWARD
+from prefpipe.errors import DataError
+from prefpipe.rewards import rating
+from prefpipe.rewards.base import RewardFunction
+from prefpipe.rows import ROW_TYPES, Logps, key_column, with_ref_logps
+from prefpipe.runs.store import Run
+from prefpipe.schemas import Dropped, RefLogps, Reward, from_table, to_table
+from prefpipe.stages.score.imports import RATING_FOLDER, Known
+from prefpipe.stages.score.sources import ENGINE_DIED, InputShard, ShardRows
+
+_KEYED: dict[str, type] = {**ROW_TYPES, RATING_FOLDER: Reward}
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """A shard of the run: its number, its datasets in the order in which they are written, and how to read its rows."""
+
+    index: int
+    datasets: tuple[str, ...]
+    read: Callable[[], ShardRows]
+
+
+def numbered(shards: Iterable[InputShard], reward_names: Iterable[str], *, scored: bool) -> Iterator[OutputShard]:
+    """The shards of all inputs as shards of the run, numbered in their order. `scored`: they get log-probs."""
+    logps = ("ref_logps",) if scored else ()
+    scores = (*logps, *map(rating.reward_folder, reward_names), "dropped")
+    for index, shard in enumerate(shards):
+        yield OutputShard(index, (*shard.datasets, *scores), shard.read)
+
+
+def missing(shards: Iterable[OutputShard], run: Run, known: Known) -> Iterator[OutputShard]:
+    """The shards without a commit. The keys of committed ones are added to `known` on the way, for the next ones."""
+    for shard in shards:
+        if not all(run.has_part(name, shard.index) for name in shard.datasets):
+            yield shard
+        elif "completions" in shard.datasets:
+            _remember(shard, run, known)
+
+
+def _remember(shard: OutputShard, run: Run, known: Known) -> None:
+    dropped = from_table(Dropped, run.read_part("dropped", Dropped, shard.index))
+    lost = [row.id for row in dropped if row.reason == ENGINE_DIED]
+    for dataset in _KEYED.keys() & {*shard.datasets}:
+        column = key_column(_KEYED[dataset])
+        part = run.read_part(dataset, _KEYED[dataset], shard.index, [column])
+        for key in (*part[column].to_pylist(), *lost):
+            known[dataset].add(key)
+
+
+def write(
+    run: Run, rewards: Mapping[str, RewardFunction], shard: OutputShard, shard_rows: ShardRows, logps: Logps
+) -> None:
+    """Rate the answers of a shard and commit its datasets: rows with their log-probs, log-probs, rewards, ledger."""
+    tables: dict[str, tuple[type, list[Any]]] = {
+        name: (ROW_TYPES[name], [with_ref_logps(row, logps) for row in rows]) for name, rows in shard_rows.rows.items()
+    }
+    new_logps = [row for completion_id, row in logps.items() if completion_id not in shard_rows.written_before]
+    tables["ref_logps"] = (RefLogps, new_logps)
+    tables[RATING_FOLDER] = (Reward, shard_rows.ratings)
+    for name, function in rewards.items():
+        tables[rating.reward_folder(name)] = (Reward, _rate(shard_rows, name, function))
+    tables["dropped"] = (Dropped, shard_rows.dropped)
+    for name in shard.datasets:
+        row_type, rows = tables[name]
+        run.write_part(name, row_type, shard.index, to_table(row_type, rows))
+
+
+def _rate(shard_rows: ShardRows, name: str, function: RewardFunction) -> list[Reward]:
+    scores = rating.rate([answer for _, answer in shard_rows.answers], function, name)
+    return [
+        Reward(completion_id, name, score.reward, score.status, score.detail)
+        for (completion_id, _), score in zip(shard_rows.answers, scores, strict=True)
+    ]
+
+
+def totals(run: Run, reward_names: Iterable[str]) -> dict[str, Any]:
+    """Counts over all shards, read column by column: the same whether the run was interrupted or not. Raises DataError
+    when no row is left."""
+    rows = {name: _count(run, name, row_type) for name, row_type in ROW_TYPES.items() if name != "prompts"}
+    rows["ref_logps"] = _count(run, "ref_logps", RefLogps)
+    folders = {name: rating.reward_folder(name) for name in (*reward_names, IMPORTED_REWARD)}
+    if not any(rows.values()) and not any(_count(run, folder, Reward) for folder in folders.values()):
+        raise DataError("no row is left", f"see {run.out}/dropped.parquet for every row and its reason")
+    _, logp = _tally(run, "ref_logps", RefLogps, "ref_logps")
+    _, tokens = _tally(run, "ref_logps", RefLogps, "num_tokens")
+    reasons = Counter(reason for part in column(run, "dropped", Dropped, "reason") for reason in part)
+    return {
+        "rows": rows,
+        "tokens": int(tokens),
+        "mean_token_logp": logp / tokens if tokens else None,
+        "mean_reward": {name: _mean_reward(run, folder) for name, folder in folders.items()},
+        "dropped": dict(sorted(reasons.items())),
+    }
+
+
+def column(run: Run, dataset: str, row_type: type, name: str) -> Iterator[list[Any]]:
+    """A column of a dataset of the run, shard by shard."""
+    for index in run.parts(dataset):
+        yield run.read_part(dataset, row_type, index, [name])[name].to_pylist()
+
+
+def _count(run: Run, dataset: str, row_type: type) -> int:
+    return sum(len(part) for part in column(run, dataset, row_type, key_column(row_type)))
+
+
+def _tally(run: Run, dataset: str, row_type: type, name: str) -> tuple[int, float]:
+    """(number, sum) of the values of a column that are not null. Sums are taken shard by shard: in another order they
+    would round otherwise, and the manifest would have another digest."""
+    count, total = 0, 0.0
+    for part in column(run, dataset, row_type, name):
+        values = [value for value in part if value is not None]
+        count += len(values)
+        total += sum(values)
+    return count, total
+
+
+def _mean_reward(run: Run, folder: str) -> float | None:
+    count, total = _tally(run, folder, Reward, "reward")
+    return total / count if count else None
