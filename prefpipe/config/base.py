@@ -2,7 +2,11 @@
 
 A config class sets `model_config = STRICT`. The attribute docstring (or the description of a shared field type) is the
 help text. A field annotated with RUNTIME cannot change results (batch sizes, cadence) and stays out of the fingerprint,
-as does every PATH field: inputs enter the fingerprint by content, not by name.
+as does every PATH field: inputs enter the fingerprint by content, not by name. A field annotated with ADDED is younger
+than runs that users have: at its default it stays out of the fingerprint too, so that those runs still resume.
+
+A class of many settings marks the first one under each heading with Heading, and lists its headings in HEADINGS, in the
+order in which `prefpipe config` and --help show them.
 """
 
 import difflib
@@ -11,6 +15,7 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -24,6 +29,15 @@ STRICT = ConfigDict(
 )
 RUNTIME = "runtime"
 PATH = "path"
+ADDED = "added"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Marks a field as the first one under a heading."""
+
+    text: str
+
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -89,41 +103,61 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
     for name, field in fields(type(config)):
         if RUNTIME in field.metadata or PATH in field.metadata:
             continue
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        values[name] = value
+        value = _value(config, name)
+        if ADDED not in field.metadata or value != field.default:
+            values[name] = value
     return values
 
 
-def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf field with its dotted name, nested tables included."""
+def fields(cls: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf field with its dotted name, nested tables included, in the order of the headings."""
+    return ((name, field) for name, field, _ in fields_under_headings(cls))
+
+
+def fields_under_headings(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, str]]:
+    """Every leaf field with its dotted name and the heading that it stands under; "" when its class has none.
+
+    Raises ValueError for a heading that HEADINGS does not list.
+    """
+    order: tuple[str, ...] = getattr(cls, "HEADINGS", ("",))
+    heading, placed = "", list[tuple[int, str, FieldInfo]]()
     for name, field in cls.model_fields.items():
+        heading = next((mark.text for mark in field.metadata if isinstance(mark, Heading)), heading)
+        placed.append((order.index(heading), name, field))
+    for place, name, field in sorted(placed, key=lambda item: item[0]):
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields(field.annotation, f"{prefix}{name}.")
+            yield from fields_under_headings(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field
+            yield f"{prefix}{name}", field, order[place]
 
 
 def to_toml(config: BaseModel) -> str:
-    """A documented recipe with every setting at its present value."""
+    """A documented recipe with every setting at its present value, under its headings."""
     lines: list[str] = []
-    table = ""
-    for name, field in sorted(fields(type(config)), key=lambda item: item[0].count(".")):
+    table = shown = ""
+    for name, field, heading in sorted(fields_under_headings(type(config)), key=lambda item: item[0].count(".")):
         *path, leaf = name.split(".")
         if ".".join(path) != table:
-            table = ".".join(path)
+            table, shown = ".".join(path), ""
             lines.append(f"[{table}]")
-        value: Any = config
-        for part in [*path, leaf]:
-            value = getattr(value, part)
+        if heading != shown:
+            shown = heading
+            lines += [f"# ---- {heading} ----", ""]
         description = " ".join((field.description or "").split())
         lines += [
             *(f"# {line}" for line in textwrap.wrap(description, 110)),
-            f"{leaf} = {_toml(value)}",
+            f"{leaf} = {_toml(_value(config, name))}",
             "",
         ]
     return "\n".join(lines)
+
+
+def _value(config: BaseModel, name: str) -> Any:
+    """The value of a setting by its dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _toml(value: object) -> str:
