@@ -141,7 +141,7 @@ def _register(name: str, config_class: type[BaseModel], module: str) -> None:
             for line in stage.summary(manifest, out):
                 typer.echo(line)
 
-    app.command(name)(flags.command(config_class, run))
+    app.command(name, cls=flags.SettingsCommand)(flags.command(config_class, run))
 
 
 def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
@@ -154,4 +154,6 @@ def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None,
 
 for _name, (_config, _module) in STAGES.items():
     _register(_name, _config, _module)
-app.command("plan", help="Predict memory, tokens, steps and time of a training run.")(flags.command(TrainConfig, _plan))
+app.command("plan", cls=flags.SettingsCommand, help="Predict memory, tokens, steps and time of a training run.")(
+    flags.command(TrainConfig, _plan)
+)

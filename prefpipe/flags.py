@@ -1,4 +1,8 @@
-"""A config class as command-line options: one flag per field. The flag of a field in a table is `--TABLE.FIELD`."""
+"""A config class as command-line options: one flag per field. The flag of a field in a table is `--TABLE.FIELD`.
+
+--help shows the options of a command under the headings of its config class. They travel as typer's `rich_help_panel`,
+which typer itself shows only with rich markup; SettingsCommand shows them in plain text.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -8,10 +12,27 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
-from prefpipe.config.base import fields
+from prefpipe.config.base import fields_under_headings
 
 OPERATIONS = ("out", "force", "dry_run", "verbose")  # options of every command that are no settings
+
+
+class SettingsCommand(TyperCommand):
+    """A command whose --help groups its options by their headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, each group under its heading, in the order in which they are declared."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
 def command(cls: type[BaseModel], run: Callable[..., None]) -> Callable[..., None]:
@@ -20,33 +41,39 @@ def command(cls: type[BaseModel], run: Callable[..., None]) -> Callable[..., Non
     `flags` holds the settings of the command line by dotted name; a setting without a flag is absent. `--verbose` is
     declared here for the help text and read by `cli.main`, which must know it before anything can fail.
     """
-    names = {name: name.replace(".", "__") for name, _ in fields(cls)}
+    settings = list(fields_under_headings(cls))
+    names = {name: name.replace(".", "__") for name, *_ in settings}
 
     def call(**given: Any) -> None:
         flags = {name: given[argument] for name, argument in names.items() if given[argument] not in (None, [])}
         run(given["recipe"], flags, out=given["out"], force=given["force"], dry_run=given["dry_run"])
 
-    parameters = [_recipe(), *_operations(), *(_option(name, field) for name, field in fields(cls))]
+    parameters = [_recipe(), *_operations(), *(_option(*setting) for setting in settings)]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads the signature
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = cls.__doc__
     return call
 
 
-def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+def _option(name: str, field: FieldInfo, heading: str) -> inspect.Parameter:
+    *tables, _ = name.split(".")
     flag = "--" + name.replace("_", "-")
     shown = field.default
     default = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
     text = f"{field.description} [default: {default if default not in ('', ()) else 'none'}]"
     if field.annotation is bool:
         flag = f"{flag}/--no-{name.replace('_', '-')}"
+    panel = ": ".join(part for part in (".".join(tables), heading) if part) or None
     several = get_origin(field.annotation) is tuple
     kind: Any = list[str] if several else (bool if field.annotation is bool else str)
     return inspect.Parameter(
         name.replace(".", "__"),
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[kind | None, typer.Option(flag, help=text, metavar=_metavar(field), show_default=False)],
+        annotation=Annotated[
+            kind | None,
+            typer.Option(flag, help=text, metavar=_metavar(field), show_default=False, rich_help_panel=panel),
+        ],
     )
 
 

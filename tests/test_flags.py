@@ -1,6 +1,7 @@
 """Every setting is a flag, every flag is a setting or one of four operations, and help says what it does."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -46,6 +47,21 @@ def test_help_has_the_description_and_the_default(command: str) -> None:
         words = shown if isinstance(shown, tuple) else [shown]
         assert all(str(w) in text.rpartition("[default: ")[2] for w in words)
     assert all(p.help for p in found.values() if p.name != "help")
+
+
+@pytest.mark.parametrize("command", cli.STAGES)
+def test_help_shows_every_option_under_its_heading(command: str) -> None:
+    shown = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"}).output
+    heading, place = "", dict[str, str]()
+    for line in shown.splitlines():
+        heading = line.removesuffix(":") if re.fullmatch(r"\S.*:", line) else heading
+        flags_of_line = re.match(r"  (--[\w.-]+)", line)
+        place |= {flags_of_line[1]: heading} if flags_of_line else {}
+    assert place["--out"] == place["--help"] == "Options"
+    for name, _, heading in base.fields_under_headings(cli.STAGES[command][0]):
+        table = name.rpartition(".")[0]
+        expected = ": ".join(part for part in (table, heading) if part) or "Options"
+        assert place["--" + name.replace("_", "-")] == expected
 
 
 def test_choices_and_kinds_are_shown() -> None:

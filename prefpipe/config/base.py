@@ -1,8 +1,12 @@
 """Configs: frozen pydantic models, loaded once from defaults < recipe < flags, with every error at once.
 
 A config class sets `model_config = STRICT`. The docstring below a field (or the description of its type) is its help
-text. Two marks in the annotation of a field keep it out of the fingerprint of a run: RUNTIME for a setting that cannot
-change results, such as a batch size; PATH for an input, which enters the fingerprint by its content.
+text. Three marks in the annotation of a field keep it out of the fingerprint of a run: RUNTIME for a setting that
+cannot change results, such as a batch size; PATH for an input, which enters the fingerprint by its content; ADDED for a
+setting that is younger than runs that users have, while it has its default, so that those runs still resume.
+
+A class of many settings marks the first one under each heading with Heading, and lists its headings in HEADINGS, in the
+order in which `prefpipe config` and --help show them.
 """
 
 import difflib
@@ -12,6 +16,7 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -25,6 +30,15 @@ STRICT = ConfigDict(
 )
 RUNTIME = "runtime"
 PATH = "path"
+ADDED = "added"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Marks a field as the first one under a heading."""
+
+    text: str
+
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -91,41 +105,61 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
     for name, field in fields(type(config)):
         if RUNTIME in field.metadata or PATH in field.metadata:
             continue
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        values[name] = value
+        value = _value(config, name)
+        if ADDED not in field.metadata or value != field.default:
+            values[name] = value
     return values
 
 
-def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its dotted name, those of nested tables included."""
+def fields(cls: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its dotted name, those of nested tables included, in the order of the headings."""
+    return ((name, field) for name, field, _ in fields_under_headings(cls))
+
+
+def fields_under_headings(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, str]]:
+    """Every setting with its dotted name and the heading that it stands under; "" when its class has none.
+
+    Raises ValueError for a heading that HEADINGS does not list.
+    """
+    order: tuple[str, ...] = getattr(cls, "HEADINGS", ("",))
+    heading, placed = "", list[tuple[int, str, FieldInfo]]()
     for name, field in cls.model_fields.items():
+        heading = next((mark.text for mark in field.metadata if isinstance(mark, Heading)), heading)
+        placed.append((order.index(heading), name, field))
+    for place, name, field in sorted(placed, key=lambda item: item[0]):
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields(field.annotation, f"{prefix}{name}.")
+            yield from fields_under_headings(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field
+            yield f"{prefix}{name}", field, order[place]
 
 
 def to_toml(config: BaseModel) -> str:
-    """A recipe (TOML) with every setting of a config: its meaning as a comment, and its value."""
+    """A recipe (TOML) with every setting of a config under its heading: its meaning as a comment, and its value."""
     lines: list[str] = []
-    table = ""
-    for name, field in sorted(fields(type(config)), key=lambda item: item[0].count(".")):
+    table = shown = ""
+    for name, field, heading in sorted(fields_under_headings(type(config)), key=lambda item: item[0].count(".")):
         *path, leaf = name.split(".")
         if ".".join(path) != table:
-            table = ".".join(path)
+            table, shown = ".".join(path), ""
             lines.append(f"[{table}]")
-        value: Any = config
-        for part in [*path, leaf]:
-            value = getattr(value, part)
+        if heading != shown:
+            shown = heading
+            lines += [f"# ---- {heading} ----", ""]
         description = " ".join((field.description or "").split())
         lines += [
             *(f"# {line}" for line in textwrap.wrap(description, 110)),
-            f"{leaf} = {_toml(value)}",
+            f"{leaf} = {_toml(_value(config, name))}",
             "",
         ]
     return "\n".join(lines)
+
+
+def _value(config: BaseModel, name: str) -> Any:
+    """The value of a setting by its dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _toml(value: object) -> str:

@@ -9,7 +9,7 @@ from prefpipe.config.base import STRICT
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.train import ROWS, TrainConfig
+from prefpipe.config.train import TrainConfig
 
 # Table -> settings that `iterate` fills in itself, since they link the stages.
 _LINKS = {
@@ -49,9 +49,9 @@ class IterateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "IterateConfig":
-        loss, output = self.train.loss_type[0], self.build_pairs.output
-        if ROWS[loss] != output:
-            raise ValueError(f'loss {loss} trains on {ROWS[loss]}: set output = "{ROWS[loss]}" in [build_pairs]')
+        kind = self.train.objective.kind
+        if kind != self.build_pairs.output:
+            raise ValueError(f'loss {self.train.loss_type[0]} trains on {kind}: set output = "{kind}" in [build_pairs]')
         if self.build_pairs.format != "prefpipe":
             raise ValueError(f"format = {self.build_pairs.format} in [build_pairs] is for TRL: leave it out")
         return self

@@ -5,7 +5,7 @@ import tempfile
 import tomllib
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import annotated_types
 import pytest
@@ -20,9 +20,11 @@ from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig, unread
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.losses import LOSSES, MARGIN_SETTINGS, LossSettings
 from prefpipe.config.score import ScoreConfig
-from prefpipe.config.train import LORA_ONLY, PAIR_LOSSES, READS, ROWS, TrainConfig
+from prefpipe.config.train import EVAL_ONLY, LORA_ONLY, TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.ids import content_id
 
 CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
 RUNTIME = {
@@ -112,7 +114,7 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
         _keep_what_goes_together(found, prefix)
     if cls is IterateConfig:
         found |= {
-            "build_pairs.output": ROWS[found.get("train.loss_type", ("sigmoid",))[0]],
+            "build_pairs.output": LOSSES[found.get("train.loss_type", ("sigmoid",))[0]].kind,
             "build_pairs.format": "prefpipe",
         }
     if cls in (IterateConfig, BuildPairsConfig):
@@ -136,18 +138,17 @@ def _keep_what_build_pairs_reads(found: dict[str, Any], prefix: str) -> None:
 
 def _of_one_kind(losses: tuple[str, ...]) -> tuple[str, ...]:
     """Each loss once, and only those that train on the same rows as the first."""
-    paired = losses[0] in PAIR_LOSSES
-    return tuple(dict.fromkeys(name for name in losses if name == losses[0] or (paired and name in PAIR_LOSSES)))
+    return tuple(dict.fromkeys(name for name in losses if LOSSES[name].kind == LOSSES[losses[0]].kind))
 
 
 def _keep_what_is_read(found: dict[str, Any], prefix: str) -> None:
-    """Drop settings that the losses do not read, and margins out of reach; EXO gets the smoothing it needs."""
+    """Drop settings that the losses do not read, and margins out of reach; settings that may not be 0 are not."""
     losses = found.get(f"{prefix}loss_type", ("sigmoid",))
-    read = {setting for name in losses for setting in READS[name]} - {"simpo_gamma", "simpo_gamma_beta_ratio"}
-    for setting in {name for names in READS.values() for name in names} - read:
+    read = {setting for name in losses for setting in LOSSES[name].reads} - set(MARGIN_SETTINGS)
+    for setting in LossSettings.model_fields.keys() - read:
         found.pop(f"{prefix}{setting}", None)
-    if "exo_pair" in losses and not found.get(f"{prefix}label_smoothing"):
-        found[f"{prefix}label_smoothing"] = 0.125
+    for setting in {setting for name in losses for setting in LOSSES[name].settings_above_0}:
+        found[f"{prefix}{setting}"] = found.get(f"{prefix}{setting}") or 0.125
 
 
 def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
@@ -167,7 +168,7 @@ def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
     if {prefix + name for name in ("eval_pairs", "eval_labels", "eval_groups")} & found.keys():
         drop("eval_split")
     elif not found.get(prefix + "eval_split"):
-        drop("eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")
+        drop(*EVAL_ONLY)
     if not found.get(prefix + "load_best_model_at_end") and not found.get(prefix + "early_stopping_patience"):
         drop("metric_for_best_model")
 
@@ -211,17 +212,90 @@ def test_flags_save_and_load_give_the_same_config(cls: type[BaseModel]) -> None:
 def test_the_fingerprint_ignores_runtime_settings_and_paths_and_nothing_else(cls: type[BaseModel]) -> None:
     names = {name for name, _ in base.fields(cls)}
     ignored = {n for n in names if n.rsplit(".", 1)[-1] in RUNTIME | PATHS}
-    assert set(base.result_fields(cls())) == names - ignored
+    added = {name: field.default for name, field in base.fields(cls) if base.ADDED in field.metadata}
+    assert set(base.result_fields(cls())) == names - ignored - added.keys()
 
     @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
     @given(flat=changes(cls))
     def check(flat: dict[str, Any]) -> None:
-        changed = base.result_fields(cls.model_validate(nested(flat)))
-        default = base.result_fields(cls())
+        changed = added | base.result_fields(cls.model_validate(nested(flat)))
+        default = added | base.result_fields(cls())
         assert {n for n in changed if changed[n] != default[n]} <= set(flat) - ignored
         assert all(changed[n] == flat[n] for n in flat if n not in ignored)
 
     check()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_runs_that_were_made_before_keep_their_fingerprint(cls: type[BaseModel]) -> None:
+    """Ids of the default settings of released commands. Another id orphans every run that users have: annotate a new
+    setting with ADDED, and never change a default."""
+    values = json.loads(json.dumps(base.result_fields(cls())))
+    assert (
+        content_id(values)
+        == {
+            GenerateConfig: "6117daaaca7db429211ef84716406abb",
+            ScoreConfig: "33955b82c931468bb8bc5bceec4c202c",
+            BuildPairsConfig: "d6fa67cd99d9f9ebe6a44ae166f87bb4",
+            TrainConfig: "793031056e87d31892b0e3d8c0d9824b",
+            EvaluateConfig: "5e801b2ab4adb903f4ff430f71b1dac7",
+            IterateConfig: "aee1d7f95f228412d6eb660f6f4aedc7",
+        }[cls]
+    )
+
+
+class Younger(BaseModel):
+    model_config = base.STRICT
+    seed: int = 0
+    power: Annotated[float, base.ADDED] = 2.0
+
+
+def test_an_added_setting_enters_the_fingerprint_once_it_has_another_value() -> None:
+    assert base.result_fields(Younger()) == {"seed": 0}
+    assert base.result_fields(Younger(power=2.0)) == {"seed": 0}
+    assert base.result_fields(Younger(power=1.0)) == {"seed": 0, "power": 1.0}
+    assert base.dump(Younger()) == {"seed": 0, "power": 2.0}
+
+
+class Headed(BaseModel):
+    model_config = base.STRICT
+    HEADINGS: ClassVar = ("Second", "First")
+    one: Annotated[int, base.Heading("First")] = 1
+    """One."""
+    two: int = 2
+    """Two."""
+    three: Annotated[int, base.Heading("Second")] = 3
+    """Three."""
+
+
+def test_settings_stand_under_the_headings_in_their_order() -> None:
+    found = [(name, heading) for name, _, heading in base.fields_under_headings(Headed)]
+    assert found == [("three", "Second"), ("one", "First"), ("two", "First")]
+    lines = base.to_toml(Headed()).splitlines()
+    headings = ["# ---- Second ----", "# ---- First ----"]
+    assert [line for line in lines if line.startswith("# ----")] == headings
+    assert lines.index("# ---- First ----") < lines.index("one = 1") < lines.index("two = 2")
+
+
+def test_a_heading_that_the_class_does_not_list_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not in tuple"):
+        list(base.fields_under_headings(LossSettings))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_headings_are_used_and_short(cls: type[BaseModel]) -> None:
+    """Every heading has settings, and none so many that it says nothing."""
+    tables = {name.rpartition(".")[0] for name, _ in base.fields(cls)}
+    for table in tables:
+        found = [h for name, _, h in base.fields_under_headings(cls) if name.rpartition(".")[0] == table]
+        assert not any(found) or all(0 < found.count(heading) <= 16 for heading in set(found))
+
+
+def test_every_setting_of_train_has_a_heading() -> None:
+    found = [heading for _, _, heading in base.fields_under_headings(TrainConfig)]
+    assert all(found)
+    assert tuple(dict.fromkeys(found)) == TrainConfig.HEADINGS
+    assert f"# ---- {found[0]} ----" in base.to_toml(IterateConfig()).partition("[train]")[2]
 
 
 @pytest.mark.parametrize("name", [n for n, f in base.fields(TrainConfig) if f.annotation is float])

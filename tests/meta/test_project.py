@@ -13,12 +13,12 @@ from prefpipe.config import base, shared
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.losses import LOSSES
 from prefpipe.config.rewards import KINDS
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.engines import ENGINES
 from prefpipe.rewards import REWARDS
-from prefpipe.stages.train.losses.registry import LOSSES
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "prefpipe"
@@ -55,6 +55,15 @@ def test_registries_and_settings_name_the_same_things() -> None:
     assert set(get_args(loss_choice)) == set(LOSSES)
     for cls in (GenerateConfig, EvaluateConfig, ScoreConfig):
         assert set(get_args(cls.model_fields["engine"].annotation)) == set(ENGINES)
+
+
+@pytest.mark.parametrize("name", ["dpop", "rdpo", "exo_pair", "odpo", "plackett_luce", "apo_zero_unpaired"])
+def test_a_loss_lives_in_two_files(name: str) -> None:
+    """Its row in the table and its function; settings of it have its name in theirs."""
+    places = [module for module in modules() if re.search(rf"\b{name}", (PACKAGE / module).read_text())]
+    assert len(places) == 2, places
+    assert places[0] == "config/losses.py"
+    assert places[1].startswith("stages/train/losses/")
 
 
 @pytest.mark.parametrize("cls", [GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig])

@@ -7,13 +7,13 @@ Completions are arms of one token; s is the sigmoid; P(i > j) = s(r_i - r_j) unl
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
 
-from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossSettings, PairBatch, RankBatch
-from prefpipe.stages.train.losses.registry import LOSSES
+from prefpipe.config.losses import LossSettings
+from prefpipe.stages.train.losses import registry
+from prefpipe.stages.train.losses.batch import LabelBatch, Logps, PairBatch, RankBatch
 from tests.stages.train.cases import beta
 
 REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -57,7 +57,7 @@ def population(
     def objective(logits: torch.Tensor) -> torch.Tensor:
         logps = logits.log_softmax(-1)
         batch = PairBatch(*(Logps(logps[arm], one, ref.log()[arm]) for arm in (i, j)), preference_prob=prob[i, j])
-        return (weights * LOSSES[name].fn(batch, s)).sum()
+        return (weights * registry.loss(name, batch, s)).sum()
 
     return objective
 
@@ -106,7 +106,7 @@ def test_soft_labels_need_each_pair_once():
         logps = logits.log_softmax(-1)
         sides = (Logps(logps[arm], one, REF.log()[arm]) for arm in (i, j))
         batch = PairBatch(*sides, preference_prob=preferences()[i, j])
-        return (half[i, j] * LOSSES["soft"].fn(batch, beta(0.5))).sum()
+        return (half[i, j] * registry.loss("soft", batch, beta(0.5))).sum()
 
     assert tv(minimise(objective, REF.log()).softmax(-1), tilted(0.5)) < 1e-6
 
@@ -184,7 +184,7 @@ def test_anchored_losses_fix_each_log_ratio_alone(name: str, expected: float):
 
     def objective(a: torch.Tensor) -> torch.Tensor:
         batch = PairBatch(Logps(a, one, 0 * one), Logps(a.flip(0), one, 0 * one))
-        return (p * LOSSES[name].fn(batch, beta(0.5))).sum()
+        return (p * registry.loss(name, batch, beta(0.5))).sum()
 
     found = 0.5 * minimise(objective, torch.zeros(2, dtype=torch.float64))
     assert float(found[0]) == pytest.approx(expected, abs=1e-5)
@@ -196,7 +196,7 @@ def test_sppo_fixes_each_log_ratio_at_its_share():
 
     def objective(a: torch.Tensor) -> torch.Tensor:
         batch = PairBatch(Logps(a, one, 0 * one), Logps(a.flip(0), one, 0 * one), preference_prob=p)
-        return LOSSES["sppo"].fn(batch, beta(0.5)).sum()
+        return registry.loss("sppo", batch, beta(0.5)).sum()
 
     assert minimise(objective, torch.zeros(2, dtype=torch.float64)).tolist() == pytest.approx([0.6, -0.6], abs=1e-8)
 
@@ -212,7 +212,7 @@ def test_plackett_luce_over_whole_rankings_finds_the_tilted_reference():
 
     def objective(logits: torch.Tensor) -> torch.Tensor:
         batch = RankBatch(Logps(logits.log_softmax(-1)[orders], one, REF.log()[orders]), present)
-        return (weights * LOSSES["plackett_luce"].fn(batch, beta(0.5))).sum()
+        return (weights * registry.loss("plackett_luce", batch, beta(0.5))).sum()
 
     assert tv(minimise(objective, REF.log()).softmax(-1), tilted(0.5)) < 1e-6
 
@@ -227,7 +227,7 @@ def kto_policy(s: LossSettings, q: Sequence[float], steps: int = 3000) -> torch.
         logps = logits.log_softmax(-1)
         z0 = (logps.exp() * (logps - REF.log())).sum().detach()
         rows = Logps(logps.repeat(2), torch.ones(8, dtype=torch.float64), REF.log().repeat(2))
-        loss = (weights * LOSSES["kto"].fn(LabelBatch(rows, desirable, z0), s)).sum()
+        loss = (weights * registry.loss("kto", LabelBatch(rows, desirable, z0), s)).sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -245,7 +245,7 @@ def test_kto_keeps_the_arms_that_are_good_more_often_than_not():
 
 def test_the_weight_of_undesirable_rows_moves_the_threshold():
     """lambda_U = 3 keeps arms with q > 3/4: the first alone."""
-    found = kto_policy(replace(beta(0.1), undesirable_weight=3.0), (0.9, 0.6, 0.3, 0.1))
+    found = kto_policy(beta(0.1, undesirable_weight=3.0), (0.9, 0.6, 0.3, 0.1))
     assert float(found[0]) > 0.995
 
 

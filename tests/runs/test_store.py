@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
+from prefpipe.config.base import ADDED, STRICT
 from prefpipe.errors import DataError, LockedError, MissingInputError, UsageError
 from prefpipe.runs import store
 from prefpipe.schemas import Reward, from_table
@@ -215,6 +218,31 @@ def test_runtime_settings_and_paths_do_not_matter_and_resume_follows_the_first_s
         assert run.saved["shard_rows"] == CONFIG.shard_rows
 
 
+class Older(BaseModel):
+    model_config = STRICT
+    power: float = 2.0
+
+
+class Younger(BaseModel):
+    model_config = STRICT
+    power: float = 2.0
+    cut: Annotated[float, ADDED] = 1.0
+
+
+def test_a_run_from_before_a_setting_was_added_is_complete_and_resumes(tmp_path: Path) -> None:
+    """Its config.json and its fingerprint lack the setting, which stands for the default."""
+    manifest = complete(tmp_path / "done", config=Older())
+    with opened(tmp_path / "done", config=Younger()) as run:
+        assert run.manifest() == manifest
+    with opened(tmp_path / "cut", config=Older()) as run:
+        run.write_part("rewards/r", Reward, 0, rewards(0, 0, 0.5, None))
+    with opened(tmp_path / "cut", config=Younger()) as run:
+        assert run.has_part("rewards/r", 0)
+        assert write(run) == manifest
+    with pytest.raises(UsageError, match="cut"), opened(tmp_path / "done", config=Younger(cut=3.0)):
+        pass
+
+
 def test_force_moves_everything_to_quarantine_and_starts_over(tmp_path: Path) -> None:
     complete(tmp_path)
     old = data_files(tmp_path)
@@ -239,6 +267,7 @@ FORCE = """
 import os, signal, sys
 from pathlib import Path
 from prefpipe.runs import store
+from prefpipe.config.base import ADDED, STRICT
 from prefpipe.config.generate import GenerateConfig
 moves, rename = [], os.rename
 def dying_rename(*given):

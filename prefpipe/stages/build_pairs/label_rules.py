@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import polars as pl
 
 from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.losses import class_weights, in_class_ratio
 from prefpipe.stages.build_pairs import filters, texts
-
-_RATIO = (1.0, 1.5)  # weighted desirable over weighted undesirable labels: 2402.01306, section 4.1
-_AIM = 1.25  # the ratio that weights bring it to
 
 
 def by_reward(candidates: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
@@ -70,16 +68,11 @@ class Balance:
 
 
 def balance(desirable: int, undesirable: int) -> Balance:
-    """The class weights of so many labels."""
+    """The class weights of so many labels; both are 1 where a class is missing or the ratio is in its range."""
+    one_class = not desirable or not undesirable
+    if one_class or in_class_ratio(desirable / undesirable):
+        return Balance(desirable, undesirable, 1.0, 1.0)
     return Balance(desirable, undesirable, *class_weights(desirable, undesirable))
-
-
-def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """lambda_D, lambda_U with (lambda_D n_D) / (lambda_U n_U) in [1, 3/2], one of them 1 (2402.01306, section 4.1)."""
-    ratio = desirable / undesirable if undesirable else 0.0
-    if not ratio or _RATIO[0] <= ratio <= _RATIO[1]:
-        return 1.0, 1.0
-    return (_AIM / ratio, 1.0) if ratio < _RATIO[0] else (1.0, ratio / _AIM)
 
 
 def _prompt_mean() -> pl.Expr:

@@ -47,10 +47,10 @@ def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLab
     """
     if not all(map(has_references, rows)):
         rows = [row.with_references(None) for row in rows]
-    config, world = trainer.config, trainer.world
+    settings, world = trainer.config.objective.settings, trainer.world
     z0 = loop.z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
-    for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(config))):
+    for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(settings))):
         found = loop.row_losses(trainer, micro, z0)
         if counts:
             tally.add_rows({"loss": (found.per_row, torch.ones_like(found.per_row)), **found.metrics})

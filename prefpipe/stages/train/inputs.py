@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from prefpipe import log
+from prefpipe.config.losses import LOSSES, Kind, Objective
 from prefpipe.config.train import UNAVAILABLE, TrainConfig
 from prefpipe.errors import DataError, UsageError
 from prefpipe.inputs import tokenised
@@ -19,8 +20,6 @@ from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps
 from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train.evaluation import split_by_prompt
 from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_references
-from prefpipe.stages.train.losses.batch import Kind
-from prefpipe.stages.train.losses.registry import LOSSES
 from prefpipe.stages.train.reference.identity import Reference, settle_reference
 from prefpipe.stages.train.reference.values import read_ref_logps
 
@@ -30,6 +29,7 @@ _HOW = {
     "groups": "pass --groups DIR (a run of prefpipe build-pairs with ranked groups)",
 }
 _EVAL = {"pairs": "eval_pairs", "labels": "eval_labels", "groups": "eval_groups"}
+_COLUMNS = ("preference_prob", "reward_gap")  # what a loss may need that a pair may lack
 Stored = Pair | Label | RankedGroup | KlBank
 T = TypeVar("T", bound=Stored)
 
@@ -91,13 +91,13 @@ def prepare(config: TrainConfig) -> Job:
         _add_held_out(read, held_out, _read(held_out, kind, chat, config))
     for row in (*read.rows, *read.bank):
         check_ids(row, f"row {key_of(row)}")
-    needs_reference = any(LOSSES[name].needs_reference for name in config.loss_type)
+    needs_reference = config.objective.needs("reference")
     if config.ref_logps:
         inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
         _take_values(read, config, needs_reference=needs_reference)
     inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
     rows = _train_rows(kind, read.rows)
-    _check_extras(config, rows)
+    _check_columns(config.objective, rows)
     bank = train_rows.from_bank(read.bank)
     given = _given_reference(config, needs_reference=needs_reference)
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, given) if needs_reference else None
@@ -132,7 +132,7 @@ def _sampled_by(sources: Sequence[Path]) -> set[str | None]:
 
 def kind_of(config: TrainConfig) -> Kind:
     """What the losses train on; the only inputs given must be of that kind."""
-    kind = LOSSES[config.loss_type[0]].kind
+    kind = config.objective.kind
     given = [name for name in _HOW if getattr(config, name)]
     if not given:
         raise UsageError(f"no {kind} given: loss {config.loss_type[0]} trains on them", _HOW[kind])
@@ -162,7 +162,7 @@ def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainC
             read.rows += from_table(row_type, store.read_dataset(source, kind, row_type))
             if (source / "kl_bank").is_dir():
                 read.bank += from_table(KlBank, store.read_dataset(source, "kl_bank", KlBank))
-    if not any(LOSSES[name].needs_z0 for name in config.loss_type):
+    if not config.objective.needs("z0"):
         read.bank = []
     elif not read.bank:
         labels = [row for row in read.rows if isinstance(row, Label)]
@@ -220,25 +220,25 @@ def _with_values(row: T, values: Mapping[str, RefLogps]) -> T:
     return with_ref_logps(row, values) if known else row
 
 
-def _check_extras(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
-    """Raise DataError when a loss reads a column that is null, or a reward gap that has no logarithm."""
+def _check_columns(objective: Objective, rows: Sequence[TrainRow]) -> None:
+    """Raise DataError when a loss reads a column that is null, or takes the logarithm of a value that has none."""
     pairs = [row for row in rows if isinstance(row, TrainPair)]
-    for name in config.loss_type:
-        spec = LOSSES[name]
-        for needed, column in ((spec.needs_preference_prob, "preference_prob"), (spec.needs_reward_gap, "reward_gap")):
-            lacking = [row.pair_id for row in pairs if getattr(row, column) is None] if needed else []
+    for name in objective.names:
+        for column in LOSSES[name].needs:
+            lacking = [row.pair_id for row in pairs if column in _COLUMNS and getattr(row, column) is None]
             if lacking:
                 raise DataError(
                     f"loss {name} reads {column}, which {len(lacking)} of {len(pairs)} pairs lack (first {lacking[0]})",
                     "build pairs that have it, or choose another loss: see docs/losses.md",
                 )
-        flat = [row.pair_id for row in pairs if name == "odpo" and not (row.reward_gap or 0.0) > 0]
-        if flat:
-            raise DataError(
-                f"loss odpo takes the logarithm of reward_gap, which is not above 0 in {len(flat)} pairs (first "
-                f"{flat[0]})",
-                "drop these pairs, or use the loss margin",
-            )
+        for column, advice in LOSSES[name].logarithm_of.items():
+            low = [row.pair_id for row in pairs if not (getattr(row, column) or 0.0) > 0]
+            if low:
+                raise DataError(
+                    f"loss {name} takes the logarithm of {column}, which is not above 0 in {len(low)} pairs (first "
+                    f"{low[0]})",
+                    advice,
+                )
 
 
 def _given_reference(config: TrainConfig, *, needs_reference: bool) -> Policy | Literal["unavailable"] | None:

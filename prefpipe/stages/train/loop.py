@@ -12,7 +12,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel
 from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_references
-from prefpipe.stages.train.loss_batches import scores_prompt, settings_of, to_loss_batch
+from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import metrics, registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch
 from prefpipe.stages.train.losses.unpaired import reference_point
@@ -141,7 +141,7 @@ def _accumulate(
 
 def _largest_load(trainer: Trainer, rows: Sequence[TrainRow]) -> int:
     """Tokens of the largest micro-batch that the budget makes of a step."""
-    cut = micro_batches(rows, trainer.budget, score_prompt=scores_prompt(trainer.config))
+    cut = micro_batches(rows, trainer.budget, score_prompt=scores_prompt(trainer.config.objective.settings))
     return max(sum(tree.num_tokens for tree in micro.trees) for micro in cut)
 
 
@@ -151,7 +151,7 @@ def _try_batch(
     """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
     z0 = z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
-    cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config))
+    cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config.objective.settings))
     for micro, counts in trainer.world.deal(cut):
         # What a rank does beside its share to keep step with the others is not counted.
         _micro_batch(trainer, micro, len(batch), z0, noise, counts=counts, tally=tally if counts else Tally())
@@ -179,8 +179,7 @@ def _micro_batch(
     tally.add_total("tokens/logical", float(sum(tree_of(row).num_logical_tokens for row in micro.rows)))
     tally.add_rows(found.metrics)
     if noise is not None:
-        config = trainer.config
-        start = registry.departure(config.loss_type, config.loss_weights, found.batch, settings_of(config), noise)
+        start = registry.departure(trainer.config.objective, found.batch, noise)
         shares = found.weights / size
         for name in ("loss", "at_reference", "shift"):
             tally.add_total(f"start/{name}", float((shares * getattr(start, name)).sum()))
@@ -202,12 +201,12 @@ class RowLosses:
 
 def row_losses(trainer: Trainer, micro: MicroBatch, z0: float) -> RowLosses:
     """Forward of a micro-batch, for a step and for an evaluation."""
-    config = trainer.config
+    objective = trainer.config.objective
     layout = trainer.model.layout(micro.trees)
-    token_logps = trainer.wrapped(layout, collisions=config.use_weighting)
-    batch, weights = to_loss_batch(token_logps, layout, micro, config, z0)
-    shown = metrics.metrics(batch, config.beta, on_reference=trainer.on_reference)
-    per_row = registry.combine(config.loss_type, config.loss_weights, batch, settings_of(config))
+    token_logps = trainer.wrapped(layout, collisions=objective.settings.use_weighting)
+    batch, weights = to_loss_batch(token_logps, layout, micro, objective.settings, z0)
+    shown = metrics.metrics(batch, objective.settings.beta, on_reference=trainer.on_reference)
+    per_row = registry.combine(objective, batch)
     return RowLosses(layout.input_ids.numel(), layout.targets.numel(), batch, weights, weights * per_row, shown)
 
 
@@ -217,7 +216,7 @@ def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:
     with torch.no_grad():
         for micro, counts in world.deal(micro_batches(bank, trainer.budget)):
             layout = trainer.model.layout(micro.trees)
-            batch, _ = to_loss_batch(trainer.wrapped(layout), layout, micro, trainer.config)
+            batch, _ = to_loss_batch(trainer.wrapped(layout), layout, micro, trainer.config.objective.settings)
             if counts:
-                total += float(cast(LabelBatch, batch).completion.ratios.sum())
+                total += float(cast(LabelBatch, batch).completion.log_ratios.sum())
     return reference_point(sum_over_ranks({"total": total}, world)["total"], len(bank))

@@ -1,38 +1,33 @@
-"""From the token log-probs of a micro-batch to what its losses read."""
+"""From the log-probs of the tokens of a micro-batch to the batch that its losses read."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import cast
 
 import torch
 
-from prefpipe.config.train import TrainConfig
+from prefpipe.config.losses import LossSettings
 from prefpipe.forward.layout import Layout
 from prefpipe.forward.logps import completion_logps
 from prefpipe.stages.train.examples import Answer, TrainGroup, TrainLabel, TrainPair
-from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, LossSettings, PairBatch, RankBatch
+from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, PairBatch, RankBatch
 from prefpipe.stages.train.micro_batches import MicroBatch
 
 
-def settings_of(config: TrainConfig) -> LossSettings:
-    """The numbers that losses read."""
-    return LossSettings(**{f.name: getattr(config, f.name) for f in fields(LossSettings)})
-
-
-def scores_prompt(config: TrainConfig) -> bool:
-    """Whether an NLL term needs the log-probs of the prompt too."""
-    return config.nll_scope == "prompt_response"
+def scores_prompt(settings: LossSettings) -> bool:
+    """Whether an NLL term reads the log-probs of the prompt too."""
+    return settings.nll_scope == "prompt_response"
 
 
 def to_loss_batch(
-    token_logps: torch.Tensor, layout: Layout, micro: MicroBatch, config: TrainConfig, z0: float = 0.0
+    token_logps: torch.Tensor, layout: Layout, micro: MicroBatch, settings: LossSettings, z0: float = 0.0
 ) -> tuple[LossBatch, torch.Tensor]:
-    """Policy and reference log-probs of a micro-batch's rows (all of one kind), and the rows' weights [B].
+    """Policy and reference log-probs of the rows of a micro-batch (all of one kind), and the weights of the rows [B].
 
-    `token_logps` are [N], or [2, N] with log sum p^2 below: the weights are then WPO's too.
+    `token_logps` [N] are the log-probs of its scored tokens under the policy. With use_weighting they are [2, N]: row 1
+    is log sum over the vocabulary of p^2, and the weights of the rows are multiplied by WPO's.
     """
-    given = _Given(token_logps if token_logps.dim() == 1 else token_logps[0], layout, micro, config)
+    given = _MicroLogps(token_logps if token_logps.dim() == 1 else token_logps[0], layout, micro, settings)
     if isinstance(micro.rows[0], TrainPair):
         batch = _pairs(given, cast("Sequence[TrainPair]", micro.rows))
     elif isinstance(micro.rows[0], TrainGroup):
@@ -45,41 +40,44 @@ def to_loss_batch(
     return batch, weights if token_logps.dim() == 1 else weights * given.policy_weights(token_logps[1])
 
 
-class _Given:
-    """The log-probs of a micro-batch, cut into the sums that are asked for."""
+class _MicroLogps:
+    """The token log-probs of a micro-batch, as sums over completions or over parts of them."""
 
-    def __init__(self, token_logps: torch.Tensor, layout: Layout, micro: MicroBatch, config: TrainConfig) -> None:
-        self.micro, self.config, self.device = micro, config, token_logps.device
+    def __init__(self, token_logps: torch.Tensor, layout: Layout, micro: MicroBatch, settings: LossSettings) -> None:
+        self.micro, self.settings, self.device = micro, settings, token_logps.device
         self._token_logps = token_logps
         lengths = [len(ids) for tree in micro.trees for ids in tree.completions]
         self._ends = torch.tensor([0, *lengths]).cumsum(0).tolist()[1:]
-        self.whole = completion_logps(token_logps, layout)  # with the prompt, where it is scored
+        self.whole = completion_logps(token_logps, layout)  # [completions]; with the prompt, where it is scored
 
     def column(self, values: Sequence[float]) -> torch.Tensor:
+        """[B], one value per row."""
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def answers(self, position: int) -> list[Answer]:
+        """The position-th completion of every row."""
         return [row.answers[position] for row in self.micro.rows]
 
     def side(self, position: int, prefixes: Sequence[int] | None = None) -> Logps:
-        """The position-th completion of every row, with the sums of its first `prefixes` tokens where given."""
+        """Log-probs of the position-th completion of every row, and of its first `prefixes` tokens."""
         answers, numbers = self.answers(position), [place[position] for place in self.micro.places]
         lengths = [len(answer.ids) for answer in answers]
-        policy = self._sums(numbers, lengths, lengths) if scores_prompt(self.config) else self.whole[numbers]
+        policy = self._sums(numbers, lengths, lengths) if scores_prompt(self.settings) else self.whole[numbers]
         known = all(answer.reference is not None for answer in answers)
         return Logps(
-            policy=policy,
+            policy_logps=policy,
             lengths=self.column(lengths),
-            reference=self.column([math.fsum(a.reference or ()) for a in answers]) if known else None,
-            policy_prefix=None if prefixes is None else self._sums(numbers, lengths, prefixes),
-            reference_prefix=None
+            reference_logps=self.column([math.fsum(a.reference or ()) for a in answers]) if known else None,
+            policy_prefix_logps=None if prefixes is None else self._sums(numbers, lengths, prefixes),
+            reference_prefix_logps=None
             if prefixes is None or not known
             else self.column([math.fsum((a.reference or ())[:n]) for a, n in zip(answers, prefixes, strict=True)]),
         )
 
     def policy_weights(self, log_collisions: torch.Tensor) -> torch.Tensor:
-        """[B], without gradient: min(1, product over both sides of exp(mean over tokens of log p - log sum_v p_v^2)),
-        1 for what the policy would say itself. Zhou et al. 2024 (WPO, 2406.11827), clamped as in the authors' code."""
+        """WPO's weights, [B], without gradient: min(1, product over both sides of exp(mean over the tokens of
+        log p - log sum_v p_v^2)), which is 1 for completions that the policy itself would say. Zhou et al. 2024
+        (2406.11827), clamped as in the authors' code."""
         excess = (self._token_logps - log_collisions).detach()
         total = torch.zeros(len(self.micro.rows), device=self.device)
         for position in (0, 1):
@@ -91,8 +89,8 @@ class _Given:
     def _sums(
         self, numbers: Sequence[int], lengths: Sequence[int], taken: Sequence[int], values: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Log-probs (or other `values` of the tokens) [B] of the first `taken` of the last `lengths` tokens of
-        completions."""
+        """Sums [B] over the first `taken` of the last `lengths` tokens of completions: of the log-probs, or of other
+        `values` of the tokens [N]."""
         starts = [self._ends[n] - length for n, length in zip(numbers, lengths, strict=True)]
         tokens = [i for start, count in zip(starts, taken, strict=True) for i in range(start, start + count)]
         owners = [row for row, count in enumerate(taken) for _ in range(count)]
@@ -101,10 +99,10 @@ class _Given:
         return sums.index_add(0, index[1], (self._token_logps if values is None else values)[index[0]])
 
 
-def _pairs(given: _Given, rows: Sequence[TrainPair]) -> PairBatch:
-    prefixes = None if given.config.ld_alpha == 1 else [min(len(r.chosen), len(r.rejected)) for r in rows]
+def _pairs(given: _MicroLogps, rows: Sequence[TrainPair]) -> PairBatch:
+    prefixes = None if given.settings.ld_alpha == 1 else [min(len(r.chosen), len(r.rejected)) for r in rows]
     nll = None
-    if scores_prompt(given.config):
+    if scores_prompt(given.settings):
         lengths = given.column([len(r.prompt) - 1 + len(r.chosen) for r in rows])
         nll = Logps(given.whole[[place[0] for place in given.micro.places]], lengths)
     return PairBatch(
@@ -116,11 +114,12 @@ def _pairs(given: _Given, rows: Sequence[TrainPair]) -> PairBatch:
     )
 
 
-def _groups(given: _Given) -> RankBatch:
-    """[B, K] with K the largest number of completions; what a row lacks repeats its last one and is not present."""
+def _groups(given: _MicroLogps) -> RankBatch:
+    """[B, K], K = the largest number of completions of a row. A row with fewer repeats its last one, marked as not
+    present."""
     places, rows = given.micro.places, given.micro.rows
     most = max(map(len, places))
-    numbers = [[*own, *[own[-1]] * (most - len(own))] for own in places]
+    numbers = [[*place, *[place[-1]] * (most - len(place))] for place in places]
     answers = [[*row.answers, *[row.answers[-1]] * (most - len(row.answers))] for row in rows]
     known = all(a.reference is not None for row in answers for a in row)
 
@@ -128,13 +127,14 @@ def _groups(given: _Given) -> RankBatch:
         return torch.tensor(values, dtype=torch.float32, device=given.device)
 
     logps = Logps(
-        policy=given.whole[torch.tensor(numbers, device=given.device)],
+        policy_logps=given.whole[torch.tensor(numbers, device=given.device)],
         lengths=table([[float(len(a.ids)) for a in row] for row in answers]),
-        reference=table([[math.fsum(a.reference or ()) for a in row] for row in answers]) if known else None,
+        reference_logps=table([[math.fsum(a.reference or ()) for a in row] for row in answers]) if known else None,
     )
-    present = torch.arange(most).expand(len(places), most) < torch.tensor([[len(own)] for own in places])
+    present = torch.arange(most).expand(len(places), most) < torch.tensor([[len(place)] for place in places])
     return RankBatch(logps, present.to(given.device))
 
 
-def _optional(given: _Given, values: Sequence[float | None]) -> torch.Tensor | None:
+def _optional(given: _MicroLogps, values: Sequence[float | None]) -> torch.Tensor | None:
+    """A column of the data [B], or None where a row has no value."""
     return None if any(v is None for v in values) else given.column([v or 0.0 for v in values])

@@ -29,7 +29,9 @@ def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) ->
     """Tokens of one epoch: computed, logical (every row apart), and of the largest micro-batch."""
     computed = largest = 0
     for numbers in loop.epoch_batches(rows, config, 0):
-        for micro in micro_batches([rows[n] for n in numbers], tokens, score_prompt=scores_prompt(config)):
+        for micro in micro_batches(
+            [rows[n] for n in numbers], tokens, score_prompt=scores_prompt(config.objective.settings)
+        ):
             load = sum(tree.num_tokens for tree in micro.trees)
             computed, largest = computed + load, max(largest, load)
     logical = sum(tree_of(row).num_logical_tokens for row in rows)

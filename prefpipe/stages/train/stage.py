@@ -95,7 +95,7 @@ def _run(output: Run | None, world: World, job: Job, config: TrainConfig) -> Man
 
 def _say_targets(config: TrainConfig, job: Job) -> list[tuple[str, str]]:
     """Say what the losses aim at; returns the warnings under the names of their rules."""
-    found = targets(config, job.rows)
+    found = targets(config.objective, job.rows)
     for line in found.lines:
         log.info(line)
     for line in (*found.warnings, *found.class_warnings):

@@ -1,8 +1,9 @@
-"""Batches of losses from plain rows of numbers, and the four rows that golden values belong to."""
+"""Batches of losses from plain rows of numbers, their settings, and the four rows that golden values belong to."""
 
 import torch
 
-from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossSettings, PairBatch, RankBatch
+from prefpipe.config.losses import LossSettings, Objective
+from prefpipe.stages.train.losses.batch import LabelBatch, Logps, PairBatch, RankBatch
 
 Row = tuple[float, ...]  # chosen, rejected, ref_chosen, ref_rejected, chosen length, rejected length
 
@@ -45,3 +46,19 @@ def ranks(*groups: list[float], dtype: torch.dtype = torch.float64) -> RankBatch
 def beta(value: float, **others: float | str) -> LossSettings:
     """Settings with this beta."""
     return LossSettings(beta=value, **others)  # type: ignore[arg-type]  (names are checked when it is called)
+
+
+def objective(settings: LossSettings, **weights: float) -> Objective:
+    """These losses with their weights."""
+    return Objective(tuple(weights), tuple(weights.values()), settings)
+
+
+class Recorder:
+    """Settings that remember which of them are read."""
+
+    def __init__(self, values: LossSettings) -> None:
+        self.values, self.read = values, set[str]()
+
+    def __getattr__(self, name: str) -> float | str:
+        self.read.add(name)
+        return getattr(self.values, name)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from prefpipe.config.losses import LOSSES
 from prefpipe.errors import DataError, StorageError, UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
@@ -20,7 +21,6 @@ from prefpipe.schemas import Pair
 from prefpipe.stages.train import checkpoint, evaluation, loop, stage
 from prefpipe.stages.train.evaluation import is_stale, records, split_by_prompt
 from prefpipe.stages.train.inputs import prepare
-from prefpipe.stages.train.losses.registry import LOSSES
 from tests.stages.train import data
 
 Line = dict[str, float]

@@ -9,7 +9,7 @@ import torch
 from prefpipe.forward.layout import flatten
 from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train.examples import TrainRow
-from prefpipe.stages.train.loss_batches import scores_prompt, settings_of, to_loss_batch
+from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch, PairBatch, RankBatch
 from prefpipe.stages.train.micro_batches import micro_batches
@@ -29,10 +29,10 @@ def value(position: int, token: int) -> float:
 def made(rows: list[TrainRow], z0: float = 0.0, **changes: object) -> tuple[LossBatch, torch.Tensor, list[TrainRow]]:
     """The batch of one micro-batch, with token log-probs from `value`, counted from the first token of the tree."""
     config = data.config(Path(), **changes)
-    (micro,) = micro_batches(rows, 10**6, score_prompt=scores_prompt(config))
+    (micro,) = micro_batches(rows, 10**6, score_prompt=scores_prompt(config.objective.settings))
     layout = flatten(micro.trees)
     values = [value(i, t) for tree in micro.trees for c in tree.completions for i, t in enumerate(c)]
-    batch, weights = to_loss_batch(torch.tensor(values), layout, micro, config, z0)
+    batch, weights = to_loss_batch(torch.tensor(values), layout, micro, config.objective.settings, z0)
     return batch, weights, list(micro.rows)
 
 
@@ -45,12 +45,12 @@ def test_pairs_by_plain_slices():
     assert isinstance(batch, PairBatch)
     for n, row in enumerate(rows):
         for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
-            assert float(side.policy[n]) == pytest.approx(sums(answer.ids), rel=1e-6)
+            assert float(side.policy_logps[n]) == pytest.approx(sums(answer.ids), rel=1e-6)
             assert float(side.lengths[n]) == len(answer.ids)
-            assert side.reference is not None
-            assert float(side.reference[n]) == sum(answer.reference or ())
+            assert side.reference_logps is not None
+            assert float(side.reference_logps[n]) == sum(answer.reference or ())
     assert weights.tolist() == [row.weight for row in rows]
-    assert batch.nll is batch.preference_prob is batch.chosen.policy_prefix is None
+    assert batch.nll is batch.preference_prob is batch.chosen.policy_prefix_logps is None
 
 
 def test_prefixes_end_with_the_shorter_side():
@@ -59,10 +59,10 @@ def test_prefixes_end_with_the_shorter_side():
     for n, row in enumerate(rows):
         shorter = min(len(a.ids) for a in row.answers)
         for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
-            assert side.policy_prefix is not None
-            assert side.reference_prefix is not None
-            assert float(side.policy_prefix[n]) == pytest.approx(sums(answer.ids, shorter), rel=1e-6)
-            assert float(side.reference_prefix[n]) == sum((answer.reference or ())[:shorter])
+            assert side.policy_prefix_logps is not None
+            assert side.reference_prefix_logps is not None
+            assert float(side.policy_prefix_logps[n]) == pytest.approx(sums(answer.ids, shorter), rel=1e-6)
+            assert float(side.reference_prefix_logps[n]) == sum((answer.reference or ())[:shorter])
 
 
 WPO_LOGPS = {(1, 2, 3): [-1, -0.5, -2], (4, 5, 6, 7): [-2, -1, -0.5, -1.25],
@@ -84,9 +84,9 @@ def weighted(shift: float) -> list[float]:
     order = [tuple(completion) for tree in micro.trees for completion in tree.completions]
     values = torch.tensor([[v for ids in order for v in table[ids]] for table in (WPO_LOGPS, WPO_SQUARES)])
     values[1] -= shift
-    batch, weights = to_loss_batch(values.requires_grad_(), flatten(micro.trees), micro, config)
+    batch, weights = to_loss_batch(values.requires_grad_(), flatten(micro.trees), micro, config.objective.settings)
     assert not weights.requires_grad
-    return (weights * registry.combine(("sigmoid",), (1.0,), batch, settings_of(config))).tolist()
+    return (weights * registry.combine(config.objective, batch)).tolist()
 
 
 def test_wpo_weights_are_trls_until_they_pass_one():
@@ -102,10 +102,10 @@ def test_a_scored_prompt_is_in_the_nll_alone():
     for n, row in enumerate(rows):
         rest = row.prompt[1:]
         chosen = row.answers[0].ids
-        assert float(batch.nll.policy[n]) == pytest.approx(sums(rest + chosen), rel=1e-6)
+        assert float(batch.nll.policy_logps[n]) == pytest.approx(sums(rest + chosen), rel=1e-6)
         assert float(batch.nll.lengths[n]) == len(rest) + len(chosen)
         for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
-            assert float(side.policy[n]) == pytest.approx(sums(answer.ids, after=len(rest)), rel=1e-5)
+            assert float(side.policy_logps[n]) == pytest.approx(sums(answer.ids, after=len(rest)), rel=1e-5)
 
 
 def test_probabilities_and_gaps_are_there_when_every_pair_has_them():
@@ -129,8 +129,8 @@ def test_labels_and_their_reference_point():
     wanted = {row.row_id: row.desirable for row in labels}
     assert batch.desirable.tolist() == [wanted[row.row_id] for row in rows]
     assert float(batch.z0) == 0.75
-    assert batch.completion.reference is None
-    assert batch.completion.policy.tolist() == pytest.approx([sums(row.answers[0].ids) for row in rows], rel=1e-6)
+    assert batch.completion.reference_logps is None
+    assert batch.completion.policy_logps.tolist() == pytest.approx([sums(row.answers[0].ids) for row in rows], rel=1e-6)
 
 
 def test_groups_of_different_sizes_are_padded():
@@ -141,10 +141,5 @@ def test_groups_of_different_sizes_are_padded():
     assert sorted(sizes) == [4, 4, 6]
     assert batch.present.sum(-1).tolist() == sizes
     for n, row in enumerate(rows):
-        found = batch.completions.policy[n, : sizes[n]].tolist()
+        found = batch.completions.policy_logps[n, : sizes[n]].tolist()
         assert found == pytest.approx([sums(a.ids) for a in row.answers], rel=1e-6)
-
-
-def test_settings_are_those_of_the_config():
-    found = settings_of(data.config(Path(), loss_type=("dpop",), beta=0.3, dpop_lambda=7.0))
-    assert (found.beta, found.dpop_lambda) == (0.3, 7.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefpipe.config.losses import LOSSES, LossSettings
 from prefpipe.runs import store
 from prefpipe.schemas import Pair
 from prefpipe.stages.train import loop
@@ -17,27 +18,26 @@ from prefpipe.stages.train.losses.batch import (
     LabelBatch,
     Logps,
     LossBatch,
-    LossSettings,
     PairBatch,
     RankBatch,
     at_reference,
 )
-from prefpipe.stages.train.losses.registry import LOSSES, combine, departure
+from prefpipe.stages.train.losses.registry import combine, departure, loss
 from prefpipe.stages.train.monitor.alerts import RULES
 from prefpipe.stages.train.monitor.diagnostics import Facts, State, after_step
 from tests.conftest import Call
 from tests.stages.train import data
-from tests.stages.train.cases import A, beta, labels, pairs, ranks
+from tests.stages.train.cases import A, beta, labels, objective, pairs, ranks
 from tests.tiny import make_adapter
 
-WITH_REFERENCE = [name for name, spec in LOSSES.items() if spec.needs_reference]
+WITH_REFERENCE = [name for name, row in LOSSES.items() if "reference" in row.needs]
 LN2 = math.log(2)
 
 
 def settings_of(name: str, ld_alpha: float = 1.0) -> LossSettings:
     """Those that its papers use."""
     values = {"sigmoid_norm": 5.0, "rainbow": 5.0}
-    return LossSettings(values.get(name, 0.1), 1e-3 if name == "exo_pair" else 0.0, ld_alpha=ld_alpha)
+    return beta(values.get(name, 0.1), label_smoothing=1e-3 if name == "exo_pair" else 0.0, ld_alpha=ld_alpha)
 
 
 def drawn(kind: str, count: int, generator: torch.Generator, noise: float) -> LossBatch:
@@ -55,7 +55,7 @@ def drawn(kind: str, count: int, generator: torch.Generator, noise: float) -> Lo
 
 def says(names: Sequence[str], batch: LossBatch, s: LossSettings, noise: float) -> str | None:
     """What A0 says of a step of this batch."""
-    found = departure(names, [1.0] * len(names), batch, s, noise)
+    found = departure(objective(s, **dict.fromkeys(names, 1.0)), batch, noise)
     count = len(found.loss)
     values = {f"start/{name}": float(getattr(found, name).mean()) for name in ("loss", "at_reference", "shift")}
     values["start/variance"] = float((found.deviation / count).square().sum())
@@ -69,42 +69,42 @@ def says(names: Sequence[str], batch: LossBatch, s: LossSettings, noise: float) 
 def test_a_policy_that_is_the_reference_has_no_departure(name: str, ld_alpha: float):
     """Bit for bit; and the value there is that of a batch whose reference was made of the policy by hand."""
     batch = drawn(LOSSES[name].kind, 6, torch.Generator().manual_seed(0), noise=0.0)
-    found = departure([name], [1.0], batch, settings_of(name, ld_alpha), 0.0)
+    found = departure(objective(settings_of(name, ld_alpha), **{name: 1.0}), batch, 0.0)
     assert torch.equal(found.loss, found.at_reference)
-    assert torch.equal(found.at_reference, LOSSES[name].fn(batch, settings_of(name, ld_alpha)))
+    assert torch.equal(found.at_reference, loss(name, batch, settings_of(name, ld_alpha)))
     assert not found.shift.any()
     assert not found.deviation.any()
 
 
 def test_the_value_at_the_reference_whatever_the_batch():
     """A: h = 7 nats. DPO is ln 2 there, ipo (1/(2 beta))^2 = 25, KTO 1/2 whatever z0, four ranks ln 4!."""
-    assert departure(["sigmoid"], [2.0], pairs(A), beta(0.1), 0.0).at_reference.item() == pytest.approx(2 * LN2)
-    assert departure(["ipo"], [1.0], pairs(A), beta(0.1), 0.0).at_reference.item() == pytest.approx(25)
+    assert departure(objective(beta(0.1), sigmoid=2.0), pairs(A), 0.0).at_reference.item() == pytest.approx(2 * LN2)
+    assert departure(objective(beta(0.1), ipo=1.0), pairs(A), 0.0).at_reference.item() == pytest.approx(25)
     labelled = labels((-4.0, -6.0, True), (-7.0, -2.0, False), z0=3.0)
-    assert departure(["kto"], [1.0], labelled, beta(0.1), 0.0).at_reference.tolist() == pytest.approx([0.5, 0.5])
+    assert departure(objective(beta(0.1), kto=1.0), labelled, 0.0).at_reference.tolist() == pytest.approx([0.5, 0.5])
     ranked = ranks([1.0, 2.0, 0.0, 5.0], [3.0, 1.0])
-    there = departure(["plackett_luce"], [1.0], ranked, beta(0.1), 0.0).at_reference
+    there = departure(objective(beta(0.1), plackett_luce=1.0), ranked, 0.0).at_reference
     assert there.tolist() == pytest.approx([math.log(24), LN2])
 
 
 def test_terms_that_read_no_reference_are_left_out():
-    both = departure(["nll", "sigmoid"], [3.0, 0.5], pairs(A), beta(0.1), 0.01)
-    alone = departure(["sigmoid"], [0.5], pairs(A), beta(0.1), 0.01)
+    both = departure(objective(beta(0.1), nll=3.0, sigmoid=0.5), pairs(A), 0.01)
+    alone = departure(objective(beta(0.1), sigmoid=0.5), pairs(A), 0.01)
     assert all(torch.equal(getattr(both, name), getattr(alone, name)) for name in vars(alone))
 
 
 def test_one_deviation_by_hand():
     """A has 20 and 25 tokens. At a noise of 0.1 one deviation is 0.1 sqrt(20) = 0.447 and 0.1 sqrt(25) = 0.5 nats: h
     moves by 0.947 at most, and -S(0.1 h) from ln 2 to ln(1 + e^0.0947)."""
-    found = departure(["sigmoid"], [1.0], pairs(A), beta(0.1), 0.1)
+    found = departure(objective(beta(0.1), sigmoid=1.0), pairs(A), 0.1)
     h = 0.1 * (math.sqrt(20) + 5)
     assert found.deviation.item() == pytest.approx(math.log1p(math.exp(0.1 * h)) - LN2)
     ends = [math.log1p(math.exp(-0.1 * 0.1 * (a * math.sqrt(20) + b * 5))) for a in (-1, 1) for b in (-1, 1)]
     assert found.shift.item() == pytest.approx(sum(ends) / 4 - LN2)
     moved = at_reference(pairs(A), 0.1, -0.1)
     assert isinstance(moved, PairBatch)
-    assert moved.chosen.ratios.item() == pytest.approx(0.1 * math.sqrt(20))
-    assert moved.rejected.ratios.item() == pytest.approx(-0.5)
+    assert moved.chosen.log_ratios.item() == pytest.approx(0.1 * math.sqrt(20))
+    assert moved.rejected.log_ratios.item() == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize("count", [1, 8, 64])
@@ -124,9 +124,9 @@ def test_noise_between_16_bit_kernels_is_let_pass_and_another_model_is_not(name:
 def test_combined_losses_are_judged_together():
     batch = drawn("pairs", 8, torch.Generator().manual_seed(0), 0.0)
     assert says(["sigmoid", "nll"], batch, beta(0.1), 0.0) is None
-    off = replace(batch, chosen=replace(batch.chosen, reference=batch.chosen.policy + 1.0))  # type: ignore[union-attr]
+    off = replace(batch, chosen=replace(batch.chosen, reference_logps=batch.chosen.policy_logps + 1.0))  # type: ignore[union-attr]
     assert "and not 0.6931" in (says(["sigmoid", "nll"], off, beta(0.1), 0.0) or "")
-    assert combine(["sigmoid"], [1.0], off, beta(0.1)).mean().item() == pytest.approx(math.log1p(math.exp(0.1)))
+    assert combine(objective(beta(0.1), sigmoid=1.0), off).mean().item() == pytest.approx(math.log1p(math.exp(0.1)))
 
 
 def stale_but_for_two(rows: Sequence[Pair]) -> list[Pair]:

@@ -32,7 +32,7 @@ ROWS = [pair(40, 60)]  # 50 tokens on average
     ],
 )  # fmt: skip
 def test_lines(changes: dict[str, object], expected: str):
-    found = targets(data.config(Path(), **changes), ROWS)
+    found = targets(data.config(Path(), **changes).objective, ROWS)
     assert any(expected in line for line in found.lines), found.lines
     assert found.warnings == []
 
@@ -48,12 +48,12 @@ def test_lines(changes: dict[str, object], expected: str):
     ],
 )
 def test_warnings(changes: dict[str, object], expected: str):
-    found = targets(data.config(Path(), **changes), ROWS).warnings
+    found = targets(data.config(Path(), **changes).objective, ROWS).warnings
     assert any(expected in line for line in found), found
 
 
 def test_losses_without_beta_say_nothing():
-    found = targets(data.config(Path(), loss_type=("nll",)), ROWS)
+    found = targets(data.config(Path(), loss_type=("nll",)).objective, ROWS)
     assert (found.lines, found.warnings) == ([], [])
 
 
@@ -68,7 +68,7 @@ def kto(**changes: object) -> dict[str, object]:
 
 @pytest.mark.parametrize(("desirable", "undesirable"), [(10, 10), (15, 10), (12, 10)])
 def test_the_ratio_rule_holds_from_1_to_3_over_2(desirable: int, undesirable: int):
-    assert targets(data.config(Path(), **kto()), labels(desirable, undesirable)).class_warnings == []
+    assert targets(data.config(Path(), **kto()).objective, labels(desirable, undesirable)).class_warnings == []
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_the_ratio_rule_holds_from_1_to_3_over_2(desirable: int, undesirable: in
 )
 def test_outside_of_it_weights_are_proposed_that_keep_it(desirable: int, undesirable: int, expected: str):
     rows = labels(desirable, undesirable)
-    (found,) = targets(data.config(Path(), **kto()), rows).class_warnings
+    (found,) = targets(data.config(Path(), **kto()).objective, rows).class_warnings
     assert expected in found
     flag, value = expected.rsplit("--", 1)[1].split()[:2]
     better = data.config(Path(), **kto(**{flag.replace("-", "_"): float(value)}))
-    assert targets(better, rows).class_warnings == []
+    assert targets(better.objective, rows).class_warnings == []
 
 
 @pytest.mark.parametrize(("desirable", "undesirable", "lacking"), [(4, 0, "undesirable"), (0, 4, "desirable")])
 def test_a_class_without_rows_is_named(desirable: int, undesirable: int, lacking: str):
-    (found,) = targets(data.config(Path(), **kto()), labels(desirable, undesirable)).class_warnings
+    (found,) = targets(data.config(Path(), **kto()).objective, labels(desirable, undesirable)).class_warnings
     assert f"no row is {lacking}" in found

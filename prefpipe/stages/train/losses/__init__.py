@@ -1,1 +1,1 @@
-"""Losses of preference optimization: pure functions of tensors and settings."""
+"""Losses of preference optimization: functions of tensors and of the settings that they read."""

@@ -14,10 +14,11 @@ _SATURATED = 0.01  # gradient weight s(-beta h) below which a pair teaches nothi
 
 
 def metrics(batch: LossBatch, beta: float, *, on_reference: bool = False) -> Mapping[str, Counted]:
-    """Metrics under TRL's names where it has them: docs/diagnostics.md lists all. A tie counts half in accuracies.
+    """Metrics by name, each as its values and the rows that count, [B]; docs/diagnostics.md explains them.
 
-    Labels: chosen and rejected are the desirable and the undesirable rows. Groups: the best and the worst completion.
-    `on_reference`: the completions were sampled from the reference, so that KL(ref || policy) can be read off them.
+    "chosen" and "rejected" are the sides of a pair, the desirable and the undesirable rows of labels, the best and the
+    worst completion of a group. A tie counts half in accuracies. `on_reference` says that the completions were sampled
+    from the reference: then KL(reference || policy) is among the metrics.
     """
     if isinstance(batch, LabelBatch):
         found = _label_metrics(batch, beta)
@@ -26,13 +27,13 @@ def metrics(batch: LossBatch, beta: float, *, on_reference: bool = False) -> Map
         chosen, rejected = _ends(batch)
         found = _pair_metrics(chosen, rejected, beta)
         sides = [chosen, rejected]
-    if on_reference and all(side.reference is not None for side in sides):
+    if on_reference and all(side.reference_logps is not None for side in sides):
         found |= _divergence(sides)
     return {name: (values.detach(), counted) for name, (values, counted) in found.items()}
 
 
 def _ends(batch: PairBatch | RankBatch) -> tuple[Logps, Logps]:
-    """Chosen and rejected of a pair; the best and the worst of a group."""
+    """Chosen and rejected of a pair; the best and the worst completion of a group."""
     if isinstance(batch, PairBatch):
         return batch.chosen, batch.rejected
     last = batch.present.sum(-1, keepdim=True) - 1
@@ -41,20 +42,21 @@ def _ends(batch: PairBatch | RankBatch) -> tuple[Logps, Logps]:
 
 def _at(group: Logps, place: torch.Tensor) -> Logps:
     """One completion [B] of every group, by its place [B, 1]."""
-    policy, lengths = (t.gather(-1, place)[:, 0] for t in (group.policy, group.lengths))
-    return Logps(policy, lengths, None if group.reference is None else group.reference.gather(-1, place)[:, 0])
+    policy, lengths = (t.gather(-1, place)[:, 0] for t in (group.policy_logps, group.lengths))
+    reference = None if group.reference_logps is None else group.reference_logps.gather(-1, place)[:, 0]
+    return Logps(policy, lengths, reference)
 
 
 def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, Counted]:
     found = {
-        "logps/chosen": chosen.policy,
-        "logps/rejected": rejected.policy,
-        "logps/accuracies": _wins(chosen.policy - rejected.policy),
+        "logps/chosen": chosen.policy_logps,
+        "logps/rejected": rejected.policy_logps,
+        "logps/accuracies": _wins(chosen.policy_logps - rejected.policy_logps),
         "lengths/chosen": chosen.lengths,
         "lengths/rejected": rejected.lengths,
     }
-    if chosen.reference is not None and rejected.reference is not None:
-        a, b = chosen.ratios, rejected.ratios
+    if chosen.reference_logps is not None and rejected.reference_logps is not None:
+        a, b = chosen.log_ratios, rejected.log_ratios
         difference = beta * a - beta * b
         weight = (-difference).sigmoid()
         found |= {
@@ -69,7 +71,7 @@ def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, Coun
             "deltas/chosen": _per_token(chosen),
             "deltas/rejected": _per_token(rejected),
         }
-    every = torch.ones_like(chosen.policy)
+    every = torch.ones_like(chosen.policy_logps)
     counted = {name: (values, every) for name, values in found.items()}
     if "rewards/margins" not in found:
         return counted
@@ -86,22 +88,28 @@ def _by_length(margins: torch.Tensor, lengths: torch.Tensor) -> dict[str, Counte
 
 
 def _label_metrics(batch: LabelBatch, beta: float) -> dict[str, Counted]:
-    own = batch.completion
-    values = {"logps": own.policy, "rewards": beta * own.ratios, "lengths": own.lengths, "deltas": _per_token(own)}
+    side = batch.completion
+    values = {
+        "logps": side.policy_logps,
+        "rewards": beta * side.log_ratios,
+        "lengths": side.lengths,
+        "deltas": _per_token(side),
+    }
     classes = {"chosen": batch.desirable.float(), "rejected": 1 - batch.desirable.float()}
     return {f"{name}/{label}": (value, counted) for name, value in values.items() for label, counted in classes.items()}
 
 
 def _divergence(sides: Sequence[Logps]) -> dict[str, Counted]:
-    """KL(ref || policy) from samples of the reference: the mean of log(ref / policy), in nats and nats per token."""
-    every = torch.ones_like(sides[0].policy)
-    nats = -torch.stack([side.ratios for side in sides]).mean(0)
+    """KL(reference || policy) from samples of the reference: log(reference / policy), the mean over the sides, in nats
+    and in nats per token."""
+    every = torch.ones_like(sides[0].policy_logps)
+    nats = -torch.stack([side.log_ratios for side in sides]).mean(0)
     per_token = -torch.stack([_per_token(side) for side in sides]).mean(0)
     return {"kl/ref_policy": (nats, every), "kl/ref_policy_per_token": (per_token, every)}
 
 
 def _per_token(side: Logps) -> torch.Tensor:
-    return side.ratios / side.lengths.clamp(min=1)
+    return side.log_ratios / side.lengths.clamp(min=1)
 
 
 def _wins(difference: torch.Tensor) -> torch.Tensor:

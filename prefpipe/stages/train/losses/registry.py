@@ -1,67 +1,43 @@
-"""The registry of losses, how they add up, and what is reported beside them."""
+"""From an objective to its value: the function of a loss by its name, the weighted sum, its distance from the start."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from prefpipe.stages.train.losses import listwise, pairwise, unpaired
-from prefpipe.stages.train.losses.batch import Kind, LossBatch, LossSettings, at_reference
+from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch, PairBatch, RankBatch, at_reference
+
+if TYPE_CHECKING:  # losses see tensors and numbers, and import no configuration
+    from prefpipe.config.losses import LossSettings, Objective
+
+_MODULES: dict[type, ModuleType] = {PairBatch: pairwise, LabelBatch: unpaired, RankBatch: listwise}
 
 
-@dataclass(frozen=True)
-class LossSpec:
-    """A loss `fn(batch, settings) -> [B]`, the kind of examples it takes, and what it needs of them."""
+def loss(name: str, batch: LossBatch, settings: LossSettings) -> torch.Tensor:
+    """The loss of every row, [B]: the function of this name in the module for batches of this kind.
 
-    fn: Callable[[Any, LossSettings], torch.Tensor]
-    kind: Kind = "pairs"
-    needs_reference: bool = True
-    needs_preference_prob: bool = False
-    needs_reward_gap: bool = False
-    needs_z0: bool = False
+    Raises ValueError when the batch lacks what the loss reads.
+    """
+    return getattr(_MODULES[type(batch)], name)(batch, settings)
 
 
-LOSSES: dict[str, LossSpec] = {
-    "sigmoid": LossSpec(pairwise.sigmoid),
-    "sigmoid_norm": LossSpec(pairwise.sigmoid_norm),
-    "hinge": LossSpec(pairwise.hinge),
-    "ipo": LossSpec(pairwise.ipo),
-    "robust": LossSpec(pairwise.robust),
-    "exo_pair": LossSpec(pairwise.exo_pair),
-    "nca_pair": LossSpec(pairwise.nca_pair),
-    "bco_pair": LossSpec(pairwise.bco_pair),
-    "sppo_hard": LossSpec(pairwise.sppo_hard),
-    "sppo": LossSpec(pairwise.sppo, needs_preference_prob=True),
-    "apo_zero": LossSpec(pairwise.apo_zero),
-    "apo_down": LossSpec(pairwise.apo_down),
-    "dpop": LossSpec(pairwise.dpop),
-    "rdpo": LossSpec(pairwise.rdpo),
-    "margin": LossSpec(pairwise.margin, needs_reward_gap=True),
-    "odpo": LossSpec(pairwise.odpo, needs_reward_gap=True),
-    "soft": LossSpec(pairwise.soft, needs_preference_prob=True),
-    "rainbow": LossSpec(pairwise.rainbow),
-    "simpo": LossSpec(pairwise.simpo, needs_reference=False),
-    "alphapo": LossSpec(pairwise.alphapo, needs_reference=False),
-    "cpo": LossSpec(pairwise.cpo, needs_reference=False),
-    "orpo": LossSpec(pairwise.orpo, needs_reference=False),
-    "nll": LossSpec(pairwise.nll, needs_reference=False),
-    "kto": LossSpec(unpaired.kto, kind="labels", needs_z0=True),
-    "apo_zero_unpaired": LossSpec(unpaired.apo_zero_unpaired, kind="labels"),
-    "plackett_luce": LossSpec(listwise.plackett_luce, kind="groups"),
-}
-
-
-def combine(names: Sequence[str], weights: Sequence[float], batch: LossBatch, s: LossSettings) -> torch.Tensor:
-    """The weighted sum of losses, [B]."""
-    losses = [weight * LOSSES[name].fn(batch, s) for name, weight in zip(names, weights, strict=True)]
-    return torch.stack(losses).sum(dim=0)
+def combine(objective: Objective, batch: LossBatch) -> torch.Tensor:
+    """The weighted sum of the losses of every row, [B]."""
+    weighted = [
+        weight * loss(name, batch, objective.settings)
+        for name, weight in zip(objective.names, objective.weights, strict=True)
+    ]
+    return torch.stack(weighted).sum(dim=0)
 
 
 @dataclass(frozen=True)
 class Departure:
-    """Of a step that should start at the reference, [B] each, terms that read no reference left out: the loss, its
-    value at log-ratios of 0, and what kernel noise does to that value: its mean shift and the size of one deviation."""
+    """Per row [B] at step 0: the loss; its value if policy = reference; how far kernel noise moves that value (mean,
+    one standard deviation). Reference-free losses are excluded."""
 
     loss: torch.Tensor
     at_reference: torch.Tensor
@@ -69,21 +45,18 @@ class Departure:
     deviation: torch.Tensor
 
 
-def departure(
-    names: Sequence[str], weights: Sequence[float], batch: LossBatch, s: LossSettings, noise: float
-) -> Departure:
-    """How far the loss is from its value at the reference; `noise` is the standard deviation of the log-prob of a token
-    between kernels, in nats, independent from token to token.
+def departure(objective: Objective, batch: LossBatch, noise: float) -> Departure:
+    """How far the loss is from its value if policy = reference, where a run starts.
 
-    The losses themselves say what it does, at one deviation up or down on either side: a penalty with a corner at 0
-    (dpop) leans to one side, a square is moved most where its target is far.
+    `noise` is the standard deviation of a token's log-prob between kernels, in nats, independent from token to token.
+    Losses are evaluated at +-1 standard deviation of noise on either side instead of linearised: a loss with a corner
+    at 0 is not symmetric there, and a square moves most where its target is far.
     """
-    kept = [(n, w) for n, w in zip(names, weights, strict=True) if LOSSES[n].needs_reference]
-    own, own_weights = zip(*kept, strict=True)
+    anchored = objective.with_reference()
 
-    def loss(given: LossBatch) -> torch.Tensor:
-        return combine(own, own_weights, given, s).detach()
+    def values(given: LossBatch) -> torch.Tensor:
+        return combine(anchored, given).detach()
 
-    still = loss(at_reference(batch))
-    moves = torch.stack([loss(at_reference(batch, a, b)) - still for a in (-noise, noise) for b in (-noise, noise)])
-    return Departure(loss(batch), still, moves.mean(0), moves.abs().amax(0))
+    still = values(at_reference(batch))
+    moves = torch.stack([values(at_reference(batch, a, b)) - still for a in (-noise, noise) for b in (-noise, noise)])
+    return Departure(values(batch), still, moves.mean(0), moves.abs().amax(0))

@@ -11,7 +11,7 @@ ONE = torch.ones(1)
 @pytest.mark.parametrize("shape", [(2,), (1, 1), ()])
 def test_log_probs_of_different_shapes_are_refused(shape: tuple[int, ...]):
     """A [B] beside a [B, 1] would broadcast to [B, B] without a word."""
-    for other in ({"lengths": torch.ones(shape)}, {"lengths": ONE, "reference": torch.ones(shape)}):
+    for other in ({"lengths": torch.ones(shape)}, {"lengths": ONE, "reference_logps": torch.ones(shape)}):
         with pytest.raises(ValueError, match="different shapes"):
             Logps(ONE, **other)  # type: ignore[arg-type]  (names of tensors)
 
@@ -32,7 +32,7 @@ def test_every_kind_of_batch_checks_its_shapes():
 def test_means_and_ratios():
     """-6 over 3 tokens is -2; without tokens 0, not NaN; the ratio to -4 is -2."""
     given = Logps(torch.tensor([-6.0, 0.0]), torch.tensor([3.0, 0.0]), torch.tensor([-4.0, 0.0]))
-    assert given.means.tolist() == [-2.0, 0.0]
-    assert given.ratios.tolist() == [-2.0, 0.0]
+    assert given.mean_logps.tolist() == [-2.0, 0.0]
+    assert given.log_ratios.tolist() == [-2.0, 0.0]
     with pytest.raises(ValueError, match="needs reference log-probs"):
-        _ = Logps(ONE, ONE).ratios
+        _ = Logps(ONE, ONE).log_ratios

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from prefpipe.config.train import PAIR_LOSSES, TrainConfig
+from prefpipe.config.losses import LOSSES, names
+from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, PrefpipeError, StorageError
 from prefpipe.forward.logps import TreeModel
 from prefpipe.inputs.kl_bank import kl_bank
@@ -18,7 +19,6 @@ from prefpipe.schemas import RefLogps
 from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train import loop, stage
 from prefpipe.stages.train.examples import TrainLabel, TrainPair
-from prefpipe.stages.train.losses.registry import LOSSES
 from prefpipe.stages.train.micro_batches import balanced_batches, bank_rows
 from prefpipe.stages.train.optimizer import learning_rate
 from tests.conftest import Cli
@@ -45,7 +45,7 @@ def pairs(tiny_model: Path) -> list[TrainPair]:
     return train_rows.from_pairs([replace(row, preference_prob=0.8, reward_gap=1.5) for row in rows])
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("name", names("pairs"))
 def test_a_loss_of_pairs_starts_at_its_value_and_falls(tiny_model: Path, pairs: list[TrainPair], name: str):
     """At step 0 the policy is the reference; every loss is lower after a few passes over the same eight pairs."""
     changes: dict[str, Any] = {"loss_type": (name,)}
@@ -354,5 +354,5 @@ def test_settings_that_cannot_be_meant_are_refused(cli: Cli, tmp_path: Path, fla
 
 
 def test_every_loss_of_the_registry_is_run_here():
-    others = {name for name, spec in LOSSES.items() if spec.kind != "pairs"}
+    others = {name for name, loss in LOSSES.items() if loss.kind != "pairs"}
     assert others == {"kto", "apo_zero_unpaired", "plackett_luce"}

@@ -48,8 +48,8 @@ def test_gradients_equal_finite_differences_beside_padding():
     """A group of three beside one of five: gradients of padding are 0, those of completions sum to 0."""
     groups = [[0.5, -1.0, 2.0], [1.0, 3.0, -2.0, 0.1, 0.2]]
     given = ranks(*groups)
-    leaf = given.completions.policy.clone().requires_grad_()
-    object.__setattr__(given.completions, "policy", leaf)
+    leaf = given.completions.policy_logps.clone().requires_grad_()
+    object.__setattr__(given.completions, "policy_logps", leaf)
     plackett_luce(given, beta(0.7)).sum().backward()
     found = leaf.grad
     assert torch.isfinite(found).all()

@@ -15,8 +15,9 @@ from trl import DPOTrainer, KTOTrainer  # noqa: E402
 from trl.experimental.cpo import CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOTrainer  # noqa: E402
 
-from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossSettings, PairBatch  # noqa: E402
-from prefpipe.stages.train.losses.registry import LOSSES  # noqa: E402
+from prefpipe.config.losses import LossSettings  # noqa: E402
+from prefpipe.stages.train.losses import registry  # noqa: E402
+from prefpipe.stages.train.losses.batch import LabelBatch, Logps, PairBatch  # noqa: E402
 from tests.stages.train.cases import beta  # noqa: E402
 
 CHOSEN = [[-1.0, -0.5, -2.0], [-0.25, -1.5, -0.75, -3.0, -0.1]]
@@ -92,7 +93,7 @@ def ours(name: str, s: LossSettings) -> float:
         side(CHOSEN, REF_CHOSEN, shared, ref_prefix_is_sum=True),
         side(REJECTED, REF_REJECTED, shared, ref_prefix_is_sum=True),
     )
-    return float(LOSSES[name].fn(batch, s).mean())
+    return float(registry.loss(name, batch, s).mean())
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_losses_of_labels_equal_trl_at_its_reference_point(name: str, s: LossSet
     policy = torch.tensor([sum(r) for r in CHOSEN + REJECTED])
     reference = torch.tensor(REF_CHOSEN + REF_REJECTED)
     batch = LabelBatch(Logps(policy, torch.ones(4), reference), torch.tensor(LABELS), torch.tensor(kl))
-    assert float(LOSSES[name].fn(batch, s).mean()) == pytest.approx(found, rel=1e-6)
+    assert float(registry.loss(name, batch, s).mean()) == pytest.approx(found, rel=1e-6)
 
 
 @pytest.mark.parametrize(

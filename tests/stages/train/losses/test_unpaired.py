@@ -75,7 +75,7 @@ def test_a_batch_of_one_class_is_finite(desirable: bool):
 def test_gradients_equal_finite_differences_and_point_the_right_way(x: float, z0: float, label: bool, b: float):
     leaf = torch.tensor([x], dtype=torch.float64, requires_grad=True)
     given = labels((x, 0.0, label), z0=z0)
-    object.__setattr__(given.completion, "policy", leaf)
+    object.__setattr__(given.completion, "policy_logps", leaf)
     kto(given, beta(b)).sum().backward()
     step = 1e-4
     up, down = (float(kto(labels((x + d, 0.0, label), z0=z0), beta(b))) for d in (step, -step))
