@@ -10,7 +10,7 @@ import torch
 from prefpipe.config.train import TrainConfig
 from prefpipe.forward.layout import Layout
 from prefpipe.forward.logps import completion_logps
-from prefpipe.stages.train.examples import Answer, TrainGroup, TrainLabel, TrainPair
+from prefpipe.stages.train.examples import TrainCompletion, TrainGroup, TrainLabel, TrainPair
 from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, LossSettings, PairBatch, RankBatch
 from prefpipe.stages.train.micro_batches import MicroBatch
 
@@ -58,23 +58,23 @@ class _Given:
     def column(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
-    def answers(self, position: int) -> list[Answer]:
-        return [row.answers[position] for row in self.micro.rows]
+    def completions(self, position: int) -> list[TrainCompletion]:
+        return [row.completions[position] for row in self.micro.rows]
 
     def side(self, position: int, prefixes: Sequence[int] | None = None) -> Logps:
         """The position-th completion of every row, with the sums of its first `prefixes` tokens where given."""
-        answers, numbers = self.answers(position), [place[position] for place in self.micro.places]
-        lengths = [len(answer.ids) for answer in answers]
+        answers, numbers = self.completions(position), [place[position] for place in self.micro.places]
+        lengths = [len(completion.token_ids) for completion in answers]
         policy = self._sums(numbers, lengths, lengths) if scores_prompt(self.config) else self.whole[numbers]
-        known = all(answer.reference is not None for answer in answers)
+        known = all(completion.ref_logps is not None for completion in answers)
         return Logps(
             policy=policy,
             lengths=self.column(lengths),
-            reference=self.column([math.fsum(a.reference or ()) for a in answers]) if known else None,
+            reference=self.column([math.fsum(a.ref_logps or ()) for a in answers]) if known else None,
             policy_prefix=None if prefixes is None else self._sums(numbers, lengths, prefixes),
             reference_prefix=None
             if prefixes is None or not known
-            else self.column([math.fsum((a.reference or ())[:n]) for a, n in zip(answers, prefixes, strict=True)]),
+            else self.column([math.fsum((a.ref_logps or ())[:n]) for a, n in zip(answers, prefixes, strict=True)]),
         )
 
     def policy_weights(self, log_collisions: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class _Given:
         excess = (self._token_logps - log_collisions).detach()
         total = torch.zeros(len(self.micro.rows), device=self.device)
         for position in (0, 1):
-            lengths = [len(answer.ids) for answer in self.answers(position)]
+            lengths = [len(completion.token_ids) for completion in self.completions(position)]
             numbers = [place[position] for place in self.micro.places]
             total += self._sums(numbers, lengths, lengths, excess) / self.column(lengths)
         return total.exp().clamp(max=1.0)
@@ -105,7 +105,7 @@ def _pairs(given: _Given, rows: Sequence[TrainPair]) -> PairBatch:
     prefixes = None if given.config.ld_alpha == 1 else [min(len(r.chosen), len(r.rejected)) for r in rows]
     nll = None
     if scores_prompt(given.config):
-        lengths = given.column([len(r.prompt) - 1 + len(r.chosen) for r in rows])
+        lengths = given.column([len(r.prompt_ids) - 1 + len(r.chosen) for r in rows])
         nll = Logps(given.whole[[place[0] for place in given.micro.places]], lengths)
     return PairBatch(
         chosen=given.side(0, prefixes),
@@ -121,16 +121,16 @@ def _groups(given: _Given) -> RankBatch:
     places, rows = given.micro.places, given.micro.rows
     most = max(map(len, places))
     numbers = [[*own, *[own[-1]] * (most - len(own))] for own in places]
-    answers = [[*row.answers, *[row.answers[-1]] * (most - len(row.answers))] for row in rows]
-    known = all(a.reference is not None for row in answers for a in row)
+    answers = [[*row.completions, *[row.completions[-1]] * (most - len(row.completions))] for row in rows]
+    known = all(a.ref_logps is not None for row in answers for a in row)
 
     def table(values: list[list[float]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=given.device)
 
     logps = Logps(
         policy=given.whole[torch.tensor(numbers, device=given.device)],
-        lengths=table([[float(len(a.ids)) for a in row] for row in answers]),
-        reference=table([[math.fsum(a.reference or ()) for a in row] for row in answers]) if known else None,
+        lengths=table([[float(len(a.token_ids)) for a in row] for row in answers]),
+        reference=table([[math.fsum(a.ref_logps or ()) for a in row] for row in answers]) if known else None,
     )
     present = torch.arange(most).expand(len(places), most) < torch.tensor([[len(own)] for own in places])
     return RankBatch(logps, present.to(given.device))

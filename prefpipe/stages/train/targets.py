@@ -27,7 +27,7 @@ class Targets:
 
 def targets(config: TrainConfig, rows: Sequence[TrainRow]) -> Targets:
     """beta and the finite optimum of every loss in nats and nats per token, at the mean completion length of `rows`."""
-    lengths = [len(answer.ids) for row in rows for answer in row.answers]
+    lengths = [len(completion.token_ids) for row in rows for completion in row.completions]
     mean = sum(lengths) / len(lengths)
     lines = [line for name in config.loss_type for line in _explain(name, config, mean)]
     warnings = [line for name in config.loss_type for line in _warn(name, config, mean)]
