@@ -75,7 +75,7 @@ def worker(dtype: str, tokens: int, out: Path) -> None:
     peak = Peak()
     base = load.load_model(directory, dtype)
     model = TreeModel(load.add_lora(base, r=16, alpha=32, target_modules="all-linear", seed=0))
-    footprint = memory.measure(model, [Tree(p.prompt, (p.chosen, p.rejected)) for p in pairs[:1]])
+    footprint = memory.measure(model, [Tree(p.prompt_ids, (p.chosen, p.rejected)) for p in pairs[:1]])
     trainer = loop.Trainer(model, model, MasterOptimizer(model, 0.0), config, World(0, 1), tokens)
     for _ in loop.steps(trainer, pairs, 0):
         pass

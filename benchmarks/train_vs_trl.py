@@ -284,6 +284,7 @@ def worker_ours(case: Case, folder: Path) -> None:
 
     from prefpipe.config.train import TrainConfig
     from prefpipe.forward import load
+    from prefpipe.forward.attention import Row
     from prefpipe.forward.logps import TreeModel, score
     from prefpipe.models import policy
     from prefpipe.stages.train import loop
@@ -315,7 +316,7 @@ def worker_ours(case: Case, folder: Path) -> None:
         for i, (p, c, r) in enumerate(rows)
     ]
     order = [
-        row for step in global_batches([p.prompt for p in given], case.batch, 0, 0, together=False) for row in step
+        row for step in global_batches([p.prompt_ids for p in given], case.batch, 0, 0, together=False) for row in step
     ]
     # The loop shuffles: hand the pairs over so that it meets them in TRL's order.
     pairs: list[TrainPair] = [given[order.index(row)] for row in range(len(given))]
@@ -339,7 +340,7 @@ def worker_ours(case: Case, folder: Path) -> None:
         for layout in layouts:
             inner = model.policy.get_base_model().base_model
             inner(input_ids=layout.input_ids.unsqueeze(0), position_ids=layout.position_ids.unsqueeze(0),
-                  use_cache=False, tree_spans=layout.spans).last_hidden_state.sum().backward()  # fmt: skip
+                  use_cache=False, tree_row=Row(layout.spans)).last_hidden_state.sum().backward()  # fmt: skip
 
     result = {"losses": losses, "pairs_per_s": case.batch / statistics.median(times), "growth": growth}
     result |= {"step_s": statistics.median(times), "reference_s": reference_s}

@@ -1,14 +1,16 @@
 """Attention over token trees: a completion sees its trunk and itself, nothing of its siblings or of other trees.
 
-Registered with transformers under NAME; a model whose attention implementation is NAME takes `tree_spans=` in its
-forward call. Three exact ways to compute it: PyTorch's variable-length kernel (CUDA, 16 bit), SDPA per tree (everywhere
-else), and plain matrix products where the model caps its scores or has attention sinks, which neither kernel knows.
-H = query heads, G = key/value heads, D = head size, T = tokens in the row.
+Registered with transformers under NAME; a model whose attention implementation is NAME takes `tree_row=` in its
+forward call. Three exact ways compute it: PyTorch's variable-length kernel (CUDA, 16 bits), SDPA tree by tree
+(everywhere else), and plain matrix products where the model caps its scores or has attention sinks, which neither
+kernel supports.
+
+H = query heads, G = key/value heads, D = head size, T = tokens of the row, R = tokens of one tree or completion.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,17 +24,16 @@ from prefpipe.forward.layout import Span
 
 NAME = "prefpipe_tree"
 Kernel = Callable[..., Any]
-_Masks = dict[tuple[int, int, int, torch.dtype], torch.Tensor]  # by length, total, repeats, dtype
 
 
 def register() -> None:
-    """Make NAME known to transformers; it needs no mask of transformers' making."""
+    """Make NAME known to transformers, which builds no mask for it: the row says who sees whom."""
     AttentionInterface.register(NAME, tree_attention)
     AttentionMaskInterface.register(NAME, lambda *_args, **_kwargs: None)
 
 
 def why_not_shared(config: PreTrainedConfig) -> str | None:
-    """Why completions of this model cannot share a row, or None: then the self-test has the last word."""
+    """Why completions of this model cannot share a row; None where no reason is known, and the self-test decides."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     rules = [r for r in (rope, *rope.values()) if isinstance(r, dict)]
@@ -49,7 +50,7 @@ def why_not_shared(config: PreTrainedConfig) -> str | None:
 
 
 def check_positions(config: PreTrainedConfig) -> None:
-    """Raise UsageError for rotary frequencies that grow with what was computed before: no value would be repeatable."""
+    """Raise UsageError for rotary frequencies that depend on earlier sequences: no value would be repeatable."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if any(r.get("rope_type") == "dynamic" for r in (rope, *rope.values()) if isinstance(r, dict)):
         raise UsageError(
@@ -61,17 +62,56 @@ def check_positions(config: PreTrainedConfig) -> None:
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
+class Row:
+    """The trees of a row, and the masks and offsets that all layers of its forward pass share.
+
+    One `Row` serves one forward pass. It lives as long as that pass and the backward that may compute it again, and its
+    masks with it: a mask has length x total numbers, and those of a long prompt fill gigabytes. (Not a dataclass or a
+    dict: torch would rebuild those between layers.)
+    """
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = tuple(spans)
+        self._masks: dict[tuple[object, ...], torch.Tensor] = {}
+
+    @cached_property
+    def plan(self) -> "_Plan":
+        """Offsets for the variable-length kernel."""
+        return _plan(self.spans)
+
+    def mask(self, length: int, total: int, repeats: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """[repeats * length, total]: 0 where a query sees a key, -inf where not, in dtype and on device of `like`.
+
+        Query i of `length` stands at position total - length + i; the window counts positions; the queries of the
+        further heads of a group lie below. SDPA would turn a boolean mask into such a tensor in every layer, and
+        autograd would keep them all.
+        """
+        key = (length, total, repeats, window, like.dtype, like.device)
+        if key not in self._masks:
+            at = torch.arange(total - length, total, device=like.device).unsqueeze(1)
+            seen = torch.arange(total, device=like.device).unsqueeze(0)
+            visible = seen <= at
+            if window is not None:
+                visible &= seen > at - window
+            zeros = torch.zeros(length, total, dtype=like.dtype, device=like.device)
+            self._masks[key] = zeros.masked_fill(~visible, -torch.inf).repeat(repeats, 1)
+        return self._masks[key]
+
+
 @dataclass(frozen=True)
 class _Rules:
-    """What a model's attention does beside softmax(q k^T * scaling): GQA repeats, window, score cap, sinks [H]; and the
-    masks of the row that were made so far."""
+    """The attention of a layer, beside softmax(q k^T * scaling) v."""
 
+    row: Row
+    # Query heads per key/value head (GQA).
     repeats: int
     scaling: float | None
+    # How many positions back a token sees, itself included.
     window: int | None
+    # Scores become cap * tanh(score / cap).
     softcap: float | None
+    # Per query head [H] the score of a sink, which takes weight and has no value.
     sinks: torch.Tensor | None
-    masks: _Masks
 
 
 def tree_attention(
@@ -79,9 +119,9 @@ def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _attention_mask: torch.Tensor | None = None,  # or in _other, by its name: the spans say it all
+    _attention_mask: torch.Tensor | None = None,  # or in _other, by its name: the row says who sees whom
     *,
-    tree_spans: Sequence[Span],
+    tree_row: Row,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -90,12 +130,11 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, G, T, D] -> output [1, T, H, D]."""
     plain = softcap is None and s_aux is None
-    masks = _masks(tuple(tree_spans), sliding_window, query.device)
-    rules = _Rules(query.shape[1] // key.shape[1], scaling, sliding_window, softcap, s_aux, masks)
     if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] <= 256:
-        return variable_length(query, key, value, tuple(tree_spans), rules.scaling, rules.window, varlen_attn), None
+        return variable_length(query, key, value, tree_row, scaling, sliding_window, varlen_attn), None
+    rules = _Rules(tree_row, query.shape[1] // key.shape[1], scaling, sliding_window, softcap, s_aux)
     pieces: list[torch.Tensor] = []
-    for span in tree_spans:
+    for span in tree_row.spans:
         trunk = slice(span.start, span.start + span.trunk_length)
         pieces.append(_attend(query, key, value, [trunk], rules))
         for start, length in span.completions:
@@ -108,14 +147,14 @@ def variable_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    spans: tuple[Span, ...],
+    row: Row,
     scaling: float | None,
     window: int | None,
     kernel: Kernel,
 ) -> torch.Tensor:
-    """The same through one call of a variable-length kernel: queries stay in place, every completion's keys are the
-    trunk's and its own, copied together; the kernel aligns the causal mask at the end. Output [1, T, H, D]."""
-    plan = _plan(spans)
+    """The same by one call of a variable-length kernel, [1, T, H, D]. Queries stay in place. The keys of a completion
+    are those of its trunk and its own, copied behind each other; the kernel aligns the causal mask at the end."""
+    plan = row.plan
     device = query.device
     rows = plan.key_rows.to(device)
     out = kernel(
@@ -135,6 +174,9 @@ def variable_length(
 
 @dataclass(frozen=True)
 class _Plan:
+    """The sequences of the kernel, a trunk or a completion each: where their queries and keys begin, which rows the
+    keys are copied from, and the longest of each."""
+
     query_offsets: torch.Tensor
     key_offsets: torch.Tensor
     key_rows: torch.Tensor
@@ -142,17 +184,14 @@ class _Plan:
     longest_key: int
 
 
-@lru_cache(maxsize=8)
 def _plan(spans: tuple[Span, ...]) -> _Plan:
-    """Offsets of the kernel's sequences; made once per row, used by every layer."""
     lengths: list[tuple[int, int]] = []
     rows: list[int] = []
     for span in spans:
         trunk = range(span.start, span.start + span.trunk_length)
         for start, length in ((span.start, span.trunk_length), *span.completions):
-            own = range(start, start + length)
             if length:
-                keys = [*trunk] if start == span.start else [*trunk, *own]
+                keys = [*trunk] if start == span.start else [*trunk, *range(start, start + length)]
                 rows += keys
                 lengths.append((length, len(keys)))
     offsets = torch.tensor([(0, 0), *lengths]).cumsum(0).to(torch.int32)
@@ -163,7 +202,7 @@ def _plan(spans: tuple[Span, ...]) -> _Plan:
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: list[slice], rules: _Rules
 ) -> torch.Tensor:
-    """Causal attention of the last slice over all slices of `context`. [1, H, R, D]."""
+    """Causal attention of the last slice of `context` over all of them, [1, H, R, D]."""
     queries = query[:, :, context[-1]]
     keys, values = (_joined(tensor, context) for tensor in (key, value))
     length, total = queries.shape[2], keys.shape[2]
@@ -171,10 +210,10 @@ def _attend(
         return _by_products(queries, keys, values, rules)
     if rules.repeats == 1 and length == total and (rules.window is None or total <= rules.window):
         return scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)
-    # The query heads of a group stand one below the other as further rows: repeating keys and values for them would
-    # copy both, and autograd would keep the copies.
+    # The query heads of one key/value group are stacked as extra rows. To repeat keys and values for them would copy
+    # both, and autograd would keep the copies.
     folded = queries.reshape(1, keys.shape[1], rules.repeats * length, queries.shape[3])
-    mask = _bias(length, total, rules, rules.repeats, query)
+    mask = rules.row.mask(length, total, rules.repeats, rules.window, query)
     out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=rules.scaling)
     return out.reshape(queries.shape)
 
@@ -185,41 +224,18 @@ def _joined(tensor: torch.Tensor, context: list[slice]) -> torch.Tensor:
 
 
 def _by_products(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Scores capped by cap * tanh(score / cap) (Gemma 2), and a sink per head that takes weight and gives nothing
-    (gpt-oss); softmax in float32, as these models' own code has it."""
+    """Attention with capped scores (Gemma 2) or with a sink per head (gpt-oss); softmax in float32, as in the code of
+    these models."""
     keys, values = (tensor.repeat_interleave(rules.repeats, dim=1) for tensor in (keys, values))
     scale = rules.scaling if rules.scaling is not None else queries.shape[-1] ** -0.5
     scores = queries @ keys.transpose(2, 3) * scale
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
     scores = scores.float()
-    scores = scores + _bias(*scores.shape[2:], rules, 1, scores)
+    scores = scores + rules.row.mask(scores.shape[2], scores.shape[3], 1, rules.window, scores)
     if rules.sinks is None:
         weights = scores.softmax(-1)
     else:
         sinks = rules.sinks.float().reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
         weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
     return weights.to(values.dtype) @ values
-
-
-@lru_cache(maxsize=4)
-def _masks(_spans: tuple[Span, ...], _window: int | None, _device: torch.device) -> _Masks:
-    """Where the layers of one forward pass (and its recomputation) share the masks of a row. Only the last rows stay:
-    a mask has length * total numbers, those of a long prompt fill gigabytes."""
-    return {}
-
-
-def _bias(length: int, total: int, rules: _Rules, repeats: int, scores: torch.Tensor) -> torch.Tensor:
-    """[repeats * length, total]: 0 where a row sees, -inf where not. Row i stands at position total - length + i, the
-    rows of every further head of a group below; the window counts positions. One tensor serves all layers, in the
-    dtype of the scores: SDPA would turn a boolean mask into such a tensor in every layer, and autograd keep them."""
-    key = (length, total, repeats, scores.dtype)
-    if key not in rules.masks:
-        at = torch.arange(total - length, total, device=scores.device).unsqueeze(1)
-        seen = torch.arange(total, device=scores.device).unsqueeze(0)
-        visible = seen <= at
-        if rules.window is not None:
-            visible &= seen > at - rules.window
-        zeros = torch.zeros(length, total, dtype=scores.dtype, device=scores.device)
-        rules.masks[key] = zeros.masked_fill(~visible, -torch.inf).repeat(repeats, 1)
-    return rules.masks[key]

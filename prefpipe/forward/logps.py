@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from prefpipe.errors import UsageError
-from prefpipe.forward.attention import NAME, why_not_shared
+from prefpipe.forward.attention import NAME, Row, why_not_shared
 from prefpipe.forward.head import log_collisions, logit_rule, target_logps
 from prefpipe.forward.layout import Layout, Tree, flatten, separate
 
@@ -60,7 +60,7 @@ def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
         input_ids=layout.input_ids.unsqueeze(0),
         position_ids=layout.position_ids.unsqueeze(0),
         use_cache=False,
-        tree_spans=layout.spans,
+        tree_row=Row(layout.spans),
     ).last_hidden_state[0]
 
 

@@ -6,16 +6,14 @@ import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from prefpipe import engines, log
 from prefpipe.engines.base import EngineSettings, ScoreRequest
+from prefpipe.forward.agreement import LENGTH_BUCKETS, absolute_limit, signed_limit
 
 OTHER = {"vllm": "transformers", "transformers": "vllm", "fake": "fake"}
-_BUCKETS = (64, 256, 1024)  # tokens in a completion, inclusive
 _BETA = 0.1
-_SIGNED, _ABSOLUTE = 0.01, {"float32": 0.001, "float16": 0.1, "bfloat16": 0.1}  # nats per token; as the step-0 audit
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ def compare(cached: Sequence[CachedLogps], fresh: Mapping[str, Sequence[float]],
     tokens = _moments([delta for completion in deltas for delta in completion])
     sums = _moments([sum(completion) for completion in deltas])
     shift = _BETA * sums["sd"] * math.sqrt(2)
-    limit = max(_SIGNED, 4 * 0.055 / math.sqrt(max(1, tokens["count"])))
-    agrees = abs(tokens["mean"]) <= limit and tokens["mean_absolute"] <= _ABSOLUTE[dtype]
+    absolute = absolute_limit(full_precision=dtype == "float32")
+    agrees = abs(tokens["mean"]) <= signed_limit(tokens["count"]) and tokens["mean_absolute"] <= absolute
     summary = (
         f"{tokens['mean']:+.5f} nats per token on average (mean absolute {tokens['mean_absolute']:.5f}, largest "
         f"{tokens['largest']:.4f}); at beta {_BETA} a pair's margin moves by about {shift:.4f}"
@@ -108,9 +106,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
 
 def _by_length(deltas: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
     """Moments of the differences per completion, for each bucket of lengths that has a completion."""
-    edges = [0, *_BUCKETS, math.inf]
     buckets: list[dict[str, Any]] = []
-    for low, high in pairwise(edges):
+    for low, high in LENGTH_BUCKETS:
         sums = [sum(completion) for completion in deltas if low < len(completion) <= high]
         if sums:
             name = f"{low + 1}-{high}" if high < math.inf else f"over {low}"

@@ -1,6 +1,8 @@
 """Tree attention against scaled_dot_product_attention under an explicit mask of who sees whom."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig
 
 from prefpipe.errors import UsageError
-from prefpipe.forward.attention import _masks, check_positions, tree_attention, variable_length, why_not_shared
+from prefpipe.forward.attention import Row, check_positions, tree_attention, variable_length, why_not_shared
 from prefpipe.forward.layout import Layout, Tree, flatten
 
 HEADS, GROUPS, SIZE = 6, 2, 8
@@ -73,7 +75,7 @@ def test_equals_masked_attention_in_value_and_gradient(num_completions: int, win
     layout = flatten(trees(num_completions, shared))
     query, key, value = inputs = tensors(len(layout.input_ids))
     found, weights = tree_attention(
-        MODULE, query, key, value, None, tree_spans=layout.spans, scaling=0.2, sliding_window=window
+        MODULE, query, key, value, None, tree_row=Row(layout.spans), scaling=0.2, sliding_window=window
     )
     wide = [t.repeat_interleave(HEADS // GROUPS, dim=1) for t in (key, value)]
     expected = scaled_dot_product_attention(query, *wide, attn_mask=visible(layout, window), scale=0.2).transpose(1, 2)
@@ -116,9 +118,9 @@ def test_variable_length_equals_tree_attention(num_completions: int, window: int
     layout = flatten(trees(num_completions, shared))
     query, key, value = inputs = tensors(len(layout.input_ids))
     scaling = 0.2 if window != 4 else None
-    found = variable_length(query, key, value, layout.spans, scaling, window, slow_kernel)
+    found = variable_length(query, key, value, Row(layout.spans), scaling, window, slow_kernel)
     expected, _ = tree_attention(
-        MODULE, query, key, value, None, tree_spans=layout.spans, scaling=scaling, sliding_window=window
+        MODULE, query, key, value, None, tree_row=Row(layout.spans), scaling=scaling, sliding_window=window
     )
     same_in_value_and_gradient(found, expected, inputs)
 
@@ -127,16 +129,16 @@ def test_variable_length_without_grouped_heads():
     layout = flatten(trees(2))
     query, key, value = tensors(len(layout.input_ids))
     inputs = [query[:, :GROUPS], key, value]
-    found = variable_length(*inputs, layout.spans, None, None, slow_kernel)
-    expected, _ = tree_attention(MODULE, *inputs, None, tree_spans=layout.spans)
+    found = variable_length(*inputs, Row(layout.spans), None, None, slow_kernel)
+    expected, _ = tree_attention(MODULE, *inputs, None, tree_row=Row(layout.spans))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scale_defaults_to_one_over_root_of_the_head_size():
     layout = flatten(trees(2))
     query, key, value = tensors(len(layout.input_ids))
-    default, _ = tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans)
-    given, _ = tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans, scaling=SIZE**-0.5)
+    default, _ = tree_attention(MODULE, query, key, value, None, tree_row=Row(layout.spans))
+    given, _ = tree_attention(MODULE, query, key, value, None, tree_row=Row(layout.spans), scaling=SIZE**-0.5)
     torch.testing.assert_close(default, given)
 
 
@@ -150,7 +152,7 @@ def test_finite_differences(softcap: float | None):
     query, key, value = (t[..., :3].detach().requires_grad_() for t in tensors(len(layout.input_ids), torch.float64))
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
-        return tree_attention(MODULE, *inputs, None, tree_spans=layout.spans, sliding_window=2, softcap=softcap)[0]
+        return tree_attention(MODULE, *inputs, None, tree_row=Row(layout.spans), sliding_window=2, softcap=softcap)[0]
 
     limits = {} if softcap is None else {"eps": 1e-3, "atol": 2e-3}
     assert torch.autograd.gradcheck(run, (query, key, value), **limits)
@@ -160,11 +162,11 @@ def test_a_completion_is_untouched_by_its_siblings_and_by_other_trees():
     """Completion (3, 2) of the first tree: replacing all but its trunk and itself leaves its output as it was."""
     layout = flatten([Tree([0, 0, 0], [[1, 0], [2, 0]]), Tree([0, 0], [[0]])])
     query, key, value = tensors(len(layout.input_ids))
-    before, _ = tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans)
+    before, _ = tree_attention(MODULE, query, key, value, None, tree_row=Row(layout.spans))
     changed = [t.detach().clone() for t in (query, key, value)]
     for tensor in changed:
         tensor[:, :, 5:] = 1e3
-    after, _ = tree_attention(MODULE, *changed, None, tree_spans=layout.spans)
+    after, _ = tree_attention(MODULE, *changed, None, tree_row=Row(layout.spans))
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
@@ -194,25 +196,37 @@ def test_soft_cap_and_sinks_equal_an_eager_oracle(capped: bool, sunk: bool, wind
     softcap = 0.8 if capped else None
     sinks = torch.linspace(-1.0, 2.0, HEADS).requires_grad_() if sunk else None
     found, _ = tree_attention(
-        MODULE, query, key, value, None, tree_spans=layout.spans, scaling=0.2, sliding_window=window, softcap=softcap,
-        s_aux=sinks,
+        MODULE, query, key, value, None, tree_row=Row(layout.spans), scaling=0.2, sliding_window=window,
+        softcap=softcap, s_aux=sinks,
     )  # fmt: skip
     expected = eager(query, key, value, visible(layout, window), softcap, sinks)
     same_in_value_and_gradient(found, expected, [*inputs, *([] if sinks is None else [sinks])])
-    plain, _ = tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans, scaling=0.2)
+    plain, _ = tree_attention(MODULE, query, key, value, None, tree_row=Row(layout.spans), scaling=0.2)
     assert float((found - plain).detach().abs().max()) > 0.1  # they do change the output
 
 
-def test_masks_of_earlier_rows_are_forgotten():
-    """A mask of a long prompt fills gigabytes: of 40 rows with lengths of their own, those of four may stay."""
-    _masks.cache_clear()
-    for number in range(40):
-        layout = flatten([Tree([0] * (5 + number), [[1], [2, 2]])])
-        query, key, value = tensors(len(layout.input_ids))
-        for _layer in range(3):
-            tree_attention(MODULE, query, key, value, None, tree_spans=layout.spans)
-    kept = _masks.cache_info()
-    assert (kept.currsize, kept.misses) == (4, 40)  # and every row's were made once for all its layers
+def test_the_layers_of_a_row_share_its_masks_which_are_freed_with_it():
+    """A mask of a long prompt fills gigabytes: it is made once for all layers, and none outlives its row."""
+    layout = flatten([Tree([0] * 5, [[1], [2, 2]])])
+    query, key, value = tensors(len(layout.input_ids))
+    row = Row(layout.spans)
+    masks = [row.mask(length, total, 3, None, query) for length, total in ((5, 5), (1, 6), (2, 7))]
+    for _layer in range(3):
+        tree_attention(MODULE, query, key, value, None, tree_row=row)
+    again = [row.mask(length, total, 3, None, query) for length, total in ((5, 5), (1, 6), (2, 7))]
+    assert all(mine is other for mine, other in zip(masks, again, strict=True))
+    kept = [weakref.ref(mask) for mask in masks]
+    del masks, again, row
+    gc.collect()
+    assert [mask() for mask in kept] == [None] * 3
+
+
+def test_windows_of_one_row_have_masks_of_their_own():
+    """A model may mix layers with and without a window: position 6 of 7 sees 0 to 6, or 5 and 6."""
+    query, row = tensors(7)[0], Row(())
+    wide, narrow = row.mask(1, 7, 1, None, query), row.mask(1, 7, 1, 2, query)
+    assert wide.tolist() == [[0.0] * 7]
+    assert narrow.tolist() == [[-torch.inf] * 5 + [0.0] * 2]
 
 
 def test_heads_and_dtypes_of_other_models_have_masks_of_their_own():
@@ -222,8 +236,8 @@ def test_heads_and_dtypes_of_other_models_have_masks_of_their_own():
     for dtype in (torch.float32, torch.float64):
         for groups in (2, 6, 1):
             k, v = (t.repeat_interleave(3, dim=1)[:, :groups].to(dtype) for t in (key, value))
-            found, _ = tree_attention(MODULE, query.to(dtype), k, v, None, tree_spans=layout.spans)
-            capped, _ = tree_attention(MODULE, query.to(dtype), k, v, None, tree_spans=layout.spans, softcap=1e4)
+            found, _ = tree_attention(MODULE, query.to(dtype), k, v, None, tree_row=Row(layout.spans))
+            capped, _ = tree_attention(MODULE, query.to(dtype), k, v, None, tree_row=Row(layout.spans), softcap=1e4)
             wide = [t.repeat_interleave(HEADS // groups, dim=1) for t in (k, v)]
             expected = scaled_dot_product_attention(query.to(dtype), *wide, attn_mask=visible(layout, None))
             torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)

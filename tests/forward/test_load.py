@@ -1,5 +1,6 @@
 """Adapters on disk: what is written loads anywhere and means the same."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.forward import load
+from prefpipe.forward.attention import Row
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model, score
 from prefpipe.runs import fsio
@@ -239,3 +241,21 @@ def test_gradients_through_4_bits_are_those_of_the_same_weights_written_out(tiny
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[1].items():
         torch.testing.assert_close(found[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_lives_until_backward_when_layers_are_computed_again_and_no_longer(tiny_model: Path):
+    """Its masks are needed again in backward; after a step, or a pass without gradient, nothing of it is left."""
+
+    def rows() -> int:
+        gc.collect()
+        return sum(type(thing) is Row for thing in gc.get_objects())
+
+    model, before = TreeModel(moved(tiny_model)), rows()
+    load.checkpoint_layers(model.policy)
+    total = model(model.layout(TREES)).sum()
+    assert rows() == before + 1
+    total.backward()
+    del total
+    assert rows() == before
+    list(score(model, TREES))
+    assert rows() == before

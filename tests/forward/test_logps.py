@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from prefpipe.errors import UsageError
 from prefpipe.forward import attention, load
-from prefpipe.forward.attention import tree_attention
+from prefpipe.forward.attention import Row, tree_attention
 from prefpipe.forward.head import LogitRule
 from prefpipe.forward.layout import Span, Tree, flatten
 from prefpipe.forward.logps import (
@@ -402,10 +402,10 @@ def forgets_the_prompt(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **given: Any
 ) -> tuple[torch.Tensor, None]:
     """Wrong on purpose: every completion is a tree of its own, without its prompt."""
-    spans = [Span(s.start, s.trunk_length, ()) for s in given["tree_spans"]]
-    spans += [Span(start, length, ()) for s in given["tree_spans"] for start, length in s.completions]
+    spans = [Span(s.start, s.trunk_length, ()) for s in given["tree_row"].spans]
+    spans += [Span(start, length, ()) for s in given["tree_row"].spans for start, length in s.completions]
     spans.sort(key=lambda s: s.start)
-    return tree_attention(module, query, key, value, None, **{**given, "tree_spans": spans})
+    return tree_attention(module, query, key, value, None, **{**given, "tree_row": Row(spans)})
 
 
 def one_row_off(
@@ -414,9 +414,9 @@ def one_row_off(
     """Wrong on purpose: the last prompt token is counted to the first completion, so its siblings miss it."""
     spans = [
         Span(s.start, s.trunk_length - 1, ((s.completions[0][0] - 1, s.completions[0][1] + 1), *s.completions[1:]))
-        for s in given["tree_spans"]
+        for s in given["tree_row"].spans
     ]
-    return tree_attention(module, query, key, value, None, **{**given, "tree_spans": spans})
+    return tree_attention(module, query, key, value, None, **{**given, "tree_row": Row(spans)})
 
 
 def ignores_the_window(

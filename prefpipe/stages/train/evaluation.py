@@ -1,4 +1,4 @@
-"""Rows that are held out of training: which they are, what the policy makes of them, and which evaluation is the best.
+"""Rows that are held out of training: which they are, how the policy does on them, which evaluation is the best.
 
 The history of evaluations is read back from metrics.jsonl, so that a resumed run decides as an uninterrupted one does.
 """
@@ -12,7 +12,7 @@ import torch
 
 from prefpipe.errors import DataError
 from prefpipe.stages.train import loop
-from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_references
+from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_ref_logps
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.loss_batches import scores_prompt
 from prefpipe.stages.train.micro_batches import micro_batches
@@ -25,9 +25,9 @@ LOWER_IS_BETTER = ("eval_loss",)
 def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R], list[R]]:
     """Rows to train on and rows to evaluate on, by prompt: `share` of the prompts, rounded, drawn with `seed`.
 
-    Raises DataError when either side would be left without a prompt.
+    Raises DataError when that leaves no prompt to train on, or none to evaluate on.
     """
-    prompts = sorted({row.prompt for row in rows})
+    prompts = sorted({row.prompt_ids for row in rows})
     count = round(share * len(prompts))
     if not 0 < count < len(prompts):
         side = "to evaluate on" if count == 0 else "to train on"
@@ -36,47 +36,49 @@ def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R]
             "change eval_split, or give the rows to evaluate on with --eval-pairs, --eval-labels or --eval-groups",
         )
     held_out = set(random.Random(f"eval/{seed}").sample(prompts, count))
-    return [r for r in rows if r.prompt not in held_out], [r for r in rows if r.prompt in held_out]
+    return [r for r in rows if r.prompt_ids not in held_out], [r for r in rows if r.prompt_ids in held_out]
 
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
     """Loss and metrics of a training step over all `rows`, under `eval_` names; the same values on every rank.
 
-    `bank` holds KTO's mismatched rows: all of them, for an evaluation should not depend on a draw.
+    `bank` holds the mismatched rows of KTO's reference point. An evaluation reads every one of them, where a step draws
+    some: two evaluations should differ by the policy alone.
     """
-    if not all(map(has_references, rows)):
-        rows = [row.with_references(None) for row in rows]
+    if not all(map(has_ref_logps, rows)):
+        rows = [row.with_ref_logps(None) for row in rows]
     settings, world = trainer.config.objective.settings, trainer.world
     z0 = loop.z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
     for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(settings))):
-        found = loop.row_losses(trainer, micro, z0)
+        losses = loop.row_losses(trainer, micro, z0)
         if counts:
-            tally.add_rows({"loss": (found.per_row, torch.ones_like(found.per_row)), **found.metrics})
+            tally.add_rows({"loss": (losses.per_row, torch.ones_like(losses.per_row)), **losses.metrics})
     values = summarise(tally, world) | ({"kto/z0": z0} if bank else {})
     return {f"eval_{name}": value for name, value in values.items()}
 
 
 def records(history: Sequence[Mapping[str, float]], metric: str) -> list[int]:
-    """The numbers of steps done at each new best evaluation, in order; a tie and a NaN are no new best.
+    """How many steps were done at each new best evaluation, in order; a tie and a NaN are no new best.
 
-    `history` holds lines of metrics.jsonl, whose steps count from 0. Raises DataError when no line has the metric.
+    `history` holds the lines of metrics.jsonl with an evaluation; their steps count from 0. Raises DataError when no
+    line has the metric.
     """
     if history and not any(metric in line for line in history):
         raise DataError(f"metric_for_best_model = {metric} is not among the metrics of this loss", "choose eval_loss")
-    found: list[int] = []
+    steps_done: list[int] = []
     best = -math.inf
     for line in history:
         value = line.get(metric, math.nan) * (-1 if metric in LOWER_IS_BETTER else 1)
         if value > best:
             best = value
-            found.append(int(line["step"]) + 1)
-    return found
+            steps_done.append(int(line["step"]) + 1)
+    return steps_done
 
 
 def is_stale(history: Sequence[Mapping[str, float]], metric: str, patience: int) -> bool:
-    """Whether `patience` evaluations in a row have passed without a new best; never when it is 0."""
+    """Whether the last `patience` evaluations brought no new best; never when `patience` is 0."""
     best = records(history, metric)
     since = [line for line in history if not best or int(line["step"]) + 1 > best[-1]]
     return 0 < patience <= len(since)

@@ -1,4 +1,7 @@
-"""What training needs of a row of each dataset: a prompt, its completions, their cached log-probs. No tensors."""
+"""What training needs of a row of a dataset: a prompt, completions, their cached reference log-probs. No tensors.
+
+A pair, a label and a ranked group are different rows of files and one thing to the forward pass: `TrainRow`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,15 +11,16 @@ from prefpipe.schemas import KlBank, Label, Pair, RankedGroup
 
 Ids = tuple[int, ...]
 TokenLogps = tuple[float, ...]
+RefLogpsById = Mapping[str, TokenLogps]  # completion_id -> the reference log-prob of every token, in nats
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A completion: its id, its tokens, and the reference log-prob of every token, or None."""
+class TrainCompletion:
+    """A completion. `ref_logps` has the reference log-prob of every token (nats), or is None where they are missing."""
 
     completion_id: str
-    ids: Ids
-    reference: TokenLogps | None
+    token_ids: Ids
+    ref_logps: TokenLogps | None
 
 
 class TrainRow(Protocol):
@@ -24,16 +28,16 @@ class TrainRow(Protocol):
 
     @property
     def row_id(self) -> str:
-        """The key of its dataset."""
+        """The key in its dataset."""
         ...
 
     @property
-    def prompt(self) -> Ids:
+    def prompt_ids(self) -> Ids:
         """Token ids before the completions."""
         ...
 
     @property
-    def answers(self) -> tuple[Answer, ...]:
+    def completions(self) -> tuple[TrainCompletion, ...]:
         """Its completions; chosen before rejected, best before worst."""
         ...
 
@@ -42,19 +46,19 @@ class TrainRow(Protocol):
         """What its loss is multiplied by."""
         ...
 
-    def with_references(self, values: Mapping[str, TokenLogps] | None) -> Self:
-        """The row with the values of its completion ids in place of missing ones; with None, without any values."""
+    def with_ref_logps(self, values: RefLogpsById | None) -> Self:
+        """Fill missing reference log-probs; with None, remove all of them."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainPair:
-    """A chosen and a rejected completion. Reference log-probs are per token, or None."""
+    """A chosen and a rejected completion: their ids, their token ids, and the reference log-prob of every token."""
 
     pair_id: str
     chosen_id: str
     rejected_id: str
-    prompt: Ids
+    prompt_ids: Ids
     chosen: Ids
     rejected: Ids
     ref_chosen: TokenLogps | None
@@ -69,16 +73,16 @@ class TrainPair:
         return self.pair_id
 
     @property
-    def answers(self) -> tuple[Answer, ...]:
+    def completions(self) -> tuple[TrainCompletion, ...]:
         """Chosen, rejected."""
         return (
-            Answer(self.chosen_id, self.chosen, self.ref_chosen),
-            Answer(self.rejected_id, self.rejected, self.ref_rejected),
+            TrainCompletion(self.chosen_id, self.chosen, self.ref_chosen),
+            TrainCompletion(self.rejected_id, self.rejected, self.ref_rejected),
         )
 
-    def with_references(self, values: Mapping[str, TokenLogps] | None) -> "TrainPair":
-        """Fill what is missing, or forget all."""
-        chosen, rejected = (_filled(answer, values) for answer in self.answers)
+    def with_ref_logps(self, values: RefLogpsById | None) -> "TrainPair":
+        """Fill missing reference log-probs; with None, remove all of them."""
+        chosen, rejected = (_ref_logps(completion, values) for completion in self.completions)
         return replace(self, ref_chosen=chosen, ref_rejected=rejected)
 
 
@@ -87,19 +91,19 @@ class TrainLabel:
     """One completion and whether it is desirable; rows of a KL bank have no label."""
 
     row_id: str
-    prompt: Ids
-    answer: Answer
+    prompt_ids: Ids
+    completion: TrainCompletion
     desirable: bool | None
     weight: float
 
     @property
-    def answers(self) -> tuple[Answer, ...]:
-        """The one."""
-        return (self.answer,)
+    def completions(self) -> tuple[TrainCompletion, ...]:
+        """The one completion."""
+        return (self.completion,)
 
-    def with_references(self, values: Mapping[str, TokenLogps] | None) -> "TrainLabel":
-        """Fill what is missing, or forget all."""
-        return replace(self, answer=replace(self.answer, reference=_filled(self.answer, values)))
+    def with_ref_logps(self, values: RefLogpsById | None) -> "TrainLabel":
+        """Fill missing reference log-probs; with None, remove all of them."""
+        return replace(self, completion=_with_ref_logps(self.completion, values))
 
 
 @dataclass(frozen=True)
@@ -107,22 +111,22 @@ class TrainGroup:
     """Completions of one prompt from best to worst."""
 
     row_id: str
-    prompt: Ids
-    answers: tuple[Answer, ...]
+    prompt_ids: Ids
+    completions: tuple[TrainCompletion, ...]
     weight: float
 
-    def with_references(self, values: Mapping[str, TokenLogps] | None) -> "TrainGroup":
-        """Fill what is missing, or forget all."""
-        return replace(self, answers=tuple(replace(a, reference=_filled(a, values)) for a in self.answers))
+    def with_ref_logps(self, values: RefLogpsById | None) -> "TrainGroup":
+        """Fill missing reference log-probs; with None, remove all of them."""
+        return replace(self, completions=tuple(_with_ref_logps(c, values) for c in self.completions))
 
 
-def has_references(row: TrainRow) -> bool:
-    """Whether every completion has its cached values."""
-    return all(answer.reference is not None for answer in row.answers)
+def has_ref_logps(row: TrainRow) -> bool:
+    """Whether every completion has its reference log-probs."""
+    return all(completion.ref_logps is not None for completion in row.completions)
 
 
 def from_pairs(rows: Sequence[Pair]) -> list[TrainPair]:
-    """Rows of the dataset as what training needs of them."""
+    """Pairs of a dataset as rows to train on."""
     return [
         TrainPair(
             row.pair_id,
@@ -142,12 +146,12 @@ def from_pairs(rows: Sequence[Pair]) -> list[TrainPair]:
 
 
 def from_labels(rows: Sequence[Label]) -> list[TrainLabel]:
-    """Rows of the dataset as what training needs of them."""
+    """Labels of a dataset as rows to train on."""
     return [
         TrainLabel(
             row.completion_id,
             tuple(row.prompt_token_ids),
-            Answer(row.completion_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
+            TrainCompletion(row.completion_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
             row.label,
             row.weight,
         )
@@ -156,12 +160,13 @@ def from_labels(rows: Sequence[Label]) -> list[TrainLabel]:
 
 
 def from_bank(rows: Sequence[KlBank]) -> list[TrainLabel]:
-    """Mismatched rows; their values are kept under bank_id, for the completion has others with its own prompt."""
+    """Mismatched rows of a KL bank. Their reference log-probs are kept under the bank_id: under its completion_id the
+    same completion has other values, those with its own prompt."""
     return [
         TrainLabel(
             row.bank_id,
             tuple(row.prompt_token_ids),
-            Answer(row.bank_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
+            TrainCompletion(row.bank_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
             None,
             1.0,
         )
@@ -170,14 +175,14 @@ def from_bank(rows: Sequence[KlBank]) -> list[TrainLabel]:
 
 
 def from_groups(rows: Sequence[RankedGroup]) -> list[TrainGroup]:
-    """Rows of the dataset as what training needs of them."""
+    """Ranked groups of a dataset as rows to train on."""
     return [
         TrainGroup(
             row.prompt_id,
             tuple(row.prompt_token_ids),
             tuple(
-                Answer(key, tuple(ids), None if row.ref_token_logps is None else tuple(row.ref_token_logps[i]))
-                for i, (key, ids) in enumerate(zip(row.completion_ids, row.token_ids, strict=True))
+                TrainCompletion(key, tuple(ids), _optional(values))
+                for key, ids, values in zip(row.completion_ids, row.token_ids, _values_of(row), strict=True)
             ),
             row.weight,
         )
@@ -185,10 +190,18 @@ def from_groups(rows: Sequence[RankedGroup]) -> list[TrainGroup]:
     ]
 
 
-def _filled(answer: Answer, values: Mapping[str, TokenLogps] | None) -> TokenLogps | None:
+def _values_of(row: RankedGroup) -> Sequence[list[float] | None]:
+    return row.ref_token_logps or [None] * len(row.completion_ids)
+
+
+def _with_ref_logps(completion: TrainCompletion, values: RefLogpsById | None) -> TrainCompletion:
+    return replace(completion, ref_logps=_ref_logps(completion, values))
+
+
+def _ref_logps(completion: TrainCompletion, values: RefLogpsById | None) -> TokenLogps | None:
     if values is None:
         return None
-    return values[answer.completion_id] if answer.reference is None else answer.reference
+    return values[completion.completion_id] if completion.ref_logps is None else completion.ref_logps
 
 
 def _optional(values: list[float] | None) -> TokenLogps | None:

@@ -1,4 +1,4 @@
-"""A run of the loop: from the newest checkpoint to the end or a stop, with evaluations, alerts and checkpoints."""
+"""The loop over a whole run: from the newest checkpoint to the end or a stop, with evaluations, alerts, checkpoints."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,80 +15,86 @@ from prefpipe.runs import fsio
 from prefpipe.runs.store import Run
 from prefpipe.stages.train import checkpoint, evaluation, interrupts, loop
 from prefpipe.stages.train.checkpoint import Checkpoint
-from prefpipe.stages.train.inputs import Job
-from prefpipe.stages.train.loop import StepMetrics, Trainer
+from prefpipe.stages.train.inputs import TrainingData
+from prefpipe.stages.train.loop import StepMetrics, Steps, Trainer
 from prefpipe.stages.train.monitor.diagnostics import Alert, Facts, State
 from prefpipe.stages.train.monitor.watch import Watch, note, watching
 from prefpipe.stages.train.optimizer import warmup_length
+from prefpipe.stages.train.session import Session
+
+Line = dict[str, Any]  # of metrics.jsonl: the metrics of a step by name, those of an evaluation under eval_ names
 
 
 def fit(
-    output: Run | None,
+    session: Session,
     trainer: Trainer,
-    job: Job,
+    data: TrainingData,
     state: State,
     *,
     exact: bool = False,
     audit_seconds: float | None = None,
 ) -> tuple[dict[str, Any], Sequence[Alert]]:
-    """Run the loop; leaves the model with the weights to save.
+    """Run the loop; the model is left with the weights to save.
 
-    `state` is what the alert rules know before step 0, `exact` whether every log-ratio must be 0 there,
-    `audit_seconds` how long the audit took (for timing.jsonl). Returns the number of steps, the metrics of the last one
-    (rank 0), which evaluation was the best; and all alerts.
+    `state` is what the alert rules know before step 0, `exact` whether every log-ratio must be 0 there, `audit_seconds`
+    how long the audit took (for timing.jsonl). Returns facts for the manifest (the number of steps, the metrics of the
+    last one where a run directory holds them, the best evaluation where the settings ask for it) and the alerts of the
+    run.
     """
-    world, config = trainer.world, trainer.config
-    resumed = world.tell(checkpoint.newest(output.out / "checkpoints", output.fingerprint) if output else None)
+    config = trainer.config
+    resumed = session.lead(lambda run: checkpoint.newest(run.out / "checkpoints", run.fingerprint))
+    first, metrics_bytes = (resumed.step, resumed.metrics_bytes) if resumed else (0, 0)
     if resumed is not None:
         trainer.optimizer.load_state(resumed.tensors)
         state = State.from_json(resumed.diagnostics or state.to_json())
-        log.info(f"resuming after step {resumed.step}")
-    first = resumed.step if resumed else 0
-    if output:
-        fsio.truncate(output.out / "metrics.jsonl", resumed.metrics_bytes if resumed else 0)
-    history = world.tell([line for line in _lines(output) if "eval_loss" in line] if output else [])
-    total = loop.num_steps(len(job.rows), config)
-    facts = Facts(total, _warmup(total, config), config.beta, config.learning_rate, exact)
-    watched = watching(output, config, facts, state, first, audit_seconds)
-    with watched as watch, log.progress("training", total, "steps") as advance:
+        log.info(f"resuming after step {first}")
+        del resumed  # its tensors are copied: a run of hours must not hold them
+    session.lead(lambda run: fsio.truncate(run.out / "metrics.jsonl", metrics_bytes))
+    evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
+    steps = loop.steps(trainer, data.rows, first, data.training_bank)
+    warmup = warmup_length(steps.num_steps, config.warmup_ratio, config.warmup_steps, config.lr_scheduler_type)
+    facts = Facts(steps.num_steps, warmup, config.beta, config.learning_rate, exact)
+    watched = watching(session.output, config, facts, state, first, audit_seconds)
+    with watched as watch, log.progress("training", steps.num_steps, "steps") as advance:
         advance(first)
-        _run_steps(output, trainer, job, watch, first, history, advance)
-    results: dict[str, Any] = {"steps": total, "last_step": {}}
-    if output:
-        *_, last = _lines(output)
-        results = {"steps": last["step"] + 1, "last_step": last}
-    return results | _best(output, trainer, history), watch.state.alerts
+        running = _until_stop(trainer, steps, first, evaluations)
+        _run_steps(session, trainer, data, watch, running, evaluations, advance)
+    last = session.lead(lambda run: _lines(run)[-1])
+    results = {"steps": last["step"] + 1, "last_step": last} if last else {"steps": steps.num_steps, "last_step": {}}
+    return results | _take_best(session, trainer, evaluations), watch.state.alerts
 
 
 def _run_steps(
-    output: Run | None,
+    session: Session,
     trainer: Trainer,
-    job: Job,
+    data: TrainingData,
     watch: Watch,
-    first: int,
-    history: list[dict[str, float]],
+    running: Iterator[StepMetrics],
+    evaluations: list[Line],
     advance: log.Advance,
 ) -> None:
-    world, config = trainer.world, trainer.config
-    total = loop.num_steps(len(job.rows), config)
-    with interrupts.noted() as stopped:
-        for step in _steps(trainer, job, first, history):
+    """Take every step; evaluate, save and report where it is due. An evaluation is added to `evaluations`."""
+    world, config, total = trainer.world, trainer.config, watch.facts.num_steps
+    with interrupts.noted() as signal_seen:
+        for step in running:
             alerts = watch.after_step(step)
             done = step.step + 1
-            line: dict[str, Any] = {"step": step.step, **step.values}
+            line: Line = {"step": step.step, **step.values}
             line |= {"skipped": step.skipped} if step.skipped else {}
-            if job.eval_rows and (done % config.eval_steps == 0 or done == total):
-                found = evaluation.evaluate(trainer, job.eval_rows, job.eval_bank)
-                history.append(line | found)
-                line |= found
-                watch.after_eval(step.step, found)
-            signal_number = max(world.gather(stopped()))
+            if data.eval_rows and (done % config.eval_steps == 0 or done == total):
+                values = evaluation.evaluate(trainer, data.eval_rows, data.eval_bank)
+                line |= values
+                evaluations.append(dict(line))
+                watch.after_eval(step.step, values)
+            signal_number = max(world.gather(signal_seen()))
             due = done % config.save_steps == 0 or done == total or signal_number
-            best = evaluation.records(history, config.metric_for_best_model) if config.load_best_model_at_end else []
-            keep = (due or best[-1:] == [done] or _stops(history, config)) and watch.verdict is None
-            tensors = trainer.optimizer.state() if keep else None  # every rank takes part
-            if output:
-                _record(output, line, tensors, watch.state, config, best)
+            best = (
+                evaluation.records(evaluations, config.metric_for_best_model) if config.load_best_model_at_end else []
+            )
+            keep = (due or best[-1:] == [done] or _is_over(evaluations, config)) and watch.verdict is None
+            tensors = trainer.optimizer.state() if keep else None  # a collective call: every rank takes part
+            if session.output:
+                _record(session.output, line, tensors, watch.state, config, best)
             watch.tell(step, alerts)
             advance(1, note(step))
             if signal_number:
@@ -96,61 +102,60 @@ def _run_steps(
                 raise Interrupted(signal_number)
 
 
-def _warmup(total: int, config: TrainConfig) -> int:
-    return warmup_length(total, config.warmup_ratio, config.warmup_steps, config.lr_scheduler_type)
+def _until_stop(trainer: Trainer, steps: Steps, first: int, evaluations: Sequence[Line]) -> Iterator[StepMetrics]:
+    """Steps until the end, or until `evaluations`, which grow in between, show no progress.
 
-
-def _steps(trainer: Trainer, job: Job, first: int, history: Sequence[dict[str, float]]) -> Iterator[StepMetrics]:
-    """Steps until the end or an early stop. Dropout is drawn from (seed, step, rank), so that nothing of a random
-    state has to be kept, and is on inside of steps only."""
-    config, running = trainer.config, loop.steps(trainer, job.rows, first, job.training_bank)
-    number: int = first
-    while number < loop.num_steps(len(job.rows), config) and not _stops(history, config):
+    Dropout is seeded by (seed, step, rank), so that checkpoints store no random state. It is off during evaluation.
+    """
+    config, number = trainer.config, first
+    while number < steps.num_steps and not _is_over(evaluations, config):
         torch.manual_seed(sample_seed(config.seed, f"dropout/{trainer.world.rank}", number))
         with load.lora_dropout(trainer.model.policy, config.lora_dropout):
-            step = next(running)
+            step = next(steps)
         number = step.step + 1
         yield step
 
 
-def _stops(history: Sequence[dict[str, float]], config: TrainConfig) -> bool:
-    return evaluation.is_stale(history, config.metric_for_best_model, config.early_stopping_patience)
+def _is_over(evaluations: Sequence[Line], config: TrainConfig) -> bool:
+    return evaluation.is_stale(evaluations, config.metric_for_best_model, config.early_stopping_patience)
 
 
-def _best(output: Run | None, trainer: Trainer, history: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Put the weights of the best evaluation into the model, where that is asked for; says which it was."""
+def _take_best(session: Session, trainer: Trainer, evaluations: Sequence[Line]) -> dict[str, Any]:
+    """Put the weights of the best evaluation into the model, where the settings ask for them. Returns, for the
+    manifest, which evaluation it was."""
     config, metric = trainer.config, trainer.config.metric_for_best_model
-    if not history or not (config.load_best_model_at_end or config.early_stopping_patience):
+    if not evaluations or not (config.load_best_model_at_end or config.early_stopping_patience):
         return {}
-    best = evaluation.records(history, metric)
+    best = evaluation.records(evaluations, metric)
     if not best:
         raise DataError(f"no evaluation gave a finite {metric}", "lower learning_rate, or look at the rows")
-    value = next(line[metric] for line in history if line["step"] + 1 == best[-1])
-    if config.load_best_model_at_end and best[-1] != history[-1]["step"] + 1:
-        state = trainer.world.tell(checkpoint.at_step(output.out / "checkpoints", best[-1]) if output else None)
-        trainer.optimizer.load_state(cast(Checkpoint, state).tensors)
-        log.info(f"the best evaluation was after step {best[-1]}: its weights are kept")
-    return {"best": {"step": best[-1], "metric": metric, "value": value}}
+    step = best[-1]
+    value = next(line[metric] for line in evaluations if line["step"] + 1 == step)
+    if config.load_best_model_at_end and step != evaluations[-1]["step"] + 1:
+        saved = session.lead(lambda run: checkpoint.at_step(run.out / "checkpoints", step))
+        trainer.optimizer.load_state(cast(Checkpoint, saved).tensors)
+        log.info(f"the best evaluation was after step {step}: its weights are kept")
+    return {"best": {"step": step, "metric": metric, "value": value}}
 
 
-def _lines(output: Run) -> list[dict[str, float]]:
-    """What metrics.jsonl holds."""
-    path = output.out / "metrics.jsonl"
+def _lines(run: Run) -> list[Line]:
+    """The lines of metrics.jsonl."""
+    path = run.out / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _record(
-    output: Run,
-    line: dict[str, Any],
+    run: Run,
+    line: Line,
     tensors: dict[str, torch.Tensor] | None,
     state: State,
     config: TrainConfig,
     best: Sequence[int],
 ) -> None:
     """Append the metrics of a step and, with tensors, save a checkpoint that vouches for them."""
-    metrics = output.out / "metrics.jsonl"
+    metrics = run.out / "metrics.jsonl"
     fsio.append_line(metrics, json.dumps(line))
     if tensors is not None:
         fsio.sync_file(metrics)
         done = Checkpoint(int(line["step"]) + 1, metrics.stat().st_size, tensors, state.to_json())
-        checkpoint.save(output.out / "checkpoints", done, output.fingerprint, config.save_total_limit, best)
+        checkpoint.save(run.out / "checkpoints", done, run.fingerprint, config.save_total_limit, best)

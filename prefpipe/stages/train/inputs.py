@@ -1,9 +1,9 @@
-"""What a training run reads: pairs, labels or ranked groups from runs and files, checked; no model is loaded here."""
+"""What a training run reads: pairs, labels or ranked groups of runs and files, checked. No model is loaded here."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from prefpipe import log
 from prefpipe.config.losses import LOSSES, Kind, Objective
@@ -17,10 +17,10 @@ from prefpipe.models.policy import Policy, resolve
 from prefpipe.rows import check_ids, completions_of, key_of, one_reference, with_ref_logps
 from prefpipe.runs import store
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
-from prefpipe.stages.train import examples as train_rows
+from prefpipe.stages.train import examples
 from prefpipe.stages.train.evaluation import split_by_prompt
-from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_references
-from prefpipe.stages.train.reference.identity import Reference, settle_reference
+from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
+from prefpipe.stages.train.reference.identity import Named, Reference, settle_reference
 from prefpipe.stages.train.reference.values import read_ref_logps
 
 _HOW = {
@@ -35,24 +35,36 @@ T = TypeVar("T", bound=Stored)
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a run trains on: checked rows, rows to evaluate on and KTO's bank, dropped rows, where it starts, which
-    reference its values are of (None where no loss reads them) and who computed them, what identifies it, and whether
-    all completions were sampled from the reference.
+class TrainingData:
+    """What a run trains on, where it starts, and what identifies both."""
 
-    The bank holds the mismatched rows of the training rows, then those of rows that were given to evaluate on."""
-
+    # What the rows are: pairs, labels or groups.
     kind: Kind
+    # The rows to train on.
     rows: list[TrainRow]
+    # Mismatched rows for the reference point of KTO: those of the rows to train on, then those of --eval-labels.
     bank: list[TrainLabel]
+    # The ledger of input rows that could not be read.
     dropped: list[Dropped]
+    # The initial policy.
     policy: Policy
+    # Whose log-probs the rows hold or are to get; None where no loss reads them.
     reference: Reference | None
+    # The scorers (engine, version, dtype) that computed the reference log-probs of the rows.
     scorers: set[str]
+    # What the run is made from, by content: a run directory is resumed only with the same.
     inputs: dict[str, str]
+    # The rows to evaluate on.
     eval_rows: list[TrainRow] = field(default_factory=list[TrainRow])
+    # Whether every completion was sampled from the reference.
     on_reference: bool = False
+    # How many rows at the end of the bank are those of --eval-labels.
     num_eval_bank: int = 0
+
+    @property
+    def all_rows(self) -> list[TrainRow]:
+        """Every row whose completions need reference log-probs."""
+        return [*self.rows, *self.eval_rows, *self.bank]
 
     @property
     def training_bank(self) -> list[TrainLabel]:
@@ -61,26 +73,26 @@ class Job:
 
     @property
     def eval_bank(self) -> list[TrainLabel]:
-        """The mismatched rows that give an evaluation its z0. Rows that eval_split holds out come from the same data as
-        the others, and so does their bank."""
+        """The mismatched rows that give an evaluation its z0. With eval_split the rows to evaluate on come from the
+        data that is trained on, and share its bank."""
         return self.bank[len(self.bank) - self.num_eval_bank :] if self.num_eval_bank else self.bank
 
 
 @dataclass
 class _Read:
-    """Rows of all sources, as they are stored."""
+    """The rows of all sources as their datasets hold them; rows to evaluate on come last."""
 
     rows: list[Stored] = field(default_factory=list[Stored])
     bank: list[KlBank] = field(default_factory=list[KlBank])
     dropped: list[Dropped] = field(default_factory=list[Dropped])
 
 
-def prepare(config: TrainConfig) -> Job:
+def prepare(config: TrainConfig) -> TrainingData:
     """Read and check everything that training needs, without loading a model."""
     kind = kind_of(config)
-    given = {name: [Path(s) for s in getattr(config, name)] for name in (kind, _EVAL[kind])}
-    sources, held_out = given.values()
-    inputs = {f"{name}.{i}": store.input_digest(p) for name, paths in given.items() for i, p in enumerate(paths)}
+    paths = {name: [Path(s) for s in getattr(config, name)] for name in (kind, _EVAL[kind])}
+    sources, held_out = paths.values()
+    inputs = {f"{name}.{i}": store.input_digest(p) for name in paths for i, p in enumerate(paths[name])}
     policy = resolve(config.model, config.adapter)
     vocabulary.check([s for s in (*sources, *held_out) if s.is_dir()], policy.directory)
     has_texts = any(s.is_file() for s in (*sources, *held_out))
@@ -98,40 +110,38 @@ def prepare(config: TrainConfig) -> Job:
     inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
     rows = _train_rows(kind, read.rows)
     _check_columns(config.objective, rows)
-    bank = train_rows.from_bank(read.bank)
-    given = _given_reference(config, needs_reference=needs_reference)
-    reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, given) if needs_reference else None
-    inputs |= {"reference": _recorded(reference)} if reference and given else {}
-    scorers = {row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None}
+    bank = examples.from_bank(read.bank)
+    named = _named_reference(config, needs_reference=needs_reference)
+    reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, named) if needs_reference else None
+    inputs |= {"reference": _recorded(reference)} if reference and named else {}
     training, eval_rows = _parted(rows, num_training, kind, config)
-    on_reference = reference is not None and _sampled_by(sources) == {reference.id}
-    return Job(
-        kind,
-        training,
-        bank,
-        read.dropped,
-        policy,
-        reference,
-        scorers,
-        inputs,
-        eval_rows,
-        on_reference=on_reference,
+    return TrainingData(
+        kind=kind,
+        rows=training,
+        bank=bank,
+        dropped=read.dropped,
+        policy=policy,
+        reference=reference,
+        scorers={row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None},
+        inputs=inputs,
+        eval_rows=eval_rows,
+        on_reference=reference is not None and _sampled_by(sources) == {reference.id},
         num_eval_bank=len(bank) - num_bank,
     )
 
 
 def _sampled_by(sources: Sequence[Path]) -> set[str | None]:
-    """The policies that the rows' completions were sampled from, as runs of build-pairs say; None for those of files
-    and of runs that do not say."""
-    found: set[str | None] = set()
+    """The policies that the completions were sampled from, as the runs of build-pairs record them; None stands for a
+    file, and for a run that records none."""
+    policies: set[str | None] = set()
     for source in sources:
         identity = {} if source.is_file() else store.read_manifest(source)["identity"]
-        found |= set(identity.get("policies") or [None])
-    return found
+        policies |= set(identity.get("policies") or [None])
+    return policies
 
 
 def kind_of(config: TrainConfig) -> Kind:
-    """What the losses train on; the only inputs given must be of that kind."""
+    """The rows that the losses train on. Raises UsageError when the settings name none, or rows of another kind."""
     kind = config.objective.kind
     given = [name for name in _HOW if getattr(config, name)]
     if not given:
@@ -154,9 +164,10 @@ def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainC
     read = _Read()
     for source in sources:
         if source.is_file() and chat is not None and kind != "groups":
-            own, faulty = tokenised.read_pairs(source, chat) if kind == "pairs" else tokenised.read_labels(source, chat)
-            read.rows += own
-            read.dropped += faulty
+            read_rows = tokenised.read_pairs if kind == "pairs" else tokenised.read_labels
+            rows, dropped = read_rows(source, chat)
+            read.rows += rows
+            read.dropped += dropped
         else:
             row_type = {"pairs": Pair, "labels": Label, "groups": RankedGroup}[kind]
             read.rows += from_table(row_type, store.read_dataset(source, kind, row_type))
@@ -170,13 +181,13 @@ def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainC
     return read
 
 
-def _add_held_out(read: _Read, sources: Sequence[Path], own: _Read) -> None:
-    """Rows to evaluate on go behind the others, so that everything is checked, joined and scored alike."""
-    if not own.rows:
+def _add_held_out(read: _Read, sources: Sequence[Path], held_out: _Read) -> None:
+    """Put rows to evaluate on behind those to train on, so that both are checked, joined and scored alike."""
+    if not held_out.rows:
         raise DataError(f"no row of {', '.join(map(str, sources))} can be evaluated on", "check the file")
-    read.rows += own.rows
-    read.bank += own.bank
-    read.dropped += own.dropped
+    read.rows += held_out.rows
+    read.bank += held_out.bank
+    read.dropped += held_out.dropped
 
 
 def _parted(
@@ -186,7 +197,7 @@ def _parted(
     if config.eval_split:
         return split_by_prompt(rows, config.eval_split, config.seed)
     training, eval_rows = rows[:num_training], rows[num_training:]
-    shared = {row.prompt for row in training} & {row.prompt for row in eval_rows}
+    shared = {row.prompt_ids for row in training} & {row.prompt_ids for row in eval_rows}
     if shared:
         log.warn(f"{len(shared)} prompts of --eval-{kind} are trained on too: their metrics will look too good")
     return training, eval_rows
@@ -194,14 +205,14 @@ def _parted(
 
 def _train_rows(kind: Kind, rows: Iterable[Stored]) -> list[TrainRow]:
     if kind == "pairs":
-        return list(train_rows.from_pairs([row for row in rows if isinstance(row, Pair)]))
+        return list(examples.from_pairs([row for row in rows if isinstance(row, Pair)]))
     if kind == "labels":
-        return list(train_rows.from_labels([row for row in rows if isinstance(row, Label)]))
-    return list(train_rows.from_groups([row for row in rows if isinstance(row, RankedGroup)]))
+        return list(examples.from_labels([row for row in rows if isinstance(row, Label)]))
+    return list(examples.from_groups([row for row in rows if isinstance(row, RankedGroup)]))
 
 
 def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> None:
-    """Reference values of --ref-logps in place of the columns of every row whose completions are all there."""
+    """Give every row whose completions are all in the runs of --ref-logps the log-probs of these runs."""
     if not needs_reference:
         raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
     digests = {key: digest for row in (*read.rows, *read.bank) for key, *_, digest in completions_of(row)}
@@ -241,8 +252,8 @@ def _check_columns(objective: Objective, rows: Sequence[TrainRow]) -> None:
                 )
 
 
-def _given_reference(config: TrainConfig, *, needs_reference: bool) -> Policy | Literal["unavailable"] | None:
-    """The reference that the settings name; None for the initial policy or its base, whichever made the values."""
+def _named_reference(config: TrainConfig, *, needs_reference: bool) -> Named:
+    """The reference that the settings name. None: the initial policy or its base, whichever the values are of."""
     if config.reference_model == "policy" and config.reference_adapter == "none":
         return None
     if not needs_reference:
@@ -253,17 +264,15 @@ def _given_reference(config: TrainConfig, *, needs_reference: bool) -> Policy | 
     return resolve(model, config.reference_adapter)
 
 
-def _reference(
-    stored: Sequence[Stored], rows: Sequence[TrainRow], policy: Policy, given: Policy | Literal["unavailable"] | None
-) -> Reference:
-    """The one reference of the rows; refuses values of a model that cannot be checked here."""
-    named = one_reference(row.reference for row in stored)
-    missing = sum(not has_references(row) for row in rows)
+def _reference(stored: Sequence[Stored], rows: Sequence[TrainRow], policy: Policy, named: Named) -> Reference:
+    """The one reference of the rows. Raises DataError for rows of several, and as `settle_reference` does."""
+    reference_id = one_reference(row.reference for row in stored)
+    missing = sum(not has_ref_logps(row) for row in rows)
     lacking = f"{missing} of {len(rows)} rows" if missing else None
-    return settle_reference(named, lacking, policy, given)
+    return settle_reference(reference_id, lacking, policy, named)
 
 
 def _recorded(reference: Reference) -> str:
-    """A named reference among the inputs of a run: the weights of a run depend on it, and readers must know what was
-    not checked."""
+    """A named reference as an input of the run: the trained weights depend on it, and a reader must see when its values
+    were not checked."""
     return reference.id if reference.at_hand else f"{reference.id} (values not checked)"

@@ -1,4 +1,4 @@
-"""The training loop: a generator of step metrics, from any step to the end. Saving and logging are its caller's."""
+"""The training loop: the steps of a run one by one, from any step to the end. It computes; `fit` saves and logs."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel
-from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_references
+from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_ref_logps
 from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import metrics, registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch
@@ -33,14 +33,13 @@ _SMALLEST_BUDGET = 64
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step; `values` are means over its rows under TRL's names.
+    """One optimizer step, numbered from 0; `values` are means over its rows under TRL's names.
 
-    `skipped` are the ids of its rows when its loss or gradient was not finite: nothing moved, and `values` holds what
-    is finite.
+    When its loss or gradient is not finite, no weight moves: `skipped` then has the ids of its rows, and `values` the
+    metrics that are finite.
     """
 
     step: int
-    num_steps: int
     num_rows: int
     values: dict[str, float]
     skipped: tuple[str, ...] = ()
@@ -48,20 +47,34 @@ class StepMetrics:
 
 @dataclass
 class Trainer:
-    """What a step needs. `wrapped` is the model as the ranks share it; the budget is in tokens and may shrink.
-
-    `on_reference`: the completions were sampled from the reference, so that the KL to it is reported. `start_noise`:
-    the policy starts as the reference, up to this noise in the log-prob of a token (nats); None where it does not.
-    """
+    """What a step needs."""
 
     model: TreeModel
+    # The model as the ranks share it: DDP or FSDP2 around it, or the model itself in a world of one.
     wrapped: torch.nn.Module
     optimizer: MasterOptimizer
     config: TrainConfig
     world: World
+    # Tokens of a micro-batch; it shrinks when the memory does not hold them.
     budget: int
+    # The completions were sampled from the reference: the KL to it can be read off them and is reported.
     on_reference: bool = False
+    # Noise in the log-prob of a token (nats) that step 0 may differ from the reference by; None: it is not compared.
     start_noise: float | None = None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a run, each computed when it is asked for; `num_steps` counts those before the first one too."""
+
+    num_steps: int
+    metrics: Iterator[StepMetrics]
+
+    def __iter__(self) -> Iterator[StepMetrics]:
+        return self.metrics
+
+    def __next__(self) -> StepMetrics:
+        return next(self.metrics)
 
 
 def num_steps(num_rows: int, config: TrainConfig) -> int:
@@ -74,21 +87,25 @@ def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> 
     if isinstance(rows[0], TrainLabel):
         labels = [bool(row.desirable) for row in cast("Sequence[TrainLabel]", rows)]
         return balanced_batches(labels, config.train_batch_size, config.seed, epoch)
-    prompts = [row.prompt for row in rows]
+    prompts = [row.prompt_ids for row in rows]
     return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=config.group_by_prompt)
 
 
-def steps(
-    trainer: Trainer, rows: Sequence[TrainRow], first: int, bank: Sequence[TrainLabel] = ()
-) -> Iterator[StepMetrics]:
-    """Run steps `first`.. to the end. A step whose loss or gradient is not finite moves nothing and says so.
+def steps(trainer: Trainer, rows: Sequence[TrainRow], first: int, bank: Sequence[TrainLabel] = ()) -> Steps:
+    """The steps from number `first` to the end. One whose loss or gradient is not finite moves no weight and says so.
 
-    `bank` holds the mismatched rows of KTO's reference point, with reference values.
+    `bank` holds the mismatched rows of KTO's reference point, with reference log-probs.
     """
+    if not all(map(has_ref_logps, rows)):
+        rows = [row.with_ref_logps(None) for row in rows]  # metrics of some rows would mislead
+    total = num_steps(len(rows), trainer.config)
+    return Steps(total, _steps(trainer, rows, first, total, bank))
+
+
+def _steps(
+    trainer: Trainer, rows: Sequence[TrainRow], first: int, total: int, bank: Sequence[TrainLabel]
+) -> Iterator[StepMetrics]:
     config = trainer.config
-    if not all(map(has_references, rows)):
-        rows = [row.with_references(None) for row in rows]  # metrics of some rows would mislead
-    total = num_steps(len(rows), config)
     per_epoch = total // config.num_train_epochs
     batches: list[list[int]] = []
     for step in range(first, total):
@@ -113,14 +130,14 @@ def steps(
         finite = math.isfinite(values["grad_norm"])
         values |= {"learning_rate": rate, "epoch": (step + 1) / per_epoch}
         shown = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
-        yield StepMetrics(step, total, len(batch), shown, () if finite else tuple(row.row_id for row in batch))
+        yield StepMetrics(step, len(batch), shown, () if finite else tuple(row.row_id for row in batch))
 
 
 def _accumulate(
     trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel], noise: float | None
 ) -> dict[str, float]:
-    """Gradients of one global batch. Out of memory: half of its largest micro-batch is the new budget, and the same
-    batch is done again."""
+    """Gradients of one global batch. When memory runs out, the budget falls to half of the largest micro-batch, and the
+    same batch is computed again."""
     while True:
         try:
             return _try_batch(trainer, batch, bank, noise)
@@ -134,13 +151,13 @@ def _accumulate(
                     "lower --max-tokens-per-micro-batch and run the same command again: it resumes",
                 ) from error
         trainer.budget = smaller
-        log.warn(f"out of memory: micro-batches now hold {smaller} tokens; the step is done again")
+        log.warn(f"out of memory: micro-batches now hold {smaller} tokens; the step is computed again")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def _largest_load(trainer: Trainer, rows: Sequence[TrainRow]) -> int:
-    """Tokens of the largest micro-batch that the budget makes of a step."""
+    """Tokens of the largest micro-batch of a step under the budget."""
     cut = micro_batches(rows, trainer.budget, score_prompt=scores_prompt(trainer.config.objective.settings))
     return max(sum(tree.num_tokens for tree in micro.trees) for micro in cut)
 
@@ -148,12 +165,13 @@ def _largest_load(trainer: Trainer, rows: Sequence[TrainRow]) -> int:
 def _try_batch(
     trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel], noise: float | None
 ) -> dict[str, float]:
-    """Every micro-batch adds its sum over G, so its cut does not matter; the ranks' gradients add up likewise."""
+    """Gradients and metrics of one global batch of G rows. Every micro-batch adds its sum of losses divided by G, so
+    that neither the cut into micro-batches nor the number of ranks changes the result."""
     z0 = z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
     cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config.objective.settings))
     for micro, counts in trainer.world.deal(cut):
-        # What a rank does beside its share to keep step with the others is not counted.
+        # A micro-batch that a rank repeats to keep step with the others goes into a tally that nobody reads.
         _micro_batch(trainer, micro, len(batch), z0, noise, counts=counts, tally=tally if counts else Tally())
     values = summarise(tally, trainer.world)
     values["tokens/scored_share"] = values.pop("tokens/scored") / values["tokens/unique"]
@@ -164,9 +182,9 @@ def _micro_batch(
     trainer: Trainer, micro: MicroBatch, size: int, z0: float, noise: float | None, *, counts: bool, tally: Tally
 ) -> None:
     """Add the gradients of a micro-batch of a global batch of `size` rows, and its share of the step's metrics; with
-    `noise` also how far its loss is from that at the reference.
+    `noise` also how far its loss is from its value at the reference.
 
-    Nothing of its graph may outlive this call: nodes that stay between freed activations keep the heap from joining
+    No tensor of its graph may outlive this call: one that stays between freed activations keeps the heap from joining
     them, and the next micro-batch then takes half as much again.
     """
     found = row_losses(trainer, micro, z0)

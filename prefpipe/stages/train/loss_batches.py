@@ -9,7 +9,7 @@ import torch
 from prefpipe.config.losses import LossSettings
 from prefpipe.forward.layout import Layout
 from prefpipe.forward.logps import completion_logps
-from prefpipe.stages.train.examples import Answer, TrainGroup, TrainLabel, TrainPair
+from prefpipe.stages.train.examples import TrainCompletion, TrainGroup, TrainLabel, TrainPair
 from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, PairBatch, RankBatch
 from prefpipe.stages.train.micro_batches import MicroBatch
 
@@ -54,24 +54,24 @@ class _MicroLogps:
         """[B], one value per row."""
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
-    def answers(self, position: int) -> list[Answer]:
+    def completions(self, position: int) -> list[TrainCompletion]:
         """The position-th completion of every row."""
-        return [row.answers[position] for row in self.micro.rows]
+        return [row.completions[position] for row in self.micro.rows]
 
     def side(self, position: int, prefixes: Sequence[int] | None = None) -> Logps:
         """Log-probs of the position-th completion of every row, and of its first `prefixes` tokens."""
-        answers, numbers = self.answers(position), [place[position] for place in self.micro.places]
-        lengths = [len(answer.ids) for answer in answers]
+        completions, numbers = self.completions(position), [place[position] for place in self.micro.places]
+        lengths = [len(completion.token_ids) for completion in completions]
         policy = self._sums(numbers, lengths, lengths) if scores_prompt(self.settings) else self.whole[numbers]
-        known = all(answer.reference is not None for answer in answers)
+        known = all(completion.ref_logps is not None for completion in completions)
         return Logps(
             policy_logps=policy,
             lengths=self.column(lengths),
-            reference_logps=self.column([math.fsum(a.reference or ()) for a in answers]) if known else None,
+            reference_logps=self.column([math.fsum(c.ref_logps or ()) for c in completions]) if known else None,
             policy_prefix_logps=None if prefixes is None else self._sums(numbers, lengths, prefixes),
             reference_prefix_logps=None
             if prefixes is None or not known
-            else self.column([math.fsum((a.reference or ())[:n]) for a, n in zip(answers, prefixes, strict=True)]),
+            else self.column([math.fsum((c.ref_logps or ())[:n]) for c, n in zip(completions, prefixes, strict=True)]),
         )
 
     def policy_weights(self, log_collisions: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class _MicroLogps:
         excess = (self._token_logps - log_collisions).detach()
         total = torch.zeros(len(self.micro.rows), device=self.device)
         for position in (0, 1):
-            lengths = [len(answer.ids) for answer in self.answers(position)]
+            lengths = [len(completion.token_ids) for completion in self.completions(position)]
             numbers = [place[position] for place in self.micro.places]
             total += self._sums(numbers, lengths, lengths, excess) / self.column(lengths)
         return total.exp().clamp(max=1.0)
@@ -103,7 +103,7 @@ def _pairs(given: _MicroLogps, rows: Sequence[TrainPair]) -> PairBatch:
     prefixes = None if given.settings.ld_alpha == 1 else [min(len(r.chosen), len(r.rejected)) for r in rows]
     nll = None
     if scores_prompt(given.settings):
-        lengths = given.column([len(r.prompt) - 1 + len(r.chosen) for r in rows])
+        lengths = given.column([len(r.prompt_ids) - 1 + len(r.chosen) for r in rows])
         nll = Logps(given.whole[[place[0] for place in given.micro.places]], lengths)
     return PairBatch(
         chosen=given.side(0, prefixes),
@@ -120,16 +120,16 @@ def _groups(given: _MicroLogps) -> RankBatch:
     places, rows = given.micro.places, given.micro.rows
     most = max(map(len, places))
     numbers = [[*place, *[place[-1]] * (most - len(place))] for place in places]
-    answers = [[*row.answers, *[row.answers[-1]] * (most - len(row.answers))] for row in rows]
-    known = all(a.reference is not None for row in answers for a in row)
+    completions = [[*row.completions, *[row.completions[-1]] * (most - len(row.completions))] for row in rows]
+    known = all(c.ref_logps is not None for row in completions for c in row)
 
     def table(values: list[list[float]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=given.device)
 
     logps = Logps(
         policy_logps=given.whole[torch.tensor(numbers, device=given.device)],
-        lengths=table([[float(len(a.ids)) for a in row] for row in answers]),
-        reference_logps=table([[math.fsum(a.reference or ()) for a in row] for row in answers]) if known else None,
+        lengths=table([[float(len(c.token_ids)) for c in row] for row in completions]),
+        reference_logps=table([[math.fsum(c.ref_logps or ()) for c in row] for row in completions]) if known else None,
     )
     present = torch.arange(most).expand(len(places), most) < torch.tensor([[len(place)] for place in places])
     return RankBatch(logps, present.to(given.device))

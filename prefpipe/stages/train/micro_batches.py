@@ -1,8 +1,8 @@
 """Which rows make a step, and how a step is cut into micro-batches of token trees. No tensors, no model.
 
-A global batch is G rows fixed by (seed, epoch, step). Inside it, rows of one prompt share a tree, so that a prompt and
-a completion are computed once however many rows they are in. Trees are packed under a token budget; since every
-micro-batch adds its sum of losses divided by G, the budget never changes the result.
+A global batch is the G rows of one step, fixed by (seed, epoch, step). Its rows of one prompt share a tree, so that a
+prompt and a completion are computed once however many rows hold them. Trees are packed into micro-batches under a
+budget of tokens. Every micro-batch adds its sum of losses divided by G, so that the budget never changes the result.
 """
 
 import random
@@ -15,10 +15,11 @@ from prefpipe.stages.train.examples import TrainRow
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Trees, and for every row the numbers of its completions in its own order (counted through all trees)."""
+    """Trees that are computed in one forward pass, and the rows that they belong to."""
 
     trees: tuple[Tree, ...]
     rows: tuple[TrainRow, ...]
+    # For every row the numbers of its completions, in its order, counted through the completions of all trees.
     places: tuple[tuple[int, ...], ...]
 
 
@@ -27,8 +28,8 @@ def global_batches(
 ) -> list[list[int]]:
     """Row numbers of every step of an epoch; the last step may be smaller.
 
-    `together` draws the rows of a prompt one after the other, so that they share its forward pass; the price is
-    correlated gradients inside a step.
+    With `together`, the rows of a prompt follow each other, so that they share its forward pass; the price is
+    correlated gradients within a step.
     """
     order = list(range(len(prompts)))
     source = random.Random(f"{seed}/{epoch}")
@@ -40,28 +41,29 @@ def global_batches(
 
 
 def balanced_batches(desirable: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers of every step of an epoch, shuffled inside each class and dealt so that every step holds both
-    classes in the proportion of the data, to within one row."""
+    """Row numbers of every step of an epoch. Each class is shuffled, then both are interleaved, so that every step
+    holds them in the proportion of the data, to within one row."""
     source = random.Random(f"{seed}/{epoch}")
     placed: list[tuple[float, int]] = []
     for label in (True, False):
-        own = [row for row, value in enumerate(desirable) if value is label]
-        source.shuffle(own)
-        placed += [((place + 0.5) / len(own), row) for place, row in enumerate(own)]
+        of_class = [row for row, value in enumerate(desirable) if value is label]
+        source.shuffle(of_class)
+        placed += [((place + 0.5) / len(of_class), row) for place, row in enumerate(of_class)]
     order = [row for _, row in sorted(placed)]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def bank_rows(size: int, count: int, seed: int, step: int) -> list[int]:
-    """Which of `size` bank rows a step looks at: at most `count`, none twice, fixed by (seed, step)."""
+    """Which of the `size` rows of the bank a step reads: at most `count`, none twice, fixed by (seed, step)."""
     return random.Random(f"bank/{seed}/{step}").sample(range(size), min(count, size))
 
 
 def micro_batches(rows: Sequence[TrainRow], max_tokens: int, *, score_prompt: bool = False) -> list[MicroBatch]:
-    """Cut a global batch: best-fit decreasing over prompt groups. A group above the budget stands alone.
+    """Cut a global batch: the rows of a prompt stay together, and larger groups find their place first, each in the
+    fullest micro-batch that still holds it (best-fit decreasing). A group above the budget stands alone.
 
-    With `score_prompt` a tree's prompt is the first token only, and the rest of it leads every completion: the layout
-    still computes it once, and its log-probs are there.
+    With `score_prompt` the prompt of a tree is its first token only, and the rest of the prompt leads every completion:
+    the layout still computes it once, and has its log-probs.
     """
     groups = sorted(_groups(rows, score_prompt), key=lambda g: (-g.trees[0].num_tokens, g.rows[0].row_id))
     bins: list[list[MicroBatch]] = []
@@ -76,27 +78,27 @@ def micro_batches(rows: Sequence[TrainRow], max_tokens: int, *, score_prompt: bo
         else:
             bins.append([group])
             loads.append(size)
-    return [_merge(own) for own in bins]
+    return [_merge(packed) for packed in bins]
 
 
 def tree_of(row: TrainRow) -> Tree:
-    """A row's prompt and completions as a tree of its own."""
-    return Tree(row.prompt, tuple(answer.ids for answer in row.answers))
+    """The prompt and the completions of one row as a tree."""
+    return Tree(row.prompt_ids, tuple(completion.token_ids for completion in row.completions))
 
 
 def _groups(rows: Sequence[TrainRow], score_prompt: bool) -> list[MicroBatch]:  # noqa: FBT001  (internal)
     by_prompt: dict[tuple[int, ...], list[TrainRow]] = {}
     for row in rows:
-        by_prompt.setdefault(row.prompt, []).append(row)
-    return [_group(prompt, own, score_prompt) for prompt, own in by_prompt.items()]
+        by_prompt.setdefault(row.prompt_ids, []).append(row)
+    return [_group(prompt, same, score_prompt) for prompt, same in by_prompt.items()]
 
 
 def _group(prompt: tuple[int, ...], rows: list[TrainRow], score_prompt: bool) -> MicroBatch:  # noqa: FBT001  (internal)
     number: dict[tuple[int, ...], int] = {}
     for row in rows:
-        for answer in row.answers:
-            number.setdefault(answer.ids, len(number))
-    places = tuple(tuple(number[answer.ids] for answer in row.answers) for row in rows)
+        for completion in row.completions:
+            number.setdefault(completion.token_ids, len(number))
+    places = tuple(tuple(number[completion.token_ids] for completion in row.completions) for row in rows)
     tree = Tree(prompt, tuple(number))
     if score_prompt:
         tree = Tree(prompt[:1], tuple(prompt[1:] + ids for ids in number))
@@ -107,7 +109,7 @@ def _merge(groups: list[MicroBatch]) -> MicroBatch:
     places: list[tuple[int, ...]] = []
     offset = 0
     for group in groups:
-        places += [tuple(offset + i for i in own) for own in group.places]
+        places += [tuple(offset + i for i in place) for place in group.places]
         offset += len(group.trees[0].completions)
     rows = tuple(row for group in groups for row in group.rows)
     return MicroBatch(tuple(group.trees[0] for group in groups), rows, tuple(places))

@@ -1,9 +1,9 @@
-"""`prefpipe plan RECIPE`: what a training run will cost, before it runs. Reads, probes one step, writes nothing."""
+"""`prefpipe plan RECIPE`: what a training run will cost. Reads the rows, probes one step, writes nothing."""
 
 from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.stages.train import loop, memory, stage
+from prefpipe.stages.train import loading, loop, memory
 from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.inputs import prepare
 from prefpipe.stages.train.loss_batches import scores_prompt
@@ -14,19 +14,20 @@ _GIB = 2**30
 
 
 def run(config: TrainConfig) -> list[str]:
-    """Lines of a table: memory by part, tokens, steps, time, and what the cached reference saves."""
-    job = prepare(config)
-    model = stage.load_policy(job.policy, config)
-    stage.choose_rows(model, job.rows, config.dtype)
+    """Lines of a table: memory by part, tokens, steps, time, and the saving of the cached reference."""
+    data = prepare(config)
+    model = loading.load_policy(data.policy, config)
+    loading.choose_rows(model, data.rows, config.dtype)
     fitting = memory.fitting(
-        model, [tree_of(row) for row in job.rows], config.gradient_checkpointing, config.max_tokens_per_micro_batch
+        model, [tree_of(row) for row in data.rows], config.gradient_checkpointing, config.max_tokens_per_micro_batch
     )
-    unique = unique_tokens(job.rows, config, fitting.tokens)
-    return _lines(config, job.kind, len(job.rows), fitting, unique)
+    unique = unique_tokens(data.rows, config, fitting.tokens)
+    return _lines(config, data.kind, len(data.rows), fitting, unique)
 
 
 def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) -> dict[str, int]:
-    """Tokens of one epoch: computed, logical (every row apart), and of the largest micro-batch."""
+    """Tokens of one epoch: those that are computed, those that rows computed apart would need ("logical"), and those of
+    the largest micro-batch."""
     computed = largest = 0
     for numbers in loop.epoch_batches(rows, config, 0):
         for micro in micro_batches(
@@ -65,7 +66,7 @@ def _lines(config: TrainConfig, kind: str, count: int, fitting: Fitting, unique:
 
 
 def _checkpointing(config: TrainConfig, fitting: Fitting) -> str:
-    """Whether train would compute activations again in backward, and why."""
+    """Whether `train` would compute activations again in backward (gradient checkpointing), and why."""
     if config.gradient_checkpointing != "auto":
         return f"{config.gradient_checkpointing}, as asked for"
     if fitting.checkpointing:

@@ -11,12 +11,14 @@ from prefpipe.forward.layout import flatten
 from prefpipe.forward.load import decoder_layers
 from prefpipe.forward.logps import Rows, TreeModel
 from prefpipe.models.policy import resolve
-from prefpipe.stages.train import loop, parallel, stage
+from prefpipe.runs.store import Run
+from prefpipe.stages.train import loading, loop, parallel
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.micro_batches import tree_of
 from prefpipe.stages.train.optimizer import MasterOptimizer
 from prefpipe.stages.train.parallel import World
+from prefpipe.stages.train.session import Session
 from tests.stages.train import data
 
 
@@ -26,6 +28,9 @@ def main(model_directory: Path, strategy: str) -> None:
     assert world.leads == (world.rank == 0)
     assert world.tell(f"from {world.rank}") == "from 0"
     assert world.gather(world.rank) == [0, 1]
+    directory = Run(Path("out"), "train", "", {}, {})
+    assert Session(world, directory if world.leads else None).lead(lambda run: run.out) == Path("out")
+    assert Session(world, None).lead(lambda run: run.out) is None
     assert parallel.sum_over_ranks({"a": 1.0 + world.rank} if world.rank else {}, world) == {"a": 2.0}
     pairs = data.to_train_pairs(data.with_reference(data.bare_pairs(5), model_directory))
     check_values(start(model_directory, strategy, world), data.trainer(data.policy(model_directory), CONFIG), pairs)
@@ -46,7 +51,7 @@ def policy(model_directory: Path, dtype: str, tuning: str) -> TreeModel:
     if tuning == "lora":
         return data.policy(model_directory, dtype)
     settings = data.config(model_directory, dtype=dtype, tuning="full", lora_r=16, lora_alpha=32)
-    return stage.load_policy(resolve(str(model_directory)), settings)
+    return loading.load_policy(resolve(str(model_directory)), settings)
 
 
 def start(

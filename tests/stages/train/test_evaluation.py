@@ -29,15 +29,15 @@ Line = dict[str, float]
 @given(st.integers(2, 30), st.integers(1, 4), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_a_prompt_is_on_one_side_and_no_row_is_lost(num_prompts: int, each: int, share: float, seed: int):
     rows = data.to_train_pairs(data.bare_pairs(num_prompts * each, num_prompts=num_prompts))
-    prompts = len({r.prompt for r in rows})
+    prompts = len({r.prompt_ids for r in rows})
     if not 0 < round(share * prompts) < prompts:
         with pytest.raises(DataError, match="leaves no prompt"):
             split_by_prompt(rows, share, seed)
         return
     training, held_out = split_by_prompt(rows, share, seed)
-    assert not {r.prompt for r in training} & {r.prompt for r in held_out}
+    assert not {r.prompt_ids for r in training} & {r.prompt_ids for r in held_out}
     assert sorted(r.row_id for r in [*training, *held_out]) == sorted(r.row_id for r in rows)
-    assert len({r.prompt for r in held_out}) == round(share * prompts)
+    assert len({r.prompt_ids for r in held_out}) == round(share * prompts)
     again = split_by_prompt(rows[::-1], share, seed)[1]  # the order of rows does not matter
     assert {r.row_id for r in again} == {r.row_id for r in held_out}
 

@@ -7,42 +7,46 @@ import pytest
 
 from prefpipe.stages.train import stage
 from prefpipe.stages.train.fit import fit
-from prefpipe.stages.train.inputs import Job
+from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.monitor import diagnostics
 from prefpipe.stages.train.monitor.alerts import RULES
+from prefpipe.stages.train.parallel import World
+from prefpipe.stages.train.session import Session
 from tests.stages.train import data
+
+NOTHING_WRITTEN = Session(World(0, 1), None)
 
 
 @pytest.fixture
-def job(tiny_model: Path, tmp_path: Path) -> Job:
+def training(tiny_model: Path, tmp_path: Path) -> TrainingData:
     rows = data.with_reference(data.bare_pairs(10), tiny_model)
     return stage.prepare(data.config(tiny_model, data.write_pairs(tmp_path / "p", rows)))
 
 
-def test_without_a_run_directory_nothing_is_written(tiny_model: Path, tmp_path: Path, job: Job):
+def test_without_a_run_directory_nothing_is_written(tiny_model: Path, tmp_path: Path, training: TrainingData):
     config = data.config(tiny_model, num_train_epochs=1, train_batch_size=4)
     trainer = data.trainer(data.policy(tiny_model), config)
     before = sorted(tmp_path.rglob("*"))
-    results, alerts = fit(None, trainer, job, diagnostics.at_start(RULES, ()))
+    results, alerts = fit(NOTHING_WRITTEN, trainer, training, diagnostics.at_start(RULES, ()))
     assert results == {"steps": 3, "last_step": {}}
     assert list(alerts) == []
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_warnings_of_the_start_are_alerts_of_the_run(tiny_model: Path, job: Job):
+def test_warnings_of_the_start_are_alerts_of_the_run(tiny_model: Path, training: TrainingData):
     trainer = data.trainer(data.policy(tiny_model), data.config(tiny_model, train_batch_size=10))
-    _, alerts = fit(None, trainer, job, diagnostics.at_start(RULES, [("A16", "beta is small")]))
+    _, alerts = fit(NOTHING_WRITTEN, trainer, training, diagnostics.at_start(RULES, [("A16", "beta is small")]))
     assert [(alert.rule, alert.level) for alert in alerts] == [("A16", "WARN")]
 
 
-def test_evaluations_stop_the_run_when_patience_is_over(tiny_model: Path, job: Job):
+def test_evaluations_stop_the_run_when_patience_is_over(tiny_model: Path, training: TrainingData):
     """A learning rate of next to nothing never makes a new best after the first evaluation of a step."""
     config = data.config(
         tiny_model, num_train_epochs=5, train_batch_size=2, learning_rate=1e-12, eval_split=0.2, eval_steps=1,
         early_stopping_patience=2, loss_type=("nll",),
     )  # fmt: skip
-    held_out = replace(job, rows=job.rows[:8], eval_rows=job.rows[8:])
+    held_out = replace(training, rows=training.rows[:8], eval_rows=training.rows[8:])
     trainer = data.trainer(data.policy(tiny_model), config)
-    results, _ = fit(None, trainer, held_out, diagnostics.at_start(RULES, ()))
+    results, _ = fit(NOTHING_WRITTEN, trainer, held_out, diagnostics.at_start(RULES, ()))
     assert results["best"]["metric"] == "eval_loss"
     assert results["best"]["step"] < 20

@@ -40,7 +40,7 @@ def test_each_kind_of_loss_wants_its_rows(tiny_model: Path, tmp_path: Path):
     assert isinstance(prepare(data.config(tiny_model, run)).rows[0], TrainPair)
     assert len(prepare(data.config(tiny_model, **kto(run))).rows) == len(LABELS)
     listwise = {"loss_type": ("plackett_luce",), "groups": (str(run),)}
-    assert [len(r.answers) for r in prepare(data.config(tiny_model, **listwise)).rows] == [4, 4, 4, 2, 2]
+    assert [len(r.completions) for r in prepare(data.config(tiny_model, **listwise)).rows] == [4, 4, 4, 2, 2]
     assert "no labels given: loss kto" in refused(2, tiny_model, loss_type=("kto",)).message
     assert "--pairs is given" in refused(2, tiny_model, run, **kto(run)).message
     assert "--labels DIR" in (refused(2, tiny_model, run, loss_type=("kto",)).hint or "")
@@ -86,9 +86,9 @@ def test_an_unpaired_file_alone_is_enough(tiny_model: Path, tmp_path: Path):
     assert job.reference == Reference(policy.resolve(str(tiny_model)).id)
     labels = [row for row in job.rows if isinstance(row, TrainLabel)]
     assert [row.desirable for row in labels] == [n % 3 > 0 for n in range(6)]
-    own = {(row.prompt, row.answer.ids) for row in labels}
+    own = {(row.prompt_ids, row.completion.token_ids) for row in labels}
     assert 6 <= len(job.bank) <= 30  # of every prompt with the completions of the five others
-    assert not {(row.prompt, row.answer.ids) for row in job.bank} & own
+    assert not {(row.prompt_ids, row.completion.token_ids) for row in job.bank} & own
 
 
 def test_an_unscored_bank_of_another_reference_names_score(tiny_model: Path, tmp_path: Path):
@@ -173,8 +173,8 @@ def test_values_of_a_scored_run_win_over_the_columns(tiny_model: Path, tmp_path:
         assert job.scorers == {load.scorer_name("float32")}
         assert "ref_logps.0" in job.inputs
         for row in job.rows:
-            for answer in row.answers:
-                assert answer.reference == pytest.approx(expected[answer.completion_id], abs=1e-6)
+            for completion in row.completions:
+                assert completion.ref_logps == pytest.approx(expected[completion.completion_id], abs=1e-6)
     refused(76, tiny_model, run)
 
 

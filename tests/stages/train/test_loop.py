@@ -40,7 +40,7 @@ def run(model: TreeModel, pairs: Sequence[TrainPair], config: TrainConfig) -> li
 
 
 def batches(pairs: Sequence[TrainPair], config: TrainConfig, epoch: int) -> list[list[int]]:
-    return global_batches([p.prompt for p in pairs], config.train_batch_size, config.seed, epoch, together=False)
+    return global_batches([p.prompt_ids for p in pairs], config.train_batch_size, config.seed, epoch, together=False)
 
 
 def plain_logp(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
@@ -61,7 +61,7 @@ def plain_training(policy_model: TreeModel, pairs: Sequence[TrainPair], config: 
         batch = [pairs[i] for i in batches(pairs, config, epoch)[within]]
         loss = torch.zeros(())
         for p in batch:
-            chosen, rejected = (plain_logp(model, p.prompt, ids) for ids in (p.chosen, p.rejected))
+            chosen, rejected = (plain_logp(model, p.prompt_ids, ids) for ids in (p.chosen, p.rejected))
             h = (chosen - sum(p.ref_chosen or ())) - (rejected - sum(p.ref_rejected or ()))
             loss = loss + p.weight * (-logsigmoid(config.beta * h) - 0.5 * chosen / len(p.chosen)) / len(batch)
         loss.backward()
@@ -104,11 +104,12 @@ def test_step_0_is_ln_2_and_the_margin_rises(tiny_model: Path, pairs: list[Train
 def test_metrics_are_means_over_the_step(tiny_model: Path, pairs: list[TrainPair]):
     """Step 0, policy = reference: logps/chosen is the mean of the cached sums of the step's pairs."""
     config = data.config(tiny_model, max_tokens_per_micro_batch=40)
-    first = next(loop.steps(trainer(policy(tiny_model), config), pairs, 0))
+    steps = loop.steps(trainer(policy(tiny_model), config), pairs, 0)
+    first = next(steps)
     rows = batches(pairs, config, 0)[0]
     expected = sum(sum(pairs[r].ref_chosen or ()) for r in rows) / 4
     assert first.values["logps/chosen"] == pytest.approx(expected, rel=1e-5)
-    assert (first.step, first.num_steps, first.num_rows) == (0, 6, 4)
+    assert (first.step, steps.num_steps, first.num_rows) == (0, 6, 4)
     assert first.values["epoch"] == pytest.approx(1 / 3)
     trees = [tree for micro in micro_batches([pairs[r] for r in rows], 40) for tree in micro.trees]
     prompts = sum(len(tree.prompt) for tree in trees)
@@ -123,10 +124,10 @@ def test_metrics_are_means_over_the_step(tiny_model: Path, pairs: list[TrainPair
         *(f"rewards/{n}/{q}" for n in ("chosen", "rejected", "margins") for q in ("p05", "p50", "p95")),
     }  # fmt: skip
     assert first.values["lengths/chosen"] == sum(len(pairs[r].chosen) for r in rows) / 4
-    logical = sum(2 * len(pairs[r].prompt) + len(pairs[r].chosen) + len(pairs[r].rejected) for r in rows)
+    logical = sum(2 * len(pairs[r].prompt_ids) + len(pairs[r].chosen) + len(pairs[r].rejected) for r in rows)
     assert first.values["tokens/logical"] == logical
-    by_prompt = {pairs[r].prompt: {c for q in rows for c in (pairs[q].chosen, pairs[q].rejected)
-                                   if pairs[q].prompt == pairs[r].prompt} for r in rows}  # fmt: skip
+    by_prompt = {pairs[r].prompt_ids: {c for q in rows for c in (pairs[q].chosen, pairs[q].rejected)
+                                   if pairs[q].prompt_ids == pairs[r].prompt_ids} for r in rows}  # fmt: skip
     unique = sum(len(prompt) + sum(map(len, completions)) for prompt, completions in by_prompt.items())
     assert first.values["tokens/unique"] == unique < logical
 

@@ -44,11 +44,11 @@ def test_pairs_by_plain_slices():
     batch, weights, rows = made(list(PAIRS))
     assert isinstance(batch, PairBatch)
     for n, row in enumerate(rows):
-        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
-            assert float(side.policy_logps[n]) == pytest.approx(sums(answer.ids), rel=1e-6)
-            assert float(side.lengths[n]) == len(answer.ids)
+        for side, completion in zip((batch.chosen, batch.rejected), row.completions, strict=True):
+            assert float(side.policy_logps[n]) == pytest.approx(sums(completion.token_ids), rel=1e-6)
+            assert float(side.lengths[n]) == len(completion.token_ids)
             assert side.reference_logps is not None
-            assert float(side.reference_logps[n]) == sum(answer.reference or ())
+            assert float(side.reference_logps[n]) == sum(completion.ref_logps or ())
     assert weights.tolist() == [row.weight for row in rows]
     assert batch.nll is batch.preference_prob is batch.chosen.policy_prefix_logps is None
 
@@ -57,12 +57,12 @@ def test_prefixes_end_with_the_shorter_side():
     batch, _, rows = made(list(PAIRS), ld_alpha=0.5)
     assert isinstance(batch, PairBatch)
     for n, row in enumerate(rows):
-        shorter = min(len(a.ids) for a in row.answers)
-        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
+        shorter = min(len(a.token_ids) for a in row.completions)
+        for side, completion in zip((batch.chosen, batch.rejected), row.completions, strict=True):
             assert side.policy_prefix_logps is not None
             assert side.reference_prefix_logps is not None
-            assert float(side.policy_prefix_logps[n]) == pytest.approx(sums(answer.ids, shorter), rel=1e-6)
-            assert float(side.reference_prefix_logps[n]) == sum((answer.reference or ())[:shorter])
+            assert float(side.policy_prefix_logps[n]) == pytest.approx(sums(completion.token_ids, shorter), rel=1e-6)
+            assert float(side.reference_prefix_logps[n]) == sum((completion.ref_logps or ())[:shorter])
 
 
 WPO_LOGPS = {(1, 2, 3): [-1, -0.5, -2], (4, 5, 6, 7): [-2, -1, -0.5, -1.25],
@@ -74,9 +74,9 @@ WPO_SQUARES = {(1, 2, 3): [-0.4, -0.3, -0.9], (4, 5, 6, 7): [-0.8, -0.4, -0.3, -
 def weighted(shift: float) -> list[float]:
     """loss * weight of two pairs: what TRL's own loss code gives for these numbers (its mean is 0.1734223)."""
     pairs: list[TrainRow] = [
-        replace(PAIRS[0], prompt=(8, 8), chosen=(1, 2, 3), rejected=(4, 5, 6, 7), weight=1.0,
+        replace(PAIRS[0], prompt_ids=(8, 8), chosen=(1, 2, 3), rejected=(4, 5, 6, 7), weight=1.0,
                 ref_chosen=(-4.1, 0.0, 0.0), ref_rejected=(-4.0, 0.0, 0.0, 0.0)),
-        replace(PAIRS[1], prompt=(9, 9), chosen=(1, 2, 3, 4, 5), rejected=(6, 7), weight=1.0,
+        replace(PAIRS[1], prompt_ids=(9, 9), chosen=(1, 2, 3, 4, 5), rejected=(6, 7), weight=1.0,
                 ref_chosen=(-5.0, *[0.0] * 4), ref_rejected=(-3.6, 0.0)),
     ]  # fmt: skip
     config = data.config(Path(), use_weighting=True)
@@ -100,12 +100,12 @@ def test_a_scored_prompt_is_in_the_nll_alone():
     assert isinstance(batch, PairBatch)
     assert batch.nll is not None
     for n, row in enumerate(rows):
-        rest = row.prompt[1:]
-        chosen = row.answers[0].ids
+        rest = row.prompt_ids[1:]
+        chosen = row.completions[0].token_ids
         assert float(batch.nll.policy_logps[n]) == pytest.approx(sums(rest + chosen), rel=1e-6)
         assert float(batch.nll.lengths[n]) == len(rest) + len(chosen)
-        for side, answer in zip((batch.chosen, batch.rejected), row.answers, strict=True):
-            assert float(side.policy_logps[n]) == pytest.approx(sums(answer.ids, after=len(rest)), rel=1e-5)
+        for side, completion in zip((batch.chosen, batch.rejected), row.completions, strict=True):
+            assert float(side.policy_logps[n]) == pytest.approx(sums(completion.token_ids, after=len(rest)), rel=1e-5)
 
 
 def test_probabilities_and_gaps_are_there_when_every_pair_has_them():
@@ -130,16 +130,18 @@ def test_labels_and_their_reference_point():
     assert batch.desirable.tolist() == [wanted[row.row_id] for row in rows]
     assert float(batch.z0) == 0.75
     assert batch.completion.reference_logps is None
-    assert batch.completion.policy_logps.tolist() == pytest.approx([sums(row.answers[0].ids) for row in rows], rel=1e-6)
+    assert batch.completion.policy_logps.tolist() == pytest.approx(
+        [sums(row.completions[0].token_ids) for row in rows], rel=1e-6
+    )
 
 
 def test_groups_of_different_sizes_are_padded():
     groups = train_rows.from_groups(data.groups_of(data.bare_pairs(7, num_prompts=3)))
     batch, _, rows = made(list(groups))
     assert isinstance(batch, RankBatch)
-    sizes = [len(row.answers) for row in rows]
+    sizes = [len(row.completions) for row in rows]
     assert sorted(sizes) == [4, 4, 6]
     assert batch.present.sum(-1).tolist() == sizes
     for n, row in enumerate(rows):
         found = batch.completions.policy_logps[n, : sizes[n]].tolist()
-        assert found == pytest.approx([sums(a.ids) for a in row.answers], rel=1e-6)
+        assert found == pytest.approx([sums(a.token_ids) for a in row.completions], rel=1e-6)

@@ -146,7 +146,9 @@ def test_micro_batches_hold_every_pair_once_and_point_at_its_completions(pairs: 
     assert sorted(p.row_id for m in found for p in m.rows) == [p.pair_id for p in pairs]
     for micro in found:
         for own, places in zip(micro.rows, micro.places, strict=True):
-            assert [completion(micro, place) for place in places] == [(own.prompt, a.ids) for a in own.answers]
+            assert [completion(micro, place) for place in places] == [
+                (own.prompt_ids, a.token_ids) for a in own.completions
+            ]
 
 
 @settings(max_examples=200, deadline=None)
@@ -158,9 +160,9 @@ def test_packing_stays_within_the_budget_and_shares_prompts(pairs: list[TrainPai
         total = sum(t.num_tokens for t in micro.trees)
         assert total <= budget or len(micro.trees) == 1
     trees = [t for micro in found for t in micro.trees]
-    assert len({t.prompt for t in trees}) == len(trees) == len({p.prompt for p in pairs})
+    assert len({t.prompt for t in trees}) == len(trees) == len({p.prompt_ids for p in pairs})
     for tree in trees:
-        used = {c for p in pairs if p.prompt == tree.prompt for c in (p.chosen, p.rejected)}
+        used = {c for p in pairs if p.prompt_ids == tree.prompt for c in (p.chosen, p.rejected)}
         assert sorted(tree.completions) == sorted(used)
 
 

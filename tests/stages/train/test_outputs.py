@@ -21,7 +21,7 @@ from prefpipe.models.policy import resolve
 from prefpipe.runs import store
 from prefpipe.schemas import Pair, RefLogps, from_table
 from prefpipe.stages.score import stage as score
-from prefpipe.stages.train import loop, outputs, stage
+from prefpipe.stages.train import loading, loop, outputs, stage
 from prefpipe.stages.train.micro_batches import tree_of
 from tests.stages.train import data
 
@@ -87,7 +87,7 @@ def test_a_step_equals_plain_autograd_and_adamw(tiny_model: Path):
     rows = data.with_reference(data.bare_pairs(4), tiny_model)
     config = data.config(tiny_model, **FULL, warmup_ratio=0.0, max_grad_norm=1e9, num_train_epochs=1)
     policy = resolve(str(tiny_model))
-    trainer = data.trainer(stage.load_policy(policy, config), config)
+    trainer = data.trainer(loading.load_policy(policy, config), config)
     next(loop.steps(trainer, data.to_train_pairs(rows), 0))
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -222,7 +222,7 @@ def kept_and_state(tiny_model: Path, *, checkpointing: bool) -> tuple[int, dict[
     """Bytes that a forward pass keeps for backward, and the optimizer's state after a few steps."""
     rows = data.to_train_pairs(data.with_reference(data.bare_pairs(6), tiny_model))
     config = data.config(tiny_model, **FULL)
-    model: TreeModel = stage.load_policy(resolve(str(tiny_model)), config)
+    model: TreeModel = loading.load_policy(resolve(str(tiny_model)), config)
     if checkpointing:
         load.checkpoint_layers(model.policy)
     sizes: list[int] = []
@@ -242,20 +242,6 @@ def test_gradient_checkpointing_changes_no_bit_and_keeps_less(tiny_model: Path):
     without, with_it = (kept_and_state(tiny_model, checkpointing=on) for on in (False, True))
     assert with_it[0] < 0.5 * without[0]
     assert all(torch.equal(without[1][k], with_it[1][k]) for k in without[1])
-
-
-def test_checkpointing_turns_itself_on_only_when_a_row_does_not_fit(
-    tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    rows = data.to_train_pairs(data.bare_pairs(6))
-    for free, setting, turned_on in ((1e12, "auto", 0), (1.0, "auto", 1), (1.0, "off", 0), (1e12, "on", 1)):
-        calls: list[object] = []
-        monkeypatch.setattr("prefpipe.stages.train.memory.free_bytes", lambda _device, free=free: free)
-        monkeypatch.setattr("prefpipe.forward.load.checkpoint_layers", calls.append)
-        config = data.config(tiny_model, gradient_checkpointing=setting)
-        stage.fitting_tokens(data.policy(tiny_model), rows, config)
-        assert len(calls) == turned_on, (free, setting)
-    assert "does not fit the free memory" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

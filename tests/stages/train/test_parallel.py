@@ -69,7 +69,7 @@ def torchrun(*arguments: object, fault: str = "") -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_wrapped_model_computes_and_saves_what_an_unwrapped_one_does(tiny_model: Path, strategy: str):
-    done = torchrun("-m", "tests.train.ranks", tiny_model, strategy)
+    done = torchrun("-m", "tests.stages.train.ranks", tiny_model, strategy)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefpipe.forward import load
-from prefpipe.stages.train import memory, plan, stage
+from prefpipe.stages.train import loading, memory, plan
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.inputs import prepare
 from prefpipe.stages.train.micro_batches import tree_of
@@ -131,5 +131,5 @@ def test_checkpointing_is_foretold_as_train_does_it(
     (line,) = (line for line in plan.run(config) if line.startswith("checkpointing"))
     assert said.format(longest) in line
     planned, seen = seen, []
-    stage.fitting_tokens(data.policy(tiny_model), rows, config)
+    loading.fitting_tokens(data.policy(tiny_model), rows, config)
     assert planned == seen == events

@@ -59,7 +59,9 @@ def test_losses_without_beta_say_nothing():
 
 def labels(desirable: int, undesirable: int) -> list[TrainLabel]:
     (row, *_) = train_rows.from_labels(data.labels_of(data.bare_pairs(1)))
-    return [TrainLabel(str(n), row.prompt, row.answer, n < desirable, 1.0) for n in range(desirable + undesirable)]
+    return [
+        TrainLabel(str(n), row.prompt_ids, row.completion, n < desirable, 1.0) for n in range(desirable + undesirable)
+    ]
 
 
 def kto(**changes: object) -> dict[str, object]:

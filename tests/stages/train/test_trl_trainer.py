@@ -62,7 +62,7 @@ def trl(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_order(rows: list[TrainPair], config: TrainConfig) -> list[TrainPair]:
     """The loop shuffles: place the rows so that it meets them in the order given here."""
-    steps = global_batches([p.prompt for p in rows], config.train_batch_size, config.seed, 0, together=False)
+    steps = global_batches([p.prompt_ids for p in rows], config.train_batch_size, config.seed, 0, together=False)
     order = [row for step in steps for row in step]
     return [rows[order.index(n)] for n in range(len(rows))]
 

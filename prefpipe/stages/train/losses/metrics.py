@@ -1,15 +1,13 @@
 """What is reported beside the loss: metrics of a batch, under TRL's names where it has them."""
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise as neighbours
 
 import torch
 
+from prefpipe.forward.agreement import LENGTH_BUCKETS
 from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, PairBatch, RankBatch
 
 Counted = tuple[torch.Tensor, torch.Tensor]  # values [B], and which of them count [B]
-LENGTH_EDGES = (64, 256, 1024)  # tokens of both completions of a pair, inclusive; as parity.json's of one
 _SATURATED = 0.01  # gradient weight s(-beta h) below which a pair teaches nothing more
 
 
@@ -79,11 +77,10 @@ def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, Coun
 
 
 def _by_length(margins: torch.Tensor, lengths: torch.Tensor) -> dict[str, Counted]:
-    """The margins of the pairs in each bucket of lengths."""
-    edges = [0, *LENGTH_EDGES, math.inf]
+    """The margins of the pairs in each bucket of lengths, chosen and rejected together."""
     return {
         f"rewards/margins/len_{low}_{high}": (margins, ((lengths > low) & (lengths <= high)).float())
-        for low, high in neighbours(edges)
+        for low, high in LENGTH_BUCKETS
     }
 
 

@@ -1,4 +1,4 @@
-"""What is said about a training run while it goes on: alerts, times and rates, trackers, a line for the terminal.
+"""What a training run reports while it goes on: alerts, times and rates, metrics for trackers, a line for the terminal.
 
 Nothing here changes a result. Times and rates go to timing.jsonl and to the trackers, never to metrics.jsonl, which is
 the same to the bit whenever the run is repeated.
@@ -26,7 +26,8 @@ _NOTE = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "m
 
 @dataclass
 class Pace:
-    """Steps and tokens since a moment; unique tokens are computed once however many completions share them."""
+    """Steps and tokens since a moment. A token that completions share is one unique token, and a logical token of each
+    of them."""
 
     since: float
     steps: int = 0
@@ -40,27 +41,29 @@ class Pace:
         self.logical += step.values["tokens/logical"]
 
     def rates(self, now: float) -> dict[str, float]:
-        """Per second."""
+        """Tokens per second."""
         seconds = max(now - self.since, 1e-9)
         return {"tokens_unique_per_second": self.unique / seconds, "tokens_logical_per_second": self.logical / seconds}
 
     def summary(self, now: float) -> dict[str, float]:
-        """For timing.jsonl."""
+        """Steps, seconds and rates, for timing.jsonl."""
         rates = {name: round(value, 1) for name, value in self.rates(now).items()}
         return {"steps": self.steps, "seconds": round(now - self.since, 3), **rates}
 
 
 @dataclass
 class Watch:
-    """The state of the alert rules, and where things are told. Every rank has one; only rank 0 has a `output`."""
+    """The state of the alert rules, and the pace. Every rank has one; rank 0 alone has an `output` to write to."""
 
     output: Run | None
     facts: Facts
     strict: bool
     state: State
     track: Track
+    # The pace since the start, and since the last line of timing.jsonl.
     whole: Pace
     recent: Pace
+    # When the last step was reported.
     last: float
 
     @property
@@ -69,20 +72,21 @@ class Watch:
         return diagnostics.verdict(self.state, RULES, strict=self.strict)
 
     def after_step(self, step: StepMetrics) -> list[Alert]:
-        """Look at a step before anything of it is saved: a checkpoint holds the state after it."""
+        """Apply the rules to a step. Before its checkpoint is saved: that holds the state after the step."""
         self.state, alerts = diagnostics.after_step(
             self.state, self.facts, RULES, step.step, step.values, skipped=bool(step.skipped)
         )
         return alerts
 
     def after_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """Look at an evaluation, with values under eval_ names, and tell what it says."""
+        """Apply the rules to an evaluation, whose `values` have eval_ names, and report it."""
         self.state, alerts = diagnostics.after_eval(self.state, self.facts, RULES, step, values)
         self.track(step, {f"eval/{name.removeprefix('eval_')}": value for name, value in values.items()})
         say_alerts(alerts)
 
     def tell(self, step: StepMetrics, alerts: Sequence[Alert]) -> None:
-        """Alerts, trackers, rates. Raises what ends the run (a STOP rule with strict, or too many skipped steps)."""
+        """Report a step: alerts, trackers, rates. Raises the error that ends the run: a STOP rule with `strict`, or too
+        many skipped steps."""
         now = clock.monotonic()
         single = Pace(self.last)
         for pace in (single, self.whole, self.recent):
@@ -105,8 +109,8 @@ class Watch:
 def watching(
     output: Run | None, config: TrainConfig, facts: Facts, state: State, first: int, audit_seconds: float | None = None
 ) -> Generator[Watch]:
-    """Watch a run from step `first` on; timing.jsonl tells how long it and its audit took. Raises what would end it
-    before it starts."""
+    """Watch a run from step `first` on; at its end timing.jsonl gets how long it and its audit took. Raises at once
+    when the state ends the run before its first step."""
     open_trackers = (
         tracking(config.report_to, output.out, output.fingerprint, dump(config), first)
         if output
@@ -124,13 +128,14 @@ def watching(
 
 
 def say_alerts(alerts: Sequence[Alert]) -> None:
-    """INFO and NOTICE as what they are, WARN and STOP as warnings."""
+    """Log INFO and NOTICE as information, WARN and STOP as warnings."""
     for alert in alerts:
-        (log.warn if alert.level in ("WARN", "STOP") else log.info)(str(alert))
+        say = log.warn if alert.level in ("WARN", "STOP") else log.info
+        say(str(alert))
 
 
 def note(step: StepMetrics) -> str:
-    """Loss, accuracy and margin of a step, where it has them."""
+    """Loss, accuracy and margin of a step, as far as its losses have them."""
     return ", ".join(f"{shown} {step.values[name]:.4g}" for name, shown in _NOTE.items() if name in step.values)
 
 

@@ -1,5 +1,5 @@
-"""Reference log-probs before step 0: missing ones are made by the reference and kept as a cache in the run, all are
-audited by it."""
+"""Reference log-probs before step 0: missing ones are computed by the reference and kept in the run, then re-scoring
+rows proves that the reference gives these values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,48 +17,46 @@ from prefpipe.rows import logps_of_other_ids, one_reference, ref_logps
 from prefpipe.runs import store
 from prefpipe.runs.store import Run
 from prefpipe.schemas import RefLogps, from_table, to_table
-from prefpipe.stages.train.examples import TokenLogps, TrainRow, has_references
+from prefpipe.stages.train.examples import RefLogpsById, TokenLogps, TrainRow, has_ref_logps
 from prefpipe.stages.train.micro_batches import tree_of
 from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.reference import audit
 from prefpipe.stages.train.reference.identity import Reference
+from prefpipe.stages.train.session import Session
 
 R = TypeVar("R", bound=TrainRow)
 
 
 @dataclass(frozen=True)
-class Audited:
-    """What the audit found, for the manifest, and how long it took; nothing where no reference is read."""
+class AuditResult:
+    """The audit for the manifest, and how long it took; nothing where no loss reads a reference."""
 
-    found: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None
     seconds: float | None = None
 
 
-def values_for(
-    output: Run | None, world: World, rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference: str
+def missing_ref_logps(
+    session: Session, rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference_id: str
 ) -> dict[str, TokenLogps]:
-    """Values by completion id for every row that lacks some: scored once, on all ranks, and then read from the run.
-
-    `output` is the output directory, held by rank 0 only. The caller sees to it that `model` is the reference.
-    """
-    missing = [row for row in rows if not has_references(row)]
+    """Reference log-probs by completion id for every row that lacks some: computed once, on all ranks, and then read
+    from the run. `model` must compute as the reference does: that is for the caller to see to."""
+    missing = [row for row in rows if not has_ref_logps(row)]
     if not missing:
         return {}
-    if not world.tell(output.has_part("ref_logps", 0) if output else False):
+    if not session.lead(lambda run: run.has_part("ref_logps", 0)):
         log.info(f"{len(missing)} of {len(rows)} rows have no reference log-probs: they are scored once, now")
-        made = _score(missing[world.rank :: world.size], model, scorer, reference)
-        found = {r.completion_id: r for share in world.gather(made) for r in share}
-        if output:
-            output.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [found[key] for key in sorted(found)]))
-    return world.tell(_cached(output))
+        world = session.world
+        shares = world.gather(_score(missing[world.rank :: world.size], model, scorer, reference_id))
+        session.lead(lambda run: _write(run, [logps for share in shares for logps in share]))
+    return session.lead(_read) or {}
 
 
-def filled(rows: Sequence[R], values: dict[str, TokenLogps]) -> list[R]:
-    """Rows with the values in place of missing ones."""
-    return [row if has_references(row) else row.with_references(values) for row in rows]
+def fill_missing(rows: Sequence[R], values: RefLogpsById) -> list[R]:
+    """Rows with `values` in place of missing reference log-probs."""
+    return [row if has_ref_logps(row) else row.with_ref_logps(values) for row in rows]
 
 
-def audited(
+def audit_rows(
     world: World,
     model: TreeModel,
     rows: Sequence[TrainRow],
@@ -66,59 +64,64 @@ def audited(
     config: TrainConfig,
     *,
     base_is_reference: bool,
-) -> Audited:
-    """Re-score rows by the reference and compare; raises IdentityError when it did not make the values of the rows.
-    `scorers` made them."""
+) -> AuditResult:
+    """Re-score rows by the reference and compare. Raises IdentityError when it does not give the cached log-probs,
+    which `scorers` computed."""
     start = clock.monotonic()
     with load.adapter_off(model.policy, off=base_is_reference):
-        found = audit.audit(rows, config.audit_rows, partial(_score_together, model, world), config.beta)
+        result = audit.audit(rows, config.audit_rows, partial(_score_together, model, world), config.beta)
     seconds = clock.monotonic() - start
     full = config.dtype == "float32" and all(s.endswith("/float32") for s in scorers) and not config.load_in_4bit
-    audit.check(found, exact=scorers == {load.scorer_name("float32")} and full, full_precision=full)
+    audit.check(result, exact=scorers == {load.scorer_name("float32")} and full, full_precision=full)
     log.info(
-        f"audit: {found.rows} rows re-scored, {found.signed_mean:+.4f} signed and {found.absolute_mean:.4f} absolute "
-        f"nats per token, -log sigmoid(beta h) {found.loss:.4f} (ln 2 = 0.6931): the cache belongs to the reference"
+        f"audit: {result.rows} rows re-scored, {result.signed_mean:+.4f} signed and {result.absolute_mean:.4f} "
+        f"absolute nats per token, -log sigmoid(beta h) {result.loss:.4f} (ln 2 = 0.6931): the cache belongs to the "
+        "reference"
     )
-    return Audited(found.to_dict(), seconds)
+    return AuditResult(result.to_dict(), seconds)
 
 
-def _score_together(model: TreeModel, world: World, trees: Sequence[Tree]) -> list[list[list[float]]]:
-    """Token log-probs of every tree, dealt out to the ranks: all see the same values, and come to the same end."""
-    own = list(score(model, trees[world.rank :: world.size]))
-    shares = world.gather(own)
-    return [shares[i % world.size][i // world.size] for i in range(len(trees))]
-
-
-def not_audited(reference: Reference) -> Audited:
-    """What stands in the manifest in place of an audit."""
+def not_audited(reference: Reference) -> AuditResult:
+    """The entry in the manifest of a run whose reference is not at hand."""
     reason = (
         f"reference {reference.id} is unavailable: its name, the rows' token ids and the form of the values were "
         "checked, not whether that model gives these values"
     )
     log.warn(reason)
-    return Audited({"rows": 0, "not_checked": reason})
+    return AuditResult({"rows": 0, "not_checked": reason})
 
 
-def _cached(output: Run | None) -> dict[str, TokenLogps]:
-    if output is None:
-        return {}
-    rows = from_table(RefLogps, output.read_part("ref_logps", RefLogps, 0))
-    return {r.completion_id: tuple(r.token_logps) for r in rows}
+def _score_together(model: TreeModel, world: World, trees: Sequence[Tree]) -> list[list[list[float]]]:
+    """Token log-probs of every completion of every tree, on every rank: each rank computes a share, and all come to the
+    same verdict."""
+    share = list(score(model, trees[world.rank :: world.size]))
+    shares = world.gather(share)
+    return [shares[i % world.size][i // world.size] for i in range(len(trees))]
 
 
-def _score(rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference: str) -> list[RefLogps]:
-    """This rank's share, prompts together, so that each is computed once."""
-    found: dict[str, RefLogps] = {}
-    ordered = sorted(rows, key=lambda row: row.prompt)
+def _score(rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference_id: str) -> list[RefLogps]:
+    """Reference log-probs of rows; those of one prompt are neighbours, so that the prompt is computed once."""
+    scored: dict[str, RefLogps] = {}
+    ordered = sorted(rows, key=lambda row: row.prompt_ids)
     with log.progress("reference log-probs", len(rows), "rows") as advance:
         for row, values in zip(ordered, score(model, map(tree_of, ordered)), strict=True):
-            for answer, logps in zip(row.answers, values, strict=True):
-                digest = ids_digest(row.prompt, answer.ids)
-                found[answer.completion_id] = ref_logps(
-                    answer.completion_id, digest, logps, reference=reference, scorer=scorer
+            for completion, logps in zip(row.completions, values, strict=True):
+                digest = ids_digest(row.prompt_ids, completion.token_ids)
+                scored[completion.completion_id] = ref_logps(
+                    completion.completion_id, digest, logps, reference=reference_id, scorer=scorer
                 )
             advance(1)
-    return list(found.values())
+    return list(scored.values())
+
+
+def _write(run: Run, scored: Sequence[RefLogps]) -> None:
+    by_id = {logps.completion_id: logps for logps in scored}
+    run.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [by_id[key] for key in sorted(by_id)]))
+
+
+def _read(run: Run) -> dict[str, TokenLogps]:
+    rows = from_table(RefLogps, run.read_part("ref_logps", RefLogps, 0))
+    return {row.completion_id: tuple(row.token_logps) for row in rows}
 
 
 def read_ref_logps(runs: Sequence[Path], digests: Mapping[str, str]) -> dict[str, RefLogps]:

@@ -76,8 +76,8 @@ def test_the_scope_of_the_nll_is_honoured(tiny_model: Path, pairs: list[TrainPai
     with torch.no_grad():
         causal = model.policy
         model.set_rows("separate")
-        whole = [-plain_logp(causal, p.prompt[:1], (*p.prompt[1:], *p.chosen)).item() for p in pairs]
-        mean = sum(v / (len(p.prompt) - 1 + len(p.chosen)) for v, p in zip(whole, pairs, strict=True)) / 8
+        whole = [-plain_logp(causal, p.prompt_ids[:1], (*p.prompt_ids[1:], *p.chosen)).item() for p in pairs]
+        mean = sum(v / (len(p.prompt_ids) - 1 + len(p.chosen)) for v, p in zip(whole, pairs, strict=True)) / 8
         own = sum(-sum(p.ref_chosen or ()) / len(p.chosen) for p in pairs) / 8
     assert found[1] - found[0] == pytest.approx(mean - own, abs=1e-4)
     assert found[2] == pytest.approx(found[1], rel=1e-5)
@@ -116,8 +116,10 @@ def bank(tiny_model: Path) -> list[TrainLabel]:
     model = data.policy(tiny_model)
     model.set_rows("separate")
     with torch.no_grad():
-        values = {r.row_id: plain_logp(model.policy, r.prompt, r.answer.ids).item() for r in rows}
-    return [r.with_references({r.row_id: (values[r.row_id] - 2, *[0.0] * (len(r.answer.ids) - 1))}) for r in rows]
+        values = {r.row_id: plain_logp(model.policy, r.prompt_ids, r.completion.token_ids).item() for r in rows}
+    return [
+        r.with_ref_logps({r.row_id: (values[r.row_id] - 2, *[0.0] * (len(r.completion.token_ids) - 1))}) for r in rows
+    ]
 
 
 def plain_kto(model: TreeModel, rows: list[TrainLabel], bank: list[TrainLabel], config: TrainConfig) -> list[float]:
@@ -132,7 +134,9 @@ def plain_kto(model: TreeModel, rows: list[TrainLabel], bank: list[TrainLabel], 
         batch = [rows[i] for i in balanced_batches(labels, config.train_batch_size, config.seed, epoch)[within]]
 
         def ratio(row: TrainLabel) -> torch.Tensor:
-            return plain_logp(model.policy, row.prompt, row.answer.ids) - sum(row.answer.reference or ())
+            return plain_logp(model.policy, row.prompt_ids, row.completion.token_ids) - sum(
+                row.completion.ref_logps or ()
+            )
 
         with torch.no_grad():
             drawn = [ratio(bank[i]) for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]

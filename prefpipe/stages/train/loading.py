@@ -1,0 +1,99 @@
+"""The model of a training run: loaded, compared with the rows, and fitted into the free memory."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from prefpipe import log
+from prefpipe.config.train import TrainConfig
+from prefpipe.errors import DataError, IdentityError
+from prefpipe.forward import load
+from prefpipe.forward.logps import TreeModel, causal_model, settle_rows
+from prefpipe.models.policy import Policy
+from prefpipe.stages.train import memory
+from prefpipe.stages.train.examples import TrainRow
+from prefpipe.stages.train.micro_batches import tree_of
+
+
+def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
+    """The model to train: with every weight trainable, with a new adapter, or with the adapter that is trained on."""
+    base = _load_base(policy, config)
+    if config.tuning == "full":
+        base.requires_grad_(requires_grad=True)
+        return TreeModel(base)
+    if policy.adapter is not None:
+        return TreeModel(load.load_adapter(base, policy.adapter, trainable=True))
+    return TreeModel(
+        load.add_lora(
+            base,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            seed=config.seed,
+            rslora=config.use_rslora,
+        )
+    )
+
+
+def load_reference(reference: Policy, config: TrainConfig) -> TreeModel:
+    """A model that only computes log-probs."""
+    base = _load_base(reference, config)
+    return TreeModel(load.load_adapter(base, reference.adapter, trainable=False) if reference.adapter else base)
+
+
+def _load_base(policy: Policy, config: TrainConfig) -> PreTrainedModel:
+    log.info(f"loading {policy.directory.name} ({config.dtype}{', 4 bits' if config.load_in_4bit else ''})")
+    base = load.load_model(policy.directory, config.dtype, in_4bit=config.load_in_4bit)
+    broken = [name for name, p in base.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+    if broken:
+        raise DataError(
+            f"{policy.directory}: {len(broken)} weights are not finite numbers in {config.dtype} (first {broken[0]})",
+            "the model is damaged, or its weights need another --dtype",
+        )
+    return base
+
+
+def check_vocabulary(model: TreeModel, rows: Sequence[TrainRow]) -> None:
+    """Raise IdentityError for token ids that the model does not have."""
+    size = cast(torch.nn.Embedding, causal_model(model.policy).get_input_embeddings()).num_embeddings
+    for row in rows:
+        largest = max(max(ids, default=0) for ids in (row.prompt_ids, *(c.token_ids for c in row.completions)))
+        if largest >= size:
+            raise IdentityError(
+                f"row {row.row_id} holds the token id {largest}, but the model has {size} tokens: the rows were "
+                "made with another tokenizer",
+                "train on the model that the rows were made for, or make the rows again with this model",
+            )
+
+
+def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:
+    """Compare token trees with transformers' own forward pass on the shortest and the longest row (attention windows
+    and length-dependent positions show in the longest). Where they differ, every completion is computed in a row of its
+    own from now on, with a warning."""
+    shortest, *_, longest = sorted([*rows, rows[0]], key=lambda row: tree_of(row).num_tokens)
+    reason = settle_rows(model, [tree_of(shortest), tree_of(longest)], dtype)
+    if reason is not None:
+        log.warn(f"every completion is computed in a row of its own, at up to twice the cost: {reason}")
+
+
+def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConfig) -> int:
+    """Tokens of a micro-batch: the budget of the settings, or what the free memory allows, by a probe on the rows.
+
+    Turns gradient checkpointing on where the settings ask for it, or where the longest row would not fit without it.
+    """
+    budget, checkpointing = config.max_tokens_per_micro_batch, config.gradient_checkpointing
+    if budget and checkpointing != "auto":  # a probe has nothing to decide
+        memory.checkpoint_if(model, on=checkpointing == "on")
+        return budget
+    fitting = memory.fitting(model, [tree_of(row) for row in rows], checkpointing, budget)
+    if checkpointing == "auto" and fitting.checkpointing:
+        log.warn(
+            f"a row of {fitting.longest} tokens does not fit the free memory: gradient checkpointing is on, at half "
+            "the speed"
+        )
+    if not budget:
+        per_token = fitting.footprint.activations_per_token / 1024
+        log.info(f"micro-batches of up to {fitting.tokens} tokens ({per_token:.0f} KiB per token)")
+    return fitting.tokens
