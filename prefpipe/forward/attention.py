@@ -1,8 +1,8 @@
 """Attention over token trees: a completion sees its trunk and itself, nothing of its siblings or of other trees.
 
 Registered with transformers under NAME; a model whose attention implementation is NAME takes `tree_row=` in its forward
-call. Three exact ways compute it: PyTorch's variable-length kernel (CUDA, 16 bits), SDPA tree by tree (everywhere else),
-and plain matrix products where the model caps its scores or has attention sinks, which neither kernel supports.
+call. Three exact ways compute it: PyTorch's variable-length kernel (CUDA, 16 bits), SDPA tree by tree (everywhere
+else), and plain matrix products where the model caps its scores or has attention sinks, which neither kernel supports.
 
 H = query heads, G = key/value heads, D = head size, T = tokens of the row, R = tokens of one tree or completion.
 """
@@ -151,8 +151,8 @@ def variable_length(
     window: int | None,
     kernel: Kernel,
 ) -> torch.Tensor:
-    """The same by one call of a variable-length kernel, [1, T, H, D]. Queries stay in place. The keys of a completion are
-    those of its trunk and its own, copied behind each other; the kernel aligns the causal mask at the end."""
+    """The same by one call of a variable-length kernel, [1, T, H, D]. Queries stay in place. The keys of a completion
+    are those of its trunk and its own, copied behind each other; the kernel aligns the causal mask at the end."""
     plan = row.plan
     device = query.device
     rows = plan.key_rows.to(device)
