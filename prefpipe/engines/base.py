@@ -1,6 +1,14 @@
-"""What an engine is: it samples completions, scores given ones and answers queries.
+"""What an engine is: it samples completions, scores completions of any origin and answers queries, with one policy.
 
-Token ids in, token ids and raw log-probs out. What answers a query has no log-probs: see `Response`."""
+    with engines.load("fake", settings) as engine:
+        two = Request("p1", prompt_token_ids, (Draw(0, seed=7, temperature=1.0), Draw(1, seed=8, temperature=1.0)))
+        for request, samples in engine.generate([two]):
+            print(request.prompt_id, samples[0].token_ids, samples[0].token_logps)
+
+Why the cut is here: token ids go in, token ids and raw log-probs come out. Chat templates, text, rewards and files stay
+with the callers, so that every engine sees the same ids, log-probs of two engines can be compared token by token
+(parity), and a new engine is one class. What answers a query has no log-probs: see `Response`.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,27 +21,32 @@ from prefpipe.models.policy import Policy
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine needs to start. max_model_len: longest prompt + completion, in tokens. max_tokens_per_batch bounds
-    one scoring pass; stop_token_ids end a completion beside the model's own; top_k 0 and min_p 0 leave nothing out."""
+    """What an engine needs to start."""
 
     policy: Policy
     chat: Chat
     dtype: str
     top_p: float
+    # Tokens of a completion, and of the longest prompt with its completion.
     max_tokens: int
     max_model_len: int
+    # Completions that are sampled at the same time.
     max_num_seqs: int
+    # The cache of keys and values on CPU; on a GPU it gets a share of the memory.
     kv_cache_mib: int
+    # 0 leaves nothing out.
     top_k: int = 0
     min_p: float = 0.0
+    # Ids that end a completion, beside those of the model.
     stop_token_ids: tuple[int, ...] = ()
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.85
+    # Tokens of one scoring pass.
     max_tokens_per_batch: int = 2048
 
     @property
     def stops(self) -> frozenset[int]:
-        """Every id that ends a completion."""
+        """Every token id that ends a completion."""
         return self.chat.eos_token_ids | set(self.stop_token_ids)
 
 
@@ -68,7 +81,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A given completion to score."""
+    """A completion to score, from any source."""
 
     completion_id: str
     prompt_token_ids: list[int]
@@ -77,8 +90,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Query:
-    """A prompt whose one answer is read and never trained on. `schema` is the JSON Schema that the answer must follow,
-    with its keys in the order of `properties`; None leaves it free. temperature 0 is greedy."""
+    """A prompt with one answer, which is read and never trained on. `schema` is the JSON Schema that the answer must
+    follow, with its keys in the order of `properties`; None leaves it free. temperature 0 is greedy."""
 
     query_id: str
     prompt_token_ids: list[int]
@@ -89,10 +102,10 @@ class Query:
 
 @dataclass(frozen=True)
 class Response:
-    """What answers a query. finish_reason: stop or length.
+    """The answer to a query. finish_reason: stop or length.
 
-    It has no log-probs on purpose: under a schema they are renormalised over the tokens that the schema allows, and no
-    reference may be made from them. A `Request`, whose samples have log-probs, can hold no schema.
+    It has no log-probs on purpose: under a schema they are renormalised over the tokens that the schema allows, and
+    must not become reference log-probs. A `Request`, whose samples have log-probs, can hold no schema.
     """
 
     token_ids: list[int]
@@ -104,20 +117,21 @@ class Engine(Protocol):
 
     @property
     def scorer(self) -> str:
-        """Names the numerics of the log-probs: engine, version, dtype."""
+        """The name of the numerics of the log-probs: engine, version, dtype."""
         ...
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        """Each request with its samples, in the order in which they finish; requests are taken as needed."""
+        """Each request with its samples, in the order in which requests finish; they are taken as the engine needs
+        them."""
         ...
 
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        """(completion_id, raw log-prob of every completion token), with the adapter on or off."""
+        """(completion_id, raw log-prob of every completion token in nats), with the adapter on or off."""
         ...
 
     def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
-        """Each query with its answer, in the order in which they finish. Raises UsageError for a query with a schema
-        where the engine has no structured output."""
+        """Each query with its answer, in the order in which answers finish. Raises UsageError for a query with a schema
+        when the engine has no structured output."""
         ...
 
     def __enter__(self) -> Self: ...

@@ -1,4 +1,4 @@
-"""An engine without a model: canned text from the seed, made-up log-probs. Public, for tests and dry runs."""
+"""An engine without a model: canned text from the seed, invented log-probs. Public, for tests and dry runs."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _MOST_WORDS = 14
 
 
 class FakeEngine:
-    """Deterministic: a sample depends on its seed only, a log-prob on the token and its place only."""
+    """Deterministic: a sample depends on its seed alone, a log-prob on the token and its place alone."""
 
     scorer = "fake-1"
 
@@ -27,24 +27,24 @@ class FakeEngine:
         self._chat = chat
         self._max_tokens = settings.max_tokens
         self._end = min(chat.eos_token_ids)
-        # Encoded once: what a word costs is a look-up, so that this engine never is what one waits for.
+        # Words are encoded once: a sample costs look-ups only, and a test never waits for this engine.
         self._first = [encode(chat, word.capitalize()) for word in _WORDS]
         self._later = [encode(chat, f" {word}") for word in _WORDS]
         self._stop = encode(chat, ".")
         self._logps: dict[tuple[int, int], float] = {}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        """One to fourteen words and a full stop per draw; cut, as a real engine cuts, at max_tokens."""
+        """One to fourteen words and a full stop per draw, cut at max_tokens as by any engine."""
         for request in requests:
             yield request, [self._sample(draw) for draw in request.draws]
 
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        """The same made-up log-probs that sampling gives, shifted when the adapter is off."""
+        """The log-probs that sampling gives, shifted when the adapter is off."""
         for sequence in sequences:
             yield sequence.completion_id, self._score(sequence.token_ids, 0.0 if adapter else -0.125)
 
     def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
-        """The text that sampling would give; with a schema, JSON that follows it, by the digest of the prompt's ids."""
+        """The text that sampling would give; for a schema, JSON that follows it and depends on the prompt's ids."""
         for query in queries:
             if query.schema is None:
                 sample = self._sample(Draw(0, query.seed, query.temperature))
@@ -83,7 +83,7 @@ class FakeEngine:
 
 
 def _instance(schema: dict[str, Any], text: str) -> Any:
-    """A value that a schema of objects, enums and texts accepts, chosen by a digest of `text`."""
+    """A value that fits a schema of objects, enums and texts, chosen by a digest of `text`."""
     if "enum" in schema:
         return schema["enum"][_byte(text) % len(schema["enum"])]
     if schema["type"] == "string":

@@ -3,18 +3,11 @@
 """Sequence classification in vLLM: token ids in, raw logits out."""
 
 import contextlib
-import gc
-import logging
-import os
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefpipe.engines.vllm import (
-    _ENVIRONMENT,  # one way to start vLLM quietly
-    _cuda_is_available,  # one way to start vLLM quietly
-    _quiet,  # one way to start vLLM quietly
-)
+from prefpipe.engines import vllm_process
 
 Classify = Callable[[Sequence[Sequence[int]]], list[list[float]]]
 _KV_CACHE_MIB = 512  # on CPU; a GPU takes its free memory
@@ -26,16 +19,10 @@ def classifier(directory: Path, dtype: str, max_length: int, gpu_memory_utilizat
 
     `use_activation=False`: vLLM would squash the logits by default, and good answers would tie at 1.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
-    if not _cuda_is_available():
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        options = {"enforce_eager": True, "kv_cache_memory_bytes": _KV_CACHE_MIB << 20, "block_size": 32}
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    vllm_process.prepare()
     import vllm
 
-    with _quiet():
+    with vllm_process.quiet():
         llm = vllm.LLM(
             model=str(directory),
             runner="pooling",
@@ -43,7 +30,7 @@ def classifier(directory: Path, dtype: str, max_length: int, gpu_memory_utilizat
             max_model_len=max_length,
             load_format="safetensors",
             seed=0,
-            **options,
+            **vllm_process.device_options(_KV_CACHE_MIB, gpu_memory_utilization),
         )
     raw = vllm.PoolingParams(use_activation=False)
 
@@ -55,9 +42,6 @@ def classifier(directory: Path, dtype: str, max_length: int, gpu_memory_utilizat
     try:
         yield classify
     finally:
-        with _quiet():
+        with vllm_process.quiet():
             llm.llm_engine.engine_core.shutdown()
-            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-            cleanup_dist_env_and_memory()
-            gc.collect()
+            vllm_process.free()

@@ -32,7 +32,7 @@ class _Row:
 
 
 class TransformersEngine:
-    """Prompts of equal length run as one batch, so nothing is padded; every draw has a random source of its own."""
+    """Prompts of equal length run as one batch, so that nothing is padded; every draw has its random source."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
@@ -45,22 +45,23 @@ class TransformersEngine:
 
     @property
     def scorer(self) -> str:
-        """Names the numerics of the log-probs: they are the trainer's own forward."""
+        """The name of the numerics of the log-probs, which are those of the trainer's forward pass."""
         return load.scorer_name(self._settings.dtype)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
         """Yield each request with its samples; batches hold up to max_num_seqs draws over prompts of one length.
 
-        Log-probs come from one scoring pass over what was sampled: the trainer's forward, not the decoding kernels.
+        Log-probs come from one scoring pass over the samples: by the trainer's forward, not by the decoding kernels.
         """
         for batch in _batches(requests, self._settings.max_num_seqs):
             rows = [_Row(r, d, torch.Generator().manual_seed(d.seed)) for r in batch for d in r.draws]
             self._decode(rows)
-            own = [[row for row in rows if row.request is request] for request in batch]
-            scored = self._score(
-                [Tree(r.prompt_token_ids, [x.token_ids for x in o]) for r, o in zip(batch, own, strict=True)]
-            )
-            for request, drawn, logps in zip(batch, own, scored, strict=True):
+            by_request = [[row for row in rows if row.request is request] for request in batch]
+            trees = [
+                Tree(request.prompt_token_ids, [row.token_ids for row in drawn])
+                for request, drawn in zip(batch, by_request, strict=True)
+            ]
+            for request, drawn, logps in zip(batch, by_request, self._score(trees), strict=True):
                 yield (
                     request,
                     [
@@ -70,21 +71,21 @@ class TransformersEngine:
                 )
 
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        """The trainer's own forward without gradient; neighbours with the same prompt share it."""
+        """The trainer's forward without gradient; neighbours with the same prompt share its computation."""
         with load.adapter_off(self._model.policy, off=not adapter):
             for prompts in _chunks(groupby(sequences, key=lambda s: tuple(s.prompt_token_ids))):
-                trees = [Tree(prompt, [s.token_ids for s in own]) for prompt, own in prompts]
-                for (_, own), values in zip(prompts, self._score(trees), strict=True):
-                    yield from zip((s.completion_id for s in own), values, strict=True)
+                trees = [Tree(prompt, [s.token_ids for s in same]) for prompt, same in prompts]
+                for (_, same), values in zip(prompts, self._score(trees), strict=True):
+                    yield from zip((s.completion_id for s in same), values, strict=True)
 
     def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
         """Free text only, in batches over prompts of one length; nothing is scored."""
-        asked: dict[str, Query] = {}
-        for batch in _batches(map(_request, _remembered(queries, asked)), self._settings.max_num_seqs):
+        waiting: dict[str, Query] = {}
+        for batch in _batches(map(_request, _kept(queries, waiting)), self._settings.max_num_seqs):
             rows = [_Row(r, d, torch.Generator().manual_seed(d.seed)) for r in batch for d in r.draws]
             self._decode(rows)
             for row in rows:
-                yield asked.pop(row.request.prompt_id), Response(row.token_ids, row.finish_reason)
+                yield waiting.pop(row.request.prompt_id), Response(row.token_ids, row.finish_reason)
 
     def _score(self, trees: list[Tree]) -> list[list[list[float]]]:
         if not self._settled:
@@ -133,14 +134,14 @@ class TransformersEngine:
             ids = chosen[going].unsqueeze(1).to(device)
 
 
-def _remembered(queries: Iterable[Query], asked: dict[str, Query]) -> Iterator[Query]:
-    """The queries, each kept under its id while it is under way."""
+def _kept(queries: Iterable[Query], waiting: dict[str, Query]) -> Iterator[Query]:
+    """The queries, each kept in `waiting` under its id until its answer takes it out."""
     for query in queries:
         if query.schema is not None:
             raise UsageError(
                 "the transformers engine has no structured output", "use the vllm engine, or ask without a schema"
             )
-        asked[query.query_id] = query
+        waiting[query.query_id] = query
         yield query
 
 
@@ -149,8 +150,8 @@ def _request(query: Query) -> Request:
 
 
 def _draw(logps: torch.Tensor, row: _Row, settings: EngineSettings) -> torch.Tensor:
-    """One token from log-probs [V] by the Gumbel trick; greedy at temperature 0, else from what min_p, top_k and top_p
-    leave, applied in vLLM's order."""
+    """One token id, a scalar, from log-probs [V]: the largest at temperature 0, else a draw (Gumbel-max trick) from the
+    tokens that min_p, top_k and top_p leave, applied in vLLM's order."""
     if row.draw.temperature == 0:
         return logps.argmax()
     scaled = (logps / row.draw.temperature).log_softmax(-1)
@@ -193,10 +194,10 @@ _Prompt = tuple[tuple[int, ...], list[ScoreRequest]]
 
 
 def _chunks(prompts: Iterable[tuple[tuple[int, ...], Iterator[ScoreRequest]]]) -> Iterator[list[_Prompt]]:
-    """Prompts with their sequences, a few at a time: enough to fill a scoring pass, few enough to stay in memory."""
+    """Prompts with their completions, some at a time: enough to fill a scoring pass, few enough to hold in memory."""
     waiting: list[_Prompt] = []
-    for prompt, own in prompts:
-        waiting.append((prompt, list(own)))
+    for prompt, same in prompts:
+        waiting.append((prompt, list(same)))
         if len(waiting) == _PROMPTS_PER_CHUNK:
             yield waiting
             waiting = []

@@ -1,70 +1,51 @@
 # pyright: basic
-# vLLM ships incomplete types; this file is the only one that sees it.
-"""vLLM in this process: its own request loop, raw log-probs captured while sampling, adapters by path."""
+# vLLM ships incomplete types.
+"""The engine of vLLM: its request loop step by step, raw log-probs captured while sampling, the adapter per request."""
 
 import contextlib
 import ctypes
-import gc
-import logging
+import json
 import os
 from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pydantic import ValidationError
 
+from prefpipe.engines import vllm_process
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import DataError, UsageError
 
-# Read by vLLM when it is imported. In process: no children that outlive a kill, and a quarter of the start-up time.
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CONFIGURE_LOGGING": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
-    """One vLLM engine for one policy. The adapter is applied per request, so the base can score with it off."""
+    """One vLLM engine for one policy. The adapter goes with a request, so that the base can score without it."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        on_cpu = not _cuda_is_available()
+        vllm_process.prepare()
+        on_cpu = not vllm_process.cuda_is_available()
         if on_cpu:
-            # Eager anyway: without it the first log-prob request compiles a C++ kernel for two seconds.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             _keep_freed_memory()
-            if settings.tensor_parallel_size > 1:  # else every worker wants a NUMA node of its own
+            if settings.tensor_parallel_size > 1:  # else every worker wants a NUMA node for itself
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # no Triton on CPU: nothing of ours needs it
         import vllm
         from vllm.lora.request import LoRARequest
 
         self._vllm = vllm
         self._settings = settings
         self._adapter = None
-        options: dict[str, Any] = {}
-        if on_cpu:
-            options |= {"enforce_eager": True, "kv_cache_memory_bytes": settings.kv_cache_mib << 20, "block_size": 32}
-        else:
-            options |= {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        options = vllm_process.device_options(settings.kv_cache_mib, settings.gpu_memory_utilization)
         if settings.policy.adapter is not None:
             # The name carries the content: vLLM's prefix cache is keyed by name and path, not by weights.
             name = f"adapter-{settings.policy.adapter_weights}"
             self._adapter = LoRARequest(name, 1, str(settings.policy.adapter.absolute()))
-            # Two slots: on CPU a request without adapter reads the last slot, which must stay empty.
+            # Two slots: on CPU a request without an adapter reads the last slot, which must stay empty.
             options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": _lora_rank(settings)}
         if on_cpu and self._adapter is not None:
             _score_with_the_base_head()
-        with _quiet(), _refusals_told():
+        with vllm_process.quiet(), _usage_errors():
             self._llm = vllm.LLM(
                 model=str(settings.policy.directory),
                 dtype=settings.dtype,  # pyright: ignore[reportArgumentType]  (checked by the config)
@@ -77,7 +58,7 @@ class VllmEngine:
                 generation_config="vllm",
                 max_logprobs=1,
                 load_format="safetensors",
-                # JSON without white space of its own: a weak model would put line breaks between keys without end.
+                # Without white space between keys: a weak model would write line breaks there without end.
                 structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
                 seed=0,
                 **options,
@@ -91,7 +72,7 @@ class VllmEngine:
         return f"vllm-{self._vllm.__version__}/{self._settings.dtype}"
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        """Yield each request when all its draws are done, keeping about 2 x max_num_seqs draws in the engine."""
+        """Yield each request when all its draws are done; about 2 x max_num_seqs draws are in the engine at a time."""
         waiting: dict[str, tuple[Request, list[Sample]]] = {}
 
         def draws() -> Iterator[tuple[str, list[int], Any, bool]]:
@@ -114,39 +95,37 @@ class VllmEngine:
                 yield request, sorted(samples, key=lambda s: s.sample_index)
 
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        """Prompt log-probs of prompt + completion; only the completion's are kept."""
+        """Ask vLLM for the log-probs of prompt + completion as of one prompt, and keep those of the completion."""
         params = self._vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
-        lengths: dict[str, ScoreRequest] = {}
+        waiting: dict[str, ScoreRequest] = {}
 
-        def given() -> Iterator[tuple[str, list[int], Any, bool]]:
+        def prompts() -> Iterator[tuple[str, list[int], Any, bool]]:
             for sequence in sequences:
-                lengths[sequence.completion_id] = sequence
+                waiting[sequence.completion_id] = sequence
                 yield sequence.completion_id, sequence.prompt_token_ids + sequence.token_ids, params, adapter
 
-        for key, output in self._run(given()):
-            sequence = lengths.pop(key)
+        for key, output in self._run(prompts()):
+            sequence = waiting.pop(key)
             flat = output.prompt_logprobs
             starts = flat.start_indices[len(sequence.prompt_token_ids) :]
             if [flat.token_ids[s] for s in starts] != sequence.token_ids:
-                raise DataError(
-                    f"vLLM scored other tokens than it was given for {key}", "report this with your vLLM version"
-                )
+                raise DataError(f"vLLM scored other tokens than those of {key}", "report this with your vLLM version")
             yield key, [float(flat.logprobs[s]) for s in starts]
 
     def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
-        """Under a grammar made of the schema, where a query has one; log-probs are not asked for."""
-        asked: dict[str, Query] = {}
+        """Answers follow a grammar made of the schema, where a query has one; nothing asks for log-probs."""
+        waiting: dict[str, Query] = {}
 
-        def given() -> Iterator[tuple[str, list[int], Any, bool]]:
+        def prompts() -> Iterator[tuple[str, list[int], Any, bool]]:
             for query in queries:
-                asked[query.query_id] = query
+                waiting[query.query_id] = query
                 yield query.query_id, query.prompt_token_ids, self._answering(query), True
 
-        for key, output in self._run(given()):
-            (found,) = output.outputs
-            yield asked.pop(key), Response(list(found.token_ids), found.finish_reason)
+        for key, output in self._run(prompts()):
+            (answer,) = output.outputs
+            yield waiting.pop(key), Response(list(answer.token_ids), answer.finish_reason)
 
     def __enter__(self) -> Self:
         return self
@@ -154,16 +133,14 @@ class VllmEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with _quiet():
+        with vllm_process.quiet():
             self._engine.engine_core.shutdown()
             del self._llm, self._engine
-            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-            cleanup_dist_env_and_memory()
-            gc.collect()
+            vllm_process.free()
 
     def _run(self, requests: Iterator[tuple[str, list[int], Any, bool]]) -> Iterator[tuple[str, Any]]:
-        """vLLM's step loop with a window: requests enter as others leave, results come out one by one."""
+        """Requests are (id, token ids, sampling parameters, adapter on or off). A window of them is in the engine: some
+        enter as others leave, and results come out one by one."""
         window = 2 * self._settings.max_num_seqs
         unfinished: set[str] = set()
         while True:
@@ -173,7 +150,7 @@ class VllmEngine:
                 unfinished.add(key)
             if not unfinished:
                 return
-            # A shard is scored while the next ones are sampled: each loop takes its own outputs and leaves the others.
+            # One shard is scored while the next ones are sampled: each loop takes its outputs and leaves the others.
             if not unfinished & self._arrived.keys():
                 self._arrived |= {o.request_id: o for o in self._engine.step() if o.finished}
             for key in sorted(unfinished & self._arrived.keys()):
@@ -213,8 +190,6 @@ def _to_sample(sample_index: int, output: Any) -> Sample:
 
 
 def _lora_rank(settings: EngineSettings) -> int:
-    import json
-
     assert settings.policy.adapter is not None
     config = json.loads((settings.policy.adapter / "adapter_config.json").read_text())
     if "lm_head" in (config.get("target_modules") or ()) or config.get("modules_to_save"):
@@ -226,8 +201,8 @@ def _lora_rank(settings: EngineSettings) -> int:
 
 
 def _score_with_the_base_head() -> None:
-    """vLLM 0.32 on CPU fails on prompt log-probs with LoRA: its head picks one adapter per sequence, but prompt scoring
-    has many rows per sequence. No adapter of ours touches the head (train refuses it), so the base head is exact."""
+    """Make prompt log-probs with LoRA work in vLLM 0.32 on CPU: its head picks one adapter per sequence, where scoring
+    has many rows per sequence. No adapter here touches the head (`_lora_rank` refuses it): the base's head is exact."""
     from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 
     def base_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -236,15 +211,10 @@ def _score_with_the_base_head() -> None:
     LogitsProcessorWithLoRA._get_logits = base_logits
 
 
-def _cuda_is_available() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a step with log-probs frees buffers of [sequences, vocabulary], and whether they
-    went back to the system, to be mapped again page by page in the next step, was a matter of luck (docs/LOG.md)."""
+    """Let glibc keep memory that is freed. A step with log-probs frees buffers of [sequences, vocabulary]; by chance
+    they went back to the system or not, and those that did were mapped again page by page in the next step
+    (docs/LOG.md)."""
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     with contextlib.suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -253,29 +223,14 @@ def _keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def _refusals_told() -> Generator[None]:
-    """vLLM says with a ValueError that a model cannot run with the settings it is given."""
+def _usage_errors() -> Generator[None]:
+    """A UsageError in place of the ValueError by which vLLM says that a model cannot run with its settings."""
     try:
         yield
     except ValueError as error:
-        found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise UsageError(
-            f"vLLM cannot start with these settings: {found}",
+            f"vLLM cannot start with these settings: {reason}",
             "look at --tensor-parallel-size, --max-num-seqs, --max-prompt-tokens, --max-tokens, and at --kv-cache-mib "
             "(on CPU) or --gpu-memory-utilization",
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """Start-up and shutdown of vLLM print over the progress bar, some of it from C++: send both streams nowhere."""
-    with Path(os.devnull).open("w") as nowhere:
-        kept = [(stream, os.dup(stream)) for stream in (1, 2)]
-        try:
-            for stream, _ in kept:
-                os.dup2(nowhere.fileno(), stream)
-            yield
-        finally:
-            for stream, copy in kept:
-                os.dup2(copy, stream)
-                os.close(copy)
