@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from prefpipe.config.base import STRICT, Heading
+from prefpipe.config.base import ADDED, STRICT, Heading
 
 Kind = Literal["pairs", "labels", "groups"]
 Need = Literal["reference", "preference_prob", "reward_gap", "z0"]
@@ -75,6 +75,11 @@ LOSSES: dict[str, Loss] = {
     "bco_pair": Loss(LOG_RATIO_SETTINGS),
     "sppo_hard": Loss(LOG_RATIO_SETTINGS, target=_SQUARES),
     "sppo": Loss(LOG_RATIO_SETTINGS, needs=("reference", "preference_prob"), target=_SQUARES),
+    "cal_dpo": Loss(
+        (*LOG_RATIO_SETTINGS, "cal_dpo_weight"),
+        target="log-ratios are drawn to +-1/(2 beta) = {half}",
+        largest_target=_LARGEST_TARGET,
+    ),
     "apo_zero": Loss(LOG_RATIO_SETTINGS),
     "apo_down": Loss(LOG_RATIO_SETTINGS),
     "dpop": Loss((*LOG_RATIO_SETTINGS, "dpop_lambda")),
@@ -149,6 +154,8 @@ class LossSettings(BaseModel):
     """target margin as gamma / beta, in nats per token; not together with simpo_gamma."""
     alphapo_alpha: Annotated[float, Field(gt=0)] = 0.25
     """shape of the reward (1 - p^-alpha) / alpha."""
+    cal_dpo_weight: Annotated[float, ADDED, Field(ge=0)] = 1.0
+    """weight of the calibration, the squared distances of both log-ratios from +-1/(2 beta)."""
     dpop_lambda: Annotated[float, Field(ge=0)] = 50.0
     """weight of the penalty on a chosen completion that falls below the reference."""
     rdpo_alpha: float = 0.01

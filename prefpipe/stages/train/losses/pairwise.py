@@ -91,6 +91,15 @@ def sppo(batch: PairBatch, settings: LossSettings) -> torch.Tensor:
     return ((a - target) ** 2 + (b + target) ** 2) / 2
 
 
+def cal_dpo(batch: PairBatch, settings: LossSettings) -> torch.Tensor:
+    """-S(h) + w [(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2], w = cal_dpo_weight. Xiao et al. 2024 (Cal-DPO, 2412.14516):
+    h, without beta, contrasts the sides; the squares calibrate the implicit rewards beta a and beta b to 1/2 and -1/2.
+    The paper's loss has w = 1; w = 0 is DPO with a beta of 1."""
+    a, b = log_ratios(batch, settings)
+    calibration = (a - 0.5 / settings.beta) ** 2 + (b + 0.5 / settings.beta) ** 2
+    return -logsigmoid(a - b) + settings.cal_dpo_weight * calibration
+
+
 def apo_zero(batch: PairBatch, settings: LossSettings) -> torch.Tensor:
     """s(-beta a) + s(beta b): chosen up, rejected down. D'Oosterlinck et al. 2024 (2408.06266)."""
     a, b = log_ratios(batch, settings)

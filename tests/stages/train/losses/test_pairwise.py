@@ -43,6 +43,7 @@ GOLDEN: dict[str, tuple[str, LossSettings, tuple[float, float, float, float]]] =
     "apo_zero": ("apo_zero", beta(0.1), (0.827707, 0.843384, 1.353518, 0.970021)),
     "apo_down": ("apo_down", beta(0.1), (0.881646, 0.757370, 1.086516, 0.975036)),
     "sppo_hard": ("sppo_hard", beta(0.1), (9.0, 89.0, 325.0, 39.04)),
+    "cal_dpo": ("cal_dpo", beta(0.1), (9.000911, 89.000911, 340.0, 39.303282)),
     "dpop": ("dpop", beta(0.1), (0.403186, 14.300001, 51.5, 0.634946)),
     "dpo+nll": ("sigmoid+nll", beta(0.1), (2.403186, 2.653186, 3.923636, 1.134946)),
     "simpo": ("simpo", beta(2.0, simpo_gamma=1.0), (1.037488, 1.103186, 1.272953, 0.313262)),
@@ -72,6 +73,16 @@ def test_dpo_values_derived_by_hand(row: Row, h: float):
     assert float(loss("sigmoid", beta(0.1), row)) == pytest.approx(math.log(1 + math.exp(-0.1 * h)), rel=1e-12)
 
 
+def test_cal_dpo_values_derived_by_hand():
+    """A: a = 2, b = -5, h = 7. At beta 0.1 its targets are 5 and -5: ln(1 + e^-7) + 3^2 + 0^2. The slope in a at weight
+    0.5 is -s(-7) + 0.5 * 2 (2 - 5), in b s(-7) + 0."""
+    s = beta(0.1, cal_dpo_weight=0.5)
+    assert float(loss("cal_dpo", beta(0.1), A)) == pytest.approx(math.log1p(math.exp(-7)) + 9, rel=1e-12)
+    assert float(loss("cal_dpo", s, A)) == pytest.approx(math.log1p(math.exp(-7)) + 4.5, rel=1e-12)
+    pull = 1 / (1 + math.exp(7))
+    assert gradient("cal_dpo", s, A) == pytest.approx([-pull - 3, pull], rel=1e-12)
+
+
 AT_REFERENCE: dict[str, tuple[LossSettings, float]] = {
     **{name: (beta(0.1), LN2) for name in ("sigmoid", "sigmoid_norm", "dpop", "soft")},
     "robust": (beta(0.1, label_smoothing=0.2), LN2),
@@ -83,6 +94,7 @@ AT_REFERENCE: dict[str, tuple[LossSettings, float]] = {
     "apo_down": (beta(0.1), 1.0),
     "exo_pair": (beta(0.1, label_smoothing=1e-3), -LN2 - 0.5 * math.log(1e-3 * (1 - 1e-3))),
     "sppo_hard": (beta(0.1), 50.0),
+    "cal_dpo": (beta(0.1), LN2 + 50.0),  # h = 0, and (1/(2 beta))^2 twice
     "sppo": (beta(0.1), 9.0),  # ((0.8 - 0.5) / 0.1)^2, twice, halved
     "rdpo": (beta(0.1), math.log1p(math.exp(0.1))),  # alpha (|w| - |l|) = 0.01 (5 - 15)
     "margin": (beta(0.1), math.log1p(math.exp(1.5))),
@@ -103,7 +115,7 @@ def test_every_loss_with_a_reference_has_a_value_there():
 
 
 SHIFT_BLIND = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "margin", "odpo", "soft", "rdpo")
-SHIFT_AWARE = ("nca_pair", "bco_pair", "apo_zero", "apo_down", "dpop", "sppo_hard", "sppo")
+SHIFT_AWARE = ("nca_pair", "bco_pair", "apo_zero", "apo_down", "dpop", "sppo_hard", "sppo", "cal_dpo")
 
 
 @settings(deadline=None, max_examples=40)
@@ -134,8 +146,9 @@ def test_swapping_the_sides_adds_beta_h(rows: list[Row], b: float):
 @settings(deadline=None, max_examples=30)
 @given(ROWS, BETA)
 def test_special_cases_are_the_losses_they_generalise(rows: list[Row], b: float):
-    """cDPO(0) = robust(0) = DPO; soft(1) = DPO; LD(1) = DPO; Rainbow(m=1) = DPO-norm, Rainbow(m=0) = SimPO with
-    gamma = beta g; SimPO(gamma=0) = DPO-norm with a reference of zeros; margin and ODPO with alpha 0 are DPO."""
+    """Cal-DPO(w=0) = DPO at beta 1; cDPO(0) = robust(0) = DPO; soft(1) = DPO; LD(1) = DPO; Rainbow(m=1) = DPO-norm,
+    Rainbow(m=0) = SimPO with gamma = beta g; SimPO(gamma=0) = DPO-norm with a reference of zeros; margin and ODPO
+    with alpha 0 are DPO."""
     given = pairs(*rows, prob=1.0, gap=2.0)
     dpo, norm = (registry.loss(name, given, beta(b)) for name in ("sigmoid", "sigmoid_norm"))
     same: list[tuple[torch.Tensor, torch.Tensor]] = [
@@ -146,6 +159,7 @@ def test_special_cases_are_the_losses_they_generalise(rows: list[Row], b: float)
         (pairwise.odpo(given, beta(b, margin_alpha=0.0)), dpo),
         (pairwise.rdpo(given, beta(b, rdpo_alpha=0.0)), dpo),
         (pairwise.dpop(given, beta(b, dpop_lambda=0.0)), dpo),
+        (pairwise.cal_dpo(given, beta(b, cal_dpo_weight=0.0)), pairwise.sigmoid(given, beta(1.0))),
         (pairwise.rainbow(given, beta(b, rainbow_mix=1.0)), norm),
         (
             pairwise.rainbow(given, beta(b, rainbow_mix=0.0, rainbow_margin=0.3)),
