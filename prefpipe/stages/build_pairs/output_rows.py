@@ -14,10 +14,11 @@ import pyarrow as pa
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.ids import content_id
-from prefpipe.schemas import Label, Pair, RankedGroup, arrow_schema
+from prefpipe.schemas import Completion, Label, Pair, RankedGroup, arrow_schema
 from prefpipe.stages.build_pairs.candidates import Files, Sources, partition_of, pieces, scan, split
 
 SIDES = ("chosen", "rejected")
+_OF_CANDIDATES = ("prompt_id", "sample_index", "finish_reason")  # columns that rows have already, or do not need
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def fetch(sources: Sources, used: pl.DataFrame, count: int, folder: Path) -> Con
     """Read what belongs to `used` (prompt_id, completion_id). Raises DataError when two references are mixed."""
     used = used.unique().with_columns(partition=partition_of(count))
     wanted = used.lazy().select("completion_id", "partition")
-    columns = ("completion_id", "text", "prompt_token_ids", "token_ids", "ids_digest", "policy")
+    columns = [name for name in arrow_schema(Completion).names if name not in _OF_CANDIDATES]
     completions = [scan(piece).select(columns) for piece in pieces(sources.completions)]
     prompts = [scan(piece).select("prompt_id", prompt="messages") for piece in pieces(sources.prompts)]
     used_prompts = used.lazy().select("prompt_id", "partition").unique()
