@@ -508,7 +508,7 @@ def test_bad_input_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
 
 def test_every_reason_is_documented() -> None:
     """Names of reasons in the code and in docs/pair-rules.md are the same."""
-    code = "".join(p.read_text() for p in (ROOT / "prefpipe" / "build_pairs").glob("*.py"))
+    code = "".join(p.read_text() for p in (ROOT / "prefpipe" / "stages" / "build_pairs").glob("*.py"))
     page = (ROOT / "docs" / "pair-rules.md").read_text().partition("## Reasons in the ledger")[2]
     named = set(re.findall(r'then\(pl\.lit\("(\w+)"\)\)', code)) | set(re.findall(r'reason=pl\.lit\("(\w+)"\)', code))
     assert len(named) > 20
