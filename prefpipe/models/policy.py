@@ -95,10 +95,8 @@ def _weights_digest(directory: Path) -> str:
     Inode, size, mtime and ctime tell whether a file changed; no program can set ctime back. Digests of large models
     are kept in the user's cache, those of small ones in this process.
     """
-    files = [p for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", ".json")]
-    stats = tuple(
-        (p.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files for s in [p.stat()]
-    )
+    files = [(p.name, p.stat()) for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", ".json")]
+    stats = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files)
     return _memoised_digest(directory, stats)
 
 

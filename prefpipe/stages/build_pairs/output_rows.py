@@ -15,10 +15,12 @@ from prefpipe.config.build_pairs import RULES, BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id
 from prefpipe.rows import logps_of_other_ids, one_reference
-from prefpipe.schemas import Label, Pair, RankedGroup, arrow_schema
+from prefpipe.schemas import Completion, Label, Pair, RankedGroup, arrow_schema
 from prefpipe.stages.build_pairs.candidates import Sources
 from prefpipe.stages.build_pairs.filters import SIDES
 from prefpipe.stages.build_pairs.partitions import Files, batches, partition_of, scan, split
+
+_OF_CANDIDATES = ("prompt_id", "sample_index", "finish_reason")  # columns that rows have already, or do not need
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def fetch(sources: Sources, used: pl.DataFrame, count: int, folder: Path) -> Con
     """
     used = used.unique().with_columns(partition=partition_of(count))
     wanted = used.lazy().select("completion_id", "partition")
-    columns = ("completion_id", "text", "prompt_token_ids", "token_ids", "ids_digest", "policy")
+    columns = [name for name in arrow_schema(Completion).names if name not in _OF_CANDIDATES]
     completions = [scan(batch).select(columns) for batch in batches(sources.completions)]
     prompts = [scan(batch).select("prompt_id", prompt="messages") for batch in batches(sources.prompts)]
     used_prompts = used.lazy().select("prompt_id", "partition").unique()

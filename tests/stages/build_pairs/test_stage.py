@@ -144,7 +144,7 @@ def test_partitions_change_only_how_the_rows_are_cut(
         assert several["totals"][name] == manifest["totals"][name]
     datasets = {n.split("/")[0] for n in manifest["files"] if "/" in n}
     for dataset in datasets:
-        tables = [
+        contents_of = [
             sorted(
                 map(
                     str,
@@ -157,7 +157,7 @@ def test_partitions_change_only_how_the_rows_are_cut(
             )
             for o in ("one", "five")
         ]
-        assert tables[0] == tables[1]
+        assert contents_of[0] == contents_of[1]
         if dataset != "kl_bank":
             assert len(list((tmp_path / "five" / dataset).glob("*.parquet"))) > 2
     assert ledger_of(tmp_path / "one") == ledger_of(tmp_path / "five")
