@@ -49,6 +49,10 @@ def test_the_columns_are_those_of_the_schemas() -> None:
     assert PAGE.read_text() == made, "run this test with PREFPIPE_WRITE_DOCS=1"
 
 
+def test_the_page_names_the_schema_version() -> None:
+    assert f"The schema version, {schemas.VERSION}, stands" in PAGE.read_text()
+
+
 def test_every_row_type_is_on_the_page() -> None:
     rows = {
         n
