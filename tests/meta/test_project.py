@@ -13,7 +13,7 @@ from prefpipe.config import base, shared
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.losses import LOSSES
+from prefpipe.config.losses import LOSSES, LossSettings, readers
 from prefpipe.config.rewards import KINDS
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
@@ -55,6 +55,12 @@ def test_registries_and_settings_name_the_same_things() -> None:
     assert set(get_args(loss_choice)) == set(LOSSES)
     for cls in (GenerateConfig, EvaluateConfig, ScoreConfig):
         assert set(get_args(cls.model_fields["engine"].annotation)) == set(ENGINES)
+
+
+def test_the_page_of_losses_has_every_loss_and_what_it_alone_reads() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text()
+    settings = [s for s in LossSettings.model_fields if len(readers(s)) == 1]
+    assert [name for name in (*LOSSES, *settings) if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("name", ["dpop", "rdpo", "exo_pair", "odpo", "plackett_luce", "apo_zero_unpaired"])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe.config.losses import LOSSES, LossSettings, Objective
 from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train.examples import TrainLabel, TrainPair
 from prefpipe.stages.train.targets import targets
@@ -50,6 +51,19 @@ def test_lines(changes: dict[str, object], expected: str):
 def test_warnings(changes: dict[str, object], expected: str):
     found = targets(data.config(Path(), **changes).objective, ROWS).warnings
     assert any(expected in line for line in found), found
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_with_a_temperature_says_what_it_aims_at(name: str):
+    found = targets(Objective((name,), (1.0,), LossSettings(beta=5.0)), ROWS)
+    assert [line.partition(": ")[0] for line in found.lines] == ([name] if LOSSES[name].target else [])
+    assert found.warnings == []
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.target])
+def test_every_loss_with_a_temperature_warns_when_it_is_far_too_low(name: str):
+    (line,) = targets(Objective((name,), (1.0,), LossSettings(beta=1e-4)), ROWS).warnings
+    assert line.startswith(f"{name}: ")
 
 
 def test_losses_without_beta_say_nothing():

@@ -19,11 +19,12 @@ from prefpipe.schemas import RefLogps
 from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train import loop, stage
 from prefpipe.stages.train.examples import TrainLabel, TrainPair
+from prefpipe.stages.train.losses import registry
 from prefpipe.stages.train.micro_batches import balanced_batches, bank_rows
 from prefpipe.stages.train.optimizer import learning_rate
 from tests.conftest import Cli
 from tests.stages.train import data
-from tests.stages.train.losses.test_pairwise import AT_REFERENCE
+from tests.stages.train.cases import pairs as batch_of
 from tests.stages.train.test_loop import lora, plain_logp
 from tests.stages.train.test_parallel import torchrun
 from tests.stages.train.test_stage import adapter, metrics
@@ -48,16 +49,15 @@ def pairs(tiny_model: Path) -> list[TrainPair]:
 @pytest.mark.parametrize("name", names("pairs"))
 def test_a_loss_of_pairs_starts_at_its_value_and_falls(tiny_model: Path, pairs: list[TrainPair], name: str):
     """At step 0 the policy is the reference; every loss is lower after a few passes over the same eight pairs."""
-    changes: dict[str, Any] = {"loss_type": (name,)}
-    if name in ("exo_pair", "robust"):
-        changes["label_smoothing"] = AT_REFERENCE[name][0].label_smoothing
-    config = data.config(tiny_model, num_train_epochs=8, train_batch_size=8, lr_scheduler_type="constant", **changes)
+    config = data.config(
+        tiny_model, loss_type=(name,), label_smoothing={"exo_pair": 1e-3, "robust": 0.2}.get(name, 0.0),
+        num_train_epochs=8, train_batch_size=8, lr_scheduler_type="constant",
+    )  # fmt: skip
     found = [m.values["loss"] for m in loop.steps(data.trainer(data.policy(tiny_model), config), pairs, 0)]
-    if name == "rdpo":
-        lengths = [0.01 * (len(p.chosen) - len(p.rejected)) for p in pairs]
-        assert found[0] == pytest.approx(sum(math.log1p(math.exp(-x)) for x in lengths) / len(lengths), rel=1e-4)
-    elif name in AT_REFERENCE:
-        assert found[0] == pytest.approx(AT_REFERENCE[name][1], rel=1e-3)
+    sums = [(sum(p.ref_chosen or ()), sum(p.ref_rejected or ())) for p in pairs]
+    rows = [(*both, *both, len(p.chosen), len(p.rejected)) for both, p in zip(sums, pairs, strict=True)]
+    there = registry.loss(name, batch_of(*rows, prob=0.8, gap=1.5), config.objective.settings)
+    assert found[0] == pytest.approx(float(there.mean()), rel=1e-3)
     assert found[-1] < found[0]
 
 
