@@ -1,5 +1,7 @@
 """Batches of losses from plain rows of numbers, and the four rows that golden values belong to."""
 
+import math
+
 import torch
 
 from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossSettings, PairBatch, RankBatch
@@ -45,3 +47,34 @@ def ranks(*groups: list[float], dtype: torch.dtype = torch.float64) -> RankBatch
 def beta(value: float, **others: float | str) -> LossSettings:
     """Settings with this beta."""
     return LossSettings(beta=value, **others)  # type: ignore[arg-type]  (names are checked when it is called)
+
+
+class Recorder:
+    """Settings that remember which of them are read."""
+
+    def __init__(self, values: LossSettings) -> None:
+        self.values, self.read = values, set[str]()
+
+    def __getattr__(self, name: str) -> float | str:
+        self.read.add(name)
+        return getattr(self.values, name)
+
+
+LN2 = math.log(2)
+# Loss, settings, and the value where the policy is the reference: chosen of 5 tokens, rejected of 15.
+AT_REFERENCE: dict[str, tuple[LossSettings, float]] = {
+    **{name: (beta(0.1), LN2) for name in ("sigmoid", "sigmoid_norm", "dpop", "soft")},
+    "robust": (beta(0.1, label_smoothing=0.2), LN2),
+    "hinge": (beta(0.1), 1.0),
+    "ipo": (beta(0.1), 25.0),
+    "nca_pair": (beta(0.1), 2 * LN2),
+    "bco_pair": (beta(0.1), 2 * LN2),
+    "apo_zero": (beta(0.1), 1.0),
+    "apo_down": (beta(0.1), 1.0),
+    "exo_pair": (beta(0.1, label_smoothing=1e-3), -LN2 - 0.5 * math.log(1e-3 * (1 - 1e-3))),
+    "sppo_hard": (beta(0.1), 50.0),
+    "sppo": (beta(0.1), 9.0),  # ((0.8 - 0.5) / 0.1)^2, twice, halved
+    "rdpo": (beta(0.1), math.log1p(math.exp(0.1))),  # alpha (|w| - |l|) = 0.01 (5 - 15)
+    "margin": (beta(0.1), math.log1p(math.exp(1.5))),
+    "odpo": (beta(0.1), math.log1p(1.5)),  # -S(-ln 1.5) = ln(1 + 1.5)
+}

@@ -53,7 +53,7 @@ def trl(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.trl_runs", str(tiny_model), str(folder)],
+        [sys.executable, "-m", "tests.stages.train.trl_runs", str(tiny_model), str(folder)],
         capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **environment}, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -13,9 +13,8 @@ from prefpipe.config.train import PAIR_LOSSES, READS
 from prefpipe.stages.train.losses import pairwise
 from prefpipe.stages.train.losses.batch import Logps, LossSettings, PairBatch
 from prefpipe.stages.train.losses.registry import LOSSES, combine
-from tests.stages.train.cases import A, B, C, D, Row, beta, pairs
+from tests.stages.train.cases import AT_REFERENCE, LN2, A, B, C, D, Recorder, Row, beta, pairs
 
-LN2 = math.log(2)
 LOGP = st.floats(-2000, 0, width=32)
 ROW = st.tuples(LOGP, LOGP, LOGP, LOGP, st.integers(1, 1000), st.integers(1, 1000))
 ROWS = st.lists(ROW, min_size=1, max_size=6)
@@ -69,24 +68,6 @@ def test_golden_values(case: str):
 def test_dpo_values_derived_by_hand(row: Row, h: float):
     """h = (c - c0) - (r - r0): A 2 + 5 = 7, C -10 - 5 = -15, D 0.2 + 1 = 1.2; the loss is ln(1 + e^(-0.1 h))."""
     assert float(loss("sigmoid", beta(0.1), row)) == pytest.approx(math.log(1 + math.exp(-0.1 * h)), rel=1e-12)
-
-
-AT_REFERENCE: dict[str, tuple[LossSettings, float]] = {
-    **{name: (beta(0.1), LN2) for name in ("sigmoid", "sigmoid_norm", "dpop", "soft")},
-    "robust": (beta(0.1, label_smoothing=0.2), LN2),
-    "hinge": (beta(0.1), 1.0),
-    "ipo": (beta(0.1), 25.0),
-    "nca_pair": (beta(0.1), 2 * LN2),
-    "bco_pair": (beta(0.1), 2 * LN2),
-    "apo_zero": (beta(0.1), 1.0),
-    "apo_down": (beta(0.1), 1.0),
-    "exo_pair": (beta(0.1, label_smoothing=1e-3), -LN2 - 0.5 * math.log(1e-3 * (1 - 1e-3))),
-    "sppo_hard": (beta(0.1), 50.0),
-    "sppo": (beta(0.1), 9.0),  # ((0.8 - 0.5) / 0.1)^2, twice, halved
-    "rdpo": (beta(0.1), math.log1p(math.exp(0.1))),  # alpha (|w| - |l|) = 0.01 (5 - 15)
-    "margin": (beta(0.1), math.log1p(math.exp(1.5))),
-    "odpo": (beta(0.1), math.log1p(1.5)),  # -S(-ln 1.5) = ln(1 + 1.5)
-}
 
 
 @settings(max_examples=20, deadline=None)
@@ -175,17 +156,6 @@ def test_ld_weighs_the_tail_of_policy_and_reference_alike():
     bare = PairBatch(*(Logps(torch.ones(1), torch.ones(1), torch.ones(1)) for _ in range(2)))
     with pytest.raises(ValueError, match="ld_alpha"):
         pairwise.sigmoid(bare, beta(0.1, ld_alpha=0.5))
-
-
-class Recorder:
-    """Settings that remember which of them are read."""
-
-    def __init__(self, values: LossSettings) -> None:
-        self.values, self.read = values, set[str]()
-
-    def __getattr__(self, name: str) -> float | str:
-        self.read.add(name)
-        return getattr(self.values, name)
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)

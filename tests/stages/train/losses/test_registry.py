@@ -7,8 +7,7 @@ import pytest
 from prefpipe.config.train import PAIR_LOSSES, READS, ROWS
 from prefpipe.stages.train.losses.batch import LossSettings
 from prefpipe.stages.train.losses.registry import LOSSES, combine
-from tests.stages.train.cases import A, beta, labels, pairs, ranks
-from tests.stages.train.losses.test_pairwise import Recorder
+from tests.stages.train.cases import A, Recorder, beta, labels, pairs, ranks
 
 
 def test_names_kinds_and_settings_are_those_of_the_config():
