@@ -1,17 +1,15 @@
 """Prompts to shards: whole ones only, in their order, whatever order an engine finishes in."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefpipe.engines import base
-from prefpipe.engines.base import Draw, Request, Sample
+from prefpipe.engines.base import Draw, Request, Sample, ScoreRequest
 from prefpipe.errors import PrefpipeError, RowFault
 from prefpipe.ids import content_id
 from prefpipe.inference import sampling
@@ -19,6 +17,7 @@ from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Ready, Sampled, Shard
 from prefpipe.models.chat import Chat
 from prefpipe.schemas import Dropped, Message, Prompt
+from tests.engines.cases import ScriptedEngine
 
 DRAWS = (Draw(0, 1, 1.0), Draw(1, 2, 1.0))
 
@@ -60,41 +59,14 @@ def sample(missing: Sequence[Shard], engine: base.Engine, work: Recorder, chat: 
         )
 
 
-class ShuffledEngine:
-    """Finishes requests in random order; `in_flight` requests are taken before the first one is done."""
+def shuffled(seed: int, in_flight: int, **changes: Any) -> ScriptedEngine:
+    """Every completion is the prompt's ids and an end; requests leave in random order."""
 
-    scorer = "shuffled"
-
-    def __init__(self, seed: int, in_flight: int) -> None:
-        self._source = random.Random(seed)
-        self._in_flight = in_flight
-        self.taken = 0
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        waiting: list[Request] = []
-        for request in requests:
-            self.taken += 1
-            waiting.append(request)
-            if len(waiting) == self._in_flight:
-                yield self._finish(waiting)
-        while waiting:
-            yield self._finish(waiting)
-
-    def score(self, sequences: Iterable[base.ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        yield from ((s.completion_id, [0.0] * len(s.token_ids)) for s in sequences)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def _finish(self, waiting: list[Request]) -> tuple[Request, list[Sample]]:
-        request = waiting.pop(self._source.randrange(len(waiting)))
+    def sample(request: Request) -> list[Sample]:
         ids = [*request.prompt_token_ids, 2]
-        return request, [Sample(d.sample_index, ids, [0.0] * len(ids), "stop") for d in request.draws]
+        return [Sample(d.sample_index, ids, [0.0] * len(ids), "stop") for d in request.draws]
+
+    return ScriptedEngine(sample, lambda s, _: [0.0] * len(s.token_ids), in_flight=in_flight, seed=seed, **changes)
 
 
 def prompt(text: str, answer: str | None = None) -> Prompt:
@@ -122,7 +94,7 @@ def test_shards_commit_whole_once_and_in_prompt_order(
     """Every shard is committed once, with its prompts in their order and every prompt with its own samples."""
     given_ = prompts(number)
     work = Recorder()
-    tokens = sample(cut(given_, rows), ShuffledEngine(seed, in_flight), work, chat, tmp_path)
+    tokens = sample(cut(given_, rows), shuffled(seed, in_flight), work, chat, tmp_path)
     assert sorted(work.committed) == list(range(-(-number // rows)))
     in_order = [s for i in sorted(work.committed) for s in work.committed[i]]
     assert [s.ready for s in in_order] == [Ready(p, tokens_of(p)) for p in given_]
@@ -135,14 +107,14 @@ def test_shards_commit_whole_once_and_in_prompt_order(
 def test_a_shard_commits_as_soon_as_it_is_whole(chat: Chat, tmp_path: Path) -> None:
     """One request in flight: shard 0 (two prompts) is committed before the third prompt is asked for."""
     work = Recorder()
-    sample(cut(prompts(6), 2), ShuffledEngine(0, 1), work, chat, tmp_path)
+    sample(cut(prompts(6), 2), shuffled(0, 1), work, chat, tmp_path)
     assert work.taken_at_commit == [2, 4, 6]
 
 
 def test_only_the_given_shards_are_sampled(chat: Chat, tmp_path: Path) -> None:
     """Resume passes the missing ones under their own numbers."""
     found = cut(prompts(9), 3)
-    work, engine = Recorder(), ShuffledEngine(0, 4)
+    work, engine = Recorder(), shuffled(0, 4)
     sample([found[0], found[2]], engine, work, chat, tmp_path)
     assert sorted(work.committed) == [0, 2]
     assert engine.taken == 6
@@ -166,15 +138,17 @@ def test_a_shard_is_tokenised_when_the_engine_asks_for_it(chat: Chat, tmp_path: 
         tokenised += 1
         return tokens_of(prompt)
 
-    class Watched(ShuffledEngine):
-        def _finish(self, waiting: list[Request]) -> tuple[Request, list[Sample]]:
-            ahead.append(tokenised - self.taken)
-            return super()._finish(waiting)
+    engine = shuffled(0, 3)
 
+    def sample(request: Request) -> list[Sample]:
+        ahead.append(tokenised - engine.taken)
+        return plain(request)
+
+    plain, engine.sample = engine.sample, sample
     inflight = Inflight.load(tmp_path)
     with inflight.recording():
         sampling.sample_shards(
-            lambda: sampling.cut(prompts(20), 2, set(range(10))), prepare, Watched(0, 3), Recorder(), chat, inflight,
+            lambda: sampling.cut(prompts(20), 2, set(range(10))), prepare, engine, Recorder(), chat, inflight,
             lambda amount, note="": None,
         )  # fmt: skip
     assert tokenised == 20
@@ -195,7 +169,7 @@ def test_a_prompt_that_cannot_be_sampled_is_handed_over_with_its_shard(chat: Cha
     done: list[float] = []
     with inflight.recording():
         sampling.sample_shards(
-            lambda: cut(prompts(6), 2), prepare, ShuffledEngine(0, 3), work, chat, inflight,
+            lambda: cut(prompts(6), 2), prepare, shuffled(0, 3), work, chat, inflight,
             lambda amount, note="": done.append(amount),
         )  # fmt: skip
     kept = {i: [s.ready.prompt.messages[0]["content"] for s in own] for i, own in work.committed.items()}
@@ -209,26 +183,20 @@ def test_a_prompt_that_cannot_be_sampled_is_handed_over_with_its_shard(chat: Cha
 def test_draws_are_asked_for_by_prompt(chat: Chat, tmp_path: Path) -> None:
     given_ = prompts(3)
     work = Recorder(lambda p: DRAWS[: 1 + (p is given_[1])])
-    sample(cut(given_, 3), ShuffledEngine(3, 3), work, chat, tmp_path)
+    sample(cut(given_, 3), shuffled(3, 3), work, chat, tmp_path)
     seen = [(s.ready.prompt.messages[0]["content"], len(s.samples)) for s in work.committed[0]]
     assert seen == [("0", 1), ("1", 2), ("2", 1)]
 
 
-class DyingEngine(ShuffledEngine):
+def dying(poison: str, in_flight: int) -> ScriptedEngine:
     """Fails as soon as it is given a prompt of one id."""
 
-    def __init__(self, poison: str, in_flight: int) -> None:
-        super().__init__(0, in_flight)
-        self._poison = poison
+    def admit(work: Request | ScoreRequest) -> bool:
+        if isinstance(work, Request) and work.prompt_id == poison:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return True
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        def watched() -> Iterator[Request]:
-            for request in requests:
-                if request.prompt_id == self._poison:
-                    raise RuntimeError("CUDA error: device-side assert triggered")
-                yield request
-
-        return super().generate(watched())
+    return shuffled(0, in_flight, admit=admit)
 
 
 def test_a_prompt_that_kills_the_engine_twice_is_left_out_and_the_others_are_not(chat: Chat, tmp_path: Path) -> None:
@@ -241,10 +209,10 @@ def test_a_prompt_that_kills_the_engine_twice_is_left_out_and_the_others_are_not
         with pytest.raises(
             PrefpipeError, match=rf"the engine died while it worked on {expected} prompts: RuntimeError"
         ):
-            sample([s for s in found if not work.has(s[0])], DyingEngine(poison, 3), work, chat, tmp_path)
+            sample([s for s in found if not work.has(s[0])], dying(poison, 3), work, chat, tmp_path)
     inflight = Inflight.load(tmp_path)
     assert inflight.killers == [poison]
-    sample([s for s in found if not work.has(s[0])], DyingEngine(poison, 3), work, chat, tmp_path)
+    sample([s for s in found if not work.has(s[0])], dying(poison, 3), work, chat, tmp_path)
     assert sorted(work.committed) == [0, 1, 2, 3]
     kept = [s.ready.prompt for i in sorted(work.committed) for s in work.committed[i]]
     assert kept == [p for p in given_ if p.prompt_id != poison]

@@ -1,10 +1,7 @@
 """Completions to an engine, shard by shard: whole ones with their own values, whatever order an engine finishes in."""
 
-import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,46 +12,26 @@ from prefpipe.errors import PrefpipeError
 from prefpipe.inference import scoring
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.scoring import Scored, Shard
+from tests.engines.cases import ScriptedEngine
 
 
-class Shuffled:
-    """Finishes in random order, holding up to `in_flight`; fails as soon as it is given `poison`, loses `lost`."""
+def shuffled(seed: int = 0, in_flight: int = 3, poison: str = "", lost: str = "") -> ScriptedEngine:
+    """Finishes in random order; fails as soon as it is given `poison`, loses `lost`. Values are minus the ids."""
 
-    scorer = "shuffled"
+    def admit(work: Request | ScoreRequest) -> bool:
+        assert isinstance(work, ScoreRequest)
+        if work.completion_id.endswith(poison or "nothing"):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return not work.completion_id.endswith(lost or "nothing")
 
-    def __init__(self, seed: int = 0, in_flight: int = 3, poison: str = "", lost: str = "") -> None:
-        self._source = random.Random(seed)
-        self._in_flight, self._poison, self._lost = in_flight, poison, lost
-        self.calls: list[list[str]] = []
-
-    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        assert adapter
-        self.calls.append([])
-        waiting: list[ScoreRequest] = []
-        for s in sequences:
-            self.calls[-1].append(s.completion_id)
-            if s.completion_id.endswith(self._poison or "nothing"):
-                raise RuntimeError("CUDA error: device-side assert triggered")
-            waiting += [] if s.completion_id.endswith(self._lost or "nothing") else [s]
-            if len(waiting) == self._in_flight:
-                yield self._finish(waiting)
-        while waiting:
-            yield self._finish(waiting)
-
-    def _finish(self, waiting: list[ScoreRequest]) -> tuple[str, list[float]]:
-        s = waiting.pop(self._source.randrange(len(waiting)))
-        return s.completion_id, [-float(t) for t in s.token_ids]
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
+    def sample(_: Request) -> list[Sample]:
         raise NotImplementedError
 
-    def __enter__(self) -> Self:
-        return self
+    def value(work: ScoreRequest, adapter: bool) -> list[float]:
+        assert adapter
+        return [-float(t) for t in work.token_ids]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    return ScriptedEngine(sample, value, admit, in_flight=in_flight, seed=seed)
 
 
 def shards(*sizes: int) -> list[Shard]:
@@ -68,7 +45,7 @@ def expected(given_: list[Shard]) -> dict[int, dict[str, list[float]]]:
     return {index: {s.completion_id: [-float(t) for t in s.token_ids] for s in own} for index, own in given_}
 
 
-def score(given_: Iterable[Shard], engine: Shuffled, out: Path) -> list[Scored]:
+def score(given_: Iterable[Shard], engine: ScriptedEngine, out: Path) -> list[Scored]:
     inflight = Inflight.load(out)
     with inflight.recording():
         return list(scoring.score_shards(given_, engine, inflight, None))
@@ -81,7 +58,7 @@ def test_every_shard_comes_back_once_with_its_own_values(
 ) -> None:
     """The same ids stand in all shards; a shard may be empty."""
     given_ = shards(*sizes)
-    found = score(given_, Shuffled(seed, in_flight), tmp_path)
+    found = score(given_, shuffled(seed, in_flight), tmp_path)
     assert len(found) == len(given_)
     assert dict(found) == expected(given_)
 
@@ -97,7 +74,7 @@ def test_shards_are_read_as_the_engine_needs_them(tmp_path: Path) -> None:
 
     inflight = Inflight.load(tmp_path)
     with inflight.recording():
-        so_far = [list(read) for _ in scoring.score_shards(reading(), Shuffled(in_flight=1), inflight, None)]
+        so_far = [list(read) for _ in scoring.score_shards(reading(), shuffled(in_flight=1), inflight, None)]
     assert so_far == [[0], [0, 1], [0, 1, 2]]
 
 
@@ -106,7 +83,7 @@ def test_a_completion_that_kills_the_engine_twice_is_known_by_its_id(tmp_path: P
     given_ = shards(2, 4, 2)
     for count in (3, 1):
         with pytest.raises(PrefpipeError, match=f"the engine died while it worked on {count} completions") as caught:
-            score(given_, Shuffled(poison="1/c2"), tmp_path)
+            score(given_, shuffled(poison="1/c2"), tmp_path)
         assert "these completions run first, one at a time" in caught.value.hint
     assert scoring.killers(Inflight.load(tmp_path)) == {"c2"}
 
@@ -114,20 +91,20 @@ def test_a_completion_that_kills_the_engine_twice_is_known_by_its_id(tmp_path: P
 def test_suspects_run_alone_and_first_the_others_once(tmp_path: Path) -> None:
     given_ = shards(2, 3, 2)
     (tmp_path / "inflight.log").write_text("start\ntake 1/c1\ntake 1/c2\ntake 0/c9\n")  # 0/c9 is done meanwhile
-    engine = Shuffled()
+    engine = shuffled()
     assert dict(score(iter(given_), engine, tmp_path)) == expected(given_)
-    assert engine.calls == [["1/c1"], ["1/c2"], ["0/c0", "0/c1", "1/c0", "2/c0", "2/c1"]]
+    assert engine.entered == [["1/c1"], ["1/c2"], ["0/c0", "0/c1", "1/c0", "2/c0", "2/c1"]]
 
 
 def test_a_shard_of_suspects_comes_back_before_the_others_run(tmp_path: Path) -> None:
     (tmp_path / "inflight.log").write_text("start\ntake 0/c0\n")
-    engine = Shuffled()
+    engine = shuffled()
     inflight = Inflight.load(tmp_path)
     with inflight.recording():
         index, _ = next(iter(scoring.score_shards(shards(1, 5), engine, inflight, None)))
-    assert (index, engine.calls) == (0, [["0/c0"]])
+    assert (index, engine.entered) == (0, [["0/c0"]])
 
 
 def test_a_sequence_without_values_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PrefpipeError, match="gave no log-probs for 2 completions"):
-        score(shards(2, 2), Shuffled(lost="c1"), tmp_path)
+        score(shards(2, 2), shuffled(lost="c1"), tmp_path)
