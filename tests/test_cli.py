@@ -15,6 +15,7 @@ import pytest
 from prefpipe import __version__
 from prefpipe.cli import STAGES
 from prefpipe.config import base
+from tests.cases import assert_refused
 from tests.conftest import ROOT, Cli
 
 Done = subprocess.CompletedProcess[str]
@@ -41,19 +42,6 @@ def generate(cli: Cli, model: Path, prompts: Path, out: Path, *more: object, env
 
 def rated(cli: Cli, model: Path, prompts: Path, out: Path, **given: dict[str, str]) -> Done:
     return generate(cli, model, prompts, out, "--rewards", "short_sentence", **given)
-
-
-def assert_refused(done: Done, code: int, *words: str) -> None:
-    """The exit code, `error:` with these words, `hint:`, and no traceback."""
-    assert done.returncode == code, done.stderr
-    lines = done.stderr.splitlines()
-    assert sum(line.startswith("error: ") for line in lines) == 1, done.stderr
-    assert any(line.startswith("hint: ") for line in lines), done.stderr
-    assert "Traceback" not in done.stderr
-    assert "unexpected" not in done.stderr, done.stderr
-    assert done.stdout == ""
-    for word in words:
-        assert word in done.stderr, done.stderr
 
 
 def data_files(out: Path) -> dict[str, bytes]:

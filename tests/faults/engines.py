@@ -3,56 +3,44 @@
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NoReturn
 
 from prefpipe.engines.base import EngineSettings, Request, Sample, ScoreRequest
-from prefpipe.engines.fake import FakeEngine
+from tests.engines.cases import ScriptedEngine, over_fake
 
 
-class Raises(FakeEngine):
-    """Takes four prompts or answers at a time, fails on the poisoned one as vLLM does when a CUDA kernel asserts."""
+def raises(settings: EngineSettings) -> ScriptedEngine:
+    """Has up to four prompts or answers inside; fails on the poisoned one as vLLM does when a CUDA kernel asserts."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        super().__init__(settings)
-        self._chat = settings.chat
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        waiting: list[Request] = []
-        for request in requests:
-            waiting.append(request)
-            if "poison" in self._chat.decode(request.prompt_token_ids):
-                self.die()
-            if len(waiting) == 4:
-                yield from super().generate(waiting)
-                waiting = []
-        yield from super().generate(waiting)
-
-    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        waiting: list[ScoreRequest] = []
-        for sequence in sequences:
-            waiting.append(sequence)
-            if "poison" in self._chat.decode(sequence.prompt_token_ids + sequence.token_ids):
-                self.die()
-            if len(waiting) == 4:
-                yield from super().score(waiting, adapter=adapter)
-                waiting = []
-        yield from super().score(waiting, adapter=adapter)
-
-    def die(self) -> None:
+    def die() -> NoReturn:
         raise RuntimeError("EngineDeadError: CUDA error: device-side assert triggered")
 
+    return _poisoned(settings, die)
 
-class Vanishes(Raises):
+
+def vanishes(settings: EngineSettings) -> ScriptedEngine:
     """Takes the whole process with it, as the kernel does when memory is short."""
-
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    return _poisoned(settings, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-class Slow(FakeEngine):
+def slow(settings: EngineSettings) -> ScriptedEngine:
     """Long enough at work for others to find the directory taken."""
+    engine = over_fake(settings)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        for done in super().generate(requests):
-            time.sleep(0.1)
-            yield done
+    def sample(request: Request) -> list[Sample]:
+        time.sleep(0.1)
+        return engine.sample(request)
+
+    return replace(engine, sample=sample)
+
+
+def _poisoned(settings: EngineSettings, die: Callable[[], object]) -> ScriptedEngine:
+    def admit(work: Request | ScoreRequest) -> bool:
+        answer = work.token_ids if isinstance(work, ScoreRequest) else []
+        if "poison" in settings.chat.decode([*work.prompt_token_ids, *answer]):
+            die()
+        return True
+
+    return replace(over_fake(settings), admit=admit, in_flight=4)

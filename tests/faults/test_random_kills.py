@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing_but_a_rerun(
     assert contents(place / "out") == expected[command]
 
 
-@pytest.mark.parametrize(("engine", "deaths"), [("Raises", [1, 1]), ("Vanishes", [-9, -9, -9])])
+@pytest.mark.parametrize(("engine", "deaths"), [("raises", [1, 1]), ("vanishes", [-9, -9, -9])])
 def test_a_prompt_that_kills_the_engine_ends_in_the_ledger(
     forged: Forge, tiny_model: Path, place: Path, engine: str, deaths: list[int]
 ) -> None:
@@ -178,14 +178,14 @@ def test_an_engine_that_fails_once_while_it_scores_costs_nothing_but_a_rerun(
     """The same bytes as those of a run that nothing disturbed."""
     for out, codes in (("undisturbed", [0]), ("disturbed", [1, 0])):
         for code in codes:
-            engine = "tests.faults.engines:Raises" if code else "prefpipe.engines.fake:FakeEngine"
+            engine = "tests.faults.engines:raises" if code else "prefpipe.engines.fake:FakeEngine"
             done = forged.run(*scoring(tiny_model, poisoned["file"], place / out), engine=engine)
             assert done.code == code, done.stderr
             assert ("run the same command again" in done.stderr) is bool(code)
     assert contents(place / "disturbed") == contents(place / "undisturbed")
 
 
-@pytest.mark.parametrize(("engine", "deaths"), [("Raises", [1, 1]), ("Vanishes", [-9, -9, -9])])
+@pytest.mark.parametrize(("engine", "deaths"), [("raises", [1, 1]), ("vanishes", [-9, -9, -9])])
 @pytest.mark.parametrize("kind", ["file", "completions", "pairs"])
 def test_a_completion_that_kills_the_engine_ends_in_the_ledger(
     forged: Forge, tiny_model: Path, poisoned: dict[str, Path], place: Path, kind: str, engine: str, deaths: list[int]
@@ -238,7 +238,7 @@ def test_of_many_writers_one_works_and_the_others_are_told_who(
     forged: Forge, inputs: dict[str, list[object]], expected: dict[str, dict[str, bytes]], place: Path
 ) -> None:
     arguments = list(map(str, [*inputs["generate"], "--out", place / "out"]))
-    job = {"arguments": arguments, "engine": "tests.faults.engines:Slow"}
+    job = {"arguments": arguments, "engine": "tests.faults.engines:slow"}
     ended = forged.run_together([job] * 6)
     assert sorted(e.code for e in ended) == [0, 75, 75, 75, 75, 75], ended
     assert all("is being written by process" in e.stderr for e in ended if e.code == 75)

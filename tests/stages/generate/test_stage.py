@@ -2,10 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -22,43 +21,33 @@ from prefpipe.runs import store, tables
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, from_table
 from prefpipe.stages.generate import stage as generate
+from tests.engines.cases import ScriptedEngine, over_fake
 
 LETTERS = "tests.e2e.letters:most_letters"
-sampled: list[str] = []  # what CountingEngine was asked for
+sampled: list[str] = []  # what the counting engine was asked for
 stop_after: list[int] = []  # after how many prompts it fails
 
 
-class CountingEngine:
+def counting(settings: EngineSettings) -> ScriptedEngine:
     """The fake engine with a record of what it samples; it can fail in the middle, as a real one does."""
+    engine = over_fake(settings)
 
-    scorer = fake.FakeEngine.scorer
+    def admit(_: Request | ScoreRequest) -> bool:
+        if stop_after and len(sampled) == stop_after[0]:
+            raise OSError("the engine is gone")
+        return True
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self._engine = fake.FakeEngine(settings)
+    def sample(request: Request) -> list[Sample]:
+        sampled.append(request.prompt_id)
+        return engine.sample(request)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        for request, samples in self._engine.generate(requests):
-            if stop_after and len(sampled) == stop_after[0]:
-                raise OSError("the engine is gone")
-            sampled.extend([request.prompt_id])
-            yield request, samples
-
-    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        yield from self._engine.score(sequences, adapter=adapter)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    return replace(engine, admit=admit, sample=sample)
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompt ids that the engine called fake samples from here on."""
-    monkeypatch.setitem(engines.ENGINES, "fake", f"{__name__}:CountingEngine")
+    monkeypatch.setitem(engines.ENGINES, "fake", f"{__name__}:counting")
     sampled.clear()
     stop_after.clear()
     return sampled

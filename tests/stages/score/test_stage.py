@@ -44,8 +44,8 @@ from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.score import stage as score
 from prefpipe.stages.train import stage
 from prefpipe.stages.train.reference.values import read_ref_logps
+from tests.cases import assert_refused
 from tests.conftest import Cli
-from tests.test_cli import assert_refused
 
 Write = Callable[..., Path]
 PAIRS = [{"prompt": f"Name bird {i}.", "chosen": f"An owl {i}.", "rejected": "No."} for i in range(7)]

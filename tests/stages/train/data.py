@@ -163,3 +163,15 @@ def trainer(model: TreeModel, settings: TrainConfig) -> Trainer:
     wrapped = parallel.wrap(model, world, settings.distributed)
     budget = settings.max_tokens_per_micro_batch or 10**9
     return Trainer(model, wrapped, MasterOptimizer(wrapped, settings.weight_decay), settings, world, budget)
+
+
+def lora(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every trained weight."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def plain_logp(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+    """The log-prob of a completion by transformers' forward on one row."""
+    ids = torch.tensor([[*prompt, *completion]])
+    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    return logps.gather(1, torch.tensor(completion).unsqueeze(1)).sum()

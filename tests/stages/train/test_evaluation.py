@@ -1,6 +1,5 @@
 """Held-out rows: whole prompts, the metrics of a step, the best weights, early stops, and all of it after a resume."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from prefpipe.stages.train import checkpoint, evaluation, loop, stage
 from prefpipe.stages.train.evaluation import is_stale, records, split_by_prompt
 from prefpipe.stages.train.inputs import prepare
 from tests.stages.train import data
+from tests.stages.train.runs import metrics
 
 Line = dict[str, float]
 
@@ -110,10 +110,6 @@ def rows(tiny_model: Path) -> list[Pair]:
 @pytest.fixture(scope="module")
 def pairs(rows: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data.write_pairs(tmp_path_factory.mktemp("pairs") / "p", rows)
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_evaluates_on_time_and_after_the_last_step(tiny_model: Path, pairs: Path, tmp_path: Path):

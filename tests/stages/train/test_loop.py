@@ -21,11 +21,7 @@ from prefpipe.stages.train.micro_batches import global_batches, micro_batches
 from prefpipe.stages.train.optimizer import learning_rate
 from prefpipe.stages.train.parallel import World
 from tests.stages.train import data
-from tests.stages.train.data import policy, trainer
-
-
-def lora(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+from tests.stages.train.data import lora, plain_logp, policy, trainer
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +37,6 @@ def run(model: TreeModel, pairs: Sequence[TrainPair], config: TrainConfig) -> li
 
 def batches(pairs: Sequence[TrainPair], config: TrainConfig, epoch: int) -> list[list[int]]:
     return global_batches([p.prompt_ids for p in pairs], config.train_batch_size, config.seed, epoch, together=False)
-
-
-def plain_logp(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
-    ids = torch.tensor([[*prompt, *completion]])
-    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-    return logps.gather(1, torch.tensor(completion).unsqueeze(1)).sum()
 
 
 def plain_training(policy_model: TreeModel, pairs: Sequence[TrainPair], config: TrainConfig) -> list[float]:

@@ -19,17 +19,13 @@ from prefpipe.stages.train.memory import Footprint, budget, free_bytes, measure
 from tests import tiny
 from tests.conftest import ROOT
 from tests.stages.train import data
+from tests.stages.train.peak import trees
 
 CUDA = torch.device("cuda")
 FOOTPRINT = Footprint(
     weights=10**9, adapter=10**6, optimizer=8 * 10**6, head=3 * 10**7, activations_fixed=10**6,
     activations_per_token=2e5, train_seconds_per_token=1e-3, score_seconds_per_token=3e-4,
 )  # fmt: skip
-
-
-def trees(count: int, completion: int = 20) -> list[Tree]:
-    """Trees of 24 + 2 * `completion` tokens."""
-    return [Tree([5 + i] * 24, ([7 + i] * completion, [9 + i] * completion)) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -92,30 +88,15 @@ def test_a_single_pair_longer_than_the_probe_is_enough(model: TreeModel):
     assert found.activations_fixed == pytest.approx(0, abs=1)
 
 
-_PEAK = """
-import sys
-from pathlib import Path
-from prefpipe.stages.train import memory, process_memory
-from tests import tiny
-from tests.conftest import ROOT
-from tests.stages.train import data
-from tests.stages.train.test_memory import trees
-
-model = data.policy(Path(sys.argv[1]))
-start = process_memory.resident_memory()
-predicted = memory.measure(model, trees(1, 200)).activations(1696)  # four times the small probe
-process_memory.restart_resident_peak()
-for _ in range(2):
-    memory._kept(model, trees(4, 200))
-print(predicted, process_memory.resident_peak() - start)
-"""
-
-
 def test_the_prediction_is_near_what_the_process_takes(tmp_path: Path):
     """A model whose activations dwarf the noise of a process; `benchmarks/plan_accuracy.py` does it on a real one."""
     large = tiny.make_model(tmp_path / "model", spread=0.02, hidden_size=1024)
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(large)], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-m", "tests.stages.train.peak", str(large)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     predicted, taken = map(float, done.stdout.split())
     assert taken > 5e7

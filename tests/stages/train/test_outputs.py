@@ -24,6 +24,7 @@ from prefpipe.stages.score import stage as score
 from prefpipe.stages.train import loading, loop, outputs, stage
 from prefpipe.stages.train.micro_batches import tree_of
 from tests.stages.train import data
+from tests.stages.train.runs import metrics
 
 FULL = {"tuning": "full", "lora_r": 16, "lora_alpha": 32, "learning_rate": 1e-3}
 
@@ -50,10 +51,6 @@ def merged(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("merged") / "t"
     stage.run(data.config(tiny_model, pairs, merge=True), out, force=False)
     return out
-
-
-def metrics(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def hf_logps(model: Any, rows: list[Pair]) -> list[float]:

@@ -1,11 +1,7 @@
 """Two real processes (gloo, CPU) through the command line against one; what is dealt to whom; checkpoints across."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +20,8 @@ from prefpipe.schemas import RefLogps, from_table
 from prefpipe.stages.train import parallel, stage
 from prefpipe.stages.train.micro_batches import micro_batches
 from prefpipe.stages.train.parallel import World
-from tests.conftest import ROOT
 from tests.stages.train import data
+from tests.stages.train.runs import torchrun
 
 STRATEGIES = ["ddp", "fsdp2"]
 
@@ -50,21 +46,6 @@ def test_alone_there_is_nothing_to_share(tiny_model: Path, monkeypatch: pytest.M
     model = data.policy(tiny_model)
     assert all(parallel.wrap(model, world, strategy) is model for strategy in STRATEGIES)
     parallel.stop(world)
-
-
-def torchrun(*arguments: object, fault: str = "") -> subprocess.CompletedProcess[str]:
-    """Two processes on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-            f"--master_port={port}", *map(str, arguments),
-        ],
-        capture_output=True, text=True, check=False, cwd=ROOT, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PREFPIPE_FAULT": fault},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

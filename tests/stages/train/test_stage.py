@@ -22,6 +22,7 @@ from prefpipe.schemas import Dropped, Pair, RefLogps, from_table
 from prefpipe.stages.train import stage
 from tests.conftest import Cli
 from tests.stages.train import data
+from tests.stages.train.runs import adapter, metrics
 
 LN2 = math.log(2)
 
@@ -39,14 +40,6 @@ def trained(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFact
 
 def run(config: TrainConfig, out: Path) -> dict[str, Any]:
     return stage.run(config, out, force=False)
-
-
-def adapter(out: Path) -> bytes:
-    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def metrics(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def same_result(out: Path, other: Path) -> None:

@@ -19,7 +19,7 @@ from prefpipe.schemas import Pair, to_table
 from prefpipe.stages.train import stage
 from tests.conftest import Cli
 from tests.stages.train import data
-from tests.stages.train.monitor.test_trackers import scalars
+from tests.stages.train.monitor.cases import scalars
 
 # apo_down takes probability from both sides. 24 steps of 4 pairs: W = 6, blocks of 2.
 FALLING = {"loss_type": ("apo_down",), "learning_rate": 0.02, "num_train_epochs": 8, "save_steps": 5}

@@ -25,9 +25,8 @@ from prefpipe.stages.train.optimizer import learning_rate
 from tests.conftest import Cli
 from tests.stages.train import data
 from tests.stages.train.cases import pairs as batch_of
-from tests.stages.train.test_loop import lora, plain_logp
-from tests.stages.train.test_parallel import torchrun
-from tests.stages.train.test_stage import adapter, metrics
+from tests.stages.train.data import lora, plain_logp
+from tests.stages.train.runs import adapter, metrics, torchrun
 
 FAST = (
     "--dtype", "float32", "--learning-rate", 3e-3, "--train-batch-size", 4, "--num-train-epochs", 2, "--lora-r", 4,

@@ -7,18 +7,11 @@ from typing import Any
 
 import pytest
 from accelerate import tracking as accelerated
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prefpipe.errors import MissingInputError
 from prefpipe.stages.train.monitor import trackers
 from prefpipe.stages.train.monitor.trackers import check_installed, tracking
-
-
-def scalars(out: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) that TensorBoard shows for a metric: purged steps are gone."""
-    events = EventAccumulator(str(out / "tensorboard"))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
+from tests.stages.train.monitor.cases import scalars
 
 
 def test_tensorboard_gets_every_step_and_a_resumed_run_replaces_what_it_repeats(tmp_path: Path):
