@@ -21,21 +21,21 @@ def _without_secrets(url: str) -> str:
     return url.rstrip("/")
 
 
-def _structured_by_default(given: dict[str, Any]) -> str:
-    return "none" if given.get("engine") == "transformers" else "json_schema"
+def _structured_by_default(values: dict[str, Any]) -> str:
+    return "none" if values.get("engine") == "transformers" else "json_schema"
 
 
 class Judge(BaseModel):
-    """What a language model, behind an OpenAI-compatible endpoint or in an engine here, thinks of a completion."""
+    """The verdict of a language model, behind an OpenAI-compatible endpoint or in an engine on this machine."""
 
     model_config = STRICT
 
     kind: Literal["judge"] = "judge"
     mode: Literal["rating", "pairwise"] = "rating"
-    """rating: each completion alone, 1 to 10. pairwise: completions of a prompt against each other, in both orders."""
+    """rating: each completion alone, 1 to 10. pairwise: completions of a prompt are compared, in both orders."""
     engine: Literal["endpoint", "vllm", "transformers", "fake"] = "endpoint"
-    """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id);
-    fake gives made-up verdicts, for dry runs."""
+    """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id).
+    fake returns arbitrary verdicts, for dry runs."""
     base_url: Annotated[str, PATH, AfterValidator(_without_secrets)] = "http://localhost:8000/v1"
     """Address of the endpoint; /chat/completions is added."""
     model: str = "default"
@@ -45,14 +45,15 @@ class Judge(BaseModel):
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 4096
     """Longest question to a judge in an engine, in tokens; a longer one gets no verdict."""
     api_key_env: Annotated[str, RUNTIME, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
-    """Environment variable that holds the key; without it none is sent. The key itself is never written anywhere."""
+    """Environment variable that holds the API key; if it is not set, no key is sent. The key is written nowhere."""
     criteria: str = "Correctness comes first, then usefulness to the user, then clarity. Length is no merit."
-    """What the judge is told to look at."""
+    """What the judge is asked to look at."""
     structured: Annotated[Literal["json_schema", "json_object", "none"], Field(default_factory=_structured_by_default)]
-    """How JSON is asked for, beside in words: json_schema (default: the very keys and values), json_object (any JSON
-    object), none (words only: the default and the only way with engine transformers). It is checked in any case."""
+    """How the endpoint or engine is held to JSON: json_schema (the default: exactly the keys and values of a verdict),
+    json_object (any JSON object), none (asked for in words only: the default with engine transformers, which has no
+    other way). The answer is checked in any case."""
     opponents: Annotated[int, Field(ge=0)] = 0
-    """Pairwise: how many others each completion meets (the next ones in order, in a ring); 0 for all."""
+    """pairwise: each completion meets this many of the next ones, in a ring; 0 for every other one of the prompt."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     """Sampling temperature of the judge."""
     max_tokens: Annotated[int, Field(ge=1)] = 512
@@ -60,11 +61,11 @@ class Judge(BaseModel):
     timeout_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 60.0
     """Seconds for one request."""
     retries: Annotated[int, RUNTIME, Field(ge=0)] = 4
-    """How often a request is repeated after a refused connection, a timeout, or an answer 408, 409, 429 or 5xx."""
+    """Most retries of a request after a refused connection, a timeout, or an answer 408, 409, 429 or 5xx."""
     backoff_seconds: Annotated[float, RUNTIME, Field(ge=0)] = 1.0
-    """Pause before the first repetition; it doubles, and is never shorter than what the endpoint asks for."""
+    """Pause before the first retry. It doubles with each retry; Retry-After of the endpoint can make it longer."""
     concurrency: Annotated[int, RUNTIME, Field(ge=1)] = 16
-    """Requests under way at once, or sequences that an engine works on."""
+    """Requests under way at once, or sequences that an engine works on at once."""
     tensor_parallel_size: Annotated[int, RUNTIME, Field(ge=1)] = 1
     """vLLM: GPUs that share the judge."""
     gpu_memory_utilization: GpuShare = 0.85

@@ -1,6 +1,6 @@
-"""Settings of rewards: one table `[reward_settings.NAME]` per reward, its `kind` says which.
+"""Settings of rewards: a class per kind, for a table `[reward_settings.NAME]` with that `kind`.
 
-Every kind has defaults, so that its name alone is a reward: `--rewards length`.
+Each setting has a default, so that the name of a kind alone is a reward: `--rewards length`.
 """
 
 import json
@@ -18,7 +18,7 @@ NumWorkers = Annotated[int, RUNTIME, Field(ge=0, description="Processes that che
 
 
 class ShortSentence(BaseModel):
-    """One sentence of 5 to 10 words that names the topic and says something of its own."""
+    """How far an answer is one new sentence of 5 to 10 words about the topic."""
 
     model_config = STRICT
 
@@ -34,9 +34,9 @@ class Length(BaseModel):
     unit: Unit = "words"
     """What is counted: words (by white space), characters, or the sampled tokens."""
     min: Annotated[int, Field(ge=0)] = 1
-    """Shortest full mark."""
+    """Shortest length with reward 1."""
     max: Annotated[int, Field(ge=1)] = 200
-    """Longest full mark."""
+    """Longest length with reward 1."""
 
     @model_validator(mode="after")
     def _is_a_window(self) -> Self:
@@ -46,7 +46,7 @@ class Length(BaseModel):
 
 
 class Regex(BaseModel):
-    """1 when a pattern is found (or is not found)."""
+    """1 when a pattern is found, or when it is not."""
 
     model_config = STRICT
 
@@ -54,7 +54,7 @@ class Regex(BaseModel):
     pattern: str = r"[.!?]\s*$"
     """Regular expression, searched anywhere in the completion; anchor it with ^ and $."""
     match: bool = True
-    """Whether finding it earns the 1; false rewards its absence."""
+    """true: 1 when the pattern is found; false: 1 when it is not."""
     timeout_seconds: TimeoutSeconds = 1.0
 
 
@@ -65,7 +65,7 @@ class JsonSchema(BaseModel):
 
     kind: Literal["json_schema"] = "json_schema"
     schema_file: Annotated[str, PATH] = ""
-    """A JSON Schema (draft named by its `$schema`, else 2020-12); empty: any JSON is right."""
+    """A JSON Schema (of the draft in its `$schema`, else 2020-12); empty accepts any JSON."""
 
 
 class Keyword(BaseModel):
@@ -75,13 +75,13 @@ class Keyword(BaseModel):
 
     kind: Literal["keyword"] = "keyword"
     all: tuple[str, ...] = ()
-    """Each of these words or phrases must stand in the completion. With no words at all, the prompt's `answer` must."""
+    """Words or phrases that must each be in the completion. Without any words the prompt's `answer` must be in it."""
     any: tuple[str, ...] = ()
-    """At least one of these must."""
+    """Words or phrases of which at least one must be in the completion."""
     none: tuple[str, ...] = ()
-    """None of these may."""
+    """Words or phrases that must not be in the completion."""
     ignore_case: bool = True
-    """Whether capital letters count as small ones."""
+    """Whether capital and small letters are equal."""
 
 
 class Language(BaseModel):
@@ -111,9 +111,9 @@ class Refusal(BaseModel):
 
     kind: Literal["refusal"] = "refusal"
     prefer: Literal["answer", "refusal"] = "answer"
-    """What earns the 1: an answer, or (for prompts that must be turned down) a refusal."""
+    """What has reward 1: an answer, or (for prompts that must be refused) a refusal."""
     phrases: tuple[str, ...] = ()
-    """Further phrases that open a refusal, beside the English ones listed in docs/rewards.md."""
+    """Further phrases of refusal, beside the English ones (docs/rewards.md)."""
 
 
 class ExactMatch(BaseModel):
@@ -123,11 +123,11 @@ class ExactMatch(BaseModel):
 
     kind: Literal["exact_match"] = "exact_match"
     pattern: str = ""
-    """Regular expression whose last match gives what is compared (group 1 if it has one); empty: the whole text."""
+    """Regular expression whose last match (or its group 1) is compared; empty compares the whole text."""
     ignore_case: bool = True
-    """Whether capital letters count as small ones."""
+    """Whether capital and small letters are equal."""
     ignore_punctuation: bool = True
-    """Whether punctuation at both ends is left out."""
+    """Whether punctuation at both ends is removed before comparing."""
     timeout_seconds: TimeoutSeconds = 1.0
 
 
@@ -144,7 +144,7 @@ class Math(BaseModel):
 
 
 class ReasoningGym(BaseModel):
-    """The score that reasoning-gym's own checker gives to the answer of one of its tasks."""
+    """The score of reasoning-gym's checker for the answer to one of its tasks."""
 
     model_config = STRICT
 
@@ -160,14 +160,15 @@ class Code(BaseModel):
 
     kind: Literal["code"] = "code"
     partial: bool = False
-    """With input and output cases: the share of cases passed; off, only a program that passes all earns 1."""
+    """With input and output cases: the reward is the share of cases that the program passes; off, 1 for every case."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
     """CPU seconds of one run of the program, rounded up; the wall clock ends it at twice that and two seconds."""
     memory_mib: Annotated[int, Field(ge=32)] = 512
     """Address space of the program, in MiB."""
     isolation: Literal["strict", "limits"] = "strict"
-    """strict: no network, no new processes, no files outside its own folder (needs Linux with seccomp and Landlock),
-    or refuse to run. limits: CPU, memory, file size and wall clock only; the program can do what you can do."""
+    """strict: no network, no new processes, no files outside a temporary folder; needs Linux with seccomp and Landlock,
+    and the run stops without them. limits: only CPU, memory, file size and wall clock; the program can do what you
+    can do."""
     num_workers: NumWorkers = 0
 
 
@@ -180,28 +181,28 @@ class RewardModel(BaseModel):
     model: Annotated[str, PATH] = ""
     """Reward model: a directory or a hub id."""
     chat_template: Annotated[str, PATH] = "model"
-    """'model' for the reward model's own chat template, or a Jinja file."""
+    """'model' for the chat template of the reward model, or a Jinja file."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs it: transformers (any such model), or vLLM's pooling (faster on a GPU, for the models it knows)."""
     label: str = ""
-    """Which logit is the reward, by its name or number; a model with a single logit needs none."""
+    """Name or number of the logit that is the reward; a model with a single logit needs none."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of weights and compute."""
     max_length: Annotated[int, Field(ge=1)] = 4096
-    """Longer conversations (in tokens, prompt included) are not rated: a cut one would be another conversation."""
+    """Longest conversation, in tokens of prompt and completion. A longer one is not cut, it has no reward."""
     tokens_per_batch: Annotated[int, RUNTIME, Field(ge=1)] = 16384
-    """transformers: tokens in one forward pass, padding included; vLLM makes its own batches."""
+    """transformers: tokens in one forward pass, with padding; vLLM batches by itself."""
     gpu_memory_utilization: GpuShare = 0.85
 
 
 class Function(BaseModel):
-    """What a function of your own gives to each completion, within a time limit."""
+    """What your function returns for each completion, within a time limit."""
 
     model_config = STRICT
 
     kind: Literal["function"] = "function"
     function: str = ""
-    """`module:function` with the signature of TRL's reward functions; it is called with one completion at a time."""
+    """`module:function` with the signature of TRL's reward functions, called with one completion at a time."""
     timeout_seconds: TimeoutSeconds = 10.0
     num_workers: NumWorkers = 0
 
@@ -227,7 +228,7 @@ KINDS: dict[str, type[BaseModel]] = {cls.model_fields["kind"].default: cls for c
 
 
 def _from_json(value: object) -> object:
-    """The flag takes a JSON object, a recipe has tables."""
+    """The tables of a recipe, or the JSON object of the flag."""
     if not isinstance(value, str):
         return value
     try:
@@ -247,7 +248,7 @@ RewardSettings = Annotated[
     dict[
         Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9_-]*$")], Annotated[Settings, Field(discriminator="kind")]
     ],
-    PATH,  # rewards.identity holds what matters of it, for the rewards in use
+    PATH,  # not in the fingerprint: rewards.identity adds the settings of the rewards that the run names
     BeforeValidator(_from_json),
     AfterValidator(_check_names),
     Field(
@@ -258,15 +259,15 @@ RewardSettings = Annotated[
 
 
 def settings_of(name: str, tables: Mapping[str, Settings]) -> Any:
-    """The settings of a reward: its table, or the defaults of the kind it names. KeyError for a user's own function."""
+    """The settings of a reward: its table, or the defaults of the kind. Raises KeyError for a user's function."""
     return tables[name] if name in tables else KINDS[name]()
 
 
 def check_gpu_memory(share: float | None, names: Sequence[str], tables: Mapping[str, Settings]) -> None:
-    """vLLM takes its share of a GPU when it starts, and that of a reward starts when the first shard is sampled: what
-    does not fit is refused before. `share` is that of the command itself, None where it uses no vLLM.
+    """Raise ValueError when the engines of a run would take more than one GPU's memory together.
 
-    Raises ValueError, with a way out.
+    vLLM takes its share when it starts, and that of a reward starts after the first shard is sampled: too late for the
+    error. `share` is that of the command, None when it uses no vLLM.
     """
     shares = {} if share is None else {"the model": share}
     for name in names:
@@ -278,6 +279,6 @@ def check_gpu_memory(share: float | None, names: Sequence[str], tables: Mapping[
         parts = ", ".join(f"{value:g} for {name}" for name, value in shares.items())
         raise ValueError(
             f"vLLM would take {total:g} of a GPU's memory ({parts}): lower gpu_memory_utilization, here and in "
-            "[reward_settings.NAME], to at most 1 together (a CPU does not ask, but a recipe shall run on both), or "
-            "rate in a run of its own: prefpipe score --reference none"
+            "[reward_settings.NAME], to at most 1 together (on a CPU too, so that a recipe runs on both), or rate in "
+            "another run: prefpipe score --reference none"
         )

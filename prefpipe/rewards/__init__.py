@@ -1,4 +1,4 @@
-"""Rewards by name, or a function of the user's as `module:function`."""
+"""Rewards by name: a kind, a table of settings, or a user's function as `module:function`."""
 
 import importlib
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from prefpipe.ids import canonical_json
 from prefpipe.rewards import function
 from prefpipe.rewards.base import RewardFunction
 
-# Kind of reward -> the module that has `KIND(settings) -> RewardFunction`, `VERSION` and `inputs(settings)`. Loaded
-# only when asked for, since some bring heavy packages.
+# Kind of reward -> its module, with `KIND(settings) -> RewardFunction`, `VERSION` and `inputs(settings)`. A module is
+# imported when a run names its kind, since some need heavy packages.
 REWARDS = {
     **dict.fromkeys(("short_sentence", "length", "keyword", "repetition", "refusal"), "prefpipe.rewards.text_rules"),
     **dict.fromkeys(("regex", "exact_match"), "prefpipe.rewards.patterns"),
@@ -28,30 +28,31 @@ REWARDS = {
     "judge": "prefpipe.rewards.judge",
     "function": "prefpipe.rewards.function",
 }
-_EXTRAS = {"math": "math", "reasoning_gym": "gym", "reward_model": "train"}  # any other: rewards
+# Kind -> the extra of pip that brings its packages; for any other kind it is `rewards`.
+_EXTRAS = {"math": "math", "reasoning_gym": "gym", "reward_model": "train"}
 _NO_TABLES: Mapping[str, Settings] = MappingProxyType({})
 
 
 def load(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> RewardFunction:
-    """A reward by name: a kind with its defaults, a table of settings, or the user's own `module:function`.
+    """A reward by name: a kind with its defaults, a table of settings, or a user's function as `module:function`.
 
-    A function of the user's has TRL's signature for reward functions. Raises UsageError or MissingInputError (a name,
-    file, package or model that is not there) before anything is sampled.
+    A user's function has TRL's signature for reward functions. Raises UsageError or MissingInputError for a name, file,
+    package or model that does not exist, before the run samples anything.
     """
-    if _is_ours(name, tables):
+    if _has_kind(name, tables):
         settings = settings_of(name, tables)
         return getattr(_module(settings.kind), settings.kind)(settings)
-    found = function.find(name)
-    return lambda answers: function.call(found, answers)
+    user_function = function.find(name)
+    return lambda answers: function.call(user_function, answers)
 
 
 def identity(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> str:
-    """What a reward is, for the fingerprint of a run.
+    """What identifies a reward in the fingerprint of a run.
 
-    Ours: kind, version of its code, what matters of its settings, digests of files and models it reads. The user's: the
-    bytes of the module.
+    Of a kind: its name, the version of its code, the settings that can change a result, and digests of the files and
+    models that it reads. Of a user's function: the bytes of its module.
     """
-    if _is_ours(name, tables):
+    if _has_kind(name, tables):
         settings: BaseModel = settings_of(name, tables)
         values = result_fields(settings)
         kind = values.pop("kind")
@@ -61,7 +62,7 @@ def identity(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> str:
     return function.digest(name)
 
 
-def _is_ours(name: str, tables: Mapping[str, Settings]) -> bool:
+def _has_kind(name: str, tables: Mapping[str, Settings]) -> bool:
     return name in REWARDS or name in tables
 
 

@@ -1,4 +1,14 @@
-"""What a reward is: a function from answers to scores, in batches."""
+"""What a reward is: a function from the answers of a shard to scores.
+
+The smallest reward, of one answer at a time:
+
+    def shout(settings: Shout) -> RewardFunction:
+        return one_by_one(lambda answer: Scored(float(answer.text.endswith("!"))))
+
+Why a function of many answers: a judge compares the answers to one prompt, a reward model needs batches, and processes
+and requests run side by side. Why a status beside the reward: "the answer is wrong" (reward 0) and "nobody knows" (no
+reward, the checker hung) are different rows for build-pairs.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,10 +18,11 @@ from prefpipe.schemas import Messages
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion with what it answers.
+    """A completion with its prompt.
 
-    `answer` is the expected answer or topic of the prompt, if it has one; `meta` what else the prompt carries, as a
-    JSON object; `num_tokens` the length of the completion in tokens, where it was sampled or tokenised.
+    `messages`: the prompt. `text`: the completion. `answer`: the expected answer or the topic of the prompt, if it has
+    one. `meta`: the further columns of the prompts file, as a JSON object. `num_tokens`: the length of the completion,
+    None for a text without token ids.
     """
 
     messages: Messages
@@ -23,17 +34,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Scored:
-    """A reward, or None with the reason. status: ok, wrong, crash, timeout, unparsable."""
+    """A reward, or None with the reason in `detail`. status: ok, wrong, crash, timeout or unparsable."""
 
     reward: float | None
     status: str = "ok"
     detail: str | None = None
 
 
-# Called with the answers of whole prompts, those of one prompt beside each other: some rewards compare them.
+# The answers to one prompt stand beside each other, and none of them in another call. One score for each, in order.
 RewardFunction = Callable[[Sequence[Answer]], list[Scored]]
 
 
 def one_by_one(rate: Callable[[Answer], Scored]) -> RewardFunction:
-    """A reward that looks at one answer at a time."""
+    """The reward function that rates each answer alone."""
     return lambda answers: [rate(answer) for answer in answers]

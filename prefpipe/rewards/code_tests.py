@@ -1,4 +1,4 @@
-"""A verifier of Python programs: they run against the prompt's tests in a process under limits (sandbox.py)."""
+"""A verifier of Python programs: each runs against the tests of its prompt, in a process under limits (sandbox.py)."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from prefpipe.config.rewards import Code
 from prefpipe.errors import MissingInputError
 from prefpipe.rewards import sandbox
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
-from prefpipe.rewards.isolation import num_cores
+from prefpipe.rewards.isolation import kill, num_cores
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
 _BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -28,8 +28,8 @@ _SHOWN = 200
 
 
 @dataclass(frozen=True)
-class Ran:
-    """How a program ended: status ok, wrong, timeout or crash (of the sandbox), why, and what it printed."""
+class ProgramRun:
+    """How a program ended: status ok, wrong, timeout or crash (of the sandbox), the reason, and what it printed."""
 
     status: str
     detail: str | None
@@ -37,19 +37,21 @@ class Ran:
 
 
 def inputs(_settings: Code) -> dict[str, str]:
-    """The Python that runs the programs."""
+    """The version of Python that runs the programs."""
     return {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
 
 
 def code(settings: Code) -> RewardFunction:
-    """1 if the last fenced block of the completion (the whole text without one) passes the prompt's tests, else 0.
+    """1 if the program passes the tests of its prompt, else 0. The program is the last fenced block of the completion,
+    or the whole text without one.
 
-    `answer` holds the tests: Python that runs after the program in the same namespace (asserts), or a JSON list of
-    {"input": text, "output": text}: then the program runs once for each as a script, and what it prints is compared
-    line by line, white space at the ends aside. With `partial` the reward is the share of such cases.
+    `answer` holds the tests. It is Python that runs after the program in the same namespace (asserts), or a JSON list
+    of {"input": text, "output": text}. With such cases the program runs once for each as a script, and what it prints
+    is compared line by line, without the white space at the ends; with `partial` the reward is the share that passes.
 
-    Status wrong with the exception or the first difference; timeout (reward 0) when it takes too long; unparsable
-    without tests (no reward) or without code (0). crash, without a reward, is a failure of the sandbox itself.
+    Status wrong comes with the exception or the first difference. timeout (reward 0): the program took too long.
+    unparsable: the prompt has no tests (no reward) or the completion no code (0). crash (no reward): the sandbox fails.
+    Raises MissingInputError when the sandbox is not possible on this machine.
     """
     reason = sandbox.supported() if settings.isolation == "strict" else None
     if reason is not None:
@@ -65,8 +67,8 @@ def code(settings: Code) -> RewardFunction:
                 return list(pool.map(lambda a: _rate(settings, a, running), answers))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in [*running]:
-                    _kill(process)
+                for process in tuple(running):
+                    kill(process)
                 raise
 
     return rate
@@ -79,19 +81,22 @@ def extract(text: str) -> str:
 
 
 def cases(answer: str) -> list[dict[str, str]] | None:
-    """Input and output cases, or None for tests in Python."""
+    """The cases {"input": text, "output": text} in a prompt's `answer`, or None for tests in Python."""
     try:
-        found = json.loads(answer)
+        values = json.loads(answer)
     except ValueError:
         return None
-    fits = (
-        isinstance(found, list) and found and all(isinstance(c, dict) and {"input", "output"} <= set(c) for c in found)
-    )
-    return [{k: str(c[k]) for k in ("input", "output")} for c in found] if fits else None
+    if not isinstance(values, list) or not values:
+        return None
+    if not all(isinstance(v, dict) and {"input", "output"} <= set(v) for v in values):
+        return None
+    return [{k: str(v[k]) for k in ("input", "output")} for v in values]
 
 
-def run(settings: Code, program: str, tests: str | None, stdin: str, running: set[subprocess.Popen[bytes]]) -> Ran:
-    """Run a program once, with tests or with an input, in a folder of its own that is gone afterwards."""
+def run(
+    settings: Code, program: str, tests: str | None, stdin: str, running: set[subprocess.Popen[bytes]]
+) -> ProgramRun:
+    """Run a program once, with tests or with an input, in a temporary folder. `running` holds its process meanwhile."""
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="prefpipe-code-") as folder:
         job = {
@@ -103,32 +108,32 @@ def run(settings: Code, program: str, tests: str | None, stdin: str, running: se
             "cpu_seconds": math.ceil(settings.timeout_seconds),
             "memory_bytes": settings.memory_mib << 20,
         }
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as printed:
-            given.write(stdin.encode(errors="replace"))
-            given.seek(0)
-            verdict, exit_code = _spawn(job, given, printed, settings.timeout_seconds, running)
+        with tempfile.TemporaryFile() as typed, tempfile.TemporaryFile() as printed:
+            typed.write(stdin.encode(errors="replace"))
+            typed.seek(0)
+            verdict, exit_code = _spawn(job, typed, printed, settings.timeout_seconds, running)
             printed.seek(0)
             text = printed.read(_OUTPUT_BYTES).decode(errors="replace")
     if exit_code is None or exit_code == -signal.SIGXCPU:
         which = "wall clock" if exit_code is None else "CPU time"
-        return Ran("timeout", f"too much {which}: timeout_seconds is {settings.timeout_seconds:g}", text)
+        return ProgramRun("timeout", f"too much {which}: timeout_seconds is {settings.timeout_seconds:g}", text)
     if verdict.startswith(sandbox.UNABLE):
-        return Ran("crash", verdict, text)
+        return ProgramRun("crash", verdict, text)
     if verdict == f"ok {token}":
-        return Ran("ok", None, text)
+        return ProgramRun("ok", None, text)
     ended = f"ended with {f'signal {-exit_code}' if exit_code < 0 else f'exit code {exit_code}'} before it was over"
-    return Ran("wrong", verdict[:_SHOWN] or ended, text)
+    return ProgramRun("wrong", verdict[:_SHOWN] or ended, text)
 
 
 def _spawn(
-    job: dict[str, Any], given: IO[bytes], printed: IO[bytes], seconds: float, running: set[subprocess.Popen[bytes]]
+    job: dict[str, Any], typed: IO[bytes], printed: IO[bytes], seconds: float, running: set[subprocess.Popen[bytes]]
 ) -> tuple[str, int | None]:
-    """(verdict, exit code), exit code None after a timeout. The environment is empty but for its own folder."""
+    """(verdict, exit code) of one run of the sandbox; after a timeout ("", None)."""
     job_read, job_write = os.pipe()
     verdict_read, verdict_write = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-I", sandbox.__file__, str(job_read), str(verdict_write)],
-        stdin=given,
+        stdin=typed,
         stdout=printed,
         stderr=subprocess.DEVNULL,
         pass_fds=(job_read, verdict_write),
@@ -149,15 +154,9 @@ def _spawn(
         return os.read(verdict_read, 4096).decode(errors="replace") if exit_code is not None else "", exit_code
     finally:
         os.close(verdict_read)
-        _kill(process)
+        kill(process)
+        process.wait()
         running.discard(process)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """It and everything in its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _rate(settings: Code, answer: Answer, running: set[subprocess.Popen[bytes]]) -> Scored:
@@ -166,42 +165,43 @@ def _rate(settings: Code, answer: Answer, running: set[subprocess.Popen[bytes]])
     program = extract(answer.text)
     if not program.strip():
         return Scored(0.0, "unparsable", "no code")
-    given = cases(answer.answer)
-    if given is None:
+    inputs_and_outputs = cases(answer.answer)
+    if inputs_and_outputs is None:
         return _scored(run(settings, program, answer.answer, "", running))
-    return _rate_cases(settings, program, given, running)
+    return _rate_cases(settings, program, inputs_and_outputs, running)
 
 
 def _rate_cases(
-    settings: Code, program: str, given: list[dict[str, str]], running: set[subprocess.Popen[bytes]]
+    settings: Code, program: str, tests: list[dict[str, str]], running: set[subprocess.Popen[bytes]]
 ) -> Scored:
-    passed, first = 0, None
-    for number, case in enumerate(given, start=1):
+    """The score over every case; without `partial` the first failure ends it."""
+    passed, first_failure = 0, None
+    for number, case in enumerate(tests, start=1):
         scored = _scored(_compare(run(settings, program, None, case["input"], running), case["output"]))
         if scored.reward is None:
             return scored
         passed += int(scored.reward)
         if scored.status != "ok":
-            first = first or Scored(0.0, scored.status, f"case {number}: {scored.detail}")
+            first_failure = first_failure or Scored(0.0, scored.status, f"case {number}: {scored.detail}")
             if not settings.partial:
-                break
-    if first is None:
+                return first_failure
+    if first_failure is None:
         return Scored(1.0)
-    detail = f"{passed} of {len(given)} passed; {first.detail}" if settings.partial else first.detail
-    return Scored(passed / len(given) if settings.partial else 0.0, first.status, detail)
+    detail = f"{passed} of {len(tests)} passed; {first_failure.detail}"
+    return Scored(passed / len(tests), first_failure.status, detail)
 
 
-def _compare(ran: Ran, expected: str) -> Ran:
+def _compare(ran: ProgramRun, expected: str) -> ProgramRun:
     if ran.status != "ok" or _lines(ran.output) == _lines(expected):
         return ran
     shown = f"printed {ran.output[:_SHOWN]!r}, expected {expected[:_SHOWN]!r}"
-    return Ran("wrong", shown, ran.output)
+    return ProgramRun("wrong", shown, ran.output)
 
 
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def _scored(ran: Ran) -> Scored:
+def _scored(ran: ProgramRun) -> Scored:
     reward = {"ok": 1.0, "wrong": 0.0, "timeout": 0.0, "crash": None}[ran.status]
     return Scored(reward, ran.status, ran.detail)

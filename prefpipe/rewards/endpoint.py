@@ -1,4 +1,7 @@
-"""Questions to a language model behind an OpenAI-compatible endpoint: many at once, with retries, without leaks."""
+"""Questions to a language model behind an OpenAI-compatible endpoint: many at once, with retries.
+
+The API key comes from the environment. It is cut out of every text that leaves this module.
+"""
 
 import os
 import threading
@@ -14,9 +17,9 @@ from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
 from prefpipe.schemas import Message
 
-_AGAIN = (408, 409, 429, 500, 502, 503, 504)  # may go well the next time
-_REFUSED = (401, 403, 404)  # will never go well
-_MAY_BE_THE_FORMAT = (400, 406, 415, 422, 500, 501)  # what endpoints say of a response_format they do not know
+_TRANSIENT = (408, 409, 429, 500, 502, 503, 504)  # the same request may succeed later
+_REFUSED = (401, 403, 404)  # it never will
+_FORMAT_UNKNOWN = (400, 406, 415, 422, 500, 501)  # what endpoints answer to a response_format that they do not know
 _LOOSER = {"json_schema": ("json_object", "none"), "json_object": ("none",), "none": ()}
 _LONGEST_PAUSE = 60.0
 _SHOWN = 300
@@ -24,7 +27,7 @@ _SHOWN = 300
 
 @dataclass(frozen=True)
 class Question:
-    """Messages for the judge, and the JSON Schema of what it shall answer."""
+    """Messages to the judge, and the JSON Schema of its answer."""
 
     messages: list[Message]
     schema: dict[str, Any]
@@ -32,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said, or None with status timeout, crash or unparsable and the reason."""
+    """The judge's answer, or None with status timeout, crash or unparsable and the reason."""
 
     text: str | None
     status: str = "ok"
@@ -41,7 +44,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class _Session:
-    """What the questions of one call share. `accepted`: the endpoint has answered one in the format asked for."""
+    """What the questions of one call share. `accepted` is set once the endpoint has answered one in our format."""
 
     client: httpx.Client
     settings: Judge
@@ -53,9 +56,9 @@ class _Session:
 def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
     """Replies in the order of the questions.
 
-    A question that times out, or that the endpoint fails on after all retries, has a reply that says so. Raises
-    UsageError when the endpoint refuses us (401, 403, 404) or the format of `structured`, StorageError when it cannot
-    be reached or stays overloaded: the run stops and can be resumed, rather than filling with rewards that are missing.
+    A question that times out or fails after the last retry has a reply without a text. Raises UsageError when the
+    endpoint refuses the request (401, 403, 404) or the format of `structured`, StorageError when it cannot be reached
+    or stays overloaded (429): the run then stops and can resume, instead of filling with missing rewards.
     """
     key = os.environ.get(settings.api_key_env, "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -79,7 +82,7 @@ def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
 
 
 def body(settings: Judge, question: Question, structured: str) -> dict[str, Any]:
-    """The request, as JSON; `structured` as in the settings."""
+    """The request, as JSON. `structured`: the format to ask for, as in the settings."""
     formats: dict[str, Any] = {
         "json_schema": {
             "type": "json_schema",
@@ -98,9 +101,9 @@ def body(settings: Judge, question: Question, structured: str) -> dict[str, Any]
 
 
 def pause(settings: Judge, attempt: int, retry_after: str | None) -> float:
-    """Seconds before repetition `attempt` (0 is the first): doubling, not shorter than asked, at most a minute."""
-    asked = float(retry_after) if retry_after and retry_after.replace(".", "", 1).isdigit() else 0.0
-    return min(max(settings.backoff_seconds * 2**attempt, asked), _LONGEST_PAUSE)
+    """Seconds before retry `attempt` (0 is the first): doubling, at least what Retry-After says, at most a minute."""
+    wanted = float(retry_after) if retry_after and retry_after.replace(".", "", 1).isdigit() else 0.0
+    return min(max(settings.backoff_seconds * 2**attempt, wanted), _LONGEST_PAUSE)
 
 
 def _ask(session: _Session, question: Question) -> Reply:
@@ -108,10 +111,10 @@ def _ask(session: _Session, question: Question) -> Reply:
     attempt = 0
     while True:
         answer = _post(session, question, settings.structured)
-        if attempt == settings.retries or not _may_go_well_again(answer):
-            return _reply(_unless_the_format_is_refused(session, question, answer), settings, session.key)
-        asked = None if isinstance(answer, httpx.TransportError) else answer.headers.get("retry-after")
-        if session.stopping.wait(pause(settings, attempt, asked)):
+        if attempt == settings.retries or not _is_transient(answer):
+            return _reply(_check_format(session, question, answer), settings, session.key)
+        retry_after = None if isinstance(answer, httpx.TransportError) else answer.headers.get("retry-after")
+        if session.stopping.wait(pause(settings, attempt, retry_after)):
             return Reply(None, "crash", "stopped")
         attempt += 1
 
@@ -124,18 +127,19 @@ def _post(session: _Session, question: Question, structured: str) -> httpx.Respo
         return error
 
 
-def _unless_the_format_is_refused(
+def _check_format(
     session: _Session, question: Question, answer: httpx.Response | httpx.TransportError
 ) -> httpx.Response | httpx.TransportError:
-    """The answer, or the UsageError that it stands for.
+    """The answer. Raises UsageError when the endpoint does not know the format of `structured`.
 
-    Endpoints differ in what they say of a format that they do not know, so the words are not read: as long as no
-    question was accepted, one that fails is asked in looser formats and, where one goes well, once more as before.
+    Endpoints report that in different words, so it is found by experiment. As long as no question was accepted, one
+    that fails is asked in looser formats. If one of these succeeds and the question fails once more as before, the
+    format is the reason.
     """
     structured = session.settings.structured
     if _code(answer) == 200:
         session.accepted.set()
-    if _code(answer) not in _MAY_BE_THE_FORMAT or session.accepted.is_set():
+    if _code(answer) not in _FORMAT_UNKNOWN or session.accepted.is_set():
         return answer
     for looser in _LOOSER[structured]:
         if _code(_post(session, question, looser)) == 200:
@@ -156,8 +160,8 @@ def _code(answer: httpx.Response | httpx.TransportError) -> int | None:
     return answer.status_code if isinstance(answer, httpx.Response) else None
 
 
-def _may_go_well_again(answer: httpx.Response | httpx.TransportError) -> bool:
-    return isinstance(answer, httpx.TransportError) or answer.status_code in _AGAIN
+def _is_transient(answer: httpx.Response | httpx.TransportError) -> bool:
+    return isinstance(answer, httpx.TransportError) or answer.status_code in _TRANSIENT
 
 
 def _reply(answer: httpx.Response | httpx.TransportError, settings: Judge, key: str) -> Reply:
@@ -202,7 +206,7 @@ def _raise_if_refused(code: int, said: str, settings: Judge, key: str) -> None:
 
 
 def _without(key: str, text: str) -> str:
-    """An endpoint may repeat the key in what it says; it goes no further."""
+    """The text without the key, which an endpoint may repeat in what it says."""
     return text.replace(key, "***") if key else text
 
 

@@ -1,7 +1,7 @@
-"""Functions of the user's, `module:function` with the signature of TRL's reward functions; with a time limit as a kind.
+"""A user's function, `module:function` with the signature of TRL's reward functions.
 
-Named alone, a function is called here with all answers of a shard. As `kind = "function"` it is called with one answer
-at a time in a process that can be killed.
+As a name in `rewards` it is called in this process, with every answer of a shard. As `kind = "function"` it is called
+with one answer at a time, in a process that a time limit kills.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from prefpipe.rewards.isolation import isolated
 from prefpipe.runs import fsio
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
-_GIVEN = {"prompts", "completions", "answer"}
+_ARGUMENTS = {"prompts", "completions", "answer"}  # of every call, beside the further columns of the prompts
 
 
 def inputs(settings: Function) -> dict[str, str]:
@@ -30,10 +30,11 @@ def inputs(settings: Function) -> dict[str, str]:
 
 
 def function(settings: Function) -> RewardFunction:
-    """What the user's function gives for each answer alone. One that takes longer than `timeout_seconds` has no reward
-    and status timeout; one that takes its process along is a crash. The others go on.
+    """What the user's function returns for each answer alone.
 
-    Raises UsageError or MissingInputError for a function that is not there.
+    An answer on which it takes longer than `timeout_seconds` has no reward and status timeout; one that ends the
+    process has status crash. Other answers are not affected. Raises UsageError or MissingInputError when there is no
+    such function.
     """
     name = _named(settings)
     find(name)
@@ -52,15 +53,15 @@ def function(settings: Function) -> RewardFunction:
 
 
 def rate(name: str, answer: dict[str, Any]) -> list[Any]:
-    """(reward, status, detail) of one answer: what the processes do."""
+    """[reward, status, detail] of one answer; the processes of `isolated` call this."""
     (scored,) = call(find(name), [Answer(**answer)])
     return [scored.reward, scored.status, scored.detail]
 
 
 def find(name: str) -> Callable[..., Any]:
-    """The function `module:function`. Raises MissingInputError or UsageError when it is not there."""
+    """The function `module:function`. Raises MissingInputError or UsageError when there is none."""
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # a module beside the recipe is what users mean
+    sys.path.insert(0, str(Path.cwd()))  # so that a module in the current folder is found first
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
@@ -76,19 +77,20 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def digest(name: str) -> str:
-    """The bytes of the module that holds `module:function`; its name, where it has no file."""
+    """The digest of the module that holds `module:function`; for a module without a file the name."""
     find(name)
     source = sys.modules[name.partition(":")[0]].__file__
     return fsio.file_digest(Path(source)) if source else name
 
 
 def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored]:
-    """`function(prompts, completions, answer, COLUMN...)` as in TRL: lists of messages in, numbers or None out.
+    """Scores by `function(prompts, completions, answer, COLUMN...)` as in TRL: lists of messages in, numbers out.
 
-    The further columns of the prompts file come by name, None where a prompt lacks one.
+    The function returns one number, or None, for each answer. COLUMN is every further column of the prompts file, by
+    name; its value is None for a prompt without it.
     """
     metas = [json.loads(a.meta) for a in answers]
-    columns = {name: [m.get(name) for m in metas] for name in sorted({n for m in metas for n in m} - _GIVEN)}
+    columns = {name: [m.get(name) for m in metas] for name in sorted({n for m in metas for n in m} - _ARGUMENTS)}
     try:
         values = function(
             prompts=[a.messages for a in answers],

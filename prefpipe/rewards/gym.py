@@ -1,4 +1,4 @@
-"""Tasks of `reasoning-gym`: prompts made from a seed, and the checker that belongs to them."""
+"""Tasks of `reasoning-gym`: prompts from a seed, and a reward from the checker of the task."""
 
 import functools
 import json
@@ -36,10 +36,10 @@ def prompts(
 ) -> Iterator[dict[str, Any]]:
     """`size` prompts of a task, as rows of a prompts file; the last `heldout` share has split "heldout".
 
-    `datasets` is for the task `composite`, which draws each prompt from one of them: `name` of a task, `weight` (1) and
-    `config` (settings of the task, {}), as reasoning-gym has it. The same arguments and version give the same rows. The
-    column `reasoning_gym` says which task made a row, with which settings (it travels in `meta`), so that the reward of
-    that name can check the answers. Raises UsageError for a task that does not exist, or that refuses its settings.
+    The task `composite` draws each prompt from one of `datasets`: `name` of a task, `weight` (1) and `config` (settings
+    of the task, {}), as in reasoning-gym. The same arguments and version give the same rows. The column `reasoning_gym`
+    says which task made a row, with which settings; it travels in `meta`, and the reward of that name reads it there.
+    Raises UsageError for a task that does not exist, or that refuses its settings.
     """
     dataset = _composite(size, seed, datasets) if task == "composite" else _single(task, size, seed, datasets)
     for index in range(size):
@@ -68,12 +68,12 @@ def write_prompts(
 
 
 def reasoning_gym(settings: ReasoningGym) -> RewardFunction:
-    """What the task's own checker gives, 0 to 1: for most tasks 1 or a small consolation for a wrong answer.
+    """The score of the task's checker, 0 to 1: for most tasks 1, or a little for a wrong answer in the right form.
 
-    The answer is what stands in the last <answer>...</answer>, else the whole text. Status ok for 1, wrong below;
-    unparsable without reward for a prompt that was not made by `prompts`; timeout and crash of the checker give no
-    reward. Some checkers evaluate expressions from the completion: they run in a forked process with limited time and
-    memory, which is no sandbox.
+    The answer is the text in the last <answer>...</answer>, or the whole completion. Status ok for 1, wrong below.
+    unparsable (no reward): `prompts` did not make the prompt. timeout, crash (no reward): the checker hung or failed.
+    Some checkers evaluate expressions from the completion. They run in a forked process with limited time and memory,
+    which is no sandbox.
     """
     check_all = isolated(
         f"{__name__}:check", timeout_seconds=settings.timeout_seconds, num_workers=settings.num_workers
@@ -90,14 +90,14 @@ def reasoning_gym(settings: ReasoningGym) -> RewardFunction:
 
 
 def check(place: dict[str, Any], question: str, text: str) -> tuple[float, str]:
-    """(score, the answer that was rated). Raises ValueError when the entry is another one than the prompt's."""
+    """(score, the answer that was rated). Raises ValueError when this version makes another question at that place."""
     dataset = _dataset(place["task"], place["size"], place["seed"], canonical_json(place.get("config", {})))
     entry = dataset[place["index"]]
     if not question.startswith(entry["question"]):
         raise ValueError(f"the prompt was made by another version than reasoning-gym {version('reasoning-gym')}")
     tagged = _TAGGED.findall(text)
-    given = (tagged[-1] if tagged else text).strip()
-    return float(dataset.score_answer(given, entry)), given
+    answer = (tagged[-1] if tagged else text).strip()
+    return float(dataset.score_answer(answer, entry)), answer
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,11 +118,11 @@ def _composite(size: int, seed: int, datasets: Sequence[Mapping[str, Any]]) -> A
             "the task 'composite' mixes other tasks and does not know which",
             "give datasets=[{'name': 'chain_sum', 'weight': 2}, {'name': 'mini_sudoku', 'weight': 1}]",
         )
-    for given in datasets:
-        _check_task(given.get("name", ""))
-        if not {*given} <= {"name", "weight", "config"} or given["name"] == "composite":
+    for part in datasets:
+        _check_task(part.get("name", ""))
+        if not {*part} <= {"name", "weight", "config"} or part["name"] == "composite":
             raise UsageError(
-                f"{dict(given)} is no task of a mixture",
+                f"{dict(part)} is no task of a mixture",
                 "give `name` (of a task that is no mixture), `weight`, `config`",
             )
     specs = [DatasetSpec(d["name"], d.get("weight", 1), dict(d.get("config", {}))) for d in datasets]
@@ -145,26 +145,33 @@ def _check_task(task: str) -> None:
 def _origin(
     task: str, dataset: Any, entry: dict[str, Any], index: int, datasets: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The task that made an entry, with what makes it again. An entry of a mixture has the same index in its own task,
-    which has a size and a seed of its own."""
+    """The task that made an entry, with the arguments that make it again. An entry of a mixture has the same index in
+    the dataset of its task, which has another size and seed than the mixture."""
     if task != "composite":
         return {"task": task, "size": dataset.size, "seed": dataset.seed, "index": index}
     name = entry["metadata"]["source_dataset"]
-    own = dataset.datasets[name]
+    part = dataset.datasets[name]
     config = next(dict(d.get("config", {})) for d in datasets if d["name"] == name)
-    return {"task": name, "size": own.size, "seed": own.seed, "index": index, **({"config": config} if config else {})}
+    return {
+        "task": name,
+        "size": part.size,
+        "seed": part.seed,
+        "index": index,
+        **({"config": config} if config else {}),
+    }
 
 
 def _place(meta: str) -> dict[str, Any] | None:
+    """The column `reasoning_gym` of a prompt, or None."""
     try:
-        found = json.loads(meta or "{}").get("reasoning_gym")
+        place = json.loads(meta or "{}").get("reasoning_gym")
     except (ValueError, AttributeError):
         return None
-    return found if isinstance(found, dict) and {"task", "size", "seed", "index"} <= set(found) else None
+    return place if isinstance(place, dict) and {"task", "size", "seed", "index"} <= set(place) else None
 
 
 def _scored(outcome: Outcome) -> Scored:
     if outcome.status != "ok":
         return Scored(None, outcome.status, outcome.detail)
-    score, given = outcome.value
-    return Scored(score) if score >= 1 else Scored(score, "wrong", f"found {given[:_SHOWN]!r}")
+    score, answer = outcome.value
+    return Scored(score) if score >= 1 else Scored(score, "wrong", f"found {answer[:_SHOWN]!r}")

@@ -1,4 +1,4 @@
-"""Checkers that may hang or die run in processes of their own: a bad completion costs its row, never the run."""
+"""Calls in processes that may hang or die: a completion that breaks its checker costs its row, never the run."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THR
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call: its value with status ok; or status timeout or crash, with the reason."""
+    """How a call ended: with its value and status ok, or without one and status timeout or crash and the reason."""
 
     value: Any
     status: str
@@ -28,19 +28,19 @@ class Outcome:
 
 
 def num_cores(num_workers: int) -> int:
-    """The setting `num_workers`: 0 stands for the cores that this process may use."""
+    """How many processes the setting `num_workers` asks for: 0 means one per core that this process may use."""
     return num_workers or len(os.sched_getaffinity(0))
 
 
 def isolated(
     function: str, *, timeout_seconds: float, num_workers: int, imports: Sequence[str] = ()
 ) -> Callable[[Sequence[Sequence[Any]]], list[Outcome]]:
-    """Calls of `module:function`, several at once, each in a fork of a process that has imported the module and the
-    further `imports`, which so take no call's time.
+    """A function that calls `module:function` once for each list of arguments (JSON values), several at once.
 
-    The result takes a list of argument lists (JSON values) and gives their outcomes in the same order. It may be called
-    from any thread, but by one at a time. The processes start at its first call and end with it, or with this process
-    however that ends.
+    It returns the outcomes in the order of the arguments. Each call runs in a fork of a process that has imported the
+    module and `imports` already, so that imports do not count against `timeout_seconds`. Any thread may use it, one at
+    a time. The processes start at the first use. They end when the function is garbage, or with this process, however
+    that ends.
     """
     processes: list[Process] = []
     start = functools.partial(_start, function, timeout_seconds, imports)
@@ -55,7 +55,7 @@ def isolated(
 
 
 class _Calls:
-    """One list of calls under way: a thread for every process hands it one call after the other."""
+    """The calls of one list: a thread per process sends it one call after the other."""
 
     def __init__(
         self, start: Callable[[], Process], processes: list[Process], arguments: Sequence[Sequence[Any]]
@@ -76,8 +76,8 @@ class _Calls:
                     done.result()
             except BaseException:
                 self._stopping.set()
-                for process in self._processes:  # what the threads wait for ends
-                    _kill(process)
+                for process in self._processes:  # so that no thread waits for one any more
+                    kill(process)
                 pool.shutdown()
                 _close(self._processes)
                 self._processes.clear()
@@ -97,7 +97,7 @@ class _Calls:
 
 
 def _start(function: str, timeout_seconds: float, imports: Sequence[str]) -> Process:
-    """In a session of its own: Ctrl-C is for us, and we end it."""
+    """Start a worker in a session of its own: Ctrl-C reaches this process only, which ends its workers."""
     return subprocess.Popen(
         [sys.executable, "-m", "prefpipe.rewards.worker", function, str(timeout_seconds), *imports],
         stdin=subprocess.PIPE,
@@ -121,16 +121,17 @@ def _ask(process: Process, arguments: Sequence[Any]) -> Outcome | None:
     return Outcome(**json.loads(line)) if line else None
 
 
-def _kill(process: Process) -> None:
+def kill(process: Process) -> None:
+    """Kill a process that leads a session, and every process in it. Does not wait for them."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # with its forks
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _close(processes: list[Process]) -> None:
     for process in processes:
-        _kill(process)
+        kill(process)
         process.wait()
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what was still to be written
+            with contextlib.suppress(OSError):  # closing flushes to a reader that is dead
                 if pipe is not None:
                     pipe.close()

@@ -25,10 +25,10 @@ def inputs(settings: JsonSchema) -> dict[str, str]:
 
 
 def json_schema(settings: JsonSchema) -> RewardFunction:
-    """1 for JSON that the schema accepts, 0 otherwise: status wrong with the first place that is not, unparsable for
-    text that is no JSON. The JSON is the whole text or the only fenced block in it.
+    """1 for JSON that the schema accepts, 0 otherwise. The JSON is the whole text, or the only fenced block in it.
 
-    References in the schema are never fetched. `pattern` in a schema runs without a time limit: schemas are trusted.
+    Status wrong comes with the first place that the schema refuses; unparsable is text that is no JSON. References in
+    the schema are never fetched. A `pattern` of the schema has no time limit: the schema is trusted.
     """
     validator = _validator(settings)
 
@@ -67,7 +67,7 @@ def _validator(settings: JsonSchema) -> Validator:
     try:
         chosen.check_schema(schema)
         validator = chosen(schema, registry=Registry())
-        next(iter(validator.iter_errors({})), None)  # a reference that leads nowhere shows here, if it is at the top
+        next(iter(validator.iter_errors({})), None)  # finds a dangling reference at the top of the schema
     except (jsonschema.SchemaError, Unresolvable) as error:
         what = error.message if isinstance(error, jsonschema.SchemaError) else f"{error}: references are not fetched"
         raise UsageError(f"schema_file {settings.schema_file} is no JSON Schema: {what}", "fix the schema") from error
@@ -75,6 +75,7 @@ def _validator(settings: JsonSchema) -> Validator:
 
 
 def _payload(text: str) -> str:
+    """The only fenced block, or the whole text."""
     parts = text.split(_FENCE)
     if len(parts) != 3:  # text, the block, text
         return text
@@ -87,7 +88,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError("a name stands twice in an object")
-    return found
+    return unique

@@ -1,5 +1,6 @@
-"""Rewards from a language model that judges: a rating of each completion, or comparisons in both orders."""
+"""Rewards from a language model that judges: it rates each completion, or compares two in both orders."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,22 +27,24 @@ _RATING_SHAPE = '{"reason": "one sentence", "rating": a whole number from 1 (use
 _PAIR_SHAPE = '{"reason": "one sentence", "better": "first", "second" or "tie"}'
 
 Ask = Callable[[Judge, Sequence[Question]], list[Reply]]
-Found = tuple[Any, str] | Scored  # (verdict, reason), or why there is none
+VerdictOrScored = tuple[Any, str] | Scored  # (verdict, reason), or the score of a question without a verdict
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two completions of a prompt, by their places among the answers."""
+    """Two completions of a prompt, by their positions in the list of answers."""
 
     left: int
     right: int
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Of one comparison in both orders: what the left one gets (1, 0.5, 0), None if an order gave no verdict.
+class Comparison:
+    """The result of one comparison in both orders.
 
-    `picks` are the verdicts as said: for left shown first, then for right shown first.
+    `left_score`: 1, 0.5 or 0 for the left completion, None if an order has no verdict. `picks`: the verdict ("first",
+    "second", "tie" or None) with the left one shown first, then with the right one shown first. `problem`: the score of
+    an order without a verdict.
     """
 
     left_score: float | None
@@ -50,51 +53,53 @@ class Verdict:
 
 
 def inputs(settings: Judge) -> dict[str, str]:
-    """The model of an engine by content; at an endpoint a model has only its name."""
+    """The content of the model of an engine. A model at an endpoint has only its name, which is a setting."""
     return {} if settings.engine == "endpoint" else local_judge.inputs(settings)
 
 
-def judge(settings: Judge, given: Ask | None = None) -> RewardFunction:
-    """rating: (rating - 1) / 9 of a rating from 1 to 10. pairwise: the mean over comparisons with other completions of
-    the prompt; each is asked in both orders and gives 1 for winning both, 0 for losing both and 0.5 for anything else.
+def judge(settings: Judge, ask: Ask | None = None) -> RewardFunction:
+    """rating: (rating - 1) / 9, of a rating from 1 to 10. pairwise: the mean over comparisons with other completions of
+    the prompt. Each is asked in both orders and gives 1 for winning both, 0 for losing both and 0.5 for anything else.
 
-    Status ok with the judge's reason or the count of comparisons; unparsable, timeout or crash with the reason and
-    without a reward when no verdict came. Verdicts are never guessed from prose. The same question is asked once.
-    `given` is who is asked in place of the endpoint or engine of the settings.
+    Status ok comes with the judge's reason, or the count of comparisons. Without a verdict there is no reward, and the
+    status is unparsable, timeout or crash. A verdict is never guessed from prose. Equal questions are asked once.
+    `ask` takes the place of the endpoint or engine of the settings.
     """
-    ask = given or (ask_all if settings.engine == "endpoint" else local_judge.ask_in_engine(settings))
-    return lambda answers: (_rate if settings.mode == "rating" else _compare)(settings, answers, ask)
+    if ask is None:
+        ask = ask_all if settings.engine == "endpoint" else local_judge.ask_in_engine(settings)
+    rate = _rate if settings.mode == "rating" else _compare
+    return functools.partial(rate, settings, ask)
 
 
 def find_verdict(text: str, name: str, allowed: Sequence[Any]) -> tuple[Any, str] | None:
-    """(value, reason) of the last JSON object in a text that has `name` with one of the allowed values, or None."""
-    decoder = json.JSONDecoder(strict=False)  # models, and grammars, let a line break stand inside a string
+    """(value, reason) of the last JSON object in a text that has `name`; None unless its value is an allowed one."""
+    decoder = json.JSONDecoder(strict=False)  # models and grammars leave line breaks inside strings
     for start in reversed([i for i, c in enumerate(text) if c == "{"]):
         try:
-            found, _ = decoder.raw_decode(text, start)
+            verdict, _ = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
-        if name in found:
-            value = found[name]
-            right = type(value) in {type(a) for a in allowed} and value in allowed
-            return (value, str(found.get("reason", ""))[:_SHOWN]) if right else None
+        if name in verdict:
+            value = verdict[name]
+            is_allowed = type(value) in {type(a) for a in allowed} and value in allowed
+            return (value, str(verdict.get("reason", ""))[:_SHOWN]) if is_allowed else None
     return None
 
 
 def pairings(count: int, opponents: int) -> list[Pairing]:
-    """Who meets whom: everyone, or in a ring each the next `opponents`."""
+    """Which of `count` completions meet: every two, or in a ring each one and the next `opponents`."""
     if opponents == 0 or 2 * opponents >= count - 1:
         return [Pairing(i, j) for i in range(count) for j in range(i + 1, count)]
     return [Pairing(i, (i + step) % count) for i in range(count) for step in range(1, opponents + 1)]
 
 
-def bias(verdicts: Sequence[Verdict]) -> dict[str, float | int]:
-    """How much the order counts, over comparisons with a verdict in both orders.
+def bias(comparisons: Sequence[Comparison]) -> dict[str, float | int]:
+    """How much the order counts, over `comparisons` with a verdict in both orders.
 
-    `first`: share of "first" among verdicts that are no tie (0.5 is fair). `changed`: share of comparisons whose
-    winner changed with the order.
+    `first`: share of "first" among verdicts that are no tie (0.5 is fair). `changed`: share of comparisons whose winner
+    changed with the order.
     """
-    whole = [v.picks for v in verdicts if None not in v.picks]
+    whole = [c.picks for c in comparisons if None not in c.picks]
     picked = [p for picks in whole for p in picks if p != "tie"]
     return {
         "comparisons": len(whole),
@@ -103,69 +108,69 @@ def bias(verdicts: Sequence[Verdict]) -> dict[str, float | int]:
     }
 
 
-def _rate(settings: Judge, answers: Sequence[Answer], ask: Ask) -> list[Scored]:
+def _rate(settings: Judge, ask: Ask, answers: Sequence[Answer]) -> list[Scored]:
     questions = [rating_question(settings, answer) for answer in answers]
     return [
-        found if isinstance(found, Scored) else Scored((found[0] - 1) / (BEST - 1), "ok", found[1] or None)
-        for found in _verdicts(settings, questions, ask, "rating", range(1, BEST + 1))
+        verdict if isinstance(verdict, Scored) else Scored((verdict[0] - 1) / (BEST - 1), "ok", verdict[1] or None)
+        for verdict in _verdicts(settings, questions, ask, "rating", range(1, BEST + 1))
     ]
 
 
-def _compare(settings: Judge, answers: Sequence[Answer], ask: Ask) -> list[Scored]:
+def _compare(settings: Judge, ask: Ask, answers: Sequence[Answer]) -> list[Scored]:
     pairs = [
         Pairing(group[p.left], group[p.right])
         for group in _groups(answers)
         for p in pairings(len(group), settings.opponents)
     ]
-    asked = [p for p in pairs if answers[p.left].text != answers[p.right].text]  # the same text twice is a tie
+    asked = [p for p in pairs if answers[p.left].text != answers[p.right].text]  # equal texts tie without a question
     questions = [
         pair_question(settings, answers[a], answers[b])
         for p in asked
         for a, b in ((p.left, p.right), (p.right, p.left))
     ]
-    found = iter(_verdicts(settings, questions, ask, "better", ("first", "second", "tie")))
-    verdicts = {p: _both_orders(next(found), next(found)) for p in asked}
-    order = bias(list(verdicts.values()))
+    verdicts = iter(_verdicts(settings, questions, ask, "better", ("first", "second", "tie")))
+    comparisons = {p: _both_orders(next(verdicts), next(verdicts)) for p in asked}
+    order = bias(list(comparisons.values()))
     if asked:
         log.info(
             f"judge: {len(asked)} comparisons in both orders, {order['changed']:.0%} changed with the order; "
             f"the first answer was better in {order['first']:.0%} of the verdicts"
         )
-    same = Verdict(0.5, ("tie", "tie"), None)
-    met: dict[int, list[tuple[Verdict, bool]]] = {i: [] for i in range(len(answers))}
+    equal = Comparison(0.5, ("tie", "tie"), None)
+    met: dict[int, list[tuple[Comparison, bool]]] = {i: [] for i in range(len(answers))}
     for p in pairs:
-        met[p.left].append((verdicts.get(p, same), True))
-        met[p.right].append((verdicts.get(p, same), False))
+        met[p.left].append((comparisons.get(p, equal), True))
+        met[p.right].append((comparisons.get(p, equal), False))
     return [_sum_up(met[i]) for i in range(len(answers))]
 
 
 def _groups(answers: Sequence[Answer]) -> list[list[int]]:
-    """Places of the completions of each prompt. What makes a prompt is its messages and expected answer, here as in its
-    id: rows of a foreign file that repeat a prompt are completions of one prompt, also when others stand between."""
+    """Positions of the completions of each prompt. As in the prompt's id, its messages and expected answer identify it:
+    rows of a foreign file that repeat a prompt are completions of one prompt, even with other rows between them."""
     groups: dict[str, list[int]] = {}
     for place, answer in enumerate(answers):
         groups.setdefault(content_id(answer.messages, answer.answer), []).append(place)
     return list(groups.values())
 
 
-def _both_orders(forth: Found, back: Found) -> Verdict:
-    """forth: the left one was shown first; back: the right one."""
+def _both_orders(forth: VerdictOrScored, back: VerdictOrScored) -> Comparison:
+    """The comparison of two verdicts: `forth` with the left completion shown first, `back` with the right one."""
     picks = [None if isinstance(f, Scored) else str(f[0]) for f in (forth, back)]
     problem = next((f for f in (forth, back) if isinstance(f, Scored)), None)
     wins = {("first", "second"): 1.0, ("second", "first"): 0.0}
     score = None if problem else wins.get((str(picks[0]), str(picks[1])), 0.5)
-    return Verdict(score, (picks[0], picks[1]), problem)
+    return Comparison(score, (picks[0], picks[1]), problem)
 
 
-def _sum_up(met: Sequence[tuple[Verdict, bool]]) -> Scored:
-    """The reward of one completion from its comparisons; True marks those in which it is the left one."""
+def _sum_up(met: Sequence[tuple[Comparison, bool]]) -> Scored:
+    """The reward of one completion from its comparisons, each with True where it is the left one."""
     if not met:
         return Scored(None, "unparsable", "the prompt has no other completion to compare with")
-    scores = [v.left_score if left else 1 - v.left_score for v, left in met if v.left_score is not None]
-    failed = [v.problem for v, _ in met if v.problem is not None]
+    scores = [c.left_score if left else 1 - c.left_score for c, left in met if c.left_score is not None]
+    failed = [c.problem for c, _ in met if c.problem is not None]
     if not scores:
         return Scored(None, failed[0].status, failed[0].detail)
-    changed = sum(v.picks[0] == v.picks[1] != "tie" for v, _ in met if v.problem is None)
+    changed = sum(c.picks[0] == c.picks[1] != "tie" for c, _ in met if c.problem is None)
     parts = [f"{scores.count(1)} won, {scores.count(0)} lost, {scores.count(0.5)} tied"]
     parts += [f"{changed} changed with the order"] if changed else []
     parts += [f"{len(failed)} without a verdict: {failed[0].detail}"] if failed else []
@@ -174,41 +179,45 @@ def _sum_up(met: Sequence[tuple[Verdict, bool]]) -> Scored:
 
 def _verdicts(
     settings: Judge, questions: Sequence[Question], ask: Ask, name: str, allowed: Sequence[Any]
-) -> list[Found]:
-    """What was found in the reply to each question. Equal questions are one; the log says how many have none."""
+) -> list[VerdictOrScored]:
+    """The verdict on each question. Equal questions are asked once; the log counts those without a verdict."""
     keys = [canonical_json(question.messages) for question in questions]
     unique = dict(zip(keys, questions, strict=True))
     replies = dict(zip(unique, ask(settings, list(unique.values())), strict=True)) if unique else {}
-    found = {key: _verdict(reply, name, allowed) for key, reply in replies.items()}
-    failed = [f for f in found.values() if isinstance(f, Scored)]
+    verdicts = {key: _verdict(reply, name, allowed) for key, reply in replies.items()}
+    failed = [v for v in verdicts.values() if isinstance(v, Scored)]
     if failed:
-        log.warn(f"judge: {len(failed)} of {len(found)} questions without a verdict; the first: {failed[0].detail}")
-    return [found[key] for key in keys]
+        log.warn(f"judge: {len(failed)} of {len(verdicts)} questions without a verdict; the first: {failed[0].detail}")
+    return [verdicts[key] for key in keys]
 
 
-def _verdict(reply: Reply, name: str, allowed: Sequence[Any]) -> Found:
+def _verdict(reply: Reply, name: str, allowed: Sequence[Any]) -> VerdictOrScored:
     if reply.text is None:
         return Scored(None, reply.status, reply.detail)
-    found = find_verdict(reply.text, name, allowed)
-    return found or Scored(None, "unparsable", f"no {name} in {reply.text[:_SHOWN]!r}")
+    return find_verdict(reply.text, name, allowed) or Scored(
+        None, "unparsable", f"no {name} in {reply.text[:_SHOWN]!r}"
+    )
 
 
 def rating_question(settings: Judge, answer: Answer) -> Question:
-    """What is asked about one completion."""
+    """The question that asks for a rating of one completion."""
     schema = _schema({"rating": {"type": "integer", "enum": list(range(1, BEST + 1))}})
     return Question(_messages(settings, _RATING_SHAPE, answer, {"ANSWER": answer.text}), schema)
 
 
 def pair_question(settings: Judge, first: Answer, second: Answer) -> Question:
-    """What is asked about two completions of one prompt."""
+    """The question that compares two completions of one prompt."""
     schema = _schema({"better": {"type": "string", "enum": ["first", "second", "tie"]}})
     shown = {"FIRST ANSWER": first.text, "SECOND ANSWER": second.text}
     return Question(_messages(settings, _PAIR_SHAPE, first, shown), schema)
 
 
 def _messages(settings: Judge, shape: str, answer: Answer, shown: dict[str, str]) -> list[Message]:
-    """The marks carry a digest of the conversation, which an answer cannot foresee: none can close its own and go on as
-    somebody else. All completions of a prompt share them, and with them the prefix that an engine keeps."""
+    """System message and user message, with each text between marks.
+
+    The marks carry a digest of the conversation, which no completion can foresee, so that none can close its mark and
+    go on as the instructions. The completions of a prompt share the marks, and so the prefix that an engine caches.
+    """
     conversation = "\n\n".join(f"{m['role']}: {m['content']}" for m in answer.messages)
     parts = {"CONVERSATION": conversation, **({"EXPECTED ANSWER": answer.answer} if answer.answer else {}), **shown}
     mark = content_id(answer.messages)[:_MARK]

@@ -12,14 +12,15 @@ VERSION = 1  # raise it when the reward can change: a run never mixes two versio
 
 
 def inputs(_settings: Language) -> dict[str, str]:
-    """The version of the identifier: another one has another model."""
+    """The version of the identifier, which brings its model."""
     return {"py3langid": version("py3langid")}
 
 
 def language(settings: Language) -> RewardFunction:
     """The probability that the text is in the language, by py3langid; 0 for a text without letters.
 
-    Graded, so the status is ok; the detail names the likeliest language when that is another.
+    A degree, so that the status is always ok; the detail names the likeliest language when it is another one. Raises
+    UsageError for a language that py3langid does not know.
     """
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     if settings.language not in identifier.labels:

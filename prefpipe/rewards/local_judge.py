@@ -1,4 +1,4 @@
-"""Questions to a judge that runs in an engine on this machine: a model directory instead of an endpoint."""
+"""Questions to a judge that runs in an engine on this machine, from a model directory instead of an endpoint."""
 
 import contextlib
 import functools
@@ -17,23 +17,23 @@ from prefpipe.models.policy import context_length, resolve
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.schemas import Message
 
-_FRAME = 40  # tokens at most for keys, marks and verdict of an answer
+_FRAME = 40  # tokens that keys, punctuation and verdict of an answer take at most
 _OBJECT: dict[str, Any] = {"type": "object"}
 
 
 def inputs(settings: Judge) -> dict[str, str]:
-    """Weights, tokenizer and chat template of the judge, by content, in place of the path that names it."""
+    """Digests of weights, tokenizer and chat template of the judge: its content, whatever its path."""
     policy = resolve(_name(settings))
     return {"model": policy.id, **load_chat(policy.directory).digests}
 
 
 def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list[Reply]]:
-    """A function that asks the model; the engine starts at its first call and ends with it.
+    """A function that asks the model. The engine starts at its first call and ends when the function is garbage.
 
     vLLM answers under the schema of the question (`structured`); transformers is asked in words only. Control tokens
-    that a completion spells are shown to the judge as the plain text that they are. A question that is too long for
-    `max_prompt_tokens`, or for the model's context with `max_tokens` behind it, gets no verdict. Raises UsageError when
-    the context has no room for any question.
+    that a completion spells reach the judge as plain text. A question that is too long for `max_prompt_tokens`, or for
+    the context of the model with `max_tokens` behind it, gets no verdict. Raises UsageError when the context has no
+    room for any question.
     """
     directory = resolve(_name(settings)).directory
     chat = load_chat(directory)
@@ -66,8 +66,11 @@ def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list
 
 
 def shape(settings: Judge, schema: dict[str, Any]) -> dict[str, Any] | None:
-    """What an engine holds the answer to. Free texts get a bound, so that the verdict behind them is reached within
-    `max_tokens`: two tokens for each of their characters, which only rare scripts exceed."""
+    """The schema that an engine holds the answer to, or None.
+
+    Free texts get a longest length, so that the verdict behind them comes within `max_tokens`. It counts two tokens for
+    a character, which only rare scripts exceed.
+    """
     if settings.structured == "none":
         return None
     if settings.structured == "json_object":
@@ -81,7 +84,7 @@ def shape(settings: Judge, schema: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def takes_system(chat: Chat) -> bool:
-    """Whether the chat template takes a system message; that of Gemma 2, for one, raises."""
+    """Whether the chat template takes a system message. That of Gemma 2 raises."""
     try:
         render(chat, [Message(role=r, content="x") for r in ("system", "user")], add_generation_prompt=True)
     except RowFault:
@@ -90,7 +93,7 @@ def takes_system(chat: Chat) -> bool:
 
 
 def in_one(messages: Sequence[Message]) -> list[Message]:
-    """System and user message as one of the user."""
+    """System and user message as one user message."""
     return [Message(role="user", content="\n\n".join(m["content"] for m in messages))]
 
 
@@ -106,7 +109,7 @@ def _reply(settings: Judge, chat: Chat, response: Response) -> Reply:
 
 
 def _longest_question(settings: Judge, directory: Path) -> int:
-    """max_prompt_tokens, or less where question, answer and one token more would not fit into the model's context."""
+    """max_prompt_tokens, or less when question, answer and one more token would exceed the context of the model."""
     context = context_length(directory)
     longest = settings.max_prompt_tokens
     if context is not None:

@@ -1,5 +1,6 @@
 """A verifier of mathematical answers, through `math-verify`."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -21,25 +22,27 @@ def inputs(_settings: Math) -> dict[str, str]:
 def math(settings: Math) -> RewardFunction:
     r"""1 if the last expression of the completion (in \boxed{}, LaTeX or plain) equals the prompt's `answer`, else 0.
 
-    Status wrong for another value; unparsable with reward 0 when no expression is found in the completion. Without a
-    usable `answer`, and when the checker hangs or crashes, nothing is known: no reward. An `answer` that ends in
-    `#### 42` (GSM8K) counts as 42. Its own alarm-based timeout is off (it fails in threads and does not always fire):
-    every check runs in a forked process that is killed.
+    An `answer` that ends in `#### 42` (GSM8K) counts as 42. Status wrong: another value. unparsable: no expression in
+    the completion (reward 0) or in `answer` (no reward). timeout, crash (no reward): the checker hung or failed.
+
+    A check runs in a forked process that a time limit kills. The alarm of math-verify is off: it fails in threads and
+    does not always fire.
     """
     check_all = isolated(
         f"{__name__}:check", timeout_seconds=settings.timeout_seconds, num_workers=settings.num_workers
     )
 
-    def rate(answers: Any) -> list[Scored]:
+    def rate(answers: Sequence[Answer]) -> list[Scored]:
         known = [a for a in answers if a.answer]
         outcomes = iter(check_all([[a.answer, a.text, settings.precision] for a in known]))
-        return [_scored(next(outcomes)) if a.answer else _without_answer(a) for a in answers]
+        missing = Scored(None, "unparsable", "the prompt has no answer to compare with")
+        return [_scored(next(outcomes)) if a.answer else missing for a in answers]
 
     return rate
 
 
 def check(gold: str, text: str, precision: int) -> tuple[str, str]:
-    """(verdict, detail): ok, wrong, unparsable (the completion) or no_gold (the expected answer)."""
+    """(verdict, detail). Verdicts: ok, wrong, unparsable (the completion), no_gold (the expected answer is none)."""
     expected = _parse_gold(gold)
     if not expected:
         return "no_gold", gold
@@ -57,7 +60,7 @@ def warm_up() -> None:
 
 
 def _parse_gold(gold: str) -> list[Any]:
-    """As it stands, or as LaTeX without its dollar signs."""
+    """The expected answer, read as LaTeX without dollar signs, or as it is."""
     gold = gold.rsplit("####", 1)[-1].strip()
     bare = not any(sign in gold for sign in ("$", "\\boxed", "\\[", "\\("))
     found = _parse(f"${gold}$") if bare else []
@@ -78,7 +81,3 @@ def _scored(outcome: Outcome) -> Scored:
     if verdict == "unparsable":
         return Scored(0.0, "unparsable", "no mathematical expression found")
     return Scored(1.0 if verdict == "ok" else 0.0, verdict, None if verdict == "ok" else f"found {detail[:_SHOWN]}")
-
-
-def _without_answer(_answer: Answer) -> Scored:
-    return Scored(None, "unparsable", "the prompt has no answer to compare with")

@@ -1,4 +1,4 @@
-"""Rewards from a sequence-classification model, with its own tokenizer and chat template."""
+"""Rewards from a sequence-classification model, with the tokenizer and chat template of that model."""
 
 import contextlib
 import functools
@@ -23,30 +23,30 @@ from prefpipe.models.policy import resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
-Logits = dict[int, list[float]]  # by the index of a row, one number per label
+Logits = dict[int, list[float]]  # index of a row -> one number per label
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation that a model can rate: its place in the batch, and its token ids."""
+    """A conversation that the model can rate: its position in the list of answers, and its token ids."""
 
     index: int
     token_ids: list[int]
 
 
 def inputs(settings: RewardModel) -> dict[str, str]:
-    """Weights, tokenizer and chat template, by content."""
+    """Digests of weights, tokenizer and chat template."""
     policy = resolve(_name(settings))
     return {"model": policy.id, **load_chat(policy.directory, settings.chat_template).digests}
 
 
 def reward_model(settings: RewardModel) -> RewardFunction:
-    """The raw logit of the model for prompt and completion, as its own chat template renders them; no squashing.
+    """The raw logit of the model, without a sigmoid, for prompt and completion as its chat template renders them.
 
-    Batched by length within `tokens_per_batch`; how a batch is made changes nothing but float noise. A conversation
-    that the template refuses, that spells a control token or is longer than `max_length` gets no reward, status
-    unparsable; a logit that is no finite number gets none either, status crash. The weights load at the first call.
+    Rows are batched by length within `tokens_per_batch`; the batching changes a reward by float noise only. No reward,
+    status unparsable: the template refuses the conversation, or it spells a control token or is longer than
+    `max_length`. No reward, status crash: the logit is no finite number. The weights load at the first call.
     """
     directory = resolve(_name(settings)).directory
     chat = load_chat(directory, settings.chat_template)
@@ -64,8 +64,8 @@ def reward_model(settings: RewardModel) -> RewardFunction:
             except RowFault as fault:
                 scores[index] = Scored(None, "unparsable", f"{fault.reason}: {fault.detail}")
         if rows:
-            found = logits_of()(rows)
-            scores |= {row.index: _scored(found[row.index][label]) for row in rows}
+            logits_by_index = logits_of()(rows)
+            scores |= {row.index: _scored(logits_by_index[row.index][label]) for row in rows}
         return [scores[index] for index in range(len(answers))]
 
     weakref.finalize(rate, started.close)
@@ -74,24 +74,27 @@ def reward_model(settings: RewardModel) -> RewardFunction:
 
 @contextlib.contextmanager
 def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generator[Callable[[list[Row]], Logits]]:
-    """A function from rows to the logits of each, by its index."""
+    """A function from rows to the logits of each, by the index of the row."""
     if settings.engine == "vllm":
         _check_architecture(directory)  # vLLM would make a classifier of any language model
         log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
-        own = _config(directory).get("pad_token_id")
+        pad_token_id = _config(directory).get("pad_token_id")
         with pooling.classifier(directory, settings.dtype, longest, settings.gpu_memory_utilization) as classify:
-            yield lambda rows: dict(
-                zip((r.index for r in rows), classify([without_padding(own, r.token_ids) for r in rows]), strict=True)
-            )
+
+            def at_once(rows: list[Row]) -> Logits:
+                values = classify([without_padding(pad_token_id, row.token_ids) for row in rows])
+                return {row.index: value for row, value in zip(rows, values, strict=True)}
+
+            yield at_once
         return
     model = load(directory, settings.dtype)
 
     def by_batch(rows: list[Row]) -> Logits:
-        found: Logits = {}
+        by_index: Logits = {}
         for batch in batches(rows, settings.tokens_per_batch):
             values = logits(model, [row.token_ids for row in batch]).tolist()
-            found |= {row.index: value for row, value in zip(batch, values, strict=True)}
-        return found
+            by_index |= {row.index: value for row, value in zip(batch, values, strict=True)}
+        return by_index
 
     yield by_batch
 
@@ -106,7 +109,8 @@ def _check_architecture(directory: Path) -> None:
 
 
 def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:
-    """Token ids of prompt and completion in the reward model's own terms. Raises RowFault when they cannot be rated."""
+    """Token ids of prompt and completion, by the tokenizer of the reward model. Raises RowFault when it cannot rate
+    them."""
     messages = [*answer.messages, {"role": "assistant", "content": answer.text}]
     check_control_tokens(chat, messages)  # pyright: ignore[reportArgumentType]  (a Message is such a dict)
     ids = encode(chat, render(chat, messages, add_generation_prompt=False))  # pyright: ignore[reportArgumentType]
@@ -118,7 +122,7 @@ def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:
 
 
 def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[Row]]:
-    """Rows by length, longest first (so that memory shows at once), as many as fit with their padding."""
+    """Rows by length, longest first (so that the largest batch comes first), as many as fit with their padding."""
     batch: list[Row] = []
     for row in sorted(rows, key=lambda r: (-len(r.token_ids), r.index)):
         if batch and (len(batch) + 1) * len(batch[0].token_ids) > tokens_per_batch:
@@ -130,14 +134,14 @@ def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[Row]]:
 
 
 def logits(model: Any, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits [B, labels] in float32 of rows of token ids, padded on the right: what each row gets alone.
+    """Logits [B, labels] in float32 of rows of token ids, padded on the right. Each row gets what it gets alone.
 
-    transformers takes the state of the last token that is not the padding token, and refuses batches without one. Those
-    models get a token that no row holds: then it is the very last token, as for a row alone.
+    transformers rates a row at its last token that is not the padding token, and refuses a batch when the model has no
+    padding token. Then a token that no row holds takes its place, so that a row is rated at its very last token.
     """
     config = model.config.get_text_config()
-    own = config.pad_token_id
-    filler = padding(own, token_ids)
+    pad_token_id = config.pad_token_id
+    filler = padding(pad_token_id, token_ids)
     longest = max(map(len, token_ids))
     ids = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in token_ids])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in token_ids])
@@ -146,27 +150,29 @@ def logits(model: Any, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         with torch.inference_mode():
             return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
     finally:
-        config.pad_token_id = own  # the next batch may hold this filler
+        config.pad_token_id = pad_token_id  # the next batch may hold this filler as a token
 
 
-def padding(own: int | None, token_ids: Sequence[Sequence[int]]) -> int:
-    """The model's own padding token, or the smallest token that no row holds."""
+def padding(pad_token_id: int | None, token_ids: Sequence[Sequence[int]]) -> int:
+    """The padding token of the model, or the smallest token that no row holds."""
+    if pad_token_id is not None:
+        return pad_token_id
     used = {token for row in token_ids for token in row}
-    return own if own is not None else next(t for t in range(len(used) + 1) if t not in used)
+    return next(t for t in range(len(used) + 1) if t not in used)
 
 
-def without_padding(own: int | None, token_ids: Sequence[int]) -> Sequence[int]:
-    """A row up to the token at which transformers rates it: vLLM rates the very last one."""
+def without_padding(pad_token_id: int | None, token_ids: Sequence[int]) -> Sequence[int]:
+    """A row up to the token at which transformers rates it, since vLLM rates the very last token."""
     end = len(token_ids)
-    while end > 1 and token_ids[end - 1] == own:
+    while end > 1 and token_ids[end - 1] == pad_token_id:
         end -= 1
     return token_ids[:end]
 
 
 def load(directory: Path, dtype: str) -> Any:
-    """The model in eval mode, on the GPU when there is one; safetensors only, no code of the model's own.
+    """The model in eval mode, on the GPU when there is one; from safetensors, without running code of the model.
 
-    Raises UsageError when weights of the head are missing: transformers would draw them at random.
+    Raises UsageError when weights of the head are missing, which transformers would draw at random.
     """
     log.info(f"loading reward model {directory.name} ({dtype})")
     transformers_logging.disable_progress_bar()
@@ -191,21 +197,21 @@ def load(directory: Path, dtype: str) -> Any:
 
 
 def find_label(directory: Path, label: str) -> int:
-    """Which logit is the reward. Raises UsageError for a model of several labels when none of them is named."""
+    """The index of the logit that is the reward. Raises UsageError when `label` names none of several labels."""
     config = _config(directory)
     names = {int(k): str(v) for k, v in config.get("id2label", {}).items()} or dict(
         enumerate(f"LABEL_{i}" for i in range(config.get("num_labels", 2)))
     )
     if not label and len(names) == 1:
         return 0
-    found = [i for i, name in names.items() if label in (name, str(i))]
-    if len(found) != 1:
+    matching = [i for i, name in names.items() if label in (name, str(i))]
+    if len(matching) != 1:
         raise UsageError(
             f"label = '{label}' is none of the {len(names)} labels of {directory}"
             f"{suggestion(label, list(names.values()))}",
             f"set label to one of {', '.join(names.values())}",
         )
-    return found[0]
+    return matching[0]
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rewards from regular expressions. The `regex` package stops a search that backtracks without end."""
+"""Rewards from regular expressions, by the package `regex`: it can stop a search that backtracks without end."""
 
 import string
 from typing import Any
@@ -19,9 +19,9 @@ def inputs(_settings: object) -> dict[str, str]:
 
 
 def regex(settings: Regex) -> RewardFunction:
-    """1 if the pattern is found (`match`; else if it is not), 0 otherwise. Status wrong for 0.
+    """1 if the pattern is found, or with `match` off if it is not found; else 0 with status wrong.
 
-    A search that runs into the timeout says nothing about the answer: no reward, status timeout.
+    A search that takes too long says nothing about the answer: no reward, status timeout.
     """
     pattern = _compiled(settings.pattern)
 
@@ -38,10 +38,10 @@ def regex(settings: Regex) -> RewardFunction:
 
 
 def exact_match(settings: ExactMatch) -> RewardFunction:
-    """1 if what the last match of `pattern` gives (the whole text without one) equals the prompt's `answer`, else 0.
+    """1 if the last match of `pattern` (without a pattern the whole text) equals the prompt's `answer`, else 0.
 
-    White space counts as one space, case and punctuation as the settings say. Without a match the status is unparsable
-    and the reward 0; without an `answer` there is no reward.
+    Any white space equals one space; the settings say whether case and punctuation count. Status unparsable: no match
+    (reward 0), or a prompt without `answer` (no reward).
     """
     pattern = _compiled(settings.pattern) if settings.pattern else None
 
@@ -49,14 +49,14 @@ def exact_match(settings: ExactMatch) -> RewardFunction:
         if answer.answer is None:
             return Scored(None, "unparsable", "the prompt has no answer to compare with")
         try:
-            given = answer.text if pattern is None else _last(pattern, answer.text, settings.timeout_seconds)
+            said = answer.text if pattern is None else _last(pattern, answer.text, settings.timeout_seconds)
         except TimeoutError:
             return _timed_out(settings.timeout_seconds)
-        if given is None:
+        if said is None:
             return Scored(0.0, "unparsable", "the pattern is not found")
-        if _normal(given, settings) == _normal(answer.answer, settings):
+        if _normal(said, settings) == _normal(answer.answer, settings):
             return Scored(1.0)
-        return Scored(0.0, "wrong", f"{given.strip()[:_SHOWN]!r} is not {answer.answer!r}")
+        return Scored(0.0, "wrong", f"{said.strip()[:_SHOWN]!r} is not {answer.answer!r}")
 
     return one_by_one(rate)
 
@@ -69,11 +69,11 @@ def _compiled(pattern: str) -> Any:
 
 
 def _last(pattern: Any, text: str, timeout: float) -> str | None:
-    """What the last match says: group 1 if the pattern has one."""
-    found = None
+    """The last match, or its group 1 if the pattern has groups; None without a match."""
+    last = None
     for match in pattern.finditer(text, timeout=timeout):
-        found = match[1 if pattern.groups else 0]
-    return found
+        last = match[1 if pattern.groups else 0]
+    return last
 
 
 def _normal(text: str, settings: ExactMatch) -> str:

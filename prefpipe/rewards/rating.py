@@ -10,7 +10,7 @@ from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 
 def rate(answers: Sequence[Answer], reward: RewardFunction, name: str) -> list[Scored]:
-    """The score of every answer; a reward that crashes on all of them is an error."""
+    """The score of every answer. Raises DataError when the reward crashes on every one of them."""
     scores = reward(answers) if answers else []
     if scores and all(s.status == "crash" for s in scores):
         raise DataError(
@@ -20,14 +20,14 @@ def rate(answers: Sequence[Answer], reward: RewardFunction, name: str) -> list[S
 
 
 def reward_folder(name: str) -> str:
-    """The dataset of a reward."""
+    """The name of the dataset that holds a reward."""
     return f"rewards/{name}"
 
 
 def load_rewards(
     names: Sequence[str], tables: Mapping[str, Settings] = MappingProxyType({})
 ) -> tuple[dict[str, RewardFunction], dict[str, str]]:
-    """Reward functions by name with their settings, and what identifies them."""
+    """Reward functions by name, and what identifies each in the fingerprint of a run."""
     return (
         {n: rewards.load(n, tables) for n in names},
         {f"reward {n}": rewards.identity(n, tables) for n in names},

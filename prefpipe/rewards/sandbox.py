@@ -1,15 +1,15 @@
-"""Runs one Python program under limits, as a script of its own: `python -I sandbox.py 3 4`. Standard library only.
+"""A script that runs one Python program under limits: `python -I sandbox.py 3 4`. Standard library only.
 
-Its arguments are two descriptors: the job comes as JSON from the first, the verdict goes to the second. Before the
-program starts:
+Its arguments are two file descriptors. It reads the job from the first, as JSON, and writes the verdict to the second.
+Before the program starts it sets
 
 - limits (RLIMIT): CPU seconds, address space, size of written files, open files, no core dump;
-- with isolation "strict" also: all capabilities dropped; Landlock: it reads Python and system libraries, writes in its
-  own folder, sees no other file; seccomp: no sockets, no new processes, no signals to others, no exec, and none of the
-  calls that change other files, processes or the system.
+- with isolation "strict" also: no capabilities; Landlock, so that the program reads Python and the system libraries,
+  writes to its folder and sees no other file; seccomp, so that it opens no sockets, starts no processes, executes
+  nothing, signals no others and changes nothing of other files, processes or the system.
 
-What this does not do: it is no virtual machine (a bug in the kernel is a way out), file names and sizes outside can be
-probed with stat, and a program that knows this file can look for the verdict's token in the memory it shares with it.
+It is no virtual machine: a bug in the kernel is a way out. stat tells names and sizes of files outside. A program that
+knows this script can search the memory that it shares with it for the token of the verdict.
 """
 
 import ctypes
@@ -121,7 +121,7 @@ def supported() -> str | None:
 
 
 def main() -> None:
-    """Read the job, lock the door, run the program and its tests, give the verdict."""
+    """Read the job, set the limits, run the program and its tests, write the verdict."""
     job_descriptor, verdict_descriptor = map(int, sys.argv[1:])
     with os.fdopen(job_descriptor, encoding="utf-8") as job_file:
         job = json.load(job_file)
@@ -137,9 +137,9 @@ def main() -> None:
 
 
 def run(program: str, tests: str | None) -> str | None:
-    """Run a program and, in its namespace, its tests. None when nothing went wrong, else what did.
+    """Run a program and, in its namespace, its tests. Returns None, or the exception or exit code that ended it.
 
-    Without tests it runs as a script (`__name__` is "__main__"), with tests as a module would be imported.
+    Without tests it runs as a script (`__name__` is "__main__"), with tests as an import runs a module.
     """
     namespace: dict[str, object] = {"__name__": "__main__" if tests is None else "program"}
     for name, text in (("program", program), ("tests", tests)):
@@ -158,7 +158,7 @@ def run(program: str, tests: str | None) -> str | None:
 
 
 def limit(cpu_seconds: int, memory_bytes: int) -> None:
-    """Set limits that a process cannot raise again without privileges."""
+    """Set the resource limits of this process. Without privileges it cannot raise them again."""
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))  # SIGXCPU first, which names the reason
     for which, value in (
         (resource.RLIMIT_AS, memory_bytes),
@@ -171,7 +171,7 @@ def limit(cpu_seconds: int, memory_bytes: int) -> None:
 
 
 def isolate(folder: str) -> None:
-    """No privileges, no other files, no network, no processes; for good. Raises OSError when one of them fails."""
+    """Give up privileges, other files, network and new processes, for good. Raises OSError when one of them fails."""
     libc = _libc()
     _drop_capabilities(libc)
     _check(libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS

@@ -1,4 +1,4 @@
-"""Rewards computed from the text alone. What a refusal and a repetition is, is defined here for the whole package."""
+"""Rewards computed from the text alone. Filters of build-pairs share `refusal_phrase` and `distinct_ngrams`."""
 
 import re
 from collections.abc import Sequence
@@ -47,20 +47,21 @@ def inputs(_settings: object) -> dict[str, str]:
 
 
 def short_sentence(_settings: ShortSentence) -> RewardFunction:
-    """One sentence of 5 to 10 words that ends with a full stop, names the topic and says something of its own, 0 to 1.
+    """How far an answer is one new sentence of 5 to 10 words about the topic (`answer`), 0 to 1.
 
-    reward = (2 * length + sentence + topic + own) / 5. length = min(1, words/5, 10/words): one word too few costs as
-    clearly as some too many, so "A falcon." never beats a good sentence. sentence, topic and own are 0 or 1; own is 0
-    for an answer that echoes the instruction ("A river in one short sentence."), which is how the first policies won.
+    reward = (2 * length + sentence + topic + new) / 5. length = min(1, words/5, 10/words), so that a word too few costs
+    much and "A falcon." never beats a good sentence. sentence: one sentence that ends with a full stop; topic: it names
+    the topic; new: it does not echo the instruction ("A river in one short sentence."), which is how the first policies
+    won. These three are 0 or 1.
     """
     return one_by_one(lambda a: _short_sentence(a.text.strip(), a.answer or "", a.messages[-1]["content"]))
 
 
 def length(settings: Length) -> RewardFunction:
-    """min(1, count/min, max/count), 0 for nothing: 1 inside the window, falling in proportion outside.
+    """min(1, count/min, max/count), 0 for an empty text: 1 inside the window, falling in proportion outside.
 
-    Tokens are those that were sampled, the end-of-sequence token included. Without token ids there is no reward and
-    the status is unparsable.
+    Tokens are the sampled ones, with the end-of-sequence token. A completion without token ids has no reward, status
+    unparsable.
     """
 
     def rate(answer: Answer) -> Scored:
@@ -75,21 +76,22 @@ def length(settings: Length) -> RewardFunction:
 
 
 def keyword(settings: Keyword) -> RewardFunction:
-    """The share of conditions that hold: one for each word of `all` (there), one for `any` (at least one there), one
-    for each word of `none` (not there). Words and phrases count where they stand alone, not inside other words.
+    """The share of conditions that hold: each word of `all` is in the text, at least one word of `any` is, each word of
+    `none` is not. A word or phrase counts where it stands alone, not inside another word.
 
-    Without any words the prompt's `answer` must be there; without that there is no reward, status unparsable.
+    With no words in the settings the prompt's `answer` must be in the text; without an `answer` there is no reward,
+    status unparsable.
     """
-    given = bool(settings.all or settings.any or settings.none)
+    has_words = bool(settings.all or settings.any or settings.none)
 
     def rate(answer: Answer) -> Scored:
-        if not given and not answer.answer:
+        if not has_words and not answer.answer:
             return Scored(None, "unparsable", "no keywords are set and the prompt has no answer")
 
         def there(word: str) -> bool:
             return stands_in(word, answer.text, ignore_case=settings.ignore_case)
 
-        holds = {f"{word!r} missing": there(word) for word in (settings.all if given else (answer.answer or "",))}
+        holds = {f"{word!r} missing": there(word) for word in (settings.all if has_words else (answer.answer or "",))}
         if settings.any:
             holds[f"none of {', '.join(map(repr, settings.any))}"] = any(map(there, settings.any))
         holds |= {f"{word!r} found": not there(word) for word in settings.none}
@@ -100,8 +102,10 @@ def keyword(settings: Keyword) -> RewardFunction:
 
 
 def repetition(settings: Repetition) -> RewardFunction:
-    """Distinct n-grams / n-grams of lower-case words (distinct-n; Li et al. 2016, 1510.03055, there per token): 1 for a
-    text that never repeats itself, near 0 for a loop. A text of fewer than n words repeats nothing: 1."""
+    """Distinct n-grams / n-grams of lower-case words: 1 for a text that never repeats itself, near 0 for a loop.
+
+    A text of fewer than n words repeats nothing: 1. distinct-n of Li et al. 2016 (1510.03055), which divides by tokens.
+    """
 
     def rate(answer: Answer) -> Scored:
         distinct, total = distinct_ngrams(answer.text, settings.n)
@@ -145,7 +149,7 @@ def distinct_ngrams(text: str, n: int) -> tuple[int, int]:
 
 
 def window(count: int, shortest: int, longest: int) -> float:
-    """min(1, count/shortest, longest/count), from 0 to 1; a count of 0 is inside a window that starts at 0."""
+    """min(1, count/shortest, longest/count), from 0 to 1; for a count of 0 it is 1 if shortest is 0, else 0."""
     if count == 0:
         return float(shortest == 0)
     return min(1.0, count / shortest if shortest else 1.0, longest / count)
@@ -162,18 +166,18 @@ def is_one_sentence(text: str) -> bool:
 
 
 def names(topic: str, text: str) -> bool:
-    """Whether the topic stands in the text as words of its own, in the singular or with a plural s."""
+    """Whether the topic stands in the text, not inside another word, in the singular or with a plural s."""
     return bool(topic) and re.search(rf"(?<!\w){re.escape(topic)}(e?s)?(?!\w)", text, re.IGNORECASE) is not None
 
 
 def stands_in(phrase: str, text: str, *, ignore_case: bool = True) -> bool:
-    """Whether a word or phrase stands in the text on its own, not inside other words."""
+    """Whether a word or phrase stands in the text, not inside another word."""
     flags = re.IGNORECASE if ignore_case else re.NOFLAG
     return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, flags) is not None
 
 
 def echoes(prompt: str, topic: str, text: str) -> bool:
-    """Whether a longer word of the prompt (five letters or more), the topic's own aside, comes back in the text."""
+    """Whether the text repeats a word of five letters or more of the prompt that is no word of the topic."""
     instruction = _words(prompt) - _words(topic)
     return any(len(word) >= _LONG_WORD and word in instruction for word in _words(text))
 

@@ -1,9 +1,10 @@
 """`python -m prefpipe.rewards.worker MODULE:FUNCTION SECONDS [MODULE...]`: call a function for each line of its input.
 
-Imports once (the further modules too), warms up, then lets a fork do the calls: one that hangs is killed, one that dies
-takes nothing along, and the next fork costs no import. Ends when its input ends, so that it never outlives who started
-it. `isolation.py` is the other side. Lines are JSON: a list of arguments in; value, status (ok, timeout, crash) and
-detail out.
+A line is JSON: a list of arguments in; value, status (ok, timeout, crash) and detail out. `isolation.py` is the other
+end.
+
+The process imports the modules once, warms up, and leaves the calls to a fork. A fork that hangs is killed; the next
+one costs no import. The process ends when its input ends, so that it never outlives the one that started it.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _CHUNK = 1 << 16
-_MEMORY_BYTES = 4 << 30  # of address space: a checker that computes 9**9**9 shall not take the machine along
+_MEMORY_BYTES = 4 << 30  # of address space, so that a checker that computes 9**9**9 does not fill the machine
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Child:
 
 
 def main() -> None:
-    """Serve until standard input ends. What the function prints goes nowhere."""
+    """Answer every line of standard input until it ends. What the function prints is thrown away."""
     name, seconds, *further = sys.argv[1:]
     module, _, function_name = name.partition(":")
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -80,15 +81,15 @@ def _fork(function: Callable[..., Any]) -> Child:
                     results.write(json.dumps(answer(function, json.loads(line))) + "\n")
                     results.flush()
         finally:
-            os._exit(1)  # never what the parent would run at its exit
+            os._exit(1)  # skips the exit handlers, which are the parent's
     os.close(asked)
     os.close(answering)
     return Child(pid, questions, answers)
 
 
 def _ask(child: Child, line: bytes, deadline: float) -> tuple[str, bool]:
-    """The line that answers (empty when the child ended or took too long), and whether the deadline was kept."""
-    found = b""
+    """The child's line (empty when it ended or took too long), and whether that came before the deadline."""
+    received = b""
     try:
         while line:
             line = line[os.write(child.questions, line) :]
@@ -97,13 +98,14 @@ def _ask(child: Child, line: bytes, deadline: float) -> tuple[str, bool]:
     while (left := deadline - time.monotonic()) > 0:
         if select.select([child.answers], [], [], left)[0]:
             chunk = os.read(child.answers, _CHUNK)
-            found += chunk
-            if not chunk or found.endswith(b"\n"):
-                return found.decode() if chunk else "", True
+            received += chunk
+            if not chunk or received.endswith(b"\n"):
+                return received.decode() if chunk else "", True
     return "", False
 
 
 def _end(child: Child) -> int:
+    """Kill the child. Returns its exit code, or minus the signal that ended it."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(child.pid, signal.SIGKILL)
     os.close(child.questions)

@@ -15,7 +15,7 @@ from prefpipe.config.judge import Judge
 from prefpipe.rewards import judge as judges
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.rewards.endpoint import Question, Reply
-from prefpipe.rewards.judge import Verdict, bias, find_verdict, judge, pairings, rating_question
+from prefpipe.rewards.judge import Comparison, bias, find_verdict, judge, pairings, rating_question
 from prefpipe.runs.store import read_dataset
 from prefpipe.schemas import Completion, Message, Reward
 from tests.conftest import Cli
@@ -194,7 +194,7 @@ def test_everyone_meets_as_many(count: int, opponents: int) -> None:
     st.lists(st.tuples(st.sampled_from(["first", "second", "tie", None]), st.sampled_from(["first", "second", "tie"])))
 )
 def test_bias_against_a_plain_count(picks: list[tuple[str | None, str]]) -> None:
-    found = bias([Verdict(None, p, None) for p in picks])
+    found = bias([Comparison(None, p, None) for p in picks])
     whole = [p for p in picks if p[0] is not None]
     firsts = sum(p == "first" for pair in whole for p in pair)
     seconds = sum(p == "second" for pair in whole for p in pair)
