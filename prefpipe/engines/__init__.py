@@ -1,4 +1,4 @@
-"""Engines by name, loaded only when asked for: each brings its own heavy packages."""
+"""Engines by name. A module is imported when its engine starts: each brings heavy packages."""
 
 import importlib
 

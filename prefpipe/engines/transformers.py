@@ -1,4 +1,4 @@
-"""The engine that works wherever transformers does: batched sampling, and scoring by the trainer's own forward."""
+"""The engine that works wherever transformers does: batched sampling, and scoring by the forward pass of training."""
 
 import math
 from collections.abc import Iterable, Iterator

@@ -10,8 +10,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-# Read by vLLM when it is imported. Without processes of its own it leaves no children when it is killed, and it starts
-# in a quarter of the time.
+# Read by vLLM when it is imported. As one process it leaves no children when it is killed, and starts in a quarter of the
+# time.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -41,7 +41,7 @@ def prepare() -> None:
 
 
 def device_options(kv_cache_mib: int, gpu_memory_utilization: float) -> dict[str, Any]:
-    """What `vllm.LLM` is told of the device: on CPU the size of its cache, on a GPU the share of its memory."""
+    """Options of `vllm.LLM` for the device: on CPU the size of the cache, on a GPU the share of the memory."""
     if cuda_is_available():
         return {"gpu_memory_utilization": gpu_memory_utilization}
     return {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_mib << 20, "block_size": 32}

@@ -1,1 +1,1 @@
-"""Token trees and their forward pass: tensors in, per-token log-probs out. No config; files only in load.py."""
+"""Token trees and their forward pass: token ids in, per-token log-probs out. No settings; files in load.py alone."""

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def dequantize(source: Path, into: Path) -> None:
-    """Write model, tokenizer and generation config of a GGUF file to a directory that loads as any model does."""
+    """Write model, tokenizer and generation config of a GGUF file to a directory that transformers loads."""
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-    # The weights are not quantised any more; saving refuses while the model still says that they are.
+    # The weights are not quantised any more, but saving is refused as long as the model says that they are.
     del model.hf_quantizer
     delattr(model.config, "quantization_config")
     model.save_pretrained(into)

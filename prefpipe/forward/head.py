@@ -1,9 +1,9 @@
 """Log-probs of target tokens from hidden states, chunk by chunk: never a [N, V] tensor.
 
 N = target tokens, H = hidden size, V = vocabulary. For any loss, d log p(y) / d h = sum_v (1[v = y] - p_v) dl_v / dh.
-With a frozen head that vector is stored in the forward pass (for plain logits u = W[y] - sum_v p_v W_v), so that
-backward is one multiply and no matrix product is done twice. A trainable head recomputes its chunks in backward and
-gathers its own gradient in float32. Statistics are float32 whatever the dtype.
+With a frozen head the forward pass stores that vector (for plain logits u = W[y] - sum_v p_v W_v), so that backward is
+one multiplication and no matrix product is computed twice. A trainable head recomputes its chunks in backward and
+gathers its gradient in float32. Sums over the vocabulary are float32 whatever the dtype.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK = 256  # rows of one product with the head: [CHUNK, V] is the largest tensor made here
-_CACHED_ROWS = 8
+CHUNK = 256  # rows of one product with the head: [CHUNK, V] is the largest tensor here
+_CACHED_ROWS = 8  # rows whose logits stay in the cache of a CPU
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What a model does to `h @ W.T` before the softmax: multiply by scale, then cap * tanh(x / cap)."""
+    """From x = h @ W.T to logits: multiply x by scale, then, with a cap, take cap * tanh(x / cap)."""
 
     scale: float = 1.0
     cap: float | None = None
 
 
 def logit_rule(text: object) -> LogitRule:
-    """The rule of a model family, by the names that its (text) config uses: Cohere, Granite, Falcon-H1, Gemma."""
+    """The rule of a model, by the names that (text) configs have for it: Cohere, Granite, Falcon-H1, Gemma."""
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= getattr(text, name, None) or 1.0
@@ -44,24 +44,24 @@ def target_logps(
 @torch.no_grad()
 def log_collisions(hidden: torch.Tensor, weight: torch.Tensor, rule: LogitRule = LogitRule()) -> torch.Tensor:
     """hidden [N, H], weight [V, H] -> float32 log sum_v p_v^2 [N]: the log-probability that two draws are the same."""
-    found: list[torch.Tensor] = []
+    pieces: list[torch.Tensor] = []
     step = min(CHUNK, _rows_at_once(weight.device))
     for start in range(0, hidden.shape[0], CHUNK):
         raw = hidden[start : start + CHUNK] @ weight.T
         for part in raw.split(step):
             logits = _ruled(part.float(), rule)
-            found.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
-    return torch.cat(found)
+            pieces.append((2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
+    return torch.cat(pieces)
 
 
 def chunk_bytes(weight: torch.Tensor) -> int:
-    """Bytes of the largest thing made here: the raw scores of a chunk, and float32 work on the rows done at once."""
+    """The most bytes that this module takes at once: raw scores of a chunk, and float32 copies of the rows at once."""
     return weight.shape[0] * (CHUNK * weight.element_size() + 3 * 4 * _rows_at_once(weight.device))
 
 
 def _rows_at_once(device: torch.device) -> int:
-    """On CPU a few rows stay in the cache through all passes over them: twice as fast for 16-bit weights; on a GPU
-    many small kernels would wait for their launches."""
+    """Rows whose logits are computed together. On CPU a few, which stay in the cache through all passes over them:
+    twice as fast for 16-bit weights. On a GPU a whole chunk: many small kernels would wait for their launches."""
     return _CACHED_ROWS if device.type == "cpu" else CHUNK
 
 
@@ -84,7 +84,7 @@ def _ruled(scores: torch.Tensor, rule: LogitRule) -> torch.Tensor:
 
 
 def _block(raw: torch.Tensor, targets: torch.Tensor, rule: LogitRule, *, slopes: bool) -> torch.Tensor:
-    logits = _ruled(raw.float(), rule)  # float32 scores are worked on in place
+    logits = _ruled(raw.float(), rule)  # float32 scores are overwritten
     log_total = logits.logsumexp(dim=1, keepdim=True)
     logps = (logits.gather(1, targets) - log_total).squeeze(1)
     if slopes:
@@ -148,7 +148,7 @@ class _TrainableHead(torch.autograd.Function):
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, hidden.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            slopes = (hidden[rows] @ weight.T).float()  # the head's own gradient is gathered in float32
+            slopes = (hidden[rows] @ weight.T).float()  # the gradient of the head is gathered in float32
             _to_logps(slopes, targets[rows], ctx.rule, slopes=True)
             slopes.mul_(grad[rows].unsqueeze(1))
             hidden_grad[rows] = slopes.to(weight.dtype) @ weight
@@ -157,7 +157,7 @@ class _TrainableHead(torch.autograd.Function):
 
 
 class _Nothing:
-    """A context that keeps nothing: the trainable head saves its own tensors."""
+    """A context that keeps no tensors: the trainable head saves other ones."""
 
     def save_for_backward(self, *_tensors: torch.Tensor | None) -> None:
         return None

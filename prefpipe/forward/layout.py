@@ -1,7 +1,7 @@
 """Token trees as one flat row: `[trunk | y1 | ... | yK]` for every group, no padding anywhere.
 
-The trunk is the prompt and the longest token prefix that all completions share. Positions restart after the trunk for
-every completion; the first token after it is predicted from the trunk's last state, which all K share.
+The trunk is the prompt and the longest token prefix that all completions share. Behind it lies the rest of every
+completion; its positions go on from the trunk, and its first token is predicted from the last state of the trunk.
 T = tokens in the row, U = distinct predictions, N = completion tokens (a shared one counts K times), C = completions.
 """
 
@@ -22,23 +22,23 @@ class Tree:
 
     @property
     def num_logical_tokens(self) -> int:
-        """Tokens that separate rows compute: the prompt again for every completion."""
+        """Tokens that separate rows would compute: the prompt once for every completion."""
         return len(self.prompt) * len(self.completions) + sum(map(len, self.completions))
 
     @property
     def num_shared(self) -> int:
-        """Tokens at the start of the completions that are the same in all of them."""
+        """Tokens at the start of the completions that are equal in all of them."""
         return common_prefix(self.completions) if len(self.completions) > 1 else 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the tree computes."""
+        """Tokens that a row computes for this tree."""
         return len(self.prompt) + sum(map(len, self.completions)) - self.num_shared * (len(self.completions) - 1)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tree lies in the row: the trunk's start and length, (start, length) of every completion's own part."""
+    """Where a tree lies in the row: start and length of the trunk, (start, length) of every completion behind it."""
 
     start: int
     trunk_length: int
@@ -47,13 +47,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """A flat row. input_ids, position_ids [T]. sources [U] are the rows whose state predicts targets [U]. entries [N]
-    number the prediction behind every completion token, owners [N] its completion (counted through all trees)."""
+    """A flat row."""
 
+    # [T]: the tokens.
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    # [U]: the state at sources[u] predicts the token targets[u].
     sources: torch.Tensor
     targets: torch.Tensor
+    # [N]: for every completion token the number of its prediction, and of its completion, counted through all trees.
     entries: torch.Tensor
     owners: torch.Tensor
     spans: tuple[Span, ...]
@@ -86,19 +88,19 @@ def flatten(trees: Sequence[Tree]) -> Layout:
         common = range(len(sources), len(sources) + shared)
         sources += range(start + len(tree.prompt) - 1, trunk_end)
         targets += tree.completions[0][:shared]
-        own_parts: list[tuple[int, int]] = []
+        parts: list[tuple[int, int]] = []
         for completion in tree.completions:
-            own = completion[shared:]
-            begin, length = len(input_ids), len(own)
-            own_parts.append((begin, length))
-            input_ids += own
+            rest = completion[shared:]
+            begin, length = len(input_ids), len(rest)
+            parts.append((begin, length))
+            input_ids += rest
             position_ids += range(trunk_length, trunk_length + length)
             entries += [*common, *range(len(sources), len(sources) + length)]
             sources += [trunk_end, *range(begin, begin + length - 1)][:length]
-            targets += own
+            targets += rest
             owners += [owner] * len(completion)
             owner += 1
-        spans.append(Span(start, trunk_length, tuple(own_parts)))
+        spans.append(Span(start, trunk_length, tuple(parts)))
     return Layout(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
@@ -112,5 +114,5 @@ def flatten(trees: Sequence[Tree]) -> Layout:
 
 
 def separate(trees: Sequence[Tree]) -> list[Tree]:
-    """Every completion as a tree of its own: nothing shared, the same order."""
+    """A tree for every completion, in their order: nothing is shared."""
     return [Tree(tree.prompt, (completion,)) for tree in trees for completion in tree.completions]

@@ -22,7 +22,7 @@ from prefpipe.forward.logps import SCORER_VERSION, causal_model
 
 M = TypeVar("M", bound=torch.nn.Module)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# What makes a directory of weights a model that can be talked to, beside its weights and their config.
+# Files of a model directory beside its weights and their config: tokenizer, chat template, generation settings.
 _BESIDE_WEIGHTS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -36,14 +36,15 @@ _BESIDE_WEIGHTS = (
 
 
 def scorer_name(dtype: str, *, in_4bit: bool = False) -> str:
-    """Names the numerics of log-probs from this forward pass."""
+    """The name of the numerics of log-probs from this forward pass."""
     return f"forward-{SCORER_VERSION}/{dtype}{'-nf4' if in_4bit else ''}"
 
 
 def load_model(directory: Path, dtype: str, *, in_4bit: bool = False, device: str = "") -> PreTrainedModel:
     """A frozen causal language model in eval mode (no dropout), on the GPU when there is one. safetensors only.
 
-    `in_4bit` keeps its matrices as nf4 with double quantization (QLoRA, arXiv:2305.14314); the head stays as it is.
+    `in_4bit` keeps its matrices as nf4 with double quantization (QLoRA, arXiv:2305.14314), all but the head. Raises
+    UsageError for a model that this forward pass cannot compute, MissingInputError without bitsandbytes.
     """
     attention.register()
     transformers_logging.disable_progress_bar()
@@ -65,8 +66,8 @@ def load_model(directory: Path, dtype: str, *, in_4bit: bool = False, device: st
 
 
 def _without_dropout(model: M) -> M:
-    """Eval mode, but for 4-bit matrices: in eval mode bitsandbytes may pack them for a CPU kernel that gives no
-    gradient. They have no dropout of their own."""
+    """The model in eval mode, except its 4-bit matrices: in eval mode bitsandbytes may pack them for a CPU kernel that
+    gives no gradient. They have no dropout."""
     model.eval()
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes"):
@@ -94,7 +95,8 @@ def _four_bits(dtype: str, device: str) -> dict[str, Any]:
 def add_lora(
     model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int, rslora: bool = False
 ) -> PeftModel:
-    """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype."""
+    """A new LoRA adapter (B = 0: the policy starts as the base), in the model's dtype. Raises UsageError for
+    `target_modules` that the model does not have."""
     torch.manual_seed(seed)
     targets = target_modules if target_modules == "all-linear" else [t.strip() for t in target_modules.split(",")]
     config = LoraConfig(
@@ -116,23 +118,24 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
 
 
 def _check_head(model: PeftModel) -> PeftModel:
-    """In eval mode. The output head is read as a plain matrix: an adapter on it would be left out of every value."""
+    """The model in eval mode. Raises UsageError for an adapter on the output head: the head is read as a plain matrix,
+    so that every log-prob would leave such an adapter out."""
     if type(causal_model(model).get_output_embeddings()) is not torch.nn.Linear:
         raise UsageError("the adapter changes the output head", "leave lm_head out of lora_target_modules")
     return _without_dropout(model)
 
 
 def adapter_off(model: torch.nn.Module, *, off: bool) -> AbstractContextManager[None]:
-    """The base model for the length of a `with` block, when `off`; no second copy exists."""
+    """The base model for the length of a `with` block, if `off`: the adapter is disabled, no weight is copied."""
     return model.disable_adapter() if off and isinstance(model, PeftModel) else nullcontext()
 
 
 @contextmanager
 def lora_dropout(model: torch.nn.Module, share: float) -> Generator[None]:
-    """Dropout of this share in front of every adapted module for the length of a `with` block.
+    """Dropout of this share before every module with an adapter, for the length of a `with` block.
 
-    Everything else stays in eval mode, and outside of the block nothing is random: audits and evaluations see the
-    same model. Draws come from torch's global generator.
+    All other modules stay in eval mode. Outside of the block nothing is random: audits and evaluations see the same
+    model. Draws come from torch's global generator.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if share else []
     before = [dict(layer.lora_dropout) for layer in layers]
@@ -153,7 +156,7 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:
-    """Gradient checkpointing: from now on backward computes the activations inside each decoder layer again."""
+    """Gradient checkpointing: from now on backward computes the activations of each decoder layer again."""
     for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -164,13 +167,13 @@ def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: torch.nn.Module, tensors: dict[str, torch.Tensor], directory: Path, base_name: str) -> None:
-    """A PEFT adapter that plain peft and vLLM load; no pickle. `tensors` as `adapter_tensors` gives them, whole."""
+    """Write a PEFT adapter that peft and vLLM load; no pickle. `tensors` are those of `adapter_tensors`, whole."""
     assert isinstance(model, PeftModel)
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
         config.inference_mode = True
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
-    # peft writes a set: in another order in every process, and with it another digest of the same adapter.
+    # peft writes a set, in another order in every process: the same adapter would have another digest each time.
     path = directory / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["target_modules"] = sorted(settings["target_modules"])
@@ -189,8 +192,9 @@ def model_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def save_model(
     model: PreTrainedModel, tensors: dict[str, torch.Tensor], directory: Path, source: Path, chat_template: str
 ) -> None:
-    """A model directory that transformers and vLLM load: weights as safetensors (`tensors` as `model_tensors` gives
-    them, whole), config, and tokenizer and chat template of `source`; a template file takes the template's place."""
+    """Write a model directory that transformers and vLLM load: weights as safetensors (`tensors` are those of
+    `model_tensors`, whole), config, and the tokenizer and chat template of `source`, or the template file
+    `chat_template`."""
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True)
     for pattern in _BESIDE_WEIGHTS:
         for file in source.glob(pattern):

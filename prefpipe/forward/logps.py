@@ -12,7 +12,7 @@ from prefpipe.forward.attention import NAME, Row, why_not_shared
 from prefpipe.forward.head import log_collisions, logit_rule, target_logps
 from prefpipe.forward.layout import Layout, Tree, flatten, separate
 
-SCORER_VERSION = 2  # raise it when the numbers below can change: cached values of another version are refused
+SCORER_VERSION = 2  # raise it when a change moves the log-probs: cached values of another version are refused
 SCORING_TOKENS = 2048  # of one scoring pass; larger ones were slower on CPU (docs/LOG.md)
 Rows = Literal["shared", "separate"]
 _TOLERANCE = {"float32": 1e-3, "float16": 0.5, "bfloat16": 1.0}  # nats in one token; a wrong mask is off by many
@@ -21,8 +21,8 @@ _TOLERANCE = {"float32": 1e-3, "float16": 0.5, "bfloat16": 1.0}  # nats in one t
 class TreeModel(torch.nn.Module):
     """A causal language model (PEFT-wrapped or not) as a function from a layout to token log-probs.
 
-    A module of its own, so that DDP and FSDP2 see one forward call that holds body and head. `rows` is "shared" (token
-    trees) or "separate" (transformers' own attention, one completion at a time: for models that cannot share a row).
+    It is a module, so that DDP and FSDP2 see one forward call that holds body and head. `rows` is "shared" (token
+    trees) or "separate" (the attention of transformers, one completion at a time, for models that cannot share a row).
     """
 
     def __init__(self, policy: torch.nn.Module, rows: Rows = "shared") -> None:
@@ -31,14 +31,14 @@ class TreeModel(torch.nn.Module):
         self.set_rows(rows)
 
     def set_rows(self, rows: Rows) -> None:
-        """Choose how completions are computed from now on, and the attention implementation with it."""
+        """Choose how completions are computed from now on; it decides the attention implementation too."""
         self.rows: Rows = rows
         causal = causal_model(self.policy)
         causal.set_attn_implementation(NAME if rows == "shared" else plain_attention(causal))
 
     def forward(self, layout: Layout, *, collisions: bool = False) -> torch.Tensor:
-        """float32 log-probs [N] of every completion token of a layout, in its order; with `collisions` [2, N], the
-        second row log sum_v p_v^2 of the distribution that the token was drawn from, without gradient."""
+        """float32 log-probs [N], in nats, of every completion token of a layout, in its order. With `collisions`
+        [2, N]: row 1 is log sum_v p_v^2 of the distribution that the token was drawn from, without gradient."""
         causal = causal_model(self.policy)
         head = cast(torch.nn.Linear, causal.get_output_embeddings())
         layout = layout.to(head.weight.device)
@@ -50,12 +50,12 @@ class TreeModel(torch.nn.Module):
         return torch.stack([logps, log_collisions(states, head.weight, rule)[layout.entries]])
 
     def layout(self, trees: Sequence[Tree]) -> Layout:
-        """Trees laid out as this model computes them; the order of completions and tokens is that of `trees`."""
+        """A layout of trees for this model; completions and tokens keep the order of `trees`."""
         return flatten(trees if self.rows == "shared" else separate(trees))
 
 
 def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
-    """Hidden states [T, H] of a row of trees."""
+    """Hidden states [T, H] of a row of trees, by one forward pass."""
     return causal.base_model(
         input_ids=layout.input_ids.unsqueeze(0),
         position_ids=layout.position_ids.unsqueeze(0),
@@ -65,7 +65,7 @@ def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
 
 
 def _separate_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
-    """The same for trees of one completion each, by one plain forward pass per tree."""
+    """Hidden states [T, H] of trees with one completion each, by one plain forward pass per tree."""
     body = causal.base_model
     rows = [slice(s.start, s.start + s.trunk_length + sum(n for _, n in s.completions)) for s in layout.spans]
     passes = [body(input_ids=layout.input_ids[row].unsqueeze(0), use_cache=False) for row in rows]
@@ -79,7 +79,7 @@ def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def plain_attention(causal: PreTrainedModel) -> str:
-    """transformers' own attention for a model: SDPA, or eager where SDPA is missing or would drop the score cap."""
+    """The attention of transformers for a model: SDPA, or eager where SDPA is missing or would drop the score cap."""
     capped = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "sdpa" if causal._supports_sdpa and not capped else "eager"  # pyright: ignore[reportPrivateUsage]  (no public name)
 
@@ -91,7 +91,7 @@ def causal_model(model: torch.nn.Module) -> PreTrainedModel:
 
 @torch.no_grad()
 def score(model: TreeModel, trees: Iterable[Tree], max_tokens: int = SCORING_TOKENS) -> Iterator[list[list[float]]]:
-    """Token log-probs of every completion, tree by tree, without gradient; trees are packed up to `max_tokens`."""
+    """Token log-probs (nats) of every completion, tree by tree, without gradient; up to `max_tokens` in one pass."""
     for packed in pack(trees, max_tokens):
         values = iter(model(model.layout(packed)).tolist())
         for tree in packed:
@@ -99,7 +99,7 @@ def score(model: TreeModel, trees: Iterable[Tree], max_tokens: int = SCORING_TOK
 
 
 def pack(trees: Iterable[Tree], max_tokens: int) -> Iterator[list[Tree]]:
-    """Neighbouring trees, as many as fit; a tree above the budget stands alone."""
+    """Neighbouring trees, as many as `max_tokens` holds; a larger tree stands alone."""
     waiting: list[Tree] = []
     load = 0
     for tree in trees:
@@ -113,9 +113,9 @@ def pack(trees: Iterable[Tree], max_tokens: int) -> Iterator[list[Tree]]:
 
 
 def settle_rows(model: TreeModel, trees: Sequence[Tree], dtype: str) -> str | None:
-    """Choose shared or separate rows by what the architecture allows and what a self-test on `trees` shows.
+    """Choose shared or separate rows, by the architecture and by a self-test on `trees`.
 
-    Returns why rows are separate, or None. Raises UsageError when separate rows are wrong too.
+    Returns why rows are separate, or None. Raises UsageError when separate rows are wrong as well.
     """
     reason = why_not_shared(causal_model(model.policy).config) or _why_not(model, "shared", trees, dtype)
     if reason is not None:
@@ -128,7 +128,7 @@ def settle_rows(model: TreeModel, trees: Sequence[Tree], dtype: str) -> str | No
 
 
 def _why_not(model: TreeModel, rows: Rows, trees: Sequence[Tree], dtype: str) -> str | None:
-    """Why rows of this kind cannot be trusted for this model, or None; leaves the model set to them."""
+    """Why rows of this kind are wrong for this model, or None; the model is left set to them."""
     try:
         model.set_rows(rows)
         difference = self_test(model, trees)
@@ -143,9 +143,9 @@ def _why_not(model: TreeModel, rows: Rows, trees: Sequence[Tree], dtype: str) ->
 
 @torch.no_grad()
 def self_test(model: TreeModel, trees: Sequence[Tree]) -> float:
-    """Largest |difference| per token between this model's forward and plain forward passes of transformers (nats).
+    """Largest |difference| of a token's log-prob (nats) between this forward pass and plain ones of transformers.
 
-    The plain pass is one completion at a time with full logits: it knows nothing of trees, heads or spans.
+    A plain pass computes one completion with full logits: it knows nothing of trees, chunks of the head or spans.
     """
     ours = [torch.tensor(c) for tree in score(model, trees) for c in tree]
     causal = causal_model(model.policy)

@@ -1,4 +1,4 @@
-"""Training checkpoints: a directory is complete or invisible, and only one whose digests match is resumed from."""
+"""Training checkpoints. Each is a directory that is complete or invisible; a run resumes only where digests match."""
 
 import json
 from collections.abc import Sequence
@@ -17,23 +17,26 @@ from prefpipe.runs import fsio
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where training stands after `step` steps; metrics_bytes is the size of metrics.jsonl at that moment.
+    """The state of training after `step` steps.
 
-    `diagnostics` is what the alert rules remember, as JSON. The rest needs no state: rows are drawn from (seed, epoch),
-    dropout from (seed, step), evaluations are in metrics.jsonl.
+    Nothing else has state: rows are drawn by (seed, epoch), dropout by (seed, step, rank), and evaluations are lines of
+    metrics.jsonl.
     """
 
     step: int
+    # The size of metrics.jsonl at that moment.
     metrics_bytes: int
+    # The state of the optimizer, with the float32 weights.
     tensors: dict[str, torch.Tensor]
+    # What the alert rules remember, as JSON.
     diagnostics: dict[str, Any] | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2, records: Sequence[int] = ()) -> None:
     """Publish a checkpoint, then remove all but the newest `limit` (by step number, never by time).
 
-    `records` are steps, in order, whose weights were the best so far. The last one before any checkpoint that is kept
-    stays too: a run that goes on from there may still want it.
+    `records` are the steps, in order, whose weights were the best so far. The last record before each kept checkpoint
+    stays too: a run that resumes from that checkpoint may end with these weights.
     """
     target = _path(folder, checkpoint.step)
     if target.exists():
@@ -61,7 +64,7 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2,
 
 
 def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
-    """The newest checkpoint of this run that verifies; damaged ones move to quarantine/."""
+    """The newest checkpoint of this run whose digests match; others that are met on the way move to quarantine/."""
     for path in reversed(_steps(folder)):
         record = _verified(path)
         if record is not None and record["fingerprint"] == fingerprint:
@@ -85,7 +88,7 @@ def at_step(folder: Path, step: int) -> Checkpoint:
 
 
 def _verified(path: Path) -> dict[str, Any] | None:
-    """The record of a checkpoint whose record and tensors are intact."""
+    """The record of a checkpoint, or None where the record or the tensors do not match their digests."""
     try:
         record = json.loads((path / "state.json").read_text(encoding="utf-8"))
         seal = record.pop("record_id")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while training: noted now, acted on when the step is done and its checkpoint is safe."""
+"""SIGTERM and SIGINT while training: noted at once, obeyed when the step is done and its checkpoint is saved."""
 
 import signal
 import threading
@@ -14,23 +14,24 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def noted() -> Generator[Callable[[], int]]:
-    """A function that says which signal has come (0 for none); the same signal a second time interrupts at once.
+    """Yields a function that returns the number of the signal that arrived, 0 for none. The same signal a second time
+    raises Interrupted at once.
 
-    In a thread, where Python allows no handlers, and for a signal that is ignored, nothing changes.
+    Nothing changes in a thread, where Python allows no handlers, and for a signal that is ignored.
     """
-    came: list[int] = []
+    arrived: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
-        if number in came:
+        if number in arrived:
             raise Interrupted(number)
-        came.append(number)
+        arrived.append(number)
         log.warn("stopping after this step, with a checkpoint; the same signal again stops at once")
 
-    ours = threading.current_thread() is threading.main_thread()
-    watched = [s for s in _SIGNALS if ours and signal.getsignal(s) is not signal.SIG_IGN]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    watched = [s for s in _SIGNALS if in_main_thread and signal.getsignal(s) is not signal.SIG_IGN]
     before = [signal.signal(s, note) for s in watched]
     try:
-        yield lambda: came[0] if came else 0
+        yield lambda: arrived[0] if arrived else 0
     finally:
         for number, handler in zip(watched, before, strict=True):
             signal.signal(number, handler)

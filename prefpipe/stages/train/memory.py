@@ -1,9 +1,10 @@
 """What a step costs in memory and time, measured on a probe: the basis of the token budget and of `prefpipe plan`.
 
-A probe runs forward and backward on the data at hand, so no table of architectures is needed. Two numbers come out:
-what autograd keeps for backward, counted storage by storage, and what the allocator really took at the highest point.
-The second is what a step needs; on CPU glibc's heap makes it up to twice the first (docs/LOG.md). The first is its
-least, and all there is where the system does not tell the second. Both grow linearly with the tokens of a micro-batch.
+A probe runs forward and backward on the rows of the run, so that no table of architectures is needed. It measures two
+numbers: the bytes that autograd keeps for backward, counted storage by storage, and the bytes that the allocator took
+at the highest point. The second is what a step needs; on CPU glibc's heap makes it up to twice the first (docs/LOG.md).
+The first is its lower bound, and takes its place where the system does not report the second. Both grow linearly with
+the tokens of a micro-batch.
 """
 
 import os
@@ -21,24 +22,26 @@ from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.stages.train import process_memory
 
 _PROBE_TOKENS = 256
-_PASSES = 2  # a heap that was used before is what training meets: the first passes shape it
-_SHARE = 0.8  # of the free memory that a step may use; the rest is for fragmentation and what else runs
-_SMALLEST = 256
+_PASSES = 2  # the first shapes the heap as training will find it, the last is measured
+_SHARE = 0.8  # of the free memory that a step may use; the rest is for fragmentation and other processes
+_SMALLEST = 256  # tokens of a budget
 _LARGEST = {"cuda": 32768, "cpu": 768}  # on CPU more is not faster (docs/LOG.md), it only takes memory
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes: weights of the model, adapter with gradients, optimizer (masters, moments, their gradients), the head's
-    largest chunk, fixed and per-token activations with what backward adds to them. Seconds per token: forward +
-    backward, and forward alone."""
+    """The cost of a step in bytes, and of a token in seconds."""
 
+    # The frozen weights; the trained ones with their gradients; the float32 masters, their gradients and moments.
     weights: int
     adapter: int
     optimizer: int
+    # The largest chunk of logits.
     head: int
+    # Activations, with what backward adds to them.
     activations_fixed: float
     activations_per_token: float
+    # Forward and backward, and forward alone.
     train_seconds_per_token: float
     score_seconds_per_token: float
 
@@ -53,21 +56,23 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Fitting:
-    """How a run goes into the free memory: tokens of a micro-batch, whether backward computes activations again, the
-    footprint that this was decided on, and the tokens of the longest row."""
+    """How a run fits into the free memory."""
 
+    # Tokens of a micro-batch.
     tokens: int
+    # Whether backward computes activations again (gradient checkpointing).
     checkpointing: bool
+    # What both were decided on: the cost of a step, and the tokens of the longest row.
     footprint: Footprint
     longest: int
 
 
 def fitting(
-    model: TreeModel, trees: Sequence[Tree], checkpointing: Literal["auto", "on", "off"], given: int
+    model: TreeModel, trees: Sequence[Tree], checkpointing: Literal["auto", "on", "off"], max_tokens: int
 ) -> Fitting:
     """Probe the model, with gradient checkpointing where it is on, or where the longest tree would not fit without it.
 
-    `given` is the budget in tokens that was asked for, 0 for the largest that fits. The model is left as it will train.
+    `max_tokens` is the budget of the settings; 0 asks for the largest that fits. The model is left as it will train.
     """
     longest = max(tree.num_tokens for tree in trees)
     device = next(model.parameters()).device
@@ -77,18 +82,18 @@ def fitting(
     if needed:
         checkpoint_if(model, on=True)
         footprint, free = measure(model, trees), free_bytes(device)
-    tokens = given or budget(footprint, device, free, longest)
+    tokens = max_tokens or budget(footprint, device, free, longest)
     return Fitting(tokens, needed or checkpointing == "on", footprint, longest)
 
 
 def checkpoint_if(model: TreeModel, *, on: bool) -> None:
-    """Gradient checkpointing from now on, where it is wanted."""
+    """Turn gradient checkpointing on, if `on`; it cannot be turned off again."""
     if on:
         load.checkpoint_layers(model.policy)
 
 
 def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
-    """Run a small and a twice as large probe made of the data's own trees, forward and backward; leaves no gradient."""
+    """Run two probes made of the data's trees, the second twice as large, forward and backward. Leaves no gradient."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trainable)
     head = chunk_bytes(cast(torch.nn.Linear, causal_model(model.policy).get_output_embeddings()).weight)
@@ -121,20 +126,20 @@ def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
 
 
 def budget(footprint: Footprint, device: torch.device, free_bytes: float, longest_tree: int) -> int:
-    """Tokens of a micro-batch that fit into the free memory beside what is fixed; at least the longest tree."""
+    """Tokens of a micro-batch that fit into the free memory beside the fixed costs; never below the longest tree."""
     left = _SHARE * free_bytes - footprint.optimizer - footprint.head - footprint.activations_fixed
     fitting = int(left / max(1.0, footprint.activations_per_token))
     return max(longest_tree, min(_LARGEST.get(device.type, 32768), max(_SMALLEST, fitting)))
 
 
 def fits(footprint: Footprint, free_bytes: float, longest_tree: int) -> bool:
-    """Whether a micro-batch of the longest tree alone fits into the free memory beside what is fixed."""
+    """Whether a micro-batch of the longest tree alone fits into the free memory beside the fixed costs."""
     fixed = footprint.optimizer + footprint.head
     return fixed + footprint.activations(longest_tree) <= _SHARE * free_bytes
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that can still be had: the GPU's free memory, or what the kernel calls available."""
+    """Bytes that can still be allocated: the GPU's free memory, or what the kernel calls available."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(process_memory.available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -153,7 +158,8 @@ def _take(trees: Sequence[Tree], tokens: int) -> list[Tree]:
 
 
 def _probe(model: TreeModel, trees: Sequence[Tree], start: int) -> tuple[int, int, float]:
-    """Bytes kept for backward, bytes taken over `start` at the highest point, seconds; of the last pass."""
+    """Of the last pass: bytes kept for backward, bytes above `start` at the highest point (0 where the system does not
+    report it), seconds."""
     device = next(model.parameters()).device
     counted = _restart_peak(device)
     for _ in range(_PASSES - 1):
@@ -178,13 +184,13 @@ def _peak(device: torch.device) -> int:
 
 
 def _kept(model: TreeModel, trees: Sequence[Tree]) -> tuple[int, float]:
-    """Bytes that a forward pass keeps for backward (parameters and input aside), and seconds of both passes."""
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    """Bytes that a forward pass keeps for backward, parameters aside, and seconds of both passes."""
+    of_model = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in of_model:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -1,7 +1,7 @@
 """An optimizer on float32 master copies of low-precision weights, and the learning-rate schedule.
 
-A bf16 weight has 8 bits of mantissa: an update of 1e-5 relative is rounded away. The masters take the updates and
-gather the gradients of all micro-batches in float32; the model gets their rounded copies. Sharded parameters (FSDP2)
+A bf16 weight has 8 bits of mantissa, which round a relative update of 1e-5 away. The masters take the updates and
+gather the gradients of all micro-batches in float32; the model gets rounded copies of them. Sharded parameters (FSDP2)
 have sharded masters; `state` is always whole, so that a run may resume with another number of ranks.
 """
 
@@ -25,19 +25,19 @@ _BITSANDBYTES = {
 class MasterOptimizer:
     """AdamW (Loshchilov & Hutter 2019) or RMSprop over the trainable parameters of a model.
 
-    `optim` is a name of transformers.TrainingArguments. Raises MissingInputError where it needs a missing package.
+    `optim` is a name of transformers.TrainingArguments. Raises MissingInputError when its package is not installed.
     """
 
     def __init__(self, model: torch.nn.Module, weight_decay: float, optim: str = "adamw_torch_fused") -> None:
         self._model = {_plain(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._master = {n: p.detach().float().clone().requires_grad_() for n, p in self._model.items()}
-        # Made now and kept: made during a step they would lie between its activations and fragment the heap.
+        # Allocated once: during a step they would lie between its activations and fragment the heap.
         for master in self._master.values():
             master.grad = torch.zeros_like(master)
         self._optimizer = _make(optim, list(self._master.values()), weight_decay)
 
     def gather_gradients(self) -> None:
-        """Add the gradients of one micro-batch to the masters' and clear them."""
+        """Add the gradients of one micro-batch to those of the masters, and clear them."""
         for name, parameter in self._model.items():
             if parameter.grad is None:
                 continue
@@ -50,13 +50,14 @@ class MasterOptimizer:
         return gradient
 
     def drop_gradients(self) -> None:
-        """Forget the gradients of a step that is done again."""
+        """Clear the gradients of a step that is computed again or skipped."""
         self._optimizer.zero_grad(set_to_none=False)
         for parameter in self._model.values():
             parameter.grad = None
 
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Clip, update, copy back. Returns the gradient norm before clipping; when it is not finite nothing moves."""
+        """Clip the gradients, update the masters, copy them to the model. Returns the gradient norm before clipping;
+        when it is not finite, no weight moves."""
         masters = list(self._master.values())
         norm = float(whole(torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)))
         if math.isfinite(norm):
@@ -70,7 +71,7 @@ class MasterOptimizer:
         return norm
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters and moments as whole named tensors; a collective call when they are sharded."""
+        """Masters and moments by name, as whole tensors; a collective call when they are sharded."""
         tensors: dict[str, torch.Tensor] = {}
         for name, master in self._master.items():
             tensors[f"master/{name}"] = whole(master.detach())
@@ -80,17 +81,16 @@ class MasterOptimizer:
         return tensors
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state` gave, and the model's weights with it."""
+        """Restore a `state`, and the weights of the model with it."""
         with torch.no_grad():
             for name, master in self._master.items():
                 master.copy_(like(tensors[f"master/{name}"], master))
                 self._model[name].copy_(master)
-                # In the given order on every rank: `state` gathers these one by one, in collective calls.
-                state: dict[str, Any] = {}
-                for key, value in ((k.split("/", 1)[0], v) for k, v in tensors.items() if k.split("/", 1)[1] == name):
-                    if key != "master":
-                        state[key] = _restored(value, master)
-                self._optimizer.state[master] = state
+                # In the order of `tensors` on every rank: `state` gathers these one by one, in collective calls.
+                keys = [key for key, _, parameter in (k.partition("/") for k in tensors) if parameter == name]
+                self._optimizer.state[master] = {
+                    key: _restored(tensors[f"{key}/{name}"], master) for key in keys if key != "master"
+                }
 
 
 def _make(optim: str, parameters: Sequence[torch.Tensor], weight_decay: float) -> torch.optim.Optimizer:
@@ -108,7 +108,7 @@ def _make(optim: str, parameters: Sequence[torch.Tensor], weight_decay: float) -
 
 
 def _restored(value: torch.Tensor, master: torch.Tensor) -> Any:
-    """An entry of the optimizer's state: a plain integer, a tensor of its own shape, or one cut as its master is."""
+    """An entry of the optimizer's state: a plain integer, a tensor of another shape, or one sharded as its master."""
     if value.dim() == 0 and not value.is_floating_point():
         return int(value)
     if value.shape != master.shape:  # step counts and tables; the fused kernel counts on the parameter's device
@@ -119,7 +119,8 @@ def _restored(value: torch.Tensor, master: torch.Tensor) -> Any:
 def learning_rate(
     step: int, num_steps: int, *, peak: float, warmup_ratio: float, schedule: str, warmup_steps: int = 0
 ) -> float:
-    """Rate of step 0..num_steps-1: a linear rise over the warmup, then constant, or linear or cosine towards zero.
+    """The learning rate of a step from 0 to num_steps - 1: a linear rise over the warmup, then constant, or a linear or
+    cosine fall towards zero.
 
     `warmup_steps` takes the place of `warmup_ratio` where it is not 0; the schedule "constant" has no warmup.
     """
@@ -138,5 +139,5 @@ def warmup_length(num_steps: int, warmup_ratio: float, warmup_steps: int, schedu
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without DDP's prefix: checkpoints do not depend on how the model was shared."""
+    """A parameter's name without the prefix of DDP: a checkpoint must not depend on how the ranks share the model."""
     return name.removeprefix("module.")

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: an adapter or a model, a merged model when asked for, each with its model card."""
+"""The results of a training run: an adapter or a model, and on request a merged model, each with its model card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,12 +29,12 @@ tokenizer = AutoTokenizer.from_pretrained("PATH/{name}")""",
 
 
 def folder_of(config: TrainConfig) -> str:
-    """Where in OUT the trained policy lies: adapter/, or model/ when every weight is trained."""
+    """The folder of the trained policy in OUT: adapter/, or model/ when every weight is trained."""
     return "adapter" if config.tuning == "lora" else "model"
 
 
 def tensors_of(model: TreeModel, config: TrainConfig) -> dict[str, torch.Tensor]:
-    """What is saved, whole; a collective call."""
+    """The trained tensors by name, whole; a collective call."""
     whole = parallel.whole_adapter if config.tuning == "lora" else parallel.whole_model
     return whole(model.policy)
 
@@ -47,9 +47,9 @@ def save(
     config: TrainConfig,
     facts: Mapping[str, Any],
 ) -> str:
-    """Publish the trained policy under `out` (what is there already stays) and return its identity.
+    """Publish the trained policy under `out`, unless it is there already, and return its identity.
 
-    `facts` are what the model card tells beside the settings: counts, metrics, identities.
+    `facts` are the contents of the model card beside the settings: counts, metrics, identities.
     """
     target = out / folder_of(config)
     base = base_name(policy, config)
@@ -72,12 +72,13 @@ def save(
 
 
 def base_name(policy: Policy, config: TrainConfig) -> str:
-    """The base model under a name that other tools can load."""
+    """The base model under a name that other tools load it by."""
     return str(policy.directory) if config.model.startswith("embedded:") else config.model
 
 
 def _merge(out: Path, policy: Policy, config: TrainConfig, facts: Mapping[str, Any]) -> None:
-    """OUT/merged: the base, read again on the CPU (it may be sharded or in 4 bits here), plus the saved adapter."""
+    """Publish OUT/merged: the base plus the saved adapter. The base is read again, on the CPU: in memory it may be
+    sharded or in 4 bits."""
     target = out / "merged"
     if target.exists():
         return
@@ -92,8 +93,8 @@ def _merge(out: Path, policy: Policy, config: TrainConfig, facts: Mapping[str, A
 
 
 def card(name: str, base: str, config: TrainConfig, facts: Mapping[str, Any]) -> str:
-    """README.md of a saved policy, with the metadata block that model hubs read. No time, no place: the same run has
-    the same card."""
+    """README.md of a saved policy, with the metadata block that model hubs read. It holds no time and no path of the
+    run, so that the same run has the same card."""
     library = "peft" if name == "adapter" else "transformers"
     losses = " + ".join(f"{w:g} x {n}" for n, w in zip(config.loss_type, config.loss_weights, strict=True))
     loader = _LOADERS["adapter" if name == "adapter" else "model"].format(base=base, name=name)

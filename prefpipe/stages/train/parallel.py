@@ -1,7 +1,7 @@
-"""One process or many: torch's DDP or FSDP2 under torchrun. Rank 0 leads: it alone writes files and talks.
+"""One process or many: torch's DDP or FSDP2 under torchrun. Rank 0 leads: it alone writes files (`session`).
 
-A step's micro-batches are dealt out to the ranks; a rank that gets one fewer repeats one with weight zero, so that
-every rank makes the same number of forward and backward calls and no collective waits for a call that never comes.
+The micro-batches of a step are dealt out to the ranks. A rank that gets one fewer repeats one with weight zero: then
+every rank makes the same number of forward and backward calls, and no collective call waits for one that never comes.
 """
 
 import gc
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: rank of size. A world of one needs no process group."""
+    """The processes of a run, and which of them this one is. A world of one needs no process group."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class World:
         return self.rank == 0
 
     def tell(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """The value of rank 0, on every rank; a collective call."""
         if self.size == 1:
             return value
         box = [value]
@@ -43,7 +43,7 @@ class World:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
+        """The values of all ranks in their order, on every rank; a collective call."""
         if self.size == 1:
             return [value]
         box: list[Any] = [None] * self.size
@@ -51,10 +51,11 @@ class World:
         return box
 
     def deal(self, items: Sequence[T]) -> list[tuple[T, bool]]:
-        """This rank's items, and whether each counts; equally many on every rank, for at least one item in all."""
-        own = [(item, True) for item in items[self.rank :: self.size]]
+        """The items of this rank, and whether each counts: where items do not suffice, the first one fills up without
+        counting. Equally many on every rank; `items` must not be empty."""
+        share = [(item, True) for item in items[self.rank :: self.size]]
         rounds = -(-len(items) // self.size)
-        return own + [(items[0], False)] * (rounds - len(own))
+        return share + [(items[0], False)] * (rounds - len(share))
 
 
 def start() -> World:
@@ -103,16 +104,16 @@ def whole_model(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def like(tensor: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
-    """A copy of a whole tensor that every rank has, cut and placed as `template` is."""
+    """A copy of a whole tensor that every rank holds, sharded and placed as `template` is."""
     if isinstance(template, DTensor):
-        own = tensor.to(template.device, copy=True)
-        return distribute_tensor(own, template.device_mesh, template.placements, src_data_rank=None)
+        copy = tensor.to(template.device, copy=True)
+        return distribute_tensor(copy, template.device_mesh, template.placements, src_data_rank=None)
     return tensor.to(template.device, copy=True)
 
 
 def sum_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:
-    """Sums of the same keys over all ranks."""
+    """Sums over all ranks by key, on every rank; a collective call. A rank without values has no keys."""
     if world.size == 1:
         return values
-    sums = [each for each in world.gather(values) if each]
-    return {key: sum(each[key] for each in sums) for key in sums[0]}
+    shares = [share for share in world.gather(values) if share]
+    return {key: sum(share[key] for share in shares) for key in shares[0]}

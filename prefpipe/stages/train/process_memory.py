@@ -1,4 +1,4 @@
-"""Memory of this process and of the machine, as the kernel counts it."""
+"""The memory of this process and of the machine, as the kernel counts it."""
 
 import ctypes
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def available_memory() -> int | None:
-    """Bytes that the kernel says can be had without swapping, or None where it does not say."""
+    """Bytes that can be allocated without swapping by the kernel's estimate; None where it gives none."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -21,7 +21,7 @@ def resident_memory() -> int:
 
 
 def restart_resident_peak() -> bool:
-    """Let `resident_peak` count from now on. False where the kernel does not allow it."""
+    """Make `resident_peak` count from now on. False where the kernel does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -30,13 +30,13 @@ def restart_resident_peak() -> bool:
 
 
 def resident_peak() -> int:
-    """Most bytes of memory that this process held since the last restart of the count."""
+    """The most bytes that this process held since the count was restarted."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def return_free_memory() -> None:
-    """Give memory that was freed back to the kernel, where the C library (glibc) knows how; it keeps it otherwise."""
+    """Give memory that was freed back to the kernel; glibc would keep it. Does nothing with another C library."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,7 +1,7 @@
-"""What a step reports: the values of its rows, gathered over micro-batches and ranks, as means and quantiles.
+"""The metrics of a step: values of its rows, gathered over micro-batches and ranks, as means and quantiles.
 
-Rows are kept one by one until the step ends: a mean of rounded partial sums would depend on how the step was cut, and a
-quantile needs them all.
+The values of the rows are kept one by one until the step ends: a mean of rounded partial sums would depend on how the
+step was cut, and a quantile needs all of them.
 """
 
 import math
@@ -18,7 +18,7 @@ _WITH_QUANTILES = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 
 @dataclass
 class Tally:
-    """Totals by name, and the values of all rows that a name counts. It grows with every micro-batch."""
+    """By name, totals over the step and values of the rows that count; both grow with every micro-batch."""
 
     totals: dict[str, float] = field(default_factory=dict[str, float])
     rows: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
@@ -27,33 +27,34 @@ class Tally:
         """Add to what is summed over the step, such as the loss and token counts."""
         self.totals[name] = self.totals.get(name, 0.0) + value
 
-    def add_rows(self, found: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Take name -> (values [B], which of them count [B]); one transfer from the device for all of them."""
-        if not found:
+    def add_rows(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add name -> (values [B], which of them count [B]), in one transfer from the device."""
+        if not metrics:
             return
-        values, counted = (torch.stack([pair[i].float() for pair in found.values()]).tolist() for i in (0, 1))
-        for name, own, counts in zip(found, values, counted, strict=True):
-            kept = [value for value, count in zip(own, counts, strict=True) if count]
+        values, counted = (torch.stack([pair[i].float() for pair in metrics.values()]).tolist() for i in (0, 1))
+        for name, of_rows, counts in zip(metrics, values, counted, strict=True):
+            kept = [value for value, count in zip(of_rows, counts, strict=True) if count]
             self.rows.setdefault(name, []).extend(kept)
 
 
 def summarise(tally: Tally, world: World) -> dict[str, float]:
-    """Totals, means over the rows that count, and quantiles of the rewards; a name without rows is left out."""
+    """Totals, means over the rows that count, and quantiles of the rewards; a name without rows is left out. A
+    collective call: all ranks get the same."""
     gathered = world.gather((tally.totals, tally.rows))
     totals: dict[str, float] = {}
     rows: dict[str, list[float]] = {}
-    for own_totals, own_rows in gathered:
-        for name, value in own_totals.items():
+    for totals_of_rank, rows_of_rank in gathered:
+        for name, value in totals_of_rank.items():
             totals[name] = totals.get(name, 0.0) + value
-        for name, values in own_rows.items():
+        for name, values in rows_of_rank.items():
             rows.setdefault(name, []).extend(values)
-    found = dict(totals)
+    metrics = dict(totals)
     for name, values in rows.items():
         if values:
-            found[name] = _mean(values)
+            metrics[name] = _mean(values)
         if values and name in _WITH_QUANTILES:
-            found |= {f"{name}/{label}": quantile(values, share) for label, share in QUANTILES.items()}
-    return found
+            metrics |= {f"{name}/{label}": quantile(values, share) for label, share in QUANTILES.items()}
+    return metrics
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -70,5 +71,5 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Exactly rounded, so that the order of the rows does not matter; not finite when a value is not."""
+    """The mean, exactly rounded, so that the order of the rows does not matter; not finite when a value is not."""
     return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) / len(values)

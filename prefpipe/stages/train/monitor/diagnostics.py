@@ -1,10 +1,10 @@
 """Alerts over the series of step metrics: what goes wrong in preference training, and what to do about it.
 
 A window W is 50 steps or 5 % of the run, whichever is larger, and never more than a quarter of the run. Metrics are
-averaged over blocks of W/4 steps and the newest eight block means (2W) are kept: that is all the memory there is, it is
-saved with every checkpoint, and a resumed run gives the same alerts. "For W" means in each of the last four blocks; a
-slope is that of least squares over block means. An alert is given when its condition begins to hold, and again only
-after it has ceased to. The rules themselves are in `rules`.
+averaged over blocks of W/4 steps, and the newest eight block means (2W) are kept. They are saved with every checkpoint,
+so that a resumed run gives the same alerts. "For W" means in each of the last four blocks; a slope is that of least
+squares over block means. A rule alerts when its condition begins to hold, and again only after the condition has ceased
+to hold. The rules are in `alerts`, their conditions in `conditions`.
 """
 
 import math
@@ -18,12 +18,12 @@ from prefpipe.errors import DataError, PrefpipeError, StrictError
 Level = Literal["INFO", "NOTICE", "WARN", "STOP"]
 When = Literal["start", "step", "block", "eval"]
 _BLOCKS = 4  # in a window
-_SHORTEST, _SHARE, _LARGEST_SHARE = 50, 0.05, 0.25
+_SHORTEST, _SHARE, _LARGEST_SHARE = 50, 0.05, 0.25  # steps of a window, and shares of the run
 _NORMS = 50  # gradient norms that a running median is taken over
-_SKIPS_WITHIN = 100
-_EVAL_RISE = 0.05
-TOO_MANY_SKIPS = "A13b"  # the STOP rule that ends a run without being made strict
-# The metrics that rules average.
+_SKIPS_WITHIN = 100  # steps in which skipped ones are counted
+_EVAL_RISE = 0.05  # above the minimum, as a share of it
+TOO_MANY_SKIPS = "A13b"  # the STOP rule that ends a run even without strict
+# The metrics whose block means the rules read.
 _FOLLOWED = (
     "loss",
     "learning_rate",
@@ -42,8 +42,8 @@ _FOLLOWED = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules need to know of a run. `exact`: the policy starts as the reference, scored by the same fp32
-    forward, so that every log-ratio is 0 before step 0."""
+    """What the rules know of a run. `exact`: the policy starts as the reference, scored by the same fp32 forward, so
+    that every log-ratio is 0 before step 0."""
 
     num_steps: int
     warmup_steps: int
@@ -60,7 +60,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Alert:
-    """A rule that began to fire at a step: what was seen, and one line of advice."""
+    """A rule whose condition began to hold at a step: the message says what it sees, the advice what to do."""
 
     rule: str
     level: Level
@@ -76,23 +76,28 @@ class Alert:
 class State:
     """Everything that is remembered between steps; plain JSON in a checkpoint."""
 
+    # By metric: the sum and the count in the block that is not full yet, and the means of the blocks before it.
     sums: Mapping[str, tuple[float, int]] = field(default_factory=dict[str, tuple[float, int]])
     blocks: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict[str, tuple[float | None, ...]])
+    # Steps in the block that is not full yet.
     in_block: int = 0
+    # The newest gradient norms, and the newest steps that moved no weight.
     norms: tuple[float, ...] = ()
     skipped: tuple[int, ...] = ()
+    # The minimum of the eval loss, and how many evaluations in a row are above it.
     lowest_eval_loss: float | None = None
     evals_above: int = 0
+    # The rules whose condition holds, and every alert of the run.
     active: tuple[str, ...] = ()
     alerts: tuple[Alert, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state as plain JSON, for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "State":
-        """What `to_json` gave, after JSON made lists of its tuples."""
+        """The state of `to_json`, whose tuples JSON has turned into lists."""
         return cls(
             sums={name: (total, count) for name, (total, count) in record["sums"].items()},
             blocks={name: tuple(means) for name, means in record["blocks"].items()},
@@ -108,7 +113,7 @@ class State:
 
 @dataclass(frozen=True)
 class View:
-    """What a rule looks at: the run, the metrics of this step or evaluation, and what is remembered."""
+    """What a rule looks at: facts of the run, the metrics of this step or evaluation, and the state."""
 
     facts: Facts
     step: int
@@ -117,7 +122,7 @@ class View:
     last_skipped: bool = False
 
     def window(self, name: str) -> Sequence[float]:
-        """Block means over W, oldest first; nothing while there are fewer, or a block lacks the metric."""
+        """Block means over W, oldest first; empty while there are fewer, or when a block lacks the metric."""
         return self._newest(name, _BLOCKS)
 
     def two_windows(self, name: str) -> Sequence[float]:
@@ -125,17 +130,17 @@ class View:
         return self._newest(name, 2 * _BLOCKS)
 
     def all_in_window(self, name: str, holds: Callable[[float], bool]) -> bool:
-        """Whether it holds in every block of W."""
+        """Whether `holds` is true of every block mean of W."""
         means = self.window(name)
         return bool(means) and all(map(holds, means))
 
     def slope(self, name: str) -> float:
-        """Per block, over 2W (over W while there are fewer blocks); NaN before."""
+        """Slope per block over 2W, or over W while there are fewer blocks; NaN while there are fewer than that."""
         means = self.two_windows(name) or self.window(name)
         return slope(means) if means else math.nan
 
     def after_warmup(self, blocks: int) -> bool:
-        """Whether the last so many blocks lie after the warmup of the learning rate."""
+        """Whether the last `blocks` blocks lie after the warmup of the learning rate."""
         return self.step + 1 - blocks * self.facts.block >= self.facts.warmup_steps
 
     def _newest(self, name: str, count: int) -> Sequence[float]:
@@ -146,8 +151,8 @@ class View:
 
 @dataclass(frozen=True)
 class Rule:
-    """When it is looked at, how grave it is, and `check(view)`: what was seen, or None. condition and source are for
-    the documentation."""
+    """When a rule is checked, how grave it is, and `check(view)`, which returns what it sees, or None. `condition` and
+    `source` are for the documentation."""
 
     when: When
     level: Level
@@ -158,7 +163,7 @@ class Rule:
 
 
 def slope(values: Sequence[float]) -> float:
-    """Of the least-squares line through (0, values[0]), (1, values[1]), ..."""
+    """Slope of the least-squares line through (0, values[0]), (1, values[1]), ..."""
     middle = (len(values) - 1) / 2
     mean = math.fsum(values) / len(values)
     return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum(
@@ -176,7 +181,7 @@ def after_step(
     else:
         known = replace(state, sums=_summed(state, values), skipped=recent)
     known, alerts = _judge(View(facts, step, values, known, skipped), rules, "step")
-    if "grad_norm" in values:  # after the rule that compares it with those before
+    if "grad_norm" in values:  # added after the rule that compares it with earlier ones
         known = replace(known, norms=(*known.norms, values["grad_norm"])[-_NORMS:])
     if known.in_block + 1 < facts.block:
         return replace(known, in_block=known.in_block + 1), alerts
@@ -199,14 +204,14 @@ def after_eval(
 
 
 def at_start(rules: Mapping[str, Rule], warnings: Sequence[tuple[str, str]]) -> State:
-    """The state before step 0; `warnings` are (rule, what was seen) of the settings and the data."""
-    alerts = tuple(Alert(name, rules[name].level, 0, seen, rules[name].advice) for name, seen in warnings)
+    """The state before step 0; `warnings` are (rule, message) about the settings and the data."""
+    alerts = tuple(Alert(name, rules[name].level, 0, message, rules[name].advice) for name, message in warnings)
     return State(active=tuple(name for name, _ in warnings), alerts=alerts)
 
 
 def verdict(state: State, rules: Mapping[str, Rule], *, strict: bool) -> PrefpipeError | None:
-    """What must end the run: a DataError when too many steps were skipped, a StrictError when another STOP rule fires
-    and `strict` is set."""
+    """The error that must end the run, or None: a DataError when too many steps were skipped; with `strict`, a
+    StrictError when the condition of another STOP rule holds."""
     for alert in reversed(state.alerts):
         if alert.rule not in state.active or rules[alert.rule].level != "STOP":
             continue
@@ -219,18 +224,22 @@ def verdict(state: State, rules: Mapping[str, Rule], *, strict: bool) -> Prefpip
 
 
 def running_median(norms: Sequence[float]) -> float | None:
-    """Of the newest gradient norms; None while there are too few to say what is usual."""
+    """Median of the newest gradient norms; None while there are too few to say what is usual."""
     return statistics.median(norms) if len(norms) >= 10 else None
 
 
 def _judge(view: View, rules: Mapping[str, Rule], when: When) -> tuple[State, list[Alert]]:
-    """Look at the rules of a moment; those that begin to fire are alerts."""
-    own = {name: rule for name, rule in rules.items() if rule.when == when}
-    seen = {name: found for name, rule in own.items() if (found := rule.check(view)) is not None}
+    """Check the rules of `when`: the state after it, and alerts for the conditions that begin to hold."""
+    checked = {name: rule for name, rule in rules.items() if rule.when == when}
+    messages = {name: text for name, rule in checked.items() if (text := rule.check(view)) is not None}
     active = view.state.active
-    begun = [Alert(n, own[n].level, view.step, text, own[n].advice) for n, text in seen.items() if n not in active]
-    kept = tuple(name for name in active if name not in own)
-    return replace(view.state, active=(*kept, *seen), alerts=(*view.state.alerts, *begun)), begun
+    begun = [
+        Alert(name, checked[name].level, view.step, text, checked[name].advice)
+        for name, text in messages.items()
+        if name not in active
+    ]
+    others = tuple(name for name in active if name not in checked)
+    return replace(view.state, active=(*others, *messages), alerts=(*view.state.alerts, *begun)), begun
 
 
 def _summed(state: State, values: Mapping[str, float]) -> dict[str, tuple[float, int]]:
@@ -242,13 +251,13 @@ def _summed(state: State, values: Mapping[str, float]) -> dict[str, tuple[float,
 
 
 def _followed(values: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that rules average; z0 as the share of steps at which it is 0."""
-    found = {name: values[name] for name in _FOLLOWED if name in values}
-    return found | ({"kto/z0_is_0": float(values["kto/z0"] == 0)} if "kto/z0" in values else {})
+    """The metrics whose block means the rules read; of z0 the share of steps at which it is 0."""
+    followed = {name: values[name] for name in _FOLLOWED if name in values}
+    return followed | ({"kto/z0_is_0": float(values["kto/z0"] == 0)} if "kto/z0" in values else {})
 
 
 def _closed(state: State) -> State:
-    """The block is full: its means join the newest 2W of them."""
+    """The state after a block that is full: its means are added, and those older than 2W dropped."""
     names = sorted({*state.blocks, *state.sums})
     # A metric that first appears now lacks the blocks before.
     past = max((len(means) for means in state.blocks.values()), default=0)

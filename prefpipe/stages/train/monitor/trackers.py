@@ -1,8 +1,8 @@
 """Trackers that get the metrics beside metrics.jsonl: TensorBoard, W&B, Trackio, MLflow, through accelerate's classes.
 
-Nothing is uploaded unless a tracker's own settings ask for it: TensorBoard and MLflow write into the output directory
-(MLFLOW_TRACKING_URI names a server), W&B runs offline there (WANDB_MODE=online), Trackio writes to its local cache
-(TRACKIO_SPACE_ID). Packages are imported when their tracker is asked for, by rank 0 alone.
+Nothing is uploaded unless the environment variables of a tracker ask for it. TensorBoard and MLflow write into the run
+directory (MLFLOW_TRACKING_URI names a server), W&B runs offline there (WANDB_MODE=online uploads), Trackio writes to
+its local cache (TRACKIO_SPACE_ID uploads). Only rank 0 imports the packages, and only those that the settings name.
 """
 
 import importlib.util
@@ -20,10 +20,10 @@ Track = Callable[[int, Mapping[str, float]], None]
 
 
 class Tracker(Protocol):
-    """What is used of accelerate's GeneralTracker."""
+    """The part of accelerate's GeneralTracker that is used here."""
 
     def start(self) -> None:
-        """Open it."""
+        """Open the tracker."""
         ...
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -35,12 +35,12 @@ class Tracker(Protocol):
         ...
 
     def finish(self) -> None:
-        """Flush and close it."""
+        """Flush and close the tracker."""
         ...
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raise MissingInputError for a tracker whose package is not there: before a model is loaded, not after."""
+    """Raise MissingInputError for a tracker whose package is not installed: before a model is loaded, not after."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingInputError(
@@ -51,24 +51,23 @@ def check_installed(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(names: Sequence[str], out: Path, run_id: str, settings: Mapping[str, Any], first: int) -> Generator[Track]:
-    """Yields a function that sends the metrics of a step to all trackers.
+    """Yields a function that sends the metrics of a step to all trackers; they are closed after an error too.
 
     `run_id` is the same whenever this run is resumed. Steps that an interrupted process sent after its last checkpoint
-    come again, with the same values: TensorBoard drops the old ones, the others keep both. A tracker is closed after an
-    error too.
+    are sent again, with the same values: TensorBoard drops the old ones, the others keep both.
     """
     with ExitStack() as stack:
         plain = _plain(settings)
-        made = [make(name, out, run_id, first, plain) for name in names]
-        for tracker, untold in made:
-            with redirect_stdout(sys.stderr):  # some greet; stdout is for data
+        trackers = [make(name, out, run_id, first, plain) for name in names]
+        for tracker, needs_settings in trackers:
+            with redirect_stdout(sys.stderr):  # some print a greeting; stdout is for data
                 tracker.start()
             stack.callback(_finish, tracker)
-            if untold:
+            if needs_settings:
                 tracker.store_init_configuration(plain)
 
         def track(step: int, values: Mapping[str, float]) -> None:
-            for name, (tracker, _) in zip(names, made, strict=True):
+            for name, (tracker, _) in zip(names, trackers, strict=True):
                 tracker.log(_flat(values) if name == "mlflow" else dict(values), step=step)
 
         yield track
@@ -80,33 +79,33 @@ def _finish(tracker: Tracker) -> None:
 
 
 def make(name: str, out: Path, run_id: str, first: int, settings: Mapping[str, Any]) -> tuple[Tracker, bool]:
-    """One of accelerate's trackers, set up to write locally and to go on with a run of this id, and whether it is to be
-    told the settings once it has started.
+    """One of accelerate's trackers, set up to write locally and to resume the run of this id; and whether it needs the
+    settings after its start.
 
-    W&B and Trackio forget the settings of a run that goes on, so they start with them. MLflow keeps them, and refuses
-    others, which a run may well go on with: a smaller token budget, for one.
+    W&B and Trackio lose the settings of a run that is resumed, so they get them before. MLflow keeps those of the first
+    start and refuses others, with which a run may be resumed: a smaller token budget, for example.
     """
     from accelerate import PartialState  # noqa: PLC0415  (only a run that tracks pays for it)
     from accelerate import tracking as accelerated  # noqa: PLC0415
 
-    PartialState()  # its trackers log through it; it joins the process group that there is
+    PartialState()  # the trackers log through it; it joins the process group, if there is one
     shown = f"{out.resolve().name}-{run_id[:8]}"
-    going_on: dict[str, Any] = {"name": shown, "resume": "allow", "config": dict(settings)}
+    resuming: dict[str, Any] = {"name": shown, "resume": "allow", "config": dict(settings)}
     if name == "tensorboard":
         return accelerated.TensorBoardTracker("tensorboard", logging_dir=out, purge_step=first or None), first == 0
     if name == "wandb":
         mode = os.environ.get("WANDB_MODE", "offline")
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
-        return accelerated.WandBTracker(project, dir=str(out), id=run_id, mode=mode, **going_on), False
+        return accelerated.WandBTracker(project, dir=str(out), id=run_id, mode=mode, **resuming), False
     if name == "trackio":
         project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
-        return accelerated.TrackioTracker(project, embed=False, **going_on), False
+        return accelerated.TrackioTracker(project, embed=False, **resuming), False
     known = _mlflow_run(out, shown)
     return accelerated.MLflowTracker(_PROJECT, run_id=known, run_name=shown), known is None
 
 
 def _mlflow_run(out: Path, name: str) -> str | None:
-    """The id of the MLflow run of this name, if there is one; without a server it lives in the output directory."""
+    """The id of the MLflow run of this name, if there is one; without a server it is in the run directory."""
     import mlflow  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  (an optional package)
 
     if "MLFLOW_TRACKING_URI" not in os.environ:
@@ -121,12 +120,12 @@ def _mlflow_run(out: Path, name: str) -> str | None:
 
 
 def _flat(values: Mapping[str, float]) -> dict[str, float]:
-    """Metrics under names of at most three parts: a local MLflow keeps a metric in a file of its name, and the file
-    train/rewards/chosen cannot be the folder of train/rewards/chosen/p05, which is train/rewards/chosen_p05 there."""
+    """Metrics under names of at most three parts. A local MLflow keeps a metric in a file of its name, and the file
+    train/rewards/chosen cannot be the folder of train/rewards/chosen/p05: that becomes train/rewards/chosen_p05."""
     parts = {name: name.split("/") for name in values}
     return {"/".join([*p[:2], "_".join(p[2:])] if p[2:] else p): values[name] for name, p in parts.items()}
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as the scalars that all trackers take; what is not set or compound as text."""
+    """Settings as scalars, which all trackers take; None and lists become text."""
     return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
