@@ -62,7 +62,7 @@ def test_edited_token_ids_are_refused_in_every_dataset(tiny_model: Path, tmp_pat
     changes = kto(run) if kind in ("labels", "kl_bank") else {"loss_type": ("plackett_luce",), "groups": (str(run),)}
     error = refused(76, tiny_model, *([run] if kind == "pairs" else []), **({} if kind == "pairs" else changes))
     assert isinstance(error, IdentityError)
-    assert "token ids are not those" in error.message
+    assert "do not match their digest" in error.message
 
 
 def test_the_bank_comes_from_the_run_or_is_made_of_its_labels(tiny_model: Path, tmp_path: Path):
