@@ -65,7 +65,7 @@ _COMPLETIONS: dict[type, Callable[[Any], list[CompletionIds]]] = {
 
 
 def check_ids(row: Any, source: object) -> None:
-    """Raise IdentityError when the token ids of a row have another digest than the row says. `source` is the place where
+    """Raise IdentityError when the token ids of a row have another digest than the row says. `source` is where
     the row was read."""
     for key, prompt, ids, digest in completions_of(row):
         if ids_digest(prompt, ids) != digest:
