@@ -65,7 +65,7 @@ _COMPLETIONS: dict[type, Callable[[Any], list[CompletionIds]]] = {
 
 
 def check_ids(row: Any, source: object) -> None:
-    """Raise IdentityError when the token ids of a row are not those that its digests were made of. `source` is where
+    """Raise IdentityError when the token ids of a row have another digest than the row says. `source` is where
     the row was read."""
     for key, prompt, ids, digest in completions_of(row):
         if ids_digest(prompt, ids) != digest:
@@ -76,7 +76,7 @@ def check_ids(row: Any, source: object) -> None:
 
 
 def logps_of_other_ids(completion_ids: Sequence[str], source: object) -> IdentityError:
-    """The error for log-probs whose digest is not that of the completions that they shall belong to."""
+    """The error for log-probs with another digest than the completions of the same ids have."""
     return IdentityError(
         f"{source}: the log-probs of {len(completion_ids)} completions were made for other token ids (first: "
         f"completion {completion_ids[0]})",

@@ -35,7 +35,7 @@ def check(
     """Score completions again with the other engine and compare; the report for parity.json.
 
     If the second engine is missing or fails, the report says why and the run continues: parity is a check, not an
-    input. `engine` and `scorer` made the cache; `adapter` says whether the adapter was on.
+    input. `engine` and `scorer` name what computed the cache; `adapter` says whether the adapter was on.
     """
     other = OTHER[engine]
     if not cached:

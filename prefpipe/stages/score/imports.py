@@ -24,7 +24,7 @@ class Imported:
     """Rows of one shard of a foreign file that no earlier row of the run repeats.
 
     prompts, completions, pairs, labels: the rows of these datasets
-    ratings: the file's own ratings, as rewards
+    ratings: the ratings in the file, as rewards
     dropped: ledger rows of what is faulty or repeated
     used: by completion_id, every completion that these rows need, also one that an earlier shard has written
     prompt_of: by completion_id, the prompt that it answers, with the further columns of its row

@@ -36,7 +36,7 @@ class ShardRows:
     rows: by dataset, the rows to write beside the scores
     requests: the completions to score
     answers: (completion_id, answer) to rate
-    ratings: the file's own ratings, as rewards
+    ratings: the ratings in the file, as rewards
     dropped: ledger rows of what is left out
     written_before: ids of the completions in `requests` that an earlier shard writes: they are scored for the pairs and
         labels of this shard, and their log-probs are not written again
