@@ -49,10 +49,12 @@ SUBSETS: dict[str, tuple[Literal["ref", "policy"], ...]] = {
     "large-dual-margin": ("ref", "policy"),
     "clear-reference": ("ref",),
 }
-if TYPE_CHECKING:
-    RuleName = SubsetName = str
+if TYPE_CHECKING:  # a type checker takes no names from a table
+    RuleName = str
+    SubsetName = str
 else:
-    RuleName, SubsetName = Literal[tuple(RULES)], Literal[tuple(SUBSETS)]
+    RuleName = Literal[tuple(RULES)]
+    SubsetName = Literal[tuple(SUBSETS)]
 
 _RULE_SETTINGS = tuple(sorted({name for rule in RULES.values() for name in rule.reads}))
 _PAIR_FILTERS = (
