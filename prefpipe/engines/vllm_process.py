@@ -10,8 +10,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-# Read by vLLM when it is imported. As one process it leaves no children when it is killed, and starts in a quarter of
-# the time.
+# Read by vLLM when it is imported. As one process it leaves no children when it is killed, and it starts in a quarter
+# of the time.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
