@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,18 @@ import pytest
 
 from prefpipe import cli as command_line
 from prefpipe.models.chat import Chat, load_chat
+from tests.forge import ROOT, TRAIN, Ended, Forge, forge
 from tests.tiny import make_model
 
-ROOT = Path(__file__).resolve().parents[1]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended, and what it said."""
-
-    code: int
-    stderr: str
-
-
-Call = Callable[..., Done]
+COMMANDS = (
+    *("prefpipe.engines.transformers", "prefpipe.stages.evaluate.stage", "prefpipe.stages.iterate.stage"),
+    *("prefpipe.stages.train.plan", "prefpipe.rewards", "prefpipe.rewards.model"),
+)
+Call = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +59,32 @@ def prompts_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Cli:
-    """Run `prefpipe ARGUMENTS` in a process of its own; `env` adds environment variables, `cwd` is where it runs."""
+def forged() -> Iterator[Forge]:
+    """The process from which commands are forked; it has imported torch already."""
+    with forge(*TRAIN, *COMMANDS) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def cli(forged: Forge) -> Cli:
+    """Run `prefpipe ARGUMENTS` in a process; `env` adds environment variables, `cwd` is where it runs.
+
+    The process is forked from one that has imported everything: what an interpreter does when it starts is not tested
+    by it. See `shell`.
+    """
+
+    def run(
+        *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        ended = forged.run(*arguments, env={"OMP_NUM_THREADS": "1", **(env or {})}, cwd=cwd)
+        return subprocess.CompletedProcess(["prefpipe", *map(str, arguments)], ended.code, ended.stdout, ended.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shell() -> Cli:
+    """As `cli`, in an interpreter of its own: `python -m prefpipe ARGUMENTS`, as a user's shell starts it."""
 
     def run(
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
@@ -100,11 +119,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """`prefpipe ARGUMENTS` in this process: the command line without the start of an interpreter."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def run(*arguments: object) -> Done:
+    def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["prefpipe", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             command_line.main()
-        return Done(end.value.code if isinstance(end.value.code, int) else 0, capsys.readouterr().err)
+        return Ended(end.value.code if isinstance(end.value.code, int) else 0, capsys.readouterr().err)
 
     yield run
     for number, handler in kept.items():

@@ -215,7 +215,7 @@ def test_the_base_is_scored_while_the_adapter_samples(
 
 
 def test_generate_is_killed_resumes_and_says_when_it_is_done(
-    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+    shell: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     """Renames: config.json, the ledger and its record, then six per shard of two prompts (3 datasets with records).
 
@@ -227,18 +227,18 @@ def test_generate_is_killed_resumes_and_says_when_it_is_done(
         "--num-samples", 3, "--max-tokens", 12, "--shard-rows", 2, "--max-num-seqs", 4, "--kv-cache-mib", 64,
         "--out", out,
     )  # fmt: skip
-    killed = cli(*command, env={"PREFPIPE_FAULT": "rename:13:kill"})
+    killed = shell(*command, env={"PREFPIPE_FAULT": "rename:13:kill"})
     assert killed.returncode == -9, killed.stderr
     committed = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("part-*") if p.name.startswith("part-")}
     assert any(p.name == "part-00000.ok.json" and p.parent.name == "completions" for p in committed)
     assert not (out / "manifest.json").exists()
-    resumed = cli(*command)
+    resumed = shell(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "18 completions of 6 prompts" in resumed.stdout
     for path in (p for p in committed if "part-00000" in p.name):
         assert (path.stat().st_mtime_ns, path.read_bytes()) == committed[path]
     check_completions(out, tiny_model, prompts_file)
-    done = cli(*command)
+    done = shell(*command)
     assert done.returncode == 0, done.stderr
     assert "is complete already" in done.stderr
     assert "starting engine" not in done.stderr
@@ -272,14 +272,14 @@ def test_scores_do_not_depend_on_the_token_budget_of_a_pass(settings: EngineSett
     assert distance(chunked, plain.scored) < 1e-4
 
 
-def test_score_and_its_parity_report_through_both_scorers(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+def test_score_and_its_parity_report_through_both_scorers(shell: Cli, tiny_model: Path, tmp_path: Path) -> None:
     """One cache by vLLM, checked by transformers, and the other way round: the same ids, the same values."""
     path = tmp_path / "p.jsonl"
     rows = [{"prompt": f"Bird {i}?", "chosen": f"An owl {i}.", "rejected": f"No {i}."} for i in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {}
     for engine in ("vllm", "transformers"):
-        done = cli("score", "--model", tiny_model, "--inputs", path, "--engine", engine, "--dtype", "float32",
+        done = shell("score", "--model", tiny_model, "--inputs", path, "--engine", engine, "--dtype", "float32",
                    "--check", 5, "--max-length", 200, "--kv-cache-mib", 64, "--out", tmp_path / engine)  # fmt: skip
         assert done.returncode == 0, done.stderr
         report = json.loads((tmp_path / engine / "parity.json").read_text())
@@ -292,15 +292,15 @@ def test_score_and_its_parity_report_through_both_scorers(cli: Cli, tiny_model: 
     assert distance(found["vllm"], found["transformers"]) < 1e-3
 
 
-def test_two_workers_share_a_model(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
+def test_two_workers_share_a_model(shell: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
     """Tensor parallel: the tiny model has two heads, one for each worker; three workers cannot share two heads."""
     arguments = ("generate", "--model", tiny_model, "--prompts", prompts_file, "--dtype", "float32", "--num-samples", 2,
                  "--max-tokens", 12, "--max-num-seqs", 4, "--kv-cache-mib", 64, "--check", 8)  # fmt: skip
-    refused = cli(*arguments, "--tensor-parallel-size", 3, "--out", tmp_path / "three")
+    refused = shell(*arguments, "--tensor-parallel-size", 3, "--out", tmp_path / "three")
     assert refused.returncode == 2, refused.stderr
     assert "vLLM cannot start with these settings: " in refused.stderr
     assert "must be divisible by tensor parallel size (3)" in refused.stderr
-    done = cli(*arguments, "--tensor-parallel-size", 2, "--out", tmp_path / "two")
+    done = shell(*arguments, "--tensor-parallel-size", 2, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "two" / "parity.json").read_text())
     assert (report["rows"], report["agrees"]) == (8, True)
@@ -309,15 +309,15 @@ def test_two_workers_share_a_model(cli: Cli, tiny_model: Path, prompts_file: Pat
 
 @pytest.mark.parametrize("fault", ["write:6:kill", "rename:9:kill", "fsync:13:torn"])
 def test_killed_on_real_vllm_and_run_again_nothing_is_lost_or_doubled(
-    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path, fault: str
+    shell: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path, fault: str
 ) -> None:
     """The promise for vLLM is structural: exactly the ids of an uninterrupted run, values within tolerance."""
     arguments = ("generate", "--model", tiny_model, "--prompts", prompts_file, "--dtype", "float32", "--num-samples", 3,
                  "--max-tokens", 12, "--shard-rows", 2, "--max-num-seqs", 4, "--kv-cache-mib", 64, "--out",
                  tmp_path / "g")  # fmt: skip
-    killed = cli(*arguments, env={"PREFPIPE_FAULT": fault})
+    killed = shell(*arguments, env={"PREFPIPE_FAULT": fault})
     assert killed.returncode == -9, killed.stderr
-    done = cli(*arguments)
+    done = shell(*arguments)
     assert done.returncode == 0, done.stderr
     check_completions(tmp_path / "g", tiny_model, prompts_file)
     assert json.loads((tmp_path / "g" / "parity.json").read_text())["agrees"]  # unasked: every cache carries one

@@ -15,7 +15,7 @@ import pytest
 from prefpipe.models import policy
 from prefpipe.runs import store
 from tests.conftest import ROOT
-from tests.faults.forge import forge
+from tests.forge import Forge
 
 SCRIPTS = sorted(p.name for p in (ROOT / "examples").glob("*.sh"))
 FLAGS = ("--dtype", "float32", "--lora-r", "2", "--learning-rate", "1e-3")
@@ -28,28 +28,28 @@ with socket.socket(socket.AF_UNIX) as s:
     s.connect({address!r})
     s.sendall((json.dumps(sys.argv[1:]) + "\\n").encode())
     ended = json.loads(s.makefile().read())
+sys.stdout.write(ended["stdout"])
 sys.stderr.write(ended["stderr"])
 sys.exit(ended["code"])
 """
 
 
 @pytest.fixture(scope="module")
-def prefpipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefpipe(forged: Forge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A `prefpipe` whose commands are forked from one process that has imported torch already."""
     address = str(tmp_path_factory.mktemp("s") / "s")
-    with forge("prefpipe.stages.train.stage", "transformers.models.llama.modeling_llama") as forged:
 
-        class Handler(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                ended = forged.run(*json.loads(self.rfile.readline()))
-                self.wfile.write(json.dumps(asdict(ended)).encode())
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            ended = forged.run(*json.loads(self.rfile.readline()))
+            self.wfile.write(json.dumps(asdict(ended)).encode())
 
-        with socketserver.UnixStreamServer(address, Handler) as server:
-            thread = threading.Thread(target=server.serve_forever)
-            thread.start()
-            yield CLIENT.format(python=sys.executable, address=address)
-            server.shutdown()
-            thread.join()
+    with socketserver.UnixStreamServer(address, Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield CLIENT.format(python=sys.executable, address=address)
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture

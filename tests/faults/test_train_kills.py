@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from prefpipe.runs import manifests
-from tests.faults.forge import Forge, forge
+from tests.forge import Forge
 from tests.stages.train import data
 
 ALL = "PREFPIPE_ALL_FAULTS" in os.environ
@@ -26,12 +26,6 @@ NUM_FULL = 60 if ALL else 4
 # Most passes through each point in an uninterrupted run of `arguments`, measured; a later fault is never reached.
 POINTS = {"write": 24, "fsync": 30, "rename": 16, "fsync_dir": 24, "append": 8}
 _MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture(scope="module")
-def forged() -> Iterator[Forge]:
-    with forge("prefpipe.stages.train.stage", "transformers.models.llama.modeling_llama") as running:
-        yield running
 
 
 @pytest.fixture

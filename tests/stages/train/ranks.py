@@ -22,7 +22,7 @@ from prefpipe.stages.train.session import Session
 from tests.stages.train import data
 
 
-def main(model_directory: Path, strategy: str) -> None:
+def main(model_directory: Path, strategies: Sequence[str]) -> None:
     world = parallel.start()
     assert world.size == 2
     assert world.leads == (world.rank == 0)
@@ -33,13 +33,14 @@ def main(model_directory: Path, strategy: str) -> None:
     assert Session(world, None).lead(lambda run: run.out) is None
     assert parallel.sum_over_ranks({"a": 1.0 + world.rank} if world.rank else {}, world) == {"a": 2.0}
     pairs = data.to_train_pairs(data.with_reference(data.bare_pairs(5), model_directory))
-    check_values(start(model_directory, strategy, world), data.trainer(data.policy(model_directory), CONFIG), pairs)
-    check_gradient(model_directory, strategy, world, pairs, "shared")
-    check_gradient(model_directory, strategy, world, pairs, "separate")
-    check_gradient(model_directory, strategy, world, pairs, "shared", "full")
-    for tuning in ("lora", "full"):
-        check_state(model_directory, strategy, world, pairs, "float32", tuning)
-        check_state(model_directory, strategy, world, pairs, "bfloat16", tuning)
+    for strategy in strategies:
+        check_values(start(model_directory, strategy, world), data.trainer(data.policy(model_directory), CONFIG), pairs)
+        check_gradient(model_directory, strategy, world, pairs, "shared")
+        check_gradient(model_directory, strategy, world, pairs, "separate")
+        check_gradient(model_directory, strategy, world, pairs, "shared", "full")
+        for tuning in ("lora", "full"):
+            check_state(model_directory, strategy, world, pairs, "float32", tuning)
+            check_state(model_directory, strategy, world, pairs, "bfloat16", tuning)
     parallel.stop(world)
 
 
@@ -139,4 +140,4 @@ def trained(trainer: Trainer, tuning: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])

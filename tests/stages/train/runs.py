@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT
+from torch.distributed import TCPStore
+
+from tests.forge import ROOT, Ended, Forge
 
 
 def torchrun(*arguments: object, fault: str = "") -> subprocess.CompletedProcess[str]:
@@ -18,6 +20,25 @@ def torchrun(*arguments: object, fault: str = "") -> subprocess.CompletedProcess
         capture_output=True, text=True, check=False, cwd=ROOT, timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PREFPIPE_FAULT": fault},
     )  # fmt: skip
+
+
+def two_ranks(forged: Forge, *arguments: object) -> Ended:
+    """`prefpipe ARGUMENTS` as two ranks without the start of three interpreters. They meet as under torchrun: at a
+    store that is open before they start, at a port that the system chose. The code of the one that failed, if any."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1",
+        "PREFPIPE_FAULT": "",
+    }  # fmt: skip
+    jobs = [
+        {"arguments": list(map(str, arguments)), "env": {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}}
+        for rank in range(2)
+    ]
+    ended = forged.run_together(jobs)
+    return Ended(
+        next((e.code for e in ended if e.code), 0), "".join(e.stderr for e in ended), "".join(e.stdout for e in ended)
+    )
 
 
 def adapter(out: Path) -> bytes:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from prefpipe.ids import ids_digest
 from prefpipe.stages.train import stage
-from tests.faults.forge import Ended, Forge, forge
+from tests.forge import Ended, Forge
 from tests.stages.train import data
 
 OTHER = "weights:" + "0" * 32
 Train = Callable[..., Ended]
-
-
-@pytest.fixture(scope="module")
-def forged() -> Iterator[Forge]:
-    with forge("prefpipe.stages.train.stage", "transformers.models.llama.modeling_llama") as running:
-        yield running
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from prefpipe.schemas import RefLogps, from_table
 from prefpipe.stages.train import parallel, stage
 from prefpipe.stages.train.micro_batches import micro_batches
 from prefpipe.stages.train.parallel import World
+from tests.forge import Forge
 from tests.stages.train import data
-from tests.stages.train.runs import torchrun
+from tests.stages.train.runs import torchrun, two_ranks
 
 STRATEGIES = ["ddp", "fsdp2"]
 
@@ -48,9 +49,8 @@ def test_alone_there_is_nothing_to_share(tiny_model: Path, monkeypatch: pytest.M
     parallel.stop(world)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_wrapped_model_computes_and_saves_what_an_unwrapped_one_does(tiny_model: Path, strategy: str):
-    done = torchrun("-m", "tests.stages.train.ranks", tiny_model, strategy)
+def test_a_wrapped_model_computes_and_saves_what_an_unwrapped_one_does(tiny_model: Path):
+    done = torchrun("-m", "tests.stages.train.ranks", tiny_model, *STRATEGIES)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -91,7 +91,7 @@ def case(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
 def command(case: Case, strategy: str, out: Path) -> tuple[object, ...]:
     recipe = out.with_suffix(".json")
     recipe.write_text(case.config(strategy).model_dump_json())
-    return ("-m", "prefpipe", "train", recipe, "--out", out)
+    return ("train", recipe, "--out", out)
 
 
 def same_as_whole(out: Path, case: Case) -> None:
@@ -133,7 +133,7 @@ def same_as_whole(out: Path, case: Case) -> None:
 def test_fully_sharded_from_beginning_to_end_and_from_its_checkpoint_alone(case: Case, tmp_path: Path):
     """Two ranks do all 6 steps. Then, with the checkpoint of step 4 only, one process does the last two."""
     out = tmp_path / "t"
-    done = torchrun(*command(case, "fsdp2", out))
+    done = torchrun("-m", "prefpipe", *command(case, "fsdp2", out))
     assert done.returncode == 0, done.stderr[-4000:]
     same_as_whole(out, case)
     assert stage.run(case.config("ddp"), out, force=False) == store.read_manifest(out)  # complete for one process too
@@ -148,7 +148,7 @@ def test_replicated_ranks_stop_together_and_one_process_goes_on(
 ):
     """An I/O error on rank 0 before the metrics of step 3 ends both ranks; one process goes on after step 2."""
     out = tmp_path / "t"
-    stopped = torchrun(*command(case, "ddp", out), fault="append:4:eio")
+    stopped = torchrun("-m", "prefpipe", *command(case, "ddp", out), fault="append:4:eio")
     assert stopped.returncode != 0
     assert stopped.stderr.count("error: cannot write") == 1
     assert not (out / "manifest.json").exists()
@@ -160,14 +160,14 @@ def test_replicated_ranks_stop_together_and_one_process_goes_on(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_go_on_where_one_has_stopped(
-    case: Case, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forged: Forge, case: Case, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "t"
     monkeypatch.setenv("PREFPIPE_FAULT", f"append:{fsio._passes['append'] + 4}:eio")
     with pytest.raises(StorageError):
         stage.run(case.config(strategy), out, force=False)
-    done = torchrun(*command(case, strategy, out))
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = two_ranks(forged, *command(case, strategy, out))
+    assert done.code == 0, done.stderr[-4000:]
     assert done.stderr.count("resuming after step 2") == 1  # rank 0 alone talks
     assert done.stdout.count("trained on 13 pairs in 6 steps") == 1
     same_as_whole(out, case)
@@ -188,12 +188,12 @@ def full(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_weight_trained_on_two_ranks_equals_one_process(
-    full: Case, tiny_model: Path, strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    forged: Forge, full: Case, tiny_model: Path, strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """Two ranks do all steps. Then, without what came after their last checkpoint but one, one process goes on."""
     out = tmp_path / "t"
-    done = torchrun(*command(full, strategy, out))
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = two_ranks(forged, *command(full, strategy, out))
+    assert done.code == 0, done.stderr[-4000:]
     same_model(out, full.whole, tiny_model)
     *_, last = sorted((out / "checkpoints").iterdir())
     for path in (out / "manifest.json", out / "model", last):
@@ -221,15 +221,17 @@ def same_model(out: Path, whole: Path, start: Path) -> None:
     assert store.read_manifest(out)["totals"]["best"] == pytest.approx(store.read_manifest(whole)["totals"]["best"])
 
 
-def test_two_ranks_agree_about_a_reference_of_its_own(tiny_model: Path, other_model: Path, tmp_path: Path):
+def test_two_ranks_agree_about_a_reference_of_its_own(
+    forged: Forge, tiny_model: Path, other_model: Path, tmp_path: Path
+):
     """Half of its values are missing: both ranks make some, audit some, and go on to what one process does."""
     bare = data.bare_pairs(6)
     own = data.with_reference(bare, other_model)
     pairs = data.write_pairs(tmp_path / "p", [*own[:3], *bare[3:]])
     config = data.config(tiny_model, pairs, reference_model=str(other_model), num_train_epochs=1)
     (tmp_path / "c.json").write_text(config.model_dump_json())
-    done = torchrun("-m", "prefpipe", "train", tmp_path / "c.json", "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = two_ranks(forged, "train", tmp_path / "c.json", "--out", tmp_path / "two")
+    assert done.code == 0, done.stderr[-4000:]
     stage.run(config, tmp_path / "one", force=False)
     two, one = (store.read_manifest(tmp_path / o) for o in ("two", "one"))
     assert two["inputs"]["reference"] == one["identity"]["reference"] == policy.resolve(str(other_model)).id

@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from prefpipe.errors import DataError
 from prefpipe.runs import manifests, store
 from prefpipe.stages.train import stage
-from tests.faults.forge import Forge, forge
+from tests.forge import Forge
 from tests.stages.train import data
 
 CODE = "from pathlib import Path\nPath({marker!r}).write_text('ran')\n"
@@ -45,12 +44,6 @@ def test_a_whole_run_and_its_resume_unpickle_and_pickle_nothing(
     assert {p.suffix for p in files} <= {".json", ".jsonl", ".safetensors", ".parquet", ".md", ".jinja", ""}
     for path in files:
         assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), path
-
-
-@pytest.fixture(scope="module")
-def forged() -> Iterator[Forge]:
-    with forge("prefpipe.stages.train.stage", "transformers.models.llama.modeling_llama") as running:
-        yield running
 
 
 def test_code_that_comes_with_a_model_does_not_run(forged: Forge, tiny_model: Path, pairs: Path, tmp_path: Path):
@@ -101,8 +94,7 @@ def test_secrets_of_the_environment_reach_no_file_and_no_log(
     """Tokens that other libraries read from the environment."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    with forge("prefpipe.stages.train.stage") as own:  # it takes over the environment of now
-        done = own.run("train", "--model", tiny_model, "--pairs", pairs, "--dtype", "float32", "--out", tmp_path / "t")
+    done = forged.run("train", "--model", tiny_model, "--pairs", pairs, "--dtype", "float32", "--out", tmp_path / "t")
     assert done.code == 0, done.stderr
     assert SECRET not in done.stderr
     for path in (tmp_path / "t").rglob("*"):

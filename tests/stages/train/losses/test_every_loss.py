@@ -23,10 +23,11 @@ from prefpipe.stages.train.losses import registry
 from prefpipe.stages.train.micro_batches import balanced_batches, bank_rows
 from prefpipe.stages.train.optimizer import learning_rate
 from tests.conftest import Cli
+from tests.forge import Forge
 from tests.stages.train import data
 from tests.stages.train.cases import pairs as batch_of
 from tests.stages.train.data import lora, plain_logp
-from tests.stages.train.runs import adapter, metrics, torchrun
+from tests.stages.train.runs import adapter, metrics, two_ranks
 
 FAST = (
     "--dtype", "float32", "--learning-rate", 3e-3, "--train-batch-size", 4, "--num-train-epochs", 2, "--lora-r", 4,
@@ -248,7 +249,7 @@ def test_kto_interrupted_and_resumed_equals_uninterrupted(
     assert len({line["kto/z0"] for line in metrics(tmp_path / "t")}) > 3
 
 
-def test_two_ranks_train_kto_as_one_does(tiny_model: Path, tmp_path: Path):
+def test_two_ranks_train_kto_as_one_does(forged: Forge, tiny_model: Path, tmp_path: Path):
     """z0 is a mean over the ranks; three bank rows on two ranks: one of them repeats a row that does not count."""
     source = data.write_run(tmp_path / "l", labels=data.labels_of(data.bare_pairs(6)))
     config = kto(
@@ -257,8 +258,8 @@ def test_two_ranks_train_kto_as_one_does(tiny_model: Path, tmp_path: Path):
     )  # fmt: skip
     run(config, tmp_path / "one")
     (tmp_path / "two.json").write_text(config.model_dump_json())
-    done = torchrun("-m", "prefpipe", "train", tmp_path / "two.json", "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = two_ranks(forged, "train", tmp_path / "two.json", "--out", tmp_path / "two")
+    assert done.code == 0, done.stderr[-4000:]
     for mine, other in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-4)
 
