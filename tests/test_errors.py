@@ -1,4 +1,4 @@
-"""Every kind of failure has the exit code of the design, a message and a hint."""
+"""Every kind of failure has an exit code, a message and a hint."""
 
 import signal
 

@@ -206,8 +206,10 @@ def remove_leftovers(directory: Path) -> None:
     """
     with storage_errors(directory):
         for entry in sorted(directory.iterdir()):
-            if is_leftover(entry):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if is_leftover(entry) and entry.is_dir():
+                shutil.rmtree(entry)
+            elif is_leftover(entry):
+                entry.unlink()
             elif entry.is_dir() and not entry.is_symlink() and not (entry / ".lock").exists():
                 remove_leftovers(entry)
 
