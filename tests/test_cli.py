@@ -294,7 +294,7 @@ def test_sigterm_inside_a_users_reward_stops_too(tiny_model: Path, prompts_file:
 
 def test_two_writers_are_exit_75(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from prefpipe import fsio\n"
+        "import sys, pathlib; from prefpipe.runs import fsio\n"
         "with fsio.lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
