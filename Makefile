@@ -16,7 +16,13 @@ COUNT = awk -v total=$$(grep -c '^[a-z].*==' requirements/$(LOCK).txt) \
 # Plain progress lines and no colours when the output is not a terminal are chosen by prefpipe itself.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test faults check fix bench lock clean
+# The tests run on every core with one thread each; a core that has nothing left takes tests from another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+ALL_CORES := -n logical --dist worksteal
+# What a CPU without AVX-512 computes: kernels of torch, oneDNN and MKL round differently from kind to kind.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+.PHONY: help setup demo test test-fast test-portable proofs faults check fix bench lock clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -39,12 +45,22 @@ endif
 demo: setup  ## Two rounds on a real 135M model: about 10 minutes on 2 cores, the second time seconds
 	@$(BIN)/prefpipe iterate stages/iterate/demo.toml --out runs/demo
 
-test: setup check  ## The whole test suite
-	@$(BIN)/python -m pytest -m "not vllm" -q
+test: setup check  ## The whole test suite: 10 minutes on 2 cores
+	@$(PYTEST) $(ALL_CORES) -m "not vllm"
 	@$(BIN)/python -m pytest -m vllm -q
 
-faults: setup  ## Every crash test: kills, full disks and signals at all points (about 15 minutes)
-	@PREFPIPE_ALL_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q
+test-fast: setup  ## What takes seconds and starts no process: 90 seconds on 2 cores
+	@$(PYTEST) $(ALL_CORES) -m "not vllm and not slow and not process"
+
+test-portable: setup  ## The suite as on a CPU with AVX2 only, then every proof as on one without either
+	@$(AVX2) $(PYTEST) $(ALL_CORES) -m "not vllm"
+	@ATEN_CPU_CAPABILITY=default PREFPIPE_ALL_PROOFS=1 $(PYTEST) $(ALL_CORES) tests/proofs
+
+proofs: setup  ## Every proof that trains, over all of its seeds (`make test` takes one seed)
+	@PREFPIPE_ALL_PROOFS=1 $(PYTEST) $(ALL_CORES) tests/proofs
+
+faults: setup  ## Every crash test: kills, full disks and signals at all points
+	@PREFPIPE_ALL_FAULTS=1 $(PYTEST) $(ALL_CORES) tests/faults
 
 check: setup  ## Format, lint, types, layers
 	@$(BIN)/ruff format --check --quiet .

@@ -27,6 +27,13 @@ COMMANDS = (
 Call = Callable[..., Ended]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that ask for a process are marked as such: `make test-fast` leaves them out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and {"cli", "shell", "forged"} & set(item.fixturenames):
+            item.add_marker("process")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a byte tokenizer and a ChatML template."""

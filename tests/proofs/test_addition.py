@@ -4,12 +4,18 @@ One-digit sums as characters, a Llama of 47,000 weights. It is first taught with
 so that it samples right and wrong ones of every sum; then every round samples, verifies, pairs a right answer with
 wrong ones, scores the reference and trains through the loop of `prefpipe train`. Accuracy is that of fresh samples of
 the same hundred sums (3,200 samples: a standard error below one point): it says that the policy moved where the
-verifier pulls, not that the model can add numbers that it has not seen. All seeds are fixed.
+verifier pulls, not that the model can add numbers that it has not seen.
+
+Training amplifies the rounding of a CPU until two kinds of CPU train two different models, as two seeds do. A seed is
+therefore one draw, and the limits below lie about half way to the smallest effect that was measured. One seed by
+default; three with PREFPIPE_ALL_PROOFS=1 (`make proofs`).
 """
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +32,13 @@ from prefpipe.stages.train.monitor.alerts import RULES
 from prefpipe.stages.train.monitor.diagnostics import Facts, State, after_step
 from tests.stages.train import data
 
+pytestmark = pytest.mark.slow
+
 CHARACTERS = "0123456789+=$"
 END, PAD = CHARACTERS.index("$"), len(CHARACTERS)
 SUMS = [(a, b) for a in range(10) for b in range(10)]
 RIGHT_SHARE, LONGEST, EPOCHS = 0.5, 3, 2
+SEEDS = range(3) if "PREFPIPE_ALL_PROOFS" in os.environ else range(1)
 
 
 def ids(text: str) -> Ids:
@@ -44,9 +53,9 @@ def answer(sum_: tuple[int, int]) -> Ids:
     return ids(f"{sum_[0] + sum_[1]}$")
 
 
-def make() -> LlamaForCausalLM:
+def make(seed: int) -> LlamaForCausalLM:
     attention.register()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=PAD + 1, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -56,9 +65,9 @@ def make() -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-def teach(model: LlamaForCausalLM, steps: int = 400) -> None:
+def teach(model: LlamaForCausalLM, seed: int, steps: int = 400) -> None:
     """Cross entropy on answers of which half are right and the others any number."""
-    adamw, source = torch.optim.AdamW(model.parameters(), weight_decay=0.0), random.Random(1)
+    adamw, source = torch.optim.AdamW(model.parameters(), weight_decay=0.0), random.Random(seed + 1)
     for step in range(steps):
         adamw.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps) + 1e-5
         rows = [
@@ -115,21 +124,22 @@ def pairs(model: LlamaForCausalLM, seed: int, *, flipped: bool = False) -> list[
 class Taught:
     """The weights after teaching, and how often they are right."""
 
+    seed: int
     weights: dict[str, torch.Tensor]
     accuracy: float
 
     def model(self) -> LlamaForCausalLM:
-        fresh = make()
+        fresh = make(self.seed)
         fresh.load_state_dict(self.weights)
         return fresh
 
 
-@pytest.fixture(scope="module")
-def taught() -> Taught:
+@pytest.fixture(scope="module", params=SEEDS)
+def taught(request: pytest.FixtureRequest) -> Taught:
     torch.set_num_threads(1)
-    model = make()
-    teach(model)
-    return Taught({k: v.clone() for k, v in model.state_dict().items()}, accuracy(model))
+    model = make(request.param)
+    teach(model, request.param)
+    return Taught(request.param, {k: v.clone() for k, v in model.state_dict().items()}, accuracy(model))
 
 
 def series(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -> list[dict[str, float]]:
@@ -144,21 +154,25 @@ def series(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -
 def train(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -> dict[str, float]:
     """Metrics are means over the steps of the last epoch."""
     steps = series(model, rows, **changes)
-    last = steps[-(len(steps) // changes.get("num_train_epochs", EPOCHS)) :]
-    return {name: sum(step[name] for step in last) / len(last) for name in last[0]}
+    return mean(steps[-(len(steps) // changes.get("num_train_epochs", EPOCHS)) :])
+
+
+def mean(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
 NLL: dict[str, Any] = {"loss_type": ("sigmoid", "nll"), "loss_weights": (1.0, 1.0)}
 
 
 def test_three_rounds_with_a_verifier_raise_accuracy(taught: Taught):
-    """The reference of a round is the policy that it starts from. At least 6 points in three rounds; each one helps."""
+    """The reference of a round is the policy that it starts from. At least 6 points in three rounds, and no round
+    takes back more than two standard errors."""
     model, found = taught.model(), [taught.accuracy]
     for seed in range(3):
         train(model, pairs(model, seed), **NLL)
         found.append(accuracy(model))
     assert 0.15 < found[0] < 0.6
-    assert found == sorted(found)
+    assert all(after > before - 0.02 for before, after in pairwise(found))
     assert found[-1] >= found[0] + 0.06
 
 
@@ -168,39 +182,55 @@ def test_flipped_labels_lower_it(taught: Taught):
     assert accuracy(model) <= taught.accuracy - 0.06
 
 
-def test_plain_dpo_trained_long_displaces_and_the_nll_term_prevents_it(taught: Taught):
-    """beta 0.1 asks for 10 nats of answers of about 2.5 tokens. Without NLL the margin grows while both sides fall, the
-    chosen one by more than a nat per token, and accuracy falls with it; with NLL chosen rises, and accuracy too."""
-    found: dict[str, tuple[float, float, float]] = {}
+@dataclass(frozen=True)
+class Long:
+    """A long training: nats per token by which the chosen answers moved, the margin of the rewards (both over the last
+    epoch), accuracy, and the alerts."""
+
+    moved: float
+    margin: float
+    accuracy: float
+    alerts: set[str]
+
+
+@pytest.fixture(scope="module")
+def trained_long(taught: Taught) -> dict[str, Long]:
+    """beta 0.1 asks for 10 nats of answers of about 2.5 tokens, at twelve times the learning rate of the rounds above,
+    after a warmup over a fifth of the steps: without one the first steps throw both runs off."""
+    found: dict[str, Long] = {}
     for name, changes in (("plain", {}), ("nll", NLL)):
         model = taught.model()
-        rows = pairs(model, 0)
-        last = train(model, rows, learning_rate=3e-3, num_train_epochs=8, **changes)
+        rows, epochs, rate = pairs(model, taught.seed), 6, 6e-3
+        steps = series(model, rows, learning_rate=rate, num_train_epochs=epochs, warmup_ratio=0.2, **changes)
+        last = mean(steps[-(len(steps) // epochs) :])
         tokens = sum(len(row.chosen) for row in rows) / len(rows)
-        found[name] = (last["rewards/chosen"] / 0.1 / tokens, last["rewards/margins"], accuracy(model))
-    moved, margin, right = found["plain"]
-    assert moved < -1
-    assert margin > 0.3
-    assert right <= taught.accuracy - 0.06
-    moved, margin, right = found["nll"]
-    assert moved > 0
-    assert margin > 0.3
-    assert right >= taught.accuracy + 0.06
-
-
-def test_the_alerts_of_displacement_fire_without_the_nll_term_and_not_with_it(taught: Taught):
-    """As above with a warmup over a fifth of the steps: without one the first steps throw both runs off, and A2 says so
-    of both. The reference is the initial policy, so that A0 is looked at too."""
-    found: dict[str, set[str]] = {}
-    for name, changes in (("plain", {}), ("nll", NLL)):
-        model = taught.model()
-        steps = series(
-            model, pairs(model, 0), learning_rate=3e-3, num_train_epochs=8, warmup_ratio=0.2, **changes
-        )  # fmt: skip
-        facts = Facts(len(steps), len(steps) // 5, beta=0.1, learning_rate=3e-3, exact=True)
+        # The reference is the initial policy, so that A0 is looked at too.
+        facts = Facts(len(steps), len(steps) // 5, beta=0.1, learning_rate=rate, exact=True)
         state = State()
         for step, values in enumerate(steps):
             state, _ = after_step(state, facts, RULES, step, values, skipped=False)
-        found[name] = {alert.rule for alert in state.alerts}
-    assert found["plain"] >= {"A1", "A2", "A3"}
-    assert found["nll"] == set()
+        found[name] = Long(
+            last["rewards/chosen"] / 0.1 / tokens, last["rewards/margins"], accuracy(model),
+            {alert.rule for alert in state.alerts},
+        )  # fmt: skip
+    return found
+
+
+def test_plain_dpo_trained_long_displaces_and_the_nll_term_prevents_it(taught: Taught, trained_long: dict[str, Long]):
+    """Without NLL the margin grows while both sides fall, and accuracy falls with the chosen one. With NLL the chosen
+    one stays where it was, and accuracy rises. Measured over four seeds on AVX2: chosen -3.6 to -1.4 nats per token and
+    accuracy -23 to -9 points without, -0.03 to 0.18 nats per token and 15 to 27 points with NLL."""
+    plain, nll = trained_long["plain"], trained_long["nll"]
+    assert plain.moved < -0.7
+    assert plain.margin > 0.2
+    assert plain.accuracy <= taught.accuracy - 0.04
+    assert nll.moved > -0.3
+    assert nll.margin > 0.2
+    assert nll.accuracy >= taught.accuracy + 0.07
+
+
+def test_the_alerts_of_displacement_fire_without_the_nll_term_and_not_with_it(trained_long: dict[str, Long]):
+    """With NLL the chosen answers move by a few hundredths of a nat per token, down or up: A1 (they fall) fires in two
+    seeds of four. That they collapsed (A2) or were displaced (A3) is said without NLL alone."""
+    assert trained_long["plain"].alerts >= {"A1", "A2", "A3"}
+    assert trained_long["nll"].alerts <= {"A1"}
