@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
 from prefpipe import log
 from prefpipe.config.base import suggestion
 from prefpipe.config.rewards import RewardModel
 from prefpipe.engines import pooling
 from prefpipe.errors import RowFault, UsageError
+from prefpipe.forward.architecture import check_architecture
+from prefpipe.forward.weights import read_model
 from prefpipe.models.chat import Chat, check_control_tokens, encode, load_chat, render
 from prefpipe.models.policy import resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
 Logits = dict[int, list[float]]  # by the index of a row, one number per label
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def reward_model(settings: RewardModel) -> RewardFunction:
 def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generator[Callable[[list[Row]], Logits]]:
     """A function from rows to the logits of each, by its index."""
     if settings.engine == "vllm":
-        _check_architecture(directory)  # vLLM would make a classifier of any language model
+        check_architecture(directory, AutoModelForSequenceClassification)
+        _check_classifier(directory)  # vLLM would make a classifier of any language model
         log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
         own = _config(directory).get("pad_token_id")
         with pooling.classifier(directory, settings.dtype, longest, settings.gpu_memory_utilization) as classify:
@@ -96,7 +97,7 @@ def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generat
     yield by_batch
 
 
-def _check_architecture(directory: Path) -> None:
+def _check_classifier(directory: Path) -> None:
     names = _config(directory).get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         raise UsageError(
@@ -164,29 +165,9 @@ def without_padding(own: int | None, token_ids: Sequence[int]) -> Sequence[int]:
 
 
 def load(directory: Path, dtype: str) -> Any:
-    """The model in eval mode, on the GPU when there is one; safetensors only, no code of the model's own.
-
-    Raises UsageError when weights of the head are missing: transformers would draw them at random.
-    """
+    """The model in eval mode, on the GPU when there is one. Raises what `read_model` raises."""
     log.info(f"loading reward model {directory.name} ({dtype})")
-    transformers_logging.disable_progress_bar()
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it warns of is an error below
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=_DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (ValueError, OSError) as error:
-        raise UsageError(
-            f"reward model {directory} cannot be loaded: {error}", "give a sequence-classification model"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(before)
-    if report["missing_keys"]:
-        raise UsageError(
-            f"reward model {directory} has no weights for {', '.join(sorted(report['missing_keys']))}",
-            "give a model trained for sequence classification, not a language model",
-        )
+    model = read_model(AutoModelForSequenceClassification, directory, dtype)
     return model.requires_grad_(requires_grad=False).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
