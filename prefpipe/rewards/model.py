@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ class Row:
 def inputs(settings: RewardModel) -> dict[str, str]:
     """Weights, tokenizer and chat template, by content."""
     policy = resolve(_name(settings))
-    return {"model": policy.id, **load_chat(policy.directory, settings.chat_template).digests}
+    chat = load_chat(policy.directory, settings.chat_template)
+    frame = {"frame": json.dumps(_frame(chat))} if any(_frame(chat)) else {}
+    return {"model": policy.id, **chat.digests, **frame}
 
 
 def reward_model(settings: RewardModel) -> RewardFunction:
@@ -113,9 +116,27 @@ def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:
     ids = encode(chat, render(chat, messages, add_generation_prompt=False))  # pyright: ignore[reportArgumentType]
     if not ids:
         raise RowFault("empty", "the chat template renders nothing")
+    before, behind = _frame(chat)
+    ids = [*(before if ids[: len(before)] != before else []), *ids, *(behind if ids[-len(behind) :] != behind else [])]
     if len(ids) > max_length:
         raise RowFault("too_long", f"{len(ids)} tokens, max_length is {max_length}")
     return ids
+
+
+def _frame(chat: Chat) -> tuple[list[int], list[int]]:
+    """The tokens in front of and behind every text of an encoder ([CLS] and [SEP]), which its tokenizer adds where a
+    template leaves them out. None for a decoder: its tokenizer names no [CLS]."""
+    if "cls_token" not in chat.named_tokens:
+        return [], []
+    probe = chat.tokenizer.encode("a", add_special_tokens=True)
+    before, behind = (
+        [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+        for pairs in (
+            zip(probe.ids, probe.special_tokens_mask, strict=True),
+            zip(reversed(probe.ids), reversed(probe.special_tokens_mask), strict=True),
+        )
+    )
+    return before, behind[::-1]
 
 
 def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[Row]]:
