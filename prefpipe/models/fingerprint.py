@@ -146,7 +146,7 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
 def _check_size(path: Path, name: str, tensor: dict[str, Any], size: int) -> None:
     """Raise DataError for an unknown dtype, and for a shape that needs another number of bytes."""
     dtype, shape = tensor["dtype"], tensor["shape"]
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise DataError(f"{path}: tensor {name} has the unknown dtype {dtype!r}", "fetch or save the model again")
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise DataError(f"{path} is damaged: tensor {name} has the shape {shape!r}", "fetch the file again")
