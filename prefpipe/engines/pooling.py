@@ -29,6 +29,7 @@ def classifier(directory: Path, dtype: str, max_length: int, gpu_memory_utilizat
             dtype=dtype,  # pyright: ignore[reportArgumentType]  (checked by the config)
             max_model_len=max_length,
             load_format="safetensors",
+            trust_remote_code=False,
             seed=0,
             **vllm_process.device_options(_KV_CACHE_MIB, gpu_memory_utilization),
         )

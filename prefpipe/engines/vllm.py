@@ -33,6 +33,9 @@ class VllmEngine:
         import vllm
         from vllm.lora.request import LoRARequest
 
+        from prefpipe.forward.architecture import check_architecture
+
+        check_architecture(settings.policy.directory)
         self._vllm = vllm
         self._settings = settings
         self._adapter = None
@@ -58,6 +61,7 @@ class VllmEngine:
                 generation_config="vllm",
                 max_logprobs=1,
                 load_format="safetensors",
+                trust_remote_code=False,
                 # Without white space between keys: a weak model would write line breaks there without end.
                 structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
                 seed=0,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -12,16 +13,20 @@ from typing import Any, TypeVar, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from prefpipe.errors import MissingInputError, UsageError
-from prefpipe.forward import attention
+from prefpipe import log
+from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.forward import attention, lora_targets
+from prefpipe.forward.architecture import reason
 from prefpipe.forward.logps import SCORER_VERSION, causal_model
+from prefpipe.forward.weights import DTYPES, integer_tensors, listed, read_model
 
 M = TypeVar("M", bound=torch.nn.Module)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SETS = ("target_modules", "target_parameters", "exclude_modules")  # of an adapter's config
+_OTHER_ADAPTER = "copy or save the adapter again, or pass the model that it was trained on"
 # Files of a model directory beside its weights and their config: tokenizer, chat template, generation settings.
 _BESIDE_WEIGHTS = (
     "tokenizer*",
@@ -41,21 +46,16 @@ def scorer_name(dtype: str, *, in_4bit: bool = False) -> str:
 
 
 def load_model(directory: Path, dtype: str, *, in_4bit: bool = False, device: str = "") -> PreTrainedModel:
-    """A frozen causal language model in eval mode (no dropout), on the GPU when there is one. safetensors only.
+    """A frozen causal language model in eval mode (no dropout), on the GPU when there is one; `read_model` says which
+    are refused.
 
     `in_4bit` keeps its matrices as nf4 with double quantization (QLoRA, arXiv:2305.14314), all but the head. Raises
     UsageError for a model that this forward pass cannot compute, MissingInputError without bitsandbytes.
     """
     attention.register()
-    transformers_logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=DTYPES[dtype],
-        use_safetensors=True,
-        local_files_only=True,
-        **(_four_bits(dtype, device) if in_4bit else {}),
-    )
+    options = _four_bits(dtype, device) if in_4bit else {}
+    model: PreTrainedModel = read_model(AutoModelForCausalLM, directory, dtype, **options)
     attention.check_positions(model.config)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UsageError(f"{directory}: an output head with a bias is not supported", "use a model without one")
@@ -92,15 +92,31 @@ def _four_bits(dtype: str, device: str) -> dict[str, Any]:
     }
 
 
+def train_all(model: PreTrainedModel) -> None:
+    """Make every weight trainable, but for towers beside the text decoder, which text gives no gradient."""
+    model.requires_grad_(requires_grad=True)
+    if lora_targets.is_composite(model):
+        text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad = id(parameter) in text
+
+
 def add_lora(
     model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int, rslora: bool = False
 ) -> PeftModel:
-    """A new LoRA adapter (B = 0: the policy starts as the base), in the model's dtype. Raises UsageError for
-    `target_modules` that the model does not have."""
+    """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype.
+
+    `all-linear` leaves out the head, routers of experts and towers beside the text decoder. Raises UsageError for
+    modules that the model does not have.
+    """
     torch.manual_seed(seed)
-    targets = target_modules if target_modules == "all-linear" else [t.strip() for t in target_modules.split(",")]
     config = LoraConfig(
-        r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, use_rslora=rslora, task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        target_modules=_targets(model, target_modules),
+        lora_dropout=0.0,
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
     )
     try:
         return _check_head(get_peft_model(model, config, autocast_adapter_dtype=False))
@@ -110,11 +126,55 @@ def add_lora(
         ) from error
 
 
+def _targets(model: PreTrainedModel, target_modules: str) -> list[str] | str:
+    """The modules to adapt; the log says what happens to the routers of experts."""
+    routers = lora_targets.routers(model)
+    if target_modules == "all-linear":
+        if routers:
+            log.info(f"all-linear leaves out {len(routers)} routers of experts (first {min(routers)})")
+        return lora_targets.all_linear(model)
+    targets = [t.strip() for t in target_modules.split(",")]
+    trained = [name for name in routers if lora_targets.matches(name, targets)]
+    if trained:
+        log.warn(
+            f"lora_target_modules trains {len(trained)} routers of experts (first {min(trained)}); no loss keeps the "
+            "experts evenly loaded: router_aux_loss_coef is not applied"
+        )
+    return targets
+
+
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
-    """An adapter from disk on a loaded model."""
-    return _check_head(
-        PeftModel.from_pretrained(model, directory, is_trainable=trainable, autocast_adapter_dtype=False)
-    )
+    """A LoRA adapter from disk on a loaded model.
+
+    Raises DataError for an adapter that lacks matrices of its target modules, has some that fit no module of the model,
+    or holds what is no finite float.
+    """
+    path = directory / "adapter_model.safetensors"
+    integers = integer_tensors([path])
+    if integers:
+        raise DataError(f"{path}: integers in place of floats in {listed(integers)}", _OTHER_ADAPTER)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, directory, is_trainable=trainable, autocast_adapter_dtype=False)
+        tensors = load_peft_weights(
+            str(directory), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None)
+        )
+        # Once more, for what it says: `from_pretrained` keeps to itself which tensors had no place.
+        report = set_peft_model_state_dict(adapted, tensors)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DataError(f"adapter {directory} does not fit the model: {reason(error)}", _OTHER_ADAPTER) from error
+    missing = [name for name in report.missing_keys if "lora_" in name or ".modules_to_save." in name]
+    if missing:
+        raise DataError(f"adapter {directory} lacks {listed(missing)}", _OTHER_ADAPTER)
+    if report.unexpected_keys:
+        raise DataError(f"adapter {directory} has {listed(report.unexpected_keys)} of no module", _OTHER_ADAPTER)
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise DataError(f"adapter {directory}: no finite numbers in {listed(broken)}", _OTHER_ADAPTER)
+    return _check_head(adapted)
 
 
 def _check_head(model: PeftModel) -> PeftModel:
@@ -173,10 +233,10 @@ def save_adapter(model: torch.nn.Module, tensors: dict[str, torch.Tensor], direc
         config.base_model_name_or_path = base_name
         config.inference_mode = True
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
-    # peft writes a set, in another order in every process: the same adapter would have another digest each time.
+    # peft writes sets, in another order in every process: the same adapter would have another digest each time.
     path = directory / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])
+    settings |= {k: sorted(settings[k]) for k in _SETS if isinstance(settings.get(k), list)}
     path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 

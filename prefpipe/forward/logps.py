@@ -145,20 +145,21 @@ def _why_not(model: TreeModel, rows: Rows, trees: Sequence[Tree], dtype: str) ->
 def self_test(model: TreeModel, trees: Sequence[Tree]) -> float:
     """Largest |difference| of a token's log-prob (nats) between this forward pass and plain ones of transformers.
 
-    A plain pass computes one completion with full logits: it knows nothing of trees, chunks of the head or spans.
+    A plain pass computes one completion with full logits, by the model or its PEFT wrapper: it knows nothing of trees,
+    chunks of the head or spans.
     """
     ours = [torch.tensor(c) for tree in score(model, trees) for c in tree]
     causal = causal_model(model.policy)
     causal.set_attn_implementation(plain_attention(causal))
     try:
-        plain = [_plain_logps(causal, tree.prompt, c) for tree in trees for c in tree.completions]
+        plain = [_plain_logps(model.policy, tree.prompt, c) for tree in trees for c in tree.completions]
     finally:
         model.set_rows(model.rows)
     return max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True))
 
 
-def _plain_logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
-    ids = torch.tensor([[*prompt, *completion]], device=model.device)
+def _plain_logps(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+    ids = torch.tensor([[*prompt, *completion]], device=causal_model(model).device)
     kept = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1).logits[0, :-1]
     logps = kept.float().log_softmax(-1)
     targets = ids[0, len(prompt) :]

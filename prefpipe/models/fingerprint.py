@@ -4,6 +4,7 @@ A policy is named `weights:HEX` or `weights:HEX+adapter:HEX`, so that an error c
 """
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,18 @@ _IGNORED_ADAPTER = {
     "task_type",
     "lora_dropout",
 }
+# Settings of an adapter that peft keeps as sets: it writes them in another order in every process.
+ADAPTER_SETS = ("target_modules", "target_parameters", "exclude_modules")
 _CHUNK = 8 << 20
+_BITS = {  # of one number, by the dtype in a safetensors header
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 
 
 def policy_id(weights: str, adapter: str | None) -> str:
@@ -41,7 +53,7 @@ def policy_id(weights: str, adapter: str | None) -> str:
 
 def weights_digest(directory: Path) -> str:
     """blake3 over name, dtype, shape and content of every tensor, and the config: re-sharding changes nothing."""
-    config = _json(directory / "config.json")
+    config = read_json(directory / "config.json")
     kept = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG}
     return _digest(_tensor_files(directory, "model*.safetensors"), kept)
 
@@ -53,8 +65,8 @@ def adapter_digest(directory: Path) -> str:
         raise MissingInputError(
             f"{directory} is not a PEFT adapter: no adapter_config.json", "give an adapter directory"
         )
-    config = _json(path)
-    kept = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
+    config = read_json(path)
+    kept = {k: sorted(v) if k in ADAPTER_SETS and isinstance(v, list) else v for k, v in config.items()}
     return _digest(
         _tensor_files(directory, "adapter_model.safetensors"),
         {k: v for k, v in kept.items() if k not in _IGNORED_ADAPTER},
@@ -68,12 +80,13 @@ def text_digest(text: str) -> str:
 
 def tokenizer_digest(directory: Path) -> str:
     """Digest of tokenizer.json without its padding and truncation, which a library writes back when it uses them."""
-    tokenizer = _json(directory / "tokenizer.json")
+    tokenizer = read_json(directory / "tokenizer.json")
     kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
     return text_digest(canonical_json(kept))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises DataError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -124,9 +137,23 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
                 raise DataError(f"{path} is damaged: tensor {name} is not described", "fetch the file again") from error
             if not inside:
                 raise DataError(f"{path} is damaged: tensor {name} reaches past its end", "fetch the file again")
+            _check_size(path, name, tensor, end - start)
             file.seek(8 + length + start)
             tensors.append((name, dtype, shape, _bytes_digest(file, end - start)))
         return tensors
+
+
+def _check_size(path: Path, name: str, tensor: dict[str, Any], size: int) -> None:
+    """Raise DataError for an unknown dtype, and for a shape that needs another number of bytes."""
+    dtype, shape = tensor["dtype"], tensor["shape"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise DataError(f"{path}: tensor {name} has the unknown dtype {dtype!r}", "fetch or save the model again")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise DataError(f"{path} is damaged: tensor {name} has the shape {shape!r}", "fetch the file again")
+    if math.prod(shape) * _BITS[dtype] != 8 * size:
+        raise DataError(
+            f"{path} is damaged: tensor {name} has {size} bytes, not those of {shape} {dtype}", "fetch the file again"
+        )
 
 
 def _bytes_digest(file: Any, length: int) -> str:

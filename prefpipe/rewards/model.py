@@ -6,25 +6,26 @@ import json
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
 from prefpipe import log
 from prefpipe.config.base import suggestion
 from prefpipe.config.rewards import RewardModel
 from prefpipe.engines import pooling
 from prefpipe.errors import RowFault, UsageError
+from prefpipe.forward.architecture import check_architecture
+from prefpipe.forward.weights import read_model
 from prefpipe.models.chat import Chat, check_control_tokens, encode, load_chat, render
 from prefpipe.models.policy import resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
 Logits = dict[int, list[float]]  # index of a row -> one number per label
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Row:
 def inputs(settings: RewardModel) -> dict[str, str]:
     """Digests of weights, tokenizer and chat template."""
     policy = resolve(_name(settings))
-    return {"model": policy.id, **load_chat(policy.directory, settings.chat_template).digests}
+    chat = load_chat(policy.directory, settings.chat_template)
+    frame = {"frame": json.dumps(_frame(chat))} if any(_frame(chat)) else {}
+    return {"model": policy.id, **chat.digests, **frame}
 
 
 def reward_model(settings: RewardModel) -> RewardFunction:
@@ -76,7 +79,8 @@ def reward_model(settings: RewardModel) -> RewardFunction:
 def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generator[Callable[[list[Row]], Logits]]:
     """A function from rows to the logits of each, by the index of the row."""
     if settings.engine == "vllm":
-        _check_architecture(directory)  # vLLM would make a classifier of any language model
+        check_architecture(directory, AutoModelForSequenceClassification)
+        _check_classifier(directory)  # vLLM would make a classifier of any language model
         log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
         pad_token_id = _config(directory).get("pad_token_id")
         with pooling.classifier(directory, settings.dtype, longest, settings.gpu_memory_utilization) as classify:
@@ -99,7 +103,7 @@ def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generat
     yield by_batch
 
 
-def _check_architecture(directory: Path) -> None:
+def _check_classifier(directory: Path) -> None:
     names = _config(directory).get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         raise UsageError(
@@ -116,9 +120,27 @@ def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:
     ids = encode(chat, render(chat, messages, add_generation_prompt=False))  # pyright: ignore[reportArgumentType]
     if not ids:
         raise RowFault("empty", "the chat template renders nothing")
+    before, behind = _frame(chat)
+    ids = [*(before if ids[: len(before)] != before else []), *ids, *(behind if ids[-len(behind) :] != behind else [])]
     if len(ids) > max_length:
         raise RowFault("too_long", f"{len(ids)} tokens, max_length is {max_length}")
     return ids
+
+
+def _frame(chat: Chat) -> tuple[list[int], list[int]]:
+    """The tokens in front of and behind every text of an encoder ([CLS] and [SEP]), which its tokenizer adds where a
+    template leaves them out. None for a decoder: its tokenizer names no [CLS]."""
+    if "cls_token" not in chat.named_tokens:
+        return [], []
+    probe = chat.tokenizer.encode("a", add_special_tokens=True)
+    before, behind = (
+        [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+        for pairs in (
+            zip(probe.ids, probe.special_tokens_mask, strict=True),
+            zip(reversed(probe.ids), reversed(probe.special_tokens_mask), strict=True),
+        )
+    )
+    return before, behind[::-1]
 
 
 def batches(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[Row]]:
@@ -170,29 +192,9 @@ def without_padding(pad_token_id: int | None, token_ids: Sequence[int]) -> Seque
 
 
 def load(directory: Path, dtype: str) -> Any:
-    """The model in eval mode, on the GPU when there is one; from safetensors, without running code of the model.
-
-    Raises UsageError when weights of the head are missing, which transformers would draw at random.
-    """
+    """The model in eval mode, on the GPU when there is one. Raises what `read_model` raises."""
     log.info(f"loading reward model {directory.name} ({dtype})")
-    transformers_logging.disable_progress_bar()
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it warns of is an error below
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=_DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (ValueError, OSError) as error:
-        raise UsageError(
-            f"reward model {directory} cannot be loaded: {error}", "give a sequence-classification model"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(before)
-    if report["missing_keys"]:
-        raise UsageError(
-            f"reward model {directory} has no weights for {', '.join(sorted(report['missing_keys']))}",
-            "give a model trained for sequence classification, not a language model",
-        )
+    model = read_model(AutoModelForSequenceClassification, directory, dtype)
     return model.requires_grad_(requires_grad=False).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

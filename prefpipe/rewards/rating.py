@@ -1,9 +1,10 @@
 """Load rewards by name, rate completions, and name the dataset of a reward."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
-from prefpipe import rewards
+from prefpipe import log, rewards
 from prefpipe.config.rewards import Settings
 from prefpipe.errors import DataError
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
@@ -17,6 +18,40 @@ def rate(answers: Sequence[Answer], reward: RewardFunction, name: str) -> list[S
             f"reward {name} failed on all {len(scores)} completions: {scores[0].detail}", "fix the function"
         )
     return scores
+
+
+def totals(columns: Mapping[str, Iterable[Sequence[float | None]]]) -> dict[str, Any]:
+    """Of every reward, by its name, the mean (None where nothing is rated) and, where there are such, the number of
+    answers without a rating; from its values in parts. Warns of a reward that rates nothing.
+
+    Sums are taken part by part: in another order they would round otherwise, and the manifest would have another
+    digest.
+    """
+    means: dict[str, float | None] = {}
+    unrated: dict[str, int] = {}
+    for name, parts in columns.items():
+        count, rated, total = 0, 0, 0.0
+        for part in parts:
+            values = [value for value in part if value is not None]
+            count, rated, total = count + len(part), rated + len(values), total + sum(values)
+        means[name] = total / rated if rated else None
+        if rated < count:
+            unrated[name] = count - rated
+        if count and not rated:
+            log.warn(f"reward {name} rated none of {count} answers: the reasons are in {reward_folder(name)} (detail)")
+    return {"mean_reward": means, **({"unrated": unrated} if unrated else {})}
+
+
+def summary(totals: Mapping[str, Any]) -> list[str]:
+    """A line for every reward with answers: its mean, and how many it did not rate."""
+    lines: list[str] = []
+    for name, mean in totals["mean_reward"].items():
+        unrated = totals.get("unrated", {}).get(name, 0)
+        if mean is not None:
+            lines.append(f"  reward {name}: mean {mean:.3f}" + (f", {unrated} answers not rated" if unrated else ""))
+        elif unrated:
+            lines.append(f"  WARNING: reward {name} rated no answer, {unrated} are without a rating")
+    return lines
 
 
 def reward_folder(name: str) -> str:

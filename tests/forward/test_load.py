@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.forward import load
 from prefpipe.forward.attention import Row
 from prefpipe.forward.layout import Tree
-from prefpipe.forward.logps import TreeModel, causal_model, score
+from prefpipe.forward.logps import TreeModel, causal_model, score, self_test
 from prefpipe.runs import fsio
+from tests.forward.cases import Tensors, with_tensors
 
 TREES = [Tree([5, 6, 7, 8], [[9, 10, 11], [12, 2]]), Tree([20], [[30, 31]])]
 
@@ -259,3 +261,88 @@ def test_a_row_lives_until_backward_when_layers_are_computed_again_and_no_longer
     assert rows() == before
     list(score(model, TREES))
     assert rows() == before
+
+
+def first(tensors: Tensors, part: str) -> str:
+    return next(name for name in sorted(tensors) if part in name)
+
+
+def without_a_half(tensors: Tensors) -> None:
+    del tensors[first(tensors, "lora_B")]
+
+
+def misshapen(tensors: Tensors) -> None:
+    tensors[first(tensors, "lora_B")] = torch.ones(3, 4)
+
+
+def of_a_deeper_model(tensors: Tensors) -> None:
+    tensors["base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"] = torch.ones(4, 64)
+
+
+def integer(tensors: Tensors) -> None:
+    tensors[first(tensors, "lora_B")] = tensors[first(tensors, "lora_B")].to(torch.int8)
+
+
+def infinite(tensors: Tensors) -> None:
+    tensors[first(tensors, "lora_B")][0, 0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_a_half, r"lacks 1 weight \(.*lora_B"),
+        (dict.clear, r"lacks 28 weights \(.*, \.\.\.\)"),
+        (misshapen, "does not fit the model: .*size mismatch"),
+        (of_a_deeper_model, r"has 1 weight \(.*layers\.7.*\) of no module"),
+        (integer, "integers in place of floats"),
+        (infinite, r"no finite numbers in 1 weight \("),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused_with_names(
+    tiny_model: Path, tmp_path: Path, change: Callable[[Tensors], None], words: str
+):
+    """peft leaves what is missing as it was drawn, and drops what has no place."""
+    directory = with_tensors(save(moved(tiny_model), tmp_path / "a"), change)
+    with pytest.raises(DataError, match=words):
+        load.load_adapter(load.load_model(tiny_model, "float32"), directory, trainable=False)
+
+
+def test_a_saved_adapter_is_the_same_file_whatever_the_order_of_its_sets(tiny_model: Path, tmp_path: Path):
+    model = moved(tiny_model)
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    config.target_parameters = ["b.up", "a.down"]
+    written = json.loads((save(model, tmp_path / "a") / "adapter_config.json").read_text())
+    assert written["target_parameters"] == ["a.down", "b.up"]
+    config.target_modules = ".*_proj"  # a pattern stays one
+    written = json.loads((save(model, tmp_path / "b") / "adapter_config.json").read_text())
+    assert written["target_modules"] == ".*_proj"
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"use_rslora": True}, {"bias": "none"}])
+def test_kinds_of_lora_load_whole_and_agree_with_peft(tiny_model: Path, tmp_path: Path, kind: dict[str, object]):
+    torch.manual_seed(1)
+    model = get_peft_model(
+        load.load_model(tiny_model, "float32"), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **kind)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(str(tmp_path / "a"))
+    loaded = load.load_adapter(load.load_model(tiny_model, "float32"), tmp_path / "a", trainable=False)
+    torch.testing.assert_close(values(loaded), values(model), rtol=0, atol=1e-5)
+    assert self_test(TreeModel(loaded), TREES) < 1e-4
+
+
+def test_the_self_test_compares_with_the_peft_wrapper(tiny_model: Path):
+    """What a wrapper adds beside the weights of modules is a difference, not a blind spot."""
+    model = moved(tiny_model)
+    assert self_test(TreeModel(model), TREES) < 1e-4
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: _louder(inner(*args, **kwargs))
+    assert self_test(TreeModel(model), TREES) > 0.1
+
+
+def _louder(output: object) -> object:
+    output.logits = output.logits * 2  # pyright: ignore[reportAttributeAccessIssue]
+    return output

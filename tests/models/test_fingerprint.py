@@ -238,3 +238,32 @@ def test_policy_ids_name_their_parts() -> None:
 
 def test_text_digest_is_blake3() -> None:
     assert fingerprint.text_digest("{{ x }}") == blake3(b"{{ x }}").hexdigest()[:32]
+
+
+def test_an_adapter_of_experts_has_one_identity_in_any_order_of_its_sets(tmp_path: Path) -> None:
+    directory = adapter(tmp_path / "a")
+    path = directory / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    digests: set[str] = set()
+    for order in (["experts.up", "experts.down"], ["experts.down", "experts.up"]):
+        path.write_text(json.dumps({**settings, "target_parameters": order}))
+        digests.add(fingerprint.adapter_digest(directory))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b'"F32"', b'"F99"', "unknown dtype 'F99'"),
+        (b'"F32"', b'"F64"', "bytes, not those of"),
+        (b'"shape":[', b'"shape":{', "damaged"),
+    ],
+)
+def test_a_header_that_does_not_fit_its_bytes(tmp_path: Path, old: bytes, new: bytes, words: str) -> None:
+    directory = model(tmp_path / "m")
+    path = next(directory.glob("*.safetensors"))
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(DataError, match=words):
+        fingerprint.weights_digest(directory)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefpipe.errors import DataError, IdentityError, MissingInputError
+from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.models import fingerprint, policy
 from prefpipe.models.policy import (
     EMBEDDED,
@@ -18,6 +18,7 @@ from prefpipe.models.policy import (
     platformdirs,
     resolve,
 )
+from tests.conftest import Call, Write
 
 
 def adapter(directory: Path, base_weights: str | None) -> Path:
@@ -125,6 +126,48 @@ def test_a_damaged_base_record_is_named(tiny_model: Path, tmp_path: Path, text: 
     path = adapter(tmp_path / "a", None)
     (path / "prefpipe.json").write_text(text)
     with pytest.raises(DataError, match=r"prefpipe\.json"):
+        resolve(str(tiny_model), str(path))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type 'PROMPT_TUNING'"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({}, "peft_type None"),
+        ({"peft_type": "LORA", "alora_invocation_tokens": [5]}, "with alora_invocation_tokens"),
+        ({"peft_type": "LORA", "layer_replication": [[0, 2], [1, 2]]}, "with layer_replication"),
+    ],
+)
+def test_an_adapter_that_is_no_lora_is_refused_by_its_kind(
+    tiny_model: Path, tmp_path: Path, config: dict[str, object], words: str
+) -> None:
+    path = adapter(tmp_path / "a", None)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"is not a LoRA adapter: .*{words}") as caught:
+        resolve(str(tiny_model), str(path))
+    assert caught.value.exit_code == 2
+
+
+def test_a_command_refuses_such_an_adapter(call: Call, tiny_model: Path, tmp_path: Path, write: Write) -> None:
+    path = adapter(tmp_path / "a", None)
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING"}))
+    rows = write({"prompt": "a", "chosen": "b", "rejected": "c"})
+    done = call("score", "--model", tiny_model, "--adapter", path, "--inputs", rows, "--out", tmp_path / "s")
+    assert done.code == 2
+    assert "is not a LoRA adapter: peft_type 'PREFIX_TUNING'" in done.stderr
+
+
+def test_a_flipped_bit_in_an_adapter_of_ours_is_noticed(tiny_model: Path, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "a", None)
+    base, digest = resolve(str(tiny_model)).weights, fingerprint.adapter_digest(path)
+    (path / "prefpipe.json").write_text(adapter_base_record(base, digest))
+    assert resolve(str(tiny_model), str(path)).adapter_weights == digest
+    tensors = path / "adapter_model.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    with pytest.raises(DataError, match=f"prefpipe.json says {digest}"):
         resolve(str(tiny_model), str(path))
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from prefpipe.config.rewards import RewardModel
 from prefpipe.errors import MissingInputError, UsageError
@@ -151,6 +159,38 @@ def test_vllm_gives_the_same_raw_logits(directory: Path, tiny_model: Path) -> No
     assert [s.reward for s in scores] == pytest.approx(oracle(directory, ANSWERS), abs=1e-3)
     with pytest.raises(UsageError, match="is LlamaForCausalLM"):
         reward_model(options(tiny_model, engine="vllm", label="0"))(ANSWERS)
+
+
+def test_an_encoder_reads_its_own_frame_around_what_a_template_writes(tiny_model: Path, tmp_path: Path) -> None:
+    """[CLS] and [SEP] come from the tokenizer's post-processor where the template leaves them out, and once."""
+    place = tmp_path / "bert"
+    shutil.copytree(tiny_model, place)
+    torch.manual_seed(5)
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=264, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_labels=1, pad_token_id=0, initializer_range=0.5,
+        )
+    ).save_pretrained(place)  # fmt: skip
+    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    tokenizer.save(str(place / "tokenizer.json"))
+    names = {"cls_token": "<|im_start|>", "sep_token": "<|im_end|>", "eos_token": "<|im_end|>"}
+    (place / "tokenizer_config.json").write_text(json.dumps({**names, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    written: list[list[int]] = []
+    for template in (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ sep_token }}",
+    ):
+        (place / "chat_template.jinja").write_text(template)
+        written.append(tokenise(load_chat(place), ANSWERS[0], 100))
+    assert written[0] == written[1]
+    assert (written[0][0], written[0][-1], written[0].count(1), written[0].count(2)) == (1, 2, 1, 1)
+    assert "frame" in inputs(options(place))
+    scores = reward_model(options(place, tokens_per_batch=100))(ANSWERS)
+    assert [s.reward for s in scores] == pytest.approx(oracle(place, ANSWERS), abs=1e-4)
 
 
 def test_without_a_model() -> None:

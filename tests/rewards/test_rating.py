@@ -66,3 +66,16 @@ def test_rewards_are_loaded_by_name_and_identified_by_content() -> None:
         f"reward {LETTERS}": fsio.file_digest(Path(letters.__file__)),
         "reward short_sentence": f"short_sentence-{text_rules.VERSION}",
     }
+
+
+def test_a_summary_counts_the_answers_without_a_rating(capfd: pytest.CaptureFixture[str]) -> None:
+    totals = rating.totals({"all": [[1.0], [2.0]], "some": [[None, 3.0], []], "none": [[None], [None]], "empty": []})
+    assert totals == {"mean_reward": {"all": 1.5, "some": 3.0, "none": None, "empty": None},
+                      "unrated": {"some": 1, "none": 2}}  # fmt: skip
+    assert "warning: reward none rated none of 2 answers" in " ".join(capfd.readouterr().err.split())
+    assert rating.summary(totals) == [
+        "  reward all: mean 1.500",
+        "  reward some: mean 3.000, 1 answers not rated",
+        "  WARNING: reward none rated no answer, 2 are without a rating",
+    ]
+    assert rating.summary({"mean_reward": {"old": 0.5}}) == ["  reward old: mean 0.500"]  # a manifest made before

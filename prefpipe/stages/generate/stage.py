@@ -63,8 +63,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     """What the command prints when it is done."""
     t = manifest["totals"]
     lines = [f"{t['completions']} completions of {t['prompts']} prompts in {out}, {t['tokens']} tokens"]
-    lines += [f"  reward {name}: mean {mean:.3f}" for name, mean in t["mean_reward"].items() if mean is not None]
-    return [*lines, *(parity.table(t["parity"]) if "parity" in t else [])]
+    return [*lines, *rating.summary(t), *(parity.table(t["parity"]) if "parity" in t else [])]
 
 
 def _reference(config: GenerateConfig, task: Task) -> str | None:
@@ -145,14 +144,13 @@ def _totals(output: Run, num_shards: int, reward_names: Sequence[str]) -> dict[s
         counts["completions"] += part.num_rows
         lengths = pc.call_function("list_value_length", [part["token_ids"]])
         counts["tokens"] += pc.call_function("sum", [lengths]).as_py() or 0
-    return {**counts, "mean_reward": {name: _mean_reward(output, num_shards, name) for name in reward_names}}
+    return counts | rating.totals({name: [_rewards(output, num_shards, name)] for name in reward_names})
 
 
-def _mean_reward(output: Run, num_shards: int, name: str) -> float | None:
+def _rewards(output: Run, num_shards: int, name: str) -> list[float | None]:
     folder = rating.reward_folder(name)
     parts = (output.read_part(folder, Reward, index, ["reward"])["reward"].to_pylist() for index in range(num_shards))
-    rewards = [reward for part in parts for reward in part if reward is not None]
-    return sum(rewards) / len(rewards) if rewards else None
+    return [reward for part in parts for reward in part]
 
 
 def _check(config: GenerateConfig, output: Run, task: Task, reference: str, num_shards: int) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def totals(run: Run, reward_names: Iterable[str]) -> dict[str, Any]:
         "rows": rows,
         "tokens": int(tokens),
         "mean_token_logp": logp / tokens if tokens else None,
-        "mean_reward": {name: _mean_reward(run, folder) for name, folder in folders.items()},
+        **rating.totals({name: column(run, folder, Reward, "reward") for name, folder in folders.items()}),
         "dropped": dict(sorted(reasons.items())),
     }
 
@@ -119,8 +119,3 @@ def _tally(run: Run, dataset: str, row_type: type, name: str) -> tuple[int, floa
         count += len(values)
         total += sum(values)
     return count, total
-
-
-def _mean_reward(run: Run, folder: str) -> float | None:
-    count, total = _tally(run, folder, Reward, "reward")
-    return total / count if count else None

@@ -86,7 +86,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     lines = [f"{parts or 'rewards'} in {out}"]
     if t["tokens"]:
         lines.append(f"  reference log-probs: {t['tokens']} tokens, mean {t['mean_token_logp']:.4f} nats")
-    lines += [f"  reward {name}: mean {mean:.3f}" for name, mean in t["mean_reward"].items() if mean is not None]
+    lines += rating.summary(t)
     if t["dropped"]:
         lines.append(f"  dropped: {', '.join(f'{reason}: {count}' for reason, count in t['dropped'].items())}")
     return [*lines, *(parity.table(t["parity"]) if "parity" in t else [])]

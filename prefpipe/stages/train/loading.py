@@ -21,7 +21,7 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
     """The model to train: with every weight trainable, with a new adapter, or with the adapter that is trained on."""
     base = _load_base(policy, config)
     if config.tuning == "full":
-        base.requires_grad_(requires_grad=True)
+        load.train_all(base)
         return TreeModel(base)
     if policy.adapter is not None:
         return TreeModel(load.load_adapter(base, policy.adapter, trainable=True))

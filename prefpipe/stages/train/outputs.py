@@ -57,7 +57,8 @@ def save(
     def fill(into: Path) -> None:
         if config.tuning == "lora":
             load.save_adapter(model.policy, tensors, into, base)
-            (into / "prefpipe.json").write_text(adapter_base_record(policy.weights), encoding="utf-8")
+            record = adapter_base_record(policy.weights, fingerprint.adapter_digest(into))
+            (into / "prefpipe.json").write_text(record, encoding="utf-8")
         else:
             load.save_model(causal_model(model.policy), tensors, into, policy.directory, config.chat_template)
         (into / "README.md").write_text(card(target.name, base, config, facts), encoding="utf-8")

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prefpipe.forward.load import adapter_tensors, decoder_layers, model_tensors
 from prefpipe.forward.logps import TreeModel, causal_model
+from prefpipe.forward.lora_targets import may_skip_parameters
 
 T = TypeVar("T")
 
@@ -81,7 +82,9 @@ def wrap(model: TreeModel, world: World, strategy: str) -> torch.nn.Module:
     if world.size == 1:
         return model
     if strategy == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False)  # buffers are constants
+        # Buffers are constants. Experts that no token chose, and towers beside the text, get no gradient.
+        skips = may_skip_parameters(causal_model(model.policy))
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips)
     for layer in decoder_layers(model.policy):
         fully_shard(layer)
     fully_shard(model)

@@ -1,0 +1,128 @@
+"""Weights from a model directory into a model, each of them: what transformers would draw at random is an error."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from prefpipe.errors import DataError, UsageError
+from prefpipe.forward.architecture import check_architecture, reason
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_AGAIN = "fetch or save the model again: what is not read would be random"
+_UNFIT = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError, AssertionError)
+
+
+def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
+    """A model of `kind` (AutoModelForCausalLM, AutoModelForSequenceClassification) with every weight from its files:
+    safetensors only, no code of the model, SDPA or eager attention. `options` go to `from_pretrained`.
+
+    Raises what `check_architecture` raises; DataError for weights that are missing, left over, of another shape or not
+    floats, for damaged files and for a quantisation whose package is absent. A classifier without weights for its head
+    is a UsageError: it is a language model.
+    """
+    config = check_architecture(directory, kind)
+    config._attn_implementation = _attention(kind, config)  # config.json may name a kernel to fetch
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it warns of is an error below
+    try:
+        model, report = kind.from_pretrained(
+            directory,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation=config._attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, with their names
+            **options,
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except ImportError as error:
+        raise DataError(
+            f"{directory} needs a package that is not installed: {reason(error)}",
+            "install it, or take the model in 16 bits",
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{directory} cannot be read: {reason(error)}", "fetch or save the model again") from error
+    except (*_UNFIT, StrictDataclassError) as error:
+        raise UsageError(f"{directory} cannot be loaded: {reason(error)}", "take another model") from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    _check_report(directory, kind, report)
+    _check_floats(directory, model)
+    return model
+
+
+def integer_tensors(files: Iterable[Path]) -> list[str]:
+    """The names of the tensors of safetensors files that are no floats."""
+    found: list[str] = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                found += [n for n in tensors.keys() if not re.match("B?F[0-9]", tensors.get_slice(n).get_dtype())]  # noqa: SIM118
+        except SafetensorError as error:
+            raise DataError(f"{path} is damaged: {reason(error)}", "fetch or save it again") from error
+    return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """`3 weights (a, b, ...)`: how many, and the first few."""
+    shown = sorted(names)[:3]
+    return f"{len(names)} weight{'s' * (len(names) != 1)} ({', '.join(shown)}{', ...' * (len(names) > len(shown))})"
+
+
+def _attention(kind: Any, config: PreTrainedConfig) -> str:
+    classes = kind._model_mapping[type(config)]
+    both = classes if isinstance(classes, tuple) else (classes,)
+    return "sdpa" if all(getattr(each, "_supports_sdpa", False) for each in both) else "eager"
+
+
+def _check_report(directory: Path, kind: Any, report: dict[str, Any]) -> None:
+    missing = sorted(report["missing_keys"])
+    if missing and kind is AutoModelForSequenceClassification:
+        raise UsageError(
+            f"reward model {directory} has no weights for {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}",
+            "give a model trained for sequence classification, not a language model",
+        )
+    if missing:
+        raise DataError(f"{directory} lacks {listed(missing)}", _AGAIN)
+    shapes = [f"{name}: {list(file)}, not {list(model)}" for name, file, model in report["mismatched_keys"]]
+    if shapes:
+        raise DataError(f"{directory}: other shapes than config.json says in {listed(shapes)}", _AGAIN)
+    extra = sorted(report["unexpected_keys"])
+    if extra:
+        raise DataError(
+            f"{directory} holds {listed(extra)} that its architecture does not have",
+            "the weights belong to another architecture or another config.json: fetch or save the model again",
+        )
+
+
+def _check_floats(directory: Path, model: Any) -> None:
+    """Raise DataError for integers in place of weights; buffers (such as masks), and tensors that the architecture
+    ignores, may be integers, and a quantised model's weights are."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    buffers = [name for name, _ in model.named_buffers()]
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    integers = [
+        name
+        for name in integer_tensors(sorted(directory.glob("model*.safetensors")))
+        if not any(buffer == name or buffer.endswith(f".{name}") for buffer in buffers)
+        and not any(re.search(pattern, name) for pattern in ignored)
+        and not name.endswith(("position_ids", "rotary_emb.inv_freq"))
+    ]
+    if integers:
+        raise DataError(
+            f"{directory}: integers in place of floats in {listed(integers)}, and config.json names no quantisation",
+            "take the model in 16 bits, or add the quantization_config that it was made with",
+        )
