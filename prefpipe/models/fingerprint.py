@@ -5,6 +5,7 @@ A policy is named `weights:HEX` or `weights:HEX+adapter:HEX`, so that an error c
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def policy_id(weights: str, adapter: str | None) -> str:
 
 def weights_digest(directory: Path) -> str:
     """blake3 over name, dtype, shape and content of every tensor, and the config: re-sharding changes nothing."""
-    config = _json(directory / "config.json")
+    config = read_json(directory / "config.json")
     kept = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG}
     return _digest(_tensor_files(directory, "model*.safetensors"), kept)
 
@@ -53,7 +54,7 @@ def adapter_digest(directory: Path) -> str:
         raise MissingInputError(
             f"{directory} is not a PEFT adapter: no adapter_config.json", "give an adapter directory"
         )
-    config = _json(path)
+    config = read_json(path)
     kept = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in config.items()}
     return _digest(
         _tensor_files(directory, "adapter_model.safetensors"),
@@ -66,14 +67,15 @@ def text_digest(text: str) -> str:
     return blake3(text.encode()).hexdigest(16)
 
 
-def tokenizer_digest(directory: Path) -> str:
-    """Digest of tokenizer.json without its padding and truncation, which a library writes back when it uses them."""
-    tokenizer = _json(directory / "tokenizer.json")
+def tokenizer_digest(tokenizer: Mapping[str, Any]) -> str:
+    """Digest of the content of a tokenizer.json without its padding and truncation, which a library writes back when it
+    uses them."""
     kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
     return text_digest(canonical_json(kept))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The settings in a file of a model. Raises DataError when it is no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
