@@ -9,11 +9,18 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-from prefpipe.config.base import PATH, RUNTIME, STRICT
+from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
 from prefpipe.config.judge import GpuShare, Judge
 
 Unit = Literal["words", "characters", "tokens"]
 TimeoutSeconds = Annotated[float, Field(gt=0, description="Seconds for one completion; then its status is timeout.")]
+SpecialTokens = Annotated[
+    Literal["drop", "escape", "allow"],
+    Field(
+        description="Text that spells control tokens: drop the row (with its reason), escape (tokenise it as plain "
+        "text), or allow it to act as control tokens."
+    ),
+]
 NumWorkers = Annotated[int, RUNTIME, Field(ge=0, description="Processes that check at once; 0 for one per core.")]
 
 
@@ -182,6 +189,7 @@ class RewardModel(BaseModel):
     """Reward model: a directory or a hub id."""
     chat_template: Annotated[str, PATH] = "model"
     """'model' for the chat template of the reward model, or a Jinja file."""
+    special_tokens_in_prompts: Annotated[SpecialTokens, ADDED] = "drop"
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs it: transformers (any such model), or vLLM's pooling (faster on a GPU, for the models it knows)."""
     label: str = ""

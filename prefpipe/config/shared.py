@@ -33,8 +33,8 @@ ChatTemplate = Annotated[
     str,
     PATH,
     Field(
-        description="'model' for the chat template of the model, a Jinja file, or 'none' for plain text that ends with "
-        "the end-of-sequence token."
+        description="'model' for the model's chat template, the name of one of several, a Jinja file, or 'none' for "
+        "plain text that ends with the end-of-sequence token."
     ),
 ]
 TemplateDate = Annotated[
@@ -53,6 +53,7 @@ Engine = Annotated[
 ]
 Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="Number type of weights and compute.")]
 RewardSettings = rewards.RewardSettings
+SpecialTokens = rewards.SpecialTokens
 RewardName = Annotated[str, AfterValidator(_check_reward)]  # a class declares reward_settings before such a field
 # A reward that a run holds, computed or imported. Only the run knows its names, so that none is refused here.
 StoredReward = Annotated[str, Field(min_length=1)]
@@ -67,13 +68,6 @@ Temperature = Annotated[float, Field(ge=0, le=2, description="Sampling temperatu
 TopP = Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: keep the smallest set with this mass.")]
 MaxTokens = Annotated[int, Field(ge=1, description="Longest completion, in tokens.")]
 MaxPromptTokens = Annotated[int, Field(ge=1, description="Longer prompts are dropped, with a line in dropped.parquet.")]
-SpecialTokens = Annotated[
-    Literal["drop", "escape", "allow"],
-    Field(
-        description="Text that spells control tokens: drop the row (with its reason), escape (tokenise it as plain "
-        "text), or allow it to act as control tokens."
-    ),
-]
 TopK = Annotated[int, Field(ge=0, description="Sample from the so many likeliest tokens; 0 for every token.")]
 MinP = Annotated[
     float, Field(ge=0, le=1, description="Drop tokens less likely than this share of the likeliest one; 0 for none.")

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from prefpipe.config import losses, shared
-from prefpipe.config.base import PATH, RUNTIME, STRICT, Heading
+from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT, Heading
 from prefpipe.config.losses import LossName, LossSettings, Objective
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -66,6 +66,7 @@ class TrainConfig(LossSettings):
         ),
     ] = ()
     chat_template: shared.ChatTemplate = "model"
+    special_tokens_in_prompts: Annotated[shared.SpecialTokens, ADDED] = "drop"
 
     reference_model: Annotated[str, PATH, Heading("Reference")] = "policy"
     """Model that the reference log-probs are of: policy (the one that is trained, with its adapter on or off), another

@@ -16,7 +16,7 @@ from prefpipe.inference import sampling
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
 from prefpipe.inputs.prompts import Prompts, read_prompts
-from prefpipe.models.chat import Chat, encode_prompt, load_chat, notices, stop_ids
+from prefpipe.models.chat import Chat, check_ends, encode_prompt, load_chat, notices, stop_ids
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction
 from prefpipe.rewards.rating import load_rewards
@@ -64,6 +64,7 @@ def read_task(config: Config, reward_names: Sequence[str]) -> Task:
     chat = load_chat(policy.directory, config.chat_template, config.template_date)
     for notice in notices(chat):
         log.info(f"notice: {notice}")
+    check_ends(chat)
     functions, reward_ids = load_rewards(reward_names, config.reward_settings)
     inputs = {"prompts": store.input_digest(prompts_file), "policy": policy.id, **chat.digests, **reward_ids}
     stops = tuple(sorted({*config.stop_token_ids, *stop_ids(chat, config.stop)}))

@@ -1,36 +1,39 @@
-"""Messages to token ids and back: the only module that calls a tokenizer. Torch-free.
+"""Messages to token ids and back: the only module that calls a tokenizer.
 
-A chat template is applied once, when a prompt enters the pipeline; from then on token ids travel.
+A chat template is applied once, when a prompt enters the pipeline; from then on token ids travel. The tokenizer and its
+template are those of transformers, which is imported when a model is loaded, not with this module.
 """
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
-from prefpipe import clock
+from prefpipe import clock, log
 from prefpipe.config.base import suggestion
-from prefpipe.errors import DataError, MissingInputError, RowFault, UsageError
-from prefpipe.models import fingerprint, template
+from prefpipe.errors import DataError, RowFault, UsageError
+from prefpipe.models import dialogue, escape, fingerprint, template
+from prefpipe.models.tokenizer import load_tokenizer
 from prefpipe.schemas import Message
 
 TODAY = "today"
 _ROLES = ("system", "user", "assistant")
-_MARK = "\ue0ff"  # a private character, in no template; a text that holds it is refused
 
 
 @dataclass(frozen=True)
 class Chat:
     """How a model reads a conversation.
 
-    `named_tokens` are those that a template may print (`bos_token`, `eos_token`, ...). Any of `eos_token_ids` ends a
-    completion. `control_tokens` are the texts that become a control token wherever they stand. `digests` identify
-    tokenizer and template, and the date where the template prints one.
+    tokenizer: encodes and decodes, without padding and truncation
+    template: the text of the chat template
+    named_tokens: those that a template may print (`bos_token`, `eos_token`, ...)
+    eos_token_ids: any of these ids ends a completion
+    control_tokens: texts that become a control token in a message of system or user
+    answer_control_tokens: those of the control_tokens that are no content of an answer either
+    digests: identity of tokenizer and template, and the date where the template prints one
+    date: the day that the template prints (YYYY-MM-DD)
     """
 
     tokenizer: Tokenizer
@@ -38,6 +41,7 @@ class Chat:
     named_tokens: dict[str, str]
     eos_token_ids: frozenset[int]
     control_tokens: tuple[str, ...]
+    answer_control_tokens: frozenset[str]
     digests: dict[str, str]
     date: str = TODAY
 
@@ -50,44 +54,39 @@ class Chat:
         return self.tokenizer.decode_batch([list(ids) for ids in token_ids], skip_special_tokens=True)
 
 
-def load_chat(directory: Path, chat_template: str = "model", date: str = TODAY) -> Chat:
-    """Read tokenizer, template and end-of-sequence ids of a model directory.
+def load_chat(directory: Path, chat_template: str = "model", date: str = TODAY, *, generates: bool = True) -> Chat:
+    """Tokenizer, template and end-of-sequence ids of a model directory, as transformers loads them.
 
-    `chat_template` is "model", "none" (plain text) or a file. `date` is the day (YYYY-MM-DD) that a template with a
-    date prints; it is part of the digests of such a template only.
+    `chat_template` is "model", "none" (plain text), a file, or the name of one of several templates of the model.
+    `date` is the day (YYYY-MM-DD) that a template with a date prints; it is part of the digests of such a template
+    only. A model that generates nothing, such as a classifier, needs no end-of-sequence token.
 
-    Raises MissingInputError without tokenizer.json or template, DataError without an end-of-sequence token.
+    Raises MissingInputError without tokenizer or template, DataError without an end-of-sequence token, and what
+    `load_tokenizer` raises.
     """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise MissingInputError(
-            f"{directory} has no tokenizer.json",
-            "make one with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-        )
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    settings = _json(directory / "tokenizer_config.json")
-    named = {k: _token_text(v) for k, v in settings.items() if k.endswith("_token") and v is not None}
-    eos = _eos_ids(directory, tokenizer, named)
-    text = template.find(directory, settings, chat_template)
+    loaded = load_tokenizer(directory)
+    if generates and not loaded.eos_token_ids:
+        raise DataError(f"{directory} names no end-of-sequence token", "set eos_token_id in its generation_config.json")
+    text = template.find(directory, loaded.chat_template, chat_template)
+    named = loaded.named_tokens
     if text == template.PLAIN:
-        named |= {"opening_token": _opening(tokenizer), "closing_token": tokenizer.id_to_token(min(eos)) or ""}
-    digests = {
-        "tokenizer": fingerprint.tokenizer_digest(directory),
-        "chat_template": fingerprint.text_digest(text),
-    }
+        closing = named.get("eos_token") or loaded.closing
+        if not closing and loaded.eos_token_ids:
+            closing = loaded.backend.id_to_token(min(loaded.eos_token_ids)) or ""
+        named = named | {"opening_token": loaded.opening, "closing_token": closing}
+    digests = {"tokenizer": loaded.digest, "chat_template": fingerprint.text_digest(text)}
     if template.prints_date(text):
         date = clock.local_time("%Y-%m-%d") if date == TODAY else date
         digests["template_date"] = date
-    # An ordinary added token is a control token when the template writes it.
-    control = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special or t.content in text]
+    added = loaded.backend.get_added_tokens_decoder().values()
+    control, in_answers = dialogue.control_tokens(added, text, partial(template.render, text, date, tokens=named))
     return Chat(
-        tokenizer=tokenizer,
+        tokenizer=loaded.backend,
         template=text,
         named_tokens=named,
-        eos_token_ids=eos,
-        control_tokens=tuple(control),
+        eos_token_ids=loaded.eos_token_ids,
+        control_tokens=control,
+        answer_control_tokens=in_answers,
         digests=digests,
         date=date,
     )
@@ -98,10 +97,32 @@ def notices(chat: Chat) -> list[str]:
     lines: list[str] = []
     if template.prints_date(chat.template):
         lines.append(f"the chat template prints a date, {chat.date}: --template-date fixes it for later runs")
-    added = _default_system(chat)
+    added = dialogue.default_system(partial(render, chat), chat.control_tokens)
     if added:
         lines.append(f"the chat template adds a system message of its own: {added!r}")
     return lines
+
+
+def check_ends(chat: Chat) -> None:
+    """Log a warning when answers do not end in a token that ends a completion, and what to set."""
+    tail = dialogue.after_answer(partial(render, chat))
+    if tail is None or chat.eos_token_ids & set(encode(chat, tail)):
+        return
+    places = {tail.find(token): token for token in chat.control_tokens if token in tail}
+    ends = ", ".join(repr(chat.tokenizer.id_to_token(i) or f"id {i}") for i in sorted(chat.eos_token_ids))
+    if not places:
+        log.warn(
+            f"the chat template writes no end-of-sequence token behind an answer (the model has {ends}): a model that "
+            "trains on such rows does not learn to stop; pass a --chat-template that ends answers with "
+            "{{ eos_token }}, or put the token that opens the next turn into eos_token_id of generation_config.json"
+        )
+        return
+    token = places[min(places)]
+    log.warn(
+        f"the chat template ends an answer with {token!r}, which is no end-of-sequence token of the model (it has "
+        f"{ends}): completions go on behind it; add {chat.tokenizer.token_to_id(token)} to eos_token_id in "
+        f"generation_config.json, or sample with --stop '{token}'"
+    )
 
 
 def stop_ids(chat: Chat, strings: Sequence[str]) -> list[int]:
@@ -143,17 +164,20 @@ def encode_messages(
     """
     if control_tokens == "drop":
         check_control_tokens(chat, messages)
-    if control_tokens != "escape" or not any(_spelled(chat, m["content"]) for m in messages):
+    spelled = [_spelled(chat, m) for m in messages] if control_tokens == "escape" else []
+    if not any(spelled):
         return encode(chat, render(chat, messages, add_generation_prompt=add_generation_prompt))
-    return _encode_escaped(chat, messages, add_generation_prompt=add_generation_prompt)
+    marked, tokens = escape.mark(messages, spelled)
+    text = render(chat, marked, add_generation_prompt=add_generation_prompt)
+    return escape.encode_marked(chat.tokenizer, text, tokens)
 
 
 def check_control_tokens(chat: Chat, messages: Sequence[Message]) -> None:
     """Raise RowFault when a message spells a control token, which would be tokenised as one."""
     for message in messages:
-        spelled = _spelled(chat, message["content"])
-        if spelled is not None:
-            raise RowFault("control_tokens", f"the {message['role']} message spells {spelled}")
+        spelled = _spelled(chat, message)
+        if spelled:
+            raise RowFault("control_tokens", f"the {message['role']} message spells {spelled[0]}")
 
 
 def render(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -169,36 +193,13 @@ def encode(chat: Chat, text: str) -> list[int]:
     return encodings[0].ids
 
 
-def _spelled(chat: Chat, text: str) -> str | None:
-    return next((t for t in chat.control_tokens if t in text), None)
-
-
-def _encode_escaped(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-    """Token ids in which a spelled control token is plain text.
-
-    Before rendering, a mark and a number replace it, so that it survives the template. Afterwards it is tokenised in
-    two halves, neither of which is the token. Raises RowFault when the ids do not decode to the text that was written:
-    some tokenizers cannot join pieces without changing them.
-    """
-    if any(_MARK in m["content"] for m in messages):
-        raise RowFault("control_tokens", "the text holds the private character that marks control tokens")
-    tokens = sorted(chat.control_tokens, key=len, reverse=True)
-    spelled = re.compile("|".join(map(re.escape, tokens)))
-    marked = [
-        Message(
-            role=m["role"], content=spelled.sub(lambda match: f"{_MARK}{tokens.index(match[0])}{_MARK}", m["content"])
-        )
-        for m in messages
-    ]
-    ids: list[int] = []
-    plain: list[str] = []
-    for place, piece in enumerate(render(chat, marked, add_generation_prompt=add_generation_prompt).split(_MARK)):
-        text = tokens[int(piece)] if place % 2 else piece
-        ids += encode(chat, text[:1]) + encode(chat, text[1:]) if place % 2 else encode(chat, text)
-        plain.append(text)
-    if chat.tokenizer.decode(ids, skip_special_tokens=False) != "".join(plain):
-        raise RowFault("control_tokens", "this tokenizer cannot write a control token as plain text")
-    return ids
+def _spelled(chat: Chat, message: Message) -> list[str]:
+    """The control tokens that a message spells. An answer may hold tokens that open turns of the user: they are words
+    of the model there."""
+    tokens = chat.control_tokens
+    if message["role"] == "assistant":
+        tokens = [token for token in tokens if token in chat.answer_control_tokens]
+    return [token for token in tokens if token in message["content"]]
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
@@ -210,50 +211,3 @@ def _check_messages(messages: Sequence[Message]) -> None:
         raise RowFault("bad_roles", f"unknown role {unknown!r}")
     if "system" in roles[1:] or roles[-1] != "user":
         raise RowFault("bad_roles", f"a prompt ends with a user message, system comes first; roles are {roles}")
-
-
-def _default_system(chat: Chat) -> str:
-    """The words in front of the first user turn that do not stand in front of the second one."""
-    first, second = "\ue0a1", "\ue0a2"  # private characters as the texts of the two turns
-    turns = [Message(role="user", content=first), Message(role="assistant", content=first)]
-    try:
-        opening, *_ = render(chat, turns[:1], add_generation_prompt=True).split(first)
-        text = render(chat, [*turns, Message(role="user", content=second)], add_generation_prompt=True)
-    except RowFault:
-        return ""
-    before_second = text.split(second)[0]
-    pairs = zip(reversed(opening), reversed(before_second), strict=False)
-    header = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    added = opening[: len(opening) - header]
-    for token in chat.control_tokens:
-        added = added.replace(token, " ")
-    words = added.split()
-    return " ".join(words) if len(words) > 1 else ""
-
-
-def _opening(tokenizer: Tokenizer) -> str:
-    """The token that the tokenizer puts in front of every text, or nothing."""
-    ids = tokenizer.encode("", add_special_tokens=True).ids
-    return tokenizer.id_to_token(ids[0]) or "" if ids else ""
-
-
-def _eos_ids(directory: Path, tokenizer: Tokenizer, named: dict[str, str]) -> frozenset[int]:
-    """Every id that ends a completion: of generation config, model config and tokenizer together."""
-    ids: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        value = _json(directory / name).get("eos_token_id")
-        ids |= set(value if isinstance(value, list) else [] if value is None else [value])
-    of_tokenizer = tokenizer.token_to_id(named.get("eos_token", ""))
-    if of_tokenizer is not None:
-        ids.add(of_tokenizer)
-    if not ids:
-        raise DataError(f"{directory} names no end-of-sequence token", "set eos_token_id in its generation_config.json")
-    return frozenset(ids)
-
-
-def _token_text(value: str | dict[str, Any]) -> str:
-    return value if isinstance(value, str) else str(value["content"])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

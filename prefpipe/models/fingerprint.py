@@ -6,6 +6,7 @@ A policy is named `weights:HEX` or `weights:HEX+adapter:HEX`, so that an error c
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ def text_digest(text: str) -> str:
     return blake3(text.encode()).hexdigest(16)
 
 
-def tokenizer_digest(directory: Path) -> str:
-    """Digest of tokenizer.json without its padding and truncation, which a library writes back when it uses them."""
-    tokenizer = read_json(directory / "tokenizer.json")
+def tokenizer_digest(tokenizer: Mapping[str, Any]) -> str:
+    """Digest of the content of a tokenizer.json without its padding and truncation, which a library writes back when it
+    uses them."""
     kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
     return text_digest(canonical_json(kept))
 

@@ -1,19 +1,14 @@
-"""Chat templates: where a model keeps its own, and how one turns messages into text.
+"""Chat templates: which one a model is used with, and how one turns messages into text.
 
-A template is rendered in the environment that transformers gives it, so that the text is the same to the letter.
+transformers compiles and renders a template, so that the text is the same to the letter.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from prefpipe import clock
 from prefpipe.errors import DataError, MissingInputError, RowFault
@@ -28,30 +23,33 @@ PLAIN = (
 )
 
 
-def find(directory: Path, tokenizer_settings: Mapping[str, Any], choice: str) -> str:
-    """The text of a chat template: `choice` is "model" (the template of the model), "none" (plain text) or a file.
+def find(directory: Path, of_model: str | Mapping[str, str] | None, choice: str) -> str:
+    """The text of a chat template.
 
-    A model keeps its template in chat_template.jinja or in the settings of its tokenizer, the default one among
-    several. Raises MissingInputError when there is none.
+    `of_model` is the template of the model, or several by name. `choice` is "model" (that template, or the one named
+    "default"), "none" (plain text), the name of one among several, or a file. Raises MissingInputError when it is not
+    there.
     """
     if choice == "none":
         return PLAIN
+    named = of_model if isinstance(of_model, Mapping) else {"default": of_model}
+    chosen = named.get("default" if choice == "model" else choice)
+    if chosen is not None:
+        return chosen
     if choice != "model":
         path = Path(choice)
         if not path.is_file():
             raise MissingInputError(f"chat template {choice} does not exist", "give the path of a Jinja file")
         return path.read_text(encoding="utf-8")
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    inside = tokenizer_settings.get("chat_template")
-    if isinstance(inside, list):
-        inside = next((t["template"] for t in inside if t["name"] == "default"), None)
-    if not isinstance(inside, str):
+    if isinstance(of_model, Mapping) and of_model:
         raise MissingInputError(
-            f"{directory} has no chat template",
-            "pass one with --chat-template FILE.jinja, or --chat-template none for plain text",
+            f"{directory} has several chat templates and no default one: {', '.join(sorted(of_model))}",
+            f"pass the name of one, such as --chat-template {min(of_model)}",
         )
-    return inside
+    raise MissingInputError(
+        f"{directory} has no chat template",
+        "pass one with --chat-template FILE.jinja, or --chat-template none for plain text",
+    )
 
 
 def prints_date(template: str) -> bool:
@@ -65,53 +63,33 @@ def render(
     """The text of a conversation, as transformers' `apply_chat_template` gives it.
 
     `date` is the day that the template prints (YYYY-MM-DD, or "today"), `tokens` are the named tokens of the tokenizer
-    (`bos_token` and so on), `add_generation_prompt` asks for the opening of the next answer.
+    (`bos_token` and so on), `add_generation_prompt` asks for the opening of the next answer. In plain-text mode a text
+    that begins with the opening token gets no second one.
 
     Raises DataError for a template that is not Jinja, RowFault when the template refuses the messages.
     """
+    variables = dict(tokens)
+    if template == PLAIN and messages and messages[0]["content"].startswith(tokens.get("opening_token", "")):
+        variables["opening_token"] = ""
     try:
-        return _compiled(template, date).render(
+        return _compiled(template).render(
             messages=list(messages),
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,
-            **tokens,
+            strftime_now=lambda form: clock.local_time(form, date),  # pyright: ignore[reportUnknownLambdaType]
+            **variables,
         )
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja: {error}", "fix it, or pass --chat-template FILE"
         ) from error
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise RowFault("template_refused", str(error)) from error
+    except Exception as error:  # a template raises whatever Python raises for its expressions
+        raise RowFault("template_refused", str(error) or type(error).__name__) from error
 
 
 @cache
-def _compiled(template: str, date: str) -> jinja2.Template:
-    """A template with the filters, functions and tags that transformers offers, compiled once."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    available: dict[str, Any] = environment.globals  # jinja2 types it by the defaults it happens to hold
-    available.update(raise_exception=_raise, strftime_now=lambda form: clock.local_time(form, date))
-    return environment.from_string(template)
+def _compiled(template: str) -> Any:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-
-def _to_json(value: object, **options: Any) -> str:
-    settings: dict[str, Any] = {"ensure_ascii": False, **options}
-    return json.dumps(value, **settings)
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, so that transformers can make masks; here it only renders."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2's way to name what an extension parses)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The body of the block, as if the tag were not there."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    return _compile_jinja_template(template)

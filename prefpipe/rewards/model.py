@@ -20,9 +20,10 @@ from prefpipe.engines import pooling
 from prefpipe.errors import RowFault, UsageError
 from prefpipe.forward.architecture import check_architecture
 from prefpipe.forward.weights import read_model
-from prefpipe.models.chat import Chat, check_control_tokens, encode, load_chat, render
+from prefpipe.models.chat import Chat, encode_messages, load_chat
 from prefpipe.models.policy import resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
+from prefpipe.schemas import Message
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
 Logits = dict[int, list[float]]  # index of a row -> one number per label
@@ -39,7 +40,7 @@ class Row:
 def inputs(settings: RewardModel) -> dict[str, str]:
     """Digests of weights, tokenizer and chat template."""
     policy = resolve(_name(settings))
-    chat = load_chat(policy.directory, settings.chat_template)
+    chat = load_chat(policy.directory, settings.chat_template, generates=False)
     frame = {"frame": json.dumps(_frame(chat))} if any(_frame(chat)) else {}
     return {"model": policy.id, **chat.digests, **frame}
 
@@ -52,7 +53,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
     `max_length`. No reward, status crash: the logit is no finite number. The weights load at the first call.
     """
     directory = resolve(_name(settings)).directory
-    chat = load_chat(directory, settings.chat_template)
+    chat = load_chat(directory, settings.chat_template, generates=False)
     label = find_label(directory, settings.label)
     longest = min(settings.max_length, _config(directory).get("max_position_embeddings") or settings.max_length)
     started = contextlib.ExitStack()
@@ -63,7 +64,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
         rows: list[Row] = []
         for index, answer in enumerate(answers):
             try:
-                rows.append(Row(index, tokenise(chat, answer, longest)))
+                rows.append(Row(index, tokenise(chat, answer, longest, settings.special_tokens_in_prompts)))
             except RowFault as fault:
                 scores[index] = Scored(None, "unparsable", f"{fault.reason}: {fault.detail}")
         if rows:
@@ -112,12 +113,11 @@ def _check_classifier(directory: Path) -> None:
         )
 
 
-def tokenise(chat: Chat, answer: Answer, max_length: int) -> list[int]:
-    """Token ids of prompt and completion, by the tokenizer of the reward model. Raises RowFault when it cannot rate
-    them."""
-    messages = [*answer.messages, {"role": "assistant", "content": answer.text}]
-    check_control_tokens(chat, messages)  # pyright: ignore[reportArgumentType]  (a Message is such a dict)
-    ids = encode(chat, render(chat, messages, add_generation_prompt=False))  # pyright: ignore[reportArgumentType]
+def tokenise(chat: Chat, answer: Answer, max_length: int, control_tokens: str = "drop") -> list[int]:
+    """Token ids of prompt and completion, by the tokenizer of the reward model; `control_tokens` as in
+    `encode_messages`. Raises RowFault when it cannot rate them."""
+    messages = [*answer.messages, Message(role="assistant", content=answer.text)]
+    ids = encode_messages(chat, messages, add_generation_prompt=False, control_tokens=control_tokens)
     if not ids:
         raise RowFault("empty", "the chat template renders nothing")
     before, behind = _frame(chat)

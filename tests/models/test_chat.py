@@ -124,7 +124,7 @@ def test_load_names_what_is_missing(copy: Path, tmp_path: Path) -> None:
         load_chat(copy)
     assert "--chat-template" in caught.value.hint
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(MissingInputError, match=r"has no tokenizer.json") as caught:
+    with pytest.raises(MissingInputError, match=r"has no tokenizer\.json") as caught:
         load_chat(copy)
     assert "save_pretrained" in caught.value.hint
 
@@ -149,7 +149,8 @@ def test_a_model_without_an_end_is_an_error(copy: Path) -> None:
 
 def test_named_tokens_may_be_objects(copy: Path) -> None:
     file = copy / "tokenizer_config.json"
-    values = {**json.loads(file.read_text()), "eos_token": {"content": "<|im_end|>", "special": True}}
+    token = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    values = {**json.loads(file.read_text()), "eos_token": token}
     file.write_text(json.dumps(values))
     assert load_chat(copy).named_tokens["eos_token"] == "<|im_end|>"
 

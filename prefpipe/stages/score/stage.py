@@ -29,7 +29,7 @@ from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.shards import Shard
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models import vocabulary
-from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.chat import Chat, check_ends, load_chat
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards import rating
 from prefpipe.rows import Logps, ref_logps
@@ -110,6 +110,7 @@ def _identities(
     if reference:
         identities["reference"] = reference
     if len(runs) < len(inputs):
+        check_ends(chat)
         identities |= chat.digests
     for source in runs:
         sources.notice_other_chat(source, chat)

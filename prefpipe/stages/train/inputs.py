@@ -12,7 +12,7 @@ from prefpipe.errors import DataError, UsageError
 from prefpipe.inputs import tokenised
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.models import vocabulary
-from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.chat import Chat, check_ends, load_chat
 from prefpipe.models.policy import Policy, resolve
 from prefpipe.rows import check_ids, completions_of, key_of, one_reference, with_ref_logps
 from prefpipe.runs import store
@@ -97,6 +97,8 @@ def prepare(config: TrainConfig) -> TrainingData:
     vocabulary.check([s for s in (*sources, *held_out) if s.is_dir()], policy.directory)
     has_texts = any(s.is_file() for s in (*sources, *held_out))
     chat = load_chat(policy.directory, config.chat_template) if has_texts else None
+    if chat is not None:
+        check_ends(chat)
     read = _read(sources, kind, chat, config)
     num_training, num_bank = len(read.rows), len(read.bank)
     if held_out:
@@ -165,7 +167,7 @@ def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainC
     for source in sources:
         if source.is_file() and chat is not None and kind != "groups":
             read_rows = tokenised.read_pairs if kind == "pairs" else tokenised.read_labels
-            rows, dropped = read_rows(source, chat)
+            rows, dropped = read_rows(source, chat, tokenised.Limits(control_tokens=config.special_tokens_in_prompts))
             read.rows += rows
             read.dropped += dropped
         else:

@@ -1,0 +1,76 @@
+"""Control tokens that a text spells, tokenised as the plain text that they are."""
+
+import re
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from prefpipe.errors import RowFault
+from prefpipe.schemas import Message
+
+MARK = "\ue0ff"  # a private character, in no template; a text that holds it is refused
+
+
+def mark(messages: Sequence[Message], spelled: Sequence[Sequence[str]]) -> tuple[list[Message], list[str]]:
+    """The messages with a mark and a number in place of every control token that they spell, so that it survives the
+    template, and the tokens by their numbers. `spelled` are the control tokens for each message.
+
+    Raises RowFault when a message holds the mark already.
+    """
+    if any(MARK in m["content"] for m in messages):
+        raise RowFault("control_tokens", "the text holds the private character that marks control tokens")
+    tokens = sorted({token for each in spelled for token in each}, key=lambda token: (-len(token), token))
+    numbers = {token: number for number, token in enumerate(tokens)}
+    marked: list[Message] = []
+    for message, own in zip(messages, spelled, strict=True):
+        pattern = "|".join(re.escape(token) for token in tokens if token in own)
+        content = message["content"]
+        if pattern:
+            content = re.sub(pattern, lambda match: f"{MARK}{numbers[match[0]]}{MARK}", content)
+        marked.append(Message(role=message["role"], content=content))
+    return marked, tokens
+
+
+def encode_marked(tokenizer: Tokenizer, marked_text: str, tokens: Sequence[str]) -> list[int]:
+    """Token ids of a rendered text in which marks with numbers stand for `tokens`: none of those becomes one id.
+
+    Most tokenizers join pieces without a change: then the text is cut inside each token. Others add a space in front of
+    every text, or join neighbours: there the whole text is encoded with a character inside each token that shares its
+    ids with no neighbour, and those ids are taken out. Raises RowFault where neither gives the text back.
+    """
+    pieces = [
+        (tokens[int(piece)], True) if place % 2 else (piece, False)
+        for place, piece in enumerate(marked_text.split(MARK))
+    ]
+    text = "".join(piece for piece, _ in pieces)
+    control = {tokenizer.token_to_id(token) for token in tokens}
+    of_template = sum(i in control for piece, is_token in pieces if not is_token for i in _encode(tokenizer, piece))
+    for ids, gives_text in (
+        (_in_pieces(tokenizer, pieces), lambda ids: tokenizer.decode(ids, skip_special_tokens=False) == text),
+        (_without_separators(tokenizer, pieces), lambda ids: _same_text(tokenizer, ids, _encode(tokenizer, text))),
+    ):
+        if gives_text(ids) and sum(i in control for i in ids) <= of_template:
+            return ids
+    raise RowFault("control_tokens", "this tokenizer cannot write a control token as plain text")
+
+
+def _in_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+    halves = [half for piece, is_token in pieces for half in ((piece[:1], piece[1:]) if is_token else (piece,))]
+    return [i for half in halves for i in _encode(tokenizer, half)]
+
+
+def _without_separators(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+    """Ids of the text with a separator behind the first character of each token, without those of the separators."""
+    text = "".join(f"{piece[:1]}{MARK}{piece[1:]}" if is_token else piece for piece, is_token in pieces)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return [i for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True) if MARK not in text[start:end]]
+
+
+def _same_text(tokenizer: Tokenizer, ids: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether ids decode to the same letters, up to white space and case that the tokenizer itself changes."""
+    one, two = tokenizer.decode_batch([list(ids), list(others)], skip_special_tokens=False)
+    return "".join(one.split()).casefold() == "".join(two.split()).casefold()
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids

@@ -1,0 +1,161 @@
+"""A tokenizer, its named tokens, chat templates and end-of-sequence ids, as transformers builds them from the files of
+a model. Code of a model's own never runs."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from prefpipe.errors import DataError, MissingInputError, PrefpipeError, UsageError
+from prefpipe.models import fingerprint
+
+_SAVE = "make one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+_NO_TEXT_CHANGE = ("padding", "truncation", "post_processor")  # parts that change no id of a text alone
+_PROBE = "a"
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer and what its model says about it.
+
+    backend: what encodes and decodes, without padding and truncation
+    named_tokens: `bos_token`, `eos_token`, ... by name, as transformers hands them to a chat template
+    chat_template: the template of the model; several by name; None where it has none
+    eos_token_ids: ids that end a completion: of the generation config, the model config and the tokenizer together
+    opening, closing: texts of the tokens that the tokenizer puts before and behind every text; often empty
+    digest: identity of the tokenizer that is used
+    """
+
+    backend: Tokenizer
+    named_tokens: dict[str, str]
+    chat_template: str | dict[str, str] | None
+    eos_token_ids: frozenset[int]
+    opening: str
+    closing: str
+    digest: str
+
+
+def load_tokenizer(directory: Path) -> LoadedTokenizer:
+    """Load the tokenizer of a model directory through transformers, without a network and without code of the model.
+
+    Raises MissingInputError without tokenizer files, UsageError for a tokenizer that needs code of its own or has no
+    fast version, DataError for damaged files.
+    """
+    tokenizer = _from_transformers(directory)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise UsageError(
+            f"the tokenizer of {directory} ({type(tokenizer).__name__}) has no fast version, which prefpipe needs",
+            f"add a tokenizer.json to the model: {_SAVE}",
+        )
+    backend.no_padding()
+    backend.no_truncation()
+    opening, closing = _around(backend)
+    return LoadedTokenizer(
+        backend=backend,
+        named_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        chat_template=tokenizer.chat_template,
+        eos_token_ids=frozenset(_eos_ids(directory, tokenizer.eos_token_id)),
+        opening=opening,
+        closing=closing,
+        digest=_digest(directory, backend),
+    )
+
+
+def _from_transformers(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what matters of its warnings is an error here
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its classes raise for the files of a model
+        raise _refusal(directory, error) from error
+    finally:
+        logging.set_verbosity(before)
+
+
+def _refusal(directory: Path, error: Exception) -> PrefpipeError:
+    """What is wrong with the files of a tokenizer that transformers refuses."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"the tokenizer of {directory} needs Python code that comes with the model, which prefpipe never runs",
+            "take a version of the model that transformers knows (its tokenizer_config.json names no auto_map)",
+        )
+    if not (directory / "tokenizer.json").is_file():
+        return MissingInputError(
+            f"{directory} has no tokenizer.json, and transformers makes no tokenizer of its other files ({words})",
+            _SAVE,
+        )
+    return DataError(
+        f"transformers cannot load the tokenizer of {directory}: {words}",
+        "fetch the model again; its tokenizer.json, tokenizer_config.json and config.json must fit together",
+    )
+
+
+def _around(backend: Tokenizer) -> tuple[str, str]:
+    """The texts of the tokens that the tokenizer puts before and behind a text."""
+    encoding = backend.encode(_PROBE, add_special_tokens=True)
+    added = list(zip(encoding.tokens, encoding.special_tokens_mask, strict=True))
+    before = [token for token, _ in takewhile(lambda pair: pair[1], added)]
+    behind = [token for token, _ in takewhile(lambda pair: pair[1], reversed(added))]
+    return "".join(before), "".join(reversed(behind))
+
+
+def _eos_ids(directory: Path, of_tokenizer: int | None) -> set[int]:
+    """Every id at which a completion ends. The files are read as they are, so that no id is lost to a class that does
+    not know it; where there is no generation config, transformers makes one of the model config."""
+    config = _json(directory / "config.json")
+    generation = _json(directory / "generation_config.json")
+    settings = (generation, config, config.get("text_config"))
+    values = [value.get("eos_token_id") for value in settings if isinstance(value, Mapping)]
+    if not generation:
+        values.append(_default_eos(directory))
+    return set(_numbers([*values, of_tokenizer]))
+
+
+def _default_eos(directory: Path) -> Any:
+    """The end-of-sequence ids that transformers takes where a model has no generation config."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return GenerationConfig.from_model_config(config).eos_token_id
+    except Exception:  # an architecture that transformers does not know has no defaults either
+        return None
+
+
+def _numbers(values: Iterable[Any]) -> Iterable[int]:
+    for value in values:
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
+                yield number
+
+
+def _digest(directory: Path, backend: Tokenizer) -> str:
+    """The digest of tokenizer.json where transformers builds just that, else of what it builds."""
+    used = json.loads(backend.to_str())
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        on_disk = Tokenizer.from_file(str(path))
+        same_texts = _without(json.loads(on_disk.to_str())) == _without(used)
+        if same_texts and _around(on_disk) == _around(backend):
+            used = _json(path)
+    return fingerprint.tokenizer_digest(used)
+
+
+def _without(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a tokenizer that the ids of a text depend on; an empty affix of its model is as none."""
+    model = {name: value for name, value in settings["model"].items() if value not in (None, "")}
+    return {name: value for name, value in settings.items() if name not in _NO_TEXT_CHANGE} | {"model": model}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The settings in a file; empty where there is none. Raises DataError for a damaged one."""
+    return fingerprint.read_json(path) if path.is_file() else {}
