@@ -104,24 +104,26 @@ def notices(chat: Chat) -> list[str]:
 
 
 def check_ends(chat: Chat) -> None:
-    """Log a warning when answers do not end in a token that ends a completion, and what to set."""
+    """Log a warning when the template does not end an answer in a token that ends a completion, and what to set."""
     tail = dialogue.after_answer(partial(render, chat))
     if tail is None or chat.eos_token_ids & set(encode(chat, tail)):
         return
-    places = {tail.find(token): token for token in chat.control_tokens if token in tail}
-    ends = ", ".join(repr(chat.tokenizer.id_to_token(i) or f"id {i}") for i in sorted(chat.eos_token_ids))
-    if not places:
+    known = ", ".join(repr(chat.tokenizer.id_to_token(i) or f"id {i}") for i in sorted(chat.eos_token_ids))
+    written = [token for token in chat.control_tokens if token in tail]
+    if written:
+        token = min(written, key=tail.find)
         log.warn(
-            f"the chat template writes no end-of-sequence token behind an answer (the model has {ends}): a model that "
-            "trains on such rows does not learn to stop; pass a --chat-template that ends answers with "
-            "{{ eos_token }}, or put the token that opens the next turn into eos_token_id of generation_config.json"
+            f"the chat template ends an answer with {token!r}, which is no end-of-sequence token of the model (it has "
+            f"{known}): completions go on behind it; add {chat.tokenizer.token_to_id(token)} to eos_token_id in "
+            f"generation_config.json, or sample with --stop '{token}'"
         )
         return
-    token = places[min(places)]
+    later = dialogue.after_answer(partial(render, chat), more=True) or ""
+    ends = [token for token in chat.control_tokens if token in later]
+    only = f" unless another turn follows ({min(ends, key=later.find)!r})" if ends else ""
     log.warn(
-        f"the chat template ends an answer with {token!r}, which is no end-of-sequence token of the model (it has "
-        f"{ends}): completions go on behind it; add {chat.tokenizer.token_to_id(token)} to eos_token_id in "
-        f"generation_config.json, or sample with --stop '{token}'"
+        f"the chat template writes no end-of-sequence token behind an answer{only}; the model has {known}: it does "
+        "not learn to stop from such rows; pass a --chat-template that ends every answer with one"
     )
 
 

@@ -32,14 +32,15 @@ def control_tokens(
     answers too.
 
     Special tokens are both. Any other added token is content, except in prompts where the template sets it around turns
-    of user or system. White space and thinking marks never are.
+    of user or system. White space is always content, thinking marks are in answers: there the model writes them.
     """
     prompts = _around_prompts(template, render)
-    ordered = [token for token in added if token.content.strip()]
-    special = frozenset(token.content for token in ordered if token.special)
+    named = [token for token in added if token.content.strip()]
+    special = [token.content for token in named if token.special]
+    structure = {t.content for t in named if t.content in prompts and not _is_thinking_mark(t.content)}
     return (
-        tuple(t.content for t in ordered if t.special or (t.content in prompts and not _is_thinking_mark(t.content))),
-        special,
+        tuple(t.content for t in named if t.special or t.content in structure),
+        frozenset(token for token in special if not _is_thinking_mark(token)),
     )
 
 
@@ -60,15 +61,15 @@ def default_system(render: Render, tokens: Iterable[str]) -> str:
     return " ".join(words) if len(words) > 1 else ""
 
 
-def after_answer(render: Render) -> str | None:
-    """What the template writes behind the last answer of a conversation; None where it does not show the answer."""
+def after_answer(render: Render, *, more: bool = False) -> str | None:
+    """What the template writes behind the last answer of a conversation or, with `more`, between an answer and the next
+    turn; None where it does not show the answer."""
+    turns = [_user("Is it?"), _assistant(_ANSWER), *([_user(_SECOND)] if more else [])]
     try:
-        _, answer, tail = render([_user("Is it?"), _assistant(_ANSWER)], add_generation_prompt=False).rpartition(
-            _ANSWER
-        )
+        _, answer, tail = render(turns, add_generation_prompt=False).rpartition(_ANSWER)
     except RowFault:
         return None
-    return tail if answer else None
+    return tail.partition(_SECOND)[0] if answer else None
 
 
 def _around_prompts(template: str, render: Render) -> str:

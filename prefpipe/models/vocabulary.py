@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from prefpipe import log
-from prefpipe.errors import DataError, IdentityError
+from prefpipe.errors import DataError, IdentityError, MissingInputError
 from prefpipe.ids import canonical_json
 from prefpipe.models import fingerprint
+from prefpipe.models.tokenizer import load_tokenizer
 from prefpipe.runs import store
 
 _FIELD = "vocabularies"  # in the identity of a manifest; older runs do not have it
@@ -19,13 +20,17 @@ Tokens = list[tuple[int, str]]
 
 
 def read(directory: Path) -> Tokens:
-    """(id, token) of every token in the tokenizer.json of a model, sorted by id.
+    """(id, token) of every token in the tokenizer.json of a model, sorted by id; of the tokenizer that transformers
+    builds where there is no such file.
 
     Raises DataError when the file is not a tokenizer.
     """
     path = directory / "tokenizer.json"
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            tokenizer = json.loads(load_tokenizer(directory).backend.to_str())
+        else:
+            tokenizer = json.loads(path.read_text(encoding="utf-8"))
         listed = tokenizer["model"]["vocab"]
         if isinstance(listed, Mapping):
             tokens = {(number, token) for token, number in listed.items()}
@@ -66,15 +71,16 @@ def of_sources(sources: Iterable[str], directory: Path) -> list[str]:
 def check(runs: Sequence[Path], directory: Path) -> None:
     """Raise IdentityError when the token ids of a run are other tokens in the model of `directory`.
 
-    Without a tokenizer.json in `directory` nothing can be compared, and the log says so.
+    Without a tokenizer in `directory` nothing can be compared, and the log says so.
     """
     known = [(run, theirs) for run in runs for theirs in recorded(run)]
     if not known:
         return
-    if not (directory / "tokenizer.json").is_file():
-        log.warn(f"{directory} has no tokenizer.json: nobody checks that it has the tokens of the rows")
+    try:
+        tokens = read(directory)
+    except MissingInputError:
+        log.warn(f"{directory} has no tokenizer: nobody checks that it has the tokens of the rows")
         return
-    tokens = read(directory)
     for run, theirs in known:
         ours = name(tokens, int(theirs.partition(":")[0]))
         if ours != theirs:

@@ -71,7 +71,7 @@ def test_a_run_is_checked_against_a_model(tmp_path: Path, capsys: pytest.Capture
     vocabulary.check(runs[1:], tmp_path)  # nothing to check: nothing is said
     assert capsys.readouterr().err == ""
     vocabulary.check(runs, tmp_path)
-    assert "has no tokenizer.json" in capsys.readouterr().err
+    assert "has no tokenizer" in capsys.readouterr().err
 
 
 def test_runs_hand_on_what_they_read_and_files_are_of_the_model(tmp_path: Path):

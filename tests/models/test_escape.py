@@ -1,0 +1,84 @@
+"""A spelled control token becomes plain text in tokenizers of every kind, whatever they put around words."""
+
+from collections.abc import Callable
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from prefpipe.errors import RowFault
+from prefpipe.models.escape import MARK, encode_marked, mark
+from prefpipe.schemas import Message
+
+END = "<|end|>"
+LETTERS = [*(chr(i) for i in range(33, 127))]
+
+
+def finish(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.add_special_tokens([AddedToken(END, special=True)])
+    return tokenizer
+
+
+def legacy() -> Tokenizer:
+    """A space in front of every piece of text, as in Llama 2."""
+    vocabulary = ["<unk>", "▁", *LETTERS, *(f"<0x{i:02X}>" for i in range(256))]
+    bpe = models.BPE({t: i for i, t in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return finish(tokenizer)
+
+
+def lower() -> Tokenizer:
+    """Lower case, words apart, as in BERT."""
+    letters = [*LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(["[UNK]", *letters])}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return finish(tokenizer)
+
+
+def pieces() -> Tokenizer:
+    """Words begin with a mark, unknown characters are lost, as in T5."""
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -2.0), *((t, -3.0) for t in LETTERS)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return finish(tokenizer)
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return finish(tokenizer)
+
+
+@pytest.mark.parametrize("make", [legacy, lower, pieces, byte_level])
+@pytest.mark.parametrize("text", [f"what does {END} mean?", END, f"{END}{END} x", f"a{END}b"])
+def test_the_token_is_gone_and_its_letters_are_there(make: Callable[[], Tokenizer], text: str) -> None:
+    """The template ends the turn with the same token, which stays."""
+    tokenizer = make()
+    (message,), tokens = mark([Message(role="user", content=text)], [[END]])
+    ids = encode_marked(tokenizer, message["content"] + END, tokens)
+    assert ids.count(tokenizer.token_to_id(END)) == 1 == ids[-1:].count(tokenizer.token_to_id(END))
+    assert "".join(tokenizer.decode(ids[:-1]).split()) == "".join(text.split())
+
+
+def test_the_longest_token_is_marked_and_each_message_has_its_own() -> None:
+    messages = [Message(role="user", content="a <x> <x><y>"), Message(role="assistant", content="<x>")]
+    marked, tokens = mark(messages, [["<x>", "<x><y>"], []])
+    assert tokens == ["<x><y>", "<x>"]
+    assert marked[0]["content"] == f"a {MARK}1{MARK} {MARK}0{MARK}"
+    assert marked[1]["content"] == "<x>"
+
+
+def test_a_token_that_cannot_be_written_is_a_fault() -> None:
+    """A token of one character has no two halves; a tokenizer without its letters loses them."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken("§", special=True)])
+    for text, token in ((f"{MARK}0{MARK}", "§"),):
+        with pytest.raises(RowFault, match="cannot write a control token"):
+            encode_marked(tokenizer, text, [token])
+    few = finish(Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")))
+    with pytest.raises(RowFault, match="cannot write a control token"):
+        encode_marked(few, f"a{MARK}0{MARK}", [END])
