@@ -105,9 +105,9 @@ def pairs(task: Task) -> list[TrainPair]:
 
 
 def train(task: Task, rows: list[TrainPair], **changes: Any) -> tuple[torch.Tensor, list[float]]:
-    """The distribution over completions after six epochs from the reference, and the loss of every step."""
+    """The distribution over completions after 120 steps in six epochs, and the loss of every step."""
     config = data.config(
-        Path(), beta=BETA, train_batch_size=1000, num_train_epochs=6, learning_rate=0.1, warmup_ratio=0.0,
+        Path(), beta=BETA, train_batch_size=len(rows) // 20, num_train_epochs=6, learning_rate=0.1, warmup_ratio=0.0,
         max_grad_norm=1e9, **changes,
     )  # fmt: skip
     table = Table(task.reference.logits.detach())
@@ -136,6 +136,9 @@ def test_dpo_finds_the_optimum(task: Task, pairs: list[TrainPair]):
     assert (task.value(policy) - start) / (best - start) > 0.97
 
 
+FEWER = 5_000  # rows that show a defect: without one they lead to a distance of 0.13
+
+
 def exchanged_sides(row: TrainPair) -> TrainPair:
     return replace(
         row, chosen=row.rejected, rejected=row.chosen, ref_chosen=row.ref_rejected, ref_rejected=row.ref_chosen
@@ -161,12 +164,12 @@ def without_end(row: TrainPair) -> TrainPair:
     ("defect", "distance"), [(exchanged_sides, 0.3), (exchanged_references, 0.2), (without_end, 0.15)]
 )
 def test_a_defect_of_the_data_path_is_seen(task: Task, pairs: list[TrainPair], defect: Any, distance: float):
-    policy, _ = train(task, [defect(row) for row in pairs])
+    policy, _ = train(task, [defect(row) for row in pairs[:FEWER]])
     assert tv(policy, task.optimum) > distance
 
 
 def test_averages_in_place_of_sums_are_seen(task: Task, pairs: list[TrainPair]):
     """The length-normalised loss at the beta of the summed one."""
-    policy, losses = train(task, pairs, loss_type=("sigmoid_norm",))
+    policy, losses = train(task, pairs[:FEWER], loss_type=("sigmoid_norm",))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert tv(policy, task.optimum) > 0.3
