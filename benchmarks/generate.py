@@ -2,7 +2,8 @@
 
     python benchmarks/generate.py [--quick] --json FILE
 
-fake      `prefpipe generate` with the fake engine on 100,000 prompts x 8: everything but the model; wall and CPU time.
+fake      `prefpipe generate` with the fake engine on 100,000 prompts x 8: everything but the model; wall and CPU time,
+          and as a ratio to a bare loop that encodes the same prompts and writes the same rows right after it.
 overhead  our request loop on vLLM: CPU time outside engine.step(), as a share of a bare LLM.generate of the same
           requests.
 logprobs  LLM.generate with and without the log-prob of every sampled token, CPU time.
@@ -60,8 +61,10 @@ def main() -> None:
 def fake(*, quick: bool) -> list[dict[str, Any]]:
     """The whole command on the fake engine, from prompts file to manifest."""
     from prefpipe.config.generate import GenerateConfig
+    from prefpipe.models.chat import load_chat
     from prefpipe.stages.generate import stage as generate
 
+    load_chat(resolve(MODEL).directory)  # the libraries are imported, and the rate is that of the rows
     count = 10_000 if quick else 100_000
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
@@ -73,6 +76,7 @@ def fake(*, quick: bool) -> list[dict[str, Any]]:
         wall, cpu = time.monotonic(), time.process_time()
         manifest = generate.run(config, Path(folder) / "g", force=False)
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+        least = encode_and_write(prompts, Path(folder) / "g" / "completions", Path(folder) / "bare")
     made = manifest["totals"]["completions"]
     assert made == count * NUM_SAMPLES
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -80,8 +84,27 @@ def fake(*, quick: bool) -> list[dict[str, Any]]:
     return [
         figure(f"{name}: completions per second", made / wall, "1/s", 20_000, made / wall >= 20_000),
         figure(f"{name}: completions per CPU second", made / cpu, "1/CPU s", 20_000, made / cpu >= 20_000),
+        figure(f"{name}: rate / rate of a bare loop, CPU", least / cpu, "", None, None),
         figure(f"{name}: resident memory", rss, "MB", 700, rss < 700),
     ]
+
+
+def encode_and_write(prompts: Path, completions: Path, out: Path) -> float:
+    """CPU seconds of the least that any loop does: render and encode every prompt, write every row."""
+    import pyarrow.parquet as parquet
+
+    from prefpipe.models.chat import encode, load_chat, render
+
+    chat = load_chat(resolve(MODEL).directory)
+    tables = [(path.name, parquet.read_table(path)) for path in sorted(completions.glob("*.parquet"))]
+    out.mkdir()
+    start = time.process_time()
+    with prompts.open() as file:
+        for line in file:
+            encode(chat, render(chat, json.loads(line)["messages"], add_generation_prompt=True))
+    for file_name, table in tables:
+        parquet.write_table(table, out / file_name, compression="zstd")
+    return time.process_time() - start
 
 
 def vllm(*, quick: bool) -> list[dict[str, Any]]:

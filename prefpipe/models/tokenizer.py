@@ -143,16 +143,31 @@ def _digest(directory: Path, backend: Tokenizer) -> str:
     used = json.loads(backend.to_str())
     path = directory / "tokenizer.json"
     if path.is_file():
-        on_disk = Tokenizer.from_file(str(path))
-        same_texts = _without(json.loads(on_disk.to_str())) == _without(used)
-        if same_texts and _around(on_disk) == _around(backend):
-            used = _json(path)
+        written = _json(path)
+        if _is_same(written, used) or _is_same(json.loads(Tokenizer.from_file(str(path)).to_str()), used):
+            used = written
     return fingerprint.tokenizer_digest(used)
 
 
-def _without(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a tokenizer that the ids of a text depend on; an empty affix of its model is as none."""
-    model = {name: value for name, value in settings["model"].items() if value not in (None, "")}
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two tokenizers give the same ids and texts: all that they may not share is a step that adds nothing."""
+    steps = [_steps(one), _steps(other)]
+    return steps[0] == steps[1] and _parts(one) == _parts(other)
+
+
+def _steps(settings: Mapping[str, Any]) -> Any:
+    """The post-processor; None for one that puts no token around a text."""
+    step = settings.get("post_processor")
+    nothing = isinstance(step, Mapping) and step.get("type") == "TemplateProcessing" and not step["special_tokens"]
+    return None if nothing else step
+
+
+def _parts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a tokenizer that ids and texts depend on, in one spelling: files of older versions write merges as
+    text and leave out what is off."""
+    model = {k: v for k, v in settings["model"].items() if v is not None and v is not False and v != ""}
+    merges = model.get("merges", [])
+    model["merges"] = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
     return {name: value for name, value in settings.items() if name not in _NO_TEXT_CHANGE} | {"model": model}
 
 

@@ -11,7 +11,16 @@ from transformers import AutoTokenizer
 
 from prefpipe.errors import DataError, MissingInputError, RowFault
 from prefpipe.models import policy
-from prefpipe.models.chat import Chat, encode, encode_messages, encode_prompt, load_chat, notices, render
+from prefpipe.models.chat import (
+    Chat,
+    check_ends,
+    encode,
+    encode_messages,
+    encode_prompt,
+    load_chat,
+    notices,
+    render,
+)
 from prefpipe.schemas import Message
 from tests.models.cases import SHAPES, USER
 from tests.tiny import SPECIAL
@@ -287,3 +296,63 @@ def test_plain_text_begins_with_the_tokenizers_own_first_token(copy: Path) -> No
 def test_decoding_many_is_decoding_each(chat: Chat) -> None:
     many = [[*encode(chat, text), 2] for text in ("one", "zwei é", "")]
     assert chat.decode_all(many) == [chat.decode(ids) for ids in many] == ["one", "zwei é", ""]
+
+
+def test_plain_text_that_begins_with_the_first_token_gets_no_second_one(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    path.write_text(json.dumps(tokenizer))
+    plain = load_chat(copy, "none")
+    messages = [Message(role="user", content="<|endoftext|>hi")]
+    assert encode_prompt(plain, messages, max_tokens=99, control_tokens="allow") == [0, *encode(plain, "hi")]
+    assert encode_prompt(plain, messages, max_tokens=99, control_tokens="escape").count(0) == 1
+
+
+def test_plain_text_ends_with_the_tokenizers_own_last_token(copy: Path) -> None:
+    """Other ids that end a completion, such as a smaller one of the generation config, are not written."""
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    plain = load_chat(copy, "none")
+    turns = [USER, Message(role="assistant", content="x")]
+    assert encode(plain, render(plain, turns, add_generation_prompt=False))[-1] == 2
+
+
+def test_a_classifier_needs_no_end(copy: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        values = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({k: v for k, v in values.items() if not k.startswith("eos_token")}))
+    assert load_chat(copy, generates=False).eos_token_ids == frozenset()
+
+
+CONTENT = "{% for m in messages %}{{ m.content }}"
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        ("<|im_end|>\n{% endfor %}", ""),
+        ("<|endoftext|>{% endfor %}", "ends an answer with '<|endoftext|>', which is no end-of-sequence token"),
+        ("{% endfor %}", "writes no end-of-sequence token behind an answer; the model has '<|im_end|>'"),
+        ("{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}", "unless another turn follows ('<|im_end|>')"),
+    ],
+)
+def test_answers_without_an_end_are_a_warning_with_what_to_set(
+    chat: Chat, capsys: pytest.CaptureFixture[str], ending: str, words: str
+) -> None:
+    check_ends(replace(chat, template=CONTENT + ending))
+    said = " ".join(capsys.readouterr().err.split())
+    assert words in said
+    assert bool(said) == bool(words)
+
+
+def test_an_answer_may_spell_what_only_prompts_may_not(chat: Chat) -> None:
+    strict = replace(chat, control_tokens=(*SPECIAL, "<turn>"))
+    turns = [USER, Message(role="assistant", content="a <turn>")]
+    encode_messages(strict, turns, add_generation_prompt=False, control_tokens="drop")
+    with pytest.raises(RowFault, match="the user message spells <turn>"):
+        encode_prompt(strict, [Message(role="user", content="a <turn>")], max_tokens=99, control_tokens="drop")

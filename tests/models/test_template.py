@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from prefpipe.errors import DataError, RowFault
+from prefpipe.errors import DataError, MissingInputError, RowFault
 from prefpipe.models.chat import Chat, encode_prompt, load_chat, render
 from tests.models.cases import SHAPES, USER
 
@@ -75,3 +75,26 @@ def test_a_template_comes_from_a_file_the_jinja_file_or_the_settings(copy: Path,
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     file.write_text(json.dumps({**saved, "chat_template": named}))
     assert load_chat(copy).template == "plain"
+
+
+def test_several_named_templates_without_a_default_are_listed(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+    file = copy / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "rag", "template": "documents"}]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": named}))
+    with pytest.raises(MissingInputError, match="no default one: rag, tool_use") as caught:
+        load_chat(copy)
+    assert "--chat-template rag" in caught.value.hint
+    assert load_chat(copy, "tool_use").template == "tools"
+
+
+def test_any_error_of_a_template_is_its_refusal(chat: Chat) -> None:
+    for text in (
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content.nothing.more }}",
+        "{{ [1, 2][messages] }}",
+    ):
+        with pytest.raises(RowFault) as caught:
+            render(replace(chat, template=text), [USER], add_generation_prompt=False)
+        assert caught.value.reason == "template_refused"
+        assert caught.value.detail

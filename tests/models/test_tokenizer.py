@@ -9,6 +9,9 @@ import pytest
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.models import fingerprint
 from prefpipe.models.tokenizer import load_tokenizer
+from tests.tiny import SPECIAL
+
+PAIR = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
 
 
 def change(path: Path, **values: Any) -> None:
@@ -30,21 +33,23 @@ def test_names_may_stand_in_the_map_of_special_tokens_alone(copy: Path) -> None:
     assert named == {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
 
 
+def around(before: str | None, behind: str | None) -> dict[str, Any]:
+    """A step that puts tokens around every text."""
+    parts = [{"SpecialToken": {"id": token, "type_id": 0}} if token else None for token in (before, behind)]
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {t: {"id": t, "ids": [SPECIAL.index(t)], "tokens": [t]} for t in (before, behind) if t}
+    single = [part for part in (parts[0], text, parts[1]) if part]
+    return {"type": "TemplateProcessing", "single": single, "pair": PAIR, "special_tokens": tokens}
+
+
 @pytest.mark.parametrize(
-    ("switches", "opening", "closing"),
-    [
-        ({}, "", ""),
-        ({"add_bos_token": True}, "<|im_start|>", ""),
-        ({"add_eos_token": True}, "", "<|im_end|>"),
-        ({"add_bos_token": True, "add_eos_token": True}, "<|im_start|>", "<|im_end|>"),
-    ],
+    ("before", "behind"),
+    [(None, None), ("<|im_start|>", None), (None, "<|im_end|>"), ("<|im_start|>", "<|im_end|>")],
 )
-def test_a_token_behind_a_text_does_not_open_it(
-    copy: Path, switches: dict[str, bool], opening: str, closing: str
-) -> None:
-    change(copy / "tokenizer_config.json", **switches)
+def test_a_token_behind_a_text_does_not_open_it(copy: Path, before: str | None, behind: str | None) -> None:
+    change(copy / "tokenizer.json", post_processor=around(before, behind))
     loaded = load_tokenizer(copy)
-    assert (loaded.opening, loaded.closing) == (opening, closing)
+    assert (loaded.opening, loaded.closing) == (before or "", behind or "")
 
 
 def test_ends_of_nested_and_of_default_configs_count(copy: Path) -> None:
@@ -65,7 +70,7 @@ def test_the_digest_is_of_the_file_where_transformers_builds_just_that(copy: Pat
 
 def test_a_tokenizer_that_opens_texts_has_another_digest(copy: Path) -> None:
     plain = load_tokenizer(copy).digest
-    change(copy / "tokenizer_config.json", add_bos_token=True)
+    change(copy / "tokenizer.json", post_processor=around("<|im_start|>", None))
     assert load_tokenizer(copy).digest != plain
 
 
