@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.models import policy as model_files
@@ -20,12 +20,6 @@ CHAT_TEMPLATE = (
 
 def make_model(directory: Path, seed: int = 0, spread: float = 0.3, hidden_size: int = 64) -> Path:
     """Write a random model; another seed gives other weights. `spread` is the standard deviation of the weights."""
-    directory.mkdir(parents=True)
-    _tokenizer().save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "tokenizer_class": "PreTrainedTokenizerFast"})
-    )
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=264,
@@ -42,7 +36,35 @@ def make_model(directory: Path, seed: int = 0, spread: float = 0.3, hidden_size:
         pad_token_id=0,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    return with_tokenizer(LlamaForCausalLM(config), directory)
+
+
+def make_gpt2(directory: Path, context: int) -> Path:
+    """Write a random model with learned positions: beyond `context` tokens it has none."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=264,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=context,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return with_tokenizer(GPT2LMHeadModel(config), directory)
+
+
+def with_tokenizer(model: PreTrainedModel, directory: Path) -> Path:
+    """Write a model with the tokenizer over bytes and its chat template."""
+    directory.mkdir(parents=True)
+    _tokenizer().save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    model.save_pretrained(directory)
     return directory
 
 

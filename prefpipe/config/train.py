@@ -65,6 +65,13 @@ class TrainConfig(LossSettings):
             description=f"For {', '.join(losses.names('groups'))}: run directories with ranked groups of completions."
         ),
     ] = ()
+    max_length: Annotated[int, ADDED, Field(ge=2)] = 2048
+    """Longest prompt and completion together of a row that is read from a file, in tokens; never more than the model's
+    context. Rows of runs are held to the context alone."""
+    max_prompt_length: Annotated[int, ADDED, Field(ge=1)] = 1024
+    """Longest prompt of a row that is read from a file, in tokens; a row with a longer one is dropped."""
+    overlong: Annotated[Literal["drop", "keep_start"], ADDED] = "drop"
+    """A row of a file over max_length: drop it, or keep the start of its completions."""
     chat_template: shared.ChatTemplate = "model"
     special_tokens_in_prompts: Annotated[shared.SpecialTokens, ADDED] = "drop"
 

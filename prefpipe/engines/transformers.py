@@ -15,7 +15,7 @@ from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response
 from prefpipe.errors import UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
-from prefpipe.forward.logps import TreeModel, causal_model, plain_attention, score, settle_rows
+from prefpipe.forward.logps import TreeModel, causal_model, extremes, plain_attention, score, settle_rows
 
 _PROMPTS_PER_CHUNK = 64
 
@@ -40,7 +40,7 @@ class TransformersEngine:
         if settings.policy.adapter is not None:
             policy = load.load_adapter(policy, settings.policy.adapter, trainable=False)
         self._model = TreeModel(policy)
-        self._settled = False
+        self._tested = 0  # tokens of the longest sequence for which shared rows are known to be right
         self._eos = torch.tensor(sorted(settings.stops))
 
     @property
@@ -88,11 +88,12 @@ class TransformersEngine:
                 yield waiting.pop(row.request.prompt_id), Response(row.token_ids, row.finish_reason)
 
     def _score(self, trees: list[Tree]) -> list[list[list[float]]]:
-        if not self._settled:
-            reason = settle_rows(self._model, trees[:1], self._settings.dtype)
+        longest = max(tree.longest_sequence for tree in trees)
+        if self._model.rows == "shared" and longest > self._tested:  # a window shows in sequences that are longer
+            reason = settle_rows(self._model, extremes(trees), self._settings.dtype)
             if reason is not None:
                 log.warn(f"every completion is scored in a row of its own: {reason}")
-            self._settled = True
+            self._tested = longest
         self._model.set_rows(self._model.rows)
         return list(score(self._model, trees, self._settings.max_tokens_per_batch))
 

@@ -5,7 +5,8 @@ forward call. Three exact ways compute it: PyTorch's variable-length kernel (CUD
 (everywhere else), and plain matrix products where the model caps its scores or has attention sinks, which neither
 kernel supports.
 
-H = query heads, G = key/value heads, D = head size, T = tokens of the row, R = tokens of one tree or completion.
+H = query heads, G = key/value heads, D = head size of queries and keys, E = head size of values (another one in
+DeepSeek's MLA, else D), T = tokens of the row, R = tokens of one tree or completion.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -128,9 +129,9 @@ def tree_attention(
     s_aux: torch.Tensor | None = None,
     **_other: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, H, T, D], key and value [1, G, T, D] -> output [1, T, H, D]."""
+    """query [1, H, T, D], key [1, G, T, D], value [1, G, T, E] -> output [1, T, H, E]."""
     plain = softcap is None and s_aux is None
-    if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] <= 256:
+    if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _fits_kernel(query, value):
         return variable_length(query, key, value, tree_row, scaling, sliding_window, varlen_attn), None
     rules = _Rules(tree_row, query.shape[1] // key.shape[1], scaling, sliding_window, softcap, s_aux)
     pieces: list[torch.Tensor] = []
@@ -143,6 +144,11 @@ def tree_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the variable-length kernel takes heads of these sizes."""
+    return value.shape[3] <= query.shape[3] <= 256
+
+
 def variable_length(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -152,11 +158,15 @@ def variable_length(
     window: int | None,
     kernel: Kernel,
 ) -> torch.Tensor:
-    """The same by one call of a variable-length kernel, [1, T, H, D]. Queries stay in place. The keys of a completion
-    are those of its trunk and its own, copied behind each other; the kernel aligns the causal mask at the end."""
+    """The same by one call of a variable-length kernel, [1, T, H, E]. Queries stay in place. The keys of a completion
+    are those of its trunk and its own, copied behind each other; the kernel aligns the causal mask at the end. It takes
+    one head size, so that smaller values get zeros at their end."""
     plan = row.plan
     device = query.device
     rows = plan.key_rows.to(device)
+    size = value.shape[3]
+    if size < query.shape[3]:
+        value = pad(value, (0, query.shape[3] - size))
     out = kernel(
         query[0].transpose(0, 1).contiguous(),
         key[0].transpose(0, 1)[rows],
@@ -169,7 +179,7 @@ def variable_length(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.unsqueeze(0)
+    return out[..., :size].unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -202,7 +212,7 @@ def _plan(spans: tuple[Span, ...]) -> _Plan:
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: list[slice], rules: _Rules
 ) -> torch.Tensor:
-    """Causal attention of the last slice of `context` over all of them, [1, H, R, D]."""
+    """Causal attention of the last slice of `context` over all of them, [1, H, R, E]."""
     queries = query[:, :, context[-1]]
     keys, values = (_joined(tensor, context) for tensor in (key, value))
     length, total = queries.shape[2], keys.shape[2]
@@ -215,7 +225,7 @@ def _attend(
     folded = queries.reshape(1, keys.shape[1], rules.repeats * length, queries.shape[3])
     mask = rules.row.mask(length, total, rules.repeats, rules.window, query)
     out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=rules.scaling)
-    return out.reshape(queries.shape)
+    return out.reshape(*queries.shape[:3], values.shape[3])
 
 
 def _joined(tensor: torch.Tensor, context: list[slice]) -> torch.Tensor:

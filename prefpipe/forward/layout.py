@@ -26,6 +26,11 @@ class Tree:
         return len(self.prompt) * len(self.completions) + sum(map(len, self.completions))
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens of the prompt and the longest completion."""
+        return len(self.prompt) + max(map(len, self.completions))
+
+    @property
     def num_shared(self) -> int:
         """Tokens at the start of the completions that are equal in all of them."""
         return common_prefix(self.completions) if len(self.completions) > 1 else 0

@@ -57,8 +57,6 @@ def load_model(directory: Path, dtype: str, *, in_4bit: bool = False, device: st
     options = _four_bits(dtype, device) if in_4bit else {}
     model: PreTrainedModel = read_model(AutoModelForCausalLM, directory, dtype, **options)
     attention.check_positions(model.config)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UsageError(f"{directory}: an output head with a bias is not supported", "use a model without one")
     model.requires_grad_(requires_grad=False)
     if not in_4bit:
         torch.nn.Module.to(model, device=device)

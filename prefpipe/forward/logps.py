@@ -44,10 +44,11 @@ class TreeModel(torch.nn.Module):
         layout = layout.to(head.weight.device)
         hidden = _shared_states(causal, layout) if self.rows == "shared" else _separate_states(causal, layout)
         states, rule = hidden[layout.sources], logit_rule(causal.config.get_text_config())
-        logps = target_logps(states, head.weight, layout.targets, rule)[layout.entries]
+        bias = cast(torch.Tensor | None, getattr(head, "bias", None))
+        logps = target_logps(states, head.weight, layout.targets, rule, bias)[layout.entries]
         if not collisions:
             return logps
-        return torch.stack([logps, log_collisions(states, head.weight, rule)[layout.entries]])
+        return torch.stack([logps, log_collisions(states, head.weight, rule, bias)[layout.entries]])
 
     def layout(self, trees: Sequence[Tree]) -> Layout:
         """A layout of trees for this model; completions and tokens keep the order of `trees`."""
@@ -56,7 +57,7 @@ class TreeModel(torch.nn.Module):
 
 def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Hidden states [T, H] of a row of trees, by one forward pass."""
-    return causal.base_model(
+    return decoder(causal)(
         input_ids=layout.input_ids.unsqueeze(0),
         position_ids=layout.position_ids.unsqueeze(0),
         use_cache=False,
@@ -66,7 +67,7 @@ def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
 
 def _separate_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Hidden states [T, H] of trees with one completion each, by one plain forward pass per tree."""
-    body = causal.base_model
+    body = decoder(causal)
     rows = [slice(s.start, s.start + s.trunk_length + sum(n for _, n in s.completions)) for s in layout.spans]
     passes = [body(input_ids=layout.input_ids[row].unsqueeze(0), use_cache=False) for row in rows]
     return torch.cat([out.last_hidden_state[0] for out in passes])
@@ -87,6 +88,12 @@ def plain_attention(causal: PreTrainedModel) -> str:
 def causal_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def decoder(causal: PreTrainedModel) -> torch.nn.Module:
+    """The part of a model that makes hidden states of text: without the head, and without the other parts (a vision
+    tower) of a model of several kinds of input."""
+    return causal.get_decoder()
 
 
 @torch.no_grad()
@@ -110,6 +117,14 @@ def pack(trees: Iterable[Tree], max_tokens: int) -> Iterator[list[Tree]]:
         load += tree.num_tokens
     if waiting:
         yield waiting
+
+
+def extremes(trees: Sequence[Tree]) -> list[Tree]:
+    """The trees for a self-test: the smallest one, and the one with the longest sequence of prompt and completion, in
+    which attention windows and length-dependent positions show; of each its longest and its shortest completion."""
+    ends = (min(trees, key=lambda t: t.num_tokens), max(trees, key=lambda t: t.longest_sequence))
+    ordered = ((tree.prompt, sorted(tree.completions, key=len)) for tree in ends)
+    return [Tree(prompt, [c[-1], c[0]] if len(c) > 1 else c) for prompt, c in ordered]
 
 
 def settle_rows(model: TreeModel, trees: Sequence[Tree], dtype: str) -> str | None:

@@ -28,6 +28,8 @@ class Embedded:
     sha256: str
 
 
+# What configs call the context: most models, GPT-2, GPT-J, Megrez, Bloom and ChatGLM.
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 _LARGE = 64 << 20  # bytes; hashing less is faster than looking a digest up
 # Settings by which peft turns a LoRA adapter into something that depends on the tokens, draws, or changes the base.
 _OTHER_LORA = (
@@ -86,10 +88,13 @@ def resolve(model: str, adapter: str = "none") -> Policy:
 
 
 def context_length(directory: Path) -> int | None:
-    """How many tokens a model takes at most, from its config; None when the config does not say."""
+    """How many tokens a model takes at most, from its config; None when the config does not say. Models with further
+    parts, such as a vision tower, keep the config of their language model in `text_config`."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    length = config.get("max_position_embeddings") or config.get("n_positions")
-    return length if isinstance(length, int) else None
+    nested = config.get("text_config")
+    tables = [nested, config] if isinstance(nested, dict) else [config]
+    lengths = (table.get(name) for table in tables for name in _CONTEXT)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def adapter_base_record(weights: str, adapter_weights: str | None = None) -> str:

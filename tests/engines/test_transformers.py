@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, Qwen2MoeConfig
 
 from prefpipe import engines
 from prefpipe.config.build_pairs import BuildPairsConfig
@@ -30,6 +30,7 @@ from prefpipe.models.policy import resolve
 from prefpipe.stages import build_pairs
 from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.train import stage
+from tests.tiny import with_tokenizer
 
 MAX_TOKENS = 24
 PROMPTS = {name: list(map(ord, name)) for name in ("a bird", "an owl", "a song", "the sea at night", "x")}
@@ -173,6 +174,38 @@ def test_a_model_that_cannot_share_rows_generates_with_a_notice(
         length = len(sequence.token_ids)
         plain = logps[-length - 1 : -1].gather(1, ids[0, -length:, None])[:, 0].tolist()
         assert found[name][int(index)].token_logps == pytest.approx(plain, abs=2e-5)
+
+
+def test_a_window_that_attention_is_not_told_of_shows_in_the_first_longer_sequence(
+    tmp_path: Path, settings: EngineSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen2-MoE keeps its window of 16 tokens to the mask. Sequences up to 12 tokens share a row and are right; the
+    first one of 30 comes in a later batch, and is computed in a row of its own."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, use_sliding_window=True, sliding_window=16, max_window_layers=2,
+        initializer_range=0.3, eos_token_id=2,
+    )  # fmt: skip
+    directory = with_tokenizer(AutoModelForCausalLM.from_config(config), tmp_path / "m")
+    short = [ScoreRequest(f"s{n}", [5] * 4, list(range(9, 9 + n))) for n in (3, 8)]
+    long = [ScoreRequest(f"l{n}", list(range(20, 44)), list(range(9, 9 + n))) for n in (6, 2)]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with engines.load("transformers", replace(settings, policy=resolve(str(directory)))) as running:
+        found = dict(running.score(short, adapter=True))
+        assert "a row of its own" not in capsys.readouterr().err
+        found |= dict(running.score(long, adapter=True))
+        found |= {f"{key}/again": values for key, values in running.score(long, adapter=True)}
+    assert capsys.readouterr().err.count("a row of its own: shared rows differ") == 1
+    for sequence in (*short, *long):
+        ids = torch.tensor([[*sequence.prompt_token_ids, *sequence.token_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits[0].log_softmax(-1)
+        length = len(sequence.token_ids)
+        plain = logps[-length - 1 : -1].gather(1, ids[0, -length:, None])[:, 0].tolist()
+        for key in (k for k in found if k.split("/")[0] == sequence.completion_id):
+            assert found[key] == pytest.approx(plain, abs=2e-5)
 
 
 @pytest.mark.parametrize("reference", ["policy", "base"])

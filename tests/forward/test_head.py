@@ -27,26 +27,32 @@ RULES = {
 
 
 def plain(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rule: LogitRule = LogitRule()
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    rule: LogitRule = LogitRule(),
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    logits = hidden @ weight.T * rule.scale
+    logits = torch.nn.functional.linear(hidden, weight, bias) * rule.scale
     logits = logits if rule.cap is None else rule.cap * torch.tanh(logits / rule.cap)
     logps = logits.log_softmax(dim=1)
     return logps.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("rows", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
-def test_equals_log_softmax_in_value_and_gradient(rows: int, rule: str, trainable: bool):
+def test_equals_log_softmax_in_value_and_gradient(rows: int, rule: str, biased: bool, trainable: bool):
     """d log p(y) / dh = W[y] - sum_v p_v W_v times the slope of the rule, whatever the loss above: here a random
-    linear one. A trainable head gives the gradient of W too."""
+    linear one. A trainable head gives the gradients of W and of the bias too."""
     hidden, weight, targets, slope = inputs(rows, 50, torch.float32)
     weight.requires_grad_(trainable)
-    over = [hidden, weight] if trainable else [hidden]
-    found = target_logps(hidden, weight, targets, RULES[rule])
+    bias = torch.randn(50, generator=torch.Generator().manual_seed(9)).requires_grad_(trainable) if biased else None
+    over = [hidden, weight, *([] if bias is None else [bias])] if trainable else [hidden]
+    found = target_logps(hidden, weight, targets, RULES[rule], bias)
     gradients = torch.autograd.grad(found, over, slope)
-    expected = plain(hidden, weight, targets, RULES[rule])
+    expected = plain(hidden, weight, targets, RULES[rule], bias)
     expected_gradients = torch.autograd.grad(expected, over, slope)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -59,10 +65,11 @@ def test_equals_log_softmax_in_value_and_gradient(rows: int, rule: str, trainabl
 @pytest.mark.parametrize("rows", [1, CHUNK + 1])
 def test_collisions_are_the_log_of_summed_squares(rows: int, rule: str):
     hidden, weight, *_ = inputs(rows, 50, torch.float32)
-    logits = hidden @ weight.T * RULES[rule].scale
+    bias = torch.randn(50, generator=torch.Generator().manual_seed(9))
+    logits = (hidden @ weight.T + bias) * RULES[rule].scale
     cap = RULES[rule].cap
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    found = log_collisions(hidden, weight, RULES[rule])
+    found = log_collisions(hidden, weight, RULES[rule], bias)
     assert not found.requires_grad
     torch.testing.assert_close(found, logits.softmax(1).square().sum(1).log(), rtol=1e-5, atol=1e-5)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.forward import load
@@ -177,16 +177,6 @@ def test_rotary_frequencies_that_grow_with_use_are_refused_by_the_loader(tmp_pat
     LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     with pytest.raises(UsageError, match="dynamic NTK"):
         load.load_model(tmp_path / "m", "float32")
-
-
-def test_a_head_with_a_bias_is_refused(tmp_path: Path):
-    phi = PhiConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    PhiForCausalLM(phi).save_pretrained(tmp_path / "phi")
-    with pytest.raises(UsageError, match="bias"):
-        load.load_model(tmp_path / "phi", "float32")
 
 
 def test_lora_dropout_is_on_inside_of_the_block_only_and_drawn_from_the_generator(tiny_model: Path):

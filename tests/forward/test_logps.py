@@ -20,6 +20,7 @@ from prefpipe.forward.logps import (
     TreeModel,
     causal_model,
     completion_logps,
+    extremes,
     pack,
     plain_attention,
     score,
@@ -84,6 +85,13 @@ SHARED: dict[str, Callable[..., PretrainedConfig]] = {
         **{**GROUPED, "max_position_embeddings": 131072}, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
         sliding_window=5, **k
     ),
+    "phi-bias": lambda **k: transformers.PhiConfig(**GROUPED, **k),
+    # Values are smaller than queries and keys.
+    "deepseek_v3-mla": lambda **k: transformers.DeepseekV3Config(
+        **COMMON, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
+        v_head_dim=12, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        first_k_dense_replace=1, **k
+    ),
     "llama-yarn": lambda **k: transformers.LlamaConfig(
         **{**GROUPED, "max_position_embeddings": 16},
         rope_parameters={
@@ -119,6 +127,13 @@ SEPARATE: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
         ),
         "shared rows differ",
     ),
+    "gptj-bias": (
+        lambda: transformers.GPTJConfig(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4, bos_token_id=1,
+            eos_token_id=2, initializer_range=0.3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        ),
+        "shared rows",
+    ),
     "nemotron": (lambda: transformers.NemotronConfig(**GROUPED, head_dim=8), "does not take shared rows"),
     "lfm2": (
         lambda: transformers.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"], block_multiple_of=8),
@@ -150,7 +165,7 @@ def build(config: PretrainedConfig, directory: Path, dtype: str = "float32") -> 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("sinks"):
+        if name.endswith(("sinks", "lm_head.bias")):
             parameter.data.normal_(std=1.0)
     model.save_pretrained(directory)
     return load.load_model(directory, dtype)
@@ -285,9 +300,7 @@ def test_models_that_cannot_share_a_row_are_computed_in_separate_rows(family: st
     close(torch.tensor([v for tree in score(model, some) for c in tree for v in c]), plain)
 
 
-def test_a_head_with_a_bias_and_growing_rotary_frequencies_are_refused_in_words(tmp_path: Path):
-    with pytest.raises(UsageError, match="bias"):
-        build(transformers.PhiConfig(**GROUPED), tmp_path / "phi")
+def test_growing_rotary_frequencies_are_refused_in_words(tmp_path: Path):
     config = transformers.LlamaConfig(**{**GROUPED, "max_position_embeddings": 16}, rope_parameters=DYNAMIC)
     with pytest.raises(UsageError, match="dynamic NTK"):
         build(config, tmp_path / "dynamic")
@@ -303,6 +316,16 @@ def test_a_model_that_is_wrong_in_separate_rows_too_is_refused(tmp_path: Path, m
     monkeypatch.undo()
     assert settle_rows(model, trees(2), "float32") is None
     assert (model.rows, causal.config._attn_implementation) == ("shared", attention.NAME)
+
+
+def test_a_self_test_takes_the_longest_sequence_not_the_largest_tree():
+    """Of 3 + 4 * 20 tokens the longest sequence has 23; the other tree has one of 31."""
+    many, long = Tree(tokens(3, 0), [tokens(20, n) for n in range(4)]), Tree(tokens(30, 5), [tokens(1, 6)])
+    short = Tree(tokens(2, 7), [tokens(4, 8), tokens(9, 9), tokens(1, 10)])
+    first, last = extremes([many, long, short])
+    assert (first.prompt, [len(c) for c in first.completions]) == (short.prompt, [9, 1])
+    assert last == long
+    assert extremes([long]) == [long, long]
 
 
 def test_running_out_of_memory_is_no_verdict_on_an_architecture(tmp_path: Path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,3 +205,19 @@ def test_the_context_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
     assert context_length(tiny_model) == 1024
     (tmp_path / "config.json").write_text("{}")
     assert context_length(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        *(({name: 77}, 77) for name in ("n_positions", "n_ctx", "max_sequence_length", "seq_length")),
+        ({"text_config": {"max_position_embeddings": 77}, "vision_config": {"max_position_embeddings": 9}}, 77),
+        ({"text_config": {"max_position_embeddings": 77}, "max_position_embeddings": 9}, 77),
+        ({"text_config": {}, "n_positions": 77}, 77),
+        ({"text_config": None, "max_position_embeddings": None, "n_ctx": 77}, 77),
+        ({"max_position_embeddings": -1}, None),
+    ],
+)
+def test_the_context_under_its_other_names(tmp_path: Path, config: dict[str, Any], context: int | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_length(tmp_path) == context

@@ -17,7 +17,7 @@ from prefpipe.models.policy import Policy, resolve
 from prefpipe.rows import check_ids, completions_of, key_of, one_reference, with_ref_logps
 from prefpipe.runs import store
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
-from prefpipe.stages.train import examples
+from prefpipe.stages.train import examples, lengths
 from prefpipe.stages.train.evaluation import split_by_prompt
 from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
 from prefpipe.stages.train.reference.identity import Named, Reference, settle_reference
@@ -44,7 +44,7 @@ class TrainingData:
     rows: list[TrainRow]
     # Mismatched rows for the reference point of KTO: those of the rows to train on, then those of --eval-labels.
     bank: list[TrainLabel]
-    # The ledger of input rows that could not be read.
+    # The ledger of input rows that could not be read, or that the model cannot take.
     dropped: list[Dropped]
     # The initial policy.
     policy: Policy
@@ -99,13 +99,16 @@ def prepare(config: TrainConfig) -> TrainingData:
     chat = load_chat(policy.directory, config.chat_template) if has_texts else None
     if chat is not None:
         check_ends(chat)
-    read = _read(sources, kind, chat, config)
+    needs_reference = config.objective.needs("reference")
+    named = _named_reference(config, needs_reference=needs_reference)
+    context = lengths.context_of([policy, *([named] if isinstance(named, Policy) else [])])
+    read = _read(sources, kind, chat, config, context)
     num_training, num_bank = len(read.rows), len(read.bank)
     if held_out:
-        _add_held_out(read, held_out, _read(held_out, kind, chat, config))
+        _add_held_out(read, held_out, _read(held_out, kind, chat, config, context))
+    lengths.warn(read.dropped)
     for row in (*read.rows, *read.bank):
         check_ids(row, f"row {key_of(row)}")
-    needs_reference = config.objective.needs("reference")
     if config.ref_logps:
         inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
         _take_values(read, config, needs_reference=needs_reference)
@@ -113,7 +116,6 @@ def prepare(config: TrainConfig) -> TrainingData:
     rows = _train_rows(kind, read.rows)
     _check_columns(config.objective, rows)
     bank = examples.from_bank(read.bank)
-    named = _named_reference(config, needs_reference=needs_reference)
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, named) if needs_reference else None
     inputs |= {"reference": _recorded(reference)} if reference and named else {}
     training, eval_rows = _parted(rows, num_training, kind, config)
@@ -162,12 +164,14 @@ def kind_of(config: TrainConfig) -> Kind:
     return kind
 
 
-def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainConfig) -> _Read:
+def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainConfig, context: int | None) -> _Read:
+    """The rows of the sources that `context` tokens hold."""
+    limits = lengths.limits(config, context)
     read = _Read()
     for source in sources:
         if source.is_file() and chat is not None and kind != "groups":
             read_rows = tokenised.read_pairs if kind == "pairs" else tokenised.read_labels
-            rows, dropped = read_rows(source, chat, tokenised.Limits(control_tokens=config.special_tokens_in_prompts))
+            rows, dropped = read_rows(source, chat, limits)
             read.rows += rows
             read.dropped += dropped
         else:
@@ -175,11 +179,13 @@ def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainC
             read.rows += from_table(row_type, store.read_dataset(source, kind, row_type))
             if (source / "kl_bank").is_dir():
                 read.bank += from_table(KlBank, store.read_dataset(source, "kl_bank", KlBank))
+    read.rows = lengths.within(read.rows, context, read.dropped)
     if not config.objective.needs("z0"):
         read.bank = []
     elif not read.bank:
         labels = [row for row in read.rows if isinstance(row, Label)]
         read.bank = kl_bank(labels, config.kl_bank_size, config.seed)
+    read.bank = lengths.within(read.bank, context, read.dropped)
     return read
 
 

@@ -10,7 +10,7 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward import load
-from prefpipe.forward.logps import TreeModel, causal_model, settle_rows
+from prefpipe.forward.logps import TreeModel, causal_model, extremes, settle_rows
 from prefpipe.models.policy import Policy
 from prefpipe.stages.train import memory
 from prefpipe.stages.train.examples import TrainRow
@@ -69,11 +69,9 @@ def check_vocabulary(model: TreeModel, rows: Sequence[TrainRow]) -> None:
 
 
 def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:
-    """Compare token trees with transformers' own forward pass on the shortest and the longest row (attention windows
-    and length-dependent positions show in the longest). Where they differ, every completion is computed in a row of its
-    own from now on, with a warning."""
-    shortest, *_, longest = sorted([*rows, rows[0]], key=lambda row: tree_of(row).num_tokens)
-    reason = settle_rows(model, [tree_of(shortest), tree_of(longest)], dtype)
+    """Compare token trees with transformers' own forward pass on rows of extreme lengths. Where they differ, every
+    completion is computed in a row of its own from now on, with a warning."""
+    reason = settle_rows(model, extremes([tree_of(row) for row in rows]), dtype)
     if reason is not None:
         log.warn(f"every completion is computed in a row of its own, at up to twice the cost: {reason}")
 

@@ -17,7 +17,7 @@ def run(config: TrainConfig) -> list[str]:
     """Lines of a table: memory by part, tokens, steps, time, and the saving of the cached reference."""
     data = prepare(config)
     model = loading.load_policy(data.policy, config)
-    loading.choose_rows(model, data.rows, config.dtype)
+    loading.choose_rows(model, data.all_rows, config.dtype)
     fitting = memory.fitting(
         model, [tree_of(row) for row in data.rows], config.gradient_checkpointing, config.max_tokens_per_micro_batch
     )

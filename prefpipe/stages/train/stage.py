@@ -119,7 +119,7 @@ def _reference_first(
 
 def _settle(model: TreeModel, data: TrainingData, config: TrainConfig) -> None:
     loading.check_vocabulary(model, data.all_rows)
-    loading.choose_rows(model, data.rows, config.dtype)
+    loading.choose_rows(model, data.all_rows, config.dtype)
 
 
 def _with_ref_logps(

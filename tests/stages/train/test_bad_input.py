@@ -59,6 +59,25 @@ def test_a_cached_value_that_is_no_number(refused: Callable[..., str], tiny_mode
     assert "not a finite number" in said
 
 
+def test_a_cached_value_that_is_no_logarithm_of_a_probability(
+    refused: Callable[..., str], tiny_model: Path, tmp_path: Path
+):
+    """The last of many rows, which the audit of one row does not reach; rounding may give a little more than 0."""
+    rows = data.with_reference(data.bare_pairs(6), tiny_model)
+    values = [0.25, *(rows[5].ref_chosen_token_logps or [])[1:]]
+    wrong = data.with_values(rows[5], values, rows[5].ref_rejected_token_logps or [], rows[5].reference, "x/float32")
+    said = refused(65, "--pairs", data.write_pairs(tmp_path / "p", [*rows[:5], wrong]), "--audit-rows", 1)
+    assert f"row {rows[5].pair_id}: a cached log-prob of completion {rows[5].chosen_completion_id} is 0.25" in said
+
+
+def test_a_completion_without_tokens(refused: Callable[..., str], tmp_path: Path):
+    rows = data.bare_pairs(4)
+    digest = ids_digest(rows[3].prompt_token_ids, [])
+    rows[3] = replace(rows[3], rejected_token_ids=[], rejected_ids_digest=digest)
+    said = refused(65, "--pairs", data.write_pairs(tmp_path / "p", rows))
+    assert f"row {rows[3].pair_id}: completion {rows[3].rejected_completion_id} is empty" in said
+
+
 def test_an_unknown_setting(refused: Callable[..., str], tmp_path: Path):
     (tmp_path / "r.toml").write_text("learning_rat = 1e-4\n")
     assert "did you mean 'learning_rate'" in refused(2, tmp_path / "r.toml")

@@ -16,6 +16,7 @@ from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.micro_batches import tree_of
 
 Score = Callable[[Sequence[Tree]], list[list[list[float]]]]  # token log-probs of every completion of every tree
+_ROUNDING = 1e-3  # nats: how far above 0 rounding moves a log-prob
 _EXACT_H = 1e-3  # nats: |h| of a row when the same fp32 forward computed both sides
 
 
@@ -67,13 +68,27 @@ def audit(rows: Sequence[TrainRow], count: int, score: Score, beta: float) -> Au
 
 
 def check_cached(row: TrainRow) -> None:
-    """Raise IdentityError unless there is one cached log-prob per token, DataError when one is not a finite number."""
+    """Raise IdentityError unless there is one cached log-prob per token, DataError when one is no log-probability, or
+    when the prompt or a completion has no token."""
+    if not row.prompt_ids:
+        raise DataError(f"row {row.row_id} has an empty prompt", "a completion is predicted from at least one token")
     for completion in row.completions:
         values = completion.ref_logps or ()
+        if not completion.token_ids:
+            raise DataError(
+                f"row {row.row_id}: completion {completion.completion_id} is empty",
+                "leave the row out: a completion ends at least with an end-of-sequence token",
+            )
         if not all(map(math.isfinite, values)):
             raise DataError(
                 f"row {row.row_id}: a cached log-prob of completion {completion.completion_id} is not a finite number",
                 "make the values again with `prefpipe score`; a value is never replaced by a guess",
+            )
+        if max(values, default=0.0) > _ROUNDING:
+            raise DataError(
+                f"row {row.row_id}: a cached log-prob of completion {completion.completion_id} is {max(values):.4g} "
+                "nats; the logarithm of a probability is never above 0",
+                "make the values again with `prefpipe score`: these may be negated, or logits",
             )
         if completion.ref_logps is not None and len(values) != len(completion.token_ids):
             raise IdentityError(

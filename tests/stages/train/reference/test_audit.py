@@ -18,7 +18,15 @@ from prefpipe.models import policy
 from prefpipe.schemas import Pair
 from prefpipe.stages.train import stage
 from prefpipe.stages.train.examples import TrainPair
-from prefpipe.stages.train.reference.audit import Audit, Score, audit, check, check_scorers, noise_between_kernels
+from prefpipe.stages.train.reference.audit import (
+    Audit,
+    Score,
+    audit,
+    check,
+    check_cached,
+    check_scorers,
+    noise_between_kernels,
+)
 from tests.stages.train import data
 
 Values = tuple[float, ...]
@@ -70,6 +78,21 @@ def test_numbers_derived_by_hand():
     assert found.largest_h == pytest.approx(0.2)
     assert found.loss == pytest.approx(math.log(1 + math.exp(0.1)))
     assert found.to_dict()["tokens"] == 3
+
+
+def test_what_a_row_must_hold_before_it_is_scored_again():
+    """Log-probs above 0 only by rounding; at least one token in the prompt and in every completion."""
+    good = pair(0, (-1.0, 9e-4), (-3.0,))
+    check_cached(good)
+    check_cached(replace(good, ref_chosen=None, ref_rejected=None))
+    for wrong, words in (
+        (replace(good, ref_chosen=(-1.0, 2e-3)), "row p000: .* is 0.002 nats"),
+        (replace(good, rejected=(), ref_rejected=()), "row p000: completion r is empty"),
+        (replace(good, rejected=(), ref_rejected=None), "row p000: completion r is empty"),
+        (replace(good, prompt_ids=()), "row p000 has an empty prompt"),
+    ):
+        with pytest.raises(DataError, match=words):
+            check_cached(wrong)
 
 
 def test_the_largest_h_of_any_pair_counts_whatever_its_sign():
