@@ -90,6 +90,6 @@ def render(
 
 @cache
 def _compiled(template: str) -> Any:
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # pyright: ignore[reportPrivateUsage]
 
     return _compile_jinja_template(template)
