@@ -85,8 +85,8 @@ def _check_kind(directory: Path, config: PreTrainedConfig, kind: Any) -> None:
             f"{directory} ({name}) is not an architecture that transformers loads as a {wanted}",
             f"take a {wanted}",
         )
-    text = config.get_text_config()
-    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", True)
+    text, masked = config.get_text_config(), AutoModelForMaskedLM._model_mapping  # pyright: ignore[reportPrivateUsage]  (no public name)
+    is_encoder = type(config) in masked and not getattr(config, "is_decoder", True)
     is_encoder = is_encoder or getattr(text, "use_bidirectional_attention", None) in (True, "all")
     if kind is AutoModelForCausalLM and is_encoder:
         raise UsageError(

