@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from prefpipe import clock
 from prefpipe.config.base import suggestion
 from prefpipe.errors import DataError, MissingInputError, RowFault, UsageError
-from prefpipe.models import fingerprint, template
+from prefpipe.models import embedding, fingerprint, template
 from prefpipe.schemas import Message
 
 TODAY = "today"
@@ -56,7 +56,8 @@ def load_chat(directory: Path, chat_template: str = "model", date: str = TODAY) 
     `chat_template` is "model", "none" (plain text) or a file. `date` is the day (YYYY-MM-DD) that a template with a
     date prints; it is part of the digests of such a template only.
 
-    Raises MissingInputError without tokenizer.json or template, DataError without an end-of-sequence token.
+    Raises MissingInputError without tokenizer.json or template, DataError without an end-of-sequence token, or where
+    the model has no embedding for a token that is written.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -71,6 +72,7 @@ def load_chat(directory: Path, chat_template: str = "model", date: str = TODAY) 
     named = {k: _token_text(v) for k, v in settings.items() if k.endswith("_token") and v is not None}
     eos = _eos_ids(directory, tokenizer, named)
     text = template.find(directory, settings, chat_template)
+    embedding.check(directory, tokenizer, text, eos)
     if text == template.PLAIN:
         named |= {"opening_token": _opening(tokenizer), "closing_token": tokenizer.id_to_token(min(eos)) or ""}
     digests = {

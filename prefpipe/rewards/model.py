@@ -19,7 +19,7 @@ from prefpipe.config.rewards import RewardModel
 from prefpipe.engines import pooling
 from prefpipe.errors import RowFault, UsageError
 from prefpipe.models.chat import Chat, check_control_tokens, encode, load_chat, render
-from prefpipe.models.policy import resolve
+from prefpipe.models.policy import context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
@@ -51,7 +51,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
     directory = resolve(_name(settings)).directory
     chat = load_chat(directory, settings.chat_template)
     label = find_label(directory, settings.label)
-    longest = min(settings.max_length, _config(directory).get("max_position_embeddings") or settings.max_length)
+    longest = min(settings.max_length, context_length(directory) or settings.max_length)
     started = contextlib.ExitStack()
     logits_of = functools.cache(lambda: started.enter_context(_classifier(settings, directory, longest)))
 
