@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from prefpipe import clock, log
 from prefpipe.config.base import suggestion
 from prefpipe.errors import DataError, RowFault, UsageError
-from prefpipe.models import dialogue, escape, fingerprint, template
+from prefpipe.models import dialogue, embedding, escape, fingerprint, template
 from prefpipe.models.tokenizer import load_tokenizer
 from prefpipe.schemas import Message
 
@@ -61,13 +61,14 @@ def load_chat(directory: Path, chat_template: str = "model", date: str = TODAY, 
     `date` is the day (YYYY-MM-DD) that a template with a date prints; it is part of the digests of such a template
     only. A model that generates nothing, such as a classifier, needs no end-of-sequence token.
 
-    Raises MissingInputError without tokenizer or template, DataError without an end-of-sequence token, and what
-    `load_tokenizer` raises.
+    Raises MissingInputError without tokenizer or template, DataError without an end-of-sequence token, or where the
+    model has no embedding for a token that is written, and what `load_tokenizer` raises.
     """
     loaded = load_tokenizer(directory)
     if generates and not loaded.eos_token_ids:
         raise DataError(f"{directory} names no end-of-sequence token", "set eos_token_id in its generation_config.json")
     text = template.find(directory, loaded.chat_template, chat_template)
+    embedding.check(directory, loaded.backend, text, loaded.eos_token_ids)
     named = loaded.named_tokens
     if text == template.PLAIN:
         closing = named.get("eos_token") or loaded.closing

@@ -21,7 +21,7 @@ from prefpipe.errors import RowFault, UsageError
 from prefpipe.forward.architecture import check_architecture
 from prefpipe.forward.weights import read_model
 from prefpipe.models.chat import Chat, encode_messages, load_chat
-from prefpipe.models.policy import resolve
+from prefpipe.models.policy import context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.schemas import Message
 
@@ -55,7 +55,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
     directory = resolve(_name(settings)).directory
     chat = load_chat(directory, settings.chat_template, generates=False)
     label = find_label(directory, settings.label)
-    longest = min(settings.max_length, _config(directory).get("max_position_embeddings") or settings.max_length)
+    longest = min(settings.max_length, context_length(directory) or settings.max_length)
     started = contextlib.ExitStack()
     logits_of = functools.cache(lambda: started.enter_context(_classifier(settings, directory, longest)))
 

@@ -106,7 +106,7 @@ def prepare(config: TrainConfig) -> TrainingData:
     num_training, num_bank = len(read.rows), len(read.bank)
     if held_out:
         _add_held_out(read, held_out, _read(held_out, kind, chat, config, context))
-    lengths.warn(read.dropped)
+    lengths.warn(read.dropped, context)
     for row in (*read.rows, *read.bank):
         check_ids(row, f"row {key_of(row)}")
     if config.ref_logps:

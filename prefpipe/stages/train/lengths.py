@@ -46,11 +46,11 @@ def within(rows: list[T], context: int | None, dropped: list[Dropped]) -> list[T
     return kept
 
 
-def warn(dropped: Sequence[Dropped]) -> None:
+def warn(dropped: Sequence[Dropped], context: int | None) -> None:
     """Say how many rows are left out because of their length."""
     overlong = [row for row in dropped if row.reason == "too_long"]
     if overlong:
         log.warn(
             f"{len(overlong)} rows are left out because they are too long (first {overlong[0].id}: "
-            f"{overlong[0].detail}); dropped.parquet names them"
+            f"{overlong[0].detail}); the model's context is {context or 'not known'}, dropped.parquet names the rows"
         )

@@ -1,6 +1,7 @@
 """The model of a training run: loaded, compared with the rows, and fitted into the free memory."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward import load
 from prefpipe.forward.logps import TreeModel, causal_model, extremes, settle_rows
+from prefpipe.models import embedding, vocabulary
 from prefpipe.models.policy import Policy
 from prefpipe.stages.train import memory
 from prefpipe.stages.train.examples import TrainRow
@@ -56,16 +58,28 @@ def _load_base(policy: Policy, config: TrainConfig) -> PreTrainedModel:
 
 
 def check_vocabulary(model: TreeModel, rows: Sequence[TrainRow]) -> None:
-    """Raise IdentityError for token ids that the model does not have."""
-    size = cast(torch.nn.Embedding, causal_model(model.policy).get_input_embeddings()).num_embeddings
+    """Raise IdentityError for token ids that the model does not have, DataError where its tokenizer has them."""
+    causal = causal_model(model.policy)
+    size = cast(torch.nn.Embedding, causal.get_input_embeddings()).num_embeddings
     for row in rows:
         largest = max(max(ids, default=0) for ids in (row.prompt_ids, *(c.token_ids for c in row.completions)))
         if largest >= size:
+            if _has_token(Path(causal.name_or_path), largest):
+                raise DataError(
+                    f"{causal.name_or_path}: row {row.row_id} holds the token id {largest}, which the tokenizer of the "
+                    f"model has, but the model has {size} tokens: the others have no embedding",
+                    embedding.ADVICE,
+                )
             raise IdentityError(
                 f"row {row.row_id} holds the token id {largest}, but the model has {size} tokens: the rows were "
                 "made with another tokenizer",
                 "train on the model that the rows were made for, or make the rows again with this model",
             )
+
+
+def _has_token(directory: Path, number: int) -> bool:
+    known = (directory / "tokenizer.json").is_file()
+    return known and any(number == other for other, _ in vocabulary.read(directory))
 
 
 def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:

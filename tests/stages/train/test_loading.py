@@ -1,12 +1,14 @@
 """The model of a run as it will train: its adapter, its vocabulary, and what the free memory makes of it."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer
 
-from prefpipe.errors import IdentityError
+from prefpipe.errors import DataError, IdentityError
 from prefpipe.models.policy import resolve
 from prefpipe.stages.train import loading
 from tests.stages.train import data
@@ -41,6 +43,17 @@ def test_a_token_id_beyond_the_vocabulary(tiny_model: Path):
     for wrong in (replace(row, prompt_ids=(264,)), replace(row, rejected=(1, 264))):
         with pytest.raises(IdentityError, match="token id 264, but the model has 264 tokens"):
             loading.check_vocabulary(model, [row, wrong])
+
+
+def test_a_token_id_that_the_tokenizer_of_the_model_has(tiny_model: Path, tmp_path: Path):
+    """Rows of a run with the same tokenizer: not they are wrong, the embedding is too small."""
+    shutil.copytree(tiny_model, tmp_path / "m")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(f"<|{n}|>", special=True) for n in range(259, 265)])
+    tokenizer.save(str(tmp_path / "m" / "tokenizer.json"))
+    (row,) = data.to_train_pairs(data.bare_pairs(1))
+    with pytest.raises(DataError, match="token id 264, which the tokenizer of the model has, but the model has 264"):
+        loading.check_vocabulary(data.policy(tmp_path / "m"), [replace(row, rejected=(1, 264))])
 
 
 def test_a_budget_that_is_given_needs_no_probe(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
