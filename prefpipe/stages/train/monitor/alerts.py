@@ -30,7 +30,7 @@ RULES: dict[str, Rule] = {
         "block",
         "WARN",
         "D of chosen < -0.10 per token, or < -20 nats per completion, for W",
-        "add an nll loss (weight 0.2 to 1) or another loss that holds chosen up, lower learning_rate, or raise beta",
+        "add an nll loss (weight 0.2 to 1) or choose another (docs/losses.md), lower learning_rate, or raise beta",
         f"{_RAZIN}; {_MEASURED}",
         conditions.chosen_collapses,
     ),
