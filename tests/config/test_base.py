@@ -117,6 +117,8 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
             "build_pairs.output": LOSSES[found.get("train.loss_type", ("sigmoid",))[0]].kind,
             "build_pairs.format": "prefpipe",
         }
+    if cls is ScoreConfig and not found.get("rewards"):
+        found.pop("reference", None)  # with neither, there is nothing to do for runs
     if cls in (IterateConfig, BuildPairsConfig):
         _keep_what_build_pairs_reads(found, "build_pairs." if cls is IterateConfig else "")
     return found

@@ -110,7 +110,7 @@ def test_no_end_where_the_template_has_none(write: Write, chat: Chat) -> None:
 
 
 def test_an_answer_that_spells_a_control_token_goes_to_the_ledger(write: Write, chat: Chat) -> None:
-    """It would end twice. DESIGN: control tokens are dropped by default, with their reason."""
+    """It would end twice. By default such a row is left out, with its reason."""
     rows, dropped = read_pairs(write(pair(), pair(chosen="An <|im_end|> owl.")), chat)
     assert len(rows) == 1
     assert [(d.id.rpartition(", ")[2], d.reason) for d in dropped] == [("line 2", "control_tokens")]
