@@ -1,10 +1,8 @@
 """Prompts to samples, shard by shard: whole ones only, prompts in their order, whatever order an engine finishes in."""
 
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +17,7 @@ from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, EncodedPrompt, PromptShard, SampledShard
 from prefpipe.models.chat import Chat
 from prefpipe.schemas import Message, Prompt
+from tests.engines.cases import ScriptedEngine
 
 DRAWS = (Draw(0, 1, 1.0), Draw(1, 2, 1.0))
 
@@ -44,41 +43,14 @@ def sample(
         )
 
 
-class ShuffledEngine:
-    """Finishes requests in random order; `in_flight` requests are taken before the first one is done."""
+def shuffled(seed: int, in_flight: int, **changes: Any) -> ScriptedEngine:
+    """Every completion is the prompt's ids and an end; requests leave in random order."""
 
-    scorer = "shuffled"
-
-    def __init__(self, seed: int, in_flight: int) -> None:
-        self._source = random.Random(seed)
-        self._in_flight = in_flight
-        self.taken = 0
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        waiting: list[Request] = []
-        for request in requests:
-            self.taken += 1
-            waiting.append(request)
-            if len(waiting) == self._in_flight:
-                yield self._finish(waiting)
-        while waiting:
-            yield self._finish(waiting)
-
-    def score(self, sequences: Iterable[base.ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        yield from ((s.completion_id, [0.0] * len(s.token_ids)) for s in sequences)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def _finish(self, waiting: list[Request]) -> tuple[Request, list[Sample]]:
-        request = waiting.pop(self._source.randrange(len(waiting)))
+    def sample(request: Request) -> list[Sample]:
         ids = [*request.prompt_token_ids, 2]
-        return request, [Sample(d.sample_index, ids, [0.0] * len(ids), "stop") for d in request.draws]
+        return [Sample(d.sample_index, ids, [0.0] * len(ids), "stop") for d in request.draws]
+
+    return ScriptedEngine(sample, lambda s, _: [0.0] * len(s.token_ids), in_flight=in_flight, seed=seed, **changes)
 
 
 def prompt(text: str, answer: str | None = None) -> Prompt:
@@ -104,7 +76,7 @@ def test_shards_come_back_whole_once_and_in_prompt_order(
     chat: Chat, tmp_path: Path, number: int, rows: int, in_flight: int, seed: int
 ) -> None:
     """Every shard comes back once, with its prompts in their order and every prompt with its own samples."""
-    shards = list(sample(cut(prompts(number), rows), ShuffledEngine(seed, in_flight), chat, tmp_path))
+    shards = list(sample(cut(prompts(number), rows), shuffled(seed, in_flight), chat, tmp_path))
     shards.sort(key=lambda shard: shard.index)
     assert [shard.index for shard in shards] == list(range(-(-number // rows)))
     in_order = [s for shard in shards for s in shard.sampled]
@@ -116,14 +88,14 @@ def test_shards_come_back_whole_once_and_in_prompt_order(
 
 def test_a_shard_comes_back_as_soon_as_it_is_whole(chat: Chat, tmp_path: Path) -> None:
     """One request in flight: shard 0 (two prompts) comes back before the third prompt is asked for."""
-    engine = ShuffledEngine(0, 1)
+    engine = shuffled(0, 1)
     assert [engine.taken for _ in sample(cut(prompts(6), 2), engine, chat, tmp_path)] == [2, 4, 6]
 
 
 def test_only_the_missing_shards_are_sampled(chat: Chat, tmp_path: Path) -> None:
     """Resume passes the missing ones under their own numbers."""
     shards = cut(prompts(9), 3)
-    engine = ShuffledEngine(0, 4)
+    engine = shuffled(0, 4)
     assert {shard.index for shard in sample([shards[0], shards[2]], engine, chat, tmp_path)} == {0, 2}
     assert engine.taken == 6
 
@@ -146,10 +118,13 @@ def test_a_shard_is_tokenised_when_the_engine_asks_for_it(chat: Chat, tmp_path: 
         tokenised += 1
         return tokens_of(prompt)
 
-    class Watched(ShuffledEngine):
-        def _finish(self, waiting: list[Request]) -> tuple[Request, list[Sample]]:
-            ahead.append(tokenised - self.taken)
-            return super()._finish(waiting)
+    engine = shuffled(0, 3)
+
+    def sample(request: Request) -> list[Sample]:
+        ahead.append(tokenised - engine.taken)
+        return plain(request)
+
+    plain, engine.sample = engine.sample, sample
 
     inflight = Inflight.load(tmp_path)
     with inflight.recording():
@@ -157,7 +132,7 @@ def test_a_shard_is_tokenised_when_the_engine_asks_for_it(chat: Chat, tmp_path: 
             lambda: sampling.cut(prompts(20), 2, set(range(10))),
             encode,
             lambda _prompt: DRAWS,
-            Watched(0, 3),
+            engine,
             chat,
             inflight,
             lambda amount, note="": None,
@@ -185,7 +160,7 @@ def test_a_prompt_that_cannot_be_sampled_comes_back_with_its_shard(chat: Chat, t
                 lambda: cut(prompts(6), 2),
                 encode,
                 lambda _prompt: DRAWS,
-                ShuffledEngine(0, 3),
+                shuffled(0, 3),
                 chat,
                 inflight,
                 lambda amount, note="": done.append(amount),
@@ -203,26 +178,20 @@ def test_a_prompt_that_cannot_be_sampled_comes_back_with_its_shard(chat: Chat, t
 
 def test_draws_are_asked_for_by_prompt(chat: Chat, tmp_path: Path) -> None:
     some = prompts(3)
-    (shard,) = sample(cut(some, 3), ShuffledEngine(3, 3), chat, tmp_path, lambda p: DRAWS[: 1 + (p is some[1])])
+    (shard,) = sample(cut(some, 3), shuffled(3, 3), chat, tmp_path, lambda p: DRAWS[: 1 + (p is some[1])])
     seen = [(s.encoded.prompt.messages[0]["content"], len(s.samples)) for s in shard.sampled]
     assert seen == [("0", 1), ("1", 2), ("2", 1)]
 
 
-class DyingEngine(ShuffledEngine):
+def dying(poison: str, in_flight: int) -> ScriptedEngine:
     """Fails as soon as it gets the prompt of one id."""
 
-    def __init__(self, poison: str, in_flight: int) -> None:
-        super().__init__(0, in_flight)
-        self._poison = poison
+    def admit(work: Request | base.ScoreRequest) -> bool:
+        if isinstance(work, Request) and work.prompt_id == poison:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return True
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        def watched() -> Iterator[Request]:
-            for request in requests:
-                if request.prompt_id == self._poison:
-                    raise RuntimeError("CUDA error: device-side assert triggered")
-                yield request
-
-        return super().generate(watched())
+    return shuffled(0, in_flight, admit=admit)
 
 
 def test_a_prompt_that_kills_the_engine_twice_is_left_out_and_the_others_are_not(chat: Chat, tmp_path: Path) -> None:
@@ -233,7 +202,7 @@ def test_a_prompt_that_kills_the_engine_twice_is_left_out_and_the_others_are_not
 
     def attempt() -> None:
         missing = [shard for shard in cut(some, 2) if shard[0] not in committed]
-        for shard in sample(missing, DyingEngine(poison, 3), chat, tmp_path):
+        for shard in sample(missing, dying(poison, 3), chat, tmp_path):
             assert shard.index not in committed
             committed[shard.index] = shard
 
@@ -255,7 +224,7 @@ def test_suspects_run_first_and_alone(chat: Chat, tmp_path: Path) -> None:
     some = prompts(6)
     lines = [f"take {p.prompt_id}" for p in (some[3], some[4], prompt("99"))]
     (tmp_path / "inflight.log").write_text("\n".join(["start", *lines, ""]))
-    list(sample(cut(some, 2), ShuffledEngine(0, 3), chat, tmp_path))
+    list(sample(cut(some, 2), shuffled(0, 3), chat, tmp_path))
     log = (tmp_path / "inflight.log").read_text().splitlines()
     entered = [line for line in log[len(lines) + 2 :] if not line.startswith("done")]
     alone, others = [some[3], some[4]], [some[0], some[1], some[2], some[5]]

@@ -1,60 +1,33 @@
 """Completions to an engine, shard by shard: log-probs by completion_id, though a completion may stand in two shards."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
-from prefpipe.engines.base import Query, Request, Response, Sample, ScoreRequest
+from prefpipe.engines.base import Request, ScoreRequest
 from prefpipe.errors import PrefpipeError
 from prefpipe.inference import scoring
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.scoring import Values
 from prefpipe.inference.shards import Shard
 from prefpipe.schemas import Completion
+from tests.engines.cases import ScriptedEngine
 
 
-class Scorer:
+def scorer(poison: str = "") -> ScriptedEngine:
     """Takes three requests before it answers one, as -token for every token; fails as soon as it gets `poison`."""
 
-    scorer = "scorer"
+    def admit(work: Request | ScoreRequest) -> bool:
+        if isinstance(work, ScoreRequest) and work.completion_id == poison:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return True
 
-    def __init__(self, poison: str = "") -> None:
-        self._poison = poison
-        self.calls: list[list[str]] = []
-
-    def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
+    def value(request: ScoreRequest, adapter: bool) -> list[float]:
         assert adapter
-        self.calls.append([])
-        waiting: list[ScoreRequest] = []
-        for request in sequences:
-            self.calls[-1].append(request.completion_id)
-            if request.completion_id == self._poison:
-                raise RuntimeError("CUDA error: device-side assert triggered")
-            waiting.append(request)
-            if len(waiting) == 3:
-                yield self._finish(waiting.pop(0))
-        while waiting:
-            yield self._finish(waiting.pop(0))
+        return [-float(t) for t in request.token_ids]
 
-    def _finish(self, request: ScoreRequest) -> tuple[str, list[float]]:
-        return request.completion_id, [-float(t) for t in request.token_ids]
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-        raise NotImplementedError
-
-    def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    return ScriptedEngine(lambda _: [], value, admit)
 
 
 def shards(*sizes: int) -> list[Shard[int, ScoreRequest]]:
@@ -65,14 +38,14 @@ def shards(*sizes: int) -> list[Shard[int, ScoreRequest]]:
     ]
 
 
-def score(of: Iterable[Shard[int, ScoreRequest]], engine: Scorer, out: Path) -> list[tuple[int, Values]]:
+def score(of: Iterable[Shard[int, ScoreRequest]], engine: ScriptedEngine, out: Path) -> list[tuple[int, Values]]:
     inflight = Inflight.load(out)
     with inflight.recording():
         return list(scoring.score_shards(of, engine, inflight, lambda amount, note="": None))
 
 
 def test_the_same_completion_in_two_shards_is_scored_for_each(tmp_path: Path) -> None:
-    found = score(shards(2, 0, 3), Scorer(), tmp_path)
+    found = score(shards(2, 0, 3), scorer(), tmp_path)
     assert dict(found) == {0: {"c0": [0, 0], "c1": [0, -1]}, 1: {}, 2: {"c0": [-2, 0], "c1": [-2, -1], "c2": [-2, -2]}}
     assert len(found) == 3
 
@@ -81,16 +54,16 @@ def test_a_completion_that_kills_the_engine_twice_is_known_by_its_id(tmp_path: P
     """First death: three were inside. Second: they run alone, so the one that kills is known."""
     for count in (3, 1):
         with pytest.raises(PrefpipeError, match=f"the engine died while it worked on {count} completions") as caught:
-            score(shards(2, 4, 2), Scorer(poison="1/c2"), tmp_path)
+            score(shards(2, 4, 2), scorer(poison="1/c2"), tmp_path)
         assert "these completions run first, one at a time" in caught.value.hint
     assert scoring.killers(Inflight.load(tmp_path)) == {"c2"}
 
 
 def test_suspects_run_alone_and_first_with_the_shards_up_to_theirs(tmp_path: Path) -> None:
     (tmp_path / "inflight.log").write_text("start\ntake 1/c1\ntake 1/c2\ntake 0/c9\n")  # 0/c9 is done meanwhile
-    engine = Scorer()
+    engine = scorer()
     assert [index for index, _ in score(iter(shards(2, 3, 2)), engine, tmp_path)] == [0, 1, 2]
-    assert engine.calls == [["1/c1"], ["1/c2"], ["0/c0", "0/c1", "1/c0", "2/c0", "2/c1"]]
+    assert engine.entered == [["1/c1"], ["1/c2"], ["0/c0", "0/c1", "1/c0", "2/c0", "2/c1"]]
 
 
 def test_a_request_has_the_ids_of_its_completion() -> None:
