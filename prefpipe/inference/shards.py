@@ -18,8 +18,8 @@ from prefpipe.log import Advance
 
 Content = TypeVar("Content")
 Request = TypeVar("Request")
-Answer = TypeVar("Answer")
-Ask = Callable[[Iterator[Request]], Iterator[tuple[str, Answer]]]  # (key, answer) in the order in which they finish
+Result = TypeVar("Result")
+Ask = Callable[[Iterator[Request]], Iterator[tuple[str, Result]]]  # (key, answer) in the order in which they finish
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,31 @@ class Shard(Generic[Content, Request]):
 
 
 @dataclass
-class _Open(Generic[Content, Answer]):
+class _Open(Generic[Content, Result]):
     """A shard under way: how many answers it lacks, and those that are there."""
 
     content: Content
     lacking: int
-    answers: dict[str, Answer] = field(default_factory=dict[str, Answer])
+    answers: dict[str, Result] = field(default_factory=dict[str, Result])
 
 
 @dataclass
-class _Table(Generic[Content, Request, Answer]):
+class _Table(Generic[Content, Request, Result]):
     """All shards under way, by the requests without an answer, and those that are whole."""
 
-    open_of: dict[str, _Open[Content, Answer]] = field(default_factory=dict[str, _Open[Content, Answer]])
-    whole: list[_Open[Content, Answer]] = field(default_factory=list[_Open[Content, Answer]])
+    open_of: dict[str, _Open[Content, Result]] = field(default_factory=dict[str, _Open[Content, Result]])
+    whole: list[_Open[Content, Result]] = field(default_factory=list[_Open[Content, Result]])
 
     def open(self, shards: Iterable[Shard[Content, Request]]) -> Iterator[tuple[str, Request]]:
         """(key, request) of every shard; a shard is read when its first request is asked for."""
         for shard in shards:
-            entry = _Open[Content, Answer](shard.content, len(shard.requests))
+            entry = _Open[Content, Result](shard.content, len(shard.requests))
             self.open_of.update(dict.fromkeys(shard.requests, entry))
             if not shard.requests:
                 self.whole.append(entry)
             yield from shard.requests.items()
 
-    def put(self, key: str, answer: Answer) -> None:
+    def put(self, key: str, answer: Result) -> None:
         """The answer to a request."""
         entry = self.open_of.pop(key)
         entry.answers[key] = answer
@@ -69,7 +69,7 @@ class _Table(Generic[Content, Request, Answer]):
         if not entry.lacking:
             self.whole.append(entry)
 
-    def take_whole(self) -> Iterator[tuple[Content, dict[str, Answer]]]:
+    def take_whole(self) -> Iterator[tuple[Content, dict[str, Result]]]:
         """The shards that have become whole; they leave the table."""
         while self.whole:
             entry = self.whole.pop(0)
@@ -78,13 +78,13 @@ class _Table(Generic[Content, Request, Answer]):
 
 def through_engine(
     shards: Iterable[Shard[Content, Request]],
-    ask: Ask[Request, Answer],
+    ask: Ask[Request, Result],
     inflight: Inflight,
     advance: Advance,
     *,
     last_suspect: int,
     things: str,
-) -> Iterator[tuple[Content, dict[str, Answer]]]:
+) -> Iterator[tuple[Content, dict[str, Result]]]:
     """Ask an engine for all requests; (content, answers by key) of every shard, as soon as it is whole.
 
     `last_suspect` is the index of the last shard that holds a suspect of `inflight`, -1 if none does: shards up to it
@@ -92,7 +92,7 @@ def through_engine(
     messages. Raises PrefpipeError when the engine fails, or ends without an answer to a request.
     """
     source = iter(shards)
-    table = _Table[Content, Request, Answer]()
+    table = _Table[Content, Request, Result]()
     early = list(table.open(_up_to(source, last_suspect)))
     suspects = frozenset(inflight.suspects)
     alone = [([item], True) for item in early if item[0] in suspects]
