@@ -27,11 +27,40 @@ COMMANDS = (
 Call = Callable[..., Ended]
 
 
+# Modules that train whole runs or load a model in every test are slow as a whole.
+WHOLE_RUNS = (
+    *("e2e/", "examples/", "proofs/test_addition.py", "proofs/test_tabular.py", "faults/test_damage.py"),
+    *("forward/test_logps.py", "engines/test_transformers.py", "rewards/test_model.py"),
+    *(
+        "stages/iterate/test_stage.py",
+        "stages/train/losses/test_every_loss.py",
+        "stages/train/reference/test_other_reference.py",
+    ),
+    *(
+        f"stages/train/test_{name}.py"
+        for name in (
+            "checkpoint",
+            "evaluation",
+            "loop",
+            "memory",
+            "outputs",
+            "parallel",
+            "stage",
+            "start",
+            "telling",
+            "trl_trainer",
+        )
+    ),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for a process are marked as such: `make test-fast` leaves them out."""
+    """Marks what `make test-fast` leaves out: tests that ask for a process, and modules of whole runs."""
     for item in items:
-        if isinstance(item, pytest.Function) and {"cli", "shell", "forged"} & set(item.fixturenames):
+        if {"cli", "shell", "forged"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
+        if item.nodeid.removeprefix("tests/").startswith(WHOLE_RUNS):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.stages import build_pairs
 from prefpipe.stages.generate import stage as generate
 from tests.conftest import ROOT
-from tests.forge import Forge, forge
+from tests.forge import Forge
 
 POINTS = ("write", "fsync", "rename", "fsync_dir")
 NUM_PROMPTS = 3  # one shard each
@@ -40,13 +39,6 @@ def data_files(out: Path) -> dict[str, bytes]:
         for p in sorted(out.rglob("*"))
         if p.is_file() and p.name not in (".lock", ".owner", "timing.jsonl")
     }
-
-
-@pytest.fixture(scope="module")
-def forged() -> Iterator[Forge]:
-    """Without torch, which these commands do not need, a child is forked twice as fast."""
-    with forge() as running:
-        yield running
 
 
 def kill(forged: Forge, command: str, saved: Path, out: Path, fault: str) -> None:

@@ -16,20 +16,13 @@ import pytest
 
 from prefpipe.runs import store
 from prefpipe.schemas import Completion
-from tests.forge import Forge, forge
+from tests.forge import Forge
 
 NUM_NAMED, NUM_TIMED, NUM_DOUBLE = 76, 30, 16
 POINTS = ("write", "fsync", "rename", "fsync_dir")
 ACTIONS = ("kill", "kill", "torn")
 COMMANDS = ("generate", "score")
 _MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture(scope="module")
-def forged() -> Iterator[Forge]:
-    """Without torch, which these commands do not need, a child is forked twice as fast."""
-    with forge() as running:
-        yield running
 
 
 @pytest.fixture

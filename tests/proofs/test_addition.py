@@ -32,8 +32,6 @@ from prefpipe.stages.train.monitor.alerts import RULES
 from prefpipe.stages.train.monitor.diagnostics import Facts, State, after_step
 from tests.stages.train import data
 
-pytestmark = pytest.mark.slow
-
 CHARACTERS = "0123456789+=$"
 END, PAD = CHARACTERS.index("$"), len(CHARACTERS)
 SUMS = [(a, b) for a in range(10) for b in range(10)]
