@@ -205,7 +205,7 @@ def test_train_refuses_values_of_other_weights_or_ids(
     edits = {
         "ids": (
             replace(first, chosen_token_ids=[*first.chosen_token_ids[:-2], 9, 2]),
-            "its token ids are not those",
+            "do not match their digest",
         ),
         "values": (
             replace(first, ref_chosen_token_logps=[v + 0.5 for v in first.ref_chosen_token_logps or ()]),

@@ -39,6 +39,9 @@ def stand_in(name: str, target: Path) -> Path:
             shutil.copyfile(path, target / path.name)
     if kind(name) != "real":
         _write_tokenizer(target, kind(name), _read(source / "SOURCE.json").get("ids", {}))
+    elif "vocab_size" in (config := _read(target / "config.json")):  # some configs are of other models than tokenizers
+        last = max(Tokenizer.from_file(str(target / "tokenizer.json")).get_vocab().values())
+        _write(target / "config.json", config | {"vocab_size": max(config["vocab_size"], last + 1)})
     return target
 
 

@@ -64,7 +64,7 @@ def check_vocabulary(model: TreeModel, rows: Sequence[TrainRow]) -> None:
     for row in rows:
         largest = max(max(ids, default=0) for ids in (row.prompt_ids, *(c.token_ids for c in row.completions)))
         if largest >= size:
-            if _has_token(Path(causal.name_or_path), largest):
+            if _has_token(Path(str(causal.name_or_path)), largest):
                 raise DataError(
                     f"{causal.name_or_path}: row {row.row_id} holds the token id {largest}, which the tokenizer of the "
                     f"model has, but the model has {size} tokens: the others have no embedding",
