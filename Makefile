@@ -45,11 +45,11 @@ endif
 demo: setup  ## Two rounds on a real 135M model: about 10 minutes on 2 cores, the second time seconds
 	@$(BIN)/prefpipe iterate stages/iterate/demo.toml --out runs/demo
 
-test: setup check  ## The whole test suite: 10 minutes on 2 cores
+test: setup check  ## The whole test suite
 	@$(PYTEST) $(ALL_CORES) -m "not vllm"
 	@$(BIN)/python -m pytest -m vllm -q
 
-test-fast: setup  ## What takes seconds and starts no process: 90 seconds on 2 cores
+test-fast: setup  ## What starts no process and is not slow: for the inner loop
 	@$(PYTEST) $(ALL_CORES) -m "not vllm and not slow and not process"
 
 test-portable: setup  ## The suite as on a CPU with AVX2 only, then every proof as on one without either
