@@ -72,6 +72,17 @@ class IdSet:
             self._halves = larger
         return True
 
+    def __contains__(self, key: str) -> bool:
+        """Whether the set has an id."""
+        high, low = int(key[:16], 16), int(key[16:], 16)
+        slots = len(self._halves) // 2
+        slot = low % slots
+        while self._halves[2 * slot] or self._halves[2 * slot + 1]:
+            if self._halves[2 * slot] == high and self._halves[2 * slot + 1] == low:
+                return True
+            slot = (slot + 1) % slots
+        return False
+
 
 def _insert(halves: "array[int]", high: int, low: int) -> bool:
     """Write an id into the first free slot at or after slot `low % slots`; False when a slot there holds it already.
@@ -88,8 +99,8 @@ def _insert(halves: "array[int]", high: int, low: int) -> bool:
     return True
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest prefix that all token sequences share."""
+def common_prefix(sequences: Sequence[Sequence[object]]) -> int:
+    """Length of the longest prefix that all sequences (of token ids, or texts) share."""
     length = 0
     for tokens in zip(*sequences, strict=False):
         if len(set(tokens)) > 1:

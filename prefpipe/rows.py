@@ -1,13 +1,14 @@
 """The parts of a row of any dataset: its key, its completions, its reference log-probs. No other module builds or
 checks them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.ids import ids_digest
-from prefpipe.schemas import Completion, KlBank, Label, Pair, Prompt, RankedGroup, RefLogps
+from prefpipe.schemas import Completion, Dropped, KlBank, Label, Pair, Prompt, RankedGroup, RefLogps
 
 Logps = Mapping[str, RefLogps]  # by completion_id; of a row of the KL bank, by bank_id
 PREFERENCES: dict[str, type] = {"pairs": Pair, "labels": Label, "kl_bank": KlBank, "groups": RankedGroup}
@@ -73,6 +74,14 @@ def check_ids(row: Any, source: object) -> None:
                 f"{source}: the token ids of {key} do not match their digest (ids_digest)",
                 "the rows were edited or shuffled: make them again with the command that wrote them",
             )
+
+
+def why_dropped(dropped: Sequence[Dropped]) -> str:
+    """The reasons of ledger rows with their counts, and the first row: for the message when no row is left."""
+    if not dropped:
+        return "it has no rows"
+    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in dropped).most_common())
+    return f"{counts} (first: {dropped[0].id}: {dropped[0].detail})"
 
 
 def logps_of_other_ids(completion_ids: Sequence[str], source: object) -> IdentityError:

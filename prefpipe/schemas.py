@@ -6,17 +6,19 @@ A column is declared here and nowhere else. docs/datasets.md lists the columns.
 import dataclasses
 import types
 import typing
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation. `extra` is JSON of what a chat template may read beside its text: tool_calls,
+    reasoning_content, name; a turn of plain text has none."""
 
     role: str
     content: str
+    extra: NotRequired[str]
 
 
 Float32 = Annotated[float, pa.float32()]
@@ -27,13 +29,16 @@ TokenLogps = list[Float32]
 
 VERSION = 1  # of all row types together: CONTRIBUTING.md says when to raise it
 DATASET_KEY, VERSION_KEY = "prefpipe.dataset", "prefpipe.version"  # in the metadata of every file
-_MESSAGE = pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
+_PLAIN = (pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False))
+_MESSAGE = pa.struct([*_PLAIN, pa.field("extra", pa.string())])
+_OLD_MESSAGE = pa.struct(_PLAIN)  # of files that were written before messages had `extra`
 _SCALARS: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a completion answers. Key: prompt_id = content hash of messages + answer."""
+    """What a completion answers. Key: prompt_id = content hash of messages, answer and template_inputs, which is JSON
+    of what else the chat template gets: tools, documents, chat_template_kwargs."""
 
     prompt_id: str
     messages: Messages
@@ -41,11 +46,13 @@ class Prompt:
     split: str
     source: str
     meta: str
+    template_inputs: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One sampled answer, as the exact token ids; text is for people. `token_ids` holds the EOS when it was sampled."""
+    """One sampled answer, as the exact token ids; text is for people. `token_ids` holds the EOS when it was sampled.
+    `messages` are the turns of an answer from a file that say more than `text`, such as tool calls."""
 
     completion_id: str
     prompt_id: str
@@ -56,6 +63,7 @@ class Completion:
     finish_reason: str
     policy: str
     ids_digest: str
+    messages: Messages | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +119,7 @@ class Pair:
     ref_rejected_token_logps: TokenLogps | None
     reference: str | None
     scorer: str | None
+    template_inputs: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +141,7 @@ class Label:
     ref_token_logps: TokenLogps | None
     reference: str | None
     scorer: str | None
+    template_inputs: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +181,7 @@ class RankedGroup:
     ref_token_logps: list[TokenLogps] | None
     reference: str | None
     scorer: str | None
+    template_inputs: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,12 +233,43 @@ def to_table(row_type: type[R], rows: list[R]) -> pa.Table:
 
 def from_table(row_type: type[R], table: pa.Table) -> list[R]:
     """The rows of an Arrow table; its columns must be the fields of the type."""
-    return [row_type(**row) for row in table.to_pylist()]
+    rows = table.to_pylist()
+    for field in arrow_schema(row_type):
+        if field.name in table.column_names and _holds_messages(field.type):
+            for row in rows:
+                _drop_null_extra(row[field.name])
+    return [row_type(**row) for row in rows]
+
+
+def earlier_schema(row_type: type) -> pa.Schema:
+    """The schema of files from before messages had `extra` and rows their optional columns: it is read too."""
+    later = {f.name for f in dataclasses.fields(row_type) if f.default is None}  # type: ignore[arg-type]  # a dataclass
+    fields = [pa.field(f.name, _earlier(f.type), f.nullable) for f in arrow_schema(row_type) if f.name not in later]
+    return pa.schema(fields)
 
 
 def among(table: pa.Table, keys: pa.Array) -> pa.Table:
     """The rows of a table whose completion_id is one of `keys`."""
     return table.filter(pc.call_function("is_in", [table["completion_id"]], pc.SetLookupOptions(keys)))
+
+
+def _holds_messages(data_type: pa.DataType) -> bool:
+    return data_type == _MESSAGE or (pa.types.is_list(data_type) and _holds_messages(data_type.value_type))
+
+
+def _earlier(data_type: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(data_type):
+        return pa.list_(pa.field("element", _earlier(data_type.value_type), nullable=False))
+    return _OLD_MESSAGE if data_type == _MESSAGE else data_type
+
+
+def _drop_null_extra(value: Any) -> None:
+    """Take `extra` out of messages that have none, in lists of any depth: equal messages are equal dicts."""
+    for entry in value or ():
+        if isinstance(entry, list):
+            _drop_null_extra(entry)
+        elif entry["extra"] is None:
+            del entry["extra"]
 
 
 def _field(name: str, hint: Any) -> pa.Field:

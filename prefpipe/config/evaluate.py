@@ -38,6 +38,9 @@ class EvaluateConfig(BaseModel):
     special_tokens_in_prompts: shared.SpecialTokens = "drop"
     chat_template: shared.ChatTemplate = "model"
     template_date: shared.TemplateDate = "today"
+    chat_template_kwargs: shared.TemplateKwargs = "{}"
+    template_changes: shared.TemplateChanges = "drop"
+    column: shared.Column = ()
     dtype: shared.Dtype = "bfloat16"
     seed: shared.Seed = 0
     part: shared.Part = "1/1"

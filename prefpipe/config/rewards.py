@@ -190,6 +190,8 @@ class RewardModel(BaseModel):
     chat_template: Annotated[str, PATH] = "model"
     """'model' for the chat template of the reward model, or a Jinja file."""
     special_tokens_in_prompts: Annotated[SpecialTokens, ADDED] = "drop"
+    template_changes: Annotated[Literal["drop", "allow"], ADDED] = "drop"
+    """A conversation whose text the chat template of the reward model leaves out: no reward (drop), or allow."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs it: transformers (any such model), or vLLM's pooling (faster on a GPU, for the models it knows)."""
     label: str = ""

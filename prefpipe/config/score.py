@@ -18,8 +18,8 @@ class ScoreConfig(BaseModel):
     model: shared.Model = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
     inputs: Annotated[tuple[str, ...], PATH] = ()
-    """Run directories (generate, build-pairs, score), JSONL or Parquet files of preference, unpaired or rated rows, or
-    hf://datasets/ paths to such files."""
+    """Run directories (generate, build-pairs, score), files or folders of preference, unpaired or rated rows (JSON,
+    Parquet, Arrow; JSON may be compressed), datasets of the hub (hf:OWNER/NAME) or files of one (hf://datasets/...)."""
     reference: Literal["policy", "none"] = "policy"
     """Whose log-probs to add: those of the model with its adapter, or none (rewards only; no model is loaded)."""
     engine: shared.Engine = "vllm"
@@ -36,6 +36,9 @@ class ScoreConfig(BaseModel):
     special_tokens_in_prompts: shared.SpecialTokens = "drop"
     chat_template: shared.ChatTemplate = "model"
     template_date: shared.TemplateDate = "today"
+    chat_template_kwargs: shared.TemplateKwargs = "{}"
+    template_changes: shared.TemplateChanges = "drop"
+    column: shared.Column = ()
     dtype: shared.Dtype = "bfloat16"
     seed: shared.Seed = 0
     shard_rows: Annotated[int, RUNTIME, Field(ge=1)] = 256
@@ -56,12 +59,7 @@ class ScoreConfig(BaseModel):
     @model_validator(mode="after")
     def _adds_something(self) -> Self:
         """Foreign files are worth reading without scores: their rows become ours."""
-        runs_only = bool(self.inputs) and not any(map(_is_file, self.inputs))
+        runs_only = bool(self.inputs) and all((Path(source) / "manifest.json").exists() for source in self.inputs)
         if runs_only and self.reference == "none" and not self.rewards:
             raise ValueError("nothing to do: no reference and no rewards; pass --rewards NAME, or --reference policy")
         return self
-
-
-def _is_file(source: str) -> bool:
-    """Whether an input is a file by its name; any other is a run directory."""
-    return source.startswith("hf://") or Path(source).suffix in (*shared.JSON_SUFFIXES, ".parquet")

@@ -1,16 +1,16 @@
 """Field types that several commands share, so that one thing has one name, one check and one help text."""
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from prefpipe.config import rewards
-from prefpipe.config.base import PATH, RUNTIME, suggestion
+from prefpipe.config.base import ADDED, PATH, RUNTIME, suggestion
 
 DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
 REWARD_NAMES = tuple(rewards.KINDS)
 IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
-JSON_SUFFIXES = (".jsonl", ".json")  # files with one JSON object per line
 
 
 def _check_reward(name: str, info: ValidationInfo) -> str:
@@ -25,6 +25,16 @@ def _check_reward(name: str, info: ValidationInfo) -> str:
         f"no such reward{suggestion(name, known)}; rewards are {', '.join(known)}, "
         "a table [reward_settings.NAME] or your own 'module:function'"
     )
+
+
+def _check_object(text: str) -> str:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError('not a JSON object such as {"enable_thinking": false}')
+    return text
 
 
 Model = Annotated[str, PATH, Field(description="Model: a directory, a hub id, or embedded:smollm2-135m-instruct.")]
@@ -42,8 +52,35 @@ TemplateDate = Annotated[
     RUNTIME,  # a template that prints the day makes it an input of the run
     Field(pattern=r"^(today|\d{4}-\d\d-\d\d)$", description="Day that a chat template prints: YYYY-MM-DD, or today."),
 ]
+TemplateKwargs = Annotated[
+    str,
+    ADDED,
+    AfterValidator(_check_object),
+    Field(
+        description='JSON of what the chat template gets beside the messages, such as {"enable_thinking": false}; the '
+        "column chat_template_kwargs of a row goes before it."
+    ),
+]
+TemplateChanges = Annotated[
+    Literal["drop", "allow"],
+    ADDED,
+    Field(
+        description="A row whose text the chat template leaves out, or whose prompt it renders otherwise when an "
+        "answer follows: drop it, or allow both."
+    ),
+]
+Column = Annotated[
+    tuple[str, ...],
+    ADDED,
+    Field(description="NAME=COLUMN: a column of a foreign file under the name that docs/datasets.md gives it."),
+]
 Prompts = Annotated[
-    str, PATH, Field(description="Prompts: JSONL or Parquet with `messages` (or a text column `prompt`).")
+    str,
+    PATH,
+    Field(
+        description="Prompts: a JSON, Parquet or Arrow file, a folder of them, or hf:OWNER/NAME, with `messages` or "
+        "`prompt`."
+    ),
 ]
 Split = Annotated[str, Field(description="Value of the `split` column whose prompts to use; 'all' for every prompt.")]
 Limit = Annotated[int, Field(ge=0, description="Use only the first so many prompts of the split; 0 for every prompt.")]

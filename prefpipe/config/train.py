@@ -74,6 +74,9 @@ class TrainConfig(LossSettings):
     """A row of a file over max_length: drop it, or keep the start of its completions."""
     chat_template: shared.ChatTemplate = "model"
     special_tokens_in_prompts: Annotated[shared.SpecialTokens, ADDED] = "drop"
+    chat_template_kwargs: shared.TemplateKwargs = "{}"
+    template_changes: shared.TemplateChanges = "drop"
+    column: shared.Column = ()
 
     reference_model: Annotated[str, PATH, Heading("Reference")] = "policy"
     """Model that the reference log-probs are of: policy (the one that is trained, with its adapter on or off), another

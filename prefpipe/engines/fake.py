@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
-from prefpipe.models.chat import encode
+from prefpipe.models.encoding import encode
 
 _WORDS = (
     *("a", "the", "small", "large", "old", "new", "quiet", "bright", "tool", "animal"),

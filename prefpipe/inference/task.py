@@ -1,10 +1,8 @@
 """The sampling that `generate` and `evaluate` share: prompts -> engine -> committed shards, nothing twice."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from prefpipe import clock, engines, log
 from prefpipe.config.evaluate import EvaluateConfig
@@ -15,12 +13,15 @@ from prefpipe.ids import content_id, ids_digest, sample_seed
 from prefpipe.inference import sampling
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
+from prefpipe.inputs import files
 from prefpipe.inputs.prompts import Prompts, read_prompts
-from prefpipe.models.chat import Chat, check_ends, encode_prompt, load_chat, notices, stop_ids
+from prefpipe.models.chat import Chat, load_chat, stop_ids
+from prefpipe.models.encoding import Rules, encode_prompt
+from prefpipe.models.notices import check_ends, notices
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction
 from prefpipe.rewards.rating import load_rewards
-from prefpipe.runs import store
+from prefpipe.rows import why_dropped
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Prompt, to_table
 
@@ -58,15 +59,16 @@ def read_task(config: Config, reward_names: Sequence[str]) -> Task:
     """
     if not config.prompts:
         raise UsageError("no prompts given", "pass --prompts FILE (JSONL or Parquet)")
-    prompts_file = Path(config.prompts)
-    prompts, repeated = read_prompts(prompts_file, config.split, config.limit)
+    prompts, repeated = read_prompts(config.prompts, config.split, config.limit, files.renames(config.column))
     policy = resolve(config.model, config.adapter)
-    chat = load_chat(policy.directory, config.chat_template, config.template_date)
+    chat = load_chat(
+        policy.directory, config.chat_template, config.template_date, template_kwargs=config.chat_template_kwargs
+    )
     for notice in notices(chat):
         log.info(f"notice: {notice}")
     check_ends(chat)
     functions, reward_ids = load_rewards(reward_names, config.reward_settings)
-    inputs = {"prompts": store.input_digest(prompts_file), "policy": policy.id, **chat.digests, **reward_ids}
+    inputs = {"prompts": files.digest(config.prompts), "policy": policy.id, **chat.digests, **reward_ids}
     stops = tuple(sorted({*config.stop_token_ids, *stop_ids(chat, config.stop)}))
     return Task(_part(prompts, config.part), repeated, policy, chat, functions, inputs, stops)
 
@@ -80,7 +82,8 @@ def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], dr
     count = math.ceil(len(task.prompts) / rows)
     missing = {index for index in range(count) if not all(run.has_part(name, index) for name in datasets)}
     if missing:
-        _check_any(sampling.cut(task.prompts, rows, missing), encode, fresh=len(missing) == count)
+        if len(missing) == count:
+            _check_any(run, sampling.cut(task.prompts, rows, missing), encode)
         start = clock.monotonic()
         expected = sum(min(rows, len(task.prompts) - index * rows) for index in missing)
         tokens = 0
@@ -107,12 +110,12 @@ def encoder(task: Task, config: Config, killers: Sequence[str] = ()) -> Encode:
     """A function that tokenises a prompt, or raises RowFault with the reason why it cannot be sampled. `killers` are
     the ids of prompts that killed the engine twice."""
     longest = _longest_prompt(config, task.policy)
-    control_tokens = config.special_tokens_in_prompts
+    rules = Rules(config.special_tokens_in_prompts, config.template_changes)
 
     def encode(prompt: Prompt) -> list[int]:
         if prompt.prompt_id in killers:
             raise RowFault("engine_died", "the engine died twice while it worked on this prompt")
-        return encode_prompt(task.chat, prompt.messages, max_tokens=longest, control_tokens=control_tokens)
+        return encode_prompt(task.chat, prompt.messages, prompt.template_inputs, max_tokens=longest, rules=rules)
 
     return encode
 
@@ -161,7 +164,7 @@ def answers_of(sampled: Sequence[SampledPrompt]) -> list[Answer]:
 def _answers(sampled: SampledPrompt) -> list[Answer]:
     prompt = sampled.encoded.prompt
     return [
-        Answer(prompt.messages, text, prompt.answer, prompt.meta, len(sample.token_ids))
+        Answer(prompt.messages, text, prompt.answer, prompt.meta, len(sample.token_ids), prompt.template_inputs)
         for text, sample in zip(sampled.texts, sampled.samples, strict=True)
     ]
 
@@ -172,21 +175,19 @@ def start_engine(name: str, settings: EngineSettings) -> Engine:
     return engines.load(name, settings)
 
 
-def _check_any(missing: Iterable[PromptShard], encode: Encode, *, fresh: bool) -> None:
-    """Raise DataError when no prompt can be sampled, before an engine starts for nothing. The first prompt that can
-    ends the search. A run that is not fresh has shards already: its missing ones may well hold no such prompt."""
-    reasons: Counter[str] = Counter()
-    detail = ""
-    for prompt in (p for _, prompts in missing for p in prompts):
+def _check_any(run: Run, shards: Iterable[PromptShard], encode: Encode) -> None:
+    """Raise DataError when no prompt can be sampled, before an engine starts for nothing; the ledger says why. The
+    first prompt that can ends the search."""
+    dropped: list[Dropped] = []
+    for prompt in (p for _, prompts in shards for p in prompts):
         try:
             encode(prompt)
         except RowFault as fault:
-            reasons[fault.reason] += 1
-            detail = detail or fault.detail
+            dropped.append(Dropped(prompt.prompt_id, fault.reason, fault.detail))
         else:
             return
-    if fresh:
-        raise DataError(f"no prompt is left: all {reasons.total()} were dropped ({', '.join(sorted(reasons))})", detail)
+    run.write_dropped(Dropped, to_table(Dropped, dropped))
+    raise DataError(f"no prompt is left: {why_dropped(dropped)}", f"see {run.out}/dropped.parquet for every prompt")
 
 
 def _fitting_rows(num_prompts: int) -> int:

@@ -1,82 +1,188 @@
-"""Foreign files as a stream of rows: JSONL, Parquet, hf:// paths."""
+"""Foreign files as a stream of rows: JSON, Parquet, Arrow, compressed or in folders, and datasets of the hub."""
 
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefpipe.config.shared import JSON_SUFFIXES
+from prefpipe import log
 from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.ids import content_id
+from prefpipe.inputs import hub
+from prefpipe.runs import store
 
 ForeignRow = tuple[str, dict[str, Any]]  # where it stands (file and line), its columns
 _STREAMED_ROWS = 256
+_COMPRESSED = (".gz", ".zst", ".bz2")
+_JSON, _ARROW = (".jsonl", ".json", ".ndjson"), (".arrow", ".feather")
+_KNOWN = "give .jsonl, .json, .parquet or .arrow (JSON may be .gz, .zst or .bz2), a folder of them, or hf:OWNER/NAME"
 
 
-def rows(path: str | Path) -> Iterator[ForeignRow]:
-    """The rows of a JSONL or Parquet file, or of an hf:// path, as a stream: never the whole file in memory.
+def rows(path: str | Path, columns: Mapping[str, str] | None = None) -> Iterator[ForeignRow]:
+    """The rows of a file, a folder of files or a dataset of the hub (`hf:`, `hf://`), as a stream: never the whole
+    dataset in memory, but for a JSON file that is one array.
 
-    Raises MissingInputError without the file, UsageError for another kind of file, DataError for a damaged one or a
-    line that is not a JSON object.
+    `columns` maps names of ours to columns of the file. Raises MissingInputError without the file, UsageError for
+    another kind of file, DataError for a damaged one or a line that is not a JSON object.
     """
-    if str(path).startswith("hf://"):
-        for number, row in enumerate(remote_rows(str(path))):
-            yield f"{path}, row {number}", row
+    stream = _hub_rows(str(path)) if hub.is_hub(path) else _local_rows(Path(path))
+    yield from stream if not columns else _renamed(stream, columns)
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether a source is a run directory of ours, and not a foreign file, folder or dataset of the hub."""
+    if hub.is_hub(source):
+        return False
+    path = Path(source)
+    return path.is_dir() and any((path / name).exists() for name in ("manifest.json", "config.json"))
+
+
+def digest(source: str | Path) -> str:
+    """The identity of a source: of a run, a file or a folder by content, of a dataset of the hub by name and
+    revision."""
+    if hub.is_hub(source):
+        if not hub.names_revision(str(source)):
+            log.warn(f"{source} names no revision: it may change; write @REVISION behind its name")
+        return str(source)
+    path = Path(source)
+    if path.is_dir() and not is_run(path):
+        return content_id([(str(p.relative_to(path)), store.input_digest(p)) for p in parts(path)])
+    return store.input_digest(path)
+
+
+def renames(columns: Iterable[str]) -> dict[str, str]:
+    """Settings such as prompt=question as a table: a name of ours to a column of the file. Raises UsageError for one
+    without `=`."""
+    table = dict(column.partition("=")[::2] for column in columns)
+    wrong = [name for name, column in table.items() if not name or not column]
+    if wrong:
+        raise UsageError(f"--column {wrong[0]}: no '='", "write NAME=COLUMN, such as --column prompt=question")
+    return table
+
+
+def _hub_rows(source: str) -> Iterator[ForeignRow]:
+    for number, row in enumerate(hub.rows(source)):
+        yield f"{source}, row {number}", row
+
+
+def _renamed(stream: Iterable[ForeignRow], columns: Mapping[str, str]) -> Iterator[ForeignRow]:
+    """Rows with columns under other names. A column that had the name goes. Raises DataError when the first row lacks
+    one of them."""
+    old = {name: new for new, name in columns.items()}
+    for number, (where, row) in enumerate(stream):
+        missing = [name for name in old if name not in row] if number == 0 else []
+        if missing:
+            raise DataError(f"{where}: no column '{missing[0]}' (there are {', '.join(row)})", "check --column")
+        yield where, {old.get(name, name): value for name, value in row.items() if name in old or name not in columns}
+
+
+def _local_rows(path: Path) -> Iterator[ForeignRow]:
+    if path.is_dir():
+        for file in parts(path):
+            yield from _local_rows(file)
         return
-    path = Path(path)
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "check the path; it is relative to the current directory")
-    if path.suffix == ".parquet":
-        for number, row in enumerate(parquet_rows(path)):
-            yield f"{path}, row {number}", row
-    elif path.suffix in JSON_SUFFIXES:
+    suffixes = [s for s in path.suffixes[-2:] if s not in _COMPRESSED]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in _JSON:
         yield from _json_rows(path)
+    elif path.suffix == ".parquet":
+        yield from _numbered(path, _parquet_batches(path))
+    elif path.suffix in _ARROW:
+        yield from _numbered(path, _arrow_batches(path))
     else:
-        raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", "give .jsonl or .parquet")
+        raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", _KNOWN)
+
+
+def parts(folder: Path) -> list[Path]:
+    """The data files in a folder and its folders, by name. Raises MissingInputError when there is none."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith((".", "_"))]
+    found = [p for p in files if {*p.suffixes} & {".parquet", ".jsonl", ".ndjson", *_ARROW}]
+    if not found:
+        raise MissingInputError(f"{folder} holds no data files", _KNOWN)
+    return found
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(file and line, value) of every line that is not blank. Raises DataError for a line that is not JSON."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: not valid JSON: {error}", "every line is one JSON object") from error
-            yield where, value
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _parsed(line, where)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}", "the file is damaged") from error
 
 
 def _json_rows(path: Path) -> Iterator[ForeignRow]:
-    for where, row in json_lines(path):
+    for where, row in _array(path) if _is_array(path) else json_lines(path):
         if not isinstance(row, dict):
             raise DataError(f"{where}: not a JSON object", "every line is one JSON object")
         yield where, row
 
 
-def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a foreign Parquet file, a few at a time, page checksums verified where it has them."""
+def _is_array(path: Path) -> bool:
+    with _opened(path) as file:
+        return file.read(256).lstrip()[:1] == b"["
+
+
+def _array(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file that is one JSON array; it is read as a whole."""
+    with _opened(path) as file:
+        values = _parsed(file.read(), str(path))
+    for number, value in enumerate(values):
+        yield f"{path}, row {number}", value
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    """A file for reading, decompressed by the ending of its name."""
+    return io.BufferedReader(pa.input_stream(path, compression="detect"))
+
+
+def _parsed(text: bytes, where: str) -> Any:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=_STREAMED_ROWS, use_threads=False):
-                yield from batch.to_pylist()
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = "every line is one JSON object, or the file is one array of them"
+        raise DataError(f"{where}: not valid JSON: {error}", hint) from error
+
+
+def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        yield from file.iter_batches(batch_size=_STREAMED_ROWS, use_threads=False)
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow file; those of the package `datasets` are streams without an index."""
+    with pa.OSFile(str(path)) as file:
+        is_stream = file.read(6) != b"ARROW1"
+        file.seek(0)
+        if is_stream:
+            yield from pa.ipc.open_stream(file)
+            return
+        reader = pa.ipc.open_file(file)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _numbered(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[ForeignRow]:
+    number = 0
+    try:
+        for batch in batches:
+            for start in range(0, batch.num_rows, _STREAMED_ROWS):
+                for row in batch.slice(start, _STREAMED_ROWS).to_pylist():
+                    yield f"{path}, row {number}", hub.without_nulls(row)
+                    number += 1
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}", "the file is damaged or is not Parquet") from error
+        raise DataError(f"cannot read {path}: {error}", "the file is damaged or of another kind") from error
 
 
-def remote_rows(url: str) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet or JSONL file at an hf:// path, a few at a time, through polars."""
-    import polars as pl
-
-    scan = pl.scan_parquet if url.endswith(".parquet") else pl.scan_ndjson
-    try:
-        for frame in scan(url).collect_batches(chunk_size=_STREAMED_ROWS):
-            yield from frame.iter_rows(named=True)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise MissingInputError(
-            f"cannot read {url}: {error}", "check path, revision and network; a private dataset needs HF_TOKEN"
-        ) from error
+def first(path: str | Path, columns: Mapping[str, str] | None = None) -> ForeignRow | None:
+    """The first row of a dataset; None where it has none."""
+    return next(islice(rows(path, columns), 1), None)

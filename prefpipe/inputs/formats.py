@@ -2,23 +2,27 @@
 
 | format | columns |
 |---|---|
-| preference | `chosen`, `rejected`, and `prompt`, or without it conversations or transcripts with equal first turns |
-| list | `prompt` (or `instruction`, `input`) and `completions` (or `generations`, `responses`), rated or not |
-| label | `prompt`, `completion`, `label` |
-| completion | `prompt`, `completion` |
+| preference | `chosen`, `rejected`, and a prompt, or without it conversations or transcripts with equal first turns |
+| list | a prompt and `completions` (or `generations`, `responses`), rated or not |
+| label | a prompt, `completion` (or `output`, `response`), `label` |
+| completion | a prompt and `completion`, or `messages` that end with the assistant |
+
+A prompt is `prompt`, `instruction` (with `input`), `input`, `question`, `messages` or `conversations`. `system_prompt`
+or `system` goes in front. `tools`, `documents` and `chat_template_kwargs` go to the chat template.
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from prefpipe.errors import DataError, RowFault
+from prefpipe.inputs.messages import TEMPLATE_INPUTS, Row, check_carried, messages, template_inputs, text
 from prefpipe.schemas import Message, Messages
 
-Row = Mapping[str, Any]
-_PROMPTS = ("prompt", "instruction", "input")
+_PROMPTS = ("prompt", "instruction", "input", "question", "messages", "conversations")
+_SYSTEMS = ("system_prompt", "system")
+_COMPLETIONS = ("completion", "output", "response")
 _LISTS = ("completions", "generations", "responses")
 _RATINGS = ("ratings", "scores")
 _WRITERS = ("generation_models", "model_names", "models")
@@ -28,15 +32,14 @@ _INSIDE = {
     "rating": ("overall_score", "rating", "score", "fine-grained_score"),
     "writer": ("model", "source"),
 }
-_KNOWN = {
-    *_PROMPTS,
-    *_LISTS,
-    *_RATINGS,
-    *_WRITERS,
-    *(name for pair in _SIDES for name in pair),
-    *("chosen", "rejected", "completion", "label", "answer", "messages", "system_prompt", "model"),
+_ALWAYS_READ = {
+    *(*_LISTS, *_RATINGS, *_WRITERS, *TEMPLATE_INPUTS, *(name for pair in _SIDES for name in pair)),
+    *("chosen", "rejected", "label", "answer", "model", "messages", "conversations"),
 }
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_LABELS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes", "desirable", "good"), True),
+    **dict.fromkeys(("false", "0", "0.0", "no", "undesirable", "bad"), False),
+}
 _UNRATED = ("", "n/a", "none", "null", "nan")
 
 
@@ -50,6 +53,7 @@ class AnsweredPrompt:
     writers: per answer the model that wrote it, "" where the row does not say
     label: desirable or not, in the label format
     answer: the expected answer
+    template_inputs: JSON of what else the chat template gets, as in the column of that name
     """
 
     prompt: Messages
@@ -58,78 +62,78 @@ class AnsweredPrompt:
     writers: list[str]
     label: bool | None
     answer: str | None
+    template_inputs: str | None = None
 
 
-def recognise(row: Row, where: str) -> str:
-    """The format of a file from the columns of its first row. Raises DataError that lists the columns."""
-    columns = {name for name, value in row.items() if value is not None}
-    if {"chosen", "rejected"} & columns:
-        return "preference"
-    if _first(row, _LISTS) and _first(row, _PROMPTS):
-        return "list"
-    if {"prompt", "completion"} <= columns:
-        return "label" if "label" in columns else "completion"
-    raise DataError(
-        f"{where}: no known format has the columns {', '.join(row) or '(none)'}",
-        "docs/datasets.md lists what is understood: prompt, chosen, rejected for one",
-    )
+def recognise(columns: Collection[str], where: str) -> str:
+    """The format of a file from the names of its columns. Raises DataError that lists them."""
+    kind = _kind(columns)
+    if kind is None:
+        raise DataError(
+            f"{where}: no known format has the columns {', '.join(columns) or '(none)'}",
+            "docs/datasets.md lists what is understood: prompt, chosen, rejected for one; --column NAME=COLUMN renames",
+        )
+    if kind == "preference" and not {"chosen", "rejected"} <= set(columns):
+        raise DataError(
+            f"{where}: a column 'chosen' or 'rejected' is missing; there are {', '.join(columns)}",
+            "a preference has both; --column NAME=COLUMN renames a column",
+        )
+    return kind
 
 
-def has_ratings(row: Row, kind: str) -> bool:
-    """Whether a file of this format rates its answers, from the columns of its first row; their values may be null."""
+def has_ratings(rows: Iterable[Row], kind: str) -> bool:
+    """Whether a file of this format rates its answers, from the names of columns in these rows of it; the values may be
+    null."""
     if kind == "preference":
-        return any(a in row and b in row for a, b in _SIDES)
-    if kind != "list":
-        return False
-    if any(name in row for name in _RATINGS):
-        return True
-    entries = row[_first(row, _LISTS) or ""]
-    return isinstance(entries, list) and any(isinstance(e, dict) and e.keys() & _INSIDE["rating"] for e in entries)
+        return any(a in row and b in row for row in rows for a, b in _SIDES)
+    return kind == "list" and any(_rates(row) for row in rows)
 
 
-def parse(row: Row, kind: str, where: str) -> AnsweredPrompt:
-    """A row of a format. Raises DataError for a missing or mistyped field, RowFault for a row that cannot be used."""
-    return _PARSERS[kind](row, where)
+def _rates(row: Row) -> bool:
+    entries = row.get(_first(row, _LISTS) or "")
+    inside = isinstance(entries, list) and any(isinstance(e, dict) and e.keys() & _INSIDE["rating"] for e in entries)
+    return inside or any(name in row for name in _RATINGS)
+
+
+def parse(row: Row, kind: str) -> AnsweredPrompt:
+    """A row of a format. Raises RowFault for a row that cannot be used."""
+    check_carried(row)
+    if _kind(row) != kind:
+        detail = f"the file began with rows of format '{kind}'; the columns of this row are {', '.join(row)}"
+        raise RowFault("other_columns", detail)
+    return replace(_PARSERS[kind](row), template_inputs=template_inputs(row))
 
 
 def others(row: Row) -> dict[str, Any]:
     """The columns that no format reads. They stay with the prompt, for rewards that read them."""
-    return {name: value for name, value in row.items() if name not in _KNOWN}
+    read = {*_ALWAYS_READ, _first(row, _PROMPTS), _first(row, _SYSTEMS), *(["history"] if _history(row) else [])}
+    if read & {"instruction"}:
+        read.add("input")
+    if not {"chosen", "rejected", *_LISTS} & row.keys():
+        read.add(_first(row, _COMPLETIONS))
+    return {name: value for name, value in row.items() if name not in read}
 
 
-def messages(value: object, where: str, name: str, role: str) -> Messages:
-    """A field as messages; plain text is one message of `role`. Raises DataError that names the field."""
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        check_unicode(name, *(text for m in value for text in (m["role"], m["content"])))
-        return [Message(role=m["role"], content=m["content"]) for m in value]
-    raise DataError(
-        f"{where}: field '{name}' is neither text nor a list of messages with 'role' and 'content'",
-        'write it as [{"role": "user", "content": "..."}] or as plain text',
-    )
-
-
-def field(row: Row, name: str, where: str) -> Any:
-    """The value of a field. Raises DataError where it is missing or null."""
-    if row.get(name) is None:
-        raise DataError(f"{where}: field '{name}' is missing (fields: {', '.join(row) or 'none'})", f"add '{name}'")
-    return row[name]
-
-
-def check_unicode(name: str, *texts: str) -> None:
-    """Raise RowFault for text without bytes: JSON can hold half of a surrogate pair."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise RowFault("not_unicode", f"field '{name}' holds half a character: {error.reason}") from error
+def prompt_of(row: Row) -> Messages:
+    """The messages of a prompt, from whichever columns hold it. Raises RowFault where none does."""
+    name = _first(row, _PROMPTS)
+    if name is None:
+        raise RowFault("missing", f"no field holds the prompt (fields: {', '.join(row) or 'none'})")
+    if name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
+        prompt = [Message(role="user", content=f"{text(row['instruction'], name)}\n{row['input']}")]
+    else:
+        prompt = messages(row[name], name, "user")
+    prompt = _history(row) + prompt
+    system = _first(row, _SYSTEMS)
+    said = text(row[system], system).strip() if system else ""
+    if said and prompt and prompt[0]["role"] != "system":
+        prompt = [Message(role="system", content=text(row[system], system or "")), *prompt]
+    return prompt
 
 
 def answer_turns(prompt: Messages, turns: Messages) -> Messages:
     """The one assistant turn that answers the prompt, which many files repeat in front of it. Raises RowFault for no
-    turn, for several, and for a turn of somebody else."""
+    turn, for several, for one without text, and for a turn of somebody else."""
     if turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
     if not turns:
@@ -137,39 +141,57 @@ def answer_turns(prompt: Messages, turns: Messages) -> Messages:
     if turns[0]["role"] != "assistant":
         raise RowFault("bad_roles", f"an answer starts with the assistant, not with {turns[0]['role']!r}")
     if len(turns) > 1:
-        raise RowFault("several_turns", f"an answer of {len(turns)} turns: what the user says in it is no completion")
+        raise RowFault("several_turns", f"an answer of {len(turns)} turns: what others say in it is no completion")
+    if not turns[0]["content"].strip() and "extra" not in turns[0]:
+        raise RowFault("empty", "an answer without text")
     return turns
 
 
-def _preference(row: Row, where: str) -> AnsweredPrompt:
-    chosen, rejected = (_side(field(row, name, where), where, name) for name in ("chosen", "rejected"))
-    if row.get("prompt") is not None:
-        prompt = _prompt(row, where)
+def _kind(columns: Collection[str]) -> str | None:
+    names = set(columns)
+    if {"chosen", "rejected"} & names:
+        return "preference"
+    if names & set(_LISTS) and names & set(_PROMPTS):
+        return "list"
+    if names & set(_COMPLETIONS) and names & set(_PROMPTS):
+        return "label" if "label" in names else "completion"
+    return "completion" if names & {"messages", "conversations"} else None
+
+
+def _history(row: Row) -> Messages:
+    """Earlier turns as pairs of question and answer, which some files keep in a column of their own."""
+    rounds = row.get("history") or []
+    if not isinstance(rounds, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in rounds):
+        return []
+    roles = ("user", "assistant")
+    return [
+        Message(role=role, content=text(said, "history"))
+        for pair in rounds
+        for role, said in zip(roles, pair, strict=True)
+    ]
+
+
+def _field(row: Row, name: str) -> Any:
+    if name not in row:
+        raise RowFault("missing", f"field '{name}' is missing (fields: {', '.join(row) or 'none'})")
+    if row[name] is None:
+        raise RowFault("null", f"field '{name}' is null")
+    return row[name]
+
+
+def _preference(row: Row) -> AnsweredPrompt:
+    chosen, rejected = (messages(_field(row, name), name, "assistant") for name in ("chosen", "rejected"))
+    of_column = _first(row, _PROMPTS)
+    if of_column and of_column != "messages":  # that column repeats the whole conversation in some files
+        prompt = prompt_of(row)
     elif len(chosen) > 1 or len(rejected) > 1:
         prompt = _shared_turns(chosen, rejected)
     else:
-        prompt = messages(field(row, "prompt", where), where, "prompt", "user")
+        prompt = prompt_of(row)
     columns = next((pair for pair in _SIDES if all(name in row for name in pair)), None)
-    ratings = [_number(row[name], where, name) for name in columns] if columns else None
+    ratings = [_number(row[name], name) for name in columns] if columns else None
     answers = [answer_turns(prompt, turns) for turns in (chosen, rejected)]
     return AnsweredPrompt(prompt, answers, ratings, ["", ""], None, _expected(row))
-
-
-def _side(value: object, where: str, name: str) -> Messages:
-    if isinstance(value, str) and _TURN.match(value):
-        return _transcript(value)
-    return messages(value, where, name, "assistant")
-
-
-def _transcript(text: str) -> Messages:
-    r"""Turns of a text like "\n\nHuman: ...\n\nAssistant: ..."."""
-    _, *pieces = _TURN.split(text)
-    turns = [
-        Message(role="user" if who == "Human" else "assistant", content=said.strip())
-        for who, said in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
-    check_unicode("transcript", *(t["content"] for t in turns))
-    return turns
 
 
 def _shared_turns(chosen: Messages, rejected: Messages) -> Messages:
@@ -179,20 +201,20 @@ def _shared_turns(chosen: Messages, rejected: Messages) -> Messages:
     return chosen[:-1]
 
 
-def _list(row: Row, where: str) -> AnsweredPrompt:
-    name = _first(row, _LISTS)
-    prompt = _prompt(row, where)
-    entries = field(row, name or _LISTS[0], where)
+def _list(row: Row) -> AnsweredPrompt:
+    name = _first(row, _LISTS) or next(n for n in _LISTS if n in row)
+    prompt = prompt_of(row)
+    entries = _field(row, name)
     if not isinstance(entries, list) or not entries:
         raise RowFault("empty", f"field '{name}' is not a list of answers")
-    answers = [answer_turns(prompt, _answer(entry, where, f"{name}[{i}]")) for i, entry in enumerate(entries)]
-    ratings = _per_answer(row, entries, _RATINGS, "rating", where)
-    writers = _per_answer(row, entries, _WRITERS, "writer", where)
-    numbers = [_number(r, where, f"rating {i} of {name}") for i, r in enumerate(ratings)]
+    answers = [answer_turns(prompt, _answer(entry, f"{name}[{i}]")) for i, entry in enumerate(entries)]
+    ratings = _per_answer(row, entries, _RATINGS, "rating")
+    writers = _per_answer(row, entries, _WRITERS, "writer")
+    numbers = [_number(r, f"rating {i} of {name}") for i, r in enumerate(ratings)]
     return AnsweredPrompt(prompt, answers, numbers, [str(w or "") for w in writers], None, _expected(row))
 
 
-def _per_answer(row: Row, entries: list[Any], columns: Iterable[str], kind: str, where: str) -> list[Any]:
+def _per_answer(row: Row, entries: list[Any], columns: Iterable[str], kind: str) -> list[Any]:
     """One value per answer: from the first of `columns` that the row has, else from inside the entries of the list."""
     name = _first(row, columns)
     if name is None:
@@ -200,47 +222,43 @@ def _per_answer(row: Row, entries: list[Any], columns: Iterable[str], kind: str,
     values = row[name]
     if not isinstance(values, list) or len(values) != len(entries):
         count = len(values) if isinstance(values, list) else "no list"
-        raise DataError(
-            f"{where}: field '{name}' has {count} entries for {len(entries)} answers", "give one per answer"
-        )
+        raise RowFault("bad_rating", f"field '{name}' has {count} entries for {len(entries)} answers")
     return values
 
 
-def _completion(row: Row, where: str) -> AnsweredPrompt:
-    prompt = _prompt(row, where)
-    turns = answer_turns(prompt, messages(field(row, "completion", where), where, "completion", "assistant"))
-    return AnsweredPrompt(prompt, [turns], None, [str(row.get("model") or "")], None, _expected(row))
+def _completion(row: Row) -> AnsweredPrompt:
+    name = _first(row, _COMPLETIONS)
+    if name is None and not any(n in row for n in _COMPLETIONS):
+        *prompt, answer = prompt_of(row) or [Message(role="", content="")]
+        turns = [answer]
+    else:
+        prompt = prompt_of(row)
+        turns = messages(row.get(name or ""), name or _COMPLETIONS[0], "assistant")
+    writers = [str(row.get("model") or "")]
+    return AnsweredPrompt(prompt, [answer_turns(prompt, turns)], None, writers, None, _expected(row))
 
 
-def _label(row: Row, where: str) -> AnsweredPrompt:
-    value = field(row, "label", where)
-    if not isinstance(value, bool):
-        raise DataError(f"{where}: field 'label' is {value!r}", "write true (desirable) or false (undesirable)")
-    return replace(_completion(row, where), label=value)
+def _label(row: Row) -> AnsweredPrompt:
+    value = _field(row, "label")
+    label = _LABELS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+    if label is None:
+        raise RowFault("bad_label", f"field 'label' is {str(value)[:60]!r}, neither true nor false")
+    return replace(_completion(row), label=label)
 
 
 _PARSERS = {"preference": _preference, "list": _list, "label": _label, "completion": _completion}
 FORMATS = tuple(_PARSERS)
 
 
-def _prompt(row: Row, where: str) -> Messages:
-    name = _first(row, _PROMPTS) or "prompt"
-    prompt = messages(field(row, name, where), where, name, "user")
-    system = row.get("system_prompt")
-    if isinstance(system, str) and system.strip() and prompt and prompt[0]["role"] != "system":
-        prompt = [Message(role="system", content=system), *prompt]
-    return prompt
-
-
 def _expected(row: Row) -> str | None:
     answer = row.get("answer")
-    return answer if isinstance(answer, str) else None
+    return None if answer is None else text(answer, "answer")
 
 
-def _answer(value: object, where: str, name: str) -> Messages:
+def _answer(value: object, name: str) -> Messages:
     if isinstance(value, dict) and "role" not in value:
         value = _inside(value, "text")
-    return messages(value, where, name, "assistant")
+    return messages(value, name, "assistant")
 
 
 def _inside(entry: object, kind: str) -> Any:
@@ -248,16 +266,16 @@ def _inside(entry: object, kind: str) -> Any:
     return entry.get(_first(entry, _INSIDE[kind]) or "") if isinstance(entry, dict) else None
 
 
-def _number(value: object, where: str, name: str) -> float | None:
+def _number(value: object, name: str) -> float | None:
     """A rating: a finite number, a number in text, or nothing."""
     if value is None or (isinstance(value, str) and value.strip().lower() in _UNRATED):
         return None
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         number = None
     if number is None:
-        raise DataError(f"{where}: {name} is {value!r}, not a number", "write a number, or null for no rating")
+        raise RowFault("bad_rating", f"{name} is {str(value)[:60]!r}, not a number")
     return number if math.isfinite(number) else None
 
 

@@ -1,22 +1,22 @@
 """Rows of foreign files as rows of ours, tokenised once: pairs and labels to score and to train on."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from prefpipe.errors import DataError, RowFault
 from prefpipe.ids import common_prefix, content_id, ids_digest
 from prefpipe.inputs import formats
-from prefpipe.inputs.files import rows
+from prefpipe.inputs.files import ForeignRow, rows
 from prefpipe.inputs.formats import AnsweredPrompt
-from prefpipe.models.chat import Chat, encode_messages, encode_prompt
+from prefpipe.models.chat import Chat
+from prefpipe.models.encoding import DROP, Rendered, Rules, check_length, encode_rendered, prompt_text, rendered
 from prefpipe.schemas import Dropped, Label, Message, Messages, Pair
 
+T = TypeVar("T")
 IMPORTED = "imported"
 _NO_LIMIT = 1 << 30
-_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Limits:
     max_prompt_length: tokens of a prompt; a row with a longer one is dropped
     max_length: tokens of prompt and completion together
     overlong: "drop" a row over max_length, or "keep_start": its completions lose their ends
-    control_tokens: text that spells a control token: "drop" the row, "escape" (tokenise it as plain text) or "allow"
+    rules: what happens to a row whose text the tokenizer or the chat template would change
     """
 
     max_prompt_length: int = _NO_LIMIT
     max_length: int = _NO_LIMIT
     overlong: str = "drop"
-    control_tokens: str = "drop"
+    rules: Rules = DROP
 
 
 NO_LIMITS = Limits()
@@ -44,6 +44,7 @@ class Tokenised:
 
     prompt, prompt_id, prompt_ids: the prompt as messages, its content id, its token ids
     answers, token_ids: each answer as messages, and as token ids with the end-of-sequence token
+    texts: each answer as people and rewards read it; with reasoning or tool calls, what the token ids say
     cut: whether each answer lost its end to max_length
     answered: the row as it was parsed
     """
@@ -53,6 +54,7 @@ class Tokenised:
     prompt_ids: list[int]
     answers: list[Messages]
     token_ids: list[list[int]]
+    texts: list[str]
     cut: list[bool]
     answered: AnsweredPrompt
 
@@ -65,59 +67,76 @@ class Tokenised:
         return "length" if self.cut[i] else IMPORTED
 
 
-def read_pairs(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list[Pair], list[Dropped]]:
-    """Pairs of a preference file (see formats), and the ledger of its faulty rows.
+def read_pairs(
+    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+) -> tuple[list[Pair], list[Dropped]]:
+    """Pairs of a preference file (see formats), and the ledger of its faulty rows; `columns` renames some.
 
     The prompt is the common token prefix of the prompt alone and both renderings; the rest is the completion, with its
-    end-of-sequence token exactly once and nothing after it. Raises DataError for a file without a usable pair.
+    end-of-sequence token exactly once and nothing after it. Raises DataError for a file of another format.
     """
-    pairs: list[Pair] = []
     dropped: list[Dropped] = []
-    for where, row in rows(path):
-        try:
-            pairs.append(to_pair(tokenise(formats.parse(row, "preference", where), chat, limits)))
-        except RowFault as fault:
-            dropped.append(Dropped(where, fault.reason, fault.detail))
-    if not pairs:
-        raise DataError(
-            f"{path} has no usable pair ({len(dropped)} rows dropped)", "see the reasons in dropped.parquet"
-        )
-    return pairs, dropped
+    source = rows(path, columns)
+    return [pair for _, pair in _read(source, "preference", chat, limits, to_pair, dropped)], dropped
 
 
-def read_labels(path: Path, chat: Chat, limits: Limits = NO_LIMITS) -> tuple[list[Label], list[Dropped]]:
-    """Labels of a TRL unpaired file (`prompt`, `completion`, `label`; text or messages), tokenised as pairs are, and
-    the ledger of its faulty and repeated rows.
+def read_labels(
+    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+) -> tuple[list[Label], list[Dropped]]:
+    """Labels of a file (see formats), tokenised as pairs are, and the ledger of its faulty and repeated rows; `columns`
+    renames some.
 
-    Raises DataError for a label that is not true or false, and for a file without a usable label.
+    Raises DataError for a file of another format.
     """
     labels: dict[str, Label] = {}
     dropped: list[Dropped] = []
-    for where, row in rows(path):
+    for where, label in _read(rows(path, columns), "label", chat, limits, to_label, dropped):
+        known = labels.setdefault(label.completion_id, label)
+        if known is not label:
+            dropped.append(repeated(label.completion_id, where, conflicting=known.label != label.label))
+    return list(labels.values()), dropped
+
+
+def repeated(completion_id: str, where: str, *, conflicting: bool) -> Dropped:
+    """The ledger row of an answer that an earlier row has; `conflicting`: with the other label."""
+    if conflicting:
+        return Dropped(completion_id, "conflicting_label", f"{where} has another label than an earlier row; that stays")
+    return Dropped(completion_id, "duplicate", f"{where} repeats an earlier row")
+
+
+def _read(
+    source: Iterable[ForeignRow],
+    kind: str,
+    chat: Chat,
+    limits: Limits,
+    convert: Callable[[Tokenised], T],
+    dropped: list[Dropped],
+) -> Iterator[tuple[str, T]]:
+    """Rows of a file of format `kind` and their places; faulty ones go to `dropped`. Raises DataError for another
+    format."""
+    for number, (where, row) in enumerate(source):
+        found = formats.recognise(row, where) if number == 0 else kind
+        if found != kind:
+            raise DataError(f"{where}: a row of format '{found}', not '{kind}'", "see docs/datasets.md for the columns")
         try:
-            label = to_label(tokenise(formats.parse(row, "label", where), chat, limits))
+            yield where, convert(tokenise(formats.parse(row, kind), chat, limits))
         except RowFault as fault:
             dropped.append(Dropped(where, fault.reason, fault.detail))
-            continue
-        if label.completion_id in labels:
-            dropped.append(Dropped(label.completion_id, "duplicate", f"{where} repeats an earlier row"))
-        labels.setdefault(label.completion_id, label)
-    if not labels:
-        raise DataError(
-            f"{path} has no usable label ({len(dropped)} rows dropped)", "see the reasons in dropped.parquet"
-        )
-    return list(labels.values()), dropped
 
 
 def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
     """Prompt ids (the common token prefix of the prompt alone and every rendering) and answer ids (the rest, up to the
     end of the answer). Raises RowFault for a row that cannot be used."""
-    prompt = answered.prompt
-    alone = encode_prompt(chat, prompt, max_tokens=limits.max_prompt_length, control_tokens=limits.control_tokens)
-    whole = [
-        encode_messages(chat, [*prompt, *turns], add_generation_prompt=False, control_tokens=limits.control_tokens)
-        for turns in answered.answers
-    ]
+    prompt, inputs, rules = answered.prompt, answered.template_inputs, limits.rules
+    opening = prompt_text(chat, prompt, inputs, rules)
+    alone = encode_rendered(chat, opening)
+    check_length(alone, limits.max_prompt_length)
+    turns = answered.answers
+    texts = [rendered(chat, [*prompt, *t], inputs, rules, add_generation_prompt=False) for t in turns]
+    if rules.template_changes == "drop":
+        for text in texts:
+            _check_opening(opening, text)
+    whole = [encode_rendered(chat, text) for text in texts]
     shared = common_prefix([alone, *whole])
     ids = [_until_eos(w[shared:], chat) for w in whole]
     room = limits.max_length - shared
@@ -127,11 +146,19 @@ def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
         if limits.overlong == "drop" or room < 1:
             raise RowFault("too_long", f"{longest} tokens in prompt and completion, max_length is {limits.max_length}")
         ids = [i[:room] for i in ids]
-    answers = [
-        [Message(role="assistant", content=chat.decode(i))] if was_cut else turns
-        for i, turns, was_cut in zip(ids, answered.answers, cut, strict=True)
+    read = [
+        chat.decode(i) if c or "extra" in t[0] else t[0]["content"] for i, t, c in zip(ids, turns, cut, strict=True)
     ]
-    return Tokenised(prompt, content_id(prompt, answered.answer), alone[:shared], answers, ids, cut, answered)
+    answers = [
+        [Message(role="assistant", content=text)] if c else t for text, t, c in zip(read, turns, cut, strict=True)
+    ]
+    key = prompt_key(prompt, answered.answer, inputs)
+    return Tokenised(prompt, key, alone[:shared], answers, ids, read, cut, answered)
+
+
+def prompt_key(messages: Messages, answer: str | None, template_inputs: str | None) -> str:
+    """The prompt_id of a prompt."""
+    return content_id(messages, answer, *([template_inputs] if template_inputs else []))
 
 
 def to_label(source: Tokenised) -> Label:
@@ -153,6 +180,7 @@ def to_label(source: Tokenised) -> Label:
         ref_token_logps=None,
         reference=None,
         scorer=None,
+        template_inputs=source.answered.template_inputs,
     )
 
 
@@ -189,12 +217,22 @@ def to_pair(source: Tokenised) -> Pair:
         ref_rejected_token_logps=None,
         reference=None,
         scorer=None,
+        template_inputs=source.answered.template_inputs,
     )
 
 
-def to_json(values: Mapping[str, Any]) -> str:
-    """Columns that no field of a row type holds, as JSON."""
-    return _JSON.encode(values)
+def _check_opening(opening: Rendered, whole: Rendered) -> None:
+    """Raise RowFault when a prompt reads otherwise alone than in front of its answer: what is sampled would answer
+    another prompt than what is trained on."""
+    alone, text = opening.plain, whole.plain
+    if text.startswith(alone):
+        return
+    shared = common_prefix([alone, text])
+    raise RowFault(
+        "template_changes",
+        f"the prompt alone goes on with {alone[shared : shared + 40]!r} where the answer's rendering has "
+        f"{text[shared : shared + 40]!r}",
+    )
 
 
 def _until_eos(ids: list[int], chat: Chat) -> list[int]:
@@ -204,6 +242,6 @@ def _until_eos(ids: list[int], chat: Chat) -> list[int]:
     while last and ids[last - 1] in chat.eos_token_ids:
         last -= 1
     ids = ids if last is None else ids[: last + 1]
-    if not ids:
-        raise RowFault("empty", "a completion without tokens")
+    if all(i in chat.eos_token_ids for i in ids):
+        raise RowFault("empty", "a completion without text")
     return ids

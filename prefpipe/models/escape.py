@@ -6,29 +6,31 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from prefpipe.errors import RowFault
-from prefpipe.schemas import Message
 
 MARK = "\ue0ff"  # a private character, in no template; a text that holds it is refused
 
 
-def mark(messages: Sequence[Message], spelled: Sequence[Sequence[str]]) -> tuple[list[Message], list[str]]:
-    """The messages with a mark and a number in place of every control token that they spell, so that it survives the
-    template, and the tokens by their numbers. `spelled` are the control tokens for each message.
+def mark(texts: Sequence[str], spelled: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
+    """The texts with a mark and a number in place of every control token that they spell, so that it survives the
+    template, and the tokens by their numbers. `spelled` are the control tokens for each text.
 
-    Raises RowFault when a message holds the mark already.
+    Raises RowFault when a text holds the mark already.
     """
-    if any(MARK in m["content"] for m in messages):
+    if any(MARK in text for text in texts):
         raise RowFault("control_tokens", "the text holds the private character that marks control tokens")
     tokens = sorted({token for each in spelled for token in each}, key=lambda token: (-len(token), token))
     numbers = {token: number for number, token in enumerate(tokens)}
-    marked: list[Message] = []
-    for message, own in zip(messages, spelled, strict=True):
+    marked: list[str] = []
+    for text, own in zip(texts, spelled, strict=True):
         pattern = "|".join(re.escape(token) for token in tokens if token in own)
-        content = message["content"]
-        if pattern:
-            content = re.sub(pattern, lambda match: f"{MARK}{numbers[match[0]]}{MARK}", content)
-        marked.append(Message(role=message["role"], content=content))
+        marked.append(re.sub(pattern, lambda match: f"{MARK}{numbers[match[0]]}{MARK}", text) if pattern else text)
     return marked, tokens
+
+
+def unmarked(marked_text: str, tokens: Sequence[str]) -> str:
+    """The text with its control tokens again in place of their marks."""
+    pieces = marked_text.split(MARK)
+    return "".join(tokens[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces))
 
 
 def encode_marked(tokenizer: Tokenizer, marked_text: str, tokens: Sequence[str]) -> list[int]:

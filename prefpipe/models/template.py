@@ -12,8 +12,8 @@ import jinja2
 
 from prefpipe import clock
 from prefpipe.errors import DataError, MissingInputError, RowFault
-from prefpipe.schemas import Message
 
+NO_INPUTS: Mapping[str, Any] = {}
 # Plain-text mode: a prompt, its answer, the end. `opening_token` is empty for a tokenizer that puts none before a text.
 PLAIN = (
     "{% if messages | length > 2 or messages[0]['role'] != 'user' %}"
@@ -58,27 +58,35 @@ def prints_date(template: str) -> bool:
 
 
 def render(
-    template: str, date: str, messages: Sequence[Message], tokens: Mapping[str, str], *, add_generation_prompt: bool
+    template: str,
+    date: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, str],
+    inputs: Mapping[str, Any] = NO_INPUTS,
+    *,
+    add_generation_prompt: bool,
 ) -> str:
     """The text of a conversation, as transformers' `apply_chat_template` gives it.
 
     `date` is the day that the template prints (YYYY-MM-DD, or "today"), `tokens` are the named tokens of the tokenizer
-    (`bos_token` and so on), `add_generation_prompt` asks for the opening of the next answer. In plain-text mode a text
-    that begins with the opening token gets no second one.
+    (`bos_token` and so on), `inputs` what the template gets beside: tools, documents, `chat_template_kwargs`;
+    `add_generation_prompt` asks for the opening of the next answer. In plain-text mode a text that begins with the
+    opening token gets no second one.
 
     Raises DataError for a template that is not Jinja, RowFault when the template refuses the messages.
     """
-    variables = dict(tokens)
+    variables = dict(tokens) | {"tools": None, "documents": None} | inputs.get("chat_template_kwargs", {})
+    variables |= {name: inputs[name] for name in ("tools", "documents") if inputs.get(name)}
     if template == PLAIN and messages and messages[0]["content"].startswith(tokens.get("opening_token", "")):
         variables["opening_token"] = ""
     try:
         return _compiled(template).render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            strftime_now=lambda form: clock.local_time(form, date),  # pyright: ignore[reportUnknownLambdaType]
-            **variables,
+            **variables
+            | {
+                "messages": list(messages),
+                "add_generation_prompt": add_generation_prompt,
+                "strftime_now": lambda form: clock.local_time(form, date),  # pyright: ignore[reportUnknownLambdaType]
+            }
         )
     except jinja2.TemplateSyntaxError as error:
         raise DataError(

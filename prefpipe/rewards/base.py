@@ -22,7 +22,7 @@ class Answer:
 
     `messages`: the prompt. `text`: the completion. `answer`: the expected answer or the topic of the prompt, if it has
     one. `meta`: the further columns of the prompts file, as a JSON object. `num_tokens`: the length of the completion,
-    None for a text without token ids.
+    None for a text without token ids. `template_inputs`: JSON of tools and documents that the prompt came with.
     """
 
     messages: Messages
@@ -30,6 +30,7 @@ class Answer:
     answer: str | None
     meta: str = "{}"
     num_tokens: int | None = None
+    template_inputs: str | None = None
 
 
 @dataclass(frozen=True)

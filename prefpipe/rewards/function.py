@@ -16,6 +16,7 @@ from typing import Any
 
 from prefpipe.config.rewards import Function
 from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.models.turns import as_dict
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.isolation import isolated
 from prefpipe.runs import fsio
@@ -93,7 +94,7 @@ def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored
     columns = {name: [m.get(name) for m in metas] for name in sorted({n for m in metas for n in m} - _ARGUMENTS)}
     try:
         values = function(
-            prompts=[a.messages for a in answers],
+            prompts=[[as_dict(m) for m in a.messages] for a in answers],
             completions=[[{"role": "assistant", "content": a.text}] for a in answers],
             answer=[a.answer for a in answers],
             **columns,

@@ -12,7 +12,8 @@ from prefpipe.config.judge import Judge
 from prefpipe.engines.base import Engine, EngineSettings, Query, Response
 from prefpipe.errors import RowFault, UsageError
 from prefpipe.ids import ids_digest, sample_seed
-from prefpipe.models.chat import Chat, encode_prompt, load_chat, render
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.encoding import Rules, encode_prompt, render
 from prefpipe.models.policy import context_length, resolve
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.schemas import Message
@@ -48,7 +49,7 @@ def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list
         for index, question in enumerate(questions):
             try:
                 messages = question.messages if has_system else in_one(question.messages)
-                ids = encode_prompt(chat, messages, max_tokens=longest, control_tokens="escape")
+                ids = encode_prompt(chat, messages, max_tokens=longest, rules=Rules("escape"))
                 queries.append(_query(settings, ids, index, question))
             except RowFault as fault:
                 replies[index] = Reply(

@@ -20,7 +20,8 @@ from prefpipe.engines import pooling
 from prefpipe.errors import RowFault, UsageError
 from prefpipe.forward.architecture import check_architecture
 from prefpipe.forward.weights import read_model
-from prefpipe.models.chat import Chat, encode_messages, load_chat
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.encoding import DROP, Rules, encode_rendered, rendered
 from prefpipe.models.policy import context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.schemas import Message
@@ -56,6 +57,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
     chat = load_chat(directory, settings.chat_template, generates=False)
     label = find_label(directory, settings.label)
     longest = min(settings.max_length, context_length(directory) or settings.max_length)
+    rules = Rules(settings.special_tokens_in_prompts, settings.template_changes)
     started = contextlib.ExitStack()
     logits_of = functools.cache(lambda: started.enter_context(_classifier(settings, directory, longest)))
 
@@ -64,7 +66,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
         rows: list[Row] = []
         for index, answer in enumerate(answers):
             try:
-                rows.append(Row(index, tokenise(chat, answer, longest, settings.special_tokens_in_prompts)))
+                rows.append(Row(index, tokenise(chat, answer, longest, rules)))
             except RowFault as fault:
                 scores[index] = Scored(None, "unparsable", f"{fault.reason}: {fault.detail}")
         if rows:
@@ -113,11 +115,11 @@ def _check_classifier(directory: Path) -> None:
         )
 
 
-def tokenise(chat: Chat, answer: Answer, max_length: int, control_tokens: str = "drop") -> list[int]:
-    """Token ids of prompt and completion, by the tokenizer of the reward model; `control_tokens` as in
-    `encode_messages`. Raises RowFault when it cannot rate them."""
+def tokenise(chat: Chat, answer: Answer, max_length: int, rules: Rules = DROP) -> list[int]:
+    """Token ids of prompt and completion, by the tokenizer of the reward model. Raises RowFault when it cannot rate
+    them."""
     messages = [*answer.messages, Message(role="assistant", content=answer.text)]
-    ids = encode_messages(chat, messages, add_generation_prompt=False, control_tokens=control_tokens)
+    ids = encode_rendered(chat, rendered(chat, messages, answer.template_inputs, rules, add_generation_prompt=False))
     if not ids:
         raise RowFault("empty", "the chat template renders nothing")
     before, behind = _frame(chat)

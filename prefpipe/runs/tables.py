@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from prefpipe.errors import DataError
 from prefpipe.runs import fsio
-from prefpipe.schemas import DATASET_KEY, VERSION_KEY, arrow_schema
+from prefpipe.schemas import DATASET_KEY, VERSION_KEY, arrow_schema, earlier_schema
 
 _OTHER_VERSION = (
     "make that run again: its config.json is the recipe of its command; "
@@ -31,6 +31,7 @@ def read_table(path: Path, row_type: type, columns: list[str] | None = None) -> 
     """The rows of a file, or some columns of them. Raises DataError as `check_schema` does, and for a damaged file."""
     table = read_parquet(path)
     _check_schema(table.schema, row_type, path)
+    table = _as_written_now(table, row_type)
     return table.select(columns) if columns is not None else table
 
 
@@ -58,6 +59,8 @@ def _check_schema(schema: pa.Schema, row_type: type, path: Path) -> None:
             f"{_written(expected, VERSION_KEY)}",
             _OTHER_VERSION,
         )
+    if schema.equals(earlier_schema(row_type)):
+        return
     wrong = [f"{f.name} ({f.type})" for f in expected if f.name not in schema.names or schema.field(f.name) != f]
     if wrong or len(schema) != len(expected):
         raise DataError(
@@ -65,6 +68,18 @@ def _check_schema(schema: pa.Schema, row_type: type, path: Path) -> None:
             f"{', '.join(wrong) or 'there are more than it has'}",
             _OTHER_VERSION,
         )
+
+
+def _as_written_now(table: pa.Table, row_type: type) -> pa.Table:
+    """The table with the columns of today: those that an older file lacks are null."""
+    expected = arrow_schema(row_type)
+    if table.schema.equals(expected):
+        return table
+    columns = [
+        table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(table.num_rows, f.type)
+        for f in expected
+    ]
+    return pa.table(columns, schema=expected)
 
 
 def _written(schema: pa.Schema, key: str) -> str:

@@ -16,7 +16,8 @@ from prefpipe.engines.base import Draw, Engine, EngineSettings, Request, Sample,
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter
 from prefpipe.ids import ids_digest
 from prefpipe.inputs.prompts import read_prompts
-from prefpipe.models.chat import Chat, encode, encode_prompt, load_chat
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.encoding import Rules, encode, encode_prompt
 from prefpipe.models.policy import resolve
 from prefpipe.runs import store
 from prefpipe.schemas import Completion, RefLogps, from_table
@@ -330,7 +331,7 @@ def check_completions(out: Path, model: Path, prompts_file: Path) -> None:
     completions = from_table(Completion, store.read_dataset(out, "completions", Completion))
     assert [(c.prompt_id, c.sample_index) for c in completions] == [(p.prompt_id, k) for p in prompts for k in range(3)]
     assert len({c.completion_id for c in completions}) == len(completions)
-    prompt_ids = {p.prompt_id: encode_prompt(chat, p.messages, max_tokens=1024, control_tokens="drop") for p in prompts}
+    prompt_ids = {p.prompt_id: encode_prompt(chat, p.messages, max_tokens=1024, rules=Rules("drop")) for p in prompts}
     assert all(c.prompt_token_ids == prompt_ids[c.prompt_id] for c in completions)
     assert all(c.ids_digest == ids_digest(c.prompt_token_ids, c.token_ids) for c in completions)
     logps = {

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id, ids_digest
 from prefpipe.inputs.tokenised import read_labels, read_pairs
-from prefpipe.models.chat import Chat, encode, load_chat, render
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.encoding import encode, render
 from prefpipe.schemas import Message, Pair
 from tests.conftest import ROOT, Write
 

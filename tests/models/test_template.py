@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from prefpipe.errors import DataError, MissingInputError, RowFault
-from prefpipe.models.chat import Chat, encode_prompt, load_chat, render
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.encoding import Rules, encode_prompt, render
 from tests.models.cases import SHAPES, USER
 
 # What real templates use: named tokens, loop controls, JSON, block trimming, namespaces, slices, the generation tag.
@@ -59,7 +60,7 @@ def test_a_template_that_is_not_jinja_is_one_error_with_a_hint(copy: Path) -> No
     """One error for the whole run, not a fault of every row."""
     (copy / "chat_template.jinja").write_text("{% for m in messages %}")
     with pytest.raises(DataError, match="not valid Jinja") as caught:
-        encode_prompt(load_chat(copy), [USER], max_tokens=1000, control_tokens="drop")
+        encode_prompt(load_chat(copy), [USER], max_tokens=1000, rules=Rules("drop"))
     assert "--chat-template" in caught.value.hint
 
 

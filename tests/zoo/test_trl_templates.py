@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from prefpipe.errors import RowFault
-from prefpipe.models.chat import Chat, render
+from prefpipe.models.chat import Chat
+from prefpipe.models.encoding import render
 from tests.models.cases import SHAPES
 
 _TRL = find_spec("trl")

@@ -10,7 +10,8 @@ from transformers.utils import logging
 from prefpipe.errors import PrefpipeError, RowFault
 from prefpipe.inputs import formats, tokenised
 from prefpipe.inputs.tokenised import Limits
-from prefpipe.models.chat import Chat, encode_prompt, load_chat
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.encoding import Rules, encode_prompt
 from prefpipe.schemas import Message
 from tests.zoo import cases
 
@@ -102,7 +103,7 @@ def ids_of(oracle: Any, messages: list[Message], *, prompt: bool) -> list[int]:
 def check_conversation(chat: Chat, oracle: Any, messages: list[Message], answer: str) -> None:
     """Prompt ids as in transformers; the answer starts where its rendering leaves the prompt, and ends at its end."""
     try:
-        ours = encode_prompt(chat, messages, max_tokens=1 << 20, control_tokens="allow")
+        ours = encode_prompt(chat, messages, max_tokens=1 << 20, rules=Rules("allow"))
     except RowFault as fault:
         if fault.reason != "template_refused":
             raise
@@ -114,7 +115,7 @@ def check_conversation(chat: Chat, oracle: Any, messages: list[Message], answer:
     turns = [*messages, say("assistant", answer)]
     whole = ids_of(oracle, turns, prompt=False)
     row = formats.parse({"prompt": messages, "completion": turns[-1:]}, "completion", "row")
-    found = tokenised.tokenise(row, chat, Limits(control_tokens="allow"))
+    found = tokenised.tokenise(row, chat, Limits(rules=Rules("allow")))
     shared = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
     )
@@ -143,8 +144,8 @@ def check_escaped(chat: Chat) -> None:
     for token in chat.control_tokens[:3]:
         messages = [say("user", f"What does {token} mean?")]
         with pytest.raises(RowFault, match="control_tokens"):
-            encode_prompt(chat, messages, max_tokens=1 << 20, control_tokens="drop")
-        ids = encode_prompt(chat, messages, max_tokens=1 << 20, control_tokens="escape")
-        plain = encode_prompt(chat, [say("user", "What does it mean?")], max_tokens=1 << 20, control_tokens="drop")
+            encode_prompt(chat, messages, max_tokens=1 << 20, rules=Rules("drop"))
+        ids = encode_prompt(chat, messages, max_tokens=1 << 20, rules=Rules("escape"))
+        plain = encode_prompt(chat, [say("user", "What does it mean?")], max_tokens=1 << 20, rules=Rules("drop"))
         number = chat.tokenizer.token_to_id(token)
         assert ids.count(number) == plain.count(number)

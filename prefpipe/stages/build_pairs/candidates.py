@@ -36,7 +36,7 @@ class Sources:
     @property
     def num_partitions(self) -> int:
         """How many partitions keep the key columns of one far below the memory: about 400,000 rows in each."""
-        return 1 + int(scan(self.completions).select(pl.len()).collect().item()) // _ROWS_PER_PARTITION
+        return 1 + int(scan(self.completions, Completion).select(pl.len()).collect().item()) // _ROWS_PER_PARTITION
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def open_sources(config: BuildPairsConfig) -> Sources:
 
 def policies(sources: Sources) -> list[str]:
     """The identities of the policies that sampled the completions."""
-    names = scan(sources.completions).select(pl.col("policy").unique()).collect(engine="streaming")
+    names = scan(sources.completions, Completion).select(pl.col("policy").unique()).collect(engine="streaming")
     return sorted(names["policy"].to_list())
 
 
 def prompts(sources: Sources) -> pl.LazyFrame:
     """prompt_id and messages of every prompt; one that several runs hold has several rows."""
-    return scan(sources.prompts).select("prompt_id", "messages")
+    return scan(sources.prompts, Prompt).select("prompt_id", "messages")
 
 
 def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -> list[pl.LazyFrame]:
@@ -85,7 +85,7 @@ def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -
     row for it), fault (the reason why its text is no candidate, or null), run. Raises DataError when one completion has
     two different rewards.
     """
-    completions = scan(sources.completions).select(
+    completions = scan(sources.completions, Completion).select(
         "prompt_id",
         "completion_id",
         "finish_reason",
@@ -152,7 +152,7 @@ def check_rewards_match(sources: Sources, num_rated: int) -> None:
     total = int(_rewards(sources).select(pl.len()).collect(engine="streaming").item())
     if total == num_rated:
         return
-    foreign = scan(sources.rewards).join(scan(sources.completions), on="completion_id", how="anti")
+    foreign = scan(sources.rewards, Reward).join(scan(sources.completions, Completion), on="completion_id", how="anti")
     first = foreign.select(pl.col("completion_id").min()).collect().item()
     place = _file_and_row(sources.rewards, pl.col("completion_id") == first)
     raise DataError(
@@ -186,7 +186,7 @@ def _fault(config: BuildPairsConfig) -> pl.Expr:
 
 def _rewards(sources: Sources) -> pl.LazyFrame:
     """completion_id, reward and rated (true), once per completion. Raises DataError when two rewards of one differ."""
-    rows = scan(sources.rewards).select("completion_id", "reward")
+    rows = scan(sources.rewards, Reward).select("completion_id", "reward")
     if len(sources.rewards) == 1:
         return rows.with_columns(rated=pl.lit(True))  # noqa: FBT003  (a column of true)
     once = rows.group_by("completion_id").agg(pl.col("reward").max(), low=pl.col("reward").min())
@@ -217,7 +217,7 @@ def _without_copies(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
     first = wrong.row(0, named=True)
     wanted = pl.col("completion_id") == first["completion_id"]
     # Two rewards of one completion also double its row: look which of the two datasets holds it twice.
-    repeated = scan(sources.completions).filter(wanted).select(pl.len()).collect().item() > first["runs"]
+    repeated = scan(sources.completions, Completion).filter(wanted).select(pl.len()).collect().item() > first["runs"]
     place = _file_and_row(sources.completions if repeated or first["contents"] > 1 else sources.rewards, wanted)
     raise DataError(
         f"{place}: column 'completion_id': {first['completion_id']} is there twice ({wrong.height} such ids)",

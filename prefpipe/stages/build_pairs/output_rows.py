@@ -15,7 +15,7 @@ from prefpipe.config.build_pairs import RULES, BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id
 from prefpipe.rows import logps_of_other_ids, one_reference
-from prefpipe.schemas import Completion, Label, Pair, RankedGroup, arrow_schema
+from prefpipe.schemas import Completion, Label, Pair, Prompt, RankedGroup, RefLogps, arrow_schema
 from prefpipe.stages.build_pairs.candidates import Sources
 from prefpipe.stages.build_pairs.filters import SIDES
 from prefpipe.stages.build_pairs.partitions import Files, batches, partition_of, scan, split
@@ -33,7 +33,7 @@ class Contents:
     prompts: Sequence[pl.LazyFrame]
 
     def of(self, number: int) -> pl.DataFrame:
-        """One partition: completion_id, text, prompt_token_ids, token_ids, ids_digest, policy; ref_logps,
+        """One partition: completion_id, text, messages, prompt_token_ids, token_ids, ids_digest, policy; ref_logps,
         ref_token_logps, reference and scorer (null without reference log-probs); policy_logps (null without them).
 
         Raises IdentityError when log-probs were made for other token ids.
@@ -53,7 +53,7 @@ class Contents:
         return joined.drop("digest")
 
     def prompts_of(self, number: int) -> pl.DataFrame:
-        """One partition: prompt_id, and its messages as `prompt`."""
+        """One partition: prompt_id, template_inputs, and its messages as `prompt`."""
         return self.prompts[number].collect().unique("prompt_id")
 
 
@@ -65,8 +65,11 @@ def fetch(sources: Sources, used: pl.DataFrame, count: int, folder: Path) -> Con
     used = used.unique().with_columns(partition=partition_of(count))
     wanted = used.lazy().select("completion_id", "partition")
     columns = [name for name in arrow_schema(Completion).names if name not in _OF_CANDIDATES]
-    completions = [scan(batch).select(columns) for batch in batches(sources.completions)]
-    prompts = [scan(batch).select("prompt_id", prompt="messages") for batch in batches(sources.prompts)]
+    completions = [scan(batch, Completion).select(columns) for batch in batches(sources.completions)]
+    prompts = [
+        scan(batch, Prompt).select("prompt_id", "template_inputs", prompt="messages")
+        for batch in batches(sources.prompts)
+    ]
     used_prompts = used.lazy().select("prompt_id", "partition").unique()
     references, policies = _references(sources.ref_logps), _references(sources.policy_logps)
 
@@ -113,7 +116,7 @@ def pair_rows(pairs: pl.DataFrame, prompts: pl.DataFrame, config: BuildPairsConf
             for side in SIDES
             for name in ("logps", "token_logps")
         ),
-        *(_as_messages(f"{side}_text").alias(side) for side in SIDES),
+        *(_answer(f"{side}_text", f"{side}_messages").alias(side) for side in SIDES),
         prompt_token_ids=pl.col("chosen_prompt_token_ids"),
         pair_id=pl.Series(ids, dtype=pl.String),
         preference_prob=soft if config.preference_prob == "bradley-terry" else pl.lit(None, pl.Float64),
@@ -125,7 +128,7 @@ def pair_rows(pairs: pl.DataFrame, prompts: pl.DataFrame, config: BuildPairsConf
 def label_rows(labels: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """Rows of Label, in order of prompt_id and completion_id. `labels` has label, reward, finish_reason and weight."""
     rows = _with_prompts(labels.join(contents, on="completion_id", how="left"), prompts)
-    return rows.sort("prompt_id", "completion_id").with_columns(completion=_as_messages("text"))
+    return rows.sort("prompt_id", "completion_id").with_columns(completion=_answer("text", "messages"))
 
 
 def group_rows(ranked: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
@@ -140,7 +143,7 @@ def group_rows(ranked: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFra
     groups = rows.group_by("prompt_id", maintain_order=True).agg(
         pl.col("prompt_token_ids").first(),
         completion_ids="completion_id",
-        completions=_as_messages("text"),
+        completions=_answer("text", "messages"),
         token_ids="token_ids",
         ids_digests="ids_digest",
         rewards="reward",
@@ -174,9 +177,9 @@ def _references(files: Files) -> list[pl.LazyFrame]:
     }
     if not files:
         return [pl.LazyFrame(schema=empty)]
-    one_reference(scan(files).select(pl.col("reference").unique()).collect(engine="streaming")["reference"])
+    one_reference(scan(files, RefLogps).select(pl.col("reference").unique()).collect(engine="streaming")["reference"])
     renamed = {"ids_digest": "digest", "token_logps": "ref_token_logps"}
-    return [scan(batch).rename(renamed).select(*empty) for batch in batches(files)]
+    return [scan(batch, RefLogps).rename(renamed).select(*empty) for batch in batches(files)]
 
 
 def _one_per_completion(frame: pl.LazyFrame) -> pl.DataFrame:
@@ -195,8 +198,10 @@ def _with_prompts(rows: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     return joined
 
 
-def _as_messages(column: str) -> pl.Expr:
-    return pl.concat_list(pl.struct(role=pl.lit("assistant"), content=pl.col(column)))
+def _answer(text: str, messages: str) -> pl.Expr:
+    """The turns of an answer: those of the file that it comes from, else its text as one turn."""
+    turn = pl.struct(role=pl.lit("assistant"), content=pl.col(text), extra=pl.lit(None, pl.String))
+    return pl.coalesce(messages, pl.concat_list(turn))
 
 
 def with_weights(frame: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:

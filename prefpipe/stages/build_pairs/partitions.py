@@ -7,15 +7,24 @@ from pathlib import Path
 import polars as pl
 
 from prefpipe.runs import fsio
+from prefpipe.schemas import arrow_schema
 
 _BYTES_AT_ONCE = 512 << 20
 Files = Sequence[Sequence[Path]]  # of a dataset, by run
 
 
-def scan(files: Files) -> pl.LazyFrame:
-    """A dataset of several runs, with the number of its run in the column `run`."""
+def scan(files: Files, row_type: type) -> pl.LazyFrame:
+    """A dataset of several runs, with the number of its run in the column `run`. Columns that older files lack are
+    null."""
+    schema = pl.DataFrame(arrow_schema(row_type).empty_table()).schema
     return pl.concat(
-        pl.scan_parquet(list(paths)).with_columns(run=pl.lit(number, pl.UInt16)) for number, paths in enumerate(files)
+        pl.scan_parquet(
+            list(paths),
+            schema=schema,
+            missing_columns="insert",
+            cast_options=pl.ScanCastOptions(missing_struct_fields="insert"),
+        ).with_columns(run=pl.lit(number, pl.UInt16))
+        for number, paths in enumerate(files)
     )
 
 

@@ -7,8 +7,6 @@ import polars as pl
 from rensa import RMinHash, RMinHashLSH  # type: ignore[attr-defined]  # a compiled module without stubs
 
 from prefpipe.config.build_pairs import BuildPairsConfig
-from prefpipe.config.shared import JSON_SUFFIXES
-from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.inputs import files
 from prefpipe.stages.build_pairs.texts import conversation, folded, ngrams, words
 
@@ -97,18 +95,11 @@ def benchmark_ngrams(paths: list[Path], n: int) -> set[str]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise MissingInputError(f"{path} does not exist", "check the path given to --contamination")
-    if path.suffix == ".txt":
+    if path.suffix == ".txt" and path.is_file():
         yield from path.read_text(encoding="utf-8").splitlines()
-    elif path.suffix == ".parquet":
-        for row in files.parquet_rows(path):
-            yield from _strings(row)
-    elif path.suffix in JSON_SUFFIXES:
-        for _, value in files.json_lines(path):
-            yield from _strings(value)
-    else:
-        raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", "give .txt, .jsonl or .parquet")
+        return
+    for _, row in files.rows(path):
+        yield from _strings(row)
 
 
 def _strings(value: object) -> Iterator[str]:

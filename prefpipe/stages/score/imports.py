@@ -1,7 +1,7 @@
 """Shards of foreign files as rows of ours, without the rows that repeat an earlier one, in whichever shard that is."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,11 +11,13 @@ from prefpipe.errors import RowFault
 from prefpipe.ids import IdSet, ids_digest
 from prefpipe.inputs import files, formats, tokenised
 from prefpipe.inputs.files import ForeignRow
+from prefpipe.inputs.messages import to_json
 from prefpipe.inputs.tokenised import IMPORTED, Limits, Tokenised
 from prefpipe.models.chat import Chat
 from prefpipe.schemas import Completion, Dropped, Label, Pair, Prompt, Reward
 
 RATING_FOLDER = f"rewards/{IMPORTED_REWARD}"
+DESIRABLE = "desirable"  # of the keys of labels, those whose label is true
 Known = defaultdict[str, IdSet]  # the keys that the run has written already, by dataset
 
 
@@ -40,9 +42,9 @@ class Imported:
     prompt_of: dict[str, Prompt] = field(default_factory=dict[str, Prompt])
 
 
-def chunks(path: str | Path, size: int) -> Iterator[list[ForeignRow]]:
-    """The rows of a file, `size` at a time: one shard each."""
-    stream = files.rows(path)
+def chunks(path: str | Path, size: int, columns: Mapping[str, str]) -> Iterator[list[ForeignRow]]:
+    """The rows of a file, `size` at a time: one shard each. `columns` renames some."""
+    stream = files.rows(path, columns)
     while chunk := list(islice(stream, size)):
         yield chunk
 
@@ -59,7 +61,7 @@ def import_rows(
     imported = Imported()
     for where, row in chunk:
         try:
-            source = tokenised.tokenise(formats.parse(row, kind, where), chat, limits)
+            source = tokenised.tokenise(formats.parse(row, kind), chat, limits)
             if kind == "preference":
                 pair = tokenised.to_pair(source)
                 if not known["pairs"].add(pair.pair_id):
@@ -73,9 +75,10 @@ def import_rows(
             imported.prompts.append(prompt)
         for i in range(len(source.answers)):
             imported.prompt_of.setdefault(source.completion_id(i), prompt)
+            key, label = source.completion_id(i), source.answered.label
+            conflicting = label is not None and key in known["labels"] and (key in known[DESIRABLE]) != label
             if not _add_answer(imported, source, i, known, paired=kind == "preference", rated=rated):
-                detail = f"{where} repeats an earlier answer"
-                imported.dropped.append(Dropped(source.completion_id(i), "duplicate", detail))
+                imported.dropped.append(tokenised.repeated(key, where, conflicting=conflicting))
     return imported
 
 
@@ -88,6 +91,8 @@ def _add_answer(imported: Imported, source: Tokenised, i: int, known: Known, *, 
     if is_new:
         imported.completions.append(completion)
     is_labelled = source.answered.label is not None and known["labels"].add(key)
+    if is_labelled and source.answered.label:
+        known[DESIRABLE].add(key)
     if is_labelled:
         imported.labels.append(tokenised.to_label(source))
     rating = _to_rating(source, i)
@@ -105,12 +110,13 @@ def _to_completion(source: Tokenised, i: int) -> Completion:
         completion_id=source.completion_id(i),
         prompt_id=source.prompt_id,
         sample_index=i,
-        text=source.answers[i][-1]["content"],
+        text=source.texts[i],
         prompt_token_ids=source.prompt_ids,
         token_ids=source.token_ids[i],
         finish_reason=source.finish_reason(i),
         policy=source.answered.writers[i] or IMPORTED,
         ids_digest=ids_digest(source.prompt_ids, source.token_ids[i]),
+        messages=source.answers[i] if "extra" in source.answers[i][0] else None,
     )
 
 
@@ -121,7 +127,8 @@ def _to_prompt(source: Tokenised, row: formats.Row) -> Prompt:
         answer=source.answered.answer,
         split="train",
         source=IMPORTED,
-        meta=tokenised.to_json(formats.others(row)),
+        meta=to_json(formats.others(row)),
+        template_inputs=source.answered.template_inputs,
     )
 
 

@@ -9,10 +9,10 @@ from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import DataError
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import RewardFunction
-from prefpipe.rows import ROW_TYPES, Logps, key_column, with_ref_logps
+from prefpipe.rows import ROW_TYPES, Logps, key_column, why_dropped, with_ref_logps
 from prefpipe.runs.store import Run
-from prefpipe.schemas import Dropped, RefLogps, Reward, from_table, to_table
-from prefpipe.stages.score.imports import RATING_FOLDER, Known
+from prefpipe.schemas import Dropped, Label, RefLogps, Reward, from_table, to_table
+from prefpipe.stages.score.imports import DESIRABLE, RATING_FOLDER, Known
 from prefpipe.stages.score.sources import ENGINE_DIED, InputShard, ShardRows
 
 _KEYED: dict[str, type] = {**ROW_TYPES, RATING_FOLDER: Reward}
@@ -52,6 +52,10 @@ def _remember(shard: OutputShard, run: Run, known: Known) -> None:
         part = run.read_part(dataset, _KEYED[dataset], shard.index, [column])
         for key in (*part[column].to_pylist(), *lost):
             known[dataset].add(key)
+    if "labels" in shard.datasets:
+        labels = run.read_part("labels", Label, shard.index, ["completion_id", "label"])
+        for key in labels.filter(labels["label"])["completion_id"].to_pylist():
+            known[DESIRABLE].add(key)
 
 
 def write(
@@ -87,7 +91,11 @@ def totals(run: Run, reward_names: Iterable[str]) -> dict[str, Any]:
     rows["ref_logps"] = _count(run, "ref_logps", RefLogps)
     folders = {name: rating.reward_folder(name) for name in (*reward_names, IMPORTED_REWARD)}
     if not any(rows.values()) and not any(_count(run, folder, Reward) for folder in folders.values()):
-        raise DataError("no row is left", f"see {run.out}/dropped.parquet for every row and its reason")
+        shards = [run.read_part("dropped", Dropped, index) for index in run.parts("dropped")]
+        dropped = [row for shard in shards for row in from_table(Dropped, shard)]
+        raise DataError(
+            f"no row is left: {why_dropped(dropped)}", f"see {run.out}/dropped.parquet for every row and its reason"
+        )
     _, logp = _tally(run, "ref_logps", RefLogps, "ref_logps")
     _, tokens = _tally(run, "ref_logps", RefLogps, "num_tokens")
     reasons = Counter(reason for part in column(run, "dropped", Dropped, "reason") for reason in part)

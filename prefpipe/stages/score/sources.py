@@ -1,6 +1,6 @@
 """The shards that `prefpipe score` reads, of our runs and of foreign files: rows to write, to score and to rate."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from prefpipe import log
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.inference.scoring import request_of
-from prefpipe.inputs import formats
+from prefpipe.inputs import files, formats
 from prefpipe.inputs.files import ForeignRow
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models.chat import Chat
@@ -65,6 +65,7 @@ class Reader:
     chat: tokenizer and chat template for foreign files
     limits: how long a row may be
     shard_rows: rows in a shard of a foreign file, or of pairs, labels and groups of a run
+    columns: names of ours to columns of foreign files
     rated: whether rewards are asked for, so that answers are read as well
     known: keys that this run has written already, by dataset, to drop repeats in foreign files
     """
@@ -72,6 +73,7 @@ class Reader:
     chat: Chat
     limits: Limits
     shard_rows: int
+    columns: Mapping[str, str]
     rated: bool
     known: Known
 
@@ -107,36 +109,33 @@ def without(shard: ShardRows, killers: Collection[str]) -> ShardRows:
     )
 
 
-def digest(source: str) -> str:
-    """The identity of an input: a run or file by content, an hf:// path by its name and revision."""
-    if source.startswith("hf://"):
-        if "@" not in source:
-            log.warn(f"{source} names no revision: it may change; write hf://datasets/OWNER/NAME@REVISION/FILE")
-        return source
-    return store.input_digest(Path(source))
-
-
 def shards(source: str, reader: Reader) -> Iterator[InputShard]:
     """The shards of one input, in order; the rows of a shard are read only when its function is called.
 
     Those of files must be read in their order, once: a row that repeats one of an earlier shard is left out.
     """
-    if Path(source).is_dir():
+    if files.is_run(source):
         return _of_run(Path(source), reader)
     return _of_file(source, reader)
 
 
+def check_format(source: str, columns: Mapping[str, str]) -> None:
+    """Raise DataError for a foreign source without rows or with columns of no format, before an engine starts."""
+    found = files.first(source, columns)
+    if found is None:
+        raise DataError(f"{source} has no rows", "check the file")
+    formats.recognise(found[1], found[0])
+
+
 def _of_file(source: str, reader: Reader) -> Iterator[InputShard]:
     kind, datasets = "", ("prompts", "completions")
-    for chunk in imports.chunks(source, reader.shard_rows):
+    for chunk in imports.chunks(source, reader.shard_rows, reader.columns):
         if not kind:
             where, row = chunk[0]
             kind = formats.recognise(row, where)
             datasets += _ADDED.get(kind, ())
-            datasets += (RATING_FOLDER,) if formats.has_ratings(row, kind) else ()
+            datasets += (RATING_FOLDER,) if formats.has_ratings([row for _, row in chunk], kind) else ()
         yield InputShard(datasets, partial(_import, chunk, kind, reader, with_ratings=RATING_FOLDER in datasets))
-    if not kind:
-        raise DataError(f"{source} has no rows", "check the file")
 
 
 def _of_run(source: Path, reader: Reader) -> Iterator[InputShard]:
@@ -254,5 +253,7 @@ def _fitting(requests: Sequence[ScoreRequest], max_length: int) -> tuple[list[Sc
 
 
 def _answer(completion: Completion, prompt: Prompt) -> tuple[str, Answer]:
-    answer = Answer(prompt.messages, completion.text, prompt.answer, prompt.meta, len(completion.token_ids))
+    answer = Answer(
+        prompt.messages, completion.text, prompt.answer, prompt.meta, len(completion.token_ids), prompt.template_inputs
+    )
     return completion.completion_id, answer

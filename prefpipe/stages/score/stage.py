@@ -27,9 +27,12 @@ from prefpipe.ids import IdSet, ids_digest
 from prefpipe.inference import parity, scoring, task
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.shards import Shard
+from prefpipe.inputs import files
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models import vocabulary
-from prefpipe.models.chat import Chat, check_ends, load_chat
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.encoding import Rules
+from prefpipe.models.notices import check_ends
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards import rating
 from prefpipe.rows import Logps, ref_logps
@@ -48,9 +51,15 @@ Write = Callable[[OutputShard, ShardRows, Logps], None]
 def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
     """Score and rate every row that has no committed shard yet, a shard at a time."""
     if not config.inputs:
-        raise UsageError("no inputs given", "pass --inputs: a run directory, a .jsonl or .parquet file, or hf://...")
+        raise UsageError("no inputs given", "pass --inputs: a run directory, a file of rows, or hf:OWNER/NAME")
     policy = resolve(config.model, config.adapter)
-    chat = load_chat(policy.directory, config.chat_template, config.template_date)
+    columns = files.renames(config.column)
+    for source in config.inputs:
+        if not files.is_run(source):
+            sources.check_format(source, columns)
+    chat = load_chat(
+        policy.directory, config.chat_template, config.template_date, template_kwargs=config.chat_template_kwargs
+    )
     config = config.model_copy(update={"max_length": _longest(config, policy)})
     reference = policy.id if config.reference == "policy" else None
     rewards, reward_ids = rating.load_rewards(config.rewards, config.reward_settings)
@@ -60,7 +69,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         if manifest is not None:
             return manifest
         known: Known = defaultdict(IdSet)
-        reader = Reader(chat, _limits(config), output.saved["shard_rows"], bool(rewards), known)
+        reader = Reader(chat, _limits(config), output.saved["shard_rows"], columns, bool(rewards), known)
         settings = _engine_settings(config, policy, chat)
         _fill(
             outputs.missing(_shards(config, reader, list(rewards)), output, known),
@@ -105,8 +114,8 @@ def _identities(
     inputs: Sequence[str], reference: str | None, chat: Chat, reward_ids: Mapping[str, str]
 ) -> dict[str, str]:
     """What the results depend on, by name; the chat template only where texts are tokenised."""
-    runs = [Path(source) for source in inputs if Path(source).is_dir()]
-    identities = {f"inputs.{i}": sources.digest(source) for i, source in enumerate(inputs)} | dict(reward_ids)
+    runs = [Path(source) for source in inputs if files.is_run(source)]
+    identities = {f"inputs.{i}": files.digest(source) for i, source in enumerate(inputs)} | dict(reward_ids)
     if reference:
         identities["reference"] = reference
     if len(runs) < len(inputs):
@@ -118,7 +127,8 @@ def _identities(
 
 
 def _limits(config: ScoreConfig) -> Limits:
-    return Limits(config.max_prompt_length, config.max_length, config.overlong, config.special_tokens_in_prompts)
+    rules = Rules(config.special_tokens_in_prompts, config.template_changes)
+    return Limits(config.max_prompt_length, config.max_length, config.overlong, rules)
 
 
 def _engine_settings(config: ScoreConfig, policy: Policy, chat: Chat) -> EngineSettings:

@@ -9,12 +9,13 @@ from prefpipe import log
 from prefpipe.config.losses import LOSSES, Kind, Objective
 from prefpipe.config.train import UNAVAILABLE, TrainConfig
 from prefpipe.errors import DataError, UsageError
-from prefpipe.inputs import tokenised
+from prefpipe.inputs import files, tokenised
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.models import vocabulary
-from prefpipe.models.chat import Chat, check_ends, load_chat
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.notices import check_ends
 from prefpipe.models.policy import Policy, resolve
-from prefpipe.rows import check_ids, completions_of, key_of, one_reference, with_ref_logps
+from prefpipe.rows import check_ids, completions_of, key_of, one_reference, why_dropped, with_ref_logps
 from prefpipe.runs import store
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
 from prefpipe.stages.train import examples, lengths
@@ -90,20 +91,20 @@ class _Read:
 def prepare(config: TrainConfig) -> TrainingData:
     """Read and check everything that training needs, without loading a model."""
     kind = kind_of(config)
-    paths = {name: [Path(s) for s in getattr(config, name)] for name in (kind, _EVAL[kind])}
-    sources, held_out = paths.values()
-    inputs = {f"{name}.{i}": store.input_digest(p) for name in paths for i, p in enumerate(paths[name])}
+    named_sources = {name: list[str](getattr(config, name)) for name in (kind, _EVAL[kind])}
+    sources, held_out = named_sources.values()
+    inputs = {f"{name}.{i}": files.digest(s) for name in named_sources for i, s in enumerate(named_sources[name])}
     policy = resolve(config.model, config.adapter)
-    vocabulary.check([s for s in (*sources, *held_out) if s.is_dir()], policy.directory)
-    has_texts = any(s.is_file() for s in (*sources, *held_out))
-    chat = load_chat(policy.directory, config.chat_template) if has_texts else None
-    if chat is not None:
-        check_ends(chat)
+    runs = [Path(s) for s in (*sources, *held_out) if files.is_run(s)]
+    vocabulary.check(runs, policy.directory)
+    chat = _chat(policy, config) if len(runs) < len(sources) + len(held_out) else None
     needs_reference = config.objective.needs("reference")
     named = _named_reference(config, needs_reference=needs_reference)
     context = lengths.context_of([policy, *([named] if isinstance(named, Policy) else [])])
     read = _read(sources, kind, chat, config, context)
     num_training, num_bank = len(read.rows), len(read.bank)
+    if not read.rows:
+        return TrainingData(kind, [], [], read.dropped, policy, None, set(), inputs | {"policy": policy.id})
     if held_out:
         _add_held_out(read, held_out, _read(held_out, kind, chat, config, context))
     lengths.warn(read.dropped, context)
@@ -134,12 +135,19 @@ def prepare(config: TrainConfig) -> TrainingData:
     )
 
 
-def _sampled_by(sources: Sequence[Path]) -> set[str | None]:
+def _chat(policy: Policy, config: TrainConfig) -> Chat:
+    """How the policy reads the rows of files; the log says when its answers have no end."""
+    chat = load_chat(policy.directory, config.chat_template, template_kwargs=config.chat_template_kwargs)
+    check_ends(chat)
+    return chat
+
+
+def _sampled_by(sources: Sequence[str]) -> set[str | None]:
     """The policies that the completions were sampled from, as the runs of build-pairs record them; None stands for a
     file, and for a run that records none."""
     policies: set[str | None] = set()
     for source in sources:
-        identity = {} if source.is_file() else store.read_manifest(source)["identity"]
+        identity = store.read_manifest(Path(source))["identity"] if files.is_run(source) else {}
         policies |= set(identity.get("policies") or [None])
     return policies
 
@@ -164,23 +172,23 @@ def kind_of(config: TrainConfig) -> Kind:
     return kind
 
 
-def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainConfig, context: int | None) -> _Read:
+def _read(sources: Sequence[str], kind: Kind, chat: Chat | None, config: TrainConfig, context: int | None) -> _Read:
     """The rows of the sources that `context` tokens hold."""
     limits = lengths.limits(config, context)
     read = _Read()
     for source in sources:
-        if source.is_file() and chat is not None and kind != "groups":
+        if not files.is_run(source) and chat is not None and kind != "groups":
             read_rows = tokenised.read_pairs if kind == "pairs" else tokenised.read_labels
-            rows, dropped = read_rows(source, chat, limits)
+            rows, dropped = read_rows(source, chat, limits, files.renames(config.column))
             read.rows += rows
             read.dropped += dropped
         else:
             row_type = {"pairs": Pair, "labels": Label, "groups": RankedGroup}[kind]
-            read.rows += from_table(row_type, store.read_dataset(source, kind, row_type))
-            if (source / "kl_bank").is_dir():
-                read.bank += from_table(KlBank, store.read_dataset(source, "kl_bank", KlBank))
+            read.rows += from_table(row_type, store.read_dataset(Path(source), kind, row_type))
+            if (Path(source) / "kl_bank").is_dir():
+                read.bank += from_table(KlBank, store.read_dataset(Path(source), "kl_bank", KlBank))
     read.rows = lengths.within(read.rows, context, read.dropped)
-    if not config.objective.needs("z0"):
+    if not read.rows or not config.objective.needs("z0"):
         read.bank = []
     elif not read.bank:
         labels = [row for row in read.rows if isinstance(row, Label)]
@@ -189,10 +197,11 @@ def _read(sources: Sequence[Path], kind: Kind, chat: Chat | None, config: TrainC
     return read
 
 
-def _add_held_out(read: _Read, sources: Sequence[Path], held_out: _Read) -> None:
+def _add_held_out(read: _Read, sources: Sequence[str], held_out: _Read) -> None:
     """Put rows to evaluate on behind those to train on, so that both are checked, joined and scored alike."""
     if not held_out.rows:
-        raise DataError(f"no row of {', '.join(map(str, sources))} can be evaluated on", "check the file")
+        reasons = why_dropped(held_out.dropped)
+        raise DataError(f"no row of {', '.join(sources)} can be evaluated on: {reasons}", "check the file")
     read.rows += held_out.rows
     read.bank += held_out.bank
     read.dropped += held_out.dropped

@@ -7,6 +7,7 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError
 from prefpipe.inputs.tokenised import Limits
+from prefpipe.models.encoding import Rules
 from prefpipe.models.policy import Policy, context_length
 from prefpipe.rows import completions_of, key_of
 from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup
@@ -22,7 +23,8 @@ def context_of(models: Sequence[Policy]) -> int | None:
 def limits(config: TrainConfig, context: int | None) -> Limits:
     """The limits of a row that is read from a file."""
     longest = config.max_length if context is None else min(config.max_length, context)
-    return Limits(config.max_prompt_length, longest, config.overlong, config.special_tokens_in_prompts)
+    rules = Rules(config.special_tokens_in_prompts, config.template_changes)
+    return Limits(config.max_prompt_length, longest, config.overlong, rules)
 
 
 def within(rows: list[T], context: int | None, dropped: list[Dropped]) -> list[T]:

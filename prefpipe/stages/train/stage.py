@@ -25,9 +25,11 @@ import torch
 
 from prefpipe import log
 from prefpipe.config.train import TrainConfig
+from prefpipe.errors import DataError
 from prefpipe.forward import load
 from prefpipe.forward.logps import SCORER_VERSION, TreeModel
 from prefpipe.models.policy import Policy
+from prefpipe.rows import why_dropped
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, to_table
@@ -62,6 +64,10 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
 
 def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifest:
     session.lead(lambda run: run.write_dropped(Dropped, to_table(Dropped, data.dropped)))
+    if not data.rows:
+        raise DataError(
+            f"no row can be trained on: {why_dropped(data.dropped)}", "dropped.parquet in --out has every row"
+        )
     _check_cache(data)  # 3
     warnings = _say_targets(data, config)
     audited = AuditResult()

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from prefpipe import engines
 from prefpipe.engines.base import Draw, EngineSettings, Request, Sample
-from prefpipe.models.chat import encode, load_chat
+from prefpipe.models.chat import load_chat
+from prefpipe.models.encoding import encode
 from prefpipe.models.policy import resolve
 from prefpipe.stages.train import stage
 from tests.stages.train import data

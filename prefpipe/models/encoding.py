@@ -1,0 +1,167 @@
+"""From a conversation to token ids, and whether its text is all there.
+
+A chat template is applied once, when a prompt enters the pipeline; from then on token ids travel.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from prefpipe.errors import RowFault
+from prefpipe.models import escape, template, turns
+from prefpipe.models.chat import Chat
+from prefpipe.schemas import Message
+
+_SYSTEM, _ASKING = ("system", "developer"), ("user", "tool", "function", "ipython", "observation")
+
+
+class Rules(NamedTuple):
+    """What happens to a row with text that a tokenizer or a template would change.
+
+    control_tokens: text that spells a control token: "drop" the row, "escape" (tokenise it as plain text) or "allow"
+    template_changes: text that the chat template leaves out, and a prompt that reads otherwise when an answer follows:
+        "drop" the row or "allow"
+    """
+
+    control_tokens: str = "drop"
+    template_changes: str = "drop"
+
+
+DROP = Rules()
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation, in which marks stand for control tokens that its messages spell."""
+
+    text: str
+    tokens: Sequence[str] = ()
+
+    @property
+    def plain(self) -> str:
+        """The text without marks."""
+        return escape.unmarked(self.text, self.tokens) if self.tokens else self.text
+
+
+def encode_prompt(
+    chat: Chat, messages: Sequence[Message], inputs: str | None = None, *, max_tokens: int, rules: Rules
+) -> list[int]:
+    """Token ids of a prompt, up to where the answer begins. Raises RowFault for a prompt that cannot be used.
+
+    `inputs` is JSON of what else the template gets, as in the column template_inputs.
+    """
+    ids = encode_rendered(chat, prompt_text(chat, messages, inputs, rules))
+    check_length(ids, max_tokens)
+    return ids
+
+
+def prompt_text(chat: Chat, messages: Sequence[Message], inputs: str | None, rules: Rules) -> Rendered:
+    """A prompt as text, up to where the answer begins. Raises RowFault for a prompt that cannot be used."""
+    _check_messages(messages)
+    return rendered(chat, messages, inputs, rules, add_generation_prompt=True)
+
+
+def check_length(prompt_ids: Sequence[int], max_tokens: int) -> None:
+    """Raise RowFault for a prompt of more than `max_tokens`."""
+    if len(prompt_ids) > max_tokens:
+        raise RowFault("too_long", f"{len(prompt_ids)} tokens in the prompt, the most is {max_tokens}")
+
+
+def rendered(
+    chat: Chat, messages: Sequence[Message], inputs: str | None, rules: Rules, *, add_generation_prompt: bool
+) -> Rendered:
+    """The chat template applied to a conversation. Raises RowFault for one that it refuses or that `rules` forbid."""
+    if rules.control_tokens == "drop":
+        check_control_tokens(chat, messages, inputs)
+    texts = [text for m in messages for text in (m["content"], m.get("extra", ""))] + [inputs or ""]
+    tokens: list[str] = []
+    if rules.control_tokens == "escape":
+        spelled = [found for m in messages for found in (_spelled(chat, m, "content"), _spelled(chat, m, "extra"))]
+        spelled.append(_in_prompts(chat, inputs or ""))
+        if any(spelled):
+            texts, tokens = escape.mark(texts, spelled)
+    marked = [
+        Message(role=m["role"], content=content, extra=extra) if extra else Message(role=m["role"], content=content)
+        for m, content, extra in zip(messages, texts[:-1:2], texts[1::2], strict=True)
+    ]
+    given = json.loads(texts[-1]) if inputs else {}
+    text = render(chat, marked, given, add_generation_prompt=add_generation_prompt)
+    if rules.template_changes == "drop":
+        _check_text(marked, given, text)
+    return Rendered(text, tokens)
+
+
+def encode_rendered(chat: Chat, source: Rendered) -> list[int]:
+    """Token ids of a rendered conversation. Raises RowFault where a control token cannot be written as plain text."""
+    return escape.encode_marked(chat.tokenizer, *source) if source.tokens else encode(chat, source.text)
+
+
+def check_control_tokens(chat: Chat, messages: Sequence[Message], inputs: str | None = None) -> None:
+    """Raise RowFault when a message or a further input of the template spells a control token, which would be tokenised
+    as one."""
+    for message in messages:
+        spelled = _spelled(chat, message, "content") or _spelled(chat, message, "extra")
+        if spelled:
+            raise RowFault("control_tokens", f"the {message['role']} message spells {spelled[0]}")
+    if inputs and (spelled := _in_prompts(chat, inputs)):
+        raise RowFault("control_tokens", f"the tools or documents spell {spelled[0]}")
+
+
+def render(
+    chat: Chat,
+    messages: Sequence[Message],
+    inputs: Mapping[str, Any] = template.NO_INPUTS,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """The chat template applied to messages. Raises RowFault when it refuses them."""
+    kwargs = {**chat.template_kwargs, **inputs.get("chat_template_kwargs", {})}
+    return template.render(
+        chat.template,
+        chat.date,
+        turns.for_template(messages, chat.shape),
+        chat.named_tokens,
+        {**inputs, "chat_template_kwargs": kwargs},
+        add_generation_prompt=add_generation_prompt,
+    )
+
+
+def encode(chat: Chat, text: str) -> list[int]:
+    """Token ids of rendered text. None is added: the template has written every control token already."""
+    encodings = chat.tokenizer.encode_batch_fast([text], add_special_tokens=False)  # `encode` also computes offsets
+    return encodings[0].ids
+
+
+def _spelled(chat: Chat, message: Message, part: str) -> list[str]:
+    """The control tokens that a part of a message spells. An answer may hold tokens that open turns of the user: they
+    are words of the model there."""
+    tokens = _in_prompts(chat, message.get(part, ""))
+    if message["role"] == "assistant":
+        tokens = [token for token in tokens if token in chat.answer_control_tokens]
+    return tokens
+
+
+def _in_prompts(chat: Chat, text: str) -> list[str]:
+    return [token for token in chat.control_tokens if token in text]
+
+
+def _check_text(messages: Sequence[Message], inputs: Mapping[str, Any], text: str) -> None:
+    lost = turns.lost(messages, text)
+    if lost is not None:
+        place, what = lost
+        raise RowFault(
+            "template_changes", f"the chat template leaves out {what} of message {place} ({messages[place]['role']})"
+        )
+    left_out = turns.lost_input(inputs, text)
+    if left_out is not None:
+        raise RowFault("template_changes", f"the chat template leaves out the {left_out}")
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages or not any(m["content"].strip() or "extra" in m for m in messages):
+        raise RowFault("empty", "no message with text")
+    roles = [m["role"] for m in messages]
+    unknown = next((r for r in roles if r not in (*_SYSTEM, *_ASKING, "assistant")), None)
+    if unknown is not None:
+        raise RowFault("bad_roles", f"unknown role {unknown!r}")
+    if any(role in _SYSTEM for role in roles[1:]) or roles[-1] not in _ASKING:
+        raise RowFault("bad_roles", f"a prompt ends with a user message, system comes first; roles are {roles}")
