@@ -28,17 +28,23 @@ from prefpipe.schemas import (
 ROW_TYPES = (Prompt, Completion, RefLogps, Reward, Pair, Label, KlBank, RankedGroup, Evaluation, Dropped)
 REFERENCE = {"ref_logps", "ref_token_logps", "reference", "scorer"}
 NULLABLE = {
-    Prompt: {"answer"},
-    Completion: set[str](),
+    Prompt: {"answer", "template_inputs"},
+    Completion: {"messages"},
     RefLogps: set[str](),
     Reward: {"reward", "detail"},
     Pair: {
         *("chosen_reward", "rejected_reward", "reward_gap", "preference_prob", "reference", "scorer"),
-        *("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_token_logps", "ref_rejected_token_logps"),
+        *(
+            "template_inputs",
+            "ref_chosen_logps",
+            "ref_rejected_logps",
+            "ref_chosen_token_logps",
+            "ref_rejected_token_logps",
+        ),
     },
-    Label: {"reward", *REFERENCE},
+    Label: {"reward", "template_inputs", *REFERENCE},
     KlBank: REFERENCE,
-    RankedGroup: REFERENCE,
+    RankedGroup: {"template_inputs", *REFERENCE},
     Evaluation: {"reward", "detail"},
     Dropped: set[str](),
 }
@@ -86,7 +92,11 @@ def test_elements_of_lists_and_fields_of_messages_are_never_null(row_type: type)
         if pa.types.is_list(field.type):
             assert not field.type.value_field.nullable
             if pa.types.is_struct(field.type.value_type):
-                assert [(f.name, f.nullable) for f in field.type.value_type] == [("role", False), ("content", False)]
+                assert [(f.name, f.nullable) for f in field.type.value_type] == [
+                    ("role", False),
+                    ("content", False),
+                    ("extra", True),
+                ]
 
 
 @pytest.mark.parametrize("row_type", ROW_TYPES)

@@ -88,9 +88,7 @@ def _local_rows(path: Path) -> Iterator[ForeignRow]:
         return
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "check the path; it is relative to the current directory")
-    suffixes = [s for s in path.suffixes[-2:] if s not in _COMPRESSED]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix in _JSON:
+    if _suffix(path) in _JSON:
         yield from _json_rows(path)
     elif path.suffix == ".parquet":
         yield from _numbered(path, _parquet_batches(path))
@@ -100,29 +98,45 @@ def _local_rows(path: Path) -> Iterator[ForeignRow]:
         raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", _KNOWN)
 
 
+def _suffix(path: Path) -> str:
+    """The ending of a name that says the kind of a file: `.jsonl` of `a.jsonl.gz`."""
+    known = [suffix for suffix in path.suffixes[-2:] if suffix not in _COMPRESSED]
+    return known[-1] if known else ""
+
+
 def parts(folder: Path) -> list[Path]:
     """The data files in a folder and its folders, by name. Raises MissingInputError when there is none."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith((".", "_"))]
-    found = [p for p in files if {*p.suffixes} & {".parquet", ".jsonl", ".ndjson", *_ARROW}]
+    found = [p for p in files if _suffix(p) in (".parquet", ".jsonl", ".ndjson", *_ARROW)]
     if not found:
         raise MissingInputError(f"{folder} holds no data files", _KNOWN)
     return found
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, value) of every line that is not blank. Raises DataError for a line that is not JSON."""
+def values(path: Path) -> Iterator[tuple[str, Any]]:
+    """What a local file or folder holds, of any kind, and where: `rows` without the check that JSON is an object."""
+    return _json_values(path) if _suffix(path) in _JSON and path.is_file() else _local_rows(path)
+
+
+def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, value) of every line that is not blank, or of the entries of one array. Raises DataError for a
+    line that is not JSON."""
     try:
-        with _opened(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _parsed(line, where)
+        yield from _array(path) if _is_array(path) else _lines(path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}", "the file is damaged") from error
 
 
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _parsed(line, where)
+
+
 def _json_rows(path: Path) -> Iterator[ForeignRow]:
-    for where, row in _array(path) if _is_array(path) else json_lines(path):
+    for where, row in _json_values(path):
         if not isinstance(row, dict):
             raise DataError(f"{where}: not a JSON object", "every line is one JSON object")
         yield where, row

@@ -50,12 +50,16 @@ def parse(source: str) -> HubDataset:
 def rows(source: str) -> Iterator[dict[str, Any]]:
     """The rows of a dataset of the hub. Raises MissingInputError where it cannot be read, UsageError for another form
     of name."""
-    if source.startswith("hf://") and _URL.fullmatch(source) is None:
+    of_url = source.startswith("hf://")
+    if of_url and _URL.fullmatch(source) is None:
         raise UsageError(f"{source} names no file of a dataset", _HOW)
+    wanted = None if of_url else parse(source)
     if importlib.util.find_spec("datasets") is None:
-        raise MissingInputError(f"{source} is read by the package datasets", "pip install datasets")
+        raise MissingInputError(
+            f"{source} is read by the package datasets", "install it with: pip install 'prefpipe[hub]'"
+        )
     try:
-        for row in _stream(source):
+        for row in _stream(source, wanted):
             yield without_nulls(row)
     except Exception as error:  # the package raises whatever its file systems and formats raise
         raise MissingInputError(
@@ -69,13 +73,12 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
-def _stream(source: str) -> Any:
+def _stream(source: str, wanted: HubDataset | None) -> Any:
     import datasets
 
-    if source.startswith("hf://"):
+    if wanted is None:
         kind = "parquet" if source.endswith(".parquet") else "json"
         return datasets.load_dataset(kind, data_files=source, split="train", streaming=True)
-    wanted = parse(source)
     return datasets.load_dataset(
         wanted.name, wanted.config, split=wanted.split, revision=wanted.revision, streaming=True
     )

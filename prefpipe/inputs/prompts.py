@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prefpipe.errors import DataError, RowFault
@@ -21,7 +22,7 @@ class Prompts:
     `kept` has a byte for every row of the file: 1 if its prompt is one of them.
     """
 
-    path: str
+    path: str | Path
     kept: bytes
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -43,7 +44,7 @@ class Prompts:
 
 
 def read_prompts(
-    path: str, split: str, limit: int, columns: Mapping[str, str] | None = None
+    path: str | Path, split: str, limit: int, columns: Mapping[str, str] | None = None
 ) -> tuple[Prompts, list[Dropped]]:
     """Prompts of a file, folder or dataset of the hub, the rows of `split` ("all" for every row), at most `limit` (0:
     no limit).

@@ -57,19 +57,19 @@ def as_dict(message: Message) -> Turn:
 def lost(messages: Sequence[Message], rendered: str) -> tuple[int, str] | None:
     """The first message whose text is not in a rendering, as its place and what is lost; None where all is there.
 
-    White space may differ, and text may stand as JSON. Checked are content, reasoning, and names of called functions.
+    White space may differ, and text may stand as JSON. Checked are content, reasoning, and names of called functions. A
+    text that others hold too must be there as often as all of them have it.
     """
+    texts = [(place, name, text) for place, message in enumerate(messages) for name, text in _texts(message)]
     squeezed = ""
-    needed: dict[str, int] = {}
-    for place, message in enumerate(messages):
-        for name, text in _texts(message):
-            needed[text] = needed.get(text, 0) + 1
-            if rendered.count(text) >= needed[text]:
-                continue
-            squeezed = squeezed or _squeezed(rendered)
-            forms = (_squeezed(text), _squeezed(json.dumps(text, ensure_ascii=False)[1:-1]))
-            if not any(form in squeezed for form in forms):
-                return place, f"{name} {text[:60]!r}"
+    for place, name, text in texts:
+        needed = sum(other.count(text) for _, _, other in texts) if len(texts) > 1 else 1
+        if rendered.count(text) >= needed:
+            continue
+        squeezed = squeezed or _squeezed(rendered)
+        forms = (_squeezed(text), _squeezed(json.dumps(text, ensure_ascii=False)[1:-1]))
+        if not any(squeezed.count(form) >= needed for form in forms):
+            return place, f"{name} {text[:60]!r}"
     return None
 
 

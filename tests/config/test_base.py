@@ -70,6 +70,8 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     if leaf in ("reward", "rewards"):
         one = st.sampled_from(("short_sentence", "my.module:function"))
         return one if leaf == "reward" else st.lists(one, max_size=3).map(tuple)
+    if leaf == "chat_template_kwargs":
+        return st.sampled_from(("{}", '{"enable_thinking": false}'))
     if leaf == "reward_settings":
         table = st.fixed_dictionaries({"kind": st.just("length"), "min": st.integers(0, 9), "unit": st.just("tokens")})
         return st.dictionaries(st.sampled_from(("mine", "length", "b-2")), table, max_size=2)

@@ -35,6 +35,19 @@ ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
         {"instruction": "Hi", "generations": ["Yes", "No"], "ratings": [5, 1], "generation_models": ["m", "n"]},
         "list", True),
     "list of texts": ({"prompt": "Hi", "responses": ["Yes", "No"]}, "list", False),
+    "one message a side": ({"prompt": "Hi", "chosen": A, "rejected": B}, "preference", False),
+    "numbers": ({"prompt": "Hi", "chosen": "Yes", "rejected": "No", "answer": 7}, "preference", False),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Yes"},
+         "rejected": {"from": "gpt", "value": "No"}}, "preference", False),
+    "Alpaca": ({"instruction": "Hi", "input": "", "chosen": "Yes", "rejected": "No"}, "preference", False),
+    "Alpaca answer": ({"instruction": "Hi", "input": "", "output": "Yes"}, "completion", False),
+    "HH with a prompt": (
+        {"prompt": TRANSCRIPT, "chosen": "Yes", "rejected": "No"}, "preference", False),
+    "messages": ({"messages": [U, A]}, "completion", False),
+    "parts": (
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "chosen": [A], "rejected": [B]},
+        "preference", False),
     "list of conversations": ({"prompt": [U], "completions": [[A], [B]], "scores": ["4", None]}, "list", True),
 }  # fmt: skip
 
@@ -43,10 +56,10 @@ ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
 def test_every_format_is_recognised_and_gives_the_same_turns(name: str) -> None:
     row, kind, rated = ROWS[name]
     assert formats.recognise(row, "f, line 1") == kind
-    assert formats.has_ratings(row, kind) is rated
-    found = formats.parse(row, kind, "f, line 1")
+    assert formats.has_ratings([row], kind) is rated
+    found = formats.parse(row, kind)
     assert found.prompt[-1]["role"] == "user"
-    expected = ["Yes"] if "completion" in row else ["Yes", "No"]
+    expected = ["Yes"] if kind in ("completion", "label") else ["Yes", "No"]
     assert [turns[-1]["content"] for turns in found.answers] == expected
     assert all([t["role"] for t in turns] == ["assistant"] for turns in found.answers)
     assert (found.ratings is not None) is rated or kind == "list"
@@ -60,13 +73,13 @@ def test_every_format_is_recognised_and_gives_the_same_turns(name: str) -> None:
 ])  # fmt: skip
 def test_ratings_and_writers(name: str, ratings: list[float | None], writers: list[str]) -> None:
     row, kind, _ = ROWS[name]
-    found = formats.parse(row, kind, "f, line 1")
+    found = formats.parse(row, kind)
     assert (found.ratings, found.writers) == (ratings, writers)
 
 
 def test_a_transcript_becomes_turns() -> None:
     row, kind, _ = ROWS["HH"]
-    found = formats.parse(row, kind, "f")
+    found = formats.parse(row, kind)
     assert [(m["role"], m["content"]) for m in found.prompt] == [
         ("user", "Hi"),
         ("assistant", "Hello!"),
@@ -76,13 +89,13 @@ def test_a_transcript_becomes_turns() -> None:
 
 def test_a_system_prompt_of_its_own_column_comes_first() -> None:
     row = {"system_prompt": "Be brief.", "instruction": "Hi", "generations": ["Yes"], "ratings": None}
-    found = formats.parse(row, "list", "f")
+    found = formats.parse(row, "list")
     assert [m["role"] for m in found.prompt] == ["system", "user"]
     assert found.ratings == [None]
 
 
 def test_the_expected_answer_travels_with_the_prompt() -> None:
-    assert formats.parse({"prompt": "1+1", "completion": "2", "answer": "2"}, "completion", "f").answer == "2"
+    assert formats.parse({"prompt": "1+1", "completion": "2", "answer": "2"}, "completion").answer == "2"
 
 
 @pytest.mark.parametrize(("row", "reason"), [
@@ -93,35 +106,78 @@ def test_the_expected_answer_travels_with_the_prompt() -> None:
 ])  # fmt: skip
 def test_answers_that_hold_more_than_the_answer_are_left_out(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowFault) as fault:
-        formats.parse(row, "preference", "f")
+        formats.parse(row, "preference")
     assert fault.value.reason == reason
 
 
 @pytest.mark.parametrize(("kind", "row", "words"), [
     ("list", {"prompt": "Hi", "completions": ["a", "b"], "ratings": [1]}, "'ratings' has 1 entries for 2 answers"),
     ("list", {"prompt": "Hi", "completions": ["a"], "ratings": ["good"]}, "rating 0 of completions is 'good'"),
-    ("list", {"prompt": "Hi", "completions": ["a"], "ratings": [True]}, "rating 0 of completions is True"),
-    ("list", {"prompt": "Hi", "completions": [3]}, r"field 'completions\[0\]' is neither"),
-    ("list", {"completions": ["a"]}, "field 'prompt' is missing"),
+    ("list", {"prompt": "Hi", "completions": ["a"], "ratings": [True]}, "rating 0 of completions is 'True'"),
+    ("list", {"prompt": "Hi", "completions": [None]}, r"field 'completions\[0\]' is null"),
+    ("list", {"completions": ["a"]}, "the file began with rows of format 'list'"),
+    ("list", {"prompt": None, "completions": ["a"]}, "no field holds the prompt"),
+    ("preference", {"chosen": "a", "rejected": "b"}, "no field holds the prompt"),
     ("preference", {**PAIR, "score_chosen": "x", "score_rejected": 1}, "score_chosen is 'x'"),
-    ("label", {"prompt": "Hi", "completion": "a", "label": "yes"}, "field 'label' is 'yes'"),
+    ("preference", {**PAIR, "score_chosen": 10**400, "score_rejected": 1}, "score_chosen is '1000"),
+    ("preference", {**PAIR, "chosen": None}, "field 'chosen' is null"),
+    ("preference", {"prompt": "Hi", "chosen": "a"}, "field 'rejected' is missing"),
+    ("label", {"prompt": "Hi", "completion": "a", "label": "perhaps"}, "field 'label' is 'perhaps'"),
+    ("label", {"prompt": "Hi", "completion": "a", "label": None}, "field 'label' is null"),
+    ("label", {"prompt": "Hi", "completion": "a"}, "the file began with rows of format 'label'"),
+    ("completion", {"prompt": "Hi", "completion": "a", "label": True}, "began with rows of format 'completion'"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(kind: str, row: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=f"^f, line 7: .*{words}"):
-        formats.parse(row, kind, "f, line 7")
+    with pytest.raises(RowFault, match=words):
+        formats.parse(row, kind)
 
 
 def test_unknown_columns_are_listed() -> None:
-    with pytest.raises(DataError, match="f, line 1: no known format has the columns question, text"):
-        formats.recognise({"question": "a", "text": "b"}, "f, line 1")
+    with pytest.raises(DataError, match="f, line 1: no known format has the columns title, text"):
+        formats.recognise({"title": "a", "text": "b"}, "f, line 1")
+    with pytest.raises(DataError, match="f, line 1: a column 'chosen' or 'rejected' is missing"):
+        formats.recognise({"prompt": "a", "chosen": "b"}, "f, line 1")
 
 
 def test_a_first_row_without_a_rating_is_still_of_a_rated_file() -> None:
-    assert formats.has_ratings({"prompt": "Hi", "completions": ["a"], "ratings": None}, "list")
-    assert formats.has_ratings({"prompt": "Hi", "completions": [{"response": "a", "overall_score": None}]}, "list")
-    assert not formats.has_ratings({"prompt": "Hi", "completions": [{"response": "a"}]}, "list")
+    assert formats.has_ratings([{"prompt": "Hi", "completions": ["a"], "ratings": None}], "list")
+    assert formats.has_ratings([{"prompt": "Hi", "completions": [{"response": "a", "overall_score": None}]}], "list")
+    assert not formats.has_ratings([{"prompt": "Hi", "completions": [{"response": "a"}]}], "list")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "N/A", "", None])
 def test_no_rating_is_none(value: Any) -> None:
-    assert formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [value]}, "list", "f").ratings == [None]
+    assert formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [value]}, "list").ratings == [None]
+
+
+def test_the_kind_follows_from_names_and_not_from_values() -> None:
+    assert formats.recognise({"prompt": "Hi", "completion": None, "label": None}, "f") == "label"
+    assert formats.recognise({"prompt": None, "chosen": None, "rejected": None}, "f") == "preference"
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(1, True), (0, False), (0.0, False), ("True", True), ("yes", True), (" NO ", False)]
+)
+def test_labels_in_other_words(value: Any, label: bool) -> None:
+    assert formats.parse({"prompt": "Hi", "completion": "a", "label": value}, "label").label is label
+
+
+def test_an_instruction_keeps_its_input_and_its_history() -> None:
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3", "history": [["Hi", "Yes"]], "system": "Be brief."}
+    found = formats.parse(row, "completion")
+    assert [m["content"] for m in found.prompt] == ["Be brief.", "Hi", "Yes", "Add.\n1 and 2"]
+    assert formats.others(row) == {}
+
+
+def test_columns_that_nothing_reads_stay_with_the_prompt() -> None:
+    row = {**PAIR, "question": "q", "output": "o", "level": 3}
+    assert formats.others(row) == {"question": "q", "output": "o", "level": 3}
+
+
+def test_an_answer_without_text_is_empty_but_a_tool_call_is_an_answer() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    found = formats.parse({"prompt": "Hi", "chosen": [call], "rejected": "no"}, "preference")
+    assert "tool_calls" in found.answers[0][0].get("extra", "")
+    with pytest.raises(RowFault) as fault:
+        formats.parse({"prompt": "Hi", "chosen": " ", "rejected": "no"}, "preference")
+    assert fault.value.reason == "empty"

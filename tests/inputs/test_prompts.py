@@ -1,6 +1,7 @@
 """The prompts of a file: what is kept, in which order, and what is said of the rest."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +73,64 @@ def test_a_split_that_is_not_there_lists_those_that_are(write: Write) -> None:
     with pytest.raises(DataError, match=r"no prompt with split 'test' \(splits there: heldout, train\)") as caught:
         read_prompts(write({"prompt": "a"}, {"prompt": "b", "split": "heldout"}), "test", 0)
     assert "--split" in caught.value.hint
-    with pytest.raises(DataError, match="splits there: none"):
+    with pytest.raises(DataError, match="no usable prompt: it has no rows"):
         read_prompts(write(), "train", 0)
+    with pytest.raises(DataError, match=r"no usable prompt: 1 bad_content, 1 null, 1 missing \(first: .*line 1"):
+        read_prompts(
+            write({"prompt": None, "messages": [None]}, {"messages": [{"role": "user"}]}, {"a": 1}), "train", 0
+        )
 
 
-@pytest.mark.parametrize(
-    ("row", "error"),
-    [
-        ("{", "line 2: not valid JSON"),
-        ("[1]", "line 2: not a JSON object"),
-        ({"text": "x"}, r"line 2: field 'prompt' is missing \(fields: text\)"),
-        ({"prompt": 3}, "line 2: field 'prompt' is neither text nor a list of messages"),
-        ({"messages": [{"role": "user"}]}, "line 2: field 'messages' is neither text nor"),
-        ({"messages": [{"role": "user", "content": None}]}, "line 2: field 'messages' is neither"),
-        ({"prompt": "x", "answer": 3}, "line 2: field 'answer' is int, not text"),
-    ],
-)
-def test_an_error_names_file_line_and_field(write: Write, row: Any, error: str) -> None:
+@pytest.mark.parametrize(("row", "error"), [("{", "line 2: not valid JSON"), ("[1]", "line 2: not a JSON object")])
+def test_an_error_of_a_file_names_file_and_line(write: Write, row: Any, error: str) -> None:
     path = write({"prompt": "fine"}, row)
     with pytest.raises(DataError, match=f"^{path}, {error}") as caught:
         read_prompts(path, "train", 0)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"text": "x"}, "missing", r"no field holds the prompt \(fields: text\)"),
+        ({"prompt": True}, "bad_content", "field 'prompt' is bool"),
+        ({"messages": [{"role": "user"}]}, "null", r"the content of messages\[0\] is null"),
+        ({"messages": [{"content": "x"}]}, "bad_content", "no role"),
+        ({"messages": ["x"]}, "bad_content", "not a message"),
+        ({"prompt": "x", "answer": [3]}, "bad_content", "field 'answer' is list"),
+        ({"prompt": "x", "images": ["a.png"]}, "not_carried", "column 'images'"),
+        ({"prompt": "x", "tools": "no JSON"}, "bad_template_input", "'tools'"),
+        ({"prompt": "x", "tools": {"a": 1}}, "bad_template_input", "'tools' is dict"),
+    ],
+)
+def test_a_faulty_row_is_a_row_of_the_ledger(write: Write, row: Any, reason: str, detail: str) -> None:
+    path = write({"prompt": "fine"}, row)
+    prompts, dropped = read_prompts(path, "train", 0)
+    assert len(prompts) == 1
+    assert [(d.id, d.reason) for d in dropped] == [(f"{path}, line 2", reason)]
+    assert re.search(detail, dropped[0].detail)
+
+
+def test_a_number_is_a_text(write: Write) -> None:
+    ((prompt,), dropped) = read_prompts(write({"prompt": 3, "answer": 4.5}), "train", 0)
+    assert (prompt.messages[0]["content"], prompt.answer, dropped) == ("3", "4.5", [])
+
+
+def test_columns_under_other_names(write: Write) -> None:
+    path = write({"q": "a", "prompt": "unused"}, {"q": "b", "prompt": "unused"})
+    prompts, _ = read_prompts(path, "train", 0, {"prompt": "q"})
+    assert [p.messages[0]["content"] for p in prompts] == ["a", "b"]
+    with pytest.raises(DataError, match="line 1: no column 'x'"):
+        read_prompts(path, "train", 0, {"prompt": "x"})
+
+
+def test_tools_are_a_part_of_the_prompt(write: Write) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    prompts, _ = read_prompts(write({"prompt": "a"}, {"prompt": "a", "tools": json.dumps(tools)}), "train", 0)
+    plain, with_tools = prompts
+    assert plain.prompt_id != with_tools.prompt_id
+    assert json.loads(with_tools.template_inputs or "") == {"tools": tools}
+    assert json.loads(with_tools.meta) == {}
 
 
 def test_text_that_is_no_unicode_is_told_with_its_place(write: Write, tmp_path: Path) -> None:
@@ -107,17 +145,17 @@ def test_text_that_is_no_unicode_is_told_with_its_place(write: Write, tmp_path: 
         read_prompts(latin, "train", 0)
 
 
-def test_an_error_of_a_parquet_row_names_the_row(tmp_path: Path) -> None:
+def test_a_faulty_parquet_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": pa.array(["a", None])}), path)
-    with pytest.raises(DataError, match=f"{path}, row 1: field 'prompt' is missing"):
-        read_prompts(path, "train", 0)
+    _, dropped = read_prompts(path, "train", 0)
+    assert [(d.id, d.reason) for d in dropped] == [(f"{path}, row 1", "missing")]
 
 
 def test_blank_lines_do_not_count_but_keep_line_numbers_right(write: Write) -> None:
     path = write({"prompt": "a"}, "", "  ", {"answer": "b"})
-    with pytest.raises(DataError, match="line 4"):
-        read_prompts(path, "train", 0)
+    _, dropped = read_prompts(path, "train", 0)
+    assert [d.id for d in dropped] == [f"{path}, line 4"]
 
 
 def test_files_that_are_not_there_or_of_another_kind(write: Write, tmp_path: Path) -> None:

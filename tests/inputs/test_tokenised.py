@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id, ids_digest
-from prefpipe.inputs.tokenised import read_labels, read_pairs
+from prefpipe.inputs.tokenised import Limits, read_labels, read_pairs
 from prefpipe.models.chat import Chat, load_chat
-from prefpipe.models.encoding import encode, render
+from prefpipe.models.encoding import Rules, encode, render
 from prefpipe.schemas import Message, Pair
 from tests.conftest import ROOT, Write
 
@@ -51,7 +51,7 @@ def test_the_ids_of_a_pair_by_hand(write: Write, chat: Chat) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(prompt=ANSWERS.filter(str.strip), chosen=ANSWERS, rejected=ANSWERS)
+@given(prompt=ANSWERS.filter(str.strip), chosen=ANSWERS.filter(str.strip), rejected=ANSWERS.filter(str.strip))
 def test_a_pair_is_its_rendering_cut_in_two(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prompt: str, chosen: str, rejected: str
 ) -> None:
@@ -71,15 +71,17 @@ def test_a_pair_is_its_rendering_cut_in_two(
 
 
 def test_the_prompt_is_what_all_three_renderings_share(write: Write, chat: Chat) -> None:
-    """A template that opens the answer with <think> when generating: the rendered answers lack it, so it is no prompt.
-
-    'P<think>' and 'Pa' share 'P' alone; the answers come after it.
-    """
+    """A template that opens the answer with <think> when generating: the rendered answers lack it. By default such a
+    row is left out, with the letters that differ. Where that is allowed, 'P<think>' and 'Pa' share 'P' alone."""
     template = (
         "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% else %}{{ messages[1].content }}{% endif %}"
         "<|im_end|>"
     )
-    ((row,), _) = read_pairs(write(pair("P", "abc", "abd")), replace(chat, template=template))
+    changed, path = replace(chat, template=template), write(pair("P", "abc", "abd"))
+    rows, (fault,) = read_pairs(path, changed)
+    assert (rows, fault.reason) == ([], "template_changes")
+    assert "'<think><|im_end|>' where the answer's rendering has 'abc<|im_end|>'" in fault.detail
+    ((row,), _) = read_pairs(path, changed, Limits(rules=Rules(template_changes="allow")))
     assert row.prompt_token_ids == encode(chat, "P")
     assert row.chosen_token_ids == encode(chat, "abc<|im_end|>")
     assert row.rejected_token_ids == encode(chat, "abd<|im_end|>")
@@ -160,19 +162,13 @@ def test_chosen_that_repeats_the_prompt_never_doubles_it(write: Write, chat: Cha
     assert all("Name a bird" not in chat.decode(row.chosen_token_ids) for row in rows)
 
 
-@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
-def test_a_missing_column_of_a_pair_is_named(write: Write, chat: Chat, name: str) -> None:
-    path = write(pair(), {k: v for k, v in pair().items() if k != name})
-    with pytest.raises(DataError, match=f"{path}, line 2: field '{name}' is missing"):
-        read_pairs(path, chat)
-    with pytest.raises(DataError, match=f"line 1: field '{name}' is neither text nor"):
-        read_pairs(write({**pair(), name: 3}), chat)
-
-
-def test_no_usable_pair_is_an_error(write: Write, chat: Chat) -> None:
-    path = write(pair(chosen="No."))
-    with pytest.raises(DataError, match=rf"{path} has no usable pair \(1 rows dropped\)"):
-        read_pairs(path, chat)
+def test_a_row_without_a_column_is_left_out_and_a_file_without_it_is_refused(write: Write, chat: Chat) -> None:
+    rows, dropped = read_pairs(write(pair(), {"prompt": "Hi", "chosen": "a"}, {"chosen": "a", "rejected": "b"}), chat)
+    assert (len(rows), [d.reason for d in dropped]) == (1, ["missing", "missing"])
+    with pytest.raises(DataError, match="line 1: a column 'chosen' or 'rejected' is missing"):
+        read_pairs(write({"prompt": "Hi", "chosen": "a"}), chat)
+    with pytest.raises(DataError, match="line 1: a row of format 'completion', not 'preference'"):
+        read_pairs(write({"prompt": "Hi", "completion": "a"}), chat)
 
 
 def test_labels_have_the_ids_of_pairs_with_the_same_texts(write: Write, chat: Chat) -> None:
@@ -185,19 +181,18 @@ def test_labels_have_the_ids_of_pairs_with_the_same_texts(write: Write, chat: Ch
     assert (good.completion_id, good.ids_digest) == (pair.chosen_completion_id, pair.chosen_ids_digest)
 
 
-@pytest.mark.parametrize("label", ["yes", 1, None])
-def test_a_label_is_true_or_false(write: Write, chat: Chat, label: Any) -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: field 'label'"):
-        read_labels(write({"prompt": "Hi", "completion": "Yes", "label": label}), chat)
-
-
 def test_faulty_and_repeated_labels_go_to_the_ledger(write: Write, chat: Chat) -> None:
     good = {"prompt": "Hi", "completion": "Yes", "label": True}
-    labels, dropped = read_labels(write(good, {**good, "label": False}, {**good, "completion": []}), chat)
+    others = [
+        {**good, "label": False},
+        good,
+        {**good, "completion": []},
+        {**good, "label": "?"},
+        {**good, "label": None},
+    ]
+    labels, dropped = read_labels(write(good, *others), chat)
     assert [row.label for row in labels] == [True]
-    assert [row.reason for row in dropped] == ["duplicate", "empty"]
-    with pytest.raises(DataError, match="no usable label"):
-        read_labels(write({**good, "completion": []}), chat)
+    assert [row.reason for row in dropped] == ["conflicting_label", "duplicate", "empty", "bad_label", "null"]
 
 
 def test_the_shipped_pairs_load_completely(chat: Chat) -> None:

@@ -6,8 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from prefpipe.errors import RowFault
-from prefpipe.models.escape import MARK, encode_marked, mark
-from prefpipe.schemas import Message
+from prefpipe.models.escape import MARK, encode_marked, mark, unmarked
 
 END = "<|end|>"
 LETTERS = [*(chr(i) for i in range(33, 127))]
@@ -58,18 +57,17 @@ def byte_level() -> Tokenizer:
 def test_the_token_is_gone_and_its_letters_are_there(make: Callable[[], Tokenizer], text: str) -> None:
     """The template ends the turn with the same token, which stays."""
     tokenizer = make()
-    (message,), tokens = mark([Message(role="user", content=text)], [[END]])
-    ids = encode_marked(tokenizer, message["content"] + END, tokens)
+    (marked,), tokens = mark([text], [[END]])
+    assert unmarked(marked, tokens) == text
+    ids = encode_marked(tokenizer, marked + END, tokens)
     assert ids.count(tokenizer.token_to_id(END)) == 1 == ids[-1:].count(tokenizer.token_to_id(END))
     assert "".join(tokenizer.decode(ids[:-1]).split()) == "".join(text.split())
 
 
-def test_the_longest_token_is_marked_and_each_message_has_its_own() -> None:
-    messages = [Message(role="user", content="a <x> <x><y>"), Message(role="assistant", content="<x>")]
-    marked, tokens = mark(messages, [["<x>", "<x><y>"], []])
+def test_the_longest_token_is_marked_and_each_text_has_its_own() -> None:
+    marked, tokens = mark(["a <x> <x><y>", "<x>"], [["<x>", "<x><y>"], []])
     assert tokens == ["<x><y>", "<x>"]
-    assert marked[0]["content"] == f"a {MARK}1{MARK} {MARK}0{MARK}"
-    assert marked[1]["content"] == "<x>"
+    assert marked == [f"a {MARK}1{MARK} {MARK}0{MARK}", "<x>"]
 
 
 def test_a_token_that_cannot_be_written_is_a_fault() -> None:

@@ -98,8 +98,8 @@ def _texts(path: Path) -> Iterator[str]:
     if path.suffix == ".txt" and path.is_file():
         yield from path.read_text(encoding="utf-8").splitlines()
         return
-    for _, row in files.rows(path):
-        yield from _strings(row)
+    for _, value in files.values(path):
+        yield from _strings(value)
 
 
 def _strings(value: object) -> Iterator[str]:

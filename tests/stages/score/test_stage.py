@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +19,7 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.ids import ids_digest
-from prefpipe.inputs import files, tokenised
+from prefpipe.inputs import tokenised
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.models.chat import load_chat
 from prefpipe.models.policy import resolve
@@ -341,39 +340,6 @@ def test_memory_does_not_grow_with_the_rows(tiny_model: Path, tmp_path: Path) ->
     peak(20)  # what is loaded once
     small, large = peak(60), peak(300)
     assert large < 1.5 * small
-
-
-def test_an_hf_path_is_read_through_polars(
-    tiny_model: Path, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Here the scan is of local files of the same content; what polars is asked for is the hf:// path itself."""
-    asked: list[str] = []
-    local = {".parquet": write(*PAIRS, name="a.parquet"), ".jsonl": write(*PAIRS, name="a.jsonl")}
-    plain = {name: getattr(pl, name) for name in ("scan_parquet", "scan_ndjson")}
-    for name, scan in plain.items():
-
-        def local_scan(url: str, scan: Any = scan) -> Any:
-            asked.append(url)
-            return scan(local[Path(url).suffix])
-
-        monkeypatch.setattr(pl, name, local_scan)
-    run(tiny_model, local[".jsonl"], tmp_path / "local")
-    for suffix in local:
-        run(tiny_model, f"hf://datasets/o/n@v1/a{suffix}", tmp_path / suffix)
-        assert rows(tmp_path / suffix, "pairs", Pair) == rows(tmp_path / "local", "pairs", Pair)
-    assert set(asked) == {"hf://datasets/o/n@v1/a.parquet", "hf://datasets/o/n@v1/a.jsonl"}
-    assert "names no revision" not in capsys.readouterr().err
-    run(tiny_model, "hf://datasets/o/n/a.jsonl", tmp_path / "unpinned")
-    assert "names no revision" in capsys.readouterr().err
-
-
-def test_an_unreachable_hf_path_is_a_missing_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(url: str) -> Any:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(pl, "scan_parquet", offline)
-    with pytest.raises(MissingInputError, match=r"cannot read hf://datasets/o/n@v1/a\.parquet: no route to host"):
-        list(files.remote_rows("hf://datasets/o/n@v1/a.parquet"))
 
 
 def test_the_parity_report_is_part_of_the_run(tiny_model: Path, write: Write, tmp_path: Path) -> None:
