@@ -1,6 +1,8 @@
-"""Every chat template that trl installs renders as in transformers, or both refuse the conversation."""
+"""Every chat template that trl installs: it renders as in transformers, or a row fault says what would be lost."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from prefpipe.errors import RowFault
+from prefpipe.inputs.messages import messages, template_inputs
+from prefpipe.models import template, turns
 from prefpipe.models.chat import Chat
-from prefpipe.models.encoding import render
+from prefpipe.models.encoding import Rules, render, rendered
+from prefpipe.schemas import Message
 from tests.models.cases import SHAPES
 
 _TRL = find_spec("trl")
@@ -24,21 +29,99 @@ def oracle(tiny_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "current_weather",
+            "description": "The weather in a town.",
+            "parameters": {
+                "type": "object",
+                "properties": {"town": {"type": "string", "description": "Its name."}},
+                "required": ["town"],
+            },
+        },
+    }
+]
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"id": "call00001", "type": "function", "function": {"name": "current_weather", "arguments": {"town": "Lund"}}}
+    ],
+}
+RESULT = {"role": "tool", "name": "current_weather", "tool_call_id": "call00001", "content": "8 degrees, rain"}
+ASK, TELL = {"role": "user", "content": "Is it raining in Lund?"}, {"role": "assistant", "content": "Yes, heavily."}
+RICH: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "a call": ([ASK, CALL], {"tools": TOOLS}),
+    "a result": ([ASK, CALL, RESULT, TELL], {"tools": TOOLS}),
+    "reasoning": ([ASK, TELL | {"reasoning_content": "Lund is in Sweden."}], {}),
+    "thinking off": ([ASK, TELL], {"chat_template_kwargs": {"enable_thinking": False}}),
+    "documents": ([ASK, TELL], {"documents": [{"title": "News", "text": "It rains in Lund."}]}),
+    "no tools": ([{"role": "system", "content": "Be brief."}, ASK, TELL], {"tools": []}),
+}
+
+
+def shaped(path: Path, chat: Chat) -> Chat:
+    """The chat of the tiny model with another template."""
+    text = path.read_text(encoding="utf-8")
+    draw = partial(template.render, text, "today", tokens=chat.named_tokens, add_generation_prompt=False)
+    return replace(chat, template=text, date="today", shape=turns.shape_of(text, draw))
+
+
 @pytest.mark.skipif(not TEMPLATES, reason="trl is not installed")
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_templates_of_trl_render_as_in_transformers(path: Path, chat: Chat, oracle: Any) -> None:
-    text = path.read_text(encoding="utf-8")
-    dated = replace(chat, template=text, date="today")
-    for messages in CONVERSATIONS.values():
+    """Those of plain text, whatever they do with it."""
+    dated = replace(chat, template=path.read_text(encoding="utf-8"), date="today")
+    for conversation in CONVERSATIONS.values():
         for opens in (True, False):
+            theirs = apply(oracle, dated.template, conversation, {}, opens=opens)
             try:
-                ours = render(dated, messages, add_generation_prompt=opens)
+                ours = render(dated, conversation, add_generation_prompt=opens)
             except RowFault:
-                with pytest.raises(Exception):  # noqa: B017, PT011  (whatever the template raises)
-                    oracle.apply_chat_template(
-                        messages, chat_template=text, add_generation_prompt=opens, tokenize=False
-                    )
+                assert theirs is None
                 continue
-            assert ours == oracle.apply_chat_template(
-                messages, chat_template=text, add_generation_prompt=opens, tokenize=False
-            )
+            assert ours == theirs
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="trl is not installed")
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", RICH)
+def test_calls_tools_reasoning_and_documents_reach_the_template_or_the_row_is_a_fault(
+    path: Path, name: str, chat: Chat, oracle: Any
+) -> None:
+    """Where transformers shows all of a conversation, the text is the same. Where it refuses it or leaves something
+    out, such as content for a template that wants parts, ours shows all or is a fault."""
+    raw, row = RICH[name]
+    parsed, inputs = messages(raw, "messages", "user"), template_inputs(row)
+    changed = shaped(path, chat)
+    theirs = apply(oracle, changed.template, raw, row, opens=False)
+    complete = theirs is not None and holds_all(parsed, row, theirs)
+    if complete:
+        assert rendered(changed, parsed, inputs, Rules("allow"), add_generation_prompt=False).text == theirs
+        return
+    try:
+        ours = rendered(changed, parsed, inputs, Rules("allow"), add_generation_prompt=False).text
+    except RowFault:
+        return
+    assert holds_all(parsed, row, ours)
+
+
+def holds_all(parsed: Sequence[Message], row: dict[str, Any], text: str) -> bool:
+    return turns.lost(parsed, text) is None and turns.lost_input(row, text) is None
+
+
+def apply(oracle: Any, text: str, messages: Any, row: dict[str, Any], *, opens: bool) -> str | None:
+    """The rendering of transformers; None where the template refuses."""
+    inputs = {
+        "tools": row.get("tools") or None,
+        "documents": row.get("documents"),
+        **row.get("chat_template_kwargs", {}),
+    }
+    try:
+        return oracle.apply_chat_template(
+            messages, chat_template=text, add_generation_prompt=opens, tokenize=False, **inputs
+        )
+    except Exception:
+        return None
