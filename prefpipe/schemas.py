@@ -213,6 +213,10 @@ class Dropped:
     detail: str
 
 
+# For other programs: messages of plain text, and messages with all their keys, as JSON (`datasets` reads it as such).
+PlainMessages = Annotated[list[Message], pa.list_(pa.field("element", _OLD_MESSAGE, nullable=False))]
+Json = Annotated[str, pa.json_()]
+
 R = TypeVar("R")
 
 

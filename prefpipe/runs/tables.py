@@ -110,6 +110,8 @@ def _checked(row_type: type, table: pa.Table, path: Path) -> pa.Table:
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, path: Path) -> pa.ChunkedArray:
     try:
+        if isinstance(field.type, pa.BaseExtensionType) and column.type == field.type:
+            return column
         return column.cast(field.type)
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{path}: column '{field.name}': {error}", f"it must be {field.type}: fix the input") from error

@@ -16,7 +16,7 @@ from prefpipe.inputs.prompts import read_prompts
 from prefpipe.models import policy
 from prefpipe.models.chat import Chat
 from prefpipe.runs import store, tables
-from prefpipe.schemas import Completion, Message, Prompt, from_table
+from prefpipe.schemas import Completion, Dropped, Message, Prompt, from_table
 from prefpipe.stages.generate import stage as generate
 from tests.conftest import Cli, Write
 
@@ -57,8 +57,10 @@ def test_no_prompt_left_is_an_error_with_the_reasons_before_an_engine_starts(
 ) -> None:
     path = write(*({"prompt": FAULTY[name]} for name in ("long", "empty")))
     config = GenerateConfig(model=str(tiny_model), prompts=str(path), engine="fake", max_prompt_tokens=40)
-    with pytest.raises(DataError, match=r"all 2 were dropped \(empty, too_long\)"):
+    with pytest.raises(DataError, match=r"no prompt is left: 1 too_long, 1 empty \(first: .*the most is 40\)"):
         generate.run(config, tmp_path / "g", force=False)
+    ledger = tables.read_table(tmp_path / "g" / "dropped.parquet", Dropped)
+    assert ledger["reason"].to_pylist() == ["too_long", "empty"]
     assert "starting engine" not in capsys.readouterr().err
 
 

@@ -63,6 +63,7 @@ def _write(workspace: Workspace, kept: pl.DataFrame, contents: output_rows.Conte
     # Enough prompts to use each about once in the bank; ids are hashes, so the lowest ones are a random choice.
     bank_prompts = kept["prompt_id"].unique().sort().head(max(2, 2 * config.kl_bank_rows))
     bank_labels: list[Label] = []
+    rich = config.format == "trl" and trl.is_rich(workspace.sources)
     number = 0
     for partition, part in enumerate(cut(kept, workspace.num_partitions)):
         if part.is_empty():
@@ -73,7 +74,7 @@ def _write(workspace: Workspace, kept: pl.DataFrame, contents: output_rows.Conte
             of_bank = rows.filter(pl.col("prompt_id").is_in(bank_prompts.implode()))
             bank_labels += from_table(Label, output_rows.to_table(of_bank, Label))
         else:
-            row_type, table = trl.labels(rows, config.format)
+            row_type, table = trl.labels(rows, config.format, rich=rich)
             run_dir.write_part("trl", row_type, number, table)
         number += 1
     if bank_labels:

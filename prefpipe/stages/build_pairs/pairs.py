@@ -96,6 +96,7 @@ def build(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> BuildResult:
     config, run_dir = workspace.config, workspace.run_dir
     filtered = filter_pairs(workspace, rule_pairs)
     weighted = with_weights(filtered.pairs, config)
+    rich = config.format == "trl" and trl.is_rich(workspace.sources)
     facts: list[pl.DataFrame] = []
     samples: list[pl.DataFrame] = []
     for number, part in enumerate(cut(weighted, workspace.num_partitions)):
@@ -106,7 +107,7 @@ def build(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> BuildResult:
         if config.format == "prefpipe":
             run_dir.write_part("pairs", Pair, len(facts), output_rows.to_table(rows, Pair))
         else:
-            row_type, table = trl.pairs(rows, config.format)
+            row_type, table = trl.pairs(rows, config.format, rich=rich)
             run_dir.write_part("trl", row_type, len(facts), table)
         facts.append(data_measures.pair_facts(rows))
         samples.append(data_measures.pair_sample(rows, weighted.height))

@@ -1,26 +1,52 @@
 """Rows as TRL 1.16 reads them: `datasets.load_dataset("parquet")`, then DPOTrainer or KTOTrainer.
 
+Messages are structs of role and content. In a run with tool calls, reasoning or tools they are JSON with all their
+keys, which `datasets` gives back as they were; `tools` is text, as TRL takes it.
+
 TRL ignores columns that it does not know. `*_ids` are the token ids of the reference log-probs. TRL tokenises the texts
 again, with the tail of the template after the end-of-sequence token; examples/ shows the few lines that make it take
 ids and log-probs from these columns.
 """
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
 from prefpipe.errors import DataError
-from prefpipe.schemas import Float32, Messages, TokenIds, arrow_schema
+from prefpipe.models.turns import as_dict
+from prefpipe.schemas import Completion, Float32, Json, PlainMessages, Prompt, TokenIds, arrow_schema
+from prefpipe.stages.build_pairs.candidates import Sources
+from prefpipe.stages.build_pairs.partitions import scan
 
 
 @dataclass(frozen=True)
 class TrlPair:
     """A conversational preference row."""
 
-    prompt: Messages
-    chosen: Messages
-    rejected: Messages
+    prompt: PlainMessages
+    chosen: PlainMessages
+    rejected: PlainMessages
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
+    ref_chosen_logps: Float32 | None
+    ref_rejected_logps: Float32 | None
+    reward_gap: float
+
+
+@dataclass(frozen=True)
+class TrlRichPair:
+    """A conversational preference row whose messages have more keys than role and content."""
+
+    prompt: list[Json]
+    chosen: list[Json]
+    rejected: list[Json]
+    tools: str | None
+    documents: str | None
+    chat_template_kwargs: Json
     prompt_ids: TokenIds
     chosen_ids: TokenIds
     rejected_ids: TokenIds
@@ -48,9 +74,24 @@ class TrlTextPair:
 class TrlLabel:
     """A conversational unpaired row."""
 
-    prompt: Messages
-    completion: Messages
+    prompt: PlainMessages
+    completion: PlainMessages
     label: bool
+    prompt_ids: TokenIds
+    completion_ids: TokenIds
+    ref_logps: Float32 | None
+
+
+@dataclass(frozen=True)
+class TrlRichLabel:
+    """A conversational unpaired row whose messages have more keys than role and content."""
+
+    prompt: list[Json]
+    completion: list[Json]
+    label: bool
+    tools: str | None
+    documents: str | None
+    chat_template_kwargs: Json
     prompt_ids: TokenIds
     completion_ids: TokenIds
     ref_logps: Float32 | None
@@ -68,31 +109,78 @@ class TrlTextLabel:
     ref_logps: Float32 | None
 
 
-def pairs(rows: pl.DataFrame, form: str) -> tuple[type, pa.Table]:
+def is_rich(sources: Sources) -> bool:
+    """Whether a message of these runs has more keys than role and content, or a prompt has tools or the like."""
+    has_extra = pl.element().struct.field("extra").is_not_null().any()
+    in_prompts = pl.col("messages").list.eval(has_extra).list.first() | pl.col("template_inputs").is_not_null()
+    prompts = scan(sources.prompts, Prompt).select(in_prompts.any()).collect(engine="streaming").item()
+    answers = scan(sources.completions, Completion).select(pl.col("messages").is_not_null().any())
+    return bool(prompts) or bool(answers.collect(engine="streaming").item())
+
+
+def pairs(rows: pl.DataFrame, form: str, *, rich: bool) -> tuple[type, pa.Table]:
     """Rows of Pair in TRL's form, conversational (`trl`) or plain text (`trl-standard`)."""
     renamed = rows.with_columns(
         prompt_ids="prompt_token_ids", chosen_ids="chosen_token_ids", rejected_ids="rejected_token_ids"
     )
-    if form == "trl":
-        return TrlPair, renamed.select(arrow_schema(TrlPair).names).to_arrow()
-    return TrlTextPair, _as_text(renamed, ("chosen", "rejected")).select(arrow_schema(TrlTextPair).names).to_arrow()
+    types = {"trl": TrlRichPair if rich else TrlPair, "trl-standard": TrlTextPair}
+    return _in_form(renamed, types[form], ("chosen", "rejected"))
 
 
-def labels(rows: pl.DataFrame, form: str) -> tuple[type, pa.Table]:
+def labels(rows: pl.DataFrame, form: str, *, rich: bool) -> tuple[type, pa.Table]:
     """Rows of Label in TRL's form, conversational (`trl`) or plain text (`trl-standard`)."""
     renamed = rows.with_columns(prompt_ids="prompt_token_ids", completion_ids="token_ids")
-    if form == "trl":
-        return TrlLabel, renamed.select(arrow_schema(TrlLabel).names).to_arrow()
-    return TrlTextLabel, _as_text(renamed, ("completion",)).select(arrow_schema(TrlTextLabel).names).to_arrow()
+    types = {"trl": TrlRichLabel if rich else TrlLabel, "trl-standard": TrlTextLabel}
+    return _in_form(renamed, types[form], ("completion",))
+
+
+def _in_form(rows: pl.DataFrame, row_type: type, answers: tuple[str, ...]) -> tuple[type, pa.Table]:
+    names = arrow_schema(row_type).names
+    if row_type in (TrlTextPair, TrlTextLabel):
+        return row_type, _as_text(rows, answers).select(names).to_arrow()
+    if row_type in (TrlPair, TrlLabel):
+        role_and_content = pl.struct(pl.element().struct.field("role"), pl.element().struct.field("content"))
+        return row_type, rows.with_columns(pl.col("prompt", *answers).list.eval(role_and_content)).select(
+            names
+        ).to_arrow()
+    return row_type, _with_all_keys(rows, row_type, answers)
+
+
+def _with_all_keys(rows: pl.DataFrame, row_type: type, answers: tuple[str, ...]) -> pa.Table:
+    schema = arrow_schema(row_type)
+    inputs = [json.loads(text) if text else {} for text in rows["template_inputs"]]
+    columns: dict[str, list[Any]] = {
+        name: [[_json(as_dict(_without_null(m))) for m in messages] for messages in rows[name].to_list()]
+        for name in ("prompt", *answers)
+    }
+    for name in ("tools", "documents"):
+        columns[name] = [_json(given[name]) if name in given else None for given in inputs]
+    columns["chat_template_kwargs"] = [_json(given.get("chat_template_kwargs", {})) for given in inputs]
+    others = rows.select(name for name in schema.names if name not in columns).to_arrow()
+    return pa.table(
+        [pa.array(columns[f.name]).cast(f.type) if f.name in columns else others[f.name] for f in schema],
+        names=schema.names,
+    )
+
+
+def _without_null(message: Any) -> Any:
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _as_text(rows: pl.DataFrame, answers: tuple[str, ...]) -> pl.DataFrame:
     turns = pl.col("prompt").list.len()
-    one_user = (turns == 1) & (pl.col("prompt").list.first().struct.field("role") == "user")
-    other = rows.filter(~one_user)
+    first = pl.col("prompt").list.first().struct
+    plain = pl.col("template_inputs").is_null() & first.field("extra").is_null()
+    plain &= pl.all_horizontal(pl.col(n).list.first().struct.field("extra").is_null() for n in answers)
+    other = rows.filter(~((turns == 1) & (first.field("role") == "user") & plain))
     if other.height:
         raise DataError(
-            f"{other.height} prompts are conversations, not one user message (first: prompt {other['prompt_id'][0]})",
-            "plain text cannot hold roles: use --format trl",
+            f"{other.height} rows are more than one user message and one answer of text (first: prompt "
+            f"{other['prompt_id'][0]})",
+            "plain text holds no roles, calls or tools: use --format trl",
         )
     return rows.with_columns(pl.col(n).list.first().struct.field("content").alias(n) for n in ("prompt", *answers))

@@ -173,7 +173,7 @@ def _import(chunk: list[ForeignRow], kind: str, reader: Reader, *, with_ratings:
     imported = imports.import_rows(chunk, kind, reader.chat, reader.limits, reader.known, rated=with_ratings)
     if not with_ratings and any(r.reward is not None for r in imported.ratings):
         raise DataError(
-            f"{chunk[0][0]}: here or below an answer has a rating, but the first row of the file has no such field",
+            f"{chunk[0][0]}: here or below an answer has a rating, but the first rows of the file have no such field",
             "give every row the same fields; a missing rating is null",
         )
     rows: dict[str, list[Any]] = {"prompts": imported.prompts, "completions": imported.completions}

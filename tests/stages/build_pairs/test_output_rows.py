@@ -11,6 +11,8 @@ from prefpipe.stages.build_pairs.output_rows import Contents
 
 COMPLETION = {"completion_id": ["c", "d"], "text": ["good", "bad"], "prompt_token_ids": [[1], [1]]}
 COMPLETION |= {"token_ids": [[5, 2], [6, 2]], "ids_digest": ["dc", "dd"], "policy": ["w", "w"]}
+MESSAGE = pl.Struct({"role": pl.String, "content": pl.String, "extra": pl.String})
+COMPLETIONS = pl.LazyFrame(COMPLETION).with_columns(messages=pl.lit(None, pl.List(MESSAGE)))
 REFERENCE = {
     "completion_id": ["c", "c", "d"],
     "reference": ["w"] * 3,
@@ -18,12 +20,14 @@ REFERENCE = {
     "digest": ["dc", "dc", "dd"],
 }
 REFERENCE |= {"ref_token_logps": [[-1.0, -1.0], [-2.0, -2.0], [-3.0, -3.0]], "ref_logps": [-2.0, -4.0, -6.0]}
-PROMPTS = pl.LazyFrame({"prompt_id": ["p"], "prompt": [[{"role": "user", "content": "hi"}]]})
+PROMPTS = pl.LazyFrame(
+    {"prompt_id": ["p"], "template_inputs": [None], "prompt": [[{"role": "user", "content": "hi", "extra": None}]]}
+)
 
 
 def contents(references: pl.LazyFrame) -> Contents:
     empty = references.clear()
-    return Contents([pl.LazyFrame(COMPLETION)], [references], [empty], [PROMPTS])
+    return Contents([COMPLETIONS], [references], [empty], [PROMPTS])
 
 
 def of_both(references: pl.LazyFrame) -> pl.DataFrame:

@@ -106,6 +106,6 @@ def test_plain_text_holds_no_conversation(tmp_path: Path) -> None:
     turns = [Message(role="system", content="Be kind."), Message(role="user", content="Hi")]
     rows = [Row("p", "p0", 1.0, "good"), Row("p", "p1", 0.0, "bad")]
     run = run_of(tmp_path / "g", rows, prompts=[Prompt("p", turns, None, "train", "", "{}")])
-    with pytest.raises(DataError, match=r"1 prompts are conversations, not one user message \(first: prompt p\)"):
+    with pytest.raises(DataError, match=r"1 rows are more than one user message .* \(first: prompt p\)"):
         build(tmp_path / "o", run, format="trl-standard")
     assert build(tmp_path / "c", run, format="trl")["totals"]["pairs"] == 1

@@ -131,7 +131,7 @@ def test_a_further_rating_or_label_of_a_known_answer_is_no_repetition(chat: Chat
         (3.0, "ok"), (1.0, "ok"), (2.0, "ok"), (None, "unparsable"), (2.0, "ok"),
     ]  # fmt: skip
     assert [d.detail for d in made.dropped] == [
-        "line 1 repeats an earlier answer", "line 2 repeats an earlier answer", "line 4 repeats an earlier answer"
+        "line 1 repeats an earlier row", "line 2 repeats an earlier row", "line 4 repeats an earlier row"
     ]  # fmt: skip
 
 

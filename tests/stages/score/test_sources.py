@@ -15,14 +15,13 @@ from prefpipe.inputs.tokenised import NO_LIMITS, read_labels
 from prefpipe.models.chat import load_chat
 from prefpipe.rewards.base import Answer
 from prefpipe.rows import key_of
-from prefpipe.runs import fsio
 from prefpipe.schemas import Dropped, Label, RankedGroup, Reward
 from prefpipe.stages.score import sources
 from prefpipe.stages.score.sources import Reader, ShardRows
 
 
 def reader(model: Path, rows: int) -> Reader:
-    return Reader(load_chat(model), NO_LIMITS, rows, rated=False, known=defaultdict(IdSet))
+    return Reader(load_chat(model), NO_LIMITS, rows, {}, rated=False, known=defaultdict(IdSet))
 
 
 def write(path: Path, count: int) -> Path:
@@ -42,28 +41,22 @@ def test_a_file_is_cut_into_shards_of_rows(tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_nothing_is_tokenised_before_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    """The second row is faulty: it hurts only who reads its shard."""
+    """The second row is faulty: the ledger of its shard says so when it is read."""
     path = write(tmp_path / "p.jsonl", 1)
-    path.write_text(path.read_text() + '{"prompt": "Q", "chosen": 3, "rejected": "No."}\n')
+    path.write_text(path.read_text() + '{"prompt": "Q", "chosen": null, "rejected": "No."}\n')
     good, bad = sources.shards(str(path), reader(tiny_model, 1))
     assert len(good.read().requests) == 2
-    with pytest.raises(DataError, match="line 2: field 'chosen' is neither"):
-        bad.read()
+    assert [row.reason for row in bad.read().dropped] == ["null"]
 
 
 def test_an_empty_file_and_an_empty_run_are_errors(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(DataError, match="has no rows"):
-        list(sources.shards(str(tmp_path / "p.jsonl"), reader(tiny_model, 1)))
+        sources.check_format(str(tmp_path / "p.jsonl"), {})
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
     with pytest.raises(MissingInputError, match="holds no complete run"):
         list(sources.shards(str(tmp_path / "run"), reader(tiny_model, 1)))
-
-
-def test_a_file_is_identified_by_its_bytes_and_a_remote_one_by_its_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", 1)
-    assert sources.digest(str(path)) == fsio.file_digest(path)
-    assert sources.digest("hf://datasets/o/n@v1/f.parquet") == "hf://datasets/o/n@v1/f.parquet"
 
 
 @pytest.fixture

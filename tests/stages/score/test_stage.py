@@ -152,8 +152,8 @@ def test_ratings_become_a_reward_that_build_pairs_takes(tiny_model: Path, write:
 def test_ratings_that_begin_below_the_first_row_are_never_lost(tiny_model: Path, write: Write, tmp_path: Path) -> None:
     texts = [{"prompt": f"Q{i}", "completions": ["Yes.", "No."]} for i in range(2)]
     late = {"prompt": "Q9", "completions": ["Yes.", "No."], "ratings": [2, 1]}
-    with pytest.raises(DataError, match="the first row of the file has no such field"):
-        run(tiny_model, write(*texts, late), tmp_path / "late")
+    with pytest.raises(DataError, match="the first rows of the file have no such field"):
+        run(tiny_model, write(*texts, late), tmp_path / "late", shard_rows=2)
     run(tiny_model, write({**texts[0], "ratings": None}, late, name="null.jsonl"), tmp_path / "null")
     assert [r.reward for r in rows(tmp_path / "null", "rewards/rating", Reward)] == [None, None, 2.0, 1.0]
 
