@@ -25,6 +25,8 @@ from pydantic import BaseModel
 from prefpipe import clock, log
 from prefpipe.config.base import dump
 from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.reward_sum import parse
+from prefpipe.config.shared import REWARD_CHOICES
 from prefpipe.errors import PrefpipeError, UsageError
 from prefpipe.ids import canonical_json
 from prefpipe.models import policy
@@ -142,10 +144,18 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
 
 
 def _inputs(config: IterateConfig) -> dict[str, str]:
-    """What identifies model and prompts. Raises UsageError without prompts."""
+    """What identifies model and prompts. Raises UsageError without prompts, or rewards that the steps can find."""
     for table in ("generate", "evaluate"):
         if not getattr(config, table).prompts:
             raise UsageError(f"no prompts given for {table}", f"set prompts in the [{table}] table")
+    parse(
+        config.build_pairs.reward,
+        config.generate.rewards,
+        "the completions of [generate]",
+        "set reward in the [build_pairs] table",
+    )
+    if not config.evaluate.reward:
+        raise UsageError("no reward given for evaluate", f"set reward in the [evaluate] table: {REWARD_CHOICES}")
     return {
         "policy": policy.resolve(config.model).id,
         "generate.prompts": store.input_digest(Path(config.generate.prompts)),
