@@ -16,7 +16,7 @@ from prefpipe import __version__
 from prefpipe.cli import STAGES
 from prefpipe.config import base
 from tests.cases import assert_refused
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT, Call, Cli
 
 Done = subprocess.CompletedProcess[str]
 STALLING = """
@@ -229,6 +229,17 @@ def test_a_flipped_bit_in_a_pairs_shard_stops_train_and_names_the_file(
     again = cli(*build)  # as the hint says
     assert again.returncode == 0, again.stderr
     assert "quarantine" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("hf://o/n/r.toml",), ("--out", "s3://bucket/t"), ("--pairs", "hf://datasets/o/n/p.jsonl", "--out", "t")],
+)
+def test_an_address_is_refused_as_it_was_written(call: Call, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = call("train", *arguments)
+    assert done.code == 2
+    assert next(a for a in arguments if "://" in a) in done.stderr
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("fault", ["write:1:enospc", "fsync:9:eio", "append:1:enospc"])

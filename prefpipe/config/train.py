@@ -1,9 +1,9 @@
 """Settings of `prefpipe train`, named as in transformers.TrainingArguments and TRL's DPOConfig where they have them."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prefpipe.config import losses, shared
 from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT, Heading
@@ -25,6 +25,7 @@ EVAL_ONLY = (  # settings that nothing reads when there are no rows to evaluate 
     "metric_for_best_model",
     "early_stopping_patience",
 )
+LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}  # by tuning, where learning_rate is 0
 UNAVAILABLE = "unavailable"  # the reference_model of rows whose log-probs cannot be checked here
 
 
@@ -102,12 +103,14 @@ class TrainConfig(LossSettings):
         Heading("Optimizer and schedule"),
     ] = "adamw_torch_fused"
     """Optimizer, on float32 master weights; the 8-bit and the paged ones come from the package bitsandbytes."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Peak learning rate. 0 takes that of tuning: 1e-6 for full (the default of TRL's DPOConfig), 1e-5 for lora, in 4
+    bits too (ten times as much, as Schulman et al. 2025 measured: "LoRA Without Regret")."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Decay after warmup: linear or cosine to zero; constant has no warmup, constant_with_warmup has."""
+    """Decay after warmup: linear or cosine towards zero; constant has no warmup, constant_with_warmup has."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of all steps over which the learning rate rises from zero."""
+    """Share of all steps over which the learning rate rises. The first of w such steps has the rate peak / (w + 1): a
+    step at 0 would be lost."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """The same in steps, in place of warmup_ratio; 0 leaves it to warmup_ratio."""
     num_train_epochs: Annotated[int, Field(ge=1)] = 1
@@ -115,7 +118,7 @@ class TrainConfig(LossSettings):
     train_batch_size: Annotated[int, Field(ge=1)] = 8
     """Pairs, labels or groups in one optimizer step, whatever the micro-batches."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of AdamW; L2 penalty of rmsprop."""
+    """Decoupled weight decay of AdamW, L2 penalty of rmsprop; norms and biases have none, as in transformers."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm."""
 
@@ -179,6 +182,19 @@ class TrainConfig(LossSettings):
         """The losses, their weights and their settings."""
         values = {name: getattr(self, name) for name in LossSettings.model_fields}
         return Objective(self.loss_type, self.loss_weights, LossSettings.model_construct(**values))
+
+    @property
+    def resolved(self) -> "TrainConfig":
+        """The same settings with the learning rate as a number: what a run trains with, saves and is identified by."""
+        return self.model_copy(update={"learning_rate": self.learning_rate or LEARNING_RATES[self.tuning]})
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _losses_by_our_names(cls, value: Any) -> Any:
+        for name in value if isinstance(value, list | tuple) else ():
+            if name in losses.OTHER_NAMES:
+                raise ValueError(f"'{name}' is here {losses.OTHER_NAMES[name]}")
+        return value
 
     @model_validator(mode="after")
     def _settings_fit(self) -> "TrainConfig":

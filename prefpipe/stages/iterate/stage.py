@@ -56,6 +56,9 @@ class Step:
 
 def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None = None) -> Manifest:
     """Run every step that is not complete. `runner` runs a step (by default in a process)."""
+    if not config.train.learning_rate:
+        config = config.model_copy(update={"train": config.train.resolved})
+        log.info(f"train.learning_rate = {config.train.learning_rate:g}: the default of tuning = {config.train.tuning}")
     with store.open_run(out, "iterate", config, _inputs(config), force=force) as run_dir:
         manifest = run_dir.manifest(lambda m: all(_is_unchanged(out / name, d) for name, d in m["identity"].items()))
         if manifest is not None:

@@ -41,8 +41,9 @@ def global_batches(
 
 
 def balanced_batches(desirable: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers of every step of an epoch. Each class is shuffled, then both are interleaved, so that every step
-    holds them in the proportion of the data, to within one row."""
+    """Row numbers of every step of an epoch. Each class is shuffled, then both are interleaved at even distances, so
+    that a step holds each class in the proportion of the data, rounded up or down: not as many of one as of the other,
+    and of a class with less than one row per step none in some steps."""
     source = random.Random(f"{seed}/{epoch}")
     placed: list[tuple[float, int]] = []
     for label in (True, False):

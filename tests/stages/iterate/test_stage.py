@@ -249,8 +249,8 @@ def test_the_summary_shows_a_row_per_round_and_paths_that_exist(finished: tuple[
 def test_a_run_without_prompts_is_refused(config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no prompts given for evaluate"):
         iterate.run(config(evaluate={}), tmp_path / "o", force=False, runner=never)
+    absent = {"prompts": "absent.jsonl", "rewards": config().generate.rewards}
     with pytest.raises(MissingInputError, match="absent"):
-        absent = {"prompts": "absent.jsonl", "rewards": config().generate.rewards}
         iterate.run(config(generate=absent), tmp_path / "o", force=False, runner=never)
     assert not (tmp_path / "o").exists()
 
