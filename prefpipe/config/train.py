@@ -141,6 +141,9 @@ class TrainConfig(LossSettings):
 
     dtype: Annotated[shared.Dtype, Heading("Number type, seed and order")] = "bfloat16"
     seed: shared.Seed = 0
+    train_order: Annotated[Literal["shuffled", "given", "hardness"], ADDED] = "shuffled"
+    """Order of the rows: shuffled anew in every epoch (labels keep the proportion of their classes in every step), as
+    they are given, or pairs from the largest reward_gap to the smallest (hardness: from easy to hard)."""
     group_by_prompt: bool = False
     """Draw the pairs or groups of a prompt into the same step: a forward is shared, gradients are correlated."""
 
@@ -202,6 +205,7 @@ class TrainConfig(LossSettings):
             *losses.misfits(self.objective),
             *self._model_misfits(),
             *self._schedule_misfits(),
+            *self._order_misfits(),
             *self._evaluation_misfits(),
         ]
         if problems:
@@ -229,6 +233,10 @@ class TrainConfig(LossSettings):
             yield f"warmup_steps = {self.warmup_steps} and {ratio[0]} are two lengths of one warmup: give one of them"
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or ratio):
             yield "lr_scheduler_type = constant has no warmup: choose constant_with_warmup"
+
+    def _order_misfits(self) -> Iterator[str]:
+        if self.train_order == "hardness" and self.objective.kind != "pairs":
+            yield f"train_order = hardness orders pairs by reward_gap: loss {self.loss_type[0]} trains on others"
 
     def _evaluation_misfits(self) -> Iterator[str]:
         rows = [name for name in ("eval_pairs", "eval_labels", "eval_groups") if getattr(self, name)]

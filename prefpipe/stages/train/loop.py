@@ -11,7 +11,7 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel
-from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_ref_logps
+from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
 from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import metrics, registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch
@@ -83,12 +83,20 @@ def num_steps(num_rows: int, config: TrainConfig) -> int:
 
 
 def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
-    """Row numbers of every step of an epoch: shuffled, and for labels in the proportion of their classes."""
-    if isinstance(rows[0], TrainLabel):
+    """Row numbers of every step of an epoch, in the order that the settings name. Shuffled labels are in the proportion
+    of their classes in every step; equal reward gaps keep the order of the rows."""
+    order = None
+    if config.train_order == "given":
+        order = range(len(rows))
+    elif config.train_order == "hardness":
+        gaps = [pair.reward_gap or 0.0 for pair in cast("Sequence[TrainPair]", rows)]
+        order = sorted(range(len(rows)), key=lambda row: -gaps[row])
+    elif isinstance(rows[0], TrainLabel):
         labels = [bool(row.desirable) for row in cast("Sequence[TrainLabel]", rows)]
         return balanced_batches(labels, config.train_batch_size, config.seed, epoch)
     prompts = [row.prompt_ids for row in rows]
-    return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=config.group_by_prompt)
+    together = config.group_by_prompt
+    return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=together, fixed=order)
 
 
 def steps(trainer: Trainer, rows: Sequence[TrainRow], first: int, bank: Sequence[TrainLabel] = ()) -> Steps:
