@@ -11,5 +11,5 @@ TRUNCATED_CHOSEN=${TRUNCATED_CHOSEN:-drop} # or keep: pairs whose chosen answer 
 
 prefpipe generate --model "$MODEL" --prompts data/prompts.jsonl --limit "$LIMIT" --engine "$ENGINE" \
   --rewards short_sentence --max-tokens 64 --check "$CHECK" --out "$OUT/completions"
-prefpipe build-pairs --completions "$OUT/completions" --truncated-chosen "$TRUNCATED_CHOSEN" --out "$OUT/pairs"
+prefpipe build-pairs --completions "$OUT/completions" --reward short_sentence --truncated-chosen "$TRUNCATED_CHOSEN" --out "$OUT/pairs"
 prefpipe train --model "$MODEL" --pairs "$OUT/pairs" --out "$OUT/own_pairs" "$@"

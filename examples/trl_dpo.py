@@ -1,6 +1,6 @@
 """TRL's DPOTrainer on pairs of prefpipe, with their token ids and reference log-probs as they are.
 
-    prefpipe build-pairs --completions runs/g --format trl --out runs/p
+    prefpipe build-pairs --completions runs/g --reward NAME --format trl --out runs/p
     python examples/trl_dpo.py MODEL runs/p/trl OUT
 
 TRL 1.16 tokenises every dataset again and computes its own reference; the two methods below hand it ours. No

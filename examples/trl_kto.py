@@ -1,6 +1,6 @@
 """TRL's KTOTrainer on labels of prefpipe, with their token ids and reference log-probs as they are.
 
-    prefpipe build-pairs --completions runs/g --output labels --format trl --out runs/l
+    prefpipe build-pairs --completions runs/g --reward NAME --output labels --format trl --out runs/l
     python examples/trl_kto.py MODEL runs/l/trl OUT
 
 This holds for `apo_zero_unpaired`, which needs no KL estimate. For the loss `kto` TRL pairs each prompt with its

@@ -6,7 +6,6 @@ which typer itself shows only with rich markup; SettingsCommand shows them in pl
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -14,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from prefpipe.config.base import fields_under_headings
+from prefpipe.config.base import fields_under_headings, local_path
 
 OPERATIONS = ("out", "force", "dry_run", "verbose")  # options of every command that are no settings
 
@@ -46,7 +45,8 @@ def command(cls: type[BaseModel], run: Callable[..., None]) -> Callable[..., Non
 
     def call(**given: Any) -> None:
         flags = {name: given[argument] for name, argument in names.items() if given[argument] not in (None, [])}
-        run(given["recipe"], flags, out=given["out"], force=given["force"], dry_run=given["dry_run"])
+        recipe, out = (local_path(given[n], n) if given[n] is not None else None for n in ("recipe", "out"))
+        run(recipe, flags, out=out, force=given["force"], dry_run=given["dry_run"])
 
     parameters = [_recipe(), *_operations(), *(_option(*setting) for setting in settings)]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads the signature
@@ -91,13 +91,15 @@ def _recipe() -> inspect.Parameter:
         "recipe",
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[Path | None, typer.Argument(help="TOML recipe, or a config.json that a run saved.")],
+        annotation=Annotated[
+            str | None, typer.Argument(metavar="[RECIPE]", help="TOML recipe, or a config.json that a run saved.")
+        ],
     )
 
 
 def _operations() -> list[inspect.Parameter]:
     options: dict[str, tuple[Any, Any, str]] = {
-        "out": (Path | None, None, "Directory of this run; the same command resumes it."),
+        "out": (str | None, None, "Directory of this run; the same command resumes it."),
         "force": (bool, False, "Start over: what is in --out moves to its quarantine/ folder."),
         "dry_run": (bool, False, "Print the resolved settings as JSON and stop."),
         "verbose": (bool, False, "Show the traceback of an unexpected error."),
@@ -107,7 +109,10 @@ def _operations() -> list[inspect.Parameter]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=default,
-            annotation=Annotated[kind, typer.Option("--" + name.replace("_", "-"), help=text)],
+            annotation=Annotated[
+                kind,
+                typer.Option("--" + name.replace("_", "-"), metavar="PATH" if kind is not bool else None, help=text),
+            ],
         )
         for name, (kind, default, text) in options.items()
     ]

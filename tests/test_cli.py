@@ -16,7 +16,7 @@ from prefpipe import __version__
 from prefpipe.cli import STAGES
 from prefpipe.config import base
 from tests.cases import assert_refused
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT, Call, Cli
 
 Done = subprocess.CompletedProcess[str]
 STALLING = """
@@ -205,7 +205,7 @@ def test_the_second_run_of_a_command_says_complete(
     assert (second.returncode, second.stdout) == (0, first.stdout)
     assert "is complete already" in second.stderr
     assert data_files(tmp_path / "g") == before
-    pairs = ("build-pairs", "--completions", tmp_path / "g", "--out", tmp_path / "p")
+    pairs = ("build-pairs", "--completions", tmp_path / "g", "--reward", "short_sentence", "--out", tmp_path / "p")
     first, second = cli(*pairs), cli(*pairs)
     assert (second.returncode, second.stdout) == (0, first.stdout)
     assert "is complete already" in second.stderr
@@ -218,16 +218,28 @@ def test_a_flipped_bit_in_a_pairs_shard_stops_train_and_names_the_file(
     cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     assert rated(cli, tiny_model, prompts_file, tmp_path / "g").returncode == 0
-    assert cli("build-pairs", "--completions", tmp_path / "g", "--out", tmp_path / "p").returncode == 0
+    build = ("build-pairs", "--completions", tmp_path / "g", "--reward", "short_sentence", "--out", tmp_path / "p")
+    assert cli(*build).returncode == 0
     part = tmp_path / "p" / "pairs" / "part-00000.parquet"
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 16
     part.write_bytes(content)
     done = cli("train", "--model", tiny_model, "--pairs", tmp_path / "p", "--out", tmp_path / "t")
     assert_refused(done, 65, str(part), "damaged")
-    again = cli("build-pairs", "--completions", tmp_path / "g", "--out", tmp_path / "p")  # as the hint says
+    again = cli(*build)  # as the hint says
     assert again.returncode == 0, again.stderr
     assert "quarantine" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("hf://o/n/r.toml",), ("--out", "s3://bucket/t"), ("--pairs", "hf://datasets/o/n/p.jsonl", "--out", "t")],
+)
+def test_an_address_is_refused_as_it_was_written(call: Call, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = call("train", *arguments)
+    assert done.code == 2
+    assert next(a for a in arguments if "://" in a) in done.stderr
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("fault", ["write:1:enospc", "fsync:9:eio", "append:1:enospc"])

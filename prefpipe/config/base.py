@@ -3,7 +3,8 @@
 A config class sets `model_config = STRICT`. The docstring below a field (or the description of its type) is its help
 text. Three marks in the annotation of a field keep it out of the fingerprint of a run: RUNTIME for a setting that
 cannot change results, such as a batch size; PATH for an input, which enters the fingerprint by its content; ADDED for a
-setting that is younger than runs that users have, while it has its default, so that those runs still resume.
+setting that is younger than runs that users have, while it has its default, so that those runs still resume. REMOTE
+beside PATH says that an input may be an address.
 
 A class of many settings marks the first one under each heading with Heading, and lists its headings in HEADINGS, in the
 order in which `prefpipe config` and --help show them.
@@ -30,6 +31,7 @@ STRICT = ConfigDict(
 )
 RUNTIME = "runtime"
 PATH = "path"
+REMOTE = "remote"
 ADDED = "added"
 
 
@@ -53,13 +55,35 @@ def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any]) -> C:
     for name, value in flags.items():
         _set(values, name.split("."), value)
     try:
-        return cls.model_validate(values)
+        return _with_local_paths(cls.model_validate(values))
     except ValidationError as error:
         where = str(recipe) if recipe is not None else "command line"
         raise UsageError(
             "; ".join(f"{where}: {line}" for line in explain(cls, error)),
             f"`prefpipe config {command_name(cls)}` prints every setting with its default",
         ) from error
+
+
+def local_path(text: str, name: str = "path") -> Path:
+    """A path of this machine. Raises UsageError for an address: Path would make `hf:/x` of `hf://x`."""
+    if "://" in text:
+        raise UsageError(
+            f"{name} = {text} is an address, and a path of this machine is needed",
+            "rows to score, to train on and to sample for may be datasets of the hub; download anything else first",
+        )
+    return Path(text)
+
+
+def _with_local_paths(config: C, prefix: str = "") -> C:
+    """The config, whose inputs are on this machine, but for those marked REMOTE. Raises as `local_path` does."""
+    for name, field in fields(type(config)):
+        value = _value(config, name)
+        for key, table in value.items() if isinstance(value, dict) else ():
+            _with_local_paths(table, f"{prefix}{name}.{key}.")
+        if PATH in field.metadata and REMOTE not in field.metadata:
+            for text in (value,) if isinstance(value, str) else value:
+                local_path(text, f"{prefix}{name}")
+    return config
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -191,12 +215,24 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
         if problem["type"] == "union_tag_invalid":
             name, value = f"{name}.kind", problem["ctx"]["tag"]
         allowed = re.findall(r"'([^']*)'", expected)
+        if several := _written_as_one(location, value):
+            return several
         return f"{name} = {value!r} is not one of {', '.join(map(repr, allowed))}{suggestion(str(value), allowed)}"
     if problem["type"] == "union_tag_not_found":
         return f"{name}: `kind` is missing, which says what it is"
     if not location or isinstance(value, dict | BaseModel):
         return ": ".join([*([name] if name else []), problem["msg"].removeprefix("Value error, ")])
-    return f"{name} = {value!r}: {problem['msg'].removeprefix('Value error, ')}"
+    return _written_as_one(location, value) or f"{name} = {value!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _written_as_one(location: Sequence[str], value: object) -> str:
+    """The sentence for several values of a list in one text, `a,b`; nothing for any other problem."""
+    if not location[-1].isdigit() or not isinstance(value, str) or "," not in value:
+        return ""
+    name = ".".join(location[:-1])
+    values = [part.strip() for part in value.split(",")]
+    flags = " ".join(f"--{name.replace('_', '-')} {part}" for part in values)
+    return f"{name} = {value!r} is one text: repeat the flag ({flags}), in a recipe write {json.dumps(values)}"
 
 
 def _without_secrets(value: Any) -> Any:

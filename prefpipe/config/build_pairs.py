@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import PATH, RUNTIME, STRICT
+from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -122,8 +122,12 @@ class BuildPairsConfig(BaseModel):
     """Run directories to read the reference log-probs from instead; none reads those in `completions`."""
     policy_logps: Annotated[tuple[str, ...], PATH] = ()
     """Runs of `prefpipe score` whose model was a trained policy: `subset` compares its log-probs with the reference."""
-    reward: shared.StoredReward = "short_sentence"
-    """Which reward ranks the completions."""
+    reward: str = ""  # a run holds computed and imported rewards: only the inputs say which names there are
+    """Which reward of the inputs ranks the completions, or a sum of several: "0.7*helpful + 0.3*math". It has no
+    default. A completion that lacks a value of one part has no reward."""
+    reward_scale: Annotated[Literal["raw", "prompt", "run"], ADDED] = "raw"
+    """What is added up: rewards as they are (raw), or less their mean and over their standard deviation among the
+    completions of a prompt (prompt) or of all prompts (run)."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Rank by reward - length_penalty * tokens. The output holds these penalised rewards and their gaps."""
     output: Literal["pairs", "labels", "groups"] = "pairs"

@@ -1,8 +1,9 @@
 """Settings of `prefpipe evaluate`."""
 
-from typing import Annotated, Self
+import re
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from prefpipe.config import shared
 from prefpipe.config.base import STRICT
@@ -21,8 +22,8 @@ class EvaluateConfig(BaseModel):
     limit: shared.Limit = 0
     engine: shared.Engine = "vllm"
     reward_settings: shared.RewardSettings = {}
-    reward: shared.RewardName = "short_sentence"
-    """Reward that decides whether an answer passes."""
+    reward: shared.ChosenReward = ""
+    """Reward that decides whether an answer passes: a name as in rewards of generate. It has no default."""
     pass_reward: float = 1.0
     """An answer passes when its reward is at least this."""
     num_samples: Annotated[int, Field(ge=1)] = 2
@@ -51,6 +52,16 @@ class EvaluateConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _one_reward(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.search(r"[*+]|\s-|-\s", value):
+            raise ValueError(
+                "an answer passes by one reward: evaluate in a run for each part, or write the sum as a function of "
+                "your own ('module:function')"
+            )
+        return value
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:

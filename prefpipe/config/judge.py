@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from prefpipe.config.base import PATH, RUNTIME, STRICT
+from prefpipe.config.base import PATH, REMOTE, RUNTIME, STRICT
 
 GpuShare = Annotated[
     float,
@@ -36,7 +36,7 @@ class Judge(BaseModel):
     engine: Literal["endpoint", "vllm", "transformers", "fake"] = "endpoint"
     """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id).
     fake returns arbitrary verdicts, for dry runs."""
-    base_url: Annotated[str, PATH, AfterValidator(_without_secrets)] = "http://localhost:8000/v1"
+    base_url: Annotated[str, PATH, REMOTE, AfterValidator(_without_secrets)] = "http://localhost:8000/v1"
     """Address of the endpoint; /chat/completions is added."""
     model: str = "default"
     """Name of the model at the endpoint; for an engine its directory or hub id."""

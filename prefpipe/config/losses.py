@@ -106,6 +106,13 @@ LOSSES: dict[str, Loss] = {
     "apo_zero_unpaired": Loss(CLASS_SETTINGS, kind="labels"),
     "plackett_luce": Loss(("beta",), kind="groups"),
 }
+OTHER_NAMES = {  # what papers and other programs call a loss, where no name above is near
+    "sft": "'nll'",
+    "dpo": "'sigmoid'",
+    "cdpo": "'sigmoid' with label_smoothing",
+    "ld_dpo": "'sigmoid' with ld_alpha",
+    "wpo": "'sigmoid' with use_weighting",
+}
 if TYPE_CHECKING:
     LossName = str
 else:  # the names of the table are the words that a recipe may use

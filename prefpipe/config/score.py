@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import PATH, RUNTIME, STRICT
+from prefpipe.config.base import PATH, REMOTE, RUNTIME, STRICT
 from prefpipe.config.rewards import check_gpu_memory
 
 
@@ -17,7 +17,7 @@ class ScoreConfig(BaseModel):
 
     model: shared.Model = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
-    inputs: Annotated[tuple[str, ...], PATH] = ()
+    inputs: Annotated[tuple[str, ...], PATH, REMOTE] = ()
     """Run directories (generate, build-pairs, score), files or folders of preference, unpaired or rated rows (JSON,
     Parquet, Arrow; JSON may be compressed), datasets of the hub (hf:OWNER/NAME) or files of one (hf://datasets/...)."""
     reference: Literal["policy", "none"] = "policy"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from prefpipe.config import rewards
-from prefpipe.config.base import ADDED, PATH, RUNTIME, suggestion
+from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, suggestion
 
 DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
 REWARD_NAMES = tuple(rewards.KINDS)
@@ -77,6 +77,7 @@ Column = Annotated[
 Prompts = Annotated[
     str,
     PATH,
+    REMOTE,
     Field(
         description="Prompts: a JSON, Parquet or Arrow file, a folder of them, or hf:OWNER/NAME, with `messages` or "
         "`prompt`."
@@ -92,14 +93,12 @@ Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="
 RewardSettings = rewards.RewardSettings
 SpecialTokens = rewards.SpecialTokens
 RewardName = Annotated[str, AfterValidator(_check_reward)]  # a class declares reward_settings before such a field
-# A reward that a run holds, computed or imported. Only the run knows its names, so that none is refused here.
-StoredReward = Annotated[str, Field(min_length=1)]
+# The reward that a command goes by. "" names none: the command refuses it, since no default would suit the task.
+ChosenReward = Annotated[str, AfterValidator(lambda name, info: name and _check_reward(name, info))]
+REWARD_CHOICES = f"{', '.join(REWARD_NAMES)}, the name of a table [reward_settings.NAME], or your own 'module:function'"
 Rewards = Annotated[
     tuple[RewardName, ...],
-    Field(
-        description=f"Rewards for every completion: {', '.join(REWARD_NAMES)}, the name of a table "
-        "[reward_settings.NAME], or your own 'module:function'."
-    ),
+    Field(description=f"Rewards for every completion: {REWARD_CHOICES}."),
 ]
 Temperature = Annotated[float, Field(ge=0, le=2, description="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: keep the smallest set with this mass.")]

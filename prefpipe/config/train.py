@@ -1,12 +1,12 @@
 """Settings of `prefpipe train`, named as in transformers.TrainingArguments and TRL's DPOConfig where they have them."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prefpipe.config import losses, shared
-from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT, Heading
+from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, STRICT, Heading
 from prefpipe.config.losses import LossName, LossSettings, Objective
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -25,6 +25,7 @@ EVAL_ONLY = (  # settings that nothing reads when there are no rows to evaluate 
     "metric_for_best_model",
     "early_stopping_patience",
 )
+LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}  # by tuning, where learning_rate is 0
 UNAVAILABLE = "unavailable"  # the reference_model of rows whose log-probs cannot be checked here
 
 
@@ -48,14 +49,16 @@ class TrainConfig(LossSettings):
 
     model: Annotated[shared.Model, Heading("Model and rows")] = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
-    pairs: Annotated[tuple[str, ...], PATH] = ()
-    """Run directories of `prefpipe build-pairs`, or JSONL/Parquet files with `prompt`, `chosen`, `rejected`."""
+    pairs: Annotated[tuple[str, ...], PATH, REMOTE] = ()
+    """Run directories of `prefpipe build-pairs`, or files, folders and datasets of the hub (hf:OWNER/NAME) with
+    `prompt`, `chosen`, `rejected`."""
     labels: Annotated[
         tuple[str, ...],
         PATH,
+        REMOTE,
         Field(
-            description=f"For {', '.join(losses.names('labels'))}: run directories with labels, or JSONL/Parquet files "
-            "with `prompt`, `completion`, `label`."
+            description=f"For {', '.join(losses.names('labels'))}: run directories with labels, or files, folders and "
+            "datasets of the hub with `prompt`, `completion`, `label`."
         ),
     ] = ()
     groups: Annotated[
@@ -105,12 +108,14 @@ class TrainConfig(LossSettings):
         Heading("Optimizer and schedule"),
     ] = "adamw_torch_fused"
     """Optimizer, on float32 master weights; the 8-bit and the paged ones come from the package bitsandbytes."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Peak learning rate. 0 takes that of tuning: 1e-6 for full (the default of TRL's DPOConfig), 1e-5 for lora, in 4
+    bits too (ten times as much, as Schulman et al. 2025 measured: "LoRA Without Regret")."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Decay after warmup: linear or cosine to zero; constant has no warmup, constant_with_warmup has."""
+    """Decay after warmup: linear or cosine towards zero; constant has no warmup, constant_with_warmup has."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of all steps over which the learning rate rises from zero."""
+    """Share of all steps over which the learning rate rises. The first of w such steps has the rate peak / (w + 1): a
+    step at 0 would be lost."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """The same in steps, in place of warmup_ratio; 0 leaves it to warmup_ratio."""
     num_train_epochs: Annotated[int, Field(ge=1)] = 1
@@ -118,7 +123,7 @@ class TrainConfig(LossSettings):
     train_batch_size: Annotated[int, Field(ge=1)] = 8
     """Pairs, labels or groups in one optimizer step, whatever the micro-batches."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of AdamW; L2 penalty of rmsprop."""
+    """Decoupled weight decay of AdamW, L2 penalty of rmsprop; norms and biases have none, as in transformers."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm."""
 
@@ -141,12 +146,15 @@ class TrainConfig(LossSettings):
 
     dtype: Annotated[shared.Dtype, Heading("Number type, seed and order")] = "bfloat16"
     seed: shared.Seed = 0
+    train_order: Annotated[Literal["shuffled", "given", "hardness"], ADDED] = "shuffled"
+    """Order of the rows: shuffled anew in every epoch (labels keep the proportion of their classes in every step), as
+    they are given, or pairs from the largest reward_gap to the smallest (hardness: from easy to hard)."""
     group_by_prompt: bool = False
     """Draw the pairs or groups of a prompt into the same step: a forward is shared, gradients are correlated."""
 
-    eval_pairs: Annotated[tuple[str, ...], PATH, Heading("Evaluation")] = ()
+    eval_pairs: Annotated[tuple[str, ...], PATH, REMOTE, Heading("Evaluation")] = ()
     """Pairs to evaluate on, as in pairs; eval_split takes rows from the training rows instead."""
-    eval_labels: Annotated[tuple[str, ...], PATH] = ()
+    eval_labels: Annotated[tuple[str, ...], PATH, REMOTE] = ()
     """Labels to evaluate on, as in labels; KTO's reference point is then computed from mismatched rows of these."""
     eval_groups: Annotated[tuple[str, ...], PATH] = ()
     """Ranked groups to evaluate on, as in groups."""
@@ -183,12 +191,26 @@ class TrainConfig(LossSettings):
         values = {name: getattr(self, name) for name in LossSettings.model_fields}
         return Objective(self.loss_type, self.loss_weights, LossSettings.model_construct(**values))
 
+    @property
+    def resolved(self) -> "TrainConfig":
+        """The same settings with the learning rate as a number: what a run trains with, saves and is identified by."""
+        return self.model_copy(update={"learning_rate": self.learning_rate or LEARNING_RATES[self.tuning]})
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _losses_by_our_names(cls, value: Any) -> Any:
+        for name in value if isinstance(value, list | tuple) else ():
+            if name in losses.OTHER_NAMES:
+                raise ValueError(f"'{name}' is here {losses.OTHER_NAMES[name]}")
+        return value
+
     @model_validator(mode="after")
     def _settings_fit(self) -> "TrainConfig":
         problems = [
             *losses.misfits(self.objective),
             *self._model_misfits(),
             *self._schedule_misfits(),
+            *self._order_misfits(),
             *self._evaluation_misfits(),
         ]
         if problems:
@@ -216,6 +238,10 @@ class TrainConfig(LossSettings):
             yield f"warmup_steps = {self.warmup_steps} and {ratio[0]} are two lengths of one warmup: give one of them"
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or ratio):
             yield "lr_scheduler_type = constant has no warmup: choose constant_with_warmup"
+
+    def _order_misfits(self) -> Iterator[str]:
+        if self.train_order == "hardness" and self.objective.kind != "pairs":
+            yield f"train_order = hardness orders pairs by reward_gap: loss {self.loss_type[0]} trains on others"
 
     def _evaluation_misfits(self) -> Iterator[str]:
         rows = [name for name in ("eval_pairs", "eval_labels", "eval_groups") if getattr(self, name)]

@@ -232,9 +232,15 @@ def test_the_fingerprint_ignores_runtime_settings_and_paths_and_nothing_else(cls
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_runs_that_were_made_before_keep_their_fingerprint(cls: type[BaseModel]) -> None:
-    """Ids of the default settings of released commands. Another id orphans every run that users have: annotate a new
-    setting with ADDED, and never change a default."""
-    values = json.loads(json.dumps(base.result_fields(cls())))
+    """Ids of the default settings of released commands, with the reward that they had. Another id orphans every run
+    that users have: annotate a new setting with ADDED, and never change a default."""
+    named = {n: "short_sentence" for n, _ in base.fields(cls) if n.rpartition(".")[2] == "reward"}
+    config = base.load(cls, None, named)
+    if isinstance(config, TrainConfig):
+        config = config.resolved  # as the run does
+    if isinstance(config, IterateConfig):
+        config = config.model_copy(update={"train": config.train.resolved})
+    values = json.loads(json.dumps(base.result_fields(config)))
     assert (
         content_id(values)
         == {
@@ -312,6 +318,64 @@ def test_a_number_that_is_none_is_refused(name: str, value: str) -> None:
 def test_nan_is_refused_where_no_bound_refuses_it() -> None:
     with pytest.raises(UsageError, match="pass_reward"):
         base.load(EvaluateConfig, None, {"pass_reward": "nan"})
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags", "sentence"),
+    [
+        (TrainConfig, {"loss_type": ["sigmoid,nll"]}, "(--loss-type sigmoid --loss-type nll)"),
+        (TrainConfig, {"loss_type": ["sigmoid", "ipo, nll"]}, 'in a recipe write ["ipo", "nll"]'),
+        (TrainConfig, {"report_to": ["wandb,mlflow"]}, "(--report-to wandb --report-to mlflow)"),
+        (GenerateConfig, {"rewards": ["length,repetition"]}, "(--rewards length --rewards repetition)"),
+        (IterateConfig, {"train.loss_type": ["sigmoid,nll"]}, "(--train.loss-type sigmoid --train.loss-type nll)"),
+        (TrainConfig, {"loss_type": ["sft"]}, "'sft' is here 'nll'"),
+        (TrainConfig, {"loss_type": ["ipo", "dpo"], "loss_weights": ["1", "1"]}, "'dpo' is here 'sigmoid'"),
+        (IterateConfig, {"train.loss_type": ["wpo"]}, "'wpo' is here 'sigmoid' with use_weighting"),
+    ],
+)
+def test_several_values_in_one_text_and_losses_by_other_names(
+    cls: type[BaseModel], flags: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        base.load(cls, None, flags)
+    assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        *((TrainConfig, n) for n, f in base.fields(TrainConfig) if base.PATH in f.metadata),
+        (GenerateConfig, "prompts"),
+        (EvaluateConfig, "model"),
+        (BuildPairsConfig, "contamination"),
+        (IterateConfig, "evaluate.prompts"),
+    ],
+)
+def test_an_address_is_never_taken_for_a_path(cls: type[BaseModel], name: str) -> None:
+    """Path("hf://x") is hf:/x, and an error about that helps nobody."""
+    url = "hf://datasets/o/n@v1/a.jsonl"
+    several = typing.get_origin(dict(base.fields(cls))[name].annotation) is tuple
+    with pytest.raises(UsageError, match=f"{name} = {url} is an address") as caught:
+        base.load(cls, None, {name: [url] if several else url})
+    assert "prefpipe score --inputs" in caught.value.hint
+
+
+def test_addresses_that_are_read_as_such() -> None:
+    assert base.load(ScoreConfig, None, {"inputs": ["hf://datasets/o/n@v1/a.jsonl"]}).inputs[0].startswith("hf://")
+    judge = '[reward_settings.j]\nkind = "judge"\nmodel = "m"\ncriteria = "c"\nbase_url = "https://h.example/v1"'
+    assert load(GenerateConfig, judge).reward_settings["j"].base_url == "https://h.example/v1"
+    with pytest.raises(UsageError, match=r"reward_settings\.s\.schema_file = hf://x is an address"):
+        load(GenerateConfig, '[reward_settings.s]\nkind = "json_schema"\nschema_file = "hf://x"')
+
+
+@pytest.mark.parametrize(
+    ("settings_", "rate"), [({}, 1e-5), ({"load_in_4bit": True}, 1e-5), ({"tuning": "full"}, 1e-6)]
+)
+def test_the_learning_rate_depends_on_what_is_tuned(settings_: dict[str, Any], rate: float) -> None:
+    config = TrainConfig(**settings_)
+    assert (config.learning_rate, config.resolved.learning_rate) == (0.0, rate)
+    assert TrainConfig(learning_rate=0.3, **settings_).resolved.learning_rate == 0.3
+    assert base.load(TrainConfig, None, base.dump(config.resolved)) == config.resolved
 
 
 def test_precedence_is_defaults_then_recipe_then_flags() -> None:

@@ -54,7 +54,7 @@ def test_pairs_of_another_tokenizer_are_refused_and_of_one_that_looks_otherwise_
     swapped, touched = models
     assert call("generate", *COMMON, "--model", tiny_model, "--prompts", prompts_file, "--rewards", "short_sentence",
                 "--out", tmp_path / "g").code == 0  # fmt: skip
-    build = ("build-pairs", "--completions", tmp_path / "g", "--gap-filter", "none")
+    build = ("build-pairs", "--completions", tmp_path / "g", "--reward", "short_sentence", "--gap-filter", "none")
     assert call(*build, "--out", tmp_path / "p").code == 0
     done = call("train", "--model", swapped, "--pairs", tmp_path / "p", *FREE, "--out", tmp_path / "t")
     assert done.code == 76, done.stderr

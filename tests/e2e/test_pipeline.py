@@ -48,7 +48,7 @@ def test_pairs_carry_the_log_probs_of_their_completions(
 ) -> None:
     cli("generate", "--model", tiny_model, "--prompts", prompts_file, "--engine", "fake", "--rewards",
         "short_sentence", "--out", tmp_path / "g")  # fmt: skip
-    cli("build-pairs", "--completions", tmp_path / "g", "--out", tmp_path / "p")
+    cli("build-pairs", "--completions", tmp_path / "g", "--reward", "short_sentence", "--out", tmp_path / "p")
     logps = {
         r.completion_id: r for r in from_table(RefLogps, store.read_dataset(tmp_path / "g", "ref_logps", RefLogps))
     }

@@ -40,7 +40,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         model=str(tiny_model), prompts=str(prompts), engine="fake", num_samples=3, rewards=("short_sentence",),
         shard_rows=1, limit=3, reference="none",
     )  # fmt: skip
-    pairing = BuildPairsConfig(completions=(str(folder / "generate"),))
+    pairing = BuildPairsConfig(completions=(str(folder / "generate"),), reward="short_sentence")
     training = TrainConfig(
         model=str(tiny_model), pairs=(str(folder / "build-pairs"),), dtype="float32", train_batch_size=1, lora_r=2
     )  # without reference log-probs in the pairs, train makes its own

@@ -57,7 +57,7 @@ def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )  # fmt: skip
     (folder / "g.json").write_text(config.model_dump_json())
     generate.run(config, folder / "g", force=False)
-    pairs = BuildPairsConfig(completions=(str(folder / "g"),))
+    pairs = BuildPairsConfig(completions=(str(folder / "g"),), reward="short_sentence")
     (folder / "p.json").write_text(pairs.model_dump_json())
     build_pairs.run(pairs, folder / "p", force=False)
     return folder

@@ -52,7 +52,7 @@ def test_sampling_loads_no_other_engine_and_building_pairs_no_tensors(tiny_model
     )  # fmt: skip
     (tmp_path / "g.json").write_text(sampling.model_dump_json())
     assert not loaded("generate", str(tmp_path / "g.json"), "--out", str(tmp_path / "g")) & {"vllm", "peft"}
-    pairs = BuildPairsConfig(completions=(str(tmp_path / "g"),))
+    pairs = BuildPairsConfig(completions=(str(tmp_path / "g"),), reward="short_sentence")
     (tmp_path / "p.json").write_text(pairs.model_dump_json())
     found = loaded("build-pairs", str(tmp_path / "p.json"), "--out", str(tmp_path / "p"))
     assert not found & set(TENSORS)

@@ -5,19 +5,21 @@ read again later for the few rows that the rule chose. A partition holds whole p
 on one partition at a time.
 """
 
-import itertools
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import polars.selectors as cs
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.runs import store
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Completion, Prompt, RefLogps, Reward
-from prefpipe.stages.build_pairs import texts
-from prefpipe.stages.build_pairs.partitions import Files, partition_of, scan, split
+from prefpipe.stages.build_pairs import reward_values, texts
+from prefpipe.stages.build_pairs.partitions import Files, file_and_row, partition_of, scan, split
+from prefpipe.stages.build_pairs.reward_values import Rewards
 
 LEDGER = {"id": pl.String, "reason": pl.String, "detail": pl.String}
 _ROWS_PER_PARTITION = 400_000
@@ -29,7 +31,7 @@ class Sources:
 
     completions: Files
     prompts: Files
-    rewards: Files
+    rewards: Rewards
     ref_logps: Files
     policy_logps: Files
 
@@ -54,14 +56,13 @@ class Workspace:
 def open_sources(config: BuildPairsConfig) -> Sources:
     """Check every input file. Raises MissingInputError for a missing run or dataset, DataError for a damaged file."""
     runs = [Path(p) for p in config.completions]
-    rated = [Path(p) for p in config.reward_runs] or runs
     scored = [Path(p) for p in config.ref_logps] or [
         r for r in runs if "ref_logps" in store.datasets(store.read_manifest(r))
     ]
     return Sources(
         completions=[store.scannable_files(r, "completions", Completion) for r in runs],
         prompts=[store.scannable_files(r, "prompts", Prompt) for r in runs],
-        rewards=[store.scannable_files(r, f"rewards/{config.reward}", Reward) for r in rated],
+        rewards=reward_values.open_rewards(config),
         ref_logps=[store.scannable_files(r, "ref_logps", RefLogps) for r in scored],
         policy_logps=[store.scannable_files(Path(r), "ref_logps", RefLogps) for r in config.policy_logps],
     )
@@ -81,9 +82,9 @@ def prompts(sources: Sources) -> pl.LazyFrame:
 def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -> list[pl.LazyFrame]:
     """Key columns of every completion with its reward, in `count` partitions.
 
-    Columns: prompt_id, completion_id, finish_reason, num_tokens, reward (or null), rated (whether the rewards have a
-    row for it), fault (the reason why its text is no candidate, or null), run. Raises DataError when one completion has
-    two different rewards.
+    Columns: prompt_id, completion_id, finish_reason, num_tokens, part.I (a reward, or null) and rated.I (whether the
+    inputs have a row for it), fault (the reason why its text is no candidate, or null), run. Raises DataError when one
+    completion has two different rewards of one name.
     """
     completions = scan(sources.completions, Completion).select(
         "prompt_id",
@@ -93,22 +94,24 @@ def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -
         num_tokens=pl.col("token_ids").list.len(),
         fault=_fault(config),
     )
-    rewards = _rewards(sources)
-    keys = completions.join(rewards, on="completion_id", how="left").with_columns(
-        rated=pl.col("rated").fill_null(value=False), partition=partition_of(count)
-    )
+    for rewards in reward_values.frames(sources.rewards):
+        completions = completions.join(rewards, on="completion_id", how="left")
+    keys = completions.with_columns(cs.starts_with("rated.").fill_null(value=False), partition=partition_of(count))
     return split([keys], count, folder)
 
 
 @dataclass(frozen=True)
 class CandidatePartition:
-    """One partition: its candidates, ledger rows of its other completions, and how many rows and prompts came in."""
+    """One partition: its candidates, ledger rows of its other completions, and how many rows and prompts came in; for
+    the parts of the reward, how many completions have a row and no value, and the terms of the candidates."""
 
     candidates: pl.DataFrame
     ledger: pl.DataFrame
     num_in: int
-    num_rated: int
     num_prompts: int
+    num_rated: Counter[str]
+    num_null: Counter[str]
+    terms: pl.DataFrame
 
 
 def select(
@@ -120,20 +123,14 @@ def select(
     different completions, and for a reward that is no finite number.
     """
     keys = _without_copies(keys, sources)
-    wrong = keys.filter(pl.col("reward").is_not_null() & ~pl.col("reward").is_finite())
-    if wrong.height:
-        place = _file_and_row(sources.rewards, pl.col("completion_id") == wrong["completion_id"][0])
-        raise DataError(
-            f"{place}: column 'reward' is {wrong['reward'][0]} ({wrong.height} such rows)",
-            "a reward is a finite number, or null when there is none",
-        )
+    keys = reward_values.with_reward(keys, sources.rewards)
     keys = keys.join(dropped_prompts, on="prompt_id", how="left")
     no_reward = pl.col("reward").is_null()
     judged = keys.with_columns(
         reason=pl.coalesce(pl.col("reason"), pl.when(no_reward).then(pl.lit("no_reward")), pl.col("fault")),
         detail=pl.coalesce(
             pl.format("prompt {}: {}", "prompt_id", "detail"),
-            pl.when(no_reward).then(pl.lit("the reward is null or missing")),
+            pl.when(no_reward).then(reward_values.why_none(sources.rewards)),
             pl.format("{} tokens", "num_tokens"),
         ),
         reward=pl.col("reward") - config.length_penalty * pl.col("num_tokens"),
@@ -141,24 +138,15 @@ def select(
     ledger = judged.filter(pl.col("reason").is_not_null()).select(
         pl.col("completion_id").alias("id"), "reason", "detail"
     )
-    candidates = judged.filter(pl.col("reason").is_null()).select(
-        "prompt_id", "completion_id", "reward", "finish_reason", "num_tokens"
-    )
-    return CandidatePartition(candidates, ledger, keys.height, int(keys["rated"].sum()), keys["prompt_id"].n_unique())
-
-
-def check_rewards_match(sources: Sources, num_rated: int) -> None:
-    """Raise DataError when the rewards have more rows than the `num_rated` completions that they rate."""
-    total = int(_rewards(sources).select(pl.len()).collect(engine="streaming").item())
-    if total == num_rated:
-        return
-    foreign = scan(sources.rewards, Reward).join(scan(sources.completions, Completion), on="completion_id", how="anti")
-    first = foreign.select(pl.col("completion_id").min()).collect().item()
-    place = _file_and_row(sources.rewards, pl.col("completion_id") == first)
-    raise DataError(
-        f"{total - num_rated} rewards belong to no completion of these runs; "
-        f"{place}: column 'completion_id' is {first}",
-        "pass the runs they were made for with --completions",
+    kept = judged.filter(pl.col("reason").is_null())
+    return CandidatePartition(
+        kept.select("prompt_id", "completion_id", "reward", "finish_reason", "num_tokens"),
+        ledger,
+        keys.height,
+        keys["prompt_id"].n_unique(),
+        reward_values.count_rated(keys, sources.rewards),
+        reward_values.count_null(keys, sources.rewards),
+        reward_values.terms_of(kept, sources.rewards),
     )
 
 
@@ -184,24 +172,6 @@ def _fault(config: BuildPairsConfig) -> pl.Expr:
     return reason
 
 
-def _rewards(sources: Sources) -> pl.LazyFrame:
-    """completion_id, reward and rated (true), once per completion. Raises DataError when two rewards of one differ."""
-    rows = scan(sources.rewards, Reward).select("completion_id", "reward")
-    if len(sources.rewards) == 1:
-        return rows.with_columns(rated=pl.lit(True))  # noqa: FBT003  (a column of true)
-    once = rows.group_by("completion_id").agg(pl.col("reward").max(), low=pl.col("reward").min())
-    differing = once.filter(pl.col("reward") != pl.col("low")).collect(engine="streaming")
-    if differing.height:
-        first = differing.sort("completion_id").row(0, named=True)
-        place = _file_and_row(sources.rewards, pl.col("completion_id") == first["completion_id"])
-        raise DataError(
-            f"{differing.height} completions have two rewards of this name; {place}: completion_id "
-            f"{first['completion_id']} has {first['low']} and {first['reward']}",
-            "pass one run per reward with --reward-runs",
-        )
-    return once.select("completion_id", "reward", rated=pl.lit(True))  # noqa: FBT003
-
-
 def _without_copies(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
     """Each completion once. Raises DataError for an id that stands twice in one run, or for other content."""
     unique = keys.unique("completion_id", keep="first")
@@ -218,18 +188,17 @@ def _without_copies(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
     wanted = pl.col("completion_id") == first["completion_id"]
     # Two rewards of one completion also double its row: look which of the two datasets holds it twice.
     repeated = scan(sources.completions, Completion).filter(wanted).select(pl.len()).collect().item() > first["runs"]
-    place = _file_and_row(sources.completions if repeated or first["contents"] > 1 else sources.rewards, wanted)
+    if repeated or first["contents"] > 1:
+        place = file_and_row(sources.completions, wanted)
+    else:
+        place = next(filter(None, (_second_row(files, wanted) for files in sources.rewards.files.values())), "")
     raise DataError(
         f"{place}: column 'completion_id': {first['completion_id']} is there twice ({wrong.height} such ids)",
         "an id stands once in a run, and always for the same completion: remove the copies",
     )
 
 
-def _file_and_row(files: Files, wanted: pl.Expr) -> str:
-    """File and row of the last row that `wanted` selects: among copies, the one to remove."""
-    place = ""
-    for path in itertools.chain(*files):
-        rows = pl.scan_parquet(path, row_index_name="row").filter(wanted).select(pl.col("row").max()).collect()
-        if rows.item() is not None:
-            place = f"{path}, row {rows.item()}"
-    return place
+def _second_row(files: Files, wanted: pl.Expr) -> str:
+    """File and row of the last row that `wanted` selects, or nothing where it selects one at most."""
+    several = scan(files, Reward).filter(wanted).select(pl.len()).collect().item() > 1
+    return file_and_row(files, wanted) if several else ""

@@ -1,10 +1,10 @@
-"""The data report: fourteen checks before GPU hours are spent, each OK, NOTICE or WARN with its advice.
+"""The data report: fifteen checks before GPU hours are spent, each OK, NOTICE or WARN with its advice.
 
 data_measures.py says how each is measured. Thresholds without a source in their docstring are rules of thumb. D12 is
-for labels; the other checks need pairs.
+for labels, D15 for sums of rewards; the other checks need pairs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import polars as pl
 
 from prefpipe.stages.build_pairs import data_measures, surface
 from prefpipe.stages.build_pairs.label_rules import Balance
+from prefpipe.stages.build_pairs.reward_values import Spread
 
 OK, NOTICE, WARN = "OK", "NOTICE", "WARN"
 
@@ -19,7 +20,8 @@ OK, NOTICE, WARN = "OK", "NOTICE", "WARN"
 @dataclass(frozen=True)
 class Data:
     """What the checks look at: `facts` and `sample` of data_measures.py, the pairs that the rule made and those of them
-    that a filter dropped (by reason), the beta to come, and for labels the balance of their classes."""
+    that a filter dropped (by reason), the beta to come, for labels the balance of their classes, for a sum of rewards
+    the spreads of its parts."""
 
     facts: pl.DataFrame
     sample: pl.DataFrame
@@ -27,6 +29,7 @@ class Data:
     num_rule_pairs: int
     beta: float
     balance: Balance | None = None
+    spreads: Sequence[Spread] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Check:
 
 def report(data: Data) -> list[Check]:
     """Every check that applies to the data, in the order of CHECKS."""
-    ids = [i for i in CHECKS if (data.balance is not None if i == "D12" else not data.facts.is_empty())]
+    needs = {"D12": data.balance is not None, "D15": bool(data.spreads)}
+    ids = [i for i in CHECKS if needs.get(i, not data.facts.is_empty())]
     return [Check(i, CHECKS[i][0], **vars(CHECKS[i][1](data))) for i in ids]
 
 
@@ -90,7 +94,7 @@ def near_identical(data: Data) -> Finding:
     return Finding(
         WARN if share > 0.2 else OK,
         f"{share:.1%} differ in a few tokens only",
-        "the chosen log-prob may fall: train with an NLL term or a DPOP loss, or set near_identical_tokens",
+        "the chosen log-prob may fall: add a loss that holds it (docs/losses.md), or set near_identical_tokens",
         {"share": share},
     )
 
@@ -259,6 +263,20 @@ def template(data: Data) -> Finding:
     )
 
 
+def reward_parts(data: Data) -> Finding:
+    """How much each part of a sum of rewards varies among the candidates, and within a prompt, where pairs are made."""
+    idle = [spread.name for spread in data.spreads if spread.share < 0.05]
+    incomplete = any(spread.missing for spread in data.spreads)
+    return Finding(
+        NOTICE if idle or incomplete else OK,
+        "; ".join(map(str, data.spreads)),
+        f"{' and '.join(idle)} hardly changes which answer is better: raise its weight, or set reward_scale prompt"
+        if idle
+        else "completions that lack a part are left out: rate them with prefpipe score",
+        {spread.name: asdict(spread) for spread in data.spreads},
+    )
+
+
 CHECKS: dict[str, tuple[str, Callable[[Data], Finding]]] = {
     "D1": ("reward gap", reward_gap),
     "D2": ("near-identical", near_identical),
@@ -274,5 +292,6 @@ CHECKS: dict[str, tuple[str, Callable[[Data], Finding]]] = {
     "D12": ("class balance", class_balance),
     "D13": ("beta", beta),
     "D14": ("template", template),
+    "D15": ("reward parts", reward_parts),
 }
 _UNMEASURED = Finding(NOTICE, "not measured: no reference log-probs", "score the completions first: prefpipe score")

@@ -68,3 +68,13 @@ def batches(files: Files) -> list[Files]:
         filled[-1].append(path)
         size += path.stat().st_size
     return [[batch] for batch in filled]
+
+
+def file_and_row(files: Files, wanted: pl.Expr) -> str:
+    """File and row of the last row that `wanted` selects: among copies, the one to remove."""
+    place = ""
+    for path in itertools.chain(*files):
+        rows = pl.scan_parquet(path, row_index_name="row").filter(wanted).select(pl.col("row").max()).collect()
+        if rows.item() is not None:
+            place = f"{path}, row {rows.item()}"
+    return place

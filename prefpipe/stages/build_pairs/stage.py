@@ -8,7 +8,8 @@
 6. With --strict: fail when a check of the report warns.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,31 +23,45 @@ from prefpipe.models import vocabulary
 from prefpipe.runs import fsio, store
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Dropped
-from prefpipe.stages.build_pairs import accounting, candidates, data_report, groups, labels, pairs, prompt_filters
+from prefpipe.stages.build_pairs import (
+    accounting,
+    candidates,
+    data_report,
+    groups,
+    labels,
+    pairs,
+    prompt_filters,
+    reward_values,
+)
 from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
 from prefpipe.stages.build_pairs.candidates import Workspace
 from prefpipe.stages.build_pairs.data_report import Check
 from prefpipe.stages.build_pairs.label_rules import balance
+from prefpipe.stages.build_pairs.reward_values import Spread
 
 _INPUTS = ("completions", "reward_runs", "ref_logps", "policy_logps", "contamination")
 
 
 @dataclass(frozen=True)
 class _Selection:
-    """The candidates by partition (for pairs: what the rule made of them), the ledger and the counts of the others."""
+    """The candidates by partition (for pairs: what the rule made of them), the ledger and the counts of the others; for
+    a sum of rewards, the spread of its parts."""
 
     candidates: list[pl.DataFrame]
     rule_pairs: list[pairs.RulePairs]
     ledger: pl.DataFrame
     level: Level
     num_prompts: int
+    spreads: list[Spread]
 
 
 def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
     """Build the rows of `config.output` in `out`. Raises StrictError when `strict` is set and a check warns."""
     if not config.completions:
         raise UsageError("no completions given", "pass --completions DIR (a run of prefpipe generate or score)")
-    with store.open_run(out, "build-pairs", config, _digests(config), force=force) as run_dir:
+    digests = _digests(config)
+    reward_values.chosen_reward(config)  # a name that the inputs lack is refused before OUT is touched
+    with store.open_run(out, "build-pairs", config, digests, force=force) as run_dir:
         manifest = run_dir.manifest()
         if manifest is None:
             with fsio.temporary_dir(out / "partitions") as folder:
@@ -56,7 +71,7 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
                 result = _write_rows(workspace, selection)
                 levels = {"completions": selection.level, **result.levels}
                 dropped = _write_ledger(workspace, selection, result, levels)
-                checks = _write_report(workspace, result)
+                checks = _write_report(workspace, result, selection.spreads)
                 totals = {
                     "completions": selection.level.came_in,
                     "prompts": selection.num_prompts,
@@ -93,20 +108,28 @@ def _select(workspace: Workspace) -> _Selection:
     selected: list[pl.DataFrame] = []
     rule_pairs: list[pairs.RulePairs] = []
     ledgers: list[pl.DataFrame] = []
-    num_in = num_rated = num_prompts = num_candidates = 0
+    terms: list[pl.DataFrame] = []
+    num_rated, num_null = Counter[str](), Counter[str]()
+    num_in = num_prompts = num_candidates = 0
     for keys in candidates.read(sources, config, workspace.num_partitions, workspace.folder / "keys"):
         part = candidates.select(keys.collect(), dropped_prompts, sources, config)
-        num_in, num_rated = num_in + part.num_in, num_rated + part.num_rated
-        num_prompts, num_candidates = num_prompts + part.num_prompts, num_candidates + part.candidates.height
+        num_rated, num_null = num_rated + part.num_rated, num_null + part.num_null
+        num_in, num_prompts = num_in + part.num_in, num_prompts + part.num_prompts
+        num_candidates += part.candidates.height
+        terms.append(part.terms)
         ledgers.append(part.ledger)
         if config.output == "pairs":
             rule_pairs.append(pairs.apply_rule(part.candidates, config))
         else:
             selected.append(part.candidates)
-    candidates.check_rewards_match(sources, num_rated)
+    reward_values.check_match(sources.rewards, sources.completions, num_rated)
     ledger = pl.concat(ledgers)
     level = Level(num_in, num_candidates, count_reasons(ledger))
-    return _Selection(selected, rule_pairs, ledger, level, num_prompts)
+    spreads = reward_values.spreads(pl.concat(terms), sources.rewards, num_null) if sources.rewards.is_sum else []
+    for spread in spreads:
+        if spread.missing:
+            log.warn(f"{spread.missing} of {num_in} completions have no value of {spread.name}: they are left out")
+    return _Selection(selected, rule_pairs, ledger, level, num_prompts, spreads)
 
 
 def _write_rows(workspace: Workspace, selection: _Selection) -> BuildResult:
@@ -134,13 +157,13 @@ def _write_ledger(
     return dropped
 
 
-def _write_report(workspace: Workspace, result: BuildResult) -> list[dict[str, Any]]:
+def _write_report(workspace: Workspace, result: BuildResult, spreads: Sequence[Spread]) -> list[dict[str, Any]]:
     config = workspace.config
     level = result.levels.get("pairs", Level(0, 0, {}))
     classes = None
     if config.output == "labels":
         classes = balance(result.totals["desirable"], result.totals["undesirable"])
-    data = data_report.Data(result.facts, result.sample, level.dropped, level.came_in, config.beta, classes)
+    data = data_report.Data(result.facts, result.sample, level.dropped, level.came_in, config.beta, classes, spreads)
     checks = [check.to_json() for check in data_report.report(data)]
     workspace.run_dir.write_report("data_report.json", {"checks": checks})
     return checks

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.shared import REWARD_CHOICES
 from prefpipe.engines.base import Draw, Engine
+from prefpipe.errors import UsageError
 from prefpipe.ids import numbered_id
 from prefpipe.inference.sampling import SampledPrompt, SampledShard
 from prefpipe.inference.task import Task, answers_of, prompt_key, read_task, run_shards, sampled_draws
@@ -34,6 +36,8 @@ _RESAMPLES = 2000
 
 def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample every prompt that has no committed shard yet, rate the answers, sum up."""
+    if not config.reward:
+        raise UsageError("no reward given: nothing says which answers pass", f"pass --reward NAME: {REWARD_CHOICES}")
     task = read_task(config, [config.reward])
     with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
         manifest = output.manifest()

@@ -25,6 +25,8 @@ from pydantic import BaseModel
 from prefpipe import clock, log
 from prefpipe.config.base import dump
 from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.reward_sum import parse
+from prefpipe.config.shared import REWARD_CHOICES
 from prefpipe.errors import PrefpipeError, UsageError
 from prefpipe.ids import canonical_json
 from prefpipe.models import policy
@@ -54,6 +56,9 @@ class Step:
 
 def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None = None) -> Manifest:
     """Run every step that is not complete. `runner` runs a step (by default in a process)."""
+    if not config.train.learning_rate:
+        config = config.model_copy(update={"train": config.train.resolved})
+        log.info(f"train.learning_rate = {config.train.learning_rate:g}: the default of tuning = {config.train.tuning}")
     with store.open_run(out, "iterate", config, _inputs(config), force=force) as run_dir:
         manifest = run_dir.manifest(lambda m: all(_is_unchanged(out / name, d) for name, d in m["identity"].items()))
         if manifest is not None:
@@ -142,10 +147,18 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
 
 
 def _inputs(config: IterateConfig) -> dict[str, str]:
-    """What identifies model and prompts. Raises UsageError without prompts."""
+    """What identifies model and prompts. Raises UsageError without prompts, or rewards that the steps can find."""
     for table in ("generate", "evaluate"):
         if not getattr(config, table).prompts:
             raise UsageError(f"no prompts given for {table}", f"set prompts in the [{table}] table")
+    parse(
+        config.build_pairs.reward,
+        config.generate.rewards,
+        "the completions of [generate]",
+        "set reward in the [build_pairs] table",
+    )
+    if not config.evaluate.reward:
+        raise UsageError("no reward given for evaluate", f"set reward in the [evaluate] table: {REWARD_CHOICES}")
     return {
         "policy": policy.resolve(config.model).id,
         "generate.prompts": store.input_digest(Path(config.generate.prompts)),

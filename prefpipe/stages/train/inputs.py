@@ -120,6 +120,7 @@ def prepare(config: TrainConfig) -> TrainingData:
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, named) if needs_reference else None
     inputs |= {"reference": _recorded(reference)} if reference and named else {}
     training, eval_rows = _parted(rows, num_training, kind, config)
+    _check_order(config, training)
     return TrainingData(
         kind=kind,
         rows=training,
@@ -267,6 +268,16 @@ def _check_columns(objective: Objective, rows: Sequence[TrainRow]) -> None:
                     f"{low[0]})",
                     advice,
                 )
+
+
+def _check_order(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
+    """Raise UsageError when rows are to be ordered by a reward_gap that they lack."""
+    lacking = [row.row_id for row in rows if isinstance(row, TrainPair) and row.reward_gap is None]
+    if config.train_order == "hardness" and lacking:
+        raise UsageError(
+            f"train_order = hardness: {len(lacking)} of {len(rows)} pairs have no reward_gap (first {lacking[0]})",
+            "train on pairs of prefpipe build-pairs, which have rewards, or leave --train-order out",
+        )
 
 
 def _named_reference(config: TrainConfig, *, needs_reference: bool) -> Named:

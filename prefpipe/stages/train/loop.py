@@ -11,7 +11,7 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel
-from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_ref_logps
+from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
 from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import metrics, registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch
@@ -83,12 +83,20 @@ def num_steps(num_rows: int, config: TrainConfig) -> int:
 
 
 def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
-    """Row numbers of every step of an epoch: shuffled, and for labels balanced by class."""
-    if isinstance(rows[0], TrainLabel):
+    """Row numbers of every step of an epoch, in the order that the settings name. Shuffled labels are in the proportion
+    of their classes in every step; equal reward gaps keep the order of the rows."""
+    order = None
+    if config.train_order == "given":
+        order = range(len(rows))
+    elif config.train_order == "hardness":
+        gaps = [pair.reward_gap or 0.0 for pair in cast("Sequence[TrainPair]", rows)]
+        order = sorted(range(len(rows)), key=lambda row: -gaps[row])
+    elif isinstance(rows[0], TrainLabel):
         labels = [bool(row.desirable) for row in cast("Sequence[TrainLabel]", rows)]
         return balanced_batches(labels, config.train_batch_size, config.seed, epoch)
     prompts = [row.prompt_ids for row in rows]
-    return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=config.group_by_prompt)
+    together = config.group_by_prompt
+    return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=together, fixed=order)
 
 
 def steps(trainer: Trainer, rows: Sequence[TrainRow], first: int, bank: Sequence[TrainLabel] = ()) -> Steps:
@@ -182,12 +190,12 @@ def _micro_batch(
     trainer: Trainer, micro: MicroBatch, size: int, z0: float, noise: float | None, *, counts: bool, tally: Tally
 ) -> None:
     """Add the gradients of a micro-batch of a global batch of `size` rows, and its share of the step's metrics; with
-    `noise` also how far its loss is from its value at the reference.
+    `noise` also how far its loss is from its value at the reference, and ties within the noise.
 
     No tensor of its graph may outlive this call: one that stays between freed activations keeps the heap from joining
     them, and the next micro-batch then takes half as much again.
     """
-    found = row_losses(trainer, micro, z0)
+    found = row_losses(trainer, micro, z0, noise)
     loss = found.per_row.sum() / size * float(counts)
     (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
     trainer.optimizer.gather_gradients()
@@ -217,13 +225,13 @@ class RowLosses:
     metrics: Mapping[str, metrics.Counted]
 
 
-def row_losses(trainer: Trainer, micro: MicroBatch, z0: float) -> RowLosses:
-    """Forward of a micro-batch, for a step and for an evaluation."""
+def row_losses(trainer: Trainer, micro: MicroBatch, z0: float, noise: float | None = None) -> RowLosses:
+    """Forward of a micro-batch, for a step and for an evaluation; `noise` as in `metrics`."""
     objective = trainer.config.objective
     layout = trainer.model.layout(micro.trees)
     token_logps = trainer.wrapped(layout, collisions=objective.settings.use_weighting)
     batch, weights = to_loss_batch(token_logps, layout, micro, objective.settings, z0)
-    shown = metrics.metrics(batch, objective.settings.beta, on_reference=trainer.on_reference)
+    shown = metrics.metrics(batch, objective.settings.beta, on_reference=trainer.on_reference, noise=noise)
     per_row = registry.combine(objective, batch)
     return RowLosses(layout.input_ids.numel(), layout.targets.numel(), batch, weights, weights * per_row, shown)
 

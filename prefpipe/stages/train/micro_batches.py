@@ -1,8 +1,9 @@
 """Which rows make a step, and how a step is cut into micro-batches of token trees. No tensors, no model.
 
-A global batch is the G rows of one step, fixed by (seed, epoch, step). Its rows of one prompt share a tree, so that a
-prompt and a completion are computed once however many rows hold them. Trees are packed into micro-batches under a
-budget of tokens. Every micro-batch adds its sum of losses divided by G, so that the budget never changes the result.
+A global batch is the G rows of one step, fixed by (seed, epoch, step) and the order of the settings. Its rows of one
+prompt share a tree, so that a prompt and a completion are computed once however many rows hold them. Trees are packed
+into micro-batches under a budget of tokens. Every micro-batch adds its sum of losses divided by G, so that the budget
+never changes the result.
 """
 
 import random
@@ -24,16 +25,22 @@ class MicroBatch:
 
 
 def global_batches(
-    prompts: Sequence[tuple[int, ...]], batch_size: int, seed: int, epoch: int, *, together: bool
+    prompts: Sequence[tuple[int, ...]],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    together: bool,
+    fixed: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Row numbers of every step of an epoch; the last step may be smaller.
+    """Row numbers of every step of an epoch, shuffled or in a `fixed` order; the last step may be smaller.
 
     With `together`, the rows of a prompt follow each other, so that they share its forward pass; the price is
     correlated gradients within a step.
     """
-    order = list(range(len(prompts)))
-    source = random.Random(f"{seed}/{epoch}")
-    source.shuffle(order)
+    order = list(range(len(prompts)) if fixed is None else fixed)
+    if fixed is None:
+        random.Random(f"{seed}/{epoch}").shuffle(order)
     if together:
         first = {prompt: place for place, prompt in reversed(list(enumerate(prompts[row] for row in order)))}
         order.sort(key=lambda row: first[prompts[row]])
@@ -41,8 +48,9 @@ def global_batches(
 
 
 def balanced_batches(desirable: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers of every step of an epoch. Each class is shuffled, then both are interleaved, so that every step
-    holds them in the proportion of the data, to within one row."""
+    """Row numbers of every step of an epoch. Each class is shuffled, then both are interleaved at even distances, so
+    that a step holds each class in the proportion of the data, rounded up or down: not as many of one as of the other,
+    and of a class with less than one row per step none in some steps."""
     source = random.Random(f"{seed}/{epoch}")
     placed: list[tuple[float, int]] = []
     for label in (True, False):

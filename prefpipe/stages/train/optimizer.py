@@ -34,7 +34,7 @@ class MasterOptimizer:
         # Allocated once: during a step they would lie between its activations and fragment the heap.
         for master in self._master.values():
             master.grad = torch.zeros_like(master)
-        self._optimizer = _make(optim, list(self._master.values()), weight_decay)
+        self._optimizer = _make(optim, _groups(self._master, weight_decay))
 
     def gather_gradients(self) -> None:
         """Add the gradients of one micro-batch to those of the masters, and clear them."""
@@ -93,18 +93,29 @@ class MasterOptimizer:
                 }
 
 
-def _make(optim: str, parameters: Sequence[torch.Tensor], weight_decay: float) -> torch.optim.Optimizer:
+def _groups(masters: Mapping[str, torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with weight decay and those without: norms and biases, as in transformers' Trainer. A norm has one
+    dimension; a bias may have two, one row for each expert."""
+    free = {name for name, master in masters.items() if master.dim() < 2 or name.endswith("bias")}
+    parts = [
+        {"params": [m for n, m in masters.items() if (n in free) == undecayed], "weight_decay": decay}
+        for undecayed, decay in ((False, weight_decay), (True, 0.0))
+    ]
+    return [part for part in parts if part["params"]]
+
+
+def _make(optim: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
     if optim == "adamw_torch_fused":
-        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
     if optim == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=weight_decay)
+        return torch.optim.RMSprop(groups, lr=0.0)
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise MissingInputError(
             f"optim = {optim} needs the package bitsandbytes", "install it with: pip install 'prefpipe[bnb]'"
         ) from error
-    return getattr(bitsandbytes.optim, _BITSANDBYTES[optim])(parameters, lr=0.0, weight_decay=weight_decay)
+    return getattr(bitsandbytes.optim, _BITSANDBYTES[optim])(groups, lr=0.0)
 
 
 def _restored(value: torch.Tensor, master: torch.Tensor) -> Any:
@@ -119,8 +130,9 @@ def _restored(value: torch.Tensor, master: torch.Tensor) -> Any:
 def learning_rate(
     step: int, num_steps: int, *, peak: float, warmup_ratio: float, schedule: str, warmup_steps: int = 0
 ) -> float:
-    """The learning rate of a step from 0 to num_steps - 1: a linear rise over the warmup, then constant, or a linear or
-    cosine fall towards zero.
+    """The learning rate of a step from 0 to num_steps - 1: a linear rise over the w steps of the warmup, from
+    peak / (w + 1) to the step before the peak, then constant, or a linear or cosine fall towards zero. (transformers
+    begins at 0, and its first step changes nothing.)
 
     `warmup_steps` takes the place of `warmup_ratio` where it is not 0; the schedule "constant" has no warmup.
     """

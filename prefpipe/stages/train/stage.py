@@ -51,6 +51,9 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     """Train a policy into `out` and return the manifest."""
     world = parallel.start()
     trackers.check_installed(config.report_to)
+    if not config.learning_rate:
+        config = config.resolved
+        log.info(f"learning_rate = {config.learning_rate:g}: the default of tuning = {config.tuning}")
     data = prepare(config)  # 1
     opened = store.open_run(out, "train", config, data.inputs, force=force) if world.leads else nullcontext(None)
     with opened as output:  # 2

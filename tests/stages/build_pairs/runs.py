@@ -1,8 +1,10 @@
 """Small runs of generate on disk, and what a test reads back from a run of build-pairs."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import polars as pl
@@ -70,9 +72,11 @@ def logps_of(row: Row, reference: str, scale: float = 0.25) -> RefLogps:
 def run_of(
     out: Path, rows: Sequence[Row], *, reference: str | None = "weights:a", name: str | None = REWARD,
     prompts: Sequence[Prompt] | None = None, shards: int = 1, scale: float = 0.25,
+    others: Mapping[str, Mapping[str, float | None]] = MappingProxyType({}),
 ) -> Path:  # fmt: skip
-    """A finished run of generate with these completions; a reward of None stands in the file as null."""
-    inputs = {"rows": content_id([vars(r) for r in rows], reference, name, shards, scale)}
+    """A finished run of generate with these completions; a reward of None stands in the file as null. `others` are more
+    rewards by name and completion id."""
+    inputs = {"rows": content_id([vars(r) for r in rows], reference, name, shards, scale, json.dumps(dict(others)))}
     with store.open_run(out, "generate", GenerateConfig(), inputs, force=False) as run:
         known = prompts or [prompt_of(p) for p in sorted({r.prompt_id for r in rows})]
         run.write_part("prompts", Prompt, 0, to_table(Prompt, list(known)))
@@ -84,6 +88,10 @@ def run_of(
             if name is not None:
                 rewards = [Reward(r.completion_id, name, r.reward, "ok", None) for r in own]
                 run.write_part(f"rewards/{name}", Reward, shard, to_table(Reward, rewards))
+            for other, values in others.items():
+                rewards = [Reward(r.completion_id, other, values[r.completion_id], "ok", None)
+                           for r in own if r.completion_id in values]  # fmt: skip
+                run.write_part(f"rewards/{other}", Reward, shard, to_table(Reward, rewards))
             run.write_part("completions", Completion, shard, to_table(Completion, [completion_of(r) for r in own]))
         run.finish({}, {})
     return out

@@ -11,7 +11,7 @@ from prefpipe.errors import DataError
 from prefpipe.stages.build_pairs import candidates, prompt_filters
 from prefpipe.stages.build_pairs.candidates import CandidatePartition, open_sources, read, select
 from tests.runs.cases import rewrite
-from tests.stages.build_pairs.runs import Row, run_of, settings
+from tests.stages.build_pairs.runs import REWARD, Row, run_of, settings
 
 NONE = pl.DataFrame(schema=prompt_filters.SCHEMA)
 
@@ -49,7 +49,7 @@ def test_a_completion_is_a_candidate_or_has_a_reason(
     expected = {"other": "no_reward", **({"x": reason} if reason else {})}
     assert dict(found.ledger.select("id", "reason").iter_rows()) == expected
     assert found.candidates.height + found.ledger.height == found.num_in == 2
-    assert found.num_rated == found.num_prompts == 2
+    assert (found.num_rated, found.num_prompts) == ({REWARD: 2}, 2)
 
 
 def test_a_dropped_prompt_takes_its_completions_along(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from prefpipe.stages.build_pairs import data_report
 from prefpipe.stages.build_pairs.data_report import NOTICE, OK, WARN, Data
 from prefpipe.stages.build_pairs.label_rules import balance
+from prefpipe.stages.build_pairs.reward_values import Spread
 from tests.stages.build_pairs.measured import NUM, facts, sample
 
 GOOD = Data(facts(), sample(), {}, NUM, 0.1)
@@ -22,6 +23,10 @@ def test_good_data_is_ok_everywhere() -> None:
 
 def ids(texts: list[list[int]]) -> pl.Series:
     return pl.Series(texts, dtype=pl.List(pl.Int64))
+
+
+def spread(name: str, share: float, missing: int = 0) -> Spread:
+    return Spread(name, weight=1.0, sd=1.0, sd_in_prompt=1.0, share=share, missing=missing)
 
 
 CHOSEN_IDS = sample()["chosen_ids"].to_list()
@@ -52,6 +57,8 @@ CASES: list[tuple[str, str, Callable[[], Data]]] = [
     ("D14", WARN, lambda: replace(GOOD, sample=sample(prompt_token_ids=[[1, 1, n, 8, 9] for n in range(60)]))),
     ("D14", WARN, lambda: replace(GOOD, sample=sample(prompt_token_ids=[[1, 5, n] for n in range(60)]))),
     ("D14", WARN, lambda: replace(GOOD, sample=sample(chosen_ids=ids([[7, 8, 9, 5, 2]] * 60)))),
+    ("D15", NOTICE, lambda: replace(GOOD, spreads=[spread("a", 0.96), spread("b", 0.04)])),
+    ("D15", NOTICE, lambda: replace(GOOD, spreads=[spread("a", 0.5), spread("b", 0.5, missing=1)])),
 ]  # fmt: skip
 
 
@@ -65,5 +72,18 @@ def test_a_check_sees_its_fault(name: str, level: str, data: Callable[[], Data])
     assert level in lines[0]
 
 
+def test_parts_of_a_sum_are_named_with_their_spread() -> None:
+    """Also where there are no pairs: for labels and groups. The advice names the part that does not count."""
+    fair, unfair = (
+        data_report.report(replace(GOOD, facts=pl.DataFrame(), spreads=[spread("a", 1 - b), spread("b", b, 3)]))
+        for b in (0.05, 0.049)
+    )
+    (check,) = fair
+    assert (check.id, check.numbers["b"]["missing"]) == ("D15", 3)
+    assert check.found.endswith("1*b sd 1, in a prompt 1 (5% of the variance), missing for 3")
+    assert check.advice.startswith("completions that lack a part are left out")
+    assert unfair[0].advice.startswith("b hardly changes which answer is better")
+
+
 def test_every_check_has_a_case() -> None:
-    assert {name for name, _, _ in CASES} == set(data_report.CHECKS) == {f"D{n}" for n in range(1, 15)}
+    assert {name for name, _, _ in CASES} == set(data_report.CHECKS) == {f"D{n}" for n in range(1, 16)}

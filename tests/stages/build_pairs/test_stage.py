@@ -230,8 +230,10 @@ def test_rewards_and_references_from_runs_of_their_own(tmp_path: Path) -> None:
     (pair,) = pairs_of(tmp_path / "o")
     assert (pair.chosen_reward, pair.reference) == (1.0, "weights:z")
     assert pair.ref_chosen_logps == logps_of(GOOD[0], "weights:z").ref_logps
-    with pytest.raises(MissingInputError, match=f"no dataset 'rewards/{runs.REWARD}'"):
+    with pytest.raises(UsageError, match=f"the inputs hold no reward '{runs.REWARD}'"):
         build(tmp_path / "x", bare)
+    with pytest.raises(MissingInputError, match=f"bare has no dataset 'rewards/{runs.REWARD}'"):
+        build(tmp_path / "x", bare, reward_runs=(str(rated), str(bare)))
 
 
 def test_a_completion_that_two_runs_hold_counts_once(tmp_path: Path) -> None:
@@ -439,9 +441,13 @@ def test_inputs_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="holds no complete run"):
         build(tmp_path / "o", tmp_path / "empty")
     run = run_of(tmp_path / "g", GOOD, name="other:f")
-    with pytest.raises(MissingInputError, match="no dataset 'rewards/mine:f'") as caught:
+    with pytest.raises(UsageError, match="the inputs hold no reward 'mine:f'") as caught:
         build(tmp_path / "o", run)
-    assert "rewards/other:f" in caught.value.hint
+    assert "the inputs hold other:f" in caught.value.hint
+    with pytest.raises(UsageError, match="no reward given") as caught:
+        build(tmp_path / "o", run, reward="")
+    assert caught.value.hint == "pass --reward NAME or a sum: the inputs hold other:f"
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_complete_run_is_left_alone_and_other_settings_are_refused(tmp_path: Path) -> None:

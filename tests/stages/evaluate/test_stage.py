@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.shared import REWARD_NAMES
 from prefpipe.errors import UsageError
 from prefpipe.ids import sample_seed
 from prefpipe.runs import store, tables
@@ -15,6 +16,7 @@ from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Dropped, Evaluation, Message, Prompt, from_table
 from prefpipe.stages.evaluate import stage as evaluate
 from prefpipe.stages.evaluate.stage import bootstrap, draws, is_degenerate, summarize, wilson
+from tests.conftest import Call
 
 LONG = "a quiet tool keeps water"
 
@@ -167,7 +169,8 @@ def test_greedy_is_drawn_first_then_the_samples() -> None:
 
 
 def config(model: Path, prompts: Path, **changes: Any) -> EvaluateConfig:
-    base = {"model": str(model), "prompts": str(prompts), "engine": "fake", "max_tokens": 80, "shard_rows": 2}
+    base = {"model": str(model), "prompts": str(prompts), "engine": "fake", "max_tokens": 80, "shard_rows": 2,
+            "reward": "short_sentence"}  # fmt: skip
     return EvaluateConfig(**{**base, **changes})
 
 
@@ -216,4 +219,17 @@ def test_dropped_prompts_are_in_the_ledger(tiny_model: Path, tmp_path: Path) -> 
 
 def test_prompts_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no prompts given"):
-        run(EvaluateConfig(engine="fake"), tmp_path / "e")
+        run(EvaluateConfig(engine="fake", reward="length"), tmp_path / "e")
+
+
+def test_the_reward_must_be_named(call: Call, prompts_file: Path, tmp_path: Path) -> None:
+    done = call("evaluate", "--prompts", prompts_file, "--engine", "fake", "--out", tmp_path / "e")
+    assert (done.code, "no reward given" in done.stderr) == (2, True), done.stderr
+    assert all(name in done.stderr for name in REWARD_NAMES)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("text", ["0.7*length + 0.3*math", "length - mine.mod:f", "2*mine.mod:f"])
+def test_a_sum_of_rewards_is_refused_with_the_reason(text: str) -> None:
+    with pytest.raises(ValueError, match="an answer passes by one reward"):
+        EvaluateConfig(reward=text)

@@ -122,6 +122,29 @@ def test_settings_of_the_tables_reach_their_steps() -> None:
     assert (generate.num_samples, build_pairs.min_gap, train.beta, evaluate.split) == (3, 0.5, 0.7, "all")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        (
+            {"build_pairs": {}},
+            "no reward given",
+            "set reward in the [build_pairs] table: the completions of [generate]",
+        ),
+        ({"build_pairs": {"reward": "length"}}, "hold no reward 'length'", "tests.e2e.letters:most_letters"),
+        ({"build_pairs": {"reward": "2*length +"}}, "character 11 (the end)", "a sum is written as"),
+        ({"evaluate": {"prompts": "p.jsonl"}}, "no reward given for evaluate", "set reward in the [evaluate] table"),
+    ],
+)
+def test_rewards_are_named_before_anything_is_sampled(
+    config: MakeConfig, tmp_path: Path, changes: dict[str, object], message: str, hint: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        iterate.run(config(**changes), tmp_path / "o", force=False, runner=never)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert not (tmp_path / "o").exists()
+
+
 def test_the_manifest_has_a_row_for_the_start_and_every_round(finished: tuple[Path, Manifest]) -> None:
     out, manifest = finished
     assert [r["round"] for r in manifest["totals"]["rounds"]] == [0, 1, 2]
@@ -226,8 +249,9 @@ def test_the_summary_shows_a_row_per_round_and_paths_that_exist(finished: tuple[
 def test_a_run_without_prompts_is_refused(config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no prompts given for evaluate"):
         iterate.run(config(evaluate={}), tmp_path / "o", force=False, runner=never)
+    absent = {"prompts": "absent.jsonl", "rewards": config().generate.rewards}
     with pytest.raises(MissingInputError, match="absent"):
-        iterate.run(config(generate={"prompts": "absent.jsonl"}), tmp_path / "o", force=False, runner=never)
+        iterate.run(config(generate=absent), tmp_path / "o", force=False, runner=never)
     assert not (tmp_path / "o").exists()
 
 

@@ -74,7 +74,9 @@ def generated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         rewards=("short_sentence",), reference="none",
     )  # fmt: skip
     generate.run(config, folder / "g", force=False)
-    build_pairs.run(BuildPairsConfig(completions=(str(folder / "g"),)), folder / "p", force=False)
+    build_pairs.run(
+        BuildPairsConfig(completions=(str(folder / "g"),), reward="short_sentence"), folder / "p", force=False
+    )
     return folder / "g", folder / "p"
 
 

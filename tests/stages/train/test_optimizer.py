@@ -4,14 +4,17 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers.trainer_pt_utils import get_parameter_names
 
 from prefpipe.errors import MissingInputError
+from prefpipe.forward import load
 from prefpipe.stages.train.optimizer import MasterOptimizer, learning_rate
 
 NO_CLIP = 1e9
@@ -35,23 +38,54 @@ def weights(model: torch.nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def by_decay(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Matrices, with the weight decay of the optimizer, and biases without it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dim() for p in trained} == {1, 2}
+    return [{"params": [p for p in trained if p.dim() == 2]},
+            {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}]  # fmt: skip
+
+
 @pytest.mark.parametrize("max_norm", [0.5, NO_CLIP])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_torch_adamw_in_float32(weight_decay: float, max_norm: float):
     ours, theirs = network(), network()
     optimizer = MasterOptimizer(ours, weight_decay)
-    reference = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], weight_decay=weight_decay)
+    reference = torch.optim.AdamW(by_decay(theirs), weight_decay=weight_decay)
     for step in range(10):
         set_gradients(ours, step)
         optimizer.gather_gradients()
         norm = optimizer.step(1e-2 / (step + 1), max_norm)
         set_gradients(theirs, step)
         expected = torch.nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.requires_grad], max_norm)
-        reference.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        for group in reference.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
         reference.step()
         assert norm == pytest.approx(float(expected), rel=1e-6)
     for mine, other in zip(weights(ours), weights(theirs), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def test_weight_decay_leaves_out_what_the_trainer_of_transformers_leaves_out(tiny_model: Path):
+    """Norms and biases, in two dimensions too; embeddings, heads and the matrices of LoRA decay."""
+    model = load.load_model(tiny_model, "float32")
+    model.add_module(
+        "experts", torch.nn.ParameterDict({"up_proj_bias": torch.ones(4, 8), "up_proj": torch.ones(4, 8, 2)})
+    )
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    expected = {n for n, _ in model.named_parameters()} & set(
+        get_parameter_names(model, [torch.nn.LayerNorm], patterns)
+    )
+    load.train_all(model)
+    for decay in (0.0, 0.5):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer = MasterOptimizer(model, decay)
+        optimizer.step(0.1, NO_CLIP)  # gradients of 0: only decay moves a weight
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n]) and before[n].any()}
+        assert moved == (expected if decay else set())
+    adapted = load.add_lora(load.load_model(tiny_model, "float32"), r=2, alpha=4, target_modules="all-linear", seed=0)
+    groups = MasterOptimizer(adapted, 0.5)._optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5]
 
 
 def test_small_steps_add_up_in_the_master_where_plain_bfloat16_stands_still():
@@ -208,9 +242,7 @@ def test_warmup_in_steps_takes_the_place_of_the_ratio():
 def test_equals_torch_rmsprop_in_float32(weight_decay: float):
     ours, theirs = network(), network()
     optimizer = MasterOptimizer(ours, weight_decay, "rmsprop")
-    reference = torch.optim.RMSprop(
-        [p for p in theirs.parameters() if p.requires_grad], lr=1e-3, weight_decay=weight_decay
-    )
+    reference = torch.optim.RMSprop(by_decay(theirs), lr=1e-3, weight_decay=weight_decay)
     for step in range(5):
         set_gradients(ours, step)
         optimizer.gather_gradients()

@@ -8,22 +8,27 @@ from prefpipe.forward.agreement import LENGTH_BUCKETS
 from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, PairBatch, RankBatch
 
 Counted = tuple[torch.Tensor, torch.Tensor]  # values [B], and which of them count [B]
+_DEVIATIONS = 4
+_FLOAT32_NOISE = 1e-5  # nats: the log-prob of a token moves by less when its row is packed otherwise
 _SATURATED = 0.01  # gradient weight s(-beta h) below which a pair teaches nothing more
 
 
-def metrics(batch: LossBatch, beta: float, *, on_reference: bool = False) -> Mapping[str, Counted]:
+def metrics(
+    batch: LossBatch, beta: float, *, on_reference: bool = False, noise: float | None = None
+) -> Mapping[str, Counted]:
     """Metrics by name, each as its values and the rows that count, [B]; docs/diagnostics.md explains them.
 
     "chosen" and "rejected" are the sides of a pair, the desirable and the undesirable rows of labels, the best and the
     worst completion of a group. A tie counts half in accuracies. `on_reference` says that the completions were sampled
-    from the reference: then KL(reference || policy) is among the metrics.
+    from the reference: then KL(reference || policy) is among the metrics. `noise` says that the policy is still the
+    reference, up to this standard deviation of a token's log-prob (nats): an h that noise explains is then a tie.
     """
     if isinstance(batch, LabelBatch):
         found = _label_metrics(batch, beta)
         sides = [batch.completion]
     else:
         chosen, rejected = _ends(batch)
-        found = _pair_metrics(chosen, rejected, beta)
+        found = _pair_metrics(chosen, rejected, beta, noise)
         sides = [chosen, rejected]
     if on_reference and all(side.reference_logps is not None for side in sides):
         found |= _divergence(sides)
@@ -45,7 +50,7 @@ def _at(group: Logps, place: torch.Tensor) -> Logps:
     return Logps(policy, lengths, reference)
 
 
-def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, Counted]:
+def _pair_metrics(chosen: Logps, rejected: Logps, beta: float, noise: float | None) -> dict[str, Counted]:
     found = {
         "logps/chosen": chosen.policy_logps,
         "logps/rejected": rejected.policy_logps,
@@ -61,7 +66,7 @@ def _pair_metrics(chosen: Logps, rejected: Logps, beta: float) -> dict[str, Coun
             "rewards/chosen": beta * a,
             "rewards/rejected": beta * b,
             "rewards/margins": difference,
-            "rewards/accuracies": _wins(difference),
+            "rewards/accuracies": _wins(a - b, _within(noise, chosen, rejected)),
             "rewards/abs_margins": difference.abs(),
             "rewards/gradient_weights": weight,
             "rewards/saturated": (weight < _SATURATED).float(),
@@ -109,6 +114,13 @@ def _per_token(side: Logps) -> torch.Tensor:
     return side.log_ratios / side.lengths.clamp(min=1)
 
 
-def _wins(difference: torch.Tensor) -> torch.Tensor:
-    """1 above 0, 0 below, half for a tie."""
-    return (difference > 0).float() + 0.5 * (difference == 0).float()
+def _within(noise: float | None, chosen: Logps, rejected: Logps) -> torch.Tensor | float:
+    """How far h = a - b (nats, [B]) may be from 0 by noise alone: four standard deviations, with independent tokens."""
+    if noise is None:
+        return 0.0
+    return _DEVIATIONS * max(noise, _FLOAT32_NOISE) * (chosen.lengths + rejected.lengths).sqrt()
+
+
+def _wins(difference: torch.Tensor, tie: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """1 above `tie`, 0 below -`tie`, half between them."""
+    return (difference > tie).float() + 0.5 * (difference.abs() <= tie).float()

@@ -23,6 +23,19 @@ def test_metrics_of_pairs_and_ties():
     assert all(counted == [1.0] * 3 for name, counted in every.items() if "len_" not in name)
 
 
+def test_where_the_policy_is_the_reference_what_noise_explains_is_a_tie():
+    """A pair of 8 + 8 tokens: the standard deviation of h is 4 * 0.05 = 0.2 nats, four of them are 0.8."""
+    rows: list[Row] = [(h - 3.0, -4.0, -3.0, -4.0, 8.0, 8.0) for h in (0.79, -0.79, 0.81, -0.81, 0.0)]
+    batch = pairs(*rows)
+    shown = metrics(batch, 0.1, noise=0.05)
+    assert shown["rewards/accuracies"][0].tolist() == [0.5, 0.5, 1.0, 0.0, 0.5]
+    assert metrics(batch, 0.1)["rewards/accuracies"][0].tolist() == [1.0, 0.0, 1.0, 0.0, 0.5]
+    others = metrics(batch, 0.1)
+    assert all(torch.equal(shown[n][0], others[n][0]) for n in others if n != "rewards/accuracies")
+    nearly: list[Row] = [(h - 3.0, -4.0, -3.0, -4.0, 8.0, 8.0) for h in (1e-4, -1e-4, 1e-3)]
+    assert metrics(pairs(*nearly), 0.1, noise=0.0)["rewards/accuracies"][0].tolist() == [0.5, 0.5, 1.0]
+
+
 def test_margins_by_length_count_the_pairs_of_a_bucket():
     """Both completions together: 45 (A) and 64 tokens in the first, 65 and 256 in the second, none, 1700 (C)."""
     rows = [A, *((-1.0, -1.0, -2.0, -1.0, 40.0, length) for length in (24.0, 25.0, 216.0)), C]
