@@ -52,7 +52,8 @@ class Prompt:
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """One sampled answer, as the exact token ids; text is for people. `token_ids` holds the EOS when it was sampled.
-    `messages` are the turns of an answer from a file that say more than `text`, such as tool calls."""
+    `messages` are the turns of an answer from a file that say more than text, such as tool calls. `thinking` is the
+    reasoning in front of `text`, with its marks, and `thinking_tokens` the number of its tokens."""
 
     completion_id: str
     prompt_id: str
@@ -64,6 +65,8 @@ class Completion:
     policy: str
     ids_digest: str
     messages: Messages | None = None
+    thinking: str | None = None
+    thinking_tokens: Int32 | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +189,7 @@ class RankedGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One rated answer of a policy on a held-out prompt. decoding: greedy or sampled."""
+    """One rated answer of a policy on a held-out prompt. decoding: greedy or sampled. `thinking` as in Completion."""
 
     completion_id: str
     prompt_id: str
@@ -202,6 +205,7 @@ class Evaluation:
     reward: float | None
     status: str
     detail: str | None
+    thinking: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

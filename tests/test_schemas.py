@@ -29,7 +29,7 @@ ROW_TYPES = (Prompt, Completion, RefLogps, Reward, Pair, Label, KlBank, RankedGr
 REFERENCE = {"ref_logps", "ref_token_logps", "reference", "scorer"}
 NULLABLE = {
     Prompt: {"answer", "template_inputs"},
-    Completion: {"messages"},
+    Completion: {"messages", "thinking", "thinking_tokens"},
     RefLogps: set[str](),
     Reward: {"reward", "detail"},
     Pair: {
@@ -45,7 +45,7 @@ NULLABLE = {
     Label: {"reward", "template_inputs", *REFERENCE},
     KlBank: REFERENCE,
     RankedGroup: {"template_inputs", *REFERENCE},
-    Evaluation: {"reward", "detail"},
+    Evaluation: {"reward", "detail", "thinking"},
     Dropped: set[str](),
 }
 TEXT = st.text(st.characters(codec="utf-8"), max_size=10)

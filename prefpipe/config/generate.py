@@ -40,6 +40,8 @@ class GenerateConfig(BaseModel):
     template_date: shared.TemplateDate = "today"
     chat_template_kwargs: shared.TemplateKwargs = "{}"
     template_changes: shared.TemplateChanges = "drop"
+    thinking_marks: shared.ThinkingMarks = "model"
+    reward_on: shared.RewardOn = "answer"
     column: shared.Column = ()
     dtype: shared.Dtype = "bfloat16"
     seed: shared.Seed = 0

@@ -69,6 +69,19 @@ TemplateChanges = Annotated[
         "answer follows: drop it, or allow both."
     ),
 ]
+ThinkingMarks = Annotated[
+    str,
+    ADDED,
+    Field(
+        pattern=r"^(model|none|\S+ \S+)$",
+        description="Marks around the reasoning in an answer: those of the model, none, or 'OPENING CLOSING'.",
+    ),
+]
+RewardOn = Annotated[
+    Literal["answer", "all"],
+    ADDED,
+    Field(description="What rewards see of a completion: the answer without its reasoning, or all of it."),
+]
 Column = Annotated[
     tuple[str, ...],
     ADDED,

@@ -13,6 +13,7 @@ from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.shards import Shard, through_engine
 from prefpipe.log import Advance
 from prefpipe.models.chat import Chat
+from prefpipe.models.thinking import Said
 from prefpipe.schemas import Dropped, Prompt
 
 PromptShard = tuple[int, Sequence[Prompt]]  # number of a shard, its prompts
@@ -30,11 +31,11 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class SampledPrompt:
-    """A prompt with its samples; `texts` has the text of each."""
+    """A prompt with its samples; `said` has each as text, parted into reasoning and answer."""
 
     encoded: EncodedPrompt
     samples: list[Sample]
-    texts: list[str]
+    said: list[Said]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,6 @@ def _with_texts(prompts: Sequence[EncodedPrompt], samples: dict[str, list[Sample
     """Every prompt with its samples; the texts of a shard are decoded in one call."""
     texts = iter(chat.decode_all([s.token_ids for p in prompts for s in samples[p.prompt.prompt_id]]))
     return [
-        SampledPrompt(p, samples[p.prompt.prompt_id], list(islice(texts, len(samples[p.prompt.prompt_id]))))
-        for p in prompts
+        SampledPrompt(p, drawn, [chat.said(s.token_ids, next(texts)) for s in drawn])
+        for p, drawn in ((p, samples[p.prompt.prompt_id]) for p in prompts)
     ]

@@ -19,7 +19,7 @@ from prefpipe.models.chat import Chat, load_chat, stop_ids
 from prefpipe.models.encoding import Rules, encode_prompt
 from prefpipe.models.notices import check_ends, notices
 from prefpipe.models.policy import Policy, context_length, resolve
-from prefpipe.rewards.base import Answer, RewardFunction
+from prefpipe.rewards.base import Answer, RewardFunction, RewardOn, answer_of
 from prefpipe.rewards.rating import load_rewards
 from prefpipe.rows import why_dropped
 from prefpipe.runs.store import Run
@@ -62,7 +62,11 @@ def read_task(config: Config, reward_names: Sequence[str]) -> Task:
     prompts, repeated = read_prompts(config.prompts, config.split, config.limit, files.renames(config.column))
     policy = resolve(config.model, config.adapter)
     chat = load_chat(
-        policy.directory, config.chat_template, config.template_date, template_kwargs=config.chat_template_kwargs
+        policy.directory,
+        config.chat_template,
+        config.template_date,
+        template_kwargs=config.chat_template_kwargs,
+        thinking_marks=config.thinking_marks,
     )
     for notice in notices(chat):
         log.info(f"notice: {notice}")
@@ -156,16 +160,12 @@ def prompt_key(config: Config, task: Task, encoded: EncodedPrompt) -> str:
     return content_id(encoded.prompt.prompt_id, ids_digest(encoded.token_ids, ()), task.policy.id, settings)
 
 
-def answers_of(sampled: Sequence[SampledPrompt]) -> list[Answer]:
+def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[Answer]:
     """Every sample as an answer to rate, in the order of `sampled`: the samples of a prompt stand together."""
-    return [answer for prompt in sampled for answer in _answers(prompt)]
-
-
-def _answers(sampled: SampledPrompt) -> list[Answer]:
-    prompt = sampled.encoded.prompt
     return [
-        Answer(prompt.messages, text, prompt.answer, prompt.meta, len(sample.token_ids), prompt.template_inputs)
-        for text, sample in zip(sampled.texts, sampled.samples, strict=True)
+        answer_of(prompt.encoded.prompt, said, len(sample.token_ids), reward_on)
+        for prompt in sampled
+        for said, sample in zip(prompt.said, prompt.samples, strict=True)
     ]
 
 

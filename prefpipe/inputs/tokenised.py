@@ -12,6 +12,7 @@ from prefpipe.inputs.files import ForeignRow, rows
 from prefpipe.inputs.formats import AnsweredPrompt
 from prefpipe.models.chat import Chat
 from prefpipe.models.encoding import DROP, Rendered, Rules, check_length, encode_rendered, prompt_text, rendered
+from prefpipe.models.thinking import Said
 from prefpipe.schemas import Dropped, Label, Message, Messages, Pair
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class Tokenised:
 
     prompt, prompt_id, prompt_ids: the prompt as messages, its content id, its token ids
     answers, token_ids: each answer as messages, and as token ids with the end-of-sequence token
-    texts: each answer as people and rewards read it; with reasoning or tool calls, what the token ids say
+    said: each answer parted into reasoning and answer; one with further keys is what the token ids say
     cut: whether each answer lost its end to max_length
     answered: the row as it was parsed
     """
@@ -54,7 +55,7 @@ class Tokenised:
     prompt_ids: list[int]
     answers: list[Messages]
     token_ids: list[list[int]]
-    texts: list[str]
+    said: list[Said]
     cut: list[bool]
     answered: AnsweredPrompt
 
@@ -153,7 +154,8 @@ def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
         [Message(role="assistant", content=text)] if c else t for text, t, c in zip(read, turns, cut, strict=True)
     ]
     key = prompt_key(prompt, answered.answer, inputs)
-    return Tokenised(prompt, key, alone[:shared], answers, ids, read, cut, answered)
+    said = [chat.said(i, text) for i, text in zip(ids, read, strict=True)]
+    return Tokenised(prompt, key, alone[:shared], answers, ids, said, cut, answered)
 
 
 def prompt_key(messages: Messages, answer: str | None, template_inputs: str | None) -> str:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from prefpipe import clock
 from prefpipe.config.base import suggestion
 from prefpipe.errors import DataError, UsageError
-from prefpipe.models import dialogue, embedding, fingerprint, template, turns
+from prefpipe.models import dialogue, embedding, fingerprint, template, thinking, turns
+from prefpipe.models.thinking import Marks, Said
 from prefpipe.models.tokenizer import load_tokenizer
 from prefpipe.models.turns import Shape
 from prefpipe.schemas import Message
@@ -37,6 +38,7 @@ class Chat:
     date: the day that the template prints (YYYY-MM-DD)
     shape: the form in which the template reads messages
     template_kwargs: what the template gets for every conversation; a row may change it
+    thinking: the marks around the reasoning of an answer; None for a model without
     """
 
     tokenizer: Tokenizer
@@ -49,10 +51,15 @@ class Chat:
     date: str = TODAY
     shape: Shape = field(default_factory=Shape)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    thinking: Marks | None = None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without control tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def said(self, token_ids: Sequence[int], text: str) -> Said:
+        """A completion parted into reasoning and answer; `text` is its `decode`, or as a file has it."""
+        return thinking.split(token_ids, text, self.thinking, self.decode)
 
     def decode_all(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         """`decode` for many at once."""
@@ -65,6 +72,7 @@ def load_chat(
     date: str = TODAY,
     *,
     template_kwargs: str = "{}",
+    thinking_marks: str = "model",
     generates: bool = True,
 ) -> Chat:
     """Tokenizer, template and end-of-sequence ids of a model directory, as transformers loads them.
@@ -72,7 +80,8 @@ def load_chat(
     `chat_template` is "model", "none" (plain text), a file, or the name of one of several templates of the model.
     `date` is the day (YYYY-MM-DD) that a template with a date prints; it is part of the digests of such a template
     only. `template_kwargs` is JSON of what the template gets beside messages (`{"enable_thinking": false}`). A model
-    that generates nothing, such as a classifier, needs no end-of-sequence token.
+    that generates nothing, such as a classifier, needs no end-of-sequence token. `thinking_marks` as in
+    `thinking.pair_of`.
 
     Raises MissingInputError without tokenizer or template, DataError without an end-of-sequence token, or where the
     model has no embedding for a token that is written, and what `load_tokenizer` raises.
@@ -114,7 +123,14 @@ def load_chat(
         date=date,
         shape=shape,
         template_kwargs=kwargs,
+        thinking=_marks(loaded.backend, thinking_marks, text),
     )
+
+
+def _marks(tokenizer: Tokenizer, setting: str, template_text: str) -> Marks | None:
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    pair = thinking.pair_of(setting, added, template_text)
+    return Marks(*pair, tuple(tokenizer.encode(pair[1], add_special_tokens=False).ids)) if pair else None
 
 
 def stop_ids(chat: Chat, strings: Sequence[str]) -> list[int]:

@@ -12,8 +12,12 @@ reward, the checker hung) are different rows for build-pairs.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from prefpipe.schemas import Messages
+from prefpipe.models.thinking import Said
+from prefpipe.schemas import Messages, Prompt
+
+RewardOn = Literal["answer", "all"]  # what a reward sees of a completion: without its reasoning, or all of it
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class Answer:
     meta: str = "{}"
     num_tokens: int | None = None
     template_inputs: str | None = None
+
+
+def answer_of(prompt: Prompt, said: Said, num_tokens: int, reward_on: RewardOn) -> Answer:
+    """A completion of `num_tokens` as an answer to rate."""
+    text = said.text
+    if reward_on == "all":
+        text = (said.thinking or "") + text
+    else:
+        num_tokens -= said.thinking_tokens or 0
+    return Answer(prompt.messages, text, prompt.answer, prompt.meta, num_tokens, prompt.template_inputs)
 
 
 @dataclass(frozen=True)

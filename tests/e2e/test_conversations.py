@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from prefpipe.runs import store, tables
-from prefpipe.schemas import Completion, Dropped, Pair, Prompt, from_table
+from prefpipe.schemas import Completion, Dropped, Pair, Prompt, Reward, from_table
 from tests.conftest import Call, Write
 
 TEMPLATE = (
@@ -80,10 +80,10 @@ def test_calls_reasoning_and_tools_are_in_the_ids(score: Any, write: Write, chat
     assert json.loads(called.template_inputs or "") == {"tools": TOOLS}
     assert chat.decode(reasoned.chosen_token_ids) == "<think>One and two.</think>Three."
     assert "dry" in chat.decode(after.prompt_token_ids)
-    texts = {c.text for c in from_table(Completion, store.read_dataset(tmp_path / "s", "completions", Completion))}
-    assert texts == {
-        chat.decode(ids) for p in (called, reasoned, after) for ids in (p.chosen_token_ids, p.rejected_token_ids)
-    }
+    completions = from_table(Completion, store.read_dataset(tmp_path / "s", "completions", Completion))
+    ids = [ids for p in (called, reasoned, after) for ids in (p.chosen_token_ids, p.rejected_token_ids)]
+    assert {(c.thinking or "") + c.text for c in completions} == set(chat.decode_all(ids))
+    assert [c.text for c in completions if c.thinking] == ["Three."]
 
 
 def test_they_come_back_out_for_trl(score: Any, write: Write, call: Call, tmp_path: Path) -> None:
@@ -206,3 +206,31 @@ def test_text_that_is_templated_already(call: Call, tiny_model: Path, write: Wri
     assert done.code == 0, done.stderr
     (row,) = pairs_of(tmp_path / "s")
     assert row.chosen_token_ids == [*chat.tokenizer.encode("a", add_special_tokens=False).ids, 2]
+
+
+def rewarded(run: Path, name: str) -> list[float | None]:
+    return [r.reward for r in from_table(Reward, store.read_dataset(run, f"rewards/{name}", Reward))]
+
+
+def test_rewards_and_filters_see_the_answer_and_training_sees_all(
+    score: Any, write: Write, call: Call, chat: Any, tmp_path: Path
+) -> None:
+    """Of 12 and 22 words a reward that wants at most 2 sees one each; both answers are the same text."""
+    rows = [
+        {"prompt": "How many?", "completion": f"<think>{'one ' * n}</think>\n\nThree."} for n in (10, 20)
+    ]  # fmt: skip
+    reward = ("--rewards", "short", "--reward-settings", '{"short": {"kind": "length", "max": 2}}')
+    path = write(*rows)
+    score(path, tmp_path / "s", *reward)
+    score(path, tmp_path / "all", *reward, "--reward-on", "all")
+    assert rewarded(tmp_path / "s", "short") == [1.0, 1.0]
+    assert max(rewarded(tmp_path / "all", "short")) < 0.5  # type: ignore[type-var]  # no null among them
+    completions = from_table(Completion, store.read_dataset(tmp_path / "s", "completions", Completion))
+    assert [c.text for c in completions] == ["Three.", "Three."]
+    for row, completion in zip(rows, completions, strict=True):
+        assert chat.decode(completion.token_ids) == row["completion"] == (completion.thinking or "") + completion.text
+    command = ("build-pairs", "--completions", tmp_path / "all", "--reward", "short", "--out", tmp_path / "p")
+    done = call(*command, "--min-reward-gap", 0.01)
+    assert "identical_text: 1" in done.stderr + done.stdout
+    report = json.loads((tmp_path / "p" / "data_report.json").read_text())
+    assert report["thinking"]["completions"] == 2

@@ -16,6 +16,7 @@ from prefpipe.inference import sampling
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, EncodedPrompt, PromptShard, SampledShard
 from prefpipe.models.chat import Chat
+from prefpipe.models.thinking import Said
 from prefpipe.schemas import Message, Prompt
 from tests.engines.cases import ScriptedEngine
 
@@ -83,7 +84,7 @@ def test_shards_come_back_whole_once_and_in_prompt_order(
     assert [s.encoded for s in in_order] == [EncodedPrompt(p, tokens_of(p)) for p in prompts(number)]
     for sampled in in_order:
         assert [s.token_ids for s in sampled.samples] == [[*sampled.encoded.token_ids, 2]] * 2
-        assert sampled.texts == [chat.decode([*sampled.encoded.token_ids, 2])] * 2
+        assert sampled.said == [Said(chat.decode([*sampled.encoded.token_ids, 2]))] * 2
 
 
 def test_a_shard_comes_back_as_soon_as_it_is_whole(chat: Chat, tmp_path: Path) -> None:

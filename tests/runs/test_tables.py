@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 from prefpipe.errors import DataError
 from prefpipe.runs import store, tables
-from prefpipe.schemas import VERSION, Dropped, RefLogps, Reward, arrow_schema, to_table
+from prefpipe.schemas import (
+    VERSION,
+    Completion,
+    Dropped,
+    Pair,
+    Prompt,
+    RefLogps,
+    Reward,
+    arrow_schema,
+    earlier_schema,
+    from_table,
+    to_table,
+)
 from tests.conftest import Call
 from tests.runs.cases import at_version, complete, flip, opened, rewards, rewrite
 from tests.stages.build_pairs.runs import REWARD, Row, build, run_of
@@ -172,7 +184,11 @@ def test_every_command_refuses_rows_of_an_older_version(
     rewrite(
         changed,
         f"{dataset}/part-00000.parquet",
-        lambda table: at_version(table, "0") if older == "version" else table.drop_columns(table.column_names[-2:]),
+        lambda table: (
+            at_version(table, "0")
+            if older == "version"
+            else table.drop_columns(["ids_digest" if dataset == "completions" else "scorer"])
+        ),
     )
     places = {"RUN": run, "PAIRS": tmp_path / "p", "MODEL": tiny_model}
     done = call(*(places.get(str(a), a) for a in arguments), "--out", tmp_path / "out")
@@ -182,3 +198,25 @@ def test_every_command_refuses_rows_of_an_older_version(
     assert words in done.stderr
     assert "hint: make that run again" in done.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_rows_from_before_optional_columns_are_read_with_nulls(call: Call, tmp_path: Path) -> None:
+    """Runs that users have keep their worth: only what every row must have is asked for."""
+    run = run_of(tmp_path / "g", [Row("p", "a", 1.0, "good"), Row("p", "b", 0.0, "bad")])
+    build(tmp_path / "now", run)
+    for dataset, row_type in (("completions", Completion), ("prompts", Prompt)):
+        older = earlier_schema(row_type)
+        assert set(older.names) < set(arrow_schema(row_type).names)
+
+        def as_before(table: pa.Table, older: pa.Schema = older) -> pa.Table:
+            columns = [table[field.name].cast(field.type) for field in older]
+            return pa.table(columns, schema=older.with_metadata(table.schema.metadata))
+
+        rewrite(run, f"{dataset}/part-00000.parquet", as_before)
+        table = store.read_dataset(run, dataset, row_type)
+        assert table.schema.equals(arrow_schema(row_type))
+    assert [m for p in from_table(Prompt, table) for m in p.messages] == [{"role": "user", "content": "about p"}]
+    done = call("build-pairs", "--completions", run, "--reward", REWARD, "--out", tmp_path / "then")
+    assert done.code == 0, done.stderr
+    now, then = (store.read_dataset(tmp_path / out, "pairs", Pair) for out in ("now", "then"))
+    assert now.equals(then)

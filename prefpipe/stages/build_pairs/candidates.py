@@ -79,6 +79,16 @@ def prompts(sources: Sources) -> pl.LazyFrame:
     return scan(sources.prompts, Prompt).select("prompt_id", "messages")
 
 
+def thinking(sources: Sources) -> dict[str, float]:
+    """How many completions begin with reasoning, and the means of their tokens in it and in all; empty for none."""
+    tokens = pl.col("thinking_tokens")
+    reasoned = scan(sources.completions, Completion).filter(tokens > 0)
+    length = pl.col("token_ids").list.len()
+    found = reasoned.select(completions=pl.len(), mean_tokens=tokens.mean(), mean_of=length.mean())
+    (row,) = found.collect(engine="streaming").to_dicts()
+    return row if row["completions"] else {}
+
+
 def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -> list[pl.LazyFrame]:
     """Key columns of every completion with its reward, in `count` partitions.
 
@@ -91,7 +101,7 @@ def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -
         "completion_id",
         "finish_reason",
         "run",
-        num_tokens=pl.col("token_ids").list.len(),
+        num_tokens=_answer_tokens(),
         fault=_fault(config),
     )
     for rewards in reward_values.frames(sources.rewards):
@@ -150,9 +160,14 @@ def select(
     )
 
 
+def _answer_tokens() -> pl.Expr:
+    """Tokens of a completion without those of its reasoning."""
+    return pl.col("token_ids").list.len() - pl.col("thinking_tokens").fill_null(0).cast(pl.UInt32)
+
+
 def _fault(config: BuildPairsConfig) -> pl.Expr:
     """The first reason in its text or length why a completion is no candidate, or null."""
-    text, length = pl.col("text"), pl.col("token_ids").list.len()
+    text, length = pl.col("text"), _answer_tokens()
     reason = pl.when(text.str.strip_chars() == "").then(pl.lit("empty"))
     if config.special_tokens == "drop":
         reason = reason.when(text.str.contains(texts.CONTROL_TOKENS)).then(pl.lit("special_tokens"))

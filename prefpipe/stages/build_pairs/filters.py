@@ -120,14 +120,14 @@ def contradictory(pairs: pl.DataFrame) -> list[int]:
 def subset(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
     """Reason not_in_subset for every pair but the best subset_share of them (docs/pair-rules.md, Subsets).
 
-    `pairs` has chosen_* and rejected_* ref_logps, policy_logps (sums, in nats) and num_tokens, and reward_gap.
+    `pairs` has chosen_* and rejected_* ref_logps, policy_logps (sums, in nats) and length (tokens), and reward_gap.
     """
     if config.subset == "all":
         return pairs.with_columns(reason=pl.lit(None, pl.String))
     implicit = (pl.col("chosen_policy_logps") - pl.col("chosen_ref_logps")) - (
         pl.col("rejected_policy_logps") - pl.col("rejected_ref_logps")
     )
-    per_token = [pl.col(f"{side}_ref_logps") / pl.max_horizontal(pl.col(f"{side}_num_tokens"), 1) for side in SIDES]
+    per_token = [pl.col(f"{side}_ref_logps") / pl.max_horizontal(pl.col(f"{side}_length"), 1) for side in SIDES]
     score = {
         "small-implicit-gap": implicit.abs(),
         "large-dual-margin": -(_in_units(implicit) + _in_units(pl.col("reward_gap"))),

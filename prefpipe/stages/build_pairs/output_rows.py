@@ -33,8 +33,9 @@ class Contents:
     prompts: Sequence[pl.LazyFrame]
 
     def of(self, number: int) -> pl.DataFrame:
-        """One partition: completion_id, text, messages, prompt_token_ids, token_ids, ids_digest, policy; ref_logps,
-        ref_token_logps, reference and scorer (null without reference log-probs); policy_logps (null without them).
+        """One partition: completion_id, text, messages, thinking, prompt_token_ids, token_ids, ids_digest, policy;
+        ref_logps, ref_token_logps, reference and scorer (null without reference log-probs); policy_logps (null without
+        them).
 
         Raises IdentityError when log-probs were made for other token ids.
         """
@@ -116,7 +117,7 @@ def pair_rows(pairs: pl.DataFrame, prompts: pl.DataFrame, config: BuildPairsConf
             for side in SIDES
             for name in ("logps", "token_logps")
         ),
-        *(_answer(f"{side}_text", f"{side}_messages").alias(side) for side in SIDES),
+        *(_answer(f"{side}_").alias(side) for side in SIDES),
         prompt_token_ids=pl.col("chosen_prompt_token_ids"),
         pair_id=pl.Series(ids, dtype=pl.String),
         preference_prob=soft if config.preference_prob == "bradley-terry" else pl.lit(None, pl.Float64),
@@ -128,7 +129,7 @@ def pair_rows(pairs: pl.DataFrame, prompts: pl.DataFrame, config: BuildPairsConf
 def label_rows(labels: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """Rows of Label, in order of prompt_id and completion_id. `labels` has label, reward, finish_reason and weight."""
     rows = _with_prompts(labels.join(contents, on="completion_id", how="left"), prompts)
-    return rows.sort("prompt_id", "completion_id").with_columns(completion=_answer("text", "messages"))
+    return rows.sort("prompt_id", "completion_id").with_columns(completion=_answer())
 
 
 def group_rows(ranked: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
@@ -143,7 +144,7 @@ def group_rows(ranked: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFra
     groups = rows.group_by("prompt_id", maintain_order=True).agg(
         pl.col("prompt_token_ids").first(),
         completion_ids="completion_id",
-        completions=_answer("text", "messages"),
+        completions=_answer(),
         token_ids="token_ids",
         ids_digests="ids_digest",
         rewards="reward",
@@ -198,10 +199,11 @@ def _with_prompts(rows: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     return joined
 
 
-def _answer(text: str, messages: str) -> pl.Expr:
-    """The turns of an answer: those of the file that it comes from, else its text as one turn."""
-    turn = pl.struct(role=pl.lit("assistant"), content=pl.col(text), extra=pl.lit(None, pl.String))
-    return pl.coalesce(messages, pl.concat_list(turn))
+def _answer(prefix: str = "") -> pl.Expr:
+    """The turns of an answer: those of the file that it comes from, else its reasoning and text as one turn."""
+    content = pl.col(f"{prefix}thinking").fill_null("") + pl.col(f"{prefix}text")
+    turn = pl.struct(role=pl.lit("assistant"), content=content, extra=pl.lit(None, pl.String))
+    return pl.coalesce(f"{prefix}messages", pl.concat_list(turn))
 
 
 def with_weights(frame: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:

@@ -165,7 +165,8 @@ def _write_report(workspace: Workspace, result: BuildResult, spreads: Sequence[S
         classes = balance(result.totals["desirable"], result.totals["undesirable"])
     data = data_report.Data(result.facts, result.sample, level.dropped, level.came_in, config.beta, classes, spreads)
     checks = [check.to_json() for check in data_report.report(data)]
-    workspace.run_dir.write_report("data_report.json", {"checks": checks})
+    thinking = {"thinking": found} if (found := candidates.thinking(workspace.sources)) else {}
+    workspace.run_dir.write_report("data_report.json", {"checks": checks, **thinking})
     return checks
 
 

@@ -137,8 +137,8 @@ def _rate(groups: Sequence[Sequence[bool]]) -> float:
 
 def _commit(config: EvaluateConfig, output: Run, task: Task, shard: SampledShard, _engine: Engine) -> None:
     """Write one shard. The evaluations come last, so that a shard with them is whole."""
-    scores = iter(rating.rate(answers_of(shard.sampled), task.rewards[config.reward], config.reward))
-    rows = [_row(config, task, prompt, i, next(scores)) for prompt in shard.sampled for i in range(len(prompt.texts))]
+    scores = iter(rating.rate(answers_of(shard.sampled, config.reward_on), task.rewards[config.reward], config.reward))
+    rows = [_row(config, task, prompt, i, next(scores)) for prompt in shard.sampled for i in range(len(prompt.said))]
     output.write_part("dropped", Dropped, shard.index, to_table(Dropped, shard.dropped))
     output.write_part(_DATASET, Evaluation, shard.index, to_table(Evaluation, rows))
 
@@ -153,7 +153,7 @@ def _row(config: EvaluateConfig, task: Task, sampled: SampledPrompt, i: int, sco
         round=config.round,
         decoding="greedy" if sample.sample_index == 0 else "sampled",
         messages=prompt.messages,
-        text=sampled.texts[i],
+        text=sampled.said[i].text,
         token_ids=sample.token_ids,
         finish_reason=sample.finish_reason,
         policy=task.policy.id,
@@ -161,4 +161,5 @@ def _row(config: EvaluateConfig, task: Task, sampled: SampledPrompt, i: int, sco
         reward=score.reward,
         status=score.status,
         detail=score.detail,
+        thinking=sampled.said[i].thinking,
     )

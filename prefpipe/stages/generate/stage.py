@@ -97,7 +97,7 @@ def _commit(
             RefLogps,
             [ref_logps(c.completion_id, c.ids_digest, v, reference=reference, scorer=scorer) for c, v in rows],
         )
-    answers = answers_of(shard.sampled) if task.rewards else []
+    answers = answers_of(shard.sampled, config.reward_on) if task.rewards else []
     for name, function in task.rewards.items():
         scores = zip(completions, rating.rate(answers, function, name), strict=True)
         rewards = [Reward(c.completion_id, name, s.reward, s.status, s.detail) for c, s in scores]
@@ -110,17 +110,19 @@ def _completions(config: GenerateConfig, task: Task, sampled: SampledPrompt) -> 
     encoded = sampled.encoded
     key = prompt_key(config, task, encoded)
     digests = ids_digests(encoded.token_ids, [s.token_ids for s in sampled.samples])
-    for sample, text, digest in zip(sampled.samples, sampled.texts, digests, strict=True):
+    for sample, said, digest in zip(sampled.samples, sampled.said, digests, strict=True):
         yield Completion(
             completion_id=numbered_id(key, sample.sample_index),
             prompt_id=encoded.prompt.prompt_id,
             sample_index=sample.sample_index,
-            text=text,
+            text=said.text,
             prompt_token_ids=encoded.token_ids,
             token_ids=sample.token_ids,
             finish_reason=sample.finish_reason,
             policy=task.policy.id,
             ids_digest=digest,
+            thinking=said.thinking,
+            thinking_tokens=said.thinking_tokens,
         )
 
 

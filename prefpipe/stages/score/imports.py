@@ -110,13 +110,15 @@ def _to_completion(source: Tokenised, i: int) -> Completion:
         completion_id=source.completion_id(i),
         prompt_id=source.prompt_id,
         sample_index=i,
-        text=source.texts[i],
+        text=source.said[i].text,
         prompt_token_ids=source.prompt_ids,
         token_ids=source.token_ids[i],
         finish_reason=source.finish_reason(i),
         policy=source.answered.writers[i] or IMPORTED,
         ids_digest=ids_digest(source.prompt_ids, source.token_ids[i]),
         messages=source.answers[i] if "extra" in source.answers[i][0] else None,
+        thinking=source.said[i].thinking,
+        thinking_tokens=source.said[i].thinking_tokens,
     )
 
 

@@ -16,7 +16,8 @@ from prefpipe.inputs import files, formats
 from prefpipe.inputs.files import ForeignRow
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models.chat import Chat
-from prefpipe.rewards.base import Answer
+from prefpipe.models.thinking import Said
+from prefpipe.rewards.base import Answer, RewardOn, answer_of
 from prefpipe.rows import PREFERENCES, check_ids, completions_of, key_of
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
@@ -66,6 +67,7 @@ class Reader:
     limits: how long a row may be
     shard_rows: rows in a shard of a foreign file, or of pairs, labels and groups of a run
     columns: names of ours to columns of foreign files
+    reward_on: what rewards see of a completion
     rated: whether rewards are asked for, so that answers are read as well
     known: keys that this run has written already, by dataset, to drop repeats in foreign files
     """
@@ -74,6 +76,7 @@ class Reader:
     limits: Limits
     shard_rows: int
     columns: Mapping[str, str]
+    reward_on: RewardOn
     rated: bool
     known: Known
 
@@ -182,7 +185,7 @@ def _import(chunk: list[ForeignRow], kind: str, reader: Reader, *, with_ratings:
     return ShardRows(
         rows,
         [request_of(c) for c in imported.used.values()],
-        [_answer(c, imported.prompt_of[c.completion_id]) for c in imported.completions],
+        [_answer(c, imported.prompt_of[c.completion_id], reader.reward_on) for c in imported.completions],
         imported.ratings,
         imported.dropped,
         written_before,
@@ -198,7 +201,7 @@ def _completions(source: Path, manifest: Manifest, name: str, reader: Reader, pr
     answers: list[tuple[str, Answer]] = []
     if reader.rated:
         prompt_of = prompts(name.replace("completions/", "prompts/"), {c.prompt_id for c in completions})
-        answers = [_answer(c, prompt_of[c.prompt_id]) for c in completions]
+        answers = [_answer(c, prompt_of[c.prompt_id], reader.reward_on) for c in completions]
     return ShardRows({}, requests, answers, [], overlong)
 
 
@@ -252,8 +255,6 @@ def _fitting(requests: Sequence[ScoreRequest], max_length: int) -> tuple[list[Sc
     return fitting, overlong
 
 
-def _answer(completion: Completion, prompt: Prompt) -> tuple[str, Answer]:
-    answer = Answer(
-        prompt.messages, completion.text, prompt.answer, prompt.meta, len(completion.token_ids), prompt.template_inputs
-    )
-    return completion.completion_id, answer
+def _answer(completion: Completion, prompt: Prompt, reward_on: RewardOn) -> tuple[str, Answer]:
+    said = Said(completion.text, completion.thinking, completion.thinking_tokens)
+    return completion.completion_id, answer_of(prompt, said, len(completion.token_ids), reward_on)

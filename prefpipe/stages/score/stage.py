@@ -58,7 +58,11 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         if not files.is_run(source):
             sources.check_format(source, columns)
     chat = load_chat(
-        policy.directory, config.chat_template, config.template_date, template_kwargs=config.chat_template_kwargs
+        policy.directory,
+        config.chat_template,
+        config.template_date,
+        template_kwargs=config.chat_template_kwargs,
+        thinking_marks=config.thinking_marks,
     )
     config = config.model_copy(update={"max_length": _longest(config, policy)})
     reference = policy.id if config.reference == "policy" else None
@@ -69,7 +73,9 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         if manifest is not None:
             return manifest
         known: Known = defaultdict(IdSet)
-        reader = Reader(chat, _limits(config), output.saved["shard_rows"], columns, bool(rewards), known)
+        reader = Reader(
+            chat, _limits(config), output.saved["shard_rows"], columns, config.reward_on, bool(rewards), known
+        )
         settings = _engine_settings(config, policy, chat)
         _fill(
             outputs.missing(_shards(config, reader, list(rewards)), output, known),

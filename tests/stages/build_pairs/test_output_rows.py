@@ -12,7 +12,9 @@ from prefpipe.stages.build_pairs.output_rows import Contents
 COMPLETION = {"completion_id": ["c", "d"], "text": ["good", "bad"], "prompt_token_ids": [[1], [1]]}
 COMPLETION |= {"token_ids": [[5, 2], [6, 2]], "ids_digest": ["dc", "dd"], "policy": ["w", "w"]}
 MESSAGE = pl.Struct({"role": pl.String, "content": pl.String, "extra": pl.String})
-COMPLETIONS = pl.LazyFrame(COMPLETION).with_columns(messages=pl.lit(None, pl.List(MESSAGE)))
+COMPLETIONS = pl.LazyFrame(COMPLETION).with_columns(
+    messages=pl.lit(None, pl.List(MESSAGE)), thinking=pl.lit(None, pl.String)
+)
 REFERENCE = {
     "completion_id": ["c", "c", "d"],
     "reference": ["w"] * 3,

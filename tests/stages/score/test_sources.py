@@ -21,7 +21,7 @@ from prefpipe.stages.score.sources import Reader, ShardRows
 
 
 def reader(model: Path, rows: int) -> Reader:
-    return Reader(load_chat(model), NO_LIMITS, rows, {}, rated=False, known=defaultdict(IdSet))
+    return Reader(load_chat(model), NO_LIMITS, rows, {}, "answer", rated=False, known=defaultdict(IdSet))
 
 
 def write(path: Path, count: int) -> Path:
