@@ -84,6 +84,21 @@ def why_dropped(dropped: Sequence[Dropped]) -> str:
     return f"{counts} (first: {dropped[0].id}: {dropped[0].detail})"
 
 
+def what_helps(dropped: Sequence[Dropped]) -> str:
+    """The settings that keep rows which were dropped for these reasons; empty where none does."""
+    reasons = dict.fromkeys(row.reason for row in dropped)
+    return "; ".join(_SETTINGS[reason] for reason in reasons if reason in _SETTINGS)
+
+
+_SETTINGS = {
+    "control_tokens": "--special-tokens-in-prompts escape or allow keeps rows whose text spells control tokens",
+    "template_changes": "--template-changes allow keeps rows that the chat template changes, and --chat-template FILE "
+    "takes another template",
+    "too_long": "--max-length and --max-prompt-length say how long a row may be",
+    "missing": "--column NAME=COLUMN gives a column another name",
+}
+
+
 def logps_of_other_ids(completion_ids: Sequence[str], source: object) -> IdentityError:
     """The error for log-probs with another digest than the completions of the same ids have."""
     return IdentityError(

@@ -21,7 +21,7 @@ from prefpipe.models.notices import check_ends, notices
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, RewardOn, answer_of
 from prefpipe.rewards.rating import load_rewards
-from prefpipe.rows import why_dropped
+from prefpipe.rows import what_helps, why_dropped
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Prompt, to_table
 
@@ -187,7 +187,8 @@ def _check_any(run: Run, shards: Iterable[PromptShard], encode: Encode) -> None:
         else:
             return
     run.write_dropped(Dropped, to_table(Dropped, dropped))
-    raise DataError(f"no prompt is left: {why_dropped(dropped)}", f"see {run.out}/dropped.parquet for every prompt")
+    hint = what_helps(dropped) or f"see {run.out}/dropped.parquet for every prompt"
+    raise DataError(f"no prompt is left: {why_dropped(dropped)}", hint)
 
 
 def _fitting_rows(num_prompts: int) -> int:

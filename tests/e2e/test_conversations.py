@@ -230,7 +230,11 @@ def test_rewards_and_filters_see_the_answer_and_training_sees_all(
     for row, completion in zip(rows, completions, strict=True):
         assert chat.decode(completion.token_ids) == row["completion"] == (completion.thinking or "") + completion.text
     command = ("build-pairs", "--completions", tmp_path / "all", "--reward", "short", "--out", tmp_path / "p")
-    done = call(*command, "--min-gap", 0.001, "--gap-filter", "none")
+    done = call(*command, "--gap-filter", "none")
     assert "identical_text: 1" in done.stderr + done.stdout
-    report = json.loads((tmp_path / "p" / "data_report.json").read_text())
+    three = write(*rows, {"prompt": "How many?", "completion": "That is not known."}, name="three.jsonl")
+    score(three, tmp_path / "three", *reward)
+    done = call("build-pairs", "--completions", tmp_path / "three", "--reward", "short", "--out", tmp_path / "q")
+    assert done.code == 0, done.stderr
+    report = json.loads((tmp_path / "q" / "data_report.json").read_text())
     assert report["thinking"]["completions"] == 2

@@ -9,7 +9,7 @@ from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import DataError
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import RewardFunction
-from prefpipe.rows import ROW_TYPES, Logps, key_column, why_dropped, with_ref_logps
+from prefpipe.rows import ROW_TYPES, Logps, key_column, what_helps, why_dropped, with_ref_logps
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Label, RefLogps, Reward, from_table, to_table
 from prefpipe.stages.score.imports import DESIRABLE, RATING_FOLDER, Known
@@ -93,9 +93,8 @@ def totals(run: Run, reward_names: Iterable[str]) -> dict[str, Any]:
     if not any(rows.values()) and not any(_count(run, folder, Reward) for folder in folders.values()):
         shards = [run.read_part("dropped", Dropped, index) for index in run.parts("dropped")]
         dropped = [row for shard in shards for row in from_table(Dropped, shard)]
-        raise DataError(
-            f"no row is left: {why_dropped(dropped)}", f"see {run.out}/dropped.parquet for every row and its reason"
-        )
+        hint = what_helps(dropped) or f"see {run.out}/dropped.parquet for every row and its reason"
+        raise DataError(f"no row is left: {why_dropped(dropped)}", hint)
     _, logp = _tally(run, "ref_logps", RefLogps, "ref_logps")
     _, tokens = _tally(run, "ref_logps", RefLogps, "num_tokens")
     reasons = Counter(reason for part in column(run, "dropped", Dropped, "reason") for reason in part)

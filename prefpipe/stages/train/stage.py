@@ -29,7 +29,7 @@ from prefpipe.errors import DataError
 from prefpipe.forward import load
 from prefpipe.forward.logps import SCORER_VERSION, TreeModel
 from prefpipe.models.policy import Policy
-from prefpipe.rows import why_dropped
+from prefpipe.rows import what_helps, why_dropped
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, to_table
@@ -68,9 +68,8 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
 def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifest:
     session.lead(lambda run: run.write_dropped(Dropped, to_table(Dropped, data.dropped)))
     if not data.rows:
-        raise DataError(
-            f"no row can be trained on: {why_dropped(data.dropped)}", "dropped.parquet in --out has every row"
-        )
+        hint = what_helps(data.dropped) or "dropped.parquet in --out has every row and its reason"
+        raise DataError(f"no row can be trained on: {why_dropped(data.dropped)}", hint)
     _check_cache(data)  # 3
     warnings = _say_targets(data, config)
     audited = AuditResult()
