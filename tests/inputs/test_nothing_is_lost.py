@@ -29,43 +29,45 @@ POOR = (
     "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = st.sampled_from(
-    [
-        "Hi",
-        " two  words ",
-        "é 日本 🦉",
-        "",
-        " ",
-        "a\n\nb",
-        "<|im_end|>",
-        "<think>x</think>y",
-        "half \ud800",
-        "{}",
-        '"q"',
-    ]
+WORDS = st.sampled_from(["Hi", " two  words ", "é 日本 🦉", "a\n\nb", "<think>x</think>y", "{}", "No.", "Go on."])
+ODD = st.sampled_from(
+    ["", " ", "<|im_end|>", "half \ud800", None, 3, 2.5, True, [{"type": "text", "text": "part"}], [{"type": "image"}]]
 )
-VALUE = st.one_of(WORDS, st.none(), st.integers(), st.booleans(), st.just([{"type": "text", "text": "part"}]),
-                  st.just([{"type": "image"}]))  # fmt: skip
+
+
+def mostly(good: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.integers(0, 9).flatmap(lambda n: good if n else odd)
+
+
+VALUE = mostly(WORDS, ODD)
 CALL = {"function": {"name": "weather", "arguments": {"town": "Lund"}}}
-EXTRA = st.fixed_dictionaries({}, optional={
-    "tool_calls": st.sampled_from([[CALL], [], None]), "reasoning_content": WORDS, "name": st.just("n"),
-})  # fmt: skip
+EXTRA = mostly(
+    st.sampled_from([{}, {"tool_calls": [CALL]}, {"reasoning_content": "because"}, {"tool_calls": None, "name": None}]),
+    st.sampled_from(
+        [{"reasoning_content": ""}, {"tool_calls": []}, {"tool_calls": [{"function": {"arguments": "{"}}]}]
+    ),
+)
 
 
 def message(role: str) -> st.SearchStrategy[Any]:
-    return st.builds(lambda content, extra: {"role": role, "content": content, **extra}, VALUE, EXTRA)
+    extra = EXTRA if role == "assistant" else st.just({})
+    return st.builds(lambda content, extra: {"role": role, "content": content, **extra}, VALUE, extra)
 
 
-PROMPT = st.one_of(
-    VALUE,
-    st.lists(st.one_of(message("system"), message("user"), message("assistant"), message("tool")), max_size=3),
-    st.builds(lambda turn: [turn], message("user")),
+SOUND = st.sampled_from([("user",), ("system", "user"), ("user", "assistant", "user"), ("user", "assistant", "tool")])
+ODD_ROLES = st.sampled_from([(), ("assistant",), ("user", "system", "user"), ("poet",), ("user", "assistant")])
+
+
+def conversation(roles: tuple[str, ...]) -> st.SearchStrategy[Any]:
+    return st.tuples(*map(message, roles)).map(list)
+
+
+PROMPT = st.one_of(VALUE, mostly(SOUND, ODD_ROLES).flatmap(conversation))
+ANSWER = st.one_of(VALUE, message("assistant"), message("assistant").map(lambda turn: [turn]))
+FURTHER = mostly(
+    st.sampled_from([{}, {"tools": [CALL]}, {"tools": []}, {"images": [], "answer": 7}]),
+    st.sampled_from([{"tools": "no JSON"}, {"tools": 3}, {"images": ["a.png"]}, {"answer": [1]}]),
 )
-ANSWER = st.one_of(VALUE, st.builds(lambda turn: [turn], message("assistant")), message("assistant"), st.just([]))
-FURTHER = st.fixed_dictionaries({}, optional={
-    "tools": st.sampled_from([[CALL], [], None, "[]", "no JSON", 3]), "images": st.sampled_from([[], ["a.png"]]),
-    "score_chosen": VALUE, "score_rejected": VALUE, "answer": VALUE,
-})  # fmt: skip
 
 
 def row_of(*names: str) -> st.SearchStrategy[dict[str, Any]]:
@@ -74,7 +76,8 @@ def row_of(*names: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 PREFERENCES = row_of("chosen", "rejected")
-LABELS = st.builds(lambda row, label: {**row, "label": label}, row_of("completion"), VALUE)
+CLASSES = mostly(st.booleans(), st.sampled_from(["yes", 0, None, "?"]))
+LABELS = st.builds(lambda row, label: {**row, "label": label}, row_of("completion"), CLASSES)
 
 
 @pytest.fixture(scope="module", params=[RICH, POOR], ids=["rich", "poor"])
