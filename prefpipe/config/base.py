@@ -103,7 +103,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def explain(cls: type[BaseModel], error: ValidationError) -> list[str]:
     """One sentence per problem: the dotted field, what is wrong with which value, and the nearest right name."""
-    return [_sentence(cls, problem) for problem in error.errors()]
+    problems = error.errors()
+    parents = {problem["loc"][:-1] for problem in problems}  # a list counts the values that are right only
+    return [_sentence(cls, p) for p in problems if p["type"] != "too_short" or p["loc"] not in parents]
 
 
 def command_name(cls: type[BaseModel]) -> str:

@@ -339,6 +339,12 @@ def test_several_values_in_one_text_and_losses_by_other_names(
     with pytest.raises(UsageError) as caught:
         base.load(cls, None, flags)
     assert sentence in caught.value.message
+    assert caught.value.message.count("command line: ") == 1
+
+
+def test_an_empty_list_where_one_value_is_needed_is_told() -> None:
+    with pytest.raises(UsageError, match="at least 1 item"):
+        load(TrainConfig, "loss_type = []\nloss_weights = []")
 
 
 @pytest.mark.parametrize(

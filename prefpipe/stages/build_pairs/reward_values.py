@@ -85,14 +85,14 @@ def with_reward(keys: pl.DataFrame, rewards: Rewards) -> pl.DataFrame:
         return keys.with_columns(reward=pl.col("part.0"))
     whole = pl.all_horizontal(pl.col(part).is_not_null() for part in _parts(rewards))
     # One order, so that the mean of a prompt has the same bits in every run.
-    ordered = keys.sort("prompt_id", "completion_id")
+    ordered = _by_prompt(keys)
     terms = ordered.with_columns(
         (weight * _scaled(rewards, name, pl.when(whole).then(part))).alias(term)
         for (name, weight), part, term in zip(
             rewards.total.weights.items(), _parts(rewards), _terms(rewards), strict=True
         )
     )
-    return terms.with_columns(reward=reduce(add, map(pl.col, _terms(rewards))) + rewards.total.constant)
+    return terms.drop("prompt").with_columns(reward=reduce(add, map(pl.col, _terms(rewards))) + rewards.total.constant)
 
 
 def why_none(rewards: Rewards) -> pl.Expr:
@@ -159,8 +159,8 @@ class Spread:
 
 def spreads(terms: pl.DataFrame, rewards: Rewards, missing: Mapping[str, int]) -> list[Spread]:
     """The spread of every term of a sum. `terms` comes from `terms_of`."""
-    ordered = terms.sort("prompt_id", "completion_id")
-    around = ordered.select(pl.col(t) - pl.col(t).mean().over("prompt_id") for t in _terms(rewards))
+    ordered = _by_prompt(terms)
+    around = ordered.select(pl.col(t) - pl.col(t).mean().over("prompt") for t in _terms(rewards))
     squares = {t: math.fsum(v * v for v in around[t].to_list()) for t in _terms(rewards)}
     count, total = max(terms.height, 1), math.fsum(squares.values())
     return [
@@ -192,6 +192,11 @@ def _parts(rewards: Rewards) -> list[str]:
 
 def _terms(rewards: Rewards) -> list[str]:
     return [f"term.{number}" for number in range(len(rewards.files))]
+
+
+def _by_prompt(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows in order of prompt_id and completion_id, with the number of the prompt: a quick key of windows."""
+    return rows.sort("prompt_id", "completion_id").with_columns(prompt=pl.col("prompt_id").rle_id())
 
 
 def _once(files: Files) -> pl.LazyFrame:
@@ -233,6 +238,6 @@ def _scaled(rewards: Rewards, name: str, value: pl.Expr) -> pl.Expr:
     if rewards.scale == "run":
         mean, sd = rewards.moments[name]
         return (value - mean) / sd if sd else value * 0.0
-    varies = (value.max() > value.min()).over("prompt_id")
-    standardised = (value - value.mean().over("prompt_id")) / value.std(ddof=0).over("prompt_id")
+    varies = (value.max() > value.min()).over("prompt")
+    standardised = (value - value.mean().over("prompt")) / value.std(ddof=0).over("prompt")
     return pl.when(varies).then(standardised).otherwise(value * 0.0)

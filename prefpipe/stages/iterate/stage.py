@@ -141,7 +141,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
         f"answers      {out}/round-*/evaluate/evaluations/*.parquet",
         f"metrics      {last}/train/metrics.jsonl",
         f"replay       prefpipe train {last}/train.json --out runs/replay",
-        "next         prefpipe config iterate > mine.toml   (put your model and prompts in)",
+        "next         prefpipe config iterate > mine.toml   (put your model, prompts and rewards in)",
         "             prefpipe iterate mine.toml --out runs/mine",
     ]
 
