@@ -58,7 +58,7 @@ def digest(source: str | Path) -> str:
 def renames(columns: Iterable[str]) -> dict[str, str]:
     """Settings such as prompt=question as a table: a name of ours to a column of the file. Raises UsageError for one
     without `=`."""
-    table = dict(column.partition("=")[::2] for column in columns)
+    table = {name: column for name, _, column in (setting.partition("=") for setting in columns)}
     wrong = [name for name, column in table.items() if not name or not column]
     if wrong:
         raise UsageError(f"--column {wrong[0]}: no '='", "write NAME=COLUMN, such as --column prompt=question")

@@ -119,15 +119,15 @@ def prompt_of(row: Row) -> Messages:
     name = _first(row, _PROMPTS)
     if name is None:
         raise RowFault("missing", f"no field holds the prompt (fields: {', '.join(row) or 'none'})")
-    if name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
-        prompt = [Message(role="user", content=f"{text(row['instruction'], name)}\n{row['input']}")]
+    if name == "instruction" and row.get("input") not in (None, ""):
+        prompt = [Message(role="user", content=f"{text(row[name], name)}\n{text(row['input'], 'input')}")]
     else:
         prompt = messages(row[name], name, "user")
     prompt = _history(row) + prompt
     system = _first(row, _SYSTEMS)
-    said = text(row[system], system).strip() if system else ""
-    if said and prompt and prompt[0]["role"] != "system":
-        prompt = [Message(role="system", content=text(row[system], system or "")), *prompt]
+    said = text(row[system], system) if system else ""
+    if said.strip() and prompt and prompt[0]["role"] != "system":
+        prompt = [Message(role="system", content=said), *prompt]
     return prompt
 
 
