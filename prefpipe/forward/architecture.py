@@ -24,7 +24,7 @@ def check_architecture(directory: Path, kind: Any = AutoModelForCausalLM) -> Pre
     the model and asks nothing.
     """
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
+        raw: Any = PreTrainedConfig.get_config_dict(directory, local_files_only=True)[0]
         if not isinstance(raw, dict):
             raise TypeError(f"a JSON {type(raw).__name__} in place of an object")
     except _ODD_CONFIG as error:

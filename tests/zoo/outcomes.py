@@ -69,12 +69,12 @@ def outcome(model: Path, work: Path, call: Callable[..., Ended]) -> Outcome:
     if len(losses) != 2 or not all(map(math.isfinite, losses)) or abs(losses[0] - math.log(2)) > TOLERANCE:
         return Outcome("different", f"losses {losses}")
     separate = _SEPARATE.search(done.stderr)
-    return Outcome("separate", _in_general(separate[1].partition("; ")[0])) if separate else Outcome("shared")
+    return Outcome("separate", in_general(separate[1].partition("; ")[0])) if separate else Outcome("shared")
 
 
-def _in_general(reason: str) -> str:
-    """A reason without numbers that are others on another CPU."""
-    return re.sub(r" by [\d.e+-]+ nats in one token", "", reason).replace("|", "/")
+def in_general(reason: str) -> str:
+    """The first sentence of a reason, without numbers that are others on another CPU."""
+    return re.sub(r" by [\d.e+-]+ nats in one token", "", reason).partition(". ")[0].replace("|", "/")
 
 
 def _has_template(model: Path) -> bool:
@@ -87,7 +87,7 @@ def _failure(done: Ended, model: Path) -> Outcome:
     lines = dict(line.split(": ", 1) for line in done.stderr.splitlines() if line.startswith(("error: ", "hint: ")))
     message, hint = (lines.get(name, "").replace(str(model), "MODEL").strip() for name in ("error", "hint"))
     kind = "refused" if done.code in _REFUSALS and message and hint else "crash"
-    return Outcome(kind, _in_general(message) or done.stderr[-300:], hint)
+    return Outcome(kind, in_general(message) or done.stderr[-300:], hint)
 
 
 @torch.no_grad()
