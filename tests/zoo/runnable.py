@@ -25,6 +25,10 @@ _OPEN = {
 }  # fmt: skip
 
 
+# LFM2 has convolutions by its files, and none by default.
+_USUAL = {"lfm2": {"layer_types": ["conv", "full_attention"] * 16, "full_attn_idxs": list(range(1, 32, 2))}}
+
+
 def of_corpus(name: str, target: Path) -> Path:
     """The files of a model, with a tokenizer, its config with small numbers in place of large ones, and weights."""
     cases.stand_in(name, target)
@@ -44,7 +48,7 @@ def of_architecture(name: str, target: Path) -> Path:
     """A model of an architecture by its default config, with the tokenizer over bytes. Raises what transformers raises
     where it builds no model of it, unless the architecture is refused for what it is."""
     whole = CONFIG_MAPPING[name]().to_dict()
-    written = _changed({"model_type": name}, whole, small.shrunk(_for_bytes(whole)))
+    written = _changed({"model_type": name}, whole, small.shrunk(_for_bytes(whole | _USUAL.get(name, {}))))
     target.mkdir(parents=True)
     (target / "config.json").write_text(json.dumps(written), encoding="utf-8")
     tiny.write_tokenizer(target)

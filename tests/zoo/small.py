@@ -64,6 +64,8 @@ def shrunk(config: Config) -> Config:
 def _smaller(name: str, value: Any, config: Config) -> Any:
     if isinstance(value, dict) and name.endswith(("_config", "encoder", "decoder")):
         return shrunk(value)
+    if isinstance(value, float) and (at_work := _at_work(name, value)):
+        return at_work
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if _KEY_HEADS.fullmatch(name):
@@ -72,6 +74,13 @@ def _smaller(name: str, value: Any, config: Config) -> Any:
     if _HEADS.fullmatch(name):
         return min(value, 4)
     return next((min(value, most) for pattern, most in _SIZES if re.fullmatch(pattern, name)), value)
+
+
+def _at_work(name: str, value: float) -> float | None:
+    """A factor or a cap that shows in a model of this size: many are 1 by default, or caps that nothing reaches."""
+    if value and re.fullmatch(".*soft_?cap(ping)?", name):
+        return 3.0
+    return 0.5 if value == 1.0 and re.search("logit|(?<!dim_)multiplier|(embedding|residual)_scal", name) else None
 
 
 def _choose_layers(config: Config, out: Config) -> None:
