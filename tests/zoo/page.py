@@ -37,10 +37,9 @@ _INTRODUCTION = f"""# Models that were tried
 
 Each model here went through `prefpipe score` and two steps of `prefpipe train` (DPO, LoRA on all linear layers), on a
 CPU in float32. It is a small one with random weights: the config of the model with few narrow layers, one of each kind,
-windows of 16 tokens, and factors and caps of logits that show. Every log-prob of a token agrees within 1e-4 nats with full logits of
-transformers {transformers.__version__}, computed one row at a time; no token changes those before it; the loss of step
-0 is ln 2.
-Weights of the real models are no part of this: the page says what their architectures do.
+windows of 16 tokens, and factors and caps of logits that show. Every log-prob of a token agrees within 1e-4 nats with
+full logits of transformers {transformers.__version__}, computed one row at a time; no token changes those before it;
+the loss of step 0 is ln 2. Weights of the real models are no part of this: the page says what their architectures do.
 
 Rows that cannot be shared cost up to twice as much and give the same values. Whether they can is tested again at the
 start of every run, on its longest rows: windows of thousands of tokens show in longer rows only. "Not tried":
