@@ -22,7 +22,7 @@ ALL_CORES := -n logical --dist worksteal
 # What a CPU without AVX-512 computes: kernels of torch, oneDNN and MKL round differently from kind to kind.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help setup demo test test-fast test-portable proofs faults check fix bench lock clean
+.PHONY: help setup demo test test-fast test-portable proofs faults zoo check fix bench lock clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ proofs: setup  ## Every proof that trains, over all of its seeds (`make test` ta
 
 faults: setup  ## Every crash test: kills, full disks and signals at all points
 	@PREFPIPE_ALL_FAULTS=1 $(PYTEST) $(ALL_CORES) tests/faults
+
+zoo: setup  ## Every model of docs/models.md, through score and train (`make test` takes a sample)
+	@PREFPIPE_ALL_MODELS=1 $(PYTEST) $(ALL_CORES) tests/zoo
 
 check: setup  ## Format, lint, types, layers
 	@$(BIN)/ruff format --check --quiet .

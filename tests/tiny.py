@@ -59,13 +59,18 @@ def make_gpt2(directory: Path, context: int) -> Path:
 def with_tokenizer(model: PreTrainedModel, directory: Path) -> Path:
     """Write a model with the tokenizer over bytes and its chat template."""
     directory.mkdir(parents=True)
+    write_tokenizer(directory)
+    model.save_pretrained(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write the tokenizer over bytes and its chat template."""
     _tokenizer().save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "tokenizer_class": "PreTrainedTokenizerFast"})
     )
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    model.save_pretrained(directory)
-    return directory
 
 
 def make_adapter(model: Path, directory: Path, seed: int) -> Path:

@@ -4,11 +4,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
-from prefpipe.models.encoding import encode
+from prefpipe.models import dialogue
+from prefpipe.models.chat import Chat
+from prefpipe.models.encoding import encode, render
 
 _WORDS = (
     *("a", "the", "small", "large", "old", "new", "quiet", "bright", "tool", "animal"),
@@ -26,7 +29,7 @@ class FakeEngine:
         chat = settings.chat
         self._chat = chat
         self._max_tokens = settings.max_tokens
-        self._end = min(chat.eos_token_ids)
+        self._end = _end_of_answer(chat)
         # Words are encoded once: a sample costs look-ups only, and a test never waits for this engine.
         self._first = [encode(chat, word.capitalize()) for word in _WORDS]
         self._later = [encode(chat, f" {word}") for word in _WORDS]
@@ -80,6 +83,13 @@ class FakeEngine:
             if place not in known:
                 known[place] = math.log((_byte(f"{place[0]}/{place[1]}") + 1) / 257)
         return [known[place] + shift for place in enumerate(token_ids)]
+
+
+def _end_of_answer(chat: Chat) -> int:
+    """The end-of-sequence token that the template writes behind an answer, which a trained model learns to end with;
+    any where it writes none."""
+    tail = dialogue.after_answer(partial(render, chat)) or ""
+    return next((i for i in encode(chat, tail) if i in chat.eos_token_ids), min(chat.eos_token_ids))
 
 
 def _instance(schema: dict[str, Any], text: str) -> Any:

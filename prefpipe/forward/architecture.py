@@ -1,6 +1,5 @@
 """What a model directory must say of itself before its weights are read: an architecture of transformers, no code."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from prefpipe.errors import DataError, UsageError
 
 _ODD_CONFIG = (
     *(ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, OSError, ImportError),
-    StrictDataclassError,
+    *(NotImplementedError, StrictDataclassError),
 )
 
 
@@ -24,7 +23,12 @@ def check_architecture(directory: Path, kind: Any = AutoModelForCausalLM) -> Pre
     that needs code of its own; DataError for a config that cannot be read and an unknown quantisation. Runs no code of
     the model and asks nothing.
     """
-    raw = _raw_config(directory)
+    try:
+        raw: Any = PreTrainedConfig.get_config_dict(directory, local_files_only=True)[0]
+        if not isinstance(raw, dict):
+            raise TypeError(f"a JSON {type(raw).__name__} in place of an object")
+    except _ODD_CONFIG as error:
+        raise _no_model(directory, error) from error
     check_own_code(directory, raw)
     _check_quantisation(directory, raw)
     if (directory / "adapter_config.json").exists():
@@ -35,12 +39,15 @@ def check_architecture(directory: Path, kind: Any = AutoModelForCausalLM) -> Pre
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except _ODD_CONFIG as error:
-        raise DataError(
-            f"{directory / 'config.json'} does not describe a model: {reason(error)}",
-            "fetch or save the model again",
-        ) from error
+        raise _no_model(directory, error) from error
     _check_kind(directory, config, kind)
     return config
+
+
+def _no_model(directory: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{directory / 'config.json'} does not describe a model: {reason(error)}", "fetch or save the model again"
+    )
 
 
 def check_own_code(directory: Path, config: dict[str, Any]) -> None:
@@ -85,13 +92,24 @@ def _check_kind(directory: Path, config: PreTrainedConfig, kind: Any) -> None:
             f"{directory} ({name}) is not an architecture that transformers loads as a {wanted}",
             f"take a {wanted}",
         )
-    text, masked = config.get_text_config(), AutoModelForMaskedLM._model_mapping  # pyright: ignore[reportPrivateUsage]  (no public name)
-    is_encoder = type(config) in masked and not getattr(config, "is_decoder", True)
-    is_encoder = is_encoder or getattr(text, "use_bidirectional_attention", None) in (True, "all")
-    if kind is AutoModelForCausalLM and is_encoder:
+    if kind is AutoModelForCausalLM and _looks_ahead(config):
         raise UsageError(
             f"{directory} is an encoder ({name}): its tokens see those that follow them", "take a decoder-only model"
         )
+
+
+def _looks_ahead(config: PreTrainedConfig) -> bool:
+    """Whether a token sees those that follow it, by the names that configs have for it: a log-prob of a token would
+    know the token."""
+    masked = AutoModelForMaskedLM._model_mapping  # pyright: ignore[reportPrivateUsage]  (no public name)
+    is_encoder = type(config) in masked or config.model_type == "bert-generation"
+    return (
+        (is_encoder and not getattr(config, "is_decoder", True))
+        or getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all")
+        or getattr(config, "causal", True) is False  # XLM
+        or getattr(config, "attn_type", None) == "bi"  # XLNet
+        or config.model_type == "cpmant"
+    )
 
 
 def _check_quantisation(directory: Path, config: dict[str, Any]) -> None:
@@ -108,14 +126,3 @@ def _check_quantisation(directory: Path, config: dict[str, Any]) -> None:
             "config.json)",
             "take the model in 16 bits",
         )
-
-
-def _raw_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}", "fetch or save the model again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a JSON object", "fetch or save the model again")
-    return value

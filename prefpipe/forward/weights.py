@@ -113,12 +113,12 @@ def _check_floats(directory: Path, model: Any) -> None:
     ignores, may be integers, and a quantised model's weights are."""
     if getattr(model, "hf_quantizer", None) is not None:
         return
-    buffers = [name for name, _ in model.named_buffers()]
+    buffers = {_ending(name) for name, _ in model.named_buffers()}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     integers = [
         name
         for name in integer_tensors(sorted(directory.glob("model*.safetensors")))
-        if not any(buffer == name or buffer.endswith(f".{name}") for buffer in buffers)
+        if _ending(name) not in buffers
         and not any(re.search(pattern, name) for pattern in ignored)
         and not name.endswith(("position_ids", "rotary_emb.inv_freq"))
     ]
@@ -127,3 +127,8 @@ def _check_floats(directory: Path, model: Any) -> None:
             f"{directory}: integers in place of floats in {listed(integers)}, and config.json names no quantisation",
             "take the model in 16 bits, or add the quantization_config that it was made with",
         )
+
+
+def _ending(name: str) -> str:
+    """The last two parts of the name of a tensor: files may have other ones before them than the model."""
+    return ".".join(name.split(".")[-2:])

@@ -30,6 +30,11 @@ class Embedded:
 
 # What configs call the context: most models, GPT-2, GPT-J, Megrez, Bloom and ChatGLM.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+# Encoders that count the positions of a text from pad_token_id + 1 on, as RoBERTa does.
+_LATE_POSITIONS = {
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"),
+    *("mpnet", "longformer", "ibert", "luke", "markuplm"),
+}
 _LARGE = 64 << 20  # bytes; hashing less is faster than looking a digest up
 # Settings by which peft turns a LoRA adapter into something that depends on the tokens, draws, or changes the base.
 _OTHER_LORA = (
@@ -90,11 +95,12 @@ def resolve(model: str, adapter: str = "none") -> Policy:
 def context_length(directory: Path) -> int | None:
     """How many tokens a model takes at most, from its config; None when the config does not say. Models with further
     parts, such as a vision tower, keep the config of their language model in `text_config`."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = fingerprint.read_json(directory / "config.json")
     nested = config.get("text_config")
     tables = [nested, config] if isinstance(nested, dict) else [config]
     lengths = (table.get(name) for table in tables for name in _CONTEXT)
-    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    first = config.get("pad_token_id", 1) + 1 if config.get("model_type") in _LATE_POSITIONS else 0
+    return next((length - first for length in lengths if isinstance(length, int) and length > first), None)
 
 
 def adapter_base_record(weights: str, adapter_weights: str | None = None) -> str:

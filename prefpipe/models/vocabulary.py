@@ -1,15 +1,18 @@
 """Which tokens the ids of a run stand for. Rows travel as token ids, so any model with the same tokens can read them.
 
 A vocabulary is named `SIZE:HEX`: how many ids it has, and the digest of the token of each. How a tokenizer cuts text
-into tokens has no part in it, because the ids exist already.
+into tokens has no part in it, because the ids exist already. The tokens are those of the tokenizer as transformers
+builds it; older runs were named by tokenizer.json alone, which may lack added tokens.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from prefpipe import log
-from prefpipe.errors import DataError, IdentityError, MissingInputError
+from prefpipe.errors import DataError, IdentityError, PrefpipeError
 from prefpipe.ids import canonical_json
 from prefpipe.models import fingerprint
 from prefpipe.models.tokenizer import load_tokenizer
@@ -20,25 +23,13 @@ Tokens = list[tuple[int, str]]
 
 
 def read(directory: Path) -> Tokens:
-    """(id, token) of every token in the tokenizer.json of a model, sorted by id; of the tokenizer that transformers
-    builds where there is no such file.
+    """(id, token) of every token of the tokenizer of a model, sorted by id. Raises what `load_tokenizer` raises."""
+    return of_tokenizer(load_tokenizer(directory).backend)
 
-    Raises DataError when the file is not a tokenizer.
-    """
-    path = directory / "tokenizer.json"
-    try:
-        if not path.is_file():
-            tokenizer = json.loads(load_tokenizer(directory).backend.to_str())
-        else:
-            tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        listed = tokenizer["model"]["vocab"]
-        if isinstance(listed, Mapping):
-            tokens = {(number, token) for token, number in listed.items()}
-        else:  # Unigram: a list of token and score
-            tokens = {(number, token) for number, (token, _) in enumerate(listed)}
-        return sorted(tokens | {(added["id"], added["content"]) for added in tokenizer.get("added_tokens", ())})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a tokenizer: {error}", "fetch or save the model again") from error
+
+def of_tokenizer(tokenizer: Tokenizer) -> Tokens:
+    """(id, token) of every token of a tokenizer, added ones too, sorted by id."""
+    return sorted((number, token) for token, number in tokenizer.get_vocab(with_added_tokens=True).items())
 
 
 def name(tokens: Tokens, size: int | None = None) -> str:
@@ -57,36 +48,63 @@ def recorded(run: Path) -> list[str]:
     return store.read_manifest(run)["identity"].get(_FIELD, [])
 
 
-def of_sources(sources: Iterable[str], directory: Path) -> list[str]:
-    """The names of the vocabularies of several inputs: runs have recorded theirs, files of text get that of a model.
-
-    `directory` is the model that tokenises the files.
-    """
+def of_sources(sources: Iterable[str], tokenizer: Tokenizer) -> list[str]:
+    """The names of the vocabularies of several inputs: runs have recorded theirs, files of text get that of the
+    tokenizer that cuts them."""
     names: list[str] = []
     for source in sources:
-        names += recorded(Path(source)) if Path(source).is_dir() else [name(read(directory))]
+        names += recorded(Path(source)) if Path(source).is_dir() else [name(of_tokenizer(tokenizer))]
     return names
 
 
 def check(runs: Sequence[Path], directory: Path) -> None:
     """Raise IdentityError when the token ids of a run are other tokens in the model of `directory`.
 
-    Without a tokenizer in `directory` nothing can be compared, and the log says so.
+    Without a tokenizer that can be loaded from `directory` nothing can be compared, and the log says so.
     """
-    known = [(run, theirs) for run in runs for theirs in recorded(run)]
-    if not known:
-        return
-    try:
-        tokens = read(directory)
-    except MissingInputError:
+    named = [(run, theirs) for run in runs for theirs in recorded(run)]
+    ours: Tokens | None = None
+    for ours in _listings(directory) if named else ():
+        named = [(run, theirs) for run, theirs in named if _same_ids(ours, theirs) != theirs]
+        if not named:
+            return
+    if ours is not None:
+        run, theirs = named[0]
+        raise IdentityError(
+            f"{run} was made with another tokenizer than that of {directory}: the same id is another token "
+            f"(tokenizer: {theirs} there, {_same_ids(ours, theirs)} here)",
+            "train on the model that the rows were made for, or tokenise their texts with this one: "
+            "`prefpipe build-pairs --format trl`, then give its trl/*.parquet",
+        )
+    if named:
         log.warn(f"{directory} has no tokenizer: nobody checks that it has the tokens of the rows")
+
+
+def _same_ids(tokens: Tokens, theirs: str) -> str:
+    """The name of the tokens at the ids of another vocabulary."""
+    return name(tokens, int(theirs.partition(":")[0]))
+
+
+def _listings(directory: Path) -> Iterator[Tokens]:
+    """The tokens of a model: those in its tokenizer.json, which take no time to read and name older runs, then those of
+    the tokenizer. Neither where it has none that can be loaded."""
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        yield _of_file(path)
+    try:
+        yield read(directory)
+    except PrefpipeError:
         return
-    for run, theirs in known:
-        ours = name(tokens, int(theirs.partition(":")[0]))
-        if ours != theirs:
-            raise IdentityError(
-                f"{run} was made with another tokenizer than that of {directory}: the same id is another token "
-                f"(tokenizer: {theirs} there, {ours} here)",
-                "train on the model that the rows were made for, or tokenise their texts with this one: "
-                "`prefpipe build-pairs --format trl`, then give its trl/*.parquet",
-            )
+
+
+def _of_file(path: Path) -> Tokens:
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        listed = tokenizer["model"]["vocab"]
+        if isinstance(listed, Mapping):
+            tokens = {(number, token) for token, number in listed.items()}
+        else:  # Unigram: a list of token and score
+            tokens = {(number, token) for number, (token, _) in enumerate(listed)}
+        return sorted(tokens | {(added["id"], added["content"]) for added in tokenizer.get("added_tokens", ())})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a tokenizer: {error}", "fetch or save the model again") from error

@@ -1,7 +1,9 @@
 """The fake engine: deterministic, honest about ends, and shaped like a real one."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,20 @@ def test_samples_end_as_those_of_a_real_engine(tiny_model: Path, seeds: list[int
             assert sample.finish_reason == "length"
             assert len(sample.token_ids) == max_tokens
             assert 2 not in sample.token_ids
+
+
+def test_an_answer_ends_as_the_template_ends_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Of several end-of-sequence tokens, as Llama 3 has them: <|endoftext|> is the first id, <|im_end|> ends a turn."""
+    model = shutil.copytree(tiny_model, tmp_path / "m")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    (_, [sample]) = next(FakeEngine(settings(model)).generate([request("a", 7)]))
+    assert sample.token_ids[-1] == 2
+    plain = replace(settings(model), chat=load_chat(model, "none"))
+    (_, [sample]) = next(FakeEngine(plain).generate([request("a", 7)]))
+    assert sample.token_ids[-1] == 2  # plain text closes with the named one
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    (_, [sample]) = next(FakeEngine(settings(model)).generate([request("a", 7)]))
+    assert sample.token_ids[-1] == 0  # nothing says which
 
 
 def test_greedy_does_not_depend_on_the_seed(engine: Engine) -> None:

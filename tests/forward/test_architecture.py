@@ -1,12 +1,13 @@
 """What is no decoder of transformers is refused in one sentence, and no code of a model runs."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSequenceClassification, GPTNeoXConfig
+from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, XLNetConfig
 
 from prefpipe.errors import DataError, UsageError
 from prefpipe.forward.architecture import check_architecture
@@ -27,7 +28,7 @@ MARK = "from pathlib import Path\nPath('RAN').write_text('')\n"
         ({"model_type": "acme_lm"}, "knows no architecture 'acme_lm'"),
         ({"model_type": None}, "knows no architecture 'None'"),
         ({"model_type": "t5"}, "is an encoder-decoder"),
-        ({"model_type": "bert"}, "is an encoder"),
+        *(({"model_type": name}, "is an encoder") for name in ("bert", "bert-generation", "xlm", "cpmant")),
         ({"model_type": "llava"}, "images or sound with text"),
         ({"model_type": "vit"}, "not an architecture that transformers loads as a language model"),
         (OWN_CODE, "needs code of its own"),
@@ -47,6 +48,7 @@ def test_an_architecture_that_is_no_decoder_of_transformers(
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
         ({"num_attention_heads": 3}, "number of attention heads"),
         ({"quantization_config": {"quant_method": "acme"}}, "quantised in a way .* 'acme'"),
+        ({"model_type": "xlnet"}, "no sequence length limit"),  # it takes no max_position_embeddings
         ({"quantization_config": "acme"}, "quantised in a way .* 'acme'"),
     ],
 )
@@ -82,6 +84,13 @@ def test_a_decoder_whose_config_says_that_it_is_none(tmp_path: Path) -> None:
     """GPT-NeoX: is_decoder is False there, and means nothing."""
     GPTNeoXConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     assert check_architecture(tmp_path).is_decoder is False
+
+
+@pytest.mark.parametrize(("attention", "sees_ahead"), [("bi", True), ("uni", False)])
+def test_what_looks_ahead_depends_on_the_config(tmp_path: Path, attention: str, sees_ahead: bool) -> None:
+    XLNetConfig(n_layer=1, attn_type=attention).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="is an encoder") if sees_ahead else contextlib.nullcontext():
+        check_architecture(tmp_path)
 
 
 def test_an_encoder_may_classify(tiny_model: Path, tmp_path: Path) -> None:

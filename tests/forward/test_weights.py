@@ -17,9 +17,10 @@ from transformers import (
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from prefpipe.errors import DataError, UsageError
-from prefpipe.forward.weights import listed, read_model
+from prefpipe.forward.weights import integer_tensors, listed, read_model
 from tests.conftest import Call, Write
 from tests.forward.cases import Tensors, edited, with_tensors
+from tests.zoo import runnable
 
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 
@@ -71,6 +72,15 @@ def test_an_integer_mask_of_an_old_checkpoint_is_no_weight(tmp_path: Path) -> No
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
     mask = torch.ones(1, 1, 16, 16, dtype=torch.uint8)
     read(with_tensors(tmp_path / "m", lambda tensors: tensors.update({"transformer.h.0.attn.bias": mask})))
+
+
+def test_a_table_of_integers_that_the_model_keeps_is_no_weight(tmp_path: Path) -> None:
+    """DeepSeek V4: which experts a token id goes to. The file has another name for it than the model."""
+    directory = runnable.of_architecture("deepseek_v4", tmp_path / "m")
+    (name,) = integer_tensors([directory / "model.safetensors"])
+    buffers = dict(read(directory).named_buffers())
+    assert name not in buffers
+    assert any(n.endswith(".tid2eid") for n in buffers)
 
 
 def test_a_quantisation_without_its_package(tiny_model: Path, tmp_path: Path) -> None:

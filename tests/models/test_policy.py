@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.models import fingerprint, policy
 from prefpipe.models.policy import (
+    _LATE_POSITIONS,
     EMBEDDED,
     _memoised_digest,
     adapter_base_record,
@@ -207,6 +210,24 @@ def test_the_context_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
     assert context_length(tmp_path) is None
 
 
+@pytest.mark.parametrize("kind", ["bert", *sorted(_LATE_POSITIONS)])
+@pytest.mark.filterwarnings("ignore")  # of single architectures, about their sizes
+def test_an_encoder_takes_as_many_tokens_as_its_context(tmp_path: Path, kind: str) -> None:
+    """RoBERTa and those like it number the tokens of a text from the padding token on."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CONFIG_MAPPING[kind](
+        **sizes, vocab_size=32, max_position_embeddings=12, pad_token_id=1, type_vocab_size=2, attention_window=[4],
+        entity_vocab_size=4, entity_emb_size=8, default_language="en_XX",
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    config.save_pretrained(tmp_path)
+    context = context_length(tmp_path)
+    assert context == (12 if kind == "bert" else 10)
+    model(input_ids=torch.arange(4, 4 + context).unsqueeze(0))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.arange(4, 5 + context).unsqueeze(0))
+
+
 @pytest.mark.parametrize(
     ("config", "context"),
     [
@@ -216,6 +237,9 @@ def test_the_context_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
         ({"text_config": {}, "n_positions": 77}, 77),
         ({"text_config": None, "max_position_embeddings": None, "n_ctx": 77}, 77),
         ({"max_position_embeddings": -1}, None),
+        ({"model_type": "roberta", "max_position_embeddings": 514}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 3}, 510),
+        ({"model_type": "bert", "max_position_embeddings": 512, "pad_token_id": 0}, 512),
     ],
 )
 def test_the_context_under_its_other_names(tmp_path: Path, config: dict[str, Any], context: int | None) -> None:

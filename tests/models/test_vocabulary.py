@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import DataError, IdentityError
@@ -20,9 +20,11 @@ TOKENS = {"a": 0, "b": 1, "ab": 2}
 def model(directory: Path, vocab: Any, added: dict[str, int] | None = None, **rest: Any) -> Path:
     """A directory with a tokenizer of this vocabulary, and nothing else."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokens = [{"id": number, "content": token, "special": True} for token, number in (added or {}).items()]
-    written = {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": tokens, **rest}
-    (directory / "tokenizer.json").write_text(json.dumps(written))
+    kind = models.BPE(vocab=vocab, merges=[]) if isinstance(vocab, dict) else models.Unigram(vocab, 0)
+    written = json.loads(Tokenizer(kind).to_str())
+    plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    written["added_tokens"] = [{"id": i, "content": token} | plain for token, i in (added or {}).items()]
+    (directory / "tokenizer.json").write_text(json.dumps(written | rest))
     return directory
 
 
@@ -35,12 +37,14 @@ def run(out: Path, *names: str) -> Path:
 def test_all_tokens_of_a_real_tokenizer_are_read(tiny_model: Path):
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     assert vocabulary.read(tiny_model) == sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    assert vocabulary.read(tiny_model) == vocabulary.of_tokenizer(tokenizer)
     assert vocabulary.name(vocabulary.read(tiny_model)).startswith(f"{tokenizer.get_vocab_size()}:")
 
 
 def test_the_list_of_a_unigram_model_counts_its_pieces(tmp_path: Path):
-    pieces = model(tmp_path / "u", [["a", -1.0], ["b", -2.5], ["ab", -3.0]])
+    pieces = model(tmp_path / "u", [("a", -1.0), ("b", -2.5), ("ab", -3.0)])
     assert vocabulary.read(pieces) == vocabulary.read(model(tmp_path / "b", TOKENS)) == [(0, "a"), (1, "b"), (2, "ab")]
+    vocabulary.check([run(tmp_path / "r", vocabulary.name(vocabulary.read(pieces)))], model(tmp_path / "b", TOKENS))
 
 
 @given(st.permutations(sorted(TOKENS)))
@@ -74,12 +78,39 @@ def test_a_run_is_checked_against_a_model(tmp_path: Path, capsys: pytest.Capture
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_runs_hand_on_what_they_read_and_files_are_of_the_model(tmp_path: Path):
+def test_tokens_that_stand_beside_tokenizer_json_count(tmp_path: Path):
+    """The settings name a token that tokenizer.json lacks, so that transformers adds it. Runs that were named without
+    it are the model's all the same, and so are those of a copy whose tokenizer.json has it."""
     made = model(tmp_path / "m", TOKENS)
+    bare = vocabulary.name(vocabulary.read(made))
+    (made / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    whole = vocabulary.read(made)
+    assert whole == [(0, "a"), (1, "b"), (2, "ab"), (3, "<pad>")]
+    vocabulary.check([run(tmp_path / "old", bare), run(tmp_path / "new", vocabulary.name(whole))], made)
+    vocabulary.check([tmp_path / "new"], model(tmp_path / "copy", TOKENS, {"<pad>": 3}))
+    with pytest.raises(IdentityError, match="the same id is another token"):
+        vocabulary.check([tmp_path / "new"], model(tmp_path / "other", TOKENS, {"<end>": 3}))
+
+
+def test_a_model_without_tokenizer_json_has_a_vocabulary(tmp_path: Path):
+    """GPT-2's older files, of which transformers builds the tokenizer."""
+    words = {token: i for i, token in enumerate(["<|endoftext|>", "a", "b", "ab"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    tokens = vocabulary.read(tmp_path)
+    assert tokens == [(0, "<|endoftext|>"), (1, "a"), (2, "b"), (3, "ab")]
+    vocabulary.check([run(tmp_path / "r", vocabulary.name(tokens))], tmp_path)
+    with pytest.raises(IdentityError, match="the same id is another token"):
+        vocabulary.check([run(tmp_path / "s", vocabulary.name([(0, "b")]))], tmp_path)
+
+
+def test_runs_hand_on_what_they_read_and_files_are_of_the_model(tmp_path: Path):
+    tokenizer = Tokenizer(models.BPE(vocab=TOKENS, merges=[]))
     sources = [str(run(tmp_path / "a", "3:x", "2:y")), str(run(tmp_path / "b"))]
-    assert sorted(vocabulary.of_sources(sources, made)) == ["2:y", "3:x"]
-    own = vocabulary.name(vocabulary.read(made))
-    assert sorted(vocabulary.of_sources([*sources, "file.jsonl"], made)) == sorted(["2:y", "3:x", own])
+    assert sorted(vocabulary.of_sources(sources, tokenizer)) == ["2:y", "3:x"]
+    own = vocabulary.name(vocabulary.of_tokenizer(tokenizer))
+    assert sorted(vocabulary.of_sources([*sources, "file.jsonl"], tokenizer)) == sorted(["2:y", "3:x", own])
     assert vocabulary.record(["b", "a", "b"]) == {"vocabularies": ["a", "b"]}
 
 
@@ -87,4 +118,4 @@ def test_runs_hand_on_what_they_read_and_files_are_of_the_model(tmp_path: Path):
 def test_a_damaged_file_is_named(tmp_path: Path, text: str):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer"):
-        vocabulary.read(tmp_path)
+        vocabulary.check([run(tmp_path / "r", "1:x")], tmp_path)

@@ -18,9 +18,14 @@ _FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": 
 _SPELLED = re.compile("<[|\uff5c][^<>\\s|\uff5c]{1,40}[|\uff5c]>|<(?:start|end)_of_turn>")
 
 
+def every_name() -> list[str]:
+    """The models of the corpus; none where there is no corpus."""
+    return sorted(path.parent.name for path in CORPUS.glob("*/SOURCE.json"))
+
+
 def names() -> list[str]:
-    """The models of the corpus that have a tokenizer; none where there is no corpus."""
-    return sorted(path.parent.name for path in CORPUS.glob("*/SOURCE.json") if kind(path.parent.name) != "none")
+    """Those that have a tokenizer."""
+    return [name for name in every_name() if kind(name) != "none"]
 
 
 def kind(name: str) -> str:

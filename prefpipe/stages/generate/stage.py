@@ -55,7 +55,7 @@ def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
         if config.check and reference:
             totals["parity"] = _check(config, output, task, reference, num_shards)
             output.write_report("parity.json", totals["parity"])
-        tokens = vocabulary.record([vocabulary.name(vocabulary.read(task.policy.directory))])
+        tokens = vocabulary.record([vocabulary.name(vocabulary.of_tokenizer(task.chat.tokenizer))])
         return output.finish(totals, {"policy": task.policy.id, "reference": reference, **tokens})
 
 

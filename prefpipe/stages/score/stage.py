@@ -90,7 +90,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         if config.check and reference:
             totals["parity"] = _check(config, output, _shards(config, reader, list(rewards)), settings)
             output.write_report("parity.json", totals["parity"])
-        tokens = vocabulary.record(vocabulary.of_sources(config.inputs, policy.directory))
+        tokens = vocabulary.record(vocabulary.of_sources(config.inputs, chat.tokenizer))
         return output.finish(totals, {"reference": reference, **tokens})
 
 
