@@ -105,8 +105,8 @@ def add_lora(
 ) -> PeftModel:
     """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype.
 
-    `all-linear` leaves out the head, routers of experts and towers beside the text decoder. Raises UsageError for
-    modules that the model does not have.
+    `all-linear` leaves out the head, routers of experts, towers beside the text decoder and what Mamba's kernels read
+    past an adapter. Raises UsageError for modules that the model does not have.
     """
     torch.manual_seed(seed)
     config = LoraConfig(

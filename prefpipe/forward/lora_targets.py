@@ -1,4 +1,5 @@
-"""Which linear modules a new LoRA adapter goes on: those of the text decoder, without head and routers of experts."""
+"""Which linear modules a new LoRA adapter goes on: those of the text decoder, without head and routers of experts,
+and without modules that nobody calls."""
 
 import re
 
@@ -35,6 +36,18 @@ def outside_of_text(model: PreTrainedModel) -> set[str]:
     return {name for name, m in model.named_modules() if isinstance(m, _LINEAR) and id(m) not in text}
 
 
+def past_adapters(model: PreTrainedModel) -> set[str]:
+    """The linear modules of Mamba mixers whose weights the code or its kernels read directly, past an adapter: all but
+    the first projection. peft refuses some of them."""
+    return {
+        f"{name}.{child}"
+        for name, mixer in model.named_modules()
+        if hasattr(mixer, "A_log") and hasattr(mixer, "D")
+        for child, m in mixer.named_children()
+        if isinstance(m, _LINEAR) and child != "in_proj"
+    }
+
+
 def is_composite(model: PreTrainedModel) -> bool:
     """Whether a model has towers beside its text decoder."""
     return model.config.get_text_config() is not model.config
@@ -47,7 +60,7 @@ def may_skip_parameters(model: PreTrainedModel) -> bool:
 
 def all_linear(model: PreTrainedModel) -> list[str] | str:
     """The target modules of `all-linear`: peft's own word for them, or names where some are left out."""
-    left_out = routers(model) | outside_of_text(model)
+    left_out = routers(model) | outside_of_text(model) | past_adapters(model)
     if not left_out:
         return "all-linear"
     head = model.get_output_embeddings()

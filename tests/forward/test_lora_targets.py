@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     JambaConfig,
@@ -74,6 +76,23 @@ def test_a_linear_router_that_is_named_is_trained_with_a_warning(capfd: pytest.C
     lora = load.add_lora(model, r=2, alpha=2, target_modules="q_proj,router", seed=0)
     assert "router_aux_loss_coef is not applied" in capfd.readouterr().err
     assert any("router" in name for name in adapted(lora))
+
+
+def test_weights_that_mamba_reads_past_an_adapter_are_left_out() -> None:
+    """Their adapters would be refused (Falcon-H1) or get no gradient (Jamba)."""
+    mamba = {"mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_n_groups": 1}
+    for model in (
+        JambaForCausalLM(JambaConfig(**SMALL, num_experts=1, mamba_d_state=4)),
+        FalconH1ForCausalLM(FalconH1Config(**SMALL, **mamba, mamba_chunk_size=8)),
+    ):
+        lora = TreeModel(
+            load.add_lora(model.requires_grad_(requires_grad=False), r=2, alpha=2, target_modules="all-linear", seed=0),
+            "separate",
+        )
+        trained = adapted(lora)
+        assert any("in_proj" in name for name in trained)
+        lora(lora.layout([Tree([5, 6, 7], [[8, 9], [10]])])).sum().backward()
+        assert {name for name, p in lora.named_parameters() if p.grad is not None} == trained
 
 
 def test_towers_are_not_adapted_and_not_trained() -> None:

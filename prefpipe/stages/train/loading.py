@@ -11,7 +11,7 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward import load
-from prefpipe.forward.logps import TreeModel, causal_model, extremes, settle_rows
+from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, causal_model, extremes, settle_rows
 from prefpipe.models import embedding, vocabulary
 from prefpipe.models.policy import Policy
 from prefpipe.stages.train import memory
@@ -87,7 +87,8 @@ def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:
     completion is computed in a row of its own from now on, with a warning."""
     reason = settle_rows(model, extremes([tree_of(row) for row in rows]), dtype)
     if reason is not None:
-        log.warn(f"every completion is computed in a row of its own, at up to twice the cost: {reason}")
+        words = ROWS_IN_WORDS[model.rows]
+        log.warn(f"every completion is computed {words}; a pair costs up to twice its shared row: {reason}")
 
 
 def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConfig) -> int:

@@ -1,0 +1,48 @@
+"""Hidden states of completions that cannot share a row: rows of their own, in batches of similar lengths.
+
+Shorter rows of a batch are padded on the right, without a mask: a causal model gives a token the same state whatever
+follows it, in attention, convolutions and recurrent layers alike, and no state of the padding is read. A model that
+breaks this rule shows in the self-test, which runs padded batches. T = tokens of all rows, H = hidden size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+_BATCH_TOKENS = 2048  # of one batch with its padding, if it has more than two rows
+_PADDING = 0.05  # as a share of the tokens: two completions then take at most 2.1 times those of their shared row
+
+
+def batches(lengths: Sequence[int], edges: Sequence[int] = ()) -> list[list[int]]:
+    """Numbers of rows that run together, longest first, each row once.
+
+    No batch has rows on both sides of one of the `edges`: lengths beyond which all rows of a batch would be computed in
+    another way (longrope).
+    """
+    found: list[list[int]] = []
+    longest = tokens = 0
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        length, size = lengths[row], len(found[-1]) + 1 if found else 1
+        fits = size <= 2 or longest * size <= _BATCH_TOKENS
+        fits = fits and longest * size <= (1 + _PADDING) * (tokens + length)
+        if found and fits and not any(length <= edge < longest for edge in edges):
+            found[-1].append(row)
+            tokens += length
+        else:
+            found.append([row])
+            longest = tokens = length
+    return found
+
+
+def separate_states(
+    body: torch.nn.Module, rows: Sequence[torch.Tensor], numbers: Sequence[Sequence[int]] | None = None
+) -> torch.Tensor:
+    """Hidden states [T, H] of rows of token ids, in their order: one plain forward pass for each of the batches that
+    `numbers` names, or for every row."""
+    states: dict[int, torch.Tensor] = {}
+    for batch in numbers or [[number] for number in range(len(rows))]:
+        padded = pad_sequence([rows[number] for number in batch], batch_first=True)
+        hidden = body(input_ids=padded, use_cache=False).last_hidden_state
+        states |= {number: of_row[: len(rows[number])] for number, of_row in zip(batch, hidden, strict=True)}
+    return torch.cat([states[number] for number in range(len(rows))])
