@@ -131,6 +131,9 @@ class TrainConfig(LossSettings):
     """Dropout in front of the adapter while it trains; the model's own dropout is always off."""
     lora_target_modules: str = "all-linear"
     """Adapted modules: all-linear (without the head), or names joined by commas."""
+    router_aux_loss_coef: Annotated[float, ADDED, Field(ge=0)] = 0.0
+    """For mixtures of experts: weight of the model's load-balancing loss (arXiv:2101.03961), a mean over completions
+    that is added to the loss; 0 leaves it out."""
     load_in_4bit: bool = False
     """QLoRA: the frozen weights in 4 bits (nf4, double quantization) through the package bitsandbytes."""
     merge: bool = False

@@ -136,8 +136,8 @@ def _targets(model: PreTrainedModel, target_modules: str) -> list[str] | str:
     trained = [name for name in routers if lora_targets.matches(name, targets)]
     if trained:
         log.warn(
-            f"lora_target_modules trains {len(trained)} routers of experts (first {min(trained)}); no loss keeps the "
-            "experts evenly loaded: router_aux_loss_coef is not applied"
+            f"lora_target_modules trains {len(trained)} routers of experts (first {min(trained)}); what keeps experts "
+            "evenly loaded is router_aux_loss_coef"
         )
     return targets
 

@@ -1,7 +1,7 @@
 """Per-token log-probs of completions: the one forward pass that scoring, audit and training share."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftModel
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from prefpipe.errors import UsageError
 from prefpipe.forward.attention import NAME, Row, longrope_edges, why_not_shared
+from prefpipe.forward.balance import balance_losses
 from prefpipe.forward.head import log_collisions, logit_rule, target_logps
 from prefpipe.forward.layout import Layout, Tree, flatten, separate
 from prefpipe.forward.separate_rows import batches, separate_states
@@ -43,39 +44,42 @@ class TreeModel(torch.nn.Module):
         causal = causal_model(self.policy)
         causal.set_attn_implementation(NAME if rows == "shared" else plain_attention(causal))
 
-    def forward(self, layout: Layout, *, collisions: bool = False) -> torch.Tensor:
+    def forward(
+        self, layout: Layout, *, collisions: bool = False, balance: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """float32 log-probs [N], in nats, of every completion token of a layout, in its order. With `collisions`
-        [2, N]: row 1 is log sum_v p_v^2 of the distribution that the token was drawn from, without gradient."""
+        [2, N]: row 1 is log sum_v p_v^2 of the distribution that the token was drawn from, without gradient. With
+        `balance` also the load-balancing loss of every completion [C]."""
         causal = causal_model(self.policy)
         head = cast(torch.nn.Linear, causal.get_output_embeddings())
         layout = layout.to(head.weight.device)
-        hidden = _shared_states(causal, layout) if self.rows == "shared" else self._separate_states(causal, layout)
+        hidden, *router_logits = self._states(causal, layout, balance=balance)
         states, rule = hidden[layout.sources], logit_rule(causal.config.get_text_config())
         bias = cast(torch.Tensor | None, getattr(head, "bias", None))
         logps = target_logps(states, head.weight, layout.targets, rule, bias)[layout.entries]
-        if not collisions:
-            return logps
-        return torch.stack([logps, log_collisions(states, head.weight, rule, bias)[layout.entries]])
+        if collisions:
+            logps = torch.stack([logps, log_collisions(states, head.weight, rule, bias)[layout.entries]])
+        return (logps, balance_losses(causal, router_logits, layout.spans)) if balance else logps
 
     def layout(self, trees: Sequence[Tree]) -> Layout:
         """A layout of trees for this model; completions and tokens keep the order of `trees`."""
         return flatten(trees if self.rows == "shared" else separate(trees))
 
-    def _separate_states(self, causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
-        """Hidden states [T, H] of trees with one completion each."""
+    def _states(self, causal: PreTrainedModel, layout: Layout, *, balance: bool) -> list[torch.Tensor]:
+        """Hidden states [T, H] and, with `balance`, the router logits [T, E] of every layer with experts."""
+
+        def body(input_ids: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+            options |= {"output_router_logits": True} if balance else {}
+            out = decoder(causal)(input_ids=input_ids, use_cache=False, **options)
+            routers = out.router_logits if balance else ()
+            return [out.last_hidden_state, *(logits.reshape(*input_ids.shape, -1) for logits in routers)]
+
+        if self.rows == "shared":
+            row, positions = layout.input_ids.unsqueeze(0), layout.position_ids.unsqueeze(0)
+            return [tensor[0] for tensor in body(row, position_ids=positions, tree_row=Row(layout.spans))]
         lengths = [s.trunk_length + sum(n for _, n in s.completions) for s in layout.spans]
         numbers = batches(lengths, longrope_edges(causal.config)) if self.rows == "separate" else None
-        return separate_states(decoder(causal), layout.input_ids.split(lengths), numbers)
-
-
-def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
-    """Hidden states [T, H] of a row of trees, by one forward pass."""
-    return decoder(causal)(
-        input_ids=layout.input_ids.unsqueeze(0),
-        position_ids=layout.position_ids.unsqueeze(0),
-        use_cache=False,
-        tree_row=Row(layout.spans),
-    ).last_hidden_state[0]
+        return separate_states(body, layout.input_ids.split(lengths), numbers)
 
 
 def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -55,7 +55,12 @@ def is_composite(model: PreTrainedModel) -> bool:
 
 def may_skip_parameters(model: PreTrainedModel) -> bool:
     """Whether a trainable parameter may have no part in the log-probs of a text: one of a tower, or of an expert."""
-    return is_composite(model) or any(hasattr(module, "experts") for module in model.modules())
+    return is_composite(model) or has_experts(model)
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether a model is a mixture of experts."""
+    return any(hasattr(module, "experts") for module in model.modules())
 
 
 def all_linear(model: PreTrainedModel) -> list[str] | str:

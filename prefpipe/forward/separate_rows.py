@@ -5,7 +5,7 @@ follows it, in attention, convolutions and recurrent layers alike, and no state 
 breaks this rule shows in the self-test, which runs padded batches. T = tokens of all rows, H = hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -36,13 +36,17 @@ def batches(lengths: Sequence[int], edges: Sequence[int] = ()) -> list[list[int]
 
 
 def separate_states(
-    body: torch.nn.Module, rows: Sequence[torch.Tensor], numbers: Sequence[Sequence[int]] | None = None
-) -> torch.Tensor:
-    """Hidden states [T, H] of rows of token ids, in their order: one plain forward pass for each of the batches that
-    `numbers` names, or for every row."""
-    states: dict[int, torch.Tensor] = {}
+    body: Callable[..., Sequence[torch.Tensor]],
+    rows: Sequence[torch.Tensor],
+    numbers: Sequence[Sequence[int]] | None = None,
+) -> list[torch.Tensor]:
+    """What `body` makes of each token of rows of token ids, in their order, such as hidden states [T, H]: one call for
+    each of the batches that `numbers` names, or for every row. A call takes ids [B, L], it gives tensors [B, L, ...].
+    """
+    states: dict[int, list[torch.Tensor]] = {}
     for batch in numbers or [[number] for number in range(len(rows))]:
         padded = pad_sequence([rows[number] for number in batch], batch_first=True)
-        hidden = body(input_ids=padded, use_cache=False).last_hidden_state
-        states |= {number: of_row[: len(rows[number])] for number, of_row in zip(batch, hidden, strict=True)}
-    return torch.cat([states[number] for number in range(len(rows))])
+        found = body(padded)
+        for place, number in enumerate(batch):
+            states[number] = [tensor[place, : len(rows[number])] for tensor in found]
+    return [torch.cat(parts) for parts in zip(*(states[number] for number in range(len(rows))), strict=True)]

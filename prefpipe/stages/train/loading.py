@@ -11,7 +11,9 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward import load
+from prefpipe.forward.balance import check_balance
 from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, causal_model, extremes, settle_rows
+from prefpipe.forward.lora_targets import has_experts
 from prefpipe.models import embedding, vocabulary
 from prefpipe.models.policy import Policy
 from prefpipe.stages.train import memory
@@ -20,7 +22,20 @@ from prefpipe.stages.train.micro_batches import tree_of
 
 
 def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
-    """The model to train: with every weight trainable, with a new adapter, or with the adapter that is trained on."""
+    """The model to train: with every weight trainable, with a new adapter, or with the adapter that is trained on.
+
+    Raises UsageError where the settings ask for a load-balancing loss that the model does not have.
+    """
+    model = _trainable(policy, config)
+    causal, coefficient = causal_model(model.policy), config.router_aux_loss_coef
+    if coefficient:
+        check_balance(causal)
+    if config.tuning == "full" and has_experts(causal):
+        log.info(f"the routers of experts are trained too, with router_aux_loss_coef = {coefficient}")
+    return model
+
+
+def _trainable(policy: Policy, config: TrainConfig) -> TreeModel:
     base = _load_base(policy, config)
     if config.tuning == "full":
         load.train_all(base)
