@@ -34,12 +34,11 @@ COMMON: dict[str, Any] = {
 LINEAR = {
     "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 8, "linear_num_value_heads": 8
 }  # fmt: skip
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-Next": (
         "Qwen3NextConfig",
         {"num_hidden_layers": 4, "layer_types": [*["linear_attention"] * 3, "full_attention"], "head_dim": 32,
-         "moe_intermediate_size": 192, "shared_expert_intermediate_size": 192, **LINEAR, **EXPERTS},
+         "moe_intermediate_size": 192, "shared_expert_intermediate_size": 192, "num_experts": 8, "num_experts_per_tok": 2, **LINEAR},
     ),
     "LFM2": (
         "Lfm2Config",
@@ -50,11 +49,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconH1Config",
         {"num_hidden_layers": 4, "mamba_n_heads": 16, "mamba_d_head": 32, "mamba_d_ssm": 512, "mamba_n_groups": 1,
          "mamba_d_state": 32, "mamba_chunk_size": 64},
-    ),
-    "Jamba": (
-        "JambaConfig",
-        {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2,
-         "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 16, **EXPERTS},
     ),
     "Qwen3": ("Qwen3Config", {"num_hidden_layers": 4, "head_dim": 32}),
 }  # fmt: skip

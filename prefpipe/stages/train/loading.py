@@ -48,6 +48,7 @@ def _trainable(policy: Policy, config: TrainConfig) -> TreeModel:
             r=config.lora_r,
             alpha=config.lora_alpha,
             target_modules=config.lora_target_modules,
+            target_parameters=config.lora_target_parameters,
             seed=config.seed,
             rslora=config.use_rslora,
         )
