@@ -2,8 +2,9 @@
 
     python benchmarks/separate_rows.py [--quick] --json FILE
 
-Random models of 256 hidden units with LoRA, float32, one thread; two prompts of 192 tokens with completions of 40 and
-88, and of 56 and 72. Medians of CPU seconds of passes that take turns in one process:
+Random models of 256 hidden units with LoRA, float32, one thread; 192/64: two prompts of 192 tokens with completions of
+40 and 88, and of 56 and 72; 32/16: twelve prompts of 32 tokens with completions of 10 and 22, or of 14 and 18. Medians
+of CPU seconds of passes that take turns in one process:
 
 - batched: what prefpipe does, rows of similar lengths in padded batches;
 - one by one: a forward pass for each completion;
@@ -27,6 +28,8 @@ from typing import Any
 from train_vs_trl import ROOT
 
 GOAL = 2.2
+# (tokens of a prompt, tokens of both completions, tokens of the first completion of each prompt)
+SHAPES: dict[str, tuple[int, int, tuple[int, ...]]] = {"192/64": (192, 128, (40, 56)), "32/16": (32, 32, (10, 14) * 6)}
 COMMON: dict[str, Any] = {
     "vocab_size": 8000, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8,
     "num_key_value_heads": 4, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -38,7 +41,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-Next": (
         "Qwen3NextConfig",
         {"num_hidden_layers": 4, "layer_types": [*["linear_attention"] * 3, "full_attention"], "head_dim": 32,
-         "moe_intermediate_size": 192, "shared_expert_intermediate_size": 192, "num_experts": 8, "num_experts_per_tok": 2, **LINEAR},
+         "moe_intermediate_size": 192, "shared_expert_intermediate_size": 192, "num_experts": 8,
+         "num_experts_per_tok": 2, **LINEAR},
     ),
     "LFM2": (
         "Lfm2Config",
@@ -59,19 +63,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first model, two passes")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(worker(arguments.worker[0], int(arguments.worker[1]))))
+        name, shape, passes = arguments.worker
+        print(json.dumps(worker(name, shape, int(passes))))
         return
     figures: list[dict[str, Any]] = []
-    print(f"{'':<12}{'batched':>10}{'one by one':>12}{'shared':>10}{'batched / shared':>18}{'one by one / shared':>21}")
-    for name in ["Qwen3-Next"] if arguments.quick else CONFIGS:
-        found = run_worker(name, 2 if arguments.quick else 9)
+    print(f"{'':<20}{'batched':>10}{'one by one':>12}{'shared':>10}{'batched / shared':>18}{'one by one / shared':>21}")
+    cases = [(name, shape) for shape in SHAPES for name in CONFIGS]
+    for name, shape in cases[:1] if arguments.quick else cases:
+        found = run_worker(name, shape, 2 if arguments.quick else 9)
         for way in ("batched", "one by one"):
             ratio = found[way] / found["shared"]
             figures.append(
-                {"name": f"{name}: {way} / shared", "figure": ratio, "unit": "x",
+                {"name": f"{name} {shape}: {way} / shared", "figure": ratio, "unit": "x",
                  "goal": GOAL if way == "batched" else None, "holds": ratio <= GOAL if way == "batched" else None,
                  "seconds": found,
                  "command": "python benchmarks/separate_rows.py --json FILE",
@@ -80,19 +86,19 @@ def main() -> None:
         ratios = (figures[-2]["figure"], figures[-1]["figure"])
         times = f"{found['batched']:>8.3f} s{found['one by one']:>10.3f} s{found['shared']:>8.3f} s"
         extra = f"   the shared row itself {found['tree']:.3f} s" if "tree" in found else ""
-        print(f"{name:<12}{times}{ratios[0]:>16.2f} x{ratios[1]:>19.2f} x{extra}", flush=True)
+        print(f"{name + ' ' + shape:<20}{times}{ratios[0]:>16.2f} x{ratios[1]:>19.2f} x{extra}", flush=True)
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def run_worker(name: str, passes: int) -> dict[str, float]:
+def run_worker(name: str, shape: str, passes: int) -> dict[str, float]:
     """One model in a fresh process with one thread."""
-    command = [sys.executable, __file__, "--json", os.devnull, "--worker", name, str(passes)]
+    command = [sys.executable, __file__, "--json", os.devnull, "--worker", name, shape, str(passes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def worker(name: str, passes: int) -> dict[str, float]:
+def worker(name: str, shape: str, passes: int) -> dict[str, float]:
     """CPU seconds of forward and backward by the way that rows are computed."""
     import torch
     import transformers
@@ -114,7 +120,8 @@ def worker(name: str, passes: int) -> dict[str, float]:
     def ids(count: int) -> tuple[int, ...]:
         return tuple(source.choices(range(3, 8000), k=count))
 
-    pairs = [Tree(ids(192), (ids(n), ids(128 - n))) for n in (40, 56)]
+    prompt, both, firsts = SHAPES[shape]
+    pairs = [Tree(ids(prompt), (ids(first), ids(both - first))) for first in firsts]
     joined = [Tree(pair.prompt, (pair.completions[0] + pair.completions[1],)) for pair in pairs]
     ways: dict[str, tuple[Rows, list[Tree]]] = {
         "batched": ("separate", pairs), "one by one": ("single", pairs), "shared": ("separate", joined)

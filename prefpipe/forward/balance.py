@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import PreTrainedModel
 
 from prefpipe.errors import UsageError
@@ -29,9 +29,9 @@ def check_balance(causal: PreTrainedModel) -> None:
     for recorder in recorded if isinstance(recorded, list) else [recorded]:
         for name, module in causal.named_modules():
             # transformers takes router logits where a router leaves its module, and an adapter on it adds to them later
-            base = module.base_layer if isinstance(module, BaseTunerLayer) else None
-            read = isinstance(base, getattr(recorder, "target_class", ()))
-            if read and not hasattr(module, "parameter_name") and (getattr(recorder, "layer_name", None) or "") in name:
+            adapted = isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+            read = adapted and isinstance(module.base_layer, getattr(recorder, "target_class", ()))
+            if read and (getattr(recorder, "layer_name", None) or "") in name:
                 raise UsageError(
                     f"router_aux_loss_coef: transformers reads the router logits of {causal.config.model_type} before "
                     f"the adapter on {name}",

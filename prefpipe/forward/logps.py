@@ -1,6 +1,6 @@
 """Per-token log-probs of completions: the one forward pass that scoring, audit and training share."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -36,6 +36,9 @@ class TreeModel(torch.nn.Module):
     def __init__(self, policy: torch.nn.Module, rows: Rows = "shared") -> None:
         super().__init__()
         self.policy = policy
+        # From how many passes this process would make for a layout to how many it makes: as many as every other one,
+        # where each pass gathers the parameters of a layer from all of them (FSDP2).
+        self.agree: Callable[[int], int] = lambda passes: passes
         self.set_rows(rows)
 
     def set_rows(self, rows: Rows) -> None:
@@ -78,8 +81,10 @@ class TreeModel(torch.nn.Module):
             row, positions = layout.input_ids.unsqueeze(0), layout.position_ids.unsqueeze(0)
             return [tensor[0] for tensor in body(row, position_ids=positions, tree_row=Row(layout.spans))]
         lengths = [s.trunk_length + sum(n for _, n in s.completions) for s in layout.spans]
-        numbers = batches(lengths, longrope_edges(causal.config)) if self.rows == "separate" else None
-        return separate_states(body, layout.input_ids.split(lengths), numbers)
+        alone = [[row] for row in range(len(lengths))]
+        numbers = batches(lengths, longrope_edges(causal.config)) if self.rows == "separate" else alone
+        spare = self.agree(len(numbers)) - len(numbers)
+        return separate_states(body, layout.input_ids.split(lengths), numbers, spare)
 
 
 def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -5,6 +5,7 @@ import re
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -140,6 +141,11 @@ def stacked(model: PreTrainedModel) -> list[str]:
         for own, parameter in module.named_parameters(recurse=False)
         if parameter.dim() in (2, 3)
     ]
+
+
+def on_parameters(model: PreTrainedModel) -> bool:
+    """Whether an adapter lies on parameters instead of modules."""
+    return any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
 def matches(name: str, targets: list[str]) -> bool:

@@ -38,15 +38,20 @@ def batches(lengths: Sequence[int], edges: Sequence[int] = ()) -> list[list[int]
 def separate_states(
     body: Callable[..., Sequence[torch.Tensor]],
     rows: Sequence[torch.Tensor],
-    numbers: Sequence[Sequence[int]] | None = None,
+    numbers: Sequence[Sequence[int]],
+    spare: int = 0,
 ) -> list[torch.Tensor]:
     """What `body` makes of each token of rows of token ids, in their order, such as hidden states [T, H]: one call for
-    each of the batches that `numbers` names, or for every row. A call takes ids [B, L], it gives tensors [B, L, ...].
+    each of the batches that `numbers` names. A call takes ids [B, L], it gives tensors [B, L, ...]. `spare` more calls
+    change no value and no gradient.
     """
     states: dict[int, list[torch.Tensor]] = {}
-    for batch in numbers or [[number] for number in range(len(rows))]:
+    for batch in numbers:
         padded = pad_sequence([rows[number] for number in batch], batch_first=True)
         found = body(padded)
         for place, number in enumerate(batch):
             states[number] = [tensor[place, : len(rows[number])] for tensor in found]
-    return [torch.cat(parts) for parts in zip(*(states[number] for number in range(len(rows))), strict=True)]
+    first, *others = (torch.cat(parts) for parts in zip(*(states[row] for row in range(len(rows))), strict=True))
+    for _ in range(spare):
+        first = first + 0 * body(rows[0][:1].unsqueeze(0))[0].sum()
+    return [first, *others]

@@ -9,11 +9,10 @@ from transformers import PreTrainedModel
 
 from prefpipe import log
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, IdentityError
-from prefpipe.forward import load
+from prefpipe.errors import DataError, IdentityError, UsageError
+from prefpipe.forward import load, lora_targets
 from prefpipe.forward.balance import check_balance
 from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, causal_model, extremes, settle_rows
-from prefpipe.forward.lora_targets import has_experts
 from prefpipe.models import embedding, vocabulary
 from prefpipe.models.policy import Policy
 from prefpipe.stages.train import memory
@@ -28,9 +27,14 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
     """
     model = _trainable(policy, config)
     causal, coefficient = causal_model(model.policy), config.router_aux_loss_coef
+    if lora_targets.on_parameters(causal) and (config.lora_dropout or config.distributed == "fsdp2"):
+        raise UsageError(
+            "the adapter is on parameters, which neither lora_dropout nor distributed = fsdp2 works with",
+            "leave both at their defaults, or start from an adapter on modules",
+        )
     if coefficient:
         check_balance(causal)
-    if config.tuning == "full" and has_experts(causal):
+    if config.tuning == "full" and lora_targets.has_experts(causal):
         log.info(f"the routers of experts are trained too, with router_aux_loss_coef = {coefficient}")
     return model
 

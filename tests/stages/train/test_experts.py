@@ -1,10 +1,11 @@
 """Mixtures of experts in training: their load-balancing loss, and what becomes of it in metrics and gradients."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig, MixtralForCausalLM
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import UsageError
@@ -14,6 +15,13 @@ from prefpipe.stages.train import loading, loop
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import StepMetrics
 from tests.stages.train import data
+from tests.stages.train.runs import torchrun
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "initializer_range": 0.2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +29,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral of two layers with four experts each, of which a token takes one: some stay without tokens."""
     directory = tmp_path_factory.mktemp("models") / "mixture"
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=264, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=1, max_position_embeddings=128, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(directory)
+    MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=1)).save_pretrained(directory)
     return directory
 
 
@@ -76,3 +79,16 @@ def test_it_is_refused_for_a_model_without_experts(tiny_model: Path):
     with pytest.raises(UsageError, match="no load-balancing loss for llama") as caught:
         loading.load_policy(resolve(str(tiny_model)), data.config(tiny_model, router_aux_loss_coef=0.01))
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_gradient_of_one(mixture: Path, tiny_model: Path, tmp_path: Path):
+    """DDP and FSDP2 where ranks use other parameters, or make other numbers of passes, than each other."""
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = {**SMALL, "head_dim": 16, "sliding_window": 8}
+    torch.manual_seed(0)
+    seeing = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4))
+    seeing.save_pretrained(tmp_path / "towers")
+    done = torchrun("-m", "tests.stages.train.skipping_ranks", mixture, tmp_path / "towers", tiny_model)
+    assert done.returncode == 0, done.stderr[-4000:]
