@@ -1,6 +1,6 @@
 """What separate rows cost: models that cannot share a row, two completions to a prompt, forward and backward.
 
-    python benchmarks/separate_rows.py [--quick] --json FILE
+    python benchmarks/separate_rows.py [--quick] [--only 'LFM2 32/16'] --json FILE
 
 Random models of 256 hidden units with LoRA, float32, one thread; 192/64: two prompts of 192 tokens with completions of
 40 and 88, and of 56 and 72; 32/16: twelve prompts of 32 tokens with completions of 10 and 22, or of 14 and 18. Medians
@@ -62,6 +62,7 @@ def main() -> None:
     """Measure every model in a process of its own, print a table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first model, two passes")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,7 +72,7 @@ def main() -> None:
         return
     figures: list[dict[str, Any]] = []
     print(f"{'':<20}{'batched':>10}{'one by one':>12}{'shared':>10}{'batched / shared':>18}{'one by one / shared':>21}")
-    cases = [(name, shape) for shape in SHAPES for name in CONFIGS]
+    cases = [(name, shape) for shape in SHAPES for name in CONFIGS if arguments.only in f"{name} {shape}"]
     for name, shape in cases[:1] if arguments.quick else cases:
         found = run_worker(name, shape, 2 if arguments.quick else 9)
         for way in ("batched", "one by one"):

@@ -25,7 +25,7 @@ def check_balance(causal: PreTrainedModel) -> None:
             f"router_aux_loss_coef: transformers has no load-balancing loss for {causal.config.model_type}",
             "leave it at 0: it is for mixtures of experts such as Mixtral, Qwen3-MoE, OLMoE or gpt-oss",
         )
-    recorded = (causal.get_decoder()._can_record_outputs or {}).get("router_logits")
+    recorded = (getattr(causal.get_decoder(), "_can_record_outputs", None) or {}).get("router_logits")
     for recorder in recorded if isinstance(recorded, list) else [recorded]:
         for name, module in causal.named_modules():
             # transformers takes router logits where a router leaves its module, and an adapter on it adds to them later
