@@ -16,9 +16,11 @@ LORA_ONLY = (  # settings that nothing reads when every weight is trained
     "use_rslora",
     "lora_dropout",
     "lora_target_modules",
+    "lora_target_parameters",
     "load_in_4bit",
     "merge",
 )
+NO_PARAMETERS = ("lora_dropout", "load_in_4bit", "distributed")  # settings that peft cannot apply to bare parameters
 EVAL_ONLY = (  # settings that nothing reads when there are no rows to evaluate on
     "eval_steps",
     "load_best_model_at_end",
@@ -139,6 +141,12 @@ class TrainConfig(LossSettings):
     """Dropout in front of the adapter while it trains; the model's own dropout is always off."""
     lora_target_modules: str = "all-linear"
     """Adapted modules: all-linear (without the head), or names joined by commas."""
+    lora_target_parameters: Annotated[str, ADDED] = ""
+    """Adapted parameters that belong to no linear module, such as mlp.experts.gate_up_proj,mlp.experts.down_proj: names
+    or their ends, joined by commas; empty for none (target_parameters of peft)."""
+    router_aux_loss_coef: Annotated[float, ADDED, Field(ge=0)] = 0.0
+    """For mixtures of experts: weight of the model's load-balancing loss (arXiv:2101.03961), a mean over completions
+    that is added to the loss; 0 leaves it out."""
     load_in_4bit: bool = False
     """QLoRA: the frozen weights in 4 bits (nf4, double quantization) through the package bitsandbytes."""
     merge: bool = False
@@ -229,6 +237,8 @@ class TrainConfig(LossSettings):
                 yield f"{setting} is read only with tuning = lora"
             if self.adapter != "none":
                 yield "tuning = full trains no adapter: merge it first (--merge), then pass the result as --model"
+        if self.lora_target_parameters:
+            yield from (f"{s} does not work with lora_target_parameters" for s in self._changed(*NO_PARAMETERS))
         if self.distributed == "fsdp2" and (self.load_in_4bit or self.optim not in ("adamw_torch_fused", "rmsprop")):
             yield "bitsandbytes does not work on the sharded parameters of distributed = fsdp2: use ddp"
 

@@ -15,7 +15,15 @@ from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response
 from prefpipe.errors import UsageError
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
-from prefpipe.forward.logps import TreeModel, causal_model, extremes, plain_attention, score, settle_rows
+from prefpipe.forward.logps import (
+    ROWS_IN_WORDS,
+    TreeModel,
+    causal_model,
+    extremes,
+    plain_attention,
+    score,
+    settle_rows,
+)
 
 _PROMPTS_PER_CHUNK = 64
 
@@ -40,7 +48,7 @@ class TransformersEngine:
         if settings.policy.adapter is not None:
             policy = load.load_adapter(policy, settings.policy.adapter, trainable=False)
         self._model = TreeModel(policy)
-        self._tested = 0  # tokens of the longest sequence for which shared rows are known to be right
+        self._tested = 0  # tokens of the longest sequence for which the rows are known to be right
         self._eos = torch.tensor(sorted(settings.stops))
 
     @property
@@ -89,10 +97,10 @@ class TransformersEngine:
 
     def _score(self, trees: list[Tree]) -> list[list[list[float]]]:
         longest = max(tree.longest_sequence for tree in trees)
-        if self._model.rows == "shared" and longest > self._tested:  # a window shows in sequences that are longer
+        if self._model.rows != "single" and longest > self._tested:  # a window shows in sequences that are longer
             reason = settle_rows(self._model, extremes(trees), self._settings.dtype)
             if reason is not None:
-                log.warn(f"every completion is scored in a row of its own: {reason}")
+                log.warn(f"every completion is scored {ROWS_IN_WORDS[self._model.rows]}: {reason}")
             self._tested = longest
         self._model.set_rows(self._model.rows)
         return list(score(self._model, trees, self._settings.max_tokens_per_batch))

@@ -35,9 +35,7 @@ def register() -> None:
 
 def why_not_shared(config: PreTrainedConfig) -> str | None:
     """Why completions of this model cannot share a row; None where no reason is known, and the self-test decides."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    rules = [r for r in (rope, *rope.values()) if isinstance(r, dict)]
+    text, rules = config.get_text_config(), _rotary_rules(config)
     layers = set(getattr(text, "layer_types", None) or ())
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
         return "its attention bias (ALiBi) counts rows, not positions"
@@ -45,19 +43,29 @@ def why_not_shared(config: PreTrainedConfig) -> str | None:
         return "it has recurrent layers, whose state would run from one completion into the next"
     if any("mrope_section" in r for r in rules):
         return "its positions have several axes (M-RoPE)"
-    if any(r.get("rope_type") == "longrope" for r in rules):
+    if longrope_edges(config):
         return "its rotary frequencies depend on the longest position in the row (longrope)"
     return None
 
 
+def longrope_edges(config: PreTrainedConfig) -> list[int]:
+    """The lengths beyond which a longrope model turns to its long frequencies, for all rows of a batch; mostly none."""
+    return [r["original_max_position_embeddings"] for r in _rotary_rules(config) if r.get("rope_type") == "longrope"]
+
+
 def check_positions(config: PreTrainedConfig) -> None:
     """Raise UsageError for rotary frequencies that depend on earlier sequences: no value would be repeatable."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if any(r.get("rope_type") == "dynamic" for r in (rope, *rope.values()) if isinstance(r, dict)):
+    if any(r.get("rope_type") == "dynamic" for r in _rotary_rules(config)):
         raise UsageError(
             "this model's rotary embedding (dynamic NTK) depends on the longest sequence seen so far",
             "set a fixed rope_type (such as yarn or linear) in its config.json",
         )
+
+
+def _rotary_rules(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """What the config says of rotary embeddings, for all layers or by their kind."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [rule for rule in (rope, *rope.values()) if isinstance(rule, dict)]
 
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}

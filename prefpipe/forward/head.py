@@ -26,12 +26,17 @@ class LogitRule:
 
 
 def logit_rule(text: object) -> LogitRule:
-    """The rule of a model, by the names that (text) configs have for it: Cohere, Granite, Falcon-H1, Gemma."""
+    """The rule of a model, by the names that (text) configs have for it: Cohere, Falcon-H1 and Muse Glimmer multiply,
+    Granite divides, HyperCLOVA X multiplies under the name of Granite; Gemma, RecurrentGemma and xLSTM cap."""
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= getattr(text, name, None) or 1.0
-    scale /= getattr(text, "logits_scaling", None) or 1.0
-    return LogitRule(scale, getattr(text, "final_logit_softcapping", None))
+    scaling = getattr(text, "logits_scaling", None) or 1.0
+    scale *= scaling if getattr(text, "model_type", None) == "hyperclovax" else 1 / scaling
+    caps = (
+        getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    )
+    return LogitRule(scale, next((cap for cap in caps if cap), None))
 
 
 def target_logps(

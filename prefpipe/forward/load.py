@@ -17,7 +17,6 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from prefpipe import log
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.forward import attention, lora_targets
 from prefpipe.forward.architecture import reason
@@ -101,18 +100,27 @@ def train_all(model: PreTrainedModel) -> None:
 
 
 def add_lora(
-    model: PreTrainedModel, *, r: int, alpha: int, target_modules: str, seed: int, rslora: bool = False
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int,
+    target_modules: str,
+    target_parameters: str = "",
+    seed: int,
+    rslora: bool = False,
 ) -> PeftModel:
     """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype.
 
-    `all-linear` leaves out the head, routers of experts and towers beside the text decoder. Raises UsageError for
-    modules that the model does not have.
+    `all-linear` leaves out the head, routers of experts, towers beside the text decoder and what Mamba's kernels read
+    past an adapter. `target_parameters` names parameters of no linear module, such as stacked experts. Raises
+    UsageError for modules and parameters that the model does not have.
     """
     torch.manual_seed(seed)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
-        target_modules=_targets(model, target_modules),
+        target_modules=lora_targets.modules_of(model, target_modules),
+        target_parameters=lora_targets.parameters_of(model, target_parameters) or None,
         lora_dropout=0.0,
         use_rslora=rslora,
         task_type="CAUSAL_LM",
@@ -120,26 +128,11 @@ def add_lora(
     try:
         return _check_head(get_peft_model(model, config, autocast_adapter_dtype=False))
     except ValueError as error:
+        names = f"lora_target_modules = {target_modules!r}"
+        names += f", lora_target_parameters = {target_parameters!r}" if target_parameters else ""
         raise UsageError(
-            f"lora_target_modules = {target_modules!r}: {error}", "name linear modules of this model"
+            f"{names}: {error}", "name linear modules of this model, and parameters that no such has"
         ) from error
-
-
-def _targets(model: PreTrainedModel, target_modules: str) -> list[str] | str:
-    """The modules to adapt; the log says what happens to the routers of experts."""
-    routers = lora_targets.routers(model)
-    if target_modules == "all-linear":
-        if routers:
-            log.info(f"all-linear leaves out {len(routers)} routers of experts (first {min(routers)})")
-        return lora_targets.all_linear(model)
-    targets = [t.strip() for t in target_modules.split(",")]
-    trained = [name for name in routers if lora_targets.matches(name, targets)]
-    if trained:
-        log.warn(
-            f"lora_target_modules trains {len(trained)} routers of experts (first {min(trained)}); no loss keeps the "
-            "experts evenly loaded: router_aux_loss_coef is not applied"
-        )
-    return targets
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:

@@ -1,20 +1,27 @@
 """Per-token log-probs of completions: the one forward pass that scoring, audit and training share."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from prefpipe.errors import UsageError
-from prefpipe.forward.attention import NAME, Row, why_not_shared
+from prefpipe.forward.attention import NAME, Row, longrope_edges, why_not_shared
+from prefpipe.forward.balance import balance_losses
 from prefpipe.forward.head import log_collisions, logit_rule, target_logps
 from prefpipe.forward.layout import Layout, Tree, flatten, separate
+from prefpipe.forward.separate_rows import batches, separate_states
 
 SCORER_VERSION = 2  # raise it when a change moves the log-probs: cached values of another version are refused
 SCORING_TOKENS = 2048  # of one scoring pass; larger ones were slower on CPU (docs/LOG.md)
-Rows = Literal["shared", "separate"]
+Rows = Literal["shared", "separate", "single"]  # from the fastest on
+ROWS: tuple[Rows, ...] = get_args(Rows)
+ROWS_IN_WORDS = {
+    "separate": "in a row of its own, in batches of similar lengths",
+    "single": "in a row of its own, one after the other",
+}
 _TOLERANCE = {"float32": 1e-3, "float16": 0.5, "bfloat16": 1.0}  # nats in one token; a wrong mask is off by many
 
 
@@ -22,12 +29,16 @@ class TreeModel(torch.nn.Module):
     """A causal language model (PEFT-wrapped or not) as a function from a layout to token log-probs.
 
     It is a module, so that DDP and FSDP2 see one forward call that holds body and head. `rows` is "shared" (token
-    trees) or "separate" (the attention of transformers, one completion at a time, for models that cannot share a row).
+    trees), or for models that cannot share a row, by the attention of transformers, "separate" (a row for every
+    completion, in padded batches) or "single" (one row at a time, where padding would change a value).
     """
 
     def __init__(self, policy: torch.nn.Module, rows: Rows = "shared") -> None:
         super().__init__()
         self.policy = policy
+        # From how many passes this process would make for a layout to how many it makes: as many as every other one,
+        # where each pass gathers the parameters of a layer from all of them (FSDP2).
+        self.agree: Callable[[int], int] = lambda passes: passes
         self.set_rows(rows)
 
     def set_rows(self, rows: Rows) -> None:
@@ -36,41 +47,44 @@ class TreeModel(torch.nn.Module):
         causal = causal_model(self.policy)
         causal.set_attn_implementation(NAME if rows == "shared" else plain_attention(causal))
 
-    def forward(self, layout: Layout, *, collisions: bool = False) -> torch.Tensor:
+    def forward(
+        self, layout: Layout, *, collisions: bool = False, balance: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """float32 log-probs [N], in nats, of every completion token of a layout, in its order. With `collisions`
-        [2, N]: row 1 is log sum_v p_v^2 of the distribution that the token was drawn from, without gradient."""
+        [2, N]: row 1 is log sum_v p_v^2 of the distribution that the token was drawn from, without gradient. With
+        `balance` also the load-balancing loss of every completion [C]."""
         causal = causal_model(self.policy)
         head = cast(torch.nn.Linear, causal.get_output_embeddings())
         layout = layout.to(head.weight.device)
-        hidden = _shared_states(causal, layout) if self.rows == "shared" else _separate_states(causal, layout)
+        hidden, *router_logits = self._states(causal, layout, balance=balance)
         states, rule = hidden[layout.sources], logit_rule(causal.config.get_text_config())
         bias = cast(torch.Tensor | None, getattr(head, "bias", None))
         logps = target_logps(states, head.weight, layout.targets, rule, bias)[layout.entries]
-        if not collisions:
-            return logps
-        return torch.stack([logps, log_collisions(states, head.weight, rule, bias)[layout.entries]])
+        if collisions:
+            logps = torch.stack([logps, log_collisions(states, head.weight, rule, bias)[layout.entries]])
+        return (logps, balance_losses(causal, router_logits, layout.spans)) if balance else logps
 
     def layout(self, trees: Sequence[Tree]) -> Layout:
         """A layout of trees for this model; completions and tokens keep the order of `trees`."""
         return flatten(trees if self.rows == "shared" else separate(trees))
 
+    def _states(self, causal: PreTrainedModel, layout: Layout, *, balance: bool) -> list[torch.Tensor]:
+        """Hidden states [T, H] and, with `balance`, the router logits [T, E] of every layer with experts."""
 
-def _shared_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
-    """Hidden states [T, H] of a row of trees, by one forward pass."""
-    return decoder(causal)(
-        input_ids=layout.input_ids.unsqueeze(0),
-        position_ids=layout.position_ids.unsqueeze(0),
-        use_cache=False,
-        tree_row=Row(layout.spans),
-    ).last_hidden_state[0]
+        def body(input_ids: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+            options |= {"output_router_logits": True} if balance else {}
+            out = decoder(causal)(input_ids=input_ids, use_cache=False, **options)
+            routers = out.router_logits if balance else ()
+            return [out.last_hidden_state, *(logits.reshape(*input_ids.shape, -1) for logits in routers)]
 
-
-def _separate_states(causal: PreTrainedModel, layout: Layout) -> torch.Tensor:
-    """Hidden states [T, H] of trees with one completion each, by one plain forward pass per tree."""
-    body = decoder(causal)
-    rows = [slice(s.start, s.start + s.trunk_length + sum(n for _, n in s.completions)) for s in layout.spans]
-    passes = [body(input_ids=layout.input_ids[row].unsqueeze(0), use_cache=False) for row in rows]
-    return torch.cat([out.last_hidden_state[0] for out in passes])
+        if self.rows == "shared":
+            row, positions = layout.input_ids.unsqueeze(0), layout.position_ids.unsqueeze(0)
+            return [tensor[0] for tensor in body(row, position_ids=positions, tree_row=Row(layout.spans))]
+        lengths = [s.trunk_length + sum(n for _, n in s.completions) for s in layout.spans]
+        alone = [[row] for row in range(len(lengths))]
+        numbers = batches(lengths, longrope_edges(causal.config)) if self.rows == "separate" else alone
+        spare = self.agree(len(numbers)) - len(numbers)
+        return separate_states(body, layout.input_ids.split(lengths), numbers, spare)
 
 
 def completion_logps(token_logps: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -128,18 +142,23 @@ def extremes(trees: Sequence[Tree]) -> list[Tree]:
 
 
 def settle_rows(model: TreeModel, trees: Sequence[Tree], dtype: str) -> str | None:
-    """Choose shared or separate rows, by the architecture and by a self-test on `trees`.
+    """Choose the fastest rows that are right, by the architecture and by a self-test on `trees`, from the present ones
+    on: shared, separate, single.
 
-    Returns why rows are separate, or None. Raises UsageError when separate rows are wrong as well.
+    Returns why the present ones are left, or None. Raises UsageError when single rows are wrong as well.
     """
-    reason = why_not_shared(causal_model(model.policy).config) or _why_not(model, "shared", trees, dtype)
-    if reason is not None:
-        failed = _why_not(model, "separate", trees, dtype)
-        if failed is not None:
-            raise UsageError(
-                f"this architecture is not supported yet: {failed}", "please report the model; another one will do"
-            )
-    return reason
+    reasons: list[str] = []
+    before = model.rows
+    for rows in ROWS[ROWS.index(before) :]:
+        known = why_not_shared(causal_model(model.policy).config) if rows == "shared" else None
+        reason = known or _why_not(model, rows, trees, dtype)
+        if reason is None:
+            return "; ".join(reasons) or None
+        reasons.append(reason)
+    model.set_rows(before)
+    raise UsageError(
+        f"this architecture is not supported yet: {reasons[-1]}", "please report the model; another one will do"
+    )
 
 
 def _why_not(model: TreeModel, rows: Rows, trees: Sequence[Tree], dtype: str) -> str | None:
@@ -163,6 +182,8 @@ def self_test(model: TreeModel, trees: Sequence[Tree]) -> float:
     A plain pass computes one completion with full logits, by the model or its PEFT wrapper: it knows nothing of trees,
     chunks of the head or spans.
     """
+    if model.rows == "separate":
+        trees = [*trees, *map(_cut, trees)]
     ours = [torch.tensor(c) for tree in score(model, trees) for c in tree]
     causal = causal_model(model.policy)
     causal.set_attn_implementation(plain_attention(causal))
@@ -171,6 +192,13 @@ def self_test(model: TreeModel, trees: Sequence[Tree]) -> float:
     finally:
         model.set_rows(model.rows)
     return max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True))
+
+
+def _cut(tree: Tree) -> Tree:
+    """The longest completion without the last 16th of its row: separate rows pad it beside the whole one."""
+    longest = max(tree.completions, key=len)
+    cut = max(1, (len(tree.prompt) + len(longest)) // 16)
+    return Tree(tree.prompt, [longest[: max(1, len(longest) - cut)]])
 
 
 def _plain_logps(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:

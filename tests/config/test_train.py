@@ -25,6 +25,17 @@ from prefpipe.config.train import TrainConfig
         ({"eval_split": 0.1, "metric_for_best_model": "eval_rewards/margins"}, "is read only with"),
         ({"distributed": "fsdp2", "optim": "adamw_8bit"}, "use ddp"),
         ({"distributed": "fsdp2", "load_in_4bit": True}, "use ddp"),
+        ({"lora_target_parameters": "w", "lora_dropout": 0.1}, "lora_dropout = 0.1 does not work with lora_target_par"),
+        (
+            {"lora_target_parameters": "w", "load_in_4bit": True},
+            "load_in_4bit = True does not work with lora_target_par",
+        ),
+        ({"lora_target_parameters": "w", "distributed": "fsdp2"}, "distributed = fsdp2 does not work with lora_target"),
+        (
+            {"lora_target_parameters": "w", "tuning": "full"},
+            "lora_target_parameters = w is read only with tuning = lora",
+        ),
+        ({"router_aux_loss_coef": -0.1}, "greater than or equal to 0"),
         ({"eval_split": 1.0}, "less than 1"),
         ({"reference_model": "unavailable", "reference_adapter": "a"}, "reference_model = unavailable loads none"),
     ],

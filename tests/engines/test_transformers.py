@@ -164,7 +164,7 @@ def test_a_model_that_cannot_share_rows_generates_with_a_notice(
     policy = resolve(str(tmp_path / "m"))
     with engines.load("transformers", replace(settings, policy=policy, max_num_seqs=6)) as running:
         found = sampled(running, requests(*DRAWS))
-    assert capsys.readouterr().err.count("a row of its own: its attention bias (ALiBi)") == 1
+    assert capsys.readouterr().err.count("in batches of similar lengths: its attention bias (ALiBi)") == 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     for sequence in sequences(found):
         name, _, index = sequence.completion_id.partition("/")
@@ -197,7 +197,7 @@ def test_a_window_that_attention_is_not_told_of_shows_in_the_first_longer_sequen
         assert "a row of its own" not in capsys.readouterr().err
         found |= dict(running.score(long, adapter=True))
         found |= {f"{key}/again": values for key, values in running.score(long, adapter=True)}
-    assert capsys.readouterr().err.count("a row of its own: shared rows differ") == 1
+    assert capsys.readouterr().err.count("in batches of similar lengths: shared rows differ") == 1
     for sequence in (*short, *long):
         ids = torch.tensor([[*sequence.prompt_token_ids, *sequence.token_ids]])
         with torch.no_grad():

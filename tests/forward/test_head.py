@@ -127,13 +127,17 @@ def test_a_trainable_head_without_gradient_computes_values_only():
 
 
 def test_the_rule_of_a_family_is_read_from_its_config():
-    """Cohere and Falcon-H1 multiply, Granite divides, Gemma caps; a missing, None or absent name is no rule."""
+    """Some multiply, some divide, some cap; a missing, None or absent name is no rule."""
     rule = lambda **names: logit_rule(SimpleNamespace(**names))  # noqa: E731
     assert rule() == rule(logit_scale=None, logits_scaling=None, final_logit_softcapping=None) == LogitRule()
     assert rule(logit_scale=0.0625) == LogitRule(0.0625)
     assert rule(logits_scaling=8.0) == LogitRule(0.125)
     assert rule(lm_head_multiplier=0.5, logit_scale=4.0) == LogitRule(2.0)
+    assert rule(logits_scaling=8.0, model_type="granite") == LogitRule(0.125)
+    assert rule(logits_scaling=8.0, model_type="hyperclovax") == LogitRule(8.0)
     assert rule(final_logit_softcapping=30.0) == LogitRule(1.0, 30.0)
+    assert rule(final_logit_softcapping=20.0, output_multiplier=0.5) == LogitRule(0.5, 20.0)
+    assert rule(logits_soft_cap=30.0) == rule(output_logit_soft_cap=30.0) == LogitRule(1.0, 30.0)
 
 
 def test_bfloat16_log_probs_are_float32_of_bfloat16_logits():

@@ -20,6 +20,7 @@ from prefpipe.forward.logps import (
     TreeModel,
     causal_model,
     completion_logps,
+    decoder,
     extremes,
     pack,
     plain_attention,
@@ -77,6 +78,7 @@ SHARED: dict[str, Callable[..., PretrainedConfig]] = {
     "granite-scale": lambda **k: transformers.GraniteConfig(
         **GROUPED, logits_scaling=8.0, attention_multiplier=0.2, embedding_multiplier=2.0, residual_multiplier=0.5, **k
     ),
+    "hyperclovax-scale": lambda **k: transformers.HyperCLOVAXConfig(**GROUPED, logits_scaling=0.25, **k),
     "cohere-scale": lambda **k: transformers.CohereConfig(**GROUPED, logit_scale=0.25, **k),
     "cohere2-scale-window": lambda **k: transformers.Cohere2Config(
         **GROUPED, logit_scale=0.25, sliding_window=5, sliding_window_pattern=2, **k
@@ -105,6 +107,9 @@ MATRIX = (
     "olmo2", "gpt_neox", "granite-scale",
 )  # fmt: skip
 CASES = [(family, tied) for family in SHARED for tied in ((False, True) if family in MATRIX else (None,))]
+MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8
+}  # fmt: skip
 # Rows that cannot be shared, and by what they are known: every completion in a row of its own.
 SEPARATE: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     "bloom": (
@@ -135,9 +140,57 @@ SEPARATE: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
         "shared rows",
     ),
     "nemotron": (lambda: transformers.NemotronConfig(**GROUPED, head_dim=8), "does not take shared rows"),
+    "mpt": (
+        lambda: transformers.MptConfig(
+            vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, initializer_range=0.3
+        ),
+        "ALiBi",
+    ),
     "lfm2": (
         lambda: transformers.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"], block_multiple_of=8),
         "recurrent",
+    ),
+    "mamba2": (
+        lambda: transformers.Mamba2Config(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8,
+            n_groups=1, chunk_size=8, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        ),
+        "recurrent",
+    ),
+    "bamba": (
+        lambda: transformers.BambaConfig(**GROUPED, **MAMBA, mamba_expand=2, attn_layer_indices=[1]), "recurrent"
+    ),
+    "falcon_h1": (lambda: transformers.FalconH1Config(**GROUPED, **MAMBA, mamba_d_ssm=64), "recurrent"),
+    "jamba": (
+        lambda: transformers.JambaConfig(
+            **GROUPED, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+            num_experts=4, num_experts_per_tok=2, mamba_d_state=8, mamba_expand=2, mamba_dt_rank=4,
+        ),
+        "recurrent",
+    ),
+    "recurrent_gemma": (
+        lambda: transformers.RecurrentGemmaConfig(
+            **{n: v for n, v in GROUPED.items() if n != "max_position_embeddings"}, lru_width=32,
+            attention_window_size=8, block_types=["recurrent", "attention"], logits_soft_cap=3.0,
+        ),
+        "recurrent",
+    ),
+    "qwen3_5": (
+        lambda: transformers.Qwen3_5TextConfig(
+            **GROUPED, head_dim=8, layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8,
+            linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+        ),
+        "recurrent",
+    ),
+    # Positions of three axes alone: all of its layers attend.
+    "qwen3_5-mrope": (
+        lambda: transformers.Qwen3_5TextConfig(
+            **GROUPED, head_dim=8, layer_types=["full_attention", "full_attention"],
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]
+            },
+        ),
+        "M-RoPE",
     ),
     "qwen3_next": (
         lambda: transformers.Qwen3NextConfig(
@@ -287,17 +340,46 @@ def test_separate_rows_equal_plain_rows_too(family: str, tmp_path: Path):
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys", "ignore:.*fast path")
 @pytest.mark.parametrize("family", SEPARATE)
 def test_models_that_cannot_share_a_row_are_computed_in_separate_rows(family: str, tmp_path: Path):
-    """Exact values and LoRA gradients all the same, and the reason in words."""
+    """Exact values and LoRA gradients in padded batches, and the reason in words."""
     make, why = SEPARATE[family]
     model = adapted(build(make(), tmp_path))
-    some = [*trees(2), Tree(tokens(30, 2), [tokens(10, 3), tokens(3, 4)])]
+    some = [*trees(2), Tree(tokens(30, 2), [tokens(8, 3), tokens(3, 4), tokens(10, 5)])]
+    shapes: list[torch.Size] = []
+    causal_model(model.policy).get_input_embeddings().register_forward_pre_hook(
+        lambda _module, given: shapes.append(given[0].shape)
+    )
     reason = settle_rows(model, some, "float32")
     assert why in (reason or "shared")
     assert model.rows == "separate"
-    values, plain = model(model.layout(some)), plain_logps(model, some)
+    shapes.clear()
+    values = model(model.layout(some))
+    assert torch.Size([2, 40]) in shapes  # rows of 40 and 38 tokens
+    assert sum(shape[0] for shape in shapes) == 9
+    plain = plain_logps(model, some)
     close(values, plain)
     assert relative(gradients(model, values), gradients(model, plain)) <= 1e-5
     close(torch.tensor([v for tree in score(model, some) for c in tree for v in c]), plain)
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_a_model_that_looks_ahead_is_computed_one_row_at_a_time(weight: float, tmp_path: Path):
+    """The last state of a row is added to all of its states: beside a longer row it would be that of the padding."""
+    model = adapted(build(SHARED["llama"](), tmp_path))
+
+    def look_ahead(_module: object, _given: object, out: Any) -> Any:
+        out.last_hidden_state = out.last_hidden_state + weight * out.last_hidden_state[:, -1:]
+        return out
+
+    decoder(causal_model(model.policy)).register_forward_hook(look_ahead)
+    model.set_rows("separate")
+    some = trees(2)
+    reason = settle_rows(model, some, "float32")
+    assert model.rows == ("single" if weight else "separate")
+    assert ("separate rows differ" in (reason or "")) == bool(weight)
+    values, plain = model(model.layout(some)), plain_logps(model, some)
+    close(values, plain)
+    assert relative(gradients(model, values), gradients(model, plain)) <= 1e-5
+    assert settle_rows(model, some, "float32") is None  # what was left is not tried again
 
 
 def test_growing_rotary_frequencies_are_refused_in_words(tmp_path: Path):
@@ -311,7 +393,7 @@ def test_a_model_that_is_wrong_in_separate_rows_too_is_refused(tmp_path: Path, m
     model = TreeModel(build(SHARED["granite-scale"](), tmp_path))
     causal = causal_model(model.policy)
     monkeypatch.setattr("prefpipe.forward.logps.logit_rule", lambda _text: LogitRule())
-    with pytest.raises(UsageError, match=r"not supported yet: separate rows differ from plain .* by \d"):
+    with pytest.raises(UsageError, match=r"not supported yet: single rows differ from plain .* by \d"):
         settle_rows(model, trees(2), "float32")
     monkeypatch.undo()
     assert settle_rows(model, trees(2), "float32") is None

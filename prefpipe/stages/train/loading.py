@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from prefpipe import log
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, IdentityError, PrefpipeError
-from prefpipe.forward import load
-from prefpipe.forward.logps import TreeModel, causal_model, extremes, settle_rows
+from prefpipe.errors import DataError, IdentityError, PrefpipeError, UsageError
+from prefpipe.forward import load, lora_targets
+from prefpipe.forward.balance import check_balance
+from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, causal_model, extremes, settle_rows
 from prefpipe.models import embedding, vocabulary
 from prefpipe.models.policy import Policy
 from prefpipe.stages.train import memory
@@ -20,7 +21,25 @@ from prefpipe.stages.train.micro_batches import tree_of
 
 
 def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
-    """The model to train: with every weight trainable, with a new adapter, or with the adapter that is trained on."""
+    """The model to train: with every weight trainable, with a new adapter, or with the adapter that is trained on.
+
+    Raises UsageError where the settings ask for a load-balancing loss that the model does not have.
+    """
+    model = _trainable(policy, config)
+    causal, coefficient = causal_model(model.policy), config.router_aux_loss_coef
+    if lora_targets.on_parameters(causal) and (config.lora_dropout or config.distributed == "fsdp2"):
+        raise UsageError(
+            "the adapter is on parameters, which neither lora_dropout nor distributed = fsdp2 works with",
+            "leave both at their defaults, or start from an adapter on modules",
+        )
+    if coefficient:
+        check_balance(causal)
+    if config.tuning == "full" and lora_targets.has_experts(causal):
+        log.info(f"the routers of experts are trained too, with router_aux_loss_coef = {coefficient}")
+    return model
+
+
+def _trainable(policy: Policy, config: TrainConfig) -> TreeModel:
     base = _load_base(policy, config)
     if config.tuning == "full":
         load.train_all(base)
@@ -33,6 +52,7 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
             r=config.lora_r,
             alpha=config.lora_alpha,
             target_modules=config.lora_target_modules,
+            target_parameters=config.lora_target_parameters,
             seed=config.seed,
             rslora=config.use_rslora,
         )
@@ -89,7 +109,8 @@ def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:
     completion is computed in a row of its own from now on, with a warning."""
     reason = settle_rows(model, extremes([tree_of(row) for row in rows]), dtype)
     if reason is not None:
-        log.warn(f"every completion is computed in a row of its own, at up to twice the cost: {reason}")
+        words = ROWS_IN_WORDS[model.rows]
+        log.warn(f"every completion is computed {words}; a pair costs up to twice its shared row: {reason}")
 
 
 def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConfig) -> int:

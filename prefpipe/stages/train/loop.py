@@ -215,7 +215,7 @@ def _micro_batch(
 @dataclass(frozen=True)
 class RowLosses:
     """What a forward pass makes of the rows [B] of a micro-batch: tokens computed and tokens scored, the batch of the
-    losses, the weights [B], the weighted loss of every row [B] and the metrics."""
+    losses, the weights [B], the loss of every row [B], weighted and with its load-balancing loss, and the metrics."""
 
     num_tokens: int
     num_scored: int
@@ -229,11 +229,17 @@ def row_losses(trainer: Trainer, micro: MicroBatch, z0: float, noise: float | No
     """Forward of a micro-batch, for a step and for an evaluation; `noise` as in `metrics`."""
     objective = trainer.config.objective
     layout = trainer.model.layout(micro.trees)
-    token_logps = trainer.wrapped(layout, collisions=objective.settings.use_weighting)
+    coefficient = trainer.config.router_aux_loss_coef
+    found = trainer.wrapped(layout, collisions=objective.settings.use_weighting, balance=coefficient > 0)
+    token_logps, balance = found if coefficient else (found, None)
     batch, weights = to_loss_batch(token_logps, layout, micro, objective.settings, z0)
     shown = metrics.metrics(batch, objective.settings.beta, on_reference=trainer.on_reference, noise=noise)
-    per_row = registry.combine(objective, batch)
-    return RowLosses(layout.input_ids.numel(), layout.targets.numel(), batch, weights, weights * per_row, shown)
+    per_row = weights * registry.combine(objective, batch)
+    if balance is not None:
+        of_rows = torch.stack([balance[list(place)].mean() for place in micro.places])
+        per_row = per_row + coefficient * of_rows
+        shown = {**shown, "aux_loss": (of_rows.detach(), torch.ones_like(of_rows))}
+    return RowLosses(layout.input_ids.numel(), layout.targets.numel(), batch, weights, per_row, shown)
 
 
 def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:

@@ -85,6 +85,7 @@ def wrap(model: TreeModel, world: World, strategy: str) -> torch.nn.Module:
         # Buffers are constants. Experts that no token chose, and towers beside the text, get no gradient.
         skips = may_skip_parameters(causal_model(model.policy))
         return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips)
+    model.agree = lambda passes: max(world.gather(passes))
     for layer in decoder_layers(model.policy):
         fully_shard(layer)
     fully_shard(model)

@@ -424,7 +424,7 @@ def test_an_architecture_that_cannot_share_rows_trains_in_separate_ones_and_says
     config = BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3)
     source = data.write_pairs(tmp_path / "p", data.bare_pairs(4))
     run(data.config(save_model(config, tmp_path / "m"), source), tmp_path / "t")
-    assert "a row of its own, at up to twice the cost: its attention bias (ALiBi)" in capsys.readouterr().err
+    assert "a pair costs up to twice its shared row: its attention bias (ALiBi)" in capsys.readouterr().err
     lines = metrics(tmp_path / "t")
     assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert lines[-1]["loss"] < lines[0]["loss"]
