@@ -39,8 +39,12 @@ def why_not_shared(config: PreTrainedConfig) -> str | None:
     layers = set(getattr(text, "layer_types", None) or ())
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
         return "its attention bias (ALiBi) counts rows, not positions"
-    if text.model_type in ("mamba", "mamba2", "rwkv", "recurrent_gemma", "xlstm") or layers - _ATTENTION_LAYERS:
+    unknown = layers - _ATTENTION_LAYERS
+    sparse = {layer for layer in unknown if layer.endswith("_attention") and "linear" not in layer}
+    if text.model_type in ("mamba", "mamba2", "rwkv", "recurrent_gemma", "xlstm") or unknown - sparse:
         return "it has recurrent layers, whose state would run from one completion into the next"
+    if sparse:
+        return f"its {', '.join(sorted(sparse))} chooses tokens by their places in the row"
     if any("mrope_section" in r for r in rules):
         return "its positions have several axes (M-RoPE)"
     if longrope_edges(config):

@@ -107,7 +107,9 @@ def causal_model(model: torch.nn.Module) -> PreTrainedModel:
 def decoder(causal: PreTrainedModel) -> torch.nn.Module:
     """The part of a model that makes hidden states of text: without the head, and without the other parts (a vision
     tower) of a model of several kinds of input."""
-    return causal.get_decoder()
+    found = causal.get_decoder()
+    # Where transformers does not find it: the whole model (Llama 4), or the head, which is named so (ModernBERT).
+    return causal.model if found in (causal, causal.get_output_embeddings()) else found
 
 
 @torch.no_grad()
@@ -203,7 +205,9 @@ def _cut(tree: Tree) -> Tree:
 
 def _plain_logps(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
     ids = torch.tensor([[*prompt, *completion]], device=causal_model(model).device)
-    kept = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1).logits[0, :-1]
+    kept = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1).logits[
+        0, -len(completion) - 1 : -1
+    ]
     logps = kept.float().log_softmax(-1)
     targets = ids[0, len(prompt) :]
     return logps.gather(1, targets.unsqueeze(1)).squeeze(1).cpu()
