@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prefpipe import reading
 from prefpipe.config.rewards import Function
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.isolation import isolated
-from prefpipe.runs import fsio
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
 _ARGUMENTS = {"prompts", "completions", "answer"}  # of every call, beside the further columns of the prompts
@@ -80,7 +80,7 @@ def digest(name: str) -> str:
     """The digest of the module that holds `module:function`; for a module without a file the name."""
     find(name)
     source = sys.modules[name.partition(":")[0]].__file__
-    return fsio.file_digest(Path(source)) if source else name
+    return reading.file_digest(Path(source)) if source else name
 
 
 def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored]:

@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
-from blake3 import blake3
 
 from prefpipe.clock import utc_now
 from prefpipe.errors import LockedError, StorageError
+from prefpipe.reading import file_digest
 
 Appender = Callable[[str], None]
-_CHUNK = 8 << 20
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 _passes: Counter[str] = Counter()  # calls per fault point, while a fault is armed
 
@@ -97,10 +96,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
+def publish_dir(path: Path, fill: Callable[[Path], object], aside: Path | None = None) -> None:
     """Let `fill` build a directory under a temporary name, fsync everything in it, and rename it to `path`.
 
-    `path` must not exist. A published directory is complete from the moment it exists.
+    A published directory is complete from the moment it exists. One that stands at `path` already moves into `aside`,
+    unless it has the same content; without `aside` none may stand there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
@@ -116,6 +116,11 @@ def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
             for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
                 sync_dir(folder)
             sync_dir(temporary)
+            if aside is not None and os.path.lexists(path):
+                if _contents(path) == _contents(temporary):
+                    shutil.rmtree(temporary)
+                    return
+                move_aside(path, aside)
             fault("rename")
             os.rename(temporary, path)
             sync_dir(path.parent)
@@ -183,14 +188,15 @@ def truncate(path: Path, size: int) -> None:
 def move_aside(path: Path, into: Path) -> Path:
     """Move a file or directory into `into`, with a number behind its name when that is taken. Returns its new path."""
     with storage_errors(path):
-        into.mkdir(parents=True, exist_ok=True)
-        target = into / path.name
-        number = 1
-        while target.exists():
-            target = into / f"{path.name}.{number}"
-            number += 1
+        target = _free_name(path, into)
         os.rename(path, target)
         return target
+
+
+def copy_aside(path: Path, into: Path) -> None:
+    """Copy a file into `into`, with a number behind its name when that is taken."""
+    with storage_errors(path):
+        write_atomic(_free_name(path, into), lambda temporary: shutil.copyfile(path, temporary))
 
 
 def remove_dir(path: Path) -> None:
@@ -241,7 +247,7 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
     try:
         held.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout as error:
-        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "an unknown process"
+        who = owner.read_text(encoding="utf-8", errors="replace").strip() if owner.exists() else "an unknown process"
         raise LockedError(
             f"{directory} is being written by {who}", "wait for it to end, or choose another --out"
         ) from error
@@ -257,19 +263,26 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
         held.release()
 
 
-def file_digest(path: Path) -> str:
-    """blake3 of a file's bytes, 32 hex digits (128 bits)."""
-    hasher = blake3()
-    with storage_errors(path), path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            hasher.update(block)
-    return hasher.hexdigest(16)
-
-
 def _fsync(path: Path) -> None:
     fault("fsync")
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _contents(directory: Path) -> dict[str, str]:
+    """The digest of every file in a directory."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return {str(file.relative_to(directory)): file_digest(file) for file in files}
+
+
+def _free_name(path: Path, into: Path) -> Path:
+    into.mkdir(parents=True, exist_ok=True)
+    target = into / path.name
+    number = 1
+    while os.path.lexists(target):
+        target = into / f"{path.name}.{number}"
+        number += 1
+    return target
 
 
 def _open_to_umask(path: Path) -> None:

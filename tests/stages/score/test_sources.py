@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prefpipe import reading
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import IdSet
@@ -15,7 +16,6 @@ from prefpipe.inputs.tokenised import NO_LIMITS, read_labels
 from prefpipe.models.chat import load_chat
 from prefpipe.rewards.base import Answer
 from prefpipe.rows import key_of
-from prefpipe.runs import fsio
 from prefpipe.schemas import Dropped, Label, RankedGroup, Reward
 from prefpipe.stages.score import sources
 from prefpipe.stages.score.sources import Reader, ShardRows
@@ -62,7 +62,7 @@ def test_an_empty_file_and_an_empty_run_are_errors(tiny_model: Path, tmp_path: P
 
 def test_a_file_is_identified_by_its_bytes_and_a_remote_one_by_its_name(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", 1)
-    assert sources.digest(str(path)) == fsio.file_digest(path)
+    assert sources.digest(str(path)) == reading.file_digest(path)
     assert sources.digest("hf://datasets/o/n@v1/f.parquet") == "hf://datasets/o/n@v1/f.parquet"
 
 
