@@ -17,12 +17,15 @@ from pathlib import Path
 
 import filelock
 
+from prefpipe import log
 from prefpipe.clock import utc_now
 from prefpipe.errors import LockedError, StorageError
 from prefpipe.reading import file_digest
+from prefpipe.runs.storage import storage_errors
 
 Appender = Callable[[str], None]
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
+_without_fsync = set[int]()  # devices of which it was said
 _passes: Counter[str] = Counter()  # calls per fault point, while a fault is armed
 
 
@@ -45,24 +48,6 @@ def fault(point: str, path: Path | None = None) -> None:
     if action == "torn" and path is not None:
         os.truncate(path, path.stat().st_size // 2)
     os.kill(os.getpid(), signal.SIGTERM if action == "sigterm" else signal.SIGKILL)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Generator[None]:
-    """Turn an OSError into a StorageError that names the path, and the free space when the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(_existing_parent(path)).free
-            raise StorageError(
-                f"no space left on the disk while writing {path} ({free:,} bytes free)",
-                "free some space and run the same command again: committed work is kept",
-            ) from error
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}",
-            "check permissions and the disk, then run the same command again",
-        ) from error
 
 
 def make_dirs(path: Path) -> None:
@@ -230,7 +215,7 @@ def sync_dir(path: Path) -> None:
     fault("fsync_dir")
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        _fsync_descriptor(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -266,7 +251,20 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
 def _fsync(path: Path) -> None:
     fault("fsync")
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        _fsync_descriptor(file.fileno(), path)
+
+
+def _fsync_descriptor(descriptor: int, path: Path) -> None:
+    """Fsync. Of a file system that has no such thing it is said once."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        device = os.fstat(descriptor).st_dev
+        if device not in _without_fsync:
+            log.warn(f"the file system of {path} has no fsync: what a power cut leaves is up to it")
+        _without_fsync.add(device)
 
 
 def _contents(directory: Path) -> dict[str, str]:
@@ -290,7 +288,3 @@ def _open_to_umask(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in [path, *path.absolute().parents] if parent.exists())
