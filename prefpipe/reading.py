@@ -34,7 +34,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 _DOTTED = re.compile(rf"(?<![\w-])(?:[\w-]++\s*+\.\s*+){{{DEPTH}}}")  # tomllib takes hours for a long one
-_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # the others are bytes of paths
 
 
 @contextmanager

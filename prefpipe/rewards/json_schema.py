@@ -60,8 +60,8 @@ def _validator(settings: JsonSchema) -> Validator:
     if settings.schema_file:
         path = _file(settings)
         try:
-            schema = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            schema = reading.read_json(path)
+        except json.JSONDecodeError as error:
             raise UsageError(f"schema_file {path} is not JSON: {error}", "fix the file") from error
     chosen = validator_for(schema, default=jsonschema.Draft202012Validator)
     try:

@@ -21,7 +21,7 @@ from prefpipe import log
 from prefpipe.clock import utc_now
 from prefpipe.errors import LockedError, StorageError
 from prefpipe.reading import file_digest
-from prefpipe.runs.storage import storage_errors
+from prefpipe.runs.storage import storage_errors, utf8
 
 Appender = Callable[[str], None]
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
@@ -77,8 +77,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically (UTF-8)."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a small text file atomically (UTF-8). Bytes of a path that is not UTF-8 are written as JSON does it."""
+    write_atomic(path, lambda temporary: temporary.write_bytes(text.encode(errors="backslashreplace")))
 
 
 def publish_dir(path: Path, fill: Callable[[Path], object], aside: Path | None = None) -> None:
@@ -116,7 +116,7 @@ def publish_dir(path: Path, fill: Callable[[Path], object], aside: Path | None =
 
 @contextmanager
 def temporary_dir(path: Path) -> Generator[Path]:
-    """A directory beside `path` under a temporary name, removed at the end.
+    """A directory beside `path` under a temporary name that is UTF-8, removed at the end.
 
     `remove_leftovers` removes it when the process was killed before.
     """
@@ -124,7 +124,8 @@ def temporary_dir(path: Path) -> Generator[Path]:
     with storage_errors(path):
         temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with utf8(temporary) as name:
+            yield name
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from prefpipe.errors import PrefpipeError, StorageError
@@ -38,6 +39,28 @@ def storage_errors(path: Path) -> Generator[None]:
             f"cannot write {path}: {os.strerror(number) if number else error}",
             "check permissions and the disk, then run the same command again",
         ) from error
+
+
+@contextmanager
+def utf8(path: Path) -> Generator[Path]:
+    """A path of the same file or directory that is UTF-8, for packages that take no other (Arrow, polars)."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            yield Path(f"/proc/{os.getpid()}/fd/{parent}", path.name)
+        finally:
+            os.close(parent)
+    else:
+        yield path
+
+
+@cache
+def utf8_directory(path: Path) -> Path:
+    """As `utf8`, of a directory, for as long as this process lives."""
+    with utf8(path) as name:
+        return path if name == path else Path(f"/proc/{os.getpid()}/fd/{os.open(path, os.O_PATH | os.O_DIRECTORY)}")
 
 
 def _existing_parent(path: Path) -> Path:

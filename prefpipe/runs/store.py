@@ -26,6 +26,7 @@ from prefpipe.config.base import result_fields
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import content_id
 from prefpipe.runs import commits, fsio, manifests, saved_config, tables
+from prefpipe.runs.storage import utf8_directory
 from prefpipe.schemas import VERSION
 
 Manifest = dict[str, Any]
@@ -269,7 +270,7 @@ def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
     for name in names:
         _check_digest(run_dir, manifest, name)
         tables.check_schema(run_dir / name, row_type)
-    return [run_dir / name for name in names]
+    return [utf8_directory(run_dir) / name for name in names]
 
 
 def read_file(

@@ -229,7 +229,8 @@ def _file_and_row(files: Files, wanted: pl.Expr) -> str:
     """File and row of the last row that `wanted` selects: among copies, the one to remove."""
     place = ""
     for path in itertools.chain(*files):
-        rows = pl.scan_parquet(path, row_index_name="row").filter(wanted).select(pl.col("row").max()).collect()
+        frame = pl.scan_parquet(path, row_index_name="row", glob=False)
+        rows = frame.filter(wanted).select(pl.col("row").max()).collect()
         if rows.item() is not None:
             place = f"{path}, row {rows.item()}"
     return place

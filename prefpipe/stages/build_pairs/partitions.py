@@ -15,7 +15,7 @@ Files = Sequence[Sequence[Path]]  # of a dataset, by run
 def scan(files: Files) -> pl.LazyFrame:
     """A dataset of several runs, with the number of its run in the column `run`."""
     return pl.concat(
-        pl.scan_parquet(list(paths)).with_columns(run=pl.lit(number, pl.UInt16)) for number, paths in enumerate(files)
+        pl.scan_parquet(list(paths), glob=False).with_columns(run=pl.lit(number, pl.UInt16)) for number, paths in enumerate(files)
     )
 
 
@@ -39,7 +39,7 @@ def split(frames: Sequence[pl.LazyFrame], count: int, folder: Path) -> list[pl.L
             by = pl.PartitionBy(folder / str(number), key="partition", include_key=False)
             frame.sink_ipc(by, compression="lz4", mkdir=True)
     parts = [sorted(folder.glob(f"*/partition={number}/*")) for number in range(count)]
-    return [pl.scan_ipc(files) if files else pl.LazyFrame(schema=schema) for files in parts]
+    return [pl.scan_ipc(files, glob=False) if files else pl.LazyFrame(schema=schema) for files in parts]
 
 
 def cut(frame: pl.DataFrame, count: int) -> list[pl.DataFrame]:
