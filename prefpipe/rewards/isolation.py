@@ -119,7 +119,10 @@ def _ask(process: Process, arguments: Sequence[Any]) -> Outcome | None:
         line = process.stdout.readline()
     except OSError:
         return None
-    return Outcome(**json.loads(line)) if line else None
+    try:
+        return Outcome(**json.loads(line)) if line else None
+    except (ValueError, TypeError, RecursionError):
+        return Outcome(None, "crash", "the checker's answer cannot be read")
 
 
 def kill(process: Process) -> None:
