@@ -20,7 +20,7 @@ import filelock
 from prefpipe import log
 from prefpipe.clock import utc_now
 from prefpipe.errors import LockedError, StorageError
-from prefpipe.reading import file_digest
+from prefpipe.reading import file_digest, read_bytes
 from prefpipe.runs.storage import storage_errors, utf8
 
 Appender = Callable[[str], None]
@@ -134,7 +134,7 @@ def append_line(path: Path, line: str) -> None:
     """Append one line to a log file. A kill can tear the last line, which readers ignore."""
     with storage_errors(path):
         fault("append", path if path.exists() else None)
-        with path.open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=_without_waiting) as file:
             file.write(line + "\n")
 
 
@@ -142,7 +142,7 @@ def append_line(path: Path, line: str) -> None:
 def appender(path: Path) -> Generator[Appender]:
     """A function that appends one line per system call: lines survive a kill of this process, not a power cut."""
     with storage_errors(path):
-        file = path.open("ab", buffering=0)
+        file = open(path, "ab", buffering=0, opener=_without_waiting)  # noqa: SIM115  (closed below)
 
     def append(line: str) -> None:
         with storage_errors(path):
@@ -233,7 +233,7 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
     try:
         held.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout as error:
-        who = owner.read_text(encoding="utf-8", errors="replace").strip() if owner.exists() else "an unknown process"
+        who = read_bytes(owner).decode(errors="replace").strip() if owner.is_file() else "an unknown process"
         raise LockedError(
             f"{directory} is being written by {who}", "wait for it to end, or choose another --out"
         ) from error
@@ -242,8 +242,8 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
             f"cannot lock {directory}: {error.strerror}", "check its permissions, or choose another --out"
         ) from error
     try:
-        with storage_errors(owner):
-            owner.write_text(f"process {os.getpid()} on {os.uname().nodename}, since {utc_now()}\n")
+        with storage_errors(owner), open(owner, "w", encoding="utf-8", opener=_without_waiting) as file:
+            file.write(f"process {os.getpid()} on {os.uname().nodename}, since {utc_now()}\n")
         yield
     finally:
         held.release()
@@ -266,6 +266,11 @@ def _fsync_descriptor(descriptor: int, path: Path) -> None:
         if device not in _without_fsync:
             log.warn(f"the file system of {path} has no fsync: what a power cut leaves is up to it")
         _without_fsync.add(device)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file to write; a pipe without a reader, which would wait for one, is refused."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _contents(directory: Path) -> dict[str, str]:

@@ -140,6 +140,9 @@ def _take_best(session: Session, trainer: Trainer, evaluations: Sequence[Line]) 
 
 
 def _resumed(run: Run) -> Checkpoint | None:
+    if reading.is_there(run.out / _METRICS) and not (run.out / _METRICS).is_file():
+        log.warn(f"{run.out / _METRICS} is not a file: it moves to quarantine/")
+        fsio.move_aside(run.out / _METRICS, run.out / "quarantine")
     return checkpoint.newest(run.out / "checkpoints", run.fingerprint, run.out / _METRICS)
 
 
