@@ -185,7 +185,7 @@ def _set(values: dict[str, Any], path: list[str], value: object) -> None:
 def _sentence(cls: type[BaseModel], problem: Any) -> str:
     location, owner = _place(cls, problem["loc"])
     name = ".".join(location)
-    value = _without_secrets(problem["input"])
+    value = "***" if name.endswith("api_key_env") else _without_secrets(problem["input"])
     if problem["type"] == "extra_forbidden":
         return f"unknown setting '{name}'{suggestion(location[-1], list(owner.model_fields))}"
     if problem["type"] in ("literal_error", "union_tag_invalid"):
@@ -202,8 +202,10 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _without_secrets(value: Any) -> Any:
-    """A value for the terminal: user and password of an address are replaced by stars."""
-    return re.sub(r"://[^/@\s]*@", "://***@", value) if isinstance(value, str) else value
+    """A value for the terminal: user and password, query and fragment of an address are replaced by stars."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(://[^?#\s]*)[?#].*", r"\1?***", re.sub(r"://[^/@\s]*@", "://***@", value), flags=re.DOTALL)
 
 
 def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
