@@ -19,6 +19,8 @@ export PYTHONUNBUFFERED := 1
 # The tests run on every core with one thread each; a core that has nothing left takes tests from another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 ALL_CORES := -n logical --dist worksteal
+FAULTS := tests/faults tests/runs tests/stages/train/test_checkpoint.py tests/rewards/test_code_tests.py \
+  tests/test_reading.py tests/test_terminal.py tests/test_processes.py
 # What a CPU without AVX-512 computes: kernels of torch, oneDNN and MKL round differently from kind to kind.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
@@ -59,8 +61,8 @@ test-portable: setup  ## The suite as on a CPU with AVX2 only, then every proof 
 proofs: setup  ## Every proof that trains, over all of its seeds (`make test` takes one seed)
 	@PREFPIPE_ALL_PROOFS=1 $(PYTEST) $(ALL_CORES) tests/proofs
 
-faults: setup  ## Every crash test: kills, full disks and signals at all points
-	@PREFPIPE_ALL_FAULTS=1 $(PYTEST) $(ALL_CORES) tests/faults
+faults: setup  ## Every crash test of docs/reliability.md: kills, full disks, edited and odd files, at all points
+	@PREFPIPE_ALL_FAULTS=1 $(PYTEST) $(ALL_CORES) $(FAULTS)
 
 zoo: setup  ## Every model of docs/models.md, through score and train (`make test` takes a sample)
 	@PREFPIPE_ALL_MODELS=1 $(PYTEST) $(ALL_CORES) tests/zoo

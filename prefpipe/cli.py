@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from prefpipe import __version__, flags, log
+from prefpipe import __version__, flags, log, terminal
 from prefpipe.config import base
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
@@ -25,7 +26,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, UsageError
+from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
 
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
     "generate": (GenerateConfig, "prefpipe.stages.generate.stage"),
@@ -53,20 +54,34 @@ def main() -> None:
     verbose = "--verbose" in sys.argv
     try:
         code = app(standalone_mode=False)
-    except typer.TyperException as error:
-        log.error(error.format_message(), "see `prefpipe --help`, or `prefpipe COMMAND --help`")
-        code = UsageError.exit_code
-    except (PrefpipeError, Interrupted) as error:
-        log.error(error.message, error.hint)
-        code = _failed(error.exit_code)
-    except ModuleNotFoundError as error:
-        code = _missing_package(error)
-    except SystemExit:
-        raise
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (SystemExit, BrokenPipeError, terminal.OutputClosed):  # SystemExit: typer finds that nobody reads its help
+        terminal.forget(sys.stdout)
+        code = terminal.OutputClosed.exit_code
     except BaseException as error:  # polars panics derive from BaseException
-        code = _unexpected(error, verbose=verbose)
-    sys.stdout.flush()
+        code = _failed(_report(error, verbose=verbose))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException, *, verbose: bool) -> int:
+    """Print the two lines of an error. Returns its exit code."""
+    if isinstance(error, typer.TyperException):
+        log.error(error.format_message(), "see `prefpipe --help`, or `prefpipe COMMAND --help`")
+        return UsageError.exit_code
+    if isinstance(error, PrefpipeError | Interrupted):
+        log.error(error.message, error.hint)
+        return error.exit_code
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_package(error)
+    if isinstance(error, OSError):
+        terminal.forget(sys.stdout)
+        log.error(str(error), "check permissions and the disk, then run the same command again")
+        return StorageError.exit_code
+    if verbose:
+        traceback.print_exc()
+    log.error(f"unexpected {type(error).__name__}: {error}", "run again with --verbose and report the traceback")
+    return 1
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -77,7 +92,7 @@ def _missing_package(error: ModuleNotFoundError) -> int:
     extras = ("cpu", "cuda") if error.name == "vllm" else ("train",)
     commands = " or ".join(f"pip install 'prefpipe[{extra}]'" for extra in extras)
     log.error(f"this command needs the package '{error.name}'", f"install it with: {commands}")
-    return _failed(MissingInputError.exit_code)
+    return MissingInputError.exit_code
 
 
 def _failed(code: int) -> int:
@@ -87,22 +102,16 @@ def _failed(code: int) -> int:
     process is gone, torchrun stops the others.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _unexpected(error: BaseException, *, verbose: bool) -> int:
-    if verbose:
-        traceback.print_exc()
-    log.error(f"unexpected {type(error).__name__}: {error}", "run again with --verbose and report the traceback")
-    return _failed(1)
-
-
 def _version(value: bool) -> None:  # noqa: FBT001  (typer's callback signature)
     if value:
-        typer.echo(f"prefpipe {__version__}")
+        terminal.show(f"prefpipe {__version__}")
         raise typer.Exit
 
 
@@ -123,25 +132,40 @@ def show_config(
             f"no command '{command}'{base.suggestion(command, list(STAGES))}", f"the commands are {', '.join(STAGES)}"
         )
     config_class, _ = STAGES[command]
-    typer.echo(f"# prefpipe {command} RECIPE.toml --out DIR\n# {config_class.__doc__}\n")
-    typer.echo(base.to_toml(config_class()))
+    terminal.show(f"# prefpipe {command} RECIPE.toml --out DIR\n# {config_class.__doc__}\n")
+    terminal.show(base.to_toml(config_class()))
 
 
 def _register(name: str, config_class: type[BaseModel], module: str) -> None:
     def run(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
         config = base.load(config_class, recipe, settings)
         if dry_run:
-            typer.echo(json.dumps(base.dump(config), indent=2))
+            terminal.show(json.dumps(base.dump(config), indent=2))
             return
         if out is None:
             raise UsageError("--out is missing", f"name the directory of the run: prefpipe {name} ... --out runs/NAME")
         stage = importlib.import_module(module)
-        manifest = stage.run(config, out, force=force)
+        manifest = _finished(stage.run, config, out, force=force)
         if os.environ.get("RANK", "0") == "0":
             for line in stage.summary(manifest, out):
-                typer.echo(line)
+                terminal.show(line)
 
     app.command(name, cls=flags.SettingsCommand)(flags.command(config_class, run))
+
+
+def _finished(run: Callable[..., dict[str, Any]], config: BaseModel, out: Path, *, force: bool) -> dict[str, Any]:
+    """The manifest of a run. Exit code 0 is for a run that has one: whoever ends the command before fails."""
+    try:
+        return run(config, out, force=force)
+    except SystemExit as end:
+        raise PrefpipeError(
+            f"the command was ended from inside, with exit code {end.code}",
+            "a package that it uses called sys.exit; run the same command again with --verbose",
+        ) from end
+    except BrokenPipeError as error:
+        raise PrefpipeError(
+            "a process that the command talked to is gone", "run the same command again: it resumes"
+        ) from error
 
 
 def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
@@ -149,7 +173,7 @@ def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None,
         raise UsageError("plan writes nothing", "leave out --out, --force and --dry-run")
     plan = importlib.import_module("prefpipe.stages.train.plan")
     for line in plan.run(base.load(TrainConfig, recipe, settings)):
-        typer.echo(line)
+        terminal.show(line)
 
 
 for _name, (_config, _module) in STAGES.items():

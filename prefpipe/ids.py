@@ -16,7 +16,7 @@ def canonical_json(value: object) -> str:
 
 def content_id(*parts: object) -> str:
     """A 128-bit id of JSON-serialisable parts, as 32 hex digits."""
-    return hashlib.blake2b(canonical_json(parts).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(canonical_json(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def numbered_id(key: str, number: int) -> str:

@@ -1,9 +1,8 @@
 """Messages and progress on stderr. No other module writes there; stdout is for data."""
 
 import os
-import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from prefpipe.clock import monotonic
+from prefpipe.terminal import bounded, escaped
 
 _PLAIN_EVERY_S = 5.0
 _REMARK_EVERY_S = 30.0
@@ -40,19 +40,29 @@ def _console() -> Console:
 
 def info(message: str) -> None:
     """Print a line about what the command does."""
-    _console().print(Text(message))
+    _print(_text(message))
 
 
 def warn(message: str) -> None:
     """Print a warning: the user should look at something, and the run goes on."""
-    _console().print(Text("warning: ", style="yellow") + Text(message))
+    _print(Text("warning: ", style="yellow") + _text(message))
 
 
 def error(message: str, hint: str) -> None:
     """Print the two lines of an error: what happened, and what to do."""
-    console = _console()
-    console.print(Text("error: ", style="bold red") + Text(message))
-    console.print(Text("hint: ", style="cyan") + Text(hint))
+    _print(Text("error: ", style="bold red") + _text(message))
+    _print(Text("hint: ", style="cyan") + _text(hint))
+
+
+def _text(message: str) -> Text:
+    """One line of bounded length: words of files, models and endpoints in it do nothing to the terminal."""
+    return Text(bounded(escaped(message)))
+
+
+def _print(text: Text) -> None:
+    # Where stderr is closed or full nobody can be told; the work goes on.
+    with suppress(OSError, ValueError, SystemExit):  # rich makes a SystemExit of a broken pipe
+        _console().print(text)
 
 
 @contextmanager
@@ -124,7 +134,7 @@ def _plain(description: str, total: float | None, unit: str) -> Iterator[Advance
         return f"{description}: {done:.0f}/{total:.0f} {unit}, {rate:.2f}/s, {spent:.0f} s, ETA {eta}"
 
     def say() -> None:
-        print(f"{line()}, {shown}" if shown else line(), file=sys.stderr, flush=True)
+        _print(_text(f"{line()}, {shown}" if shown else line()))
 
     def advance(amount: float, note: str = "") -> None:
         nonlocal done, last, shown

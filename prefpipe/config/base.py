@@ -24,7 +24,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from prefpipe.errors import MissingInputError, UsageError
+from prefpipe import reading
+from prefpipe.errors import UsageError
 
 STRICT = ConfigDict(
     frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -33,6 +34,7 @@ RUNTIME = "runtime"
 PATH = "path"
 REMOTE = "remote"
 ADDED = "added"
+_RECIPE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,7 @@ C = TypeVar("C", bound=BaseModel)
 def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any]) -> C:
     """A config from its defaults, a recipe (TOML, or the JSON that a run saved) and flags; the later one wins.
 
-    `flags` maps dotted field names to values. Raises UsageError with every problem at once, MissingInputError when the
-    recipe does not exist.
+    `flags` maps dotted field names to values. Raises UsageError with every problem at once, and as `read_recipe` does.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     for name, value in flags.items():
@@ -87,17 +88,18 @@ def _with_local_paths(config: C, prefix: str = "") -> C:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a TOML recipe, or in the `config.json` of a run directory."""
-    if not path.is_file():
-        raise MissingInputError(f"recipe {path} does not exist", "give the path of a .toml recipe or a config.json")
+    """The settings in a TOML recipe, or in the `config.json` of a run directory.
+
+    Raises UsageError for a mistake in its syntax, and as `reading` does for a file that is none.
+    """
     try:
         if path.suffix == ".json":
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = reading.read_json(path, _RECIPE_BYTES)
             if not isinstance(saved, dict) or not isinstance(saved.get("config", {}), dict):
                 raise UsageError(f"recipe {path} is not a JSON object", "give a .toml recipe or a config.json of a run")
             return saved.get("config", saved)
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return reading.read_toml(path, _RECIPE_BYTES)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise UsageError(f"recipe {path}: {error}", "fix the file; recipes are TOML, saved configs JSON") from error
 
 
@@ -209,7 +211,7 @@ def _set(values: dict[str, Any], path: list[str], value: object) -> None:
 def _sentence(cls: type[BaseModel], problem: Any) -> str:
     location, owner = _place(cls, problem["loc"])
     name = ".".join(location)
-    value = _without_secrets(problem["input"])
+    value = "***" if name.endswith("api_key_env") else _without_secrets(problem["input"])
     if problem["type"] == "extra_forbidden":
         return f"unknown setting '{name}'{suggestion(location[-1], list(owner.model_fields))}"
     if problem["type"] in ("literal_error", "union_tag_invalid"):
@@ -238,8 +240,10 @@ def _written_as_one(location: Sequence[str], value: object) -> str:
 
 
 def _without_secrets(value: Any) -> Any:
-    """A value for the terminal: user and password of an address are replaced by stars."""
-    return re.sub(r"://[^/@\s]*@", "://***@", value) if isinstance(value, str) else value
+    """A value for the terminal: user and password, query and fragment of an address are replaced by stars."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(://[^?#\s]*)[?#].*", r"\1?***", re.sub(r"://[^/@\s]*@", "://***@", value), flags=re.DOTALL)
 
 
 def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:

@@ -1,5 +1,6 @@
 """Settings of a judge: the table of a reward with kind = "judge"."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -13,12 +14,25 @@ GpuShare = Annotated[
 ]
 
 
+_LONG = re.compile("[A-Za-z0-9]{24,}")  # no word of a variable's name is as long
+
+
 def _without_secrets(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
-    if "@" in url or "?" in url:
-        raise ValueError("must hold neither a user nor a query: keys come from the environment")
+    if any(mark in url for mark in "@?#"):
+        raise ValueError("must hold neither a user, a query nor a fragment: keys come from the environment")
     return url.rstrip("/")
+
+
+def _no_key(name: str) -> str:
+    if (
+        not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)
+        or re.match("(sk|pk|gsk|hf|xai|key)_", name)
+        or _LONG.search(name)
+    ):
+        raise ValueError("must be the name of an environment variable, not the key: set the variable, and name it here")
+    return name
 
 
 def _structured_by_default(values: dict[str, Any]) -> str:
@@ -44,7 +58,7 @@ class Judge(BaseModel):
     """Number type of weights and compute in an engine."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 4096
     """Longest question to a judge in an engine, in tokens; a longer one gets no verdict."""
-    api_key_env: Annotated[str, RUNTIME, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, RUNTIME, AfterValidator(_no_key)] = "OPENAI_API_KEY"
     """Environment variable that holds the API key; if it is not set, no key is sent. The key is written nowhere."""
     criteria: str = "Correctness comes first, then usefulness to the user, then clarity. Length is no merit."
     """What the judge is asked to look at."""

@@ -119,7 +119,7 @@ def _read(path: Path) -> tuple[dict[str, None], Counter[str]]:
     inside: dict[str, bool] = {}  # key -> whether it was alone
     suspects: dict[str, None] = {}
     charges: Counter[str] = Counter()
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
     for line in [*lines, "start"]:
         word, _, key = line.partition(" ")
         if word in ("take", "alone"):

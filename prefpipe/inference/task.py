@@ -1,7 +1,7 @@
 """The sampling that `generate` and `evaluate` share: prompts -> engine -> committed shards, nothing twice."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prefpipe import clock, engines, log
@@ -9,7 +9,7 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, EngineSettings
 from prefpipe.errors import DataError, RowFault, UsageError
-from prefpipe.ids import content_id, ids_digest, sample_seed
+from prefpipe.ids import IdSet, content_id, ids_digest, sample_seed
 from prefpipe.inference import sampling
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
@@ -22,6 +22,7 @@ from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, RewardOn, answer_of
 from prefpipe.rewards.rating import load_rewards
 from prefpipe.rows import what_helps, why_dropped
+from prefpipe.runs.manifests import Balance
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Prompt, to_table
 
@@ -108,6 +109,21 @@ def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], dr
         log.warn(f"{dropped} of {len(task.prompts)} prompts dropped; the reasons are in dropped.parquet")
     inflight.close()
     return count
+
+
+def balances(
+    run: Run, task: Task, num_shards: int, dataset: str, row_type: type, num_samples: int
+) -> Iterator[Balance]:
+    """What became of the prompts, and of the `num_samples` samples of each that a dataset holds."""
+    kept, rows, dropped = IdSet(), 0, 0
+    num_kept = 0
+    for index in range(num_shards):
+        dropped += run.read_part("dropped", Dropped, index, ["id"]).num_rows
+        ids = run.read_part(dataset, row_type, index, ["prompt_id"])["prompt_id"]
+        rows += len(ids)
+        num_kept += sum(kept.add(prompt_id) for prompt_id in ids.unique().to_pylist())
+    yield Balance("prompts", len(task.prompts), num_kept, dropped)
+    yield Balance("samples", num_kept * num_samples, rows)
 
 
 def encoder(task: Task, config: Config, killers: Sequence[str] = ()) -> Encode:

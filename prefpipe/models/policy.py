@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-from prefpipe import log
+from prefpipe import log, processes
 from prefpipe.errors import DataError, IdentityError, MissingInputError, StorageError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.models import fingerprint
@@ -234,8 +233,8 @@ def _unpack(name: str) -> Path:
 
 def _dequantize(source: Path, into: Path) -> None:
     """Convert GGUF to safetensors in another process: this package does not import torch, and the memory is freed."""
-    command = [sys.executable, "-m", "prefpipe.forward.dequantize", str(source), str(into)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = processes.python("prefpipe.forward.dequantize", str(source), str(into))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=processes.environment())
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise DataError(f"cannot unpack {source}: {last}", "install it with: pip install 'prefpipe[train,embedded]'")

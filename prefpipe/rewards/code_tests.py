@@ -1,18 +1,21 @@
 """A verifier of Python programs: each runs against the tests of its prompt, in a process under limits (sandbox.py)."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import re
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from prefpipe.config.rewards import Code
@@ -84,7 +87,7 @@ def cases(answer: str) -> list[dict[str, str]] | None:
     """The cases {"input": text, "output": text} in a prompt's `answer`, or None for tests in Python."""
     try:
         values = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, list) or not values:
         return None
@@ -98,7 +101,7 @@ def run(
 ) -> ProgramRun:
     """Run a program once, with tests or with an input, in a temporary folder. `running` holds its process meanwhile."""
     token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="prefpipe-code-") as folder:
+    with _folder() as folder:
         job = {
             "program": program,
             "tests": tests,
@@ -159,7 +162,56 @@ def _spawn(
         running.discard(process)
 
 
+@contextlib.contextmanager
+def _folder() -> Generator[str]:
+    """A temporary folder, removed at the end with whatever a program left in it."""
+    folder = tempfile.mkdtemp(prefix="prefpipe-code-")
+    try:
+        yield folder
+    finally:
+        remove_tree(folder)
+
+
+def remove_tree(folder: str) -> None:
+    """Remove a folder of any depth. What stands in a folder inside is moved up before that one is removed: neither the
+    stack nor the length of a path sets a limit."""
+    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    numbers = itertools.count()
+    try:
+        while names := os.listdir(top):  # noqa: PTH208  (a descriptor)
+            for name in names:
+                if stat.S_ISDIR(os.stat(name, dir_fd=top, follow_symlinks=False).st_mode):
+                    _empty(top, name, numbers)
+                    os.rmdir(name, dir_fd=top)
+                else:
+                    os.unlink(name, dir_fd=top)
+    finally:
+        os.close(top)
+    Path(folder).rmdir()
+
+
+def _empty(top: int, name: str, numbers: Iterator[int]) -> None:
+    """Move what stands in the folder `name` of `top` into `top`, under names that nothing has there."""
+    os.chmod(name, stat.S_IRWXU, dir_fd=top)
+    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+    try:
+        for entry in os.listdir(inner):  # noqa: PTH208
+            if stat.S_ISDIR(os.stat(entry, dir_fd=inner, follow_symlinks=False).st_mode):
+                os.chmod(entry, stat.S_IRWXU, dir_fd=inner)  # a folder that nobody may write cannot be moved
+            os.rename(entry, f"{secrets.token_hex(8)}-{next(numbers)}", src_dir_fd=inner, dst_dir_fd=top)
+    finally:
+        os.close(inner)
+
+
 def _rate(settings: Code, answer: Answer, running: set[subprocess.Popen[bytes]]) -> Scored:
+    """The score of one completion. What fails around its program costs this completion, and no other."""
+    try:
+        return _rate_program(settings, answer, running)
+    except (OSError, ValueError, RecursionError) as error:
+        return Scored(None, "crash", f"{type(error).__name__}: {error}"[:_SHOWN])
+
+
+def _rate_program(settings: Code, answer: Answer, running: set[subprocess.Popen[bytes]]) -> Scored:
     if not answer.answer:
         return Scored(None, "unparsable", "the prompt has no tests: its `answer` is empty")
     program = extract(answer.text)

@@ -3,7 +3,9 @@
 The API key comes from the environment. It is cut out of every text that leaves this module.
 """
 
+import json
 import os
+import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from typing import Any
 import httpx
 
 from prefpipe import log
+from prefpipe.clock import monotonic
 from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
 from prefpipe.schemas import Message
@@ -23,6 +26,9 @@ _FORMAT_UNKNOWN = (400, 406, 415, 422, 500, 501)  # what endpoints answer to a r
 _LOOSER = {"json_schema": ("json_object", "none"), "json_object": ("none",), "none": ()}
 _LONGEST_PAUSE = 60.0
 _SHOWN = 300
+_MOST_BYTES = 16 << 20  # of an answer, unpacked
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_PACKED = ("content-encoding", "content-length", "transfer-encoding")
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
     endpoint refuses the request (401, 403, 404) or the format of `structured`, StorageError when it cannot be reached
     or stays overloaded (429): the run then stops and can resume, instead of filling with missing rewards.
     """
-    key = os.environ.get(settings.api_key_env, "")
+    key = _key(settings.api_key_env)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with (
         httpx.Client(timeout=settings.timeout_seconds, headers=headers, limits=_limits(settings)) as client,
@@ -102,7 +108,7 @@ def body(settings: Judge, question: Question, structured: str) -> dict[str, Any]
 
 def pause(settings: Judge, attempt: int, retry_after: str | None) -> float:
     """Seconds before retry `attempt` (0 is the first): doubling, at least what Retry-After says, at most a minute."""
-    wanted = float(retry_after) if retry_after and retry_after.replace(".", "", 1).isdigit() else 0.0
+    wanted = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else 0.0
     return min(max(settings.backoff_seconds * 2**attempt, wanted), _LONGEST_PAUSE)
 
 
@@ -119,12 +125,38 @@ def _ask(session: _Session, question: Question) -> Reply:
         attempt += 1
 
 
+def _key(name: str) -> str:
+    """The key in an environment variable, without white space around it. Raises UsageError for what no header takes."""
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"the key in {name} has characters that no key has", "set it again, without line breaks")
+    return key
+
+
 def _post(session: _Session, question: Question, structured: str) -> httpx.Response | httpx.TransportError:
+    """The whole answer, unpacked, or why there is none: too late, too long, or unreachable."""
     settings = session.settings
+    deadline = monotonic() + settings.timeout_seconds
+    url = f"{settings.base_url}/chat/completions"
+    content = bytearray()
     try:
-        return session.client.post(f"{settings.base_url}/chat/completions", json=body(settings, question, structured))
+        asked = json.dumps(body(settings, question, structured)).encode()
+        headers = {"content-type": "application/json"}
+        with session.client.stream("POST", url, content=asked, headers=headers) as answer:
+            for chunk in answer.iter_bytes():
+                content += chunk
+                if monotonic() > deadline:
+                    return httpx.ReadTimeout("the answer does not end")
+                if len(content) > _MOST_BYTES:
+                    return httpx.Response(502, content=f"an answer of more than {_MOST_BYTES:,} bytes".encode())
+            kept = [(name, value) for name, value in answer.headers.multi_items() if name not in _PACKED]
+            return httpx.Response(answer.status_code, headers=kept, content=bytes(content))
     except httpx.TransportError as error:
         return error
+    except httpx.DecodingError as error:
+        return httpx.Response(502, content=f"an answer that cannot be unpacked: {error}".encode())
+    except httpx.InvalidURL as error:
+        raise UsageError(f"base_url = '{settings.base_url}' is no address: {error}", "mend base_url") from error
 
 
 def _check_format(
@@ -181,13 +213,13 @@ def _reply(answer: httpx.Response | httpx.TransportError, settings: Judge, key: 
     try:
         choice = answer.json()["choices"][0]
         text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return Reply(None, "crash", f"no chat completion: {said}")
     if finish_reason == "length":
         return Reply(None, "unparsable", f"the judge's answer is cut at max_tokens = {settings.max_tokens}")
     if not isinstance(text, str) or not text.strip():
         return Reply(None, "unparsable", "the judge's answer is empty")
-    return Reply(_without(key, text))
+    return Reply(_without(key, text.encode(errors="replace").decode()))  # half of a character fits into no file
 
 
 def _raise_if_refused(code: int, said: str, settings: Judge, key: str) -> None:

@@ -8,20 +8,24 @@ import importlib
 import json
 import math
 import numbers
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from prefpipe import reading
 from prefpipe.config.rewards import Function
-from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.errors import Interrupted, MissingInputError, UsageError
 from prefpipe.models.turns import as_dict
+from prefpipe.processes import current_folder
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.isolation import isolated
-from prefpipe.runs import fsio
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+_STOPS = (Interrupted, KeyboardInterrupt)  # no failures of the user's code
 _ARGUMENTS = {"prompts", "completions", "answer"}  # of every call, beside the further columns of the prompts
 
 
@@ -62,9 +66,9 @@ def rate(name: str, answer: dict[str, Any]) -> list[Any]:
 def find(name: str) -> Callable[..., Any]:
     """The function `module:function`. Raises MissingInputError or UsageError when there is none."""
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # so that a module in the current folder is found first
     try:
-        return getattr(importlib.import_module(module), attribute)
+        with current_folder(), _never_ends():
+            return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise MissingInputError(
             f"reward {name}: no module '{error.name}'", "run from the folder that holds it"
@@ -73,15 +77,19 @@ def find(name: str) -> Callable[..., Any]:
         raise UsageError(f"reward {name}: {module} has no '{attribute}'", "check the name of the function") from error
     except (SyntaxError, ValueError) as error:
         raise UsageError(f"reward {name} cannot be imported: {error}", "write it as module:function") from error
-    finally:
-        sys.path.pop(0)
+    except _STOPS:
+        raise
+    except BaseException as error:  # of the user's module, which may even call sys.exit
+        raise UsageError(
+            f"reward {name} cannot be imported: {type(error).__name__}: {error}", f"mend the module {module}"
+        ) from error
 
 
 def digest(name: str) -> str:
     """The digest of the module that holds `module:function`; for a module without a file the name."""
     find(name)
     source = sys.modules[name.partition(":")[0]].__file__
-    return fsio.file_digest(Path(source)) if source else name
+    return reading.file_digest(Path(source)) if source else name
 
 
 def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored]:
@@ -93,18 +101,39 @@ def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored
     metas = [json.loads(a.meta) for a in answers]
     columns = {name: [m.get(name) for m in metas] for name in sorted({n for m in metas for n in m} - _ARGUMENTS)}
     try:
-        values = function(
-            prompts=[[as_dict(m) for m in a.messages] for a in answers],
-            completions=[[{"role": "assistant", "content": a.text}] for a in answers],
-            answer=[a.answer for a in answers],
-            **columns,
-        )
-        values = list(values)
-    except Exception as error:
+        with _never_ends():
+            values = function(
+                prompts=[[as_dict(m) for m in a.messages] for a in answers],
+                completions=[[{"role": "assistant", "content": a.text}] for a in answers],
+                answer=[a.answer for a in answers],
+                **columns,
+            )
+            values = list(values)
+    except _STOPS:
+        raise
+    except BaseException as error:
         return [Scored(None, "crash", f"{type(error).__name__}: {error}")] * len(answers)
     if len(values) != len(answers):
         return [Scored(None, "crash", f"{len(values)} rewards for {len(answers)} completions")] * len(answers)
     return [_scored(value) for value in values]
+
+
+@contextmanager
+def _never_ends() -> Generator[None]:
+    """While a user's code runs, `os._exit` raises SystemExit: else it would end the command, with exit code 0 and no
+    manifest. A child that the code forks ends by it as ever."""
+    end, process = os._exit, os.getpid()
+
+    def refuse(code: int) -> NoReturn:
+        if os.getpid() != process:
+            end(code)
+        raise SystemExit(f"os._exit({code})")
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = end
 
 
 def _scored(value: object) -> Scored:

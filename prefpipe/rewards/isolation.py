@@ -6,13 +6,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+from prefpipe.processes import environment, module_path, python
 
 Process = subprocess.Popen[bytes]
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -99,11 +100,11 @@ class _Calls:
 def _start(function: str, timeout_seconds: float, imports: Sequence[str]) -> Process:
     """Start a worker in a session of its own: Ctrl-C reaches this process only, which ends its workers."""
     return subprocess.Popen(
-        [sys.executable, "-m", "prefpipe.rewards.worker", function, str(timeout_seconds), *imports],
+        python("prefpipe.rewards.worker", function, str(timeout_seconds), *imports),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env={**environment(module_path()), **_ONE_THREAD},
         start_new_session=True,
     )
 
@@ -118,7 +119,10 @@ def _ask(process: Process, arguments: Sequence[Any]) -> Outcome | None:
         line = process.stdout.readline()
     except OSError:
         return None
-    return Outcome(**json.loads(line)) if line else None
+    try:
+        return Outcome(**json.loads(line)) if line else None
+    except (ValueError, TypeError, RecursionError):
+        return Outcome(None, "crash", "the checker's answer cannot be read")
 
 
 def kill(process: Process) -> None:

@@ -10,10 +10,10 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from prefpipe import reading
 from prefpipe.config.rewards import JsonSchema
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards.base import Answer, RewardFunction, Scored, one_by_one
-from prefpipe.runs import fsio
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
 _FENCE = "```"
@@ -21,7 +21,7 @@ _FENCE = "```"
 
 def inputs(settings: JsonSchema) -> dict[str, str]:
     """The digest of the schema."""
-    return {"schema": fsio.file_digest(_file(settings))} if settings.schema_file else {}
+    return {"schema": reading.file_digest(_file(settings))} if settings.schema_file else {}
 
 
 def json_schema(settings: JsonSchema) -> RewardFunction:
@@ -60,8 +60,8 @@ def _validator(settings: JsonSchema) -> Validator:
     if settings.schema_file:
         path = _file(settings)
         try:
-            schema = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            schema = reading.read_json(path)
+        except json.JSONDecodeError as error:
             raise UsageError(f"schema_file {path} is not JSON: {error}", "fix the file") from error
     chosen = validator_for(schema, default=jsonschema.Draft202012Validator)
     try:

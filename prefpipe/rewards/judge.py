@@ -17,6 +17,7 @@ from prefpipe.schemas import Message
 VERSION = 2  # raise it when prompts, parsing or formula change: a run never mixes two versions
 BEST = 10
 _SHOWN = 200
+_MOST_TRIES = 1000  # braces of an answer, from its end: 200,000 nested ones would take minutes
 _MARK = 6  # hex digits
 _SYSTEM = (
     "You judge answers of an assistant. {criteria}\n"
@@ -74,7 +75,7 @@ def judge(settings: Judge, ask: Ask | None = None) -> RewardFunction:
 def find_verdict(text: str, name: str, allowed: Sequence[Any]) -> tuple[Any, str] | None:
     """(value, reason) of the last JSON object in a text that has `name`; None unless its value is an allowed one."""
     decoder = json.JSONDecoder(strict=False)  # models and grammars leave line breaks inside strings
-    for start in reversed([i for i, c in enumerate(text) if c == "{"]):
+    for start in reversed([i for i, c in enumerate(text) if c == "{"][-_MOST_TRIES:]):
         try:
             verdict, _ = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):

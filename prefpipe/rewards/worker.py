@@ -18,7 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
+
+from prefpipe.processes import current_folder
 
 _CHUNK = 1 << 16
 _MEMORY_BYTES = 4 << 30  # of address space, so that a checker that computes 9**9**9 does not fill the machine
@@ -40,19 +42,23 @@ def main() -> None:
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     loaded = importlib.import_module(module)
-    for other in further:
-        importlib.import_module(other)
-    if hasattr(loaded, "warm_up"):
-        loaded.warm_up()
-    function = getattr(loaded, function_name)
+    with current_folder():  # the further modules, and what they import later, are the user's
+        for other in further:
+            importlib.import_module(other)
+        if hasattr(loaded, "warm_up"):
+            loaded.warm_up()
+        _answer_all(getattr(loaded, function_name), float(seconds), results)
+
+
+def _answer_all(function: Callable[..., Any], seconds: float, results: TextIO) -> None:
     child = None
     for line in sys.stdin.buffer:
         child = child or _fork(function)
-        text, in_time = _ask(child, line, time.monotonic() + float(seconds))
+        text, in_time = _ask(child, line, time.monotonic() + seconds)
         if not text:
             status = _end(child)
             child = None
-            text = json.dumps(_failure(status) if in_time else _timeout(float(seconds)))
+            text = json.dumps(_failure(status) if in_time else _timeout(seconds))
         results.write(text.strip() + "\n")
         results.flush()
     if child is not None:

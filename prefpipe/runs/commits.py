@@ -5,18 +5,25 @@ publishes counts when it exists, because it is renamed into place whole.
 """
 
 import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prefpipe import reading
+from prefpipe.errors import DataError, MissingInputError
 from prefpipe.runs import fsio
 
 _PUBLISHED = ("adapter", "model", "merged")
 _REPORTS = ("metrics.jsonl", "parity.json", "data_report.json")
 
 
-def commit(part: Path, row_type: type, rows: int, fingerprint: str) -> None:
-    """Write the commit record of a file with so many rows: from here on the file counts."""
-    record = {"dataset": row_type.__name__, **describe(part), "rows": rows, "fingerprint": fingerprint}
+def commit(part: Path, row_type: type, rows: int, owner: Mapping[str, str]) -> None:
+    """Write the commit record of a file with so many rows: from here on the file counts.
+
+    `owner` says whose file it is: the `fingerprint` of the run, and the `name` of the file in it.
+    """
+    record = {"dataset": row_type.__name__, **describe(part), "rows": rows, **owner}
     fsio.write_text(record_path(part), json.dumps(record) + "\n")
 
 
@@ -27,29 +34,76 @@ def record_path(part: Path) -> Path:
 
 def describe(path: Path) -> dict[str, Any]:
     """Size in bytes and blake3 of a file."""
-    return {"bytes": path.stat().st_size, "blake3": fsio.file_digest(path)}
+    with reading.reading(path):
+        return {"bytes": path.stat().st_size, "blake3": reading.file_digest(path)}
 
 
 def matches(path: Path, digest: str) -> bool:
-    """Whether a file is there and has this digest."""
-    return path.is_file() and fsio.file_digest(path) == digest
-
-
-def matches_record(part: Path) -> bool:
-    """Whether a file is what its commit record says. A damaged record describes no file."""
+    """Whether a file is there and has this digest. Raises StorageError where it cannot be read."""
     try:
-        digest = json.loads(record_path(part).read_text(encoding="utf-8"))["blake3"]
-    except (ValueError, KeyError, TypeError):
+        return reading.file_digest(path) == digest
+    except (MissingInputError, DataError):
         return False
-    return matches(part, str(digest))
+
+
+def mismatch(part: Path, owner: Mapping[str, str]) -> str | None:
+    """In what a file is not the one that its commit record and `owner` (see `commit`) describe; None where it is."""
+    wrong = record_mismatch(part, owner)
+    if wrong is None and not matches(part, str(reading.read_json(record_path(part))["blake3"])):
+        return "it does not match its commit record"
+    return wrong
+
+
+def record_mismatch(part: Path, owner: Mapping[str, str], digest: str | None = None) -> str | None:
+    """As `mismatch`, by the record alone and, where the caller knows it, by the digest of the file.
+
+    A damaged record describes no file. One of an older version has no name.
+    """
+    try:
+        record = reading.read_json(record_path(part))
+        committed_digest = record["blake3"]
+        others = [key for key, value in owner.items() if record.get(key, value) != value]
+    except (ValueError, KeyError, TypeError, AttributeError, MissingInputError, DataError):
+        return "its commit record is damaged"
+    if others:
+        return f"its commit record has another {others[0]}"
+    return None if digest in (None, committed_digest) else "it does not match its commit record"
 
 
 def committed(out: Path) -> list[Path]:
     """Every file that belongs into the manifest: shards with a record, published directories, reports."""
-    parts = [r.with_name(r.name.removesuffix(".ok.json") + ".parquet") for r in out.rglob("*.ok.json")]
-    published = [p for folder in _PUBLISHED for p in (out / folder).rglob("*") if p.is_file()]
-    reports = [out / name for name in _REPORTS if (out / name).exists()]
-    return sorted(p for p in [*parts, *published, *reports] if "quarantine" not in p.relative_to(out).parts)
+    files = list(_files(out, frozenset()))
+    published = [f for f in files if f.relative_to(out).parts[0] in _PUBLISHED]
+    return sorted({*_parts(files), *published, *(f for f in files if str(f.relative_to(out)) in _REPORTS)})
+
+
+def recorded(out: Path) -> list[Path]:
+    """Every file with a commit record, but for those of runs inside this one."""
+    return [part for part in _parts(_files(out, frozenset())) if not is_nested(out, part)]
+
+
+def is_nested(out: Path, path: Path) -> bool:
+    """Whether a file belongs to a run inside the run `out`, such as a step of a round."""
+    return any((out / folder / "config.json").exists() for folder in list(path.relative_to(out).parents)[:-1])
+
+
+def _parts(files: Iterable[Path]) -> list[Path]:
+    return [f.with_name(f.name.removesuffix(".ok.json") + ".parquet") for f in files if f.name.endswith(".ok.json")]
+
+
+def _files(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    """The files of a run directory, those behind links to folders too: a dataset may live on another disk. `above` are
+    the folders that lead here: a link to one of them leads nowhere."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with reading.reading(folder), os.scandir(folder) as found:
+        entries = [Path(entry.path) for entry in found]
+    for path in entries:
+        if not path.is_dir():
+            yield path
+        elif path.name != "quarantine":
+            yield from _files(path, above | {real})
 
 
 def remade_with(name: str) -> list[str]:

@@ -16,14 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
-from blake3 import blake3
 
+from prefpipe import log
 from prefpipe.clock import utc_now
 from prefpipe.errors import LockedError, StorageError
+from prefpipe.reading import file_digest, read_bytes
+from prefpipe.runs.storage import storage_errors, utf8
 
 Appender = Callable[[str], None]
-_CHUNK = 8 << 20
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
+_without_fsync = set[int]()  # devices of which it was said
 _passes: Counter[str] = Counter()  # calls per fault point, while a fault is armed
 
 
@@ -46,24 +48,6 @@ def fault(point: str, path: Path | None = None) -> None:
     if action == "torn" and path is not None:
         os.truncate(path, path.stat().st_size // 2)
     os.kill(os.getpid(), signal.SIGTERM if action == "sigterm" else signal.SIGKILL)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Generator[None]:
-    """Turn an OSError into a StorageError that names the path, and the free space when the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(_existing_parent(path)).free
-            raise StorageError(
-                f"no space left on the disk while writing {path} ({free:,} bytes free)",
-                "free some space and run the same command again: committed work is kept",
-            ) from error
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}",
-            "check permissions and the disk, then run the same command again",
-        ) from error
 
 
 def make_dirs(path: Path) -> None:
@@ -93,14 +77,15 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically (UTF-8)."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a small text file atomically (UTF-8). Bytes of a path that is not UTF-8 are written as JSON does it."""
+    write_atomic(path, lambda temporary: temporary.write_bytes(text.encode(errors="backslashreplace")))
 
 
-def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
+def publish_dir(path: Path, fill: Callable[[Path], object], aside: Path | None = None) -> None:
     """Let `fill` build a directory under a temporary name, fsync everything in it, and rename it to `path`.
 
-    `path` must not exist. A published directory is complete from the moment it exists.
+    A published directory is complete from the moment it exists. One that stands at `path` already moves into `aside`,
+    unless it has the same content; without `aside` none may stand there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
@@ -116,6 +101,11 @@ def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
             for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
                 sync_dir(folder)
             sync_dir(temporary)
+            if aside is not None and os.path.lexists(path):
+                if _contents(path) == _contents(temporary):
+                    shutil.rmtree(temporary)
+                    return
+                move_aside(path, aside)
             fault("rename")
             os.rename(temporary, path)
             sync_dir(path.parent)
@@ -126,7 +116,7 @@ def publish_dir(path: Path, fill: Callable[[Path], object]) -> None:
 
 @contextmanager
 def temporary_dir(path: Path) -> Generator[Path]:
-    """A directory beside `path` under a temporary name, removed at the end.
+    """A directory beside `path` under a temporary name that is UTF-8, removed at the end.
 
     `remove_leftovers` removes it when the process was killed before.
     """
@@ -134,7 +124,8 @@ def temporary_dir(path: Path) -> Generator[Path]:
     with storage_errors(path):
         temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with utf8(temporary) as name:
+            yield name
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -143,7 +134,7 @@ def append_line(path: Path, line: str) -> None:
     """Append one line to a log file. A kill can tear the last line, which readers ignore."""
     with storage_errors(path):
         fault("append", path if path.exists() else None)
-        with path.open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=_without_waiting) as file:
             file.write(line + "\n")
 
 
@@ -151,7 +142,7 @@ def append_line(path: Path, line: str) -> None:
 def appender(path: Path) -> Generator[Appender]:
     """A function that appends one line per system call: lines survive a kill of this process, not a power cut."""
     with storage_errors(path):
-        file = path.open("ab", buffering=0)
+        file = open(path, "ab", buffering=0, opener=_without_waiting)  # noqa: SIM115  (closed below)
 
     def append(line: str) -> None:
         with storage_errors(path):
@@ -183,14 +174,15 @@ def truncate(path: Path, size: int) -> None:
 def move_aside(path: Path, into: Path) -> Path:
     """Move a file or directory into `into`, with a number behind its name when that is taken. Returns its new path."""
     with storage_errors(path):
-        into.mkdir(parents=True, exist_ok=True)
-        target = into / path.name
-        number = 1
-        while target.exists():
-            target = into / f"{path.name}.{number}"
-            number += 1
+        target = _free_name(path, into)
         os.rename(path, target)
         return target
+
+
+def copy_aside(path: Path, into: Path) -> None:
+    """Copy a file into `into`, with a number behind its name when that is taken."""
+    with storage_errors(path):
+        write_atomic(_free_name(path, into), lambda temporary: shutil.copyfile(path, temporary))
 
 
 def remove_dir(path: Path) -> None:
@@ -224,7 +216,7 @@ def sync_dir(path: Path) -> None:
     fault("fsync_dir")
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        _fsync_descriptor(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -241,7 +233,7 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
     try:
         held.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout as error:
-        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "an unknown process"
+        who = read_bytes(owner).decode(errors="replace").strip() if owner.is_file() else "an unknown process"
         raise LockedError(
             f"{directory} is being written by {who}", "wait for it to end, or choose another --out"
         ) from error
@@ -250,26 +242,51 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
             f"cannot lock {directory}: {error.strerror}", "check its permissions, or choose another --out"
         ) from error
     try:
-        with storage_errors(owner):
-            owner.write_text(f"process {os.getpid()} on {os.uname().nodename}, since {utc_now()}\n")
+        with storage_errors(owner), open(owner, "w", encoding="utf-8", opener=_without_waiting) as file:
+            file.write(f"process {os.getpid()} on {os.uname().nodename}, since {utc_now()}\n")
         yield
     finally:
         held.release()
 
 
-def file_digest(path: Path) -> str:
-    """blake3 of a file's bytes, 32 hex digits (128 bits)."""
-    hasher = blake3()
-    with storage_errors(path), path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            hasher.update(block)
-    return hasher.hexdigest(16)
-
-
 def _fsync(path: Path) -> None:
     fault("fsync")
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        _fsync_descriptor(file.fileno(), path)
+
+
+def _fsync_descriptor(descriptor: int, path: Path) -> None:
+    """Fsync. Of a file system that has no such thing it is said once."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        device = os.fstat(descriptor).st_dev
+        if device not in _without_fsync:
+            log.warn(f"the file system of {path} has no fsync: what a power cut leaves is up to it")
+        _without_fsync.add(device)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file to write; a pipe without a reader, which would wait for one, is refused."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def _contents(directory: Path) -> dict[str, str]:
+    """The digest of every file in a directory."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return {str(file.relative_to(directory)): file_digest(file) for file in files}
+
+
+def _free_name(path: Path, into: Path) -> Path:
+    into.mkdir(parents=True, exist_ok=True)
+    target = into / path.name
+    number = 1
+    while os.path.lexists(target):
+        target = into / f"{path.name}.{number}"
+        number += 1
+    return target
 
 
 def _open_to_umask(path: Path) -> None:
@@ -277,7 +294,3 @@ def _open_to_umask(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in [path, *path.absolute().parents] if parent.exists())

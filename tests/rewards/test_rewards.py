@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefpipe import rewards
+from prefpipe import reading, rewards
 from prefpipe.config import shared
 from prefpipe.config.rewards import KINDS, Math, ShortSentence
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import text_rules
 from prefpipe.rewards.base import Answer
-from prefpipe.runs import fsio, store
+from prefpipe.runs import store
 from prefpipe.schemas import Message, Reward
 from tests.conftest import Cli
 
@@ -124,7 +124,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 @pytest.mark.parametrize("name", ["remember", "counter", "half", "Counter"])
 def test_a_users_reward_is_identified_by_the_bytes_of_its_module(name: str) -> None:
     """Whatever can be called: an edit of the module must start another run."""
-    assert rewards.identity(f"{HERE}:{name}") == fsio.file_digest(Path(__file__))
+    assert rewards.identity(f"{HERE}:{name}") == reading.file_digest(Path(__file__))
 
 
 def test_a_wrapped_reward_is_identified_by_the_users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_a_wrapped_reward_is_identified_by_the_users_module(tmp_path: Path, monk
         "from contextlib import contextmanager\n@contextmanager\ndef f(completions, **_):\n    yield [1.0]\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert rewards.identity("my_wrapped_reward:f") == fsio.file_digest(source)
+    assert rewards.identity("my_wrapped_reward:f") == reading.file_digest(source)
 
 
 def test_our_reward_is_identified_by_its_version() -> None:

@@ -45,6 +45,15 @@ def complete(out: Path, **given: Any) -> Manifest:
         return write(run)
 
 
+def data_files(out: Path) -> dict[str, bytes]:
+    skipped = (".lock", ".owner", "timing.jsonl", "quarantine")
+    return {
+        str(p.relative_to(out)): p.read_bytes()
+        for p in sorted(out.rglob("*"))
+        if p.is_file() and p.relative_to(out).parts[0] not in skipped
+    }
+
+
 def flip(path: Path, position: int = -1, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
     content[position % len(content)] ^= 1 << bit

@@ -22,6 +22,7 @@ def test_a_commit_record_describes_its_part(tmp_path: Path) -> None:
             "bytes": len(content),
             "blake3": blake3(content).hexdigest()[:32],
             "fingerprint": run.fingerprint,
+            "name": "rewards/r/part-00007.parquet",
         }
         assert run.has_part("rewards/r", 7)
         assert not run.has_part("rewards/r", 6)
@@ -31,10 +32,24 @@ def test_a_commit_record_describes_its_part(tmp_path: Path) -> None:
 def test_a_damaged_or_wrong_record_matches_nothing(tmp_path: Path, record: str) -> None:
     part = tmp_path / "part-00000.parquet"
     part.write_bytes(b"rows")
-    commits.commit(part, Reward, 1, "f")
-    assert commits.matches_record(part)
+    owner = {"fingerprint": "f", "name": part.name}
+    commits.commit(part, Reward, 1, owner)
+    assert commits.mismatch(part, owner) is None
     (tmp_path / "part-00000.ok.json").write_text(record)
-    assert not commits.matches_record(part)
+    assert commits.mismatch(part, owner) is not None
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "name"])
+def test_a_record_of_another_run_or_place_is_no_record_here(tmp_path: Path, key: str) -> None:
+    part = tmp_path / "part-00000.parquet"
+    part.write_bytes(b"rows")
+    owner = {"fingerprint": "f", "name": part.name}
+    commits.commit(part, Reward, 1, {**owner, key: "other"})
+    assert commits.mismatch(part, owner) == f"its commit record has another {key}"
+    record = json.loads((tmp_path / "part-00000.ok.json").read_text())
+    del record[key]
+    (tmp_path / "part-00000.ok.json").write_text(json.dumps(record))
+    assert commits.mismatch(part, owner) is None  # an older version did not write it
 
 
 def test_files_count_by_record_by_folder_or_by_name(tmp_path: Path) -> None:

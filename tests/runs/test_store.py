@@ -21,16 +21,7 @@ from prefpipe.errors import DataError, LockedError, MissingInputError, UsageErro
 from prefpipe.runs import store
 from prefpipe.schemas import Reward, from_table
 from tests.conftest import ROOT
-from tests.runs.cases import CONFIG, INPUTS, complete, flip, opened, rewards, write
-
-
-def data_files(out: Path) -> dict[str, bytes]:
-    skipped = (".lock", ".owner", "timing.jsonl", "quarantine")
-    return {
-        str(p.relative_to(out)): p.read_bytes()
-        for p in sorted(out.rglob("*"))
-        if p.is_file() and p.relative_to(out).parts[0] not in skipped
-    }
+from tests.runs.cases import CONFIG, INPUTS, complete, data_files, flip, opened, rewards, write
 
 
 def test_a_part_without_record_is_not_committed_and_is_written_again(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def scan(files: Files, row_type: type) -> pl.LazyFrame:
             schema=schema,
             missing_columns="insert",
             cast_options=pl.ScanCastOptions(missing_struct_fields="insert"),
+            glob=False,
         ).with_columns(run=pl.lit(number, pl.UInt16))
         for number, paths in enumerate(files)
     )
@@ -48,7 +49,7 @@ def split(frames: Sequence[pl.LazyFrame], count: int, folder: Path) -> list[pl.L
             by = pl.PartitionBy(folder / str(number), key="partition", include_key=False)
             frame.sink_ipc(by, compression="lz4", mkdir=True)
     parts = [sorted(folder.glob(f"*/partition={number}/*")) for number in range(count)]
-    return [pl.scan_ipc(files) if files else pl.LazyFrame(schema=schema) for files in parts]
+    return [pl.scan_ipc(files, glob=False) if files else pl.LazyFrame(schema=schema) for files in parts]
 
 
 def cut(frame: pl.DataFrame, count: int) -> list[pl.DataFrame]:
@@ -74,7 +75,9 @@ def file_and_row(files: Files, wanted: pl.Expr) -> str:
     """File and row of the last row that `wanted` selects: among copies, the one to remove."""
     place = ""
     for path in itertools.chain(*files):
-        rows = pl.scan_parquet(path, row_index_name="row").filter(wanted).select(pl.col("row").max()).collect()
+        rows = (
+            pl.scan_parquet(path, row_index_name="row", glob=False).filter(wanted).select(pl.col("row").max()).collect()
+        )
         if rows.item() is not None:
             place = f"{path}, row {rows.item()}"
     return place

@@ -23,7 +23,7 @@ from prefpipe.engines.base import Draw, Engine
 from prefpipe.errors import UsageError
 from prefpipe.ids import numbered_id
 from prefpipe.inference.sampling import SampledPrompt, SampledShard
-from prefpipe.inference.task import Task, answers_of, prompt_key, read_task, run_shards, sampled_draws
+from prefpipe.inference.task import Task, answers_of, balances, prompt_key, read_task, run_shards, sampled_draws
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import Scored
 from prefpipe.runs import store
@@ -57,7 +57,9 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
             for row in from_table(Evaluation, output.read_part(_DATASET, Evaluation, index))
         ]
         totals = {"round": config.round, **summarize(rows, config.pass_reward)}
-        return output.finish(totals, {"policy": task.policy.id})
+        samples = len(draws(config, next(iter(task.prompts))))
+        balance = balances(output, task, num_shards, _DATASET, Evaluation, samples)
+        return output.finish(totals, {"policy": task.policy.id}, balance)
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

@@ -24,7 +24,16 @@ from prefpipe.ids import ids_digests, numbered_id
 from prefpipe.inference import parity
 from prefpipe.inference.sampling import SampledPrompt, SampledShard
 from prefpipe.inference.scoring import request_of
-from prefpipe.inference.task import Task, answers_of, engine_settings, prompt_key, read_task, run_shards, sampled_draws
+from prefpipe.inference.task import (
+    Task,
+    answers_of,
+    balances,
+    engine_settings,
+    prompt_key,
+    read_task,
+    run_shards,
+    sampled_draws,
+)
 from prefpipe.models import vocabulary
 from prefpipe.rewards import rating
 from prefpipe.rows import ref_logps
@@ -56,7 +65,8 @@ def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
             totals["parity"] = _check(config, output, task, reference, num_shards)
             output.write_report("parity.json", totals["parity"])
         tokens = vocabulary.record([vocabulary.name(vocabulary.of_tokenizer(task.chat.tokenizer))])
-        return output.finish(totals, {"policy": task.policy.id, "reference": reference, **tokens})
+        balance = balances(output, task, num_shards, "completions", Completion, config.num_samples)
+        return output.finish(totals, {"policy": task.policy.id, "reference": reference, **tokens}, balance)
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

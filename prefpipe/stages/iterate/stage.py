@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from prefpipe import clock, log
+from prefpipe import clock, log, processes
 from prefpipe.config.base import dump
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.reward_sum import parse
@@ -108,9 +108,8 @@ def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
 
 def run_process(command: str, saved: Path, out: Path) -> None:
     """Run one step as `python -m prefpipe COMMAND CONFIG --out DIR`. Raises an error with the exit code of the step."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prefpipe", command, str(saved), "--out", str(out)], stdout=sys.stderr
-    )
+    words = processes.python("prefpipe", command, str(saved), "--out", str(out))
+    process = subprocess.Popen(words, stdout=sys.stderr, env=processes.environment())
     try:
         code = process.wait()
     except BaseException:

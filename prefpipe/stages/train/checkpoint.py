@@ -1,7 +1,11 @@
-"""Training checkpoints. Each is a directory that is complete or invisible; a run resumes only where digests match."""
+"""Training checkpoints. Each is a directory that is complete or invisible; a run resumes only where digests match.
+
+They are those of the checkpoint, of the part of metrics.jsonl before it, and of the best weights so far.
+"""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefpipe import log
-from prefpipe.errors import DataError
-from prefpipe.ids import content_id
-from prefpipe.runs import fsio
+from prefpipe import log, reading
+from prefpipe.errors import DataError, MissingInputError
+from prefpipe.runs import commits, fsio, manifests
+
+_NAME = re.compile(r"step-\d{8,}")
+_MOST_METRICS = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,9 @@ class Checkpoint:
     """
 
     step: int
-    # The size of metrics.jsonl at that moment.
+    # The size of metrics.jsonl at that moment, and the digest of its bytes.
     metrics_bytes: int
+    metrics_digest: str
     # The state of the optimizer, with the float32 weights.
     tensors: dict[str, torch.Tensor]
     # What the alert rules remember, as JSON.
@@ -47,12 +54,13 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2,
         record = {
             "step": checkpoint.step,
             "metrics_bytes": checkpoint.metrics_bytes,
+            "metrics_blake3": checkpoint.metrics_digest,
+            "best": records[-1] if records else checkpoint.step,
             "diagnostics": checkpoint.diagnostics,
             "fingerprint": fingerprint,
-            "blake3": fsio.file_digest(into / "state.safetensors"),
+            "blake3": reading.file_digest(into / "state.safetensors"),
         }
-        sealed = {**record, "record_id": content_id(record)}
-        (into / "state.json").write_text(json.dumps(sealed), encoding="utf-8")
+        (into / "state.json").write_text(json.dumps(manifests.sealed(record)), encoding="utf-8")
 
     fsio.publish_dir(target, fill)
     steps = _steps(folder)
@@ -63,15 +71,26 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2,
             fsio.remove_dir(old)
 
 
-def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
-    """The newest checkpoint of this run whose digests match; others that are met on the way move to quarantine/."""
+def newest(folder: Path, fingerprint: str, metrics: Path) -> Checkpoint | None:
+    """The newest checkpoint of this run that can be trusted, with all that it stands on. Others that are met on the way
+    move to quarantine/, with a copy of `metrics` (metrics.jsonl) where that is what they do not match."""
+    aside = folder.parent / "quarantine"
+    kept_aside = False
     for path in reversed(_steps(folder)):
         record = _verified(path)
-        if record is not None and record["fingerprint"] == fingerprint:
-            tensors = load_file(path / "state.safetensors")
-            return Checkpoint(record["step"], record["metrics_bytes"], tensors, record.get("diagnostics"))
-        log.warn(f"checkpoint {path} is damaged or of another run: it moves to quarantine/")
-        fsio.move_aside(path, folder.parent / "quarantine")
+        if record is None or record["fingerprint"] != fingerprint:
+            wrong = "is damaged or of another run"
+        elif not _matches(metrics, record):
+            wrong = f"does not match {metrics.name}, which was changed"
+            if not kept_aside and metrics.is_file():
+                fsio.copy_aside(metrics, aside)
+                kept_aside = True
+        elif not _has_best(folder, record):
+            wrong = "needs the best weights so far, which are damaged or missing"
+        else:
+            return _load(path, record)
+        log.warn(f"checkpoint {path} {wrong}: it moves to quarantine/")
+        fsio.move_aside(path, aside)
     return None
 
 
@@ -82,26 +101,51 @@ def at_step(folder: Path, step: int) -> Checkpoint:
     if record is None:
         raise DataError(
             f"checkpoint {path}, the best one, is damaged or missing",
-            "start over with --force: it cannot be made again",
+            "run the same command again: it goes back to an earlier checkpoint; if not, start over with --force",
         )
-    return Checkpoint(record["step"], record["metrics_bytes"], load_file(path / "state.safetensors"))
+    return _load(path, record)
+
+
+def _has_best(folder: Path, record: Mapping[str, Any]) -> bool:
+    best = record.get("best", record["step"])
+    return best == record["step"] or _verified(_path(folder, best)) is not None
+
+
+def _load(path: Path, record: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(
+        record["step"],
+        record["metrics_bytes"],
+        record.get("metrics_blake3", ""),
+        load_file(path / "state.safetensors"),
+        record.get("diagnostics"),
+    )
 
 
 def _verified(path: Path) -> dict[str, Any] | None:
     """The record of a checkpoint, or None where the record or the tensors do not match their digests."""
     try:
-        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        seal = record.pop("record_id")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        record = reading.read_json(path / "state.json")
+        intact = manifests.is_intact(record) and commits.matches(path / "state.safetensors", record["blake3"])
+    except (ValueError, KeyError, AttributeError, TypeError, DataError, MissingInputError):
         return None
-    tensors = path / "state.safetensors"
-    if seal != content_id(record) or not tensors.is_file() or fsio.file_digest(tensors) != record["blake3"]:
-        return None
-    return record
+    return record if intact else None
+
+
+def _matches(metrics: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the metrics before a checkpoint are those that it was saved with. One of an older version does not say:
+    then there must be a line for every step."""
+    size = record["metrics_bytes"]
+    try:
+        if "metrics_blake3" in record:
+            return reading.file_digest(metrics, size) == record["metrics_blake3"]
+        lines = reading.read_bytes(metrics, _MOST_METRICS)[:size].splitlines()
+        return [json.loads(line)["step"] for line in lines] == list(range(record["step"]))
+    except (ValueError, KeyError, TypeError, RecursionError, DataError, MissingInputError):
+        return False
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def _path(folder: Path, step: int) -> Path:

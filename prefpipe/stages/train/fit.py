@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from prefpipe import log
+from prefpipe import log, reading
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, Interrupted
 from prefpipe.forward import load
@@ -22,6 +22,7 @@ from prefpipe.stages.train.monitor.watch import Watch, note, watching
 from prefpipe.stages.train.optimizer import warmup_length
 from prefpipe.stages.train.session import Session
 
+_METRICS = "metrics.jsonl"
 Line = dict[str, Any]  # of metrics.jsonl: the metrics of a step by name, those of an evaluation under eval_ names
 
 
@@ -42,14 +43,14 @@ def fit(
     run.
     """
     config = trainer.config
-    resumed = session.lead(lambda run: checkpoint.newest(run.out / "checkpoints", run.fingerprint))
+    resumed = session.lead(_resumed)
     first, metrics_bytes = (resumed.step, resumed.metrics_bytes) if resumed else (0, 0)
     if resumed is not None:
         trainer.optimizer.load_state(resumed.tensors)
         state = State.from_json(resumed.diagnostics or state.to_json())
         log.info(f"resuming after step {first}")
         del resumed  # its tensors are copied: a run of hours must not hold them
-    session.lead(lambda run: fsio.truncate(run.out / "metrics.jsonl", metrics_bytes))
+    session.lead(lambda run: fsio.truncate(run.out / _METRICS, metrics_bytes))
     evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
     steps = loop.steps(trainer, data.rows, first, data.training_bank)
     warmup = warmup_length(steps.num_steps, config.warmup_ratio, config.warmup_steps, config.lr_scheduler_type)
@@ -138,9 +139,16 @@ def _take_best(session: Session, trainer: Trainer, evaluations: Sequence[Line]) 
     return {"best": {"step": step, "metric": metric, "value": value}}
 
 
+def _resumed(run: Run) -> Checkpoint | None:
+    if reading.is_there(run.out / _METRICS) and not (run.out / _METRICS).is_file():
+        log.warn(f"{run.out / _METRICS} is not a file: it moves to quarantine/")
+        fsio.move_aside(run.out / _METRICS, run.out / "quarantine")
+    return checkpoint.newest(run.out / "checkpoints", run.fingerprint, run.out / _METRICS)
+
+
 def _lines(run: Run) -> list[Line]:
-    """The lines of metrics.jsonl."""
-    path = run.out / "metrics.jsonl"
+    """The lines of metrics.jsonl, which the checkpoint of the resume vouches for."""
+    path = run.out / _METRICS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -153,9 +161,10 @@ def _record(
     best: Sequence[int],
 ) -> None:
     """Append the metrics of a step and, with tensors, save a checkpoint that vouches for them."""
-    metrics = run.out / "metrics.jsonl"
+    metrics = run.out / _METRICS
     fsio.append_line(metrics, json.dumps(line))
     if tensors is not None:
         fsio.sync_file(metrics)
-        done = Checkpoint(int(line["step"]) + 1, metrics.stat().st_size, tensors, state.to_json())
+        size, digest = metrics.stat().st_size, reading.file_digest(metrics)
+        done = Checkpoint(int(line["step"]) + 1, size, digest, tensors, state.to_json())
         checkpoint.save(run.out / "checkpoints", done, run.fingerprint, config.save_total_limit, best)

@@ -47,7 +47,8 @@ def save(
     config: TrainConfig,
     facts: Mapping[str, Any],
 ) -> str:
-    """Publish the trained policy under `out`, unless it is there already, and return its identity.
+    """Publish the trained policy under `out` and return its identity. One that a killed run left there, which no
+    manifest vouches for, stays only where it is the same.
 
     `facts` are the contents of the model card beside the settings: counts, metrics, identities.
     """
@@ -63,8 +64,7 @@ def save(
             load.save_model(causal_model(model.policy), tensors, into, policy.directory, config.chat_template)
         (into / "README.md").write_text(card(target.name, base, config, facts), encoding="utf-8")
 
-    if not target.exists():
-        fsio.publish_dir(target, fill)
+    fsio.publish_dir(target, fill, out / "quarantine")
     if config.merge:
         _merge(out, policy, config, facts)
     if config.tuning == "full":
@@ -81,8 +81,6 @@ def _merge(out: Path, policy: Policy, config: TrainConfig, facts: Mapping[str, A
     """Publish OUT/merged: the base plus the saved adapter. The base is read again, on the CPU: in memory it may be
     sharded or in 4 bits."""
     target = out / "merged"
-    if target.exists():
-        return
     log.info("merging the adapter into the model")
     whole = load.merged(load.load_model(policy.directory, config.dtype, device="cpu"), out / "adapter")
 
@@ -90,7 +88,7 @@ def _merge(out: Path, policy: Policy, config: TrainConfig, facts: Mapping[str, A
         load.save_model(whole, load.model_tensors(whole), into, policy.directory, config.chat_template)
         (into / "README.md").write_text(card("merged", base_name(policy, config), config, facts), encoding="utf-8")
 
-    fsio.publish_dir(target, fill)
+    fsio.publish_dir(target, fill, out / "quarantine")
 
 
 def card(name: str, base: str, config: TrainConfig, facts: Mapping[str, Any]) -> str:

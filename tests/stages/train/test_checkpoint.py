@@ -1,26 +1,43 @@
 """Checkpoints: complete or invisible, verified before use, the newest good one wins, damaged ones are kept aside."""
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 
 from prefpipe.errors import StorageError
-from prefpipe.runs import fsio
-from prefpipe.stages.train.checkpoint import Checkpoint, newest, save
+from prefpipe.runs import fsio, manifests
+from prefpipe.stages.train import checkpoint
+from prefpipe.stages.train.checkpoint import Checkpoint, save
+
+METRICS = b"".join(b'{"step": %d, "loss": %d}\n' % (i, i * i) for i in range(120))
+
+
+def ends_at(step: int) -> int:
+    """Bytes of the first lines of METRICS, one for every step."""
+    return sum(map(len, METRICS.splitlines(keepends=True)[:step]))
 
 
 def at(step: int) -> Checkpoint:
-    return Checkpoint(
-        step, 100 * step, {"master/w": torch.full((3,), float(step)), "step/w": torch.tensor(float(step))}
-    )
+    size = ends_at(step)
+    tensors = {"master/w": torch.full((3,), float(step)), "step/w": torch.tensor(float(step))}
+    return Checkpoint(step, size, blake3(METRICS[:size]).hexdigest()[:32], tensors)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(METRICS)
     return tmp_path / "run" / "checkpoints"
+
+
+def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
+    return checkpoint.newest(folder, fingerprint, folder.parent / "metrics.jsonl")
 
 
 def same(found: Checkpoint | None, wanted: Checkpoint) -> bool:
@@ -38,7 +55,7 @@ def names(folder: Path) -> list[str]:
 
 def test_nothing_to_resume_from(folder: Path):
     assert newest(folder, "f") is None
-    folder.mkdir(parents=True)
+    folder.mkdir()
     assert newest(folder, "f") is None
 
 
@@ -52,7 +69,7 @@ def test_the_newest_by_step_wins_and_two_are_kept(folder: Path):
 
 def test_non_contiguous_tensors_are_saved(folder: Path):
     wanted = torch.arange(6.0).reshape(2, 3).T
-    save(folder, Checkpoint(1, 0, {"w": wanted}), "f")
+    save(folder, replace(at(1), tensors={"w": wanted}), "f")
     found = newest(folder, "f")
     assert found is not None
     assert torch.equal(found.tensors["w"], wanted)
@@ -60,7 +77,7 @@ def test_non_contiguous_tensors_are_saved(folder: Path):
 
 def test_what_the_alert_rules_remember_comes_back(folder: Path):
     state = {"blocks": {"loss": [0.1, None]}, "active": ["A2"]}
-    save(folder, Checkpoint(1, 0, at(1).tensors, state), "f")
+    save(folder, replace(at(1), diagnostics=state), "f")
     found = newest(folder, "f")
     assert found is not None
     assert found.diagnostics == state
@@ -68,7 +85,7 @@ def test_what_the_alert_rules_remember_comes_back(folder: Path):
 
 def test_saving_a_step_again_keeps_what_is_there(folder: Path):
     save(folder, at(1), "f")
-    save(folder, Checkpoint(1, 7, at(9).tensors), "f")
+    save(folder, replace(at(1), tensors=at(9).tensors), "f")
     assert same(newest(folder, "f"), at(1))
 
 
@@ -169,4 +186,86 @@ def test_a_failed_save_leaves_the_older_one(folder: Path, point: str, monkeypatc
 def test_the_record_says_what_it_is(folder: Path):
     save(folder, at(5), "f")
     record = json.loads((folder / "step-00000005" / "state.json").read_text())
-    assert (record["step"], record["metrics_bytes"], record["fingerprint"]) == (5, 500, "f")
+    assert (record["step"], record["metrics_bytes"], record["fingerprint"]) == (5, ends_at(5), "f")
+
+
+def a_number(text: str) -> str:
+    return text.replace('"loss": 9}', '"loss": 0}')  # of step 3
+
+
+def a_line_less(text: str) -> str:
+    return "".join(text.splitlines(keepends=True)[1:])
+
+
+def a_flipped_bit(text: str) -> str:
+    return text.replace('{"step": 0', '{"rtep": 0')
+
+
+def no_json(text: str) -> str:
+    return text.replace("{", "[", 1)
+
+
+def nothing(_text: str) -> str:
+    return ""
+
+
+CHANGES = [(a_number, 2), (a_line_less, None), (a_flipped_bit, None), (no_json, None), (nothing, None)]
+
+
+@pytest.mark.parametrize(("change", "left"), CHANGES)
+def test_metrics_that_were_changed_are_not_gone_on_from(
+    folder: Path, change: Callable[[str], str], left: int | None, capsys: pytest.CaptureFixture[str]
+):
+    """The newest checkpoint whose part of the metrics is as it was; the changed file is kept aside, once."""
+    for step in (2, 4, 6):
+        save(folder, at(step), "f", limit=3)
+    metrics = folder.parent / "metrics.jsonl"
+    metrics.write_text(change(METRICS.decode()))
+    changed = metrics.read_bytes()
+    found = newest(folder, "f")
+    assert found is None if left is None else same(found, at(left))
+    aside = names(folder.parent / "quarantine")
+    assert [name for name in aside if "metrics" in name] == ["metrics.jsonl"]
+    assert (folder.parent / "quarantine" / "metrics.jsonl").read_bytes() == changed
+    assert "does not match metrics.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_no_file_in_the_place_of_the_metrics_is_a_start_from_zero(folder: Path, make: Callable[[Path], None]):
+    save(folder, at(1), "f")
+    (folder.parent / "metrics.jsonl").unlink()
+    make(folder.parent / "metrics.jsonl")
+    assert newest(folder, "f") is None
+
+
+@pytest.mark.parametrize(("change", "left"), [(str, 4), *CHANGES[1:]])
+def test_a_checkpoint_of_an_older_version_asks_for_a_line_for_every_step(
+    folder: Path, change: Callable[[str], str], left: int | None
+):
+    """It has no digest of the metrics, and resumes where they can be those that it was saved with."""
+    save(folder, at(4), "f")
+    state = folder / "step-00000004" / "state.json"
+    record = json.loads(state.read_text())
+    for key in ("metrics_blake3", "best", "record_id"):
+        del record[key]
+    state.write_text(json.dumps(manifests.sealed(record)))
+    (folder.parent / "metrics.jsonl").write_text(change(METRICS.decode()))
+    found = newest(folder, "f")
+    assert (found and found.step) == left
+
+
+def test_without_the_best_weights_so_far_an_earlier_checkpoint_is_used(folder: Path):
+    for step, records in ((2, [2]), (4, [2, 4]), (5, [2, 4])):
+        save(folder, at(step), "f", 3, records)
+    flip(folder / "step-00000004" / "state.safetensors")
+    assert same(newest(folder, "f"), at(2))
+    assert names(folder.parent / "quarantine") == ["step-00000004", "step-00000005"]
+
+
+def test_folders_with_other_names_are_left_alone(folder: Path):
+    save(folder, at(1), "f")
+    for name in ("step-best", "step-00000009.bak"):
+        (folder / name).mkdir()
+    assert same(newest(folder, "f"), at(1))
+    save(folder, at(2), "f", limit=1)
+    assert names(folder) == ["step-00000002", "step-00000009.bak", "step-best"]

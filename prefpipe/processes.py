@@ -1,0 +1,46 @@
+"""Start a module of prefpipe in another Python, which takes no file of the current folder for a module of its own."""
+
+import os
+import site
+import sys
+import sysconfig
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+_ROOT = str(Path(__file__).resolve().parents[1])
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command `python -m MODULE ARGUMENT...`. Without -P the folder that a user stands in would come first: with a
+    file `random.py` there, that file would run."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def environment(path: list[str] | None = None) -> dict[str, str]:
+    """The environment of this process, in which a module of prefpipe is found; `path` are the folders of modules to
+    look in, by default those of PYTHONPATH."""
+    folders = path if path is not None else os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if _ROOT not in map(os.path.realpath, [*folders, *site.getsitepackages()]):
+        folders = [_ROOT, *folders]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+@contextmanager
+def current_folder() -> Generator[None]:
+    """Modules are looked for in the current folder too: before the installed packages, after Python's own modules."""
+    stdlib = (*map(sysconfig.get_path, ("stdlib", "platstdlib")), sysconfig.get_config_var("DESTSHARED"))
+    here = str(Path.cwd())
+    sys.path.insert(max((place for place, folder in enumerate(sys.path, 1) if folder in stdlib), default=0), here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
+
+
+def module_path() -> list[str]:
+    """Where this process looks for modules, without the current folder that `python -m` puts first."""
+    here = str(Path.cwd())
+    kept = {_ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    return [folder for folder in sys.path if folder and (folder != here or folder in kept)]

@@ -1,0 +1,71 @@
+"""The file config.json: what it holds, and how a resumed run knows that nobody changed it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from prefpipe import reading
+from prefpipe.config.base import dump, explain
+from prefpipe.errors import DataError, UsageError
+from prefpipe.runs import commits, fsio, manifests
+
+NO_CONTENT = (".lock", ".owner", "quarantine")  # a directory that holds nothing else is empty
+START_OVER = "start over with --force (the old files move to its quarantine/)"
+
+
+def write(path: Path, command: str, config: BaseModel, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Write config.json with its seal and return what it holds."""
+    saved = manifests.sealed({"command": command, "config": dump(config), "identity": identity})
+    fsio.write_text(path, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+    return saved
+
+
+def read(path: Path, *, force: bool) -> dict[str, Any] | None:
+    """What config.json of a run holds; None where there is none, or one of something else.
+
+    Raises DataError where it is damaged or was edited, unless `force` moves it away. One of an older version has no
+    seal.
+    """
+    if not reading.is_there(path):
+        return None
+    try:
+        saved = manifests.read_json(path)
+    except DataError as error:
+        if force:
+            return None
+        raise DataError(error.message, f"put the file back as it was, or {START_OVER}") from error
+    if not {"command", "config", "identity"} <= saved.keys() or not isinstance(saved["identity"], dict):
+        return None
+    if "record_id" in saved and not manifests.is_intact(saved) and not force:
+        raise DataError(
+            f"{path} is damaged, or was edited after the run had started", f"undo the change, or {START_OVER}"
+        )
+    return saved
+
+
+def settings(path: Path, cls: type[BaseModel], saved: Any) -> dict[str, Any]:
+    """The settings of the first start, checked by their class; one that this version does not have is left out."""
+    try:
+        return dump(cls.model_validate({name: saved[name] for name in cls.model_fields if name in saved}))
+    except (TypeError, ValidationError) as error:
+        lines = explain(cls, error) if isinstance(error, ValidationError) else ["its settings are no table"]
+        raise DataError(f"{path} is damaged: {'; '.join(lines)}", f"undo the change, or {START_OVER}") from error
+
+
+def belongs_to_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> UsageError:
+    """The error for a directory that holds a run of other settings or inputs; it names those that differ."""
+    keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
+    return UsageError(f"{out} belongs to another run: {listed}", f"choose another --out, or {START_OVER}")
+
+
+def refuse_foreign(out: Path, *, force: bool) -> None:
+    """Raise UsageError for a directory with files of something else. With `force`, commit records tell a run whose
+    config.json is damaged or lost."""
+    if force and commits.recorded(out):
+        return
+    if any(p.name not in NO_CONTENT and not fsio.is_leftover(p) for p in out.iterdir()):
+        raise UsageError(f"{out} is not empty and is not a run of prefpipe", "choose an empty or a new --out")

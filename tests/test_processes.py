@@ -1,0 +1,72 @@
+"""A Python that prefpipe starts takes no file of the folder a user stands in for one of Python's own modules."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefpipe import processes, rewards
+from prefpipe.config.rewards import Function
+from prefpipe.rewards.base import Answer
+from tests.conftest import ROOT
+
+SHADOWED = ("random", "json", "typing", "socket", "numpy", "torch", "pyarrow", "yaml")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with files under names of Python's and of installed modules that say when they run."""
+    for name in SHADOWED:
+        (tmp_path / f"{name}.py").write_text("from pathlib import Path\n(Path(__file__).parent / 'ran').touch()\n")
+    (tmp_path / "mine.py").write_text(
+        "import random, socket\nfrom helper import value\n"
+        "def f(completions, **columns):\n    import later\n    return [value + later.value] * len(completions)\n"
+    )
+    (tmp_path / "helper.py").write_text("value = 1.0\n")
+    (tmp_path / "later.py").write_text("value = 2.0\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("python_path", ["", str(ROOT)])
+def test_a_command_of_its_own_runs_nothing_of_the_current_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, python_path: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", python_path)
+    done = subprocess.run(
+        processes.python("prefpipe", "config", "train"),
+        capture_output=True, text=True, check=False, env=processes.environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate" in done.stdout
+    assert not (folder / "ran").exists()
+
+
+def test_a_reward_finds_its_own_modules_and_pythons(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user's `python -m prefpipe` would start it: with the current folder first."""
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    for name in ("mine", "helper", "later"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    reward = rewards.load("r", {"r": Function(function="mine:f", num_workers=1)})
+    (scored,) = reward([Answer([], "text", None, "{}", 1)])
+    assert (scored.reward, scored.status) == (3.0, "ok"), scored
+    assert not (folder / "ran").exists()
+
+
+def test_the_current_folder_comes_before_installed_packages_and_leaves_again(folder: Path) -> None:
+    before = list(sys.path)
+    with processes.current_folder():
+        place = sys.path.index(str(folder))
+        assert all("site-packages" not in entry for entry in sys.path[:place] if entry not in before[:1])
+        assert any(entry.endswith("lib-dynload") for entry in sys.path[:place])
+    assert sys.path == before
+
+
+def test_folders_of_modules_that_a_user_named_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(folder), "/elsewhere", ""])
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert processes.module_path() == ["/elsewhere"]
+    monkeypatch.setenv("PYTHONPATH", f"/a:{folder}")
+    assert processes.module_path() == [str(folder), "/elsewhere"]
+    assert processes.environment(["/elsewhere"])["PYTHONPATH"].split(":")[-1] == "/elsewhere"
