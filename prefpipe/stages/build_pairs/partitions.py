@@ -15,7 +15,8 @@ Files = Sequence[Sequence[Path]]  # of a dataset, by run
 def scan(files: Files) -> pl.LazyFrame:
     """A dataset of several runs, with the number of its run in the column `run`."""
     return pl.concat(
-        pl.scan_parquet(list(paths), glob=False).with_columns(run=pl.lit(number, pl.UInt16)) for number, paths in enumerate(files)
+        pl.scan_parquet(list(paths), glob=False).with_columns(run=pl.lit(number, pl.UInt16))
+        for number, paths in enumerate(files)
     )
 
 
