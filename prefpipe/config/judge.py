@@ -21,16 +21,13 @@ def _without_secrets(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
     if any(mark in url for mark in "@?#"):
-        raise ValueError("must hold neither a user, a query nor a fragment: keys come from the environment")
+        raise ValueError("must hold neither a user nor a query, and no fragment: keys come from the environment")
     return url.rstrip("/")
 
 
 def _no_key(name: str) -> str:
-    if (
-        not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)
-        or re.match("(sk|pk|gsk|hf|xai|key)_", name)
-        or _LONG.search(name)
-    ):
+    looks_like_one = re.match("(sk|pk|gsk|hf|xai|key)_", name) or _LONG.search(name)
+    if looks_like_one or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError("must be the name of an environment variable, not the key: set the variable, and name it here")
     return name
 

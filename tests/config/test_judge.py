@@ -16,7 +16,7 @@ from prefpipe.errors import UsageError
         ({"base_url": "http://user:key@host/v1"}, "neither a user nor a query"),
         ({"base_url": "http://host/v1?key=x"}, "neither a user nor a query"),
         ({"api_key": "sk-x"}, "Extra inputs are not permitted"),
-        ({"api_key_env": "sk-not-a-name"}, "should match pattern"),
+        ({"api_key_env": "sk-not-a-name"}, "name of an environment variable"),
         ({"structured": "yaml"}, "'json_schema', 'json_object' or 'none'"),
     ],
 )
