@@ -71,8 +71,21 @@ class Inflight:
         self._write(f"done {key}")
 
     def entering(self, requests: Iterable[tuple[str, T]], *, alone: bool) -> Iterator[T]:
-        """The requests of (key, request), each recorded when the engine takes it."""
-        for key, request in requests:
+        """The requests of (key, request), each recorded when the engine takes it. An exception of what reads them is no
+        death of the engine: it is raised as PrefpipeError."""
+        source = iter(requests)
+        while True:
+            try:
+                key, request = next(source)
+            except StopIteration:
+                return
+            except PrefpipeError:
+                raise
+            except Exception as error:
+                raise PrefpipeError(
+                    f"the next rows cannot be read: {type(error).__name__}: {error}",
+                    "check the input; if it is sound, report this with --verbose",
+                ) from error
             self.take(key, alone=alone)
             yield request
 

@@ -11,7 +11,16 @@ from prefpipe.inputs import formats
 from prefpipe.inputs.files import ForeignRow, rows
 from prefpipe.inputs.formats import AnsweredPrompt
 from prefpipe.models.chat import Chat
-from prefpipe.models.encoding import DROP, Rendered, Rules, check_length, encode_rendered, prompt_text, rendered
+from prefpipe.models.encoding import (
+    DROP,
+    Rendered,
+    Rules,
+    check_characters,
+    check_length,
+    encode_rendered,
+    prompt_text,
+    rendered,
+)
 from prefpipe.models.thinking import Said
 from prefpipe.schemas import Dropped, Label, Message, Messages, Pair
 
@@ -130,6 +139,7 @@ def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
     end of the answer). Raises RowFault for a row that cannot be used."""
     prompt, inputs, rules = answered.prompt, answered.template_inputs, limits.rules
     opening = prompt_text(chat, prompt, inputs, rules)
+    check_characters(chat, opening, limits.max_prompt_length)
     alone = encode_rendered(chat, opening)
     check_length(alone, limits.max_prompt_length)
     turns = answered.answers
@@ -137,6 +147,9 @@ def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
     if rules.template_changes == "drop":
         for text in texts:
             _check_opening(opening, text)
+    if limits.overlong == "drop":
+        for text in texts:
+            check_characters(chat, text, limits.max_length)
     whole = [encode_rendered(chat, text) for text in texts]
     shared = common_prefix([alone, *whole])
     ids = [_until_eos(w[shared:], chat) for w in whole]

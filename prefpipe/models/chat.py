@@ -6,7 +6,7 @@ transformers is imported when a model is loaded, not with this module.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Chat:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without control tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n times as many has more than n tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def said(self, token_ids: Sequence[int], text: str) -> Said:
         """A completion parted into reasoning and answer; `text` is its `decode`, or as a file has it."""

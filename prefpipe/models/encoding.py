@@ -12,6 +12,7 @@ from prefpipe.models import escape, template, turns
 from prefpipe.models.chat import Chat
 from prefpipe.schemas import Message
 
+_CHARACTERS_PER_TOKEN = 16  # hardly a text has more on average: only then the longest token is looked up
 _SYSTEM, _ASKING = ("system", "developer"), ("user", "tool", "function", "ipython", "observation")
 
 
@@ -49,7 +50,9 @@ def encode_prompt(
 
     `inputs` is JSON of what else the template gets, as in the column template_inputs.
     """
-    ids = encode_rendered(chat, prompt_text(chat, messages, inputs, rules))
+    source = prompt_text(chat, messages, inputs, rules)
+    check_characters(chat, source, max_tokens)
+    ids = encode_rendered(chat, source)
     check_length(ids, max_tokens)
     return ids
 
@@ -58,6 +61,14 @@ def prompt_text(chat: Chat, messages: Sequence[Message], inputs: str | None, rul
     """A prompt as text, up to where the answer begins. Raises RowFault for a prompt that cannot be used."""
     _check_messages(messages)
     return rendered(chat, messages, inputs, rules, add_generation_prompt=True)
+
+
+def check_characters(chat: Chat, source: Rendered, max_tokens: int) -> None:
+    """Raise RowFault for a text that cannot have as few as `max_tokens`, before it is tokenised: that takes 120 times
+    the memory of the text."""
+    count = len(source.text)
+    if count > _CHARACTERS_PER_TOKEN * max_tokens and count > chat.longest_token * max_tokens:
+        raise RowFault("too_long", f"{count} characters, which are more than {max_tokens} tokens")
 
 
 def check_length(prompt_ids: Sequence[int], max_tokens: int) -> None:

@@ -3,7 +3,7 @@
 transformers compiles and renders a template, so that the text is the same to the letter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from prefpipe import clock
 from prefpipe.errors import DataError, MissingInputError, RowFault
 
 NO_INPUTS: Mapping[str, Any] = {}
+_MOST_CHARACTERS = 64 << 20  # of a rendering
+_MOST_STEPS = 1_000_000  # of all loops over a range in one rendering: a template comes with a model, from anywhere
 # Plain-text mode: a prompt, its answer, the end. `opening_token` is empty for a tokenizer that puts none before a text.
 PLAIN = (
     "{% if messages | length > 2 or messages[0]['role'] != 'user' %}"
@@ -73,18 +75,20 @@ def render(
     `add_generation_prompt` asks for the opening of the next answer. In plain-text mode a text that begins with the
     opening token gets no second one.
 
-    Raises DataError for a template that is not Jinja, RowFault when the template refuses the messages.
+    Raises DataError for a template that is not Jinja, RowFault when the template refuses the messages or loops and
+    writes without end.
     """
     variables = dict(tokens) | {"tools": None, "documents": None} | inputs.get("chat_template_kwargs", {})
     variables |= {name: inputs[name] for name in ("tools", "documents") if inputs.get(name)}
     if template == PLAIN and messages and messages[0]["content"].startswith(tokens.get("opening_token", "")):
         variables["opening_token"] = ""
     try:
-        return _compiled(template).render(
+        text = _compiled(template).render(
             **variables
             | {
                 "messages": list(messages),
                 "add_generation_prompt": add_generation_prompt,
+                "range": _bounded_range(),
                 "strftime_now": lambda form: clock.local_time(form, date),  # pyright: ignore[reportUnknownLambdaType]
             }
         )
@@ -93,7 +97,25 @@ def render(
             f"the chat template is not valid Jinja: {error}", "fix it, or pass --chat-template FILE"
         ) from error
     except Exception as error:  # a template raises whatever Python raises for its expressions
-        raise RowFault("template_refused", str(error) or type(error).__name__) from error
+        raise RowFault("template_refused", (str(error) or type(error).__name__)[:500]) from error
+    if len(text) > _MOST_CHARACTERS:
+        raise RowFault("template_refused", f"it writes {len(text)} characters")
+    return text
+
+
+def _bounded_range() -> Callable[..., range]:
+    """`range` for one rendering. Raises ValueError when its ranges have too many steps together."""
+    steps = 0
+
+    def bounded(*arguments: int) -> range:
+        nonlocal steps
+        found = range(*arguments)
+        steps += len(found)
+        if steps > _MOST_STEPS:
+            raise ValueError(f"loops of more than {_MOST_STEPS} steps")
+        return found
+
+    return bounded
 
 
 @cache

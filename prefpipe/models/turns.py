@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefpipe.errors import RowFault
+from prefpipe.errors import DataError, RowFault
 from prefpipe.schemas import Message
 
 Turn = dict[str, Any]  # a message as a template reads it
@@ -29,8 +29,13 @@ class Shape:
 
 
 def shape_of(template: str, render: Callable[[Sequence[Turn]], str]) -> Shape:
-    """The shape of a template, by rendering small conversations; `render` raises RowFault for what it refuses."""
+    """The shape of a template, by rendering small conversations; `render` raises RowFault for what it refuses.
+
+    Raises DataError for a template that takes the message of a user and does not write it.
+    """
     in_parts = not _shows(render, [_USER], _CONTENT) and _shows(render, [_in_parts(_USER)], _CONTENT)
+    if not in_parts and _renders(render, [_USER]) and not _shows(render, [_USER], _CONTENT):
+        raise DataError("the chat template does not write what the user says", "pass another one with --chat-template")
     user = _in_parts(_USER) if in_parts else _USER
     arguments = {"a": _ARGUMENT}
     as_object, as_json = ([user, _call(a)] for a in (arguments, json.dumps(arguments, ensure_ascii=False)))
@@ -143,6 +148,14 @@ def _shows(render: Callable[[Sequence[Turn]], str], turns: Sequence[Turn], mark:
     except RowFault:
         return False
     return mark in text and "'type'" not in text  # a list of parts as Python prints it is no text
+
+
+def _renders(render: Callable[[Sequence[Turn]], str], turns: Sequence[Turn]) -> bool:
+    try:
+        render(turns)
+    except RowFault:
+        return False
+    return True
 
 
 def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:

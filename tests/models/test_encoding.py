@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from prefpipe.errors import MissingInputError, RowFault
-from prefpipe.models import policy
+from prefpipe.models import encoding, policy
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.encoding import Rules, encode, encode_prompt, encode_rendered, render, rendered
 from prefpipe.schemas import Message
@@ -190,6 +190,13 @@ def test_a_template_that_leaves_a_message_out_is_a_fault_unless_that_is_allowed(
         encode_prompt(deaf, messages, max_tokens=99, rules=Rules())
     ids = encode_prompt(deaf, messages, max_tokens=99, rules=Rules(template_changes="allow"))
     assert chat.decode(ids) == USER["content"]
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "encode_rendered", lambda *_: pytest.fail("it was tokenised"))
+    long = Message(role="user", content="a" * (chat.longest_token * 20 + 16 * 20))
+    with pytest.raises(RowFault, match=r"too_long: \d+ characters, which are more than 20 tokens"):
+        encode_prompt(chat, [long], max_tokens=20, rules=Rules())
 
 
 def test_the_words_of_a_template_that_refuses_are_those_of_the_fault(chat: Chat) -> None:

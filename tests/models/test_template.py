@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from prefpipe.errors import DataError, MissingInputError, RowFault
+from prefpipe.models import template
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.encoding import Rules, encode_prompt, render
 from tests.models.cases import SHAPES, USER
@@ -64,29 +65,32 @@ def test_a_template_that_is_not_jinja_is_one_error_with_a_hint(copy: Path) -> No
     assert "--chat-template" in caught.value.hint
 
 
+ECHO = "{{ messages[0].content }}"
+
+
 def test_a_template_comes_from_a_file_the_jinja_file_or_the_settings(copy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jinja"
-    other.write_text("other")
-    assert load_chat(copy, str(other)).template == "other"
+    other.write_text(ECHO + "other")
+    assert load_chat(copy, str(other)).template == ECHO + "other"
     (copy / "chat_template.jinja").unlink()
     file = copy / "tokenizer_config.json"
     saved = json.loads(file.read_text())
-    file.write_text(json.dumps({**saved, "chat_template": "inside"}))
-    assert load_chat(copy).template == "inside"
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    file.write_text(json.dumps({**saved, "chat_template": ECHO + "inside"}))
+    assert load_chat(copy).template == ECHO + "inside"
+    named = [{"name": "tool_use", "template": ECHO + "tools"}, {"name": "default", "template": ECHO + "plain"}]
     file.write_text(json.dumps({**saved, "chat_template": named}))
-    assert load_chat(copy).template == "plain"
+    assert load_chat(copy).template == ECHO + "plain"
 
 
 def test_several_named_templates_without_a_default_are_listed(copy: Path) -> None:
     (copy / "chat_template.jinja").unlink()
     file = copy / "tokenizer_config.json"
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "rag", "template": "documents"}]
+    named = [{"name": "tool_use", "template": ECHO + "tools"}, {"name": "rag", "template": ECHO + "documents"}]
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": named}))
     with pytest.raises(MissingInputError, match="no default one: rag, tool_use") as caught:
         load_chat(copy)
     assert "--chat-template rag" in caught.value.hint
-    assert load_chat(copy, "tool_use").template == "tools"
+    assert load_chat(copy, "tool_use").template == ECHO + "tools"
 
 
 def test_any_error_of_a_template_is_its_refusal(chat: Chat) -> None:
@@ -99,3 +103,19 @@ def test_any_error_of_a_template_is_its_refusal(chat: Chat) -> None:
             render(replace(chat, template=text), [USER], add_generation_prompt=False)
         assert caught.value.reason == "template_refused"
         assert caught.value.detail
+
+
+@pytest.mark.parametrize("hostile", [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 99999999 }}",
+    "{{ 'a' * 10 ** 18 }}", "{{ 1 / 0 }}", "{{ messages.a.b }}", "{{ [].pop() }}", "{{ ''.__class__.__mro__ }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+])  # fmt: skip
+def test_a_hostile_template_is_a_fault_of_the_row(hostile: str) -> None:
+    with pytest.raises(RowFault) as fault:
+        template.render(hostile, "today", [USER], {}, add_generation_prompt=False)
+    assert len(fault.value.detail) <= 500
+
+
+def test_ordinary_loops_are_as_they_were() -> None:
+    text = "{% for i in range(3) %}{{ i }}{% endfor %}{% for i in range(4, 0, -2) %}{{ i }}{% endfor %}"
+    assert template.render(text, "today", [USER], {}, add_generation_prompt=False) == "01242"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefpipe.errors import RowFault
+from prefpipe.errors import DataError, RowFault
 from prefpipe.models import template, turns
 from prefpipe.models.turns import Shape
 from prefpipe.schemas import Message
@@ -100,3 +100,10 @@ def test_calls_reasoning_tools_and_documents_are_looked_for() -> None:
     assert turns.lost_input(inputs, "weather It rains.") is None
     assert turns.lost_input(inputs, "It rains.") == "tool 'weather'"
     assert turns.lost_input(inputs, "weather") == "document 'It rains.'"
+
+
+def test_a_template_that_does_not_write_what_the_user_says_is_refused() -> None:
+    with pytest.raises(DataError, match="does not write what the user says"):
+        turns.shape_of("{{ 'Hi' }}", renderer("{{ 'Hi' }}"))
+    strict = "{{ raise_exception('no') }}"
+    assert turns.shape_of(strict, renderer(strict)) == Shape()
