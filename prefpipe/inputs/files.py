@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +194,3 @@ def _numbered(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Foreign
                     number += 1
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}", "the file is damaged or of another kind") from error
-
-
-def first(path: str | Path, columns: Mapping[str, str] | None = None) -> ForeignRow | None:
-    """The first row of a dataset; None where it has none."""
-    return next(islice(rows(path, columns), 1), None)

@@ -83,22 +83,31 @@ def rendered(
     """The chat template applied to a conversation. Raises RowFault for one that it refuses or that `rules` forbid."""
     if rules.control_tokens == "drop":
         check_control_tokens(chat, messages, inputs)
-    texts = [text for m in messages for text in (m["content"], m.get("extra", ""))] + [inputs or ""]
     tokens: list[str] = []
     if rules.control_tokens == "escape":
-        spelled = [found for m in messages for found in (_spelled(chat, m, "content"), _spelled(chat, m, "extra"))]
-        spelled.append(_in_prompts(chat, inputs or ""))
-        if any(spelled):
-            texts, tokens = escape.mark(texts, spelled)
+        messages, inputs, tokens = _marked(chat, messages, inputs)
+    given = json.loads(inputs) if inputs else template.NO_INPUTS
+    text = render(chat, messages, given, add_generation_prompt=add_generation_prompt)
+    if rules.template_changes == "drop":
+        _check_text(messages, given, text)
+    return Rendered(text, tokens)
+
+
+def _marked(
+    chat: Chat, messages: Sequence[Message], inputs: str | None
+) -> tuple[Sequence[Message], str | None, list[str]]:
+    """Messages and inputs with marks for the control tokens that they spell, and those tokens (see `escape`)."""
+    parts = [(message, part) for message in messages for part in ("content", "extra")]
+    spelled = [*(_spelled(chat, *part) for part in parts), _in_prompts(chat, inputs or "")]
+    if not any(spelled):
+        return messages, inputs, []
+    texts, tokens = escape.mark([*(message.get(part, "") for message, part in parts), inputs or ""], spelled)
+    pairs = zip(messages, texts[:-1:2], texts[1::2], strict=True)
     marked = [
         Message(role=m["role"], content=content, extra=extra) if extra else Message(role=m["role"], content=content)
-        for m, content, extra in zip(messages, texts[:-1:2], texts[1::2], strict=True)
+        for m, content, extra in pairs
     ]
-    given = json.loads(texts[-1]) if inputs else {}
-    text = render(chat, marked, given, add_generation_prompt=add_generation_prompt)
-    if rules.template_changes == "drop":
-        _check_text(marked, given, text)
-    return Rendered(text, tokens)
+    return marked, texts[-1] or None, tokens
 
 
 def encode_rendered(chat: Chat, source: Rendered) -> list[int]:
@@ -110,7 +119,7 @@ def check_control_tokens(chat: Chat, messages: Sequence[Message], inputs: str | 
     """Raise RowFault when a message or a further input of the template spells a control token, which would be tokenised
     as one."""
     for message in messages:
-        spelled = _spelled(chat, message, "content") or _spelled(chat, message, "extra")
+        spelled = _spelled(chat, message, "content") or ("extra" in message and _spelled(chat, message, "extra"))
         if spelled:
             raise RowFault("control_tokens", f"the {message['role']} message spells {spelled[0]}")
     if inputs and (spelled := _in_prompts(chat, inputs)):
@@ -125,14 +134,11 @@ def render(
     add_generation_prompt: bool,
 ) -> str:
     """The chat template applied to messages. Raises RowFault when it refuses them."""
-    kwargs = {**chat.template_kwargs, **inputs.get("chat_template_kwargs", {})}
+    if chat.template_kwargs:
+        inputs = {**inputs, "chat_template_kwargs": {**chat.template_kwargs, **inputs.get("chat_template_kwargs", {})}}
+    given = turns.for_template(messages, chat.shape)
     return template.render(
-        chat.template,
-        chat.date,
-        turns.for_template(messages, chat.shape),
-        chat.named_tokens,
-        {**inputs, "chat_template_kwargs": kwargs},
-        add_generation_prompt=add_generation_prompt,
+        chat.template, chat.date, given, chat.named_tokens, inputs, add_generation_prompt=add_generation_prompt
     )
 
 
@@ -162,7 +168,7 @@ def _check_text(messages: Sequence[Message], inputs: Mapping[str, Any], text: st
         raise RowFault(
             "template_changes", f"the chat template leaves out {what} of message {place} ({messages[place]['role']})"
         )
-    left_out = turns.lost_input(inputs, text)
+    left_out = turns.lost_input(inputs, text) if inputs else None
     if left_out is not None:
         raise RowFault("template_changes", f"the chat template leaves out the {left_out}")
 

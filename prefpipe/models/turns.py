@@ -108,6 +108,8 @@ def _texts(message: Message) -> Iterator[tuple[str, str]]:
 
 def _turn(message: Message, shape: Shape) -> Turn:
     turn: Turn = {"role": message["role"], "content": message["content"]}
+    if "extra" not in message and not shape.in_parts:
+        return turn
     for name, value in extra_of(message).items():
         if name == "tool_calls" and isinstance(value, list):
             value = [_with_arguments(call, as_text=shape.arguments_as_text) for call in value]

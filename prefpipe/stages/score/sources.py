@@ -12,7 +12,7 @@ from prefpipe import log
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.inference.scoring import request_of
-from prefpipe.inputs import files, formats
+from prefpipe.inputs import files, formats, hub
 from prefpipe.inputs.files import ForeignRow
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models.chat import Chat
@@ -123,11 +123,16 @@ def shards(source: str, reader: Reader) -> Iterator[InputShard]:
 
 
 def check_format(source: str, columns: Mapping[str, str]) -> None:
-    """Raise DataError for a foreign source without rows or with columns of no format, before an engine starts."""
-    found = files.first(source, columns)
+    """Raise DataError for a foreign source without rows, with columns of no format or, in a file of this machine, with
+    a row that cannot be read at all: before an engine starts, and before a shard is written."""
+    rows = files.rows(source, columns)
+    found = next(rows, None)
     if found is None:
         raise DataError(f"{source} has no rows", "check the file")
     formats.recognise(found[1], found[0])
+    if not hub.is_hub(source):
+        for _ in rows:
+            pass
 
 
 def _of_file(source: str, reader: Reader) -> Iterator[InputShard]:

@@ -53,6 +53,9 @@ def test_an_empty_file_and_an_empty_run_are_errors(tiny_model: Path, tmp_path: P
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(DataError, match="has no rows"):
         sources.check_format(str(tmp_path / "p.jsonl"), {})
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a",\n')
+    with pytest.raises(DataError, match="line 2: not valid JSON"):
+        sources.check_format(str(tmp_path / "p.jsonl"), {})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").touch()
     with pytest.raises(MissingInputError, match="holds no complete run"):
