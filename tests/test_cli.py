@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,8 @@ import pytest
 from prefpipe import __version__
 from prefpipe.cli import STAGES
 from prefpipe.config import base
+from prefpipe.runs import tables
+from prefpipe.schemas import Dropped
 from tests.cases import assert_refused
 from tests.conftest import ROOT, Call, Cli
 
@@ -140,9 +143,6 @@ def test_a_model_without_weights_is_exit_66(cli: Cli, tiny_model: Path, prompts_
 BAD_LINES = {
     "malformed JSON": ('{"messages": [', "line 3", "not valid JSON"),
     "no object": ("[1, 2]", "line 3", "not a JSON object"),
-    "missing field": ({"answer": "x"}, "line 3", "field 'prompt' is missing"),
-    "wrong type": ({"messages": [{"role": "user"}]}, "line 3", "field 'messages'"),
-    "answer that is no text": (prompt("hi", answer=3), "line 3", "field 'answer'"),
 }
 
 
@@ -151,6 +151,24 @@ def test_a_bad_line_is_exit_65_and_named(cli: Cli, tiny_model: Path, tmp_path: P
     line, *words = BAD_LINES[case]
     path = write_lines(tmp_path / "prompts.jsonl", prompt("Hi."), "", line, prompt("Ho."))
     assert_refused(generate(cli, tiny_model, path, tmp_path / "o"), 65, str(path), *words)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"answer": "x"}, "missing"),
+        ({"messages": [{"role": "user"}]}, "null"),
+        (prompt("hi", answer=[3]), "bad_content"),
+    ],
+)
+def test_a_faulty_row_costs_itself_alone(
+    cli: Cli, tiny_model: Path, tmp_path: Path, line: dict[str, Any], reason: str
+) -> None:
+    path = write_lines(tmp_path / "prompts.jsonl", prompt("Hi."), "", line, prompt("Ho."))
+    done = generate(cli, tiny_model, path, tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    (row,) = tables.read_table(tmp_path / "o" / "dropped.parquet", Dropped).to_pylist()
+    assert (row["id"], row["reason"]) == (f"{path}, line 3", reason)
 
 
 def test_half_an_emoji_is_no_unexpected_error(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
@@ -233,7 +251,7 @@ def test_a_flipped_bit_in_a_pairs_shard_stops_train_and_names_the_file(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("hf://o/n/r.toml",), ("--out", "s3://bucket/t"), ("--pairs", "hf://datasets/o/n/p.jsonl", "--out", "t")],
+    [("hf://o/n/r.toml",), ("--out", "s3://bucket/t"), ("--pairs", "s3://bucket/p.jsonl", "--out", "t")],
 )
 def test_an_address_is_refused_as_it_was_written(call: Call, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     done = call("train", *arguments)

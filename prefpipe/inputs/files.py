@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefpipe import log
+from prefpipe.config.base import local_path
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.inputs import hub
@@ -29,7 +30,7 @@ def rows(path: str | Path, columns: Mapping[str, str] | None = None) -> Iterator
     `columns` maps names of ours to columns of the file. Raises MissingInputError without the file, UsageError for
     another kind of file, DataError for a damaged one or a line that is not a JSON object.
     """
-    stream = _hub_rows(str(path)) if hub.is_hub(path) else _local_rows(Path(path))
+    stream = _hub_rows(str(path)) if hub.is_hub(path) else _local_rows(local_path(str(path)))
     yield from stream if not columns else _renamed(stream, columns)
 
 
@@ -37,7 +38,7 @@ def is_run(source: str | Path) -> bool:
     """Whether a source is a run directory of ours, and not a foreign file, folder or dataset of the hub."""
     if hub.is_hub(source):
         return False
-    path = Path(source)
+    path = local_path(str(source))
     return path.is_dir() and any((path / name).exists() for name in ("manifest.json", "config.json"))
 
 
@@ -48,7 +49,7 @@ def digest(source: str | Path) -> str:
         if not hub.names_revision(str(source)):
             log.warn(f"{source} names no revision: it may change; write @REVISION behind its name")
         return str(source)
-    path = Path(source)
+    path = local_path(str(source))
     if path.is_dir() and not is_run(path):
         return content_id([(str(p.relative_to(path)), store.input_digest(p)) for p in parts(path)])
     return store.input_digest(path)

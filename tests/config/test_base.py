@@ -350,11 +350,15 @@ def test_an_empty_list_where_one_value_is_needed_is_told() -> None:
 @pytest.mark.parametrize(
     ("cls", "name"),
     [
-        *((TrainConfig, n) for n, f in base.fields(TrainConfig) if base.PATH in f.metadata),
-        (GenerateConfig, "prompts"),
+        *(
+            (TrainConfig, n)
+            for n, f in base.fields(TrainConfig)
+            if base.PATH in f.metadata and base.REMOTE not in f.metadata
+        ),
+        (GenerateConfig, "model"),
         (EvaluateConfig, "model"),
         (BuildPairsConfig, "contamination"),
-        (IterateConfig, "evaluate.prompts"),
+        (IterateConfig, "evaluate.chat_template"),
     ],
 )
 def test_an_address_is_never_taken_for_a_path(cls: type[BaseModel], name: str) -> None:
@@ -363,7 +367,7 @@ def test_an_address_is_never_taken_for_a_path(cls: type[BaseModel], name: str) -
     several = typing.get_origin(dict(base.fields(cls))[name].annotation) is tuple
     with pytest.raises(UsageError, match=f"{name} = {url} is an address") as caught:
         base.load(cls, None, {name: [url] if several else url})
-    assert "prefpipe score --inputs" in caught.value.hint
+    assert "may be datasets of the hub" in caught.value.hint
 
 
 def test_addresses_that_are_read_as_such() -> None:

@@ -198,8 +198,8 @@ def scored_frame(source: random.Random, count: int) -> pl.DataFrame:
             "chosen_completion_id": [f"c{n:03d}" for n in range(count)],
             "rejected_completion_id": [f"r{n:03d}" for n in range(count)],
             **logps,
-            "chosen_num_tokens": [source.randint(1, 50) for _ in range(count)],
-            "rejected_num_tokens": [source.randint(1, 50) for _ in range(count)],
+            "chosen_length": [source.randint(1, 50) for _ in range(count)],
+            "rejected_length": [source.randint(1, 50) for _ in range(count)],
             "reward_gap": [source.uniform(0.1, 3) for _ in range(count)],
         }
     )
@@ -220,8 +220,7 @@ def test_subset_keeps_the_share_that_its_score_puts_first(name: str) -> None:
         ]
         dual = [a + b for a, b in zip(unit(implicit), unit([r["reward_gap"] for r in rows]), strict=True)]
         clear = [
-            r["chosen_ref_logps"] / r["chosen_num_tokens"] - r["rejected_ref_logps"] / r["rejected_num_tokens"]
-            for r in rows
+            r["chosen_ref_logps"] / r["chosen_length"] - r["rejected_ref_logps"] / r["rejected_length"] for r in rows
         ]
         order = {
             "small-implicit-gap": sorted(range(40), key=lambda n: abs(implicit[n])),
