@@ -190,7 +190,7 @@ def _import(chunk: list[ForeignRow], kind: str, reader: Reader, *, with_ratings:
     return ShardRows(
         rows,
         [request_of(c) for c in imported.used.values()],
-        [_answer(c, imported.prompt_of[c.completion_id], reader.reward_on) for c in imported.completions],
+        [_answer(c, imported.prompt_of[c.completion_id], reader) for c in imported.completions],
         imported.ratings,
         imported.dropped,
         written_before,
@@ -206,7 +206,7 @@ def _completions(source: Path, manifest: Manifest, name: str, reader: Reader, pr
     answers: list[tuple[str, Answer]] = []
     if reader.rated:
         prompt_of = prompts(name.replace("completions/", "prompts/"), {c.prompt_id for c in completions})
-        answers = [_answer(c, prompt_of[c.prompt_id], reader.reward_on) for c in completions]
+        answers = [_answer(c, prompt_of[c.prompt_id], reader) for c in completions]
     return ShardRows({}, requests, answers, [], overlong)
 
 
@@ -260,6 +260,9 @@ def _fitting(requests: Sequence[ScoreRequest], max_length: int) -> tuple[list[Sc
     return fitting, overlong
 
 
-def _answer(completion: Completion, prompt: Prompt, reward_on: RewardOn) -> tuple[str, Answer]:
+def _answer(completion: Completion, prompt: Prompt, reader: Reader) -> tuple[str, Answer]:
+    """A completion to rate. One of a run from before reasoning was parted from the answer is parted now."""
     said = Said(completion.text, completion.thinking, completion.thinking_tokens)
-    return completion.completion_id, answer_of(prompt, said, len(completion.token_ids), reward_on)
+    if completion.thinking_tokens is None:
+        said = reader.chat.said(completion.token_ids, completion.text)
+    return completion.completion_id, answer_of(prompt, said, len(completion.token_ids), reader.reward_on)
