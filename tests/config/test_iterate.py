@@ -58,8 +58,8 @@ def test_rows_are_those_that_the_loss_trains_on() -> None:
         base.load(IterateConfig, None, {"train.loss_type": ["kto"]})
     fitting = base.load(IterateConfig, None, {"train.loss_type": ["kto"], "build_pairs.output": "labels"})
     *_, train, _ = iterate.steps(fitting, Path("o"))
-    assert train.config.labels == ("o/round-2/build-pairs",)  # type: ignore[attr-defined]
-    assert train.config.pairs == ()  # type: ignore[attr-defined]
+    assert train.config.labels == ("o/round-2/build-pairs",)  # type: ignore[attr-defined]  # of any command
+    assert train.config.pairs == ()  # type: ignore[attr-defined]  # of any command
     with pytest.raises(UsageError, match="for TRL"):
         base.load(IterateConfig, None, {"build_pairs.format": "trl"})
 
