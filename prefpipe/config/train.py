@@ -25,6 +25,7 @@ EVAL_ONLY = (  # settings that nothing reads when there are no rows to evaluate 
     "metric_for_best_model",
     "early_stopping_patience",
 )
+SFT_ONLY = ("sft_weight", "sft_batch_size", "sft_column")  # settings that nothing reads without sft
 LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}  # by tuning, where learning_rate is 0
 UNAVAILABLE = "unavailable"  # the reference_model of rows whose log-probs cannot be checked here
 
@@ -68,6 +69,21 @@ class TrainConfig(LossSettings):
             description=f"For {', '.join(losses.names('groups'))}: run directories with ranked groups of completions."
         ),
     ] = ()
+    source_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = ()
+    """Weights of the sources in pairs, labels or groups, one for each in their order: an epoch draws exactly their
+    shares, rounded to whole rows. Without them every row is drawn once."""
+    epoch_length: Annotated[Literal["all_rows", "first_exhausted", "all_exhausted"], ADDED] = "all_rows"
+    """With source_weights: an epoch has as many rows as all sources together (all_rows: small sources are repeated,
+    large ones cut), ends when the first source is used up (first_exhausted: the others are cut, and the next epoch goes
+    on in them), or when the last one is (all_exhausted: the others are repeated)."""
+    sft: Annotated[tuple[str, ...], PATH, REMOTE] = ()
+    """Answers to imitate beside the preferences: files, folders or datasets of the hub with `prompt`, `completion`, or
+    `messages` that end with the assistant. Every step adds sft_weight times their mean NLL of a completion token."""
+    sft_weight: Annotated[float, ADDED, Field(gt=0)] = 1.0
+    """Weight of the NLL of the rows in sft, beside the losses of the preferences."""
+    sft_batch_size: Annotated[int, ADDED, Field(ge=1)] = 8
+    """Rows of sft in every optimizer step, beside those of train_batch_size; they come in shuffled passes."""
+    sft_column: shared.Column = ()
     max_length: Annotated[int, ADDED, Field(ge=2)] = 2048
     """Longest prompt and completion together of a row that is read from a file, in tokens; never more than the model's
     context. Rows of runs are held to the context alone."""
@@ -211,6 +227,7 @@ class TrainConfig(LossSettings):
             *self._model_misfits(),
             *self._schedule_misfits(),
             *self._order_misfits(),
+            *self._mixture_misfits(),
             *self._evaluation_misfits(),
         ]
         if problems:
@@ -242,6 +259,17 @@ class TrainConfig(LossSettings):
     def _order_misfits(self) -> Iterator[str]:
         if self.train_order == "hardness" and self.objective.kind != "pairs":
             yield f"train_order = hardness orders pairs by reward_gap: loss {self.loss_type[0]} trains on others"
+
+    def _mixture_misfits(self) -> Iterator[str]:
+        kind, weights = self.objective.kind, len(self.source_weights)
+        if weights and weights != len(getattr(self, kind)):
+            yield f"{len(getattr(self, kind))} {kind} but {weights} source_weights: give one for each"
+        if weights and self.train_order == "given":
+            yield "train_order = given takes every row once, and source_weights draws rows: leave one of them out"
+        for setting in () if weights else self._changed("epoch_length"):
+            yield f"{setting} is read only with source_weights"
+        for setting in () if self.sft else self._changed(*SFT_ONLY):
+            yield f"{setting} is read only with sft"
 
     def _evaluation_misfits(self) -> Iterator[str]:
         rows = [name for name in ("eval_pairs", "eval_labels", "eval_groups") if getattr(self, name)]

@@ -11,6 +11,7 @@ from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel
+from prefpipe.stages.train import mixing
 from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
 from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import metrics, registry
@@ -84,7 +85,14 @@ def num_steps(num_rows: int, config: TrainConfig) -> int:
 
 def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
     """Row numbers of every step of an epoch, in the order that the settings name. Shuffled labels are in the proportion
-    of their classes in every step; equal reward gaps keep the order of the rows."""
+    of their classes in every step; equal reward gaps keep the order of the rows. With source_weights these are the rows
+    that the epoch draws."""
+    numbers = mixing.epoch_rows(rows, config, epoch)
+    drawn = [rows[number] for number in numbers]
+    return [[numbers[place] for place in batch] for batch in _batches(drawn, config, epoch)]
+
+
+def _batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
     order = None
     if config.train_order == "given":
         order = range(len(rows))
