@@ -83,7 +83,8 @@ class TrainConfig(LossSettings):
     """Weight of the NLL of the rows in sft, beside the losses of the preferences."""
     sft_batch_size: Annotated[int, ADDED, Field(ge=1)] = 8
     """Rows of sft in every optimizer step, beside those of train_batch_size; they come in shuffled passes."""
-    sft_column: shared.Column = ()
+    sft_column: Annotated[tuple[str, ...], ADDED] = ()
+    """As column, for the files of sft."""
     max_length: Annotated[int, ADDED, Field(ge=2)] = 2048
     """Longest prompt and completion together of a row that is read from a file, in tokens; never more than the model's
     context. Rows of runs are held to the context alone."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-from prefpipe.schemas import KlBank, Label, Pair, RankedGroup
+from prefpipe.schemas import Completion, KlBank, Label, Pair, RankedGroup
 
 Ids = tuple[int, ...]
 TokenLogps = tuple[float, ...]
@@ -175,6 +175,20 @@ def from_bank(rows: Sequence[KlBank]) -> list[TrainLabel]:
             row.bank_id,
             tuple(row.prompt_token_ids),
             TrainCompletion(row.bank_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
+            None,
+            1.0,
+        )
+        for row in rows
+    ]
+
+
+def from_completions(rows: Sequence[Completion]) -> list[TrainLabel]:
+    """Completions to imitate; they have neither a label nor reference log-probs."""
+    return [
+        TrainLabel(
+            row.completion_id,
+            tuple(row.prompt_token_ids),
+            TrainCompletion(row.completion_id, tuple(row.token_ids), None),
             None,
             1.0,
         )

@@ -1,19 +1,22 @@
-"""Which rows an epoch draws where sources have weights, and which rows to imitate a step has. No tensors, no model.
+"""Which rows an epoch draws from its sources, in which order, and which rows to imitate a step has. No tensors.
 
-An epoch of t rows draws t * w_i / sum(w) rows of source i. Where these are no whole numbers, all are rounded down, and
-what is missing to t (rounded down) goes to the largest remainders, the earlier source first. A source is read in passes
-of all its rows, each shuffled by (seed, source, pass), and an epoch goes on where the epoch before ended: over a run,
-two rows of a source are drawn equally often, or one of them once more.
+With source_weights an epoch of t rows draws t * w_i / sum(w) rows of source i. Where these are no whole numbers, all
+are rounded down, and what is missing to t (rounded down) goes to the largest remainders, the earlier source first. A
+source is read in passes of all its rows, each shuffled by (seed, source, pass), and an epoch goes on where the epoch
+before ended: over a run, two rows of a source are drawn equally often, or one of them once more.
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import cast
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import UsageError
-from prefpipe.stages.train.examples import TrainRow
+from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow
+from prefpipe.stages.train.micro_batches import balanced_batches, global_batches
 
 
 def counts(sizes: Sequence[int], weights: Sequence[float], epoch_length: str) -> list[int]:
@@ -57,6 +60,53 @@ def epoch_rows(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> lis
     for source, (numbers, count) in enumerate(zip(_by_source(rows, config), epoch_counts(rows, config), strict=True)):
         drawn += [numbers[i] for i in _walk(len(numbers), epoch * count, count, f"source {source}/{config.seed}")]
     return sorted(drawn)
+
+
+def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
+    """Row numbers of every step of an epoch, in the order that the settings name. Shuffled labels are in the proportion
+    of their classes in every step; equal reward gaps keep the order of the rows. With source_weights these are the rows
+    that the epoch draws."""
+    numbers = epoch_rows(rows, config, epoch)
+    drawn = [rows[number] for number in numbers]
+    return [[numbers[place] for place in batch] for batch in _batches(drawn, config, epoch)]
+
+
+def _batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
+    order = None
+    if config.train_order == "given":
+        order = range(len(rows))
+    elif config.train_order == "hardness":
+        gaps = [pair.reward_gap or 0.0 for pair in cast("Sequence[TrainPair]", rows)]
+        order = sorted(range(len(rows)), key=lambda row: -gaps[row])
+    elif isinstance(rows[0], TrainLabel):
+        labels = [bool(row.desirable) for row in cast("Sequence[TrainLabel]", rows)]
+        return balanced_batches(labels, config.train_batch_size, config.seed, epoch)
+    prompts = [row.prompt_ids for row in rows]
+    together = config.group_by_prompt
+    return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=together, fixed=order)
+
+
+def explain(rows: Sequence[TrainRow], sft: Sequence[TrainRow], config: TrainConfig) -> list[str]:
+    """What an epoch draws from each source, and a step of the rows to imitate, in words."""
+    lines: list[str] = []
+    if config.source_weights:
+        kind, by_source = config.objective.kind, _by_source(rows, config)
+        drawn = zip(getattr(config, kind), by_source, epoch_counts(rows, config), strict=True)
+        for number, (name, numbers, count) in enumerate(drawn):
+            times = f"each {count / len(numbers):.3g} times"
+            lines.append(f"{kind}.{number}: an epoch draws {count} of {len(numbers)} rows, {times} ({name})")
+    if sft:
+        lines.append(
+            f"sft: every step adds {config.sft_weight:g} x the NLL of a token of {config.sft_batch_size} of {len(sft)} "
+            "rows"
+        )
+    return lines
+
+
+def row_counts(batch: Sequence[TrainRow], config: TrainConfig) -> dict[str, float]:
+    """Rows of every source in a step, as `pairs.0/rows`."""
+    drawn = Counter(row.source for row in batch)
+    return {f"{config.objective.kind}.{i}/rows": float(drawn[i]) for i in range(len(config.source_weights))}
 
 
 def sft_rows(size: int, count: int, seed: int, step: int) -> list[int]:

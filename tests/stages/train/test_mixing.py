@@ -2,6 +2,7 @@
 
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import UsageError
 from prefpipe.stages.train import mixing
 from prefpipe.stages.train.examples import TrainCompletion, TrainLabel, TrainPair, TrainRow
-from prefpipe.stages.train.loop import epoch_batches
+from prefpipe.stages.train.mixing import epoch_batches
 
 WEIGHTS = st.lists(st.integers(1, 50).map(lambda n: n / 10), min_size=1, max_size=4)
 LENGTHS = ("all_rows", "first_exhausted", "all_exhausted")
@@ -120,7 +121,7 @@ def test_hardness_and_prompts_order_the_rows_that_are_drawn() -> None:
     assert Counter(map(numbers.count, range(3))) == {3: 2, 2: 1}  # 8 draws of 3 rows
     together = epoch_batches(rows, settings(1, 1, epoch_length="all_exhausted", group_by_prompt=True), 0)
     prompts = [rows[number].prompt_ids for batch in together for number in batch]
-    assert sum(a != b for a, b in zip(prompts, prompts[1:], strict=False)) == len(set(prompts)) - 1
+    assert sum(a != b for a, b in pairwise(prompts)) == len(set(prompts)) - 1
 
 
 def test_labels_that_are_drawn_keep_the_proportion_of_their_classes_in_every_step() -> None:
