@@ -36,6 +36,7 @@ class TrainConfig(LossSettings):
     model_config = STRICT
     HEADINGS: ClassVar[tuple[str, ...]] = (
         "Model and rows",
+        "Mixing",
         "Reference",
         "Losses",
         "Settings of many losses",
@@ -69,7 +70,20 @@ class TrainConfig(LossSettings):
             description=f"For {', '.join(losses.names('groups'))}: run directories with ranked groups of completions."
         ),
     ] = ()
-    source_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = ()
+    max_length: Annotated[int, ADDED, Field(ge=2)] = 2048
+    """Longest prompt and completion together of a row that is read from a file, in tokens; never more than the model's
+    context. Rows of runs are held to the context alone."""
+    max_prompt_length: Annotated[int, ADDED, Field(ge=1)] = 1024
+    """Longest prompt of a row that is read from a file, in tokens; a row with a longer one is dropped."""
+    overlong: Annotated[Literal["drop", "keep_start"], ADDED] = "drop"
+    """A row of a file over max_length: drop it, or keep the start of its completions."""
+    chat_template: shared.ChatTemplate = "model"
+    special_tokens_in_prompts: Annotated[shared.SpecialTokens, ADDED] = "drop"
+    chat_template_kwargs: shared.TemplateKwargs = "{}"
+    template_changes: shared.TemplateChanges = "drop"
+    column: shared.Column = ()
+
+    source_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED, Heading("Mixing")] = ()
     """Weights of the sources in pairs, labels or groups, one for each in their order: an epoch draws exactly their
     shares, rounded to whole rows. Without them every row is drawn once."""
     epoch_length: Annotated[Literal["all_rows", "first_exhausted", "all_exhausted"], ADDED] = "all_rows"
@@ -85,18 +99,6 @@ class TrainConfig(LossSettings):
     """Rows of sft in every optimizer step, beside those of train_batch_size; they come in shuffled passes."""
     sft_column: Annotated[tuple[str, ...], ADDED] = ()
     """As column, for the files of sft."""
-    max_length: Annotated[int, ADDED, Field(ge=2)] = 2048
-    """Longest prompt and completion together of a row that is read from a file, in tokens; never more than the model's
-    context. Rows of runs are held to the context alone."""
-    max_prompt_length: Annotated[int, ADDED, Field(ge=1)] = 1024
-    """Longest prompt of a row that is read from a file, in tokens; a row with a longer one is dropped."""
-    overlong: Annotated[Literal["drop", "keep_start"], ADDED] = "drop"
-    """A row of a file over max_length: drop it, or keep the start of its completions."""
-    chat_template: shared.ChatTemplate = "model"
-    special_tokens_in_prompts: Annotated[shared.SpecialTokens, ADDED] = "drop"
-    chat_template_kwargs: shared.TemplateKwargs = "{}"
-    template_changes: shared.TemplateChanges = "drop"
-    column: shared.Column = ()
 
     reference_model: Annotated[str, PATH, Heading("Reference")] = "policy"
     """Model that the reference log-probs are of: policy (the one that is trained, with its adapter on or off), another

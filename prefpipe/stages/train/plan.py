@@ -20,12 +20,12 @@ def run(config: TrainConfig) -> list[str]:
     loading.choose_rows(model, data.computed_rows, config.dtype)
     trees = [tree_of(row) for row in (*data.rows, *data.sft)]
     fitting = memory.fitting(model, trees, config.gradient_checkpointing, config.max_tokens_per_micro_batch)
-    unique = unique_tokens(data.rows, data.sft, config, fitting.tokens)
+    unique = unique_tokens(data.rows, config, fitting.tokens, data.sft)
     return _lines(config, data.kind, mixing.epoch_size(data.rows, config), len(data.sft), fitting, unique)
 
 
 def unique_tokens(
-    rows: Sequence[TrainRow], sft: Sequence[TrainRow], config: TrainConfig, tokens: int
+    rows: Sequence[TrainRow], config: TrainConfig, tokens: int, sft: Sequence[TrainRow] = ()
 ) -> dict[str, int]:
     """Tokens of the first epoch, rows to imitate included: those that are computed, those that rows computed apart
     would need ("logical"), and those of the largest micro-batch."""
