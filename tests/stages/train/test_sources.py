@@ -237,8 +237,11 @@ def test_what_is_no_answer_to_imitate_is_refused(
     assert done.code == 0, done.stderr
 
 
-def test_labels_and_groups_are_mixed_alike(call: Call, tiny_model: Path, tmp_path: Path, rows: list[Pair]) -> None:
-    """Two runs of each kind, with an evaluation: both have metrics of each source."""
+def test_labels_and_groups_are_mixed_alike(
+    call: Call, tiny_model: Path, tmp_path: Path, rows: list[Pair], write: Write
+) -> None:
+    """Two runs of each kind beside answers to imitate, with an evaluation: both have metrics of each source."""
+    answers = write(*SFT)
     sources: dict[str, list[object]] = {"labels": [], "groups": []}
     for number, part in enumerate((rows[:6], rows[6:])):
         run = data.write_run(tmp_path / f"r{number}", labels=data.labels_of(part), groups=data.groups_of(part))
@@ -246,7 +249,8 @@ def test_labels_and_groups_are_mixed_alike(call: Call, tiny_model: Path, tmp_pat
             flags += [f"--{kind}", run, "--source-weights", 1]
     for kind, loss in (("labels", "kto"), ("groups", "plackett_luce")):
         out = tmp_path / kind
-        done = call(*command(tiny_model, *sources[kind], "--loss-type", loss, "--eval-split", 0.3, "--out", out))
+        flags = ("--loss-type", loss, "--eval-split", 0.3, "--sft", answers, "--sft-batch-size", 2, "--out", out)
+        done = call(*command(tiny_model, *sources[kind], *flags))
         assert done.code == 0, done.stderr
         lines = metrics(out)
         assert {f"{kind}.0/loss", f"{kind}.1/rows", f"{kind}.0/rewards/chosen"} <= {
@@ -255,6 +259,8 @@ def test_labels_and_groups_are_mixed_alike(call: Call, tiny_model: Path, tmp_pat
         drawn = [sum(line[f"{kind}.{source}/rows"] for line in lines) for source in (0, 1)]
         assert abs(drawn[0] - drawn[1]) <= 1
         assert any(name.startswith(f"eval_{kind}.") for name in lines[-1])
+        assert all(line["sft/nll"] > 0 for line in lines)
+        assert not any(name.startswith("eval_sft") for name in lines[-1])
 
 
 def test_a_source_that_lost_every_row_is_named(call: Call, tiny_model: Path, tmp_path: Path, write: Write) -> None:
