@@ -27,6 +27,7 @@ EVAL_ONLY = (  # settings that nothing reads when there are no rows to evaluate 
     "metric_for_best_model",
     "early_stopping_patience",
 )
+SFT_ONLY = ("sft_weight", "sft_batch_size", "sft_column")  # settings that nothing reads without sft
 LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}  # by tuning, where learning_rate is 0
 UNAVAILABLE = "unavailable"  # the reference_model of rows whose log-probs cannot be checked here
 
@@ -37,6 +38,7 @@ class TrainConfig(LossSettings):
     model_config = STRICT
     HEADINGS: ClassVar[tuple[str, ...]] = (
         "Model and rows",
+        "Mixing",
         "Reference",
         "Losses",
         "Settings of many losses",
@@ -82,6 +84,23 @@ class TrainConfig(LossSettings):
     chat_template_kwargs: shared.TemplateKwargs = "{}"
     template_changes: shared.TemplateChanges = "drop"
     column: shared.Column = ()
+
+    source_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED, Heading("Mixing")] = ()
+    """Weights of the sources in pairs, labels or groups, one for each in their order: an epoch draws exactly their
+    shares, rounded to whole rows. Without them every row is drawn once."""
+    epoch_length: Annotated[Literal["all_rows", "first_exhausted", "all_exhausted"], ADDED] = "all_rows"
+    """With source_weights: an epoch has as many rows as all sources together (all_rows: small sources are repeated,
+    large ones cut), ends when the first source is used up (first_exhausted: the others are cut, and the next epoch goes
+    on in them), or when the last one is (all_exhausted: the others are repeated)."""
+    sft: Annotated[tuple[str, ...], PATH, REMOTE] = ()
+    """Answers to imitate beside the preferences: files, folders or datasets of the hub with `prompt`, `completion`, or
+    `messages` that end with the assistant. Every step adds sft_weight times their mean NLL of a completion token."""
+    sft_weight: Annotated[float, ADDED, Field(gt=0)] = 1.0
+    """Weight of the NLL of the rows in sft, beside the losses of the preferences."""
+    sft_batch_size: Annotated[int, ADDED, Field(ge=1)] = 8
+    """Rows of sft in every optimizer step, beside those of train_batch_size; they come in shuffled passes."""
+    sft_column: Annotated[tuple[str, ...], ADDED] = ()
+    """As column, for the files of sft."""
 
     reference_model: Annotated[str, PATH, Heading("Reference")] = "policy"
     """Model that the reference log-probs are of: policy (the one that is trained, with its adapter on or off), another
@@ -145,8 +164,8 @@ class TrainConfig(LossSettings):
     """Adapted parameters that belong to no linear module, such as mlp.experts.gate_up_proj,mlp.experts.down_proj: names
     or their ends, joined by commas; empty for none (target_parameters of peft)."""
     router_aux_loss_coef: Annotated[float, ADDED, Field(ge=0)] = 0.0
-    """For mixtures of experts: weight of the model's load-balancing loss (arXiv:2101.03961), a mean over completions
-    that is added to the loss; 0 leaves it out."""
+    """For mixtures of experts: weight of the model's load-balancing loss (arXiv:2101.03961), a mean over
+    completions that is added to the loss; rows of sft add none; 0 leaves it out."""
     load_in_4bit: bool = False
     """QLoRA: the frozen weights in 4 bits (nf4, double quantization) through the package bitsandbytes."""
     merge: bool = False
@@ -219,6 +238,7 @@ class TrainConfig(LossSettings):
             *self._model_misfits(),
             *self._schedule_misfits(),
             *self._order_misfits(),
+            *self._mixture_misfits(),
             *self._evaluation_misfits(),
         ]
         if problems:
@@ -252,6 +272,17 @@ class TrainConfig(LossSettings):
     def _order_misfits(self) -> Iterator[str]:
         if self.train_order == "hardness" and self.objective.kind != "pairs":
             yield f"train_order = hardness orders pairs by reward_gap: loss {self.loss_type[0]} trains on others"
+
+    def _mixture_misfits(self) -> Iterator[str]:
+        kind, weights = self.objective.kind, len(self.source_weights)
+        if weights and weights != len(getattr(self, kind)):
+            yield f"{len(getattr(self, kind))} {kind} but {weights} source_weights: give one for each"
+        if weights and self.train_order == "given":
+            yield "train_order = given takes every row once, and source_weights draws rows: leave one of them out"
+        for setting in () if weights else self._changed("epoch_length"):
+            yield f"{setting} is read only with source_weights"
+        for setting in () if self.sft else self._changed(*SFT_ONLY):
+            yield f"{setting} is read only with sft"
 
     def _evaluation_misfits(self) -> Iterator[str]:
         rows = [name for name in ("eval_pairs", "eval_labels", "eval_groups") if getattr(self, name)]

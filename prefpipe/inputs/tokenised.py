@@ -1,4 +1,4 @@
-"""Rows of foreign files as rows of ours, tokenised once: pairs and labels to score and to train on."""
+"""Rows of foreign files as rows of ours, tokenised once: pairs, labels and completions to score and to train on."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from prefpipe.models.encoding import (
     rendered,
 )
 from prefpipe.models.thinking import Said
-from prefpipe.schemas import Dropped, Label, Message, Messages, Pair
+from prefpipe.schemas import Completion, Dropped, Label, Message, Messages, Pair
 
 T = TypeVar("T")
 IMPORTED = "imported"
@@ -107,6 +107,19 @@ def read_labels(
     return list(labels.values()), dropped
 
 
+def read_completions(
+    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+) -> tuple[list[Completion], list[Dropped]]:
+    """Answers of a file of prompts and completions, or of conversations that end with the assistant (see formats),
+    tokenised as pairs are, and the ledger of its faulty rows; `columns` renames some. Repeated rows stay.
+
+    Raises DataError for a file of another format.
+    """
+    dropped: list[Dropped] = []
+    source = rows(path, columns)
+    return [row for _, row in _read(source, "completion", chat, limits, to_completion, dropped)], dropped
+
+
 def repeated(completion_id: str, where: str, *, conflicting: bool) -> Dropped:
     """The ledger row of an answer that an earlier row has; `conflicting`: with the other label."""
     if conflicting:
@@ -174,6 +187,24 @@ def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
 def prompt_key(messages: Messages, answer: str | None, template_inputs: str | None) -> str:
     """The prompt_id of a prompt."""
     return content_id(messages, answer, *([template_inputs] if template_inputs else []))
+
+
+def to_completion(source: Tokenised, i: int = 0) -> Completion:
+    """Answer i of a row of any format."""
+    return Completion(
+        completion_id=source.completion_id(i),
+        prompt_id=source.prompt_id,
+        sample_index=i,
+        text=source.said[i].text,
+        prompt_token_ids=source.prompt_ids,
+        token_ids=source.token_ids[i],
+        finish_reason=source.finish_reason(i),
+        policy=source.answered.writers[i] or IMPORTED,
+        ids_digest=ids_digest(source.prompt_ids, source.token_ids[i]),
+        messages=source.answers[i] if "extra" in source.answers[i][0] else None,
+        thinking=source.said[i].thinking,
+        thinking_tokens=source.said[i].thinking_tokens,
+    )
 
 
 def to_label(source: Tokenised) -> Label:

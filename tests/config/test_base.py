@@ -22,7 +22,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.losses import LOSSES, MARGIN_SETTINGS, LossSettings
 from prefpipe.config.score import ScoreConfig
-from prefpipe.config.train import EVAL_ONLY, LORA_ONLY, TrainConfig
+from prefpipe.config.train import EVAL_ONLY, LORA_ONLY, SFT_ONLY, TrainConfig
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 
@@ -35,7 +35,7 @@ RUNTIME = {
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
     *("inputs", "reward_settings", "eval_pairs", "eval_labels", "eval_groups", "reward_runs", "policy_logps"),
-    *("contamination", "reference_model", "reference_adapter"),
+    *("contamination", "reference_model", "reference_adapter", "sft"),
 }
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
@@ -76,7 +76,11 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         table = st.fixed_dictionaries({"kind": st.just("length"), "min": st.integers(0, 9), "unit": st.just("tokens")})
         return st.dictionaries(st.sampled_from(("mine", "length", "b-2")), table, max_size=2)
     if typing.get_origin(field.annotation) is tuple:
-        return st.lists(_one(typing.get_args(field.annotation)[0], []), min_size=1, max_size=3).map(tuple)
+        kind = typing.get_args(field.annotation)[0]  # of an entry; it may have bounds of its own
+        bounds = list(kind.__metadata__[0].metadata) if typing.get_origin(kind) is Annotated else []
+        return st.lists(
+            _one(getattr(kind, "__origin__", kind) if bounds else kind, bounds), min_size=1, max_size=3
+        ).map(tuple)
     return _one(field.annotation, field.metadata)
 
 
@@ -114,6 +118,7 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
     for prefix in [name[: -len("loss_type")] for name in known if name.endswith("loss_type")]:
         _keep_what_is_read(found, prefix)
         _keep_what_goes_together(found, prefix)
+        _keep_one_weight_for_each_source(found, prefix)
     if cls is IterateConfig:
         found |= {
             "build_pairs.output": LOSSES[found.get("train.loss_type", ("sigmoid",))[0]].kind,
@@ -156,7 +161,8 @@ def _keep_what_is_read(found: dict[str, Any], prefix: str) -> None:
 
 
 def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
-    """Drop settings of adapters without an adapter, of evaluations without rows, and second lengths of one warmup."""
+    """Drop settings of adapters without an adapter, of evaluations and rows to imitate without rows, and second
+    lengths of one warmup."""
 
     def drop(*names: str) -> None:
         for name in names:
@@ -167,6 +173,7 @@ def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
         drop("adapter", *LORA_ONLY)
     if found.get("reference") == "base" and prefix:
         drop("tuning")
+    drop(*SFT_ONLY) if prefix + "sft" not in found else None
     drop("warmup_steps") if prefix + "warmup_ratio" in found else None
     drop("warmup_steps", "warmup_ratio") if found.get(prefix + "lr_scheduler_type") == "constant" else None
     if {prefix + name for name in ("eval_pairs", "eval_labels", "eval_groups")} & found.keys():
@@ -175,6 +182,16 @@ def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
         drop(*EVAL_ONLY)
     if not found.get(prefix + "load_best_model_at_end") and not found.get(prefix + "early_stopping_patience"):
         drop("metric_for_best_model")
+
+
+def _keep_one_weight_for_each_source(found: dict[str, Any], prefix: str) -> None:
+    """Weights of the sources that the losses train on; none without sources (`iterate` names none)."""
+    sources = found.get(prefix + LOSSES[found.get(prefix + "loss_type", ("sigmoid",))[0]].kind, ())
+    weights = found.pop(prefix + "source_weights", ())
+    if sources and weights and found.get(prefix + "train_order") != "given":
+        found[prefix + "source_weights"] = tuple(weights[i % len(weights)] for i in range(len(sources)))
+    else:
+        found.pop(prefix + "epoch_length", None)
 
 
 def typed_value(value: object) -> object:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id, ids_digest
-from prefpipe.inputs.tokenised import Limits, read_labels, read_pairs
+from prefpipe.inputs.tokenised import Limits, read_completions, read_labels, read_pairs
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.encoding import Rules, encode, render
 from prefpipe.schemas import Message, Pair
@@ -35,6 +35,24 @@ def test_standard_and_conversational_pairs_are_the_same(write: Write, chat: Chat
     standard, _ = read_pairs(write(pair()), chat)
     conversational, _ = read_pairs(write(turns), chat)
     assert standard == conversational
+
+
+def test_an_answer_is_tokenised_as_the_chosen_one_of_a_pair(write: Write, chat: Chat) -> None:
+    """As prompt and completion, and as a conversation; a row that comes twice stays, a faulty one is in the ledger."""
+    ((expected,), _) = read_pairs(write(pair()), chat)
+    talk = {"messages": [{"role": "user", "content": "Name a bird."}, {"role": "assistant", "content": "An owl."}]}
+    asked = {"messages": talk["messages"][:1]}
+    plain, _ = read_completions(write({"prompt": "Name a bird.", "completion": "An owl."}, name="p.jsonl"), chat)
+    path = write(talk, asked, talk, name="t.jsonl")
+    found, dropped = read_completions(path, chat)
+    assert found == [*plain, *plain]
+    assert (found[0].prompt_token_ids, found[0].token_ids) == (expected.prompt_token_ids, expected.chosen_token_ids)
+    assert found[0].completion_id == expected.chosen_completion_id
+    assert [(row.id, row.reason) for row in dropped] == [(f"{path}, line 2", "bad_roles")]
+    short, too_long = read_completions(path, chat, Limits(max_length=4))
+    assert (short, [row.reason for row in too_long]) == ([], ["too_long", "bad_roles", "too_long"])
+    with pytest.raises(DataError, match="a row of format 'preference', not 'completion'"):
+        read_completions(write(pair(), name="pairs.jsonl"), chat)
 
 
 def test_the_ids_of_a_pair_by_hand(write: Write, chat: Chat) -> None:

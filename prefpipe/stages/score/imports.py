@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import RowFault
-from prefpipe.ids import IdSet, ids_digest
+from prefpipe.ids import IdSet
 from prefpipe.inputs import files, formats, tokenised
 from prefpipe.inputs.files import ForeignRow
 from prefpipe.inputs.messages import to_json
@@ -85,7 +85,7 @@ def import_rows(
 def _add_answer(imported: Imported, source: Tokenised, i: int, known: Known, *, paired: bool, rated: bool) -> bool:
     """Add the completion, the label and the rating of answer i, each if it is new. Returns whether the answer is of
     any use: it brings one of these, or is one side of a pair."""
-    completion = _to_completion(source, i)
+    completion = tokenised.to_completion(source, i)
     key = completion.completion_id
     is_new = known["completions"].add(key)
     if is_new:
@@ -103,23 +103,6 @@ def _add_answer(imported: Imported, source: Tokenised, i: int, known: Known, *, 
         imported.used[key] = completion
         return True
     return is_rated
-
-
-def _to_completion(source: Tokenised, i: int) -> Completion:
-    return Completion(
-        completion_id=source.completion_id(i),
-        prompt_id=source.prompt_id,
-        sample_index=i,
-        text=source.said[i].text,
-        prompt_token_ids=source.prompt_ids,
-        token_ids=source.token_ids[i],
-        finish_reason=source.finish_reason(i),
-        policy=source.answered.writers[i] or IMPORTED,
-        ids_digest=ids_digest(source.prompt_ids, source.token_ids[i]),
-        messages=source.answers[i] if "extra" in source.answers[i][0] else None,
-        thinking=source.said[i].thinking,
-        thinking_tokens=source.said[i].thinking_tokens,
-    )
 
 
 def _to_prompt(source: Tokenised, row: formats.Row) -> Prompt:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-from prefpipe.schemas import KlBank, Label, Pair, RankedGroup
+from prefpipe.schemas import Completion, KlBank, Label, Pair, RankedGroup
 
 Ids = tuple[int, ...]
 TokenLogps = tuple[float, ...]
@@ -46,6 +46,11 @@ class TrainRow(Protocol):
         """What its loss is multiplied by."""
         ...
 
+    @property
+    def source(self) -> int:
+        """The number of its source among those of the settings."""
+        ...
+
     def with_ref_logps(self, values: RefLogpsById | None) -> Self:
         """Fill missing reference log-probs; with None, remove all of them."""
         ...
@@ -66,6 +71,7 @@ class TrainPair:
     weight: float
     preference_prob: float | None = None
     reward_gap: float | None = None
+    source: int = 0
 
     @property
     def row_id(self) -> str:
@@ -95,6 +101,7 @@ class TrainLabel:
     completion: TrainCompletion
     desirable: bool | None
     weight: float
+    source: int = 0
 
     @property
     def completions(self) -> tuple[TrainCompletion, ...]:
@@ -114,6 +121,7 @@ class TrainGroup:
     prompt_ids: Ids
     completions: tuple[TrainCompletion, ...]
     weight: float
+    source: int = 0
 
     def with_ref_logps(self, values: RefLogpsById | None) -> "TrainGroup":
         """Fill missing reference log-probs; with None, remove all of them."""
@@ -167,6 +175,20 @@ def from_bank(rows: Sequence[KlBank]) -> list[TrainLabel]:
             row.bank_id,
             tuple(row.prompt_token_ids),
             TrainCompletion(row.bank_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
+            None,
+            1.0,
+        )
+        for row in rows
+    ]
+
+
+def from_completions(rows: Sequence[Completion]) -> list[TrainLabel]:
+    """Completions to imitate; they have neither a label nor reference log-probs."""
+    return [
+        TrainLabel(
+            row.completion_id,
+            tuple(row.prompt_token_ids),
+            TrainCompletion(row.completion_id, tuple(row.token_ids), None),
             None,
             1.0,
         )

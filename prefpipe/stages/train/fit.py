@@ -52,7 +52,7 @@ def fit(
         del resumed  # its tensors are copied: a run of hours must not hold them
     session.lead(lambda run: fsio.truncate(run.out / _METRICS, metrics_bytes))
     evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
-    steps = loop.steps(trainer, data.rows, first, data.training_bank)
+    steps = loop.steps(trainer, data.rows, first, data.training_bank, data.sft)
     warmup = warmup_length(steps.num_steps, config.warmup_ratio, config.warmup_steps, config.lr_scheduler_type)
     facts = Facts(steps.num_steps, warmup, config.beta, config.learning_rate, exact)
     watched = watching(session.output, config, facts, state, first, audit_seconds)

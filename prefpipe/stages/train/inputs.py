@@ -1,6 +1,6 @@
 """What a training run reads: pairs, labels or ranked groups of runs and files, checked. No model is loaded here."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -9,20 +9,20 @@ from prefpipe import log
 from prefpipe.config.losses import LOSSES, Kind, Objective
 from prefpipe.config.train import UNAVAILABLE, TrainConfig
 from prefpipe.errors import DataError, UsageError
-from prefpipe.inputs import files, tokenised
-from prefpipe.inputs.kl_bank import kl_bank
+from prefpipe.inputs import files
 from prefpipe.models import vocabulary
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.notices import check_ends
 from prefpipe.models.policy import Policy, resolve
-from prefpipe.rows import check_ids, completions_of, key_of, one_reference, why_dropped, with_ref_logps
+from prefpipe.rows import check_ids, completions_of, key_of, one_reference, with_ref_logps
 from prefpipe.runs import store
-from prefpipe.schemas import Dropped, KlBank, Label, Pair, RankedGroup, RefLogps, from_table
-from prefpipe.stages.train import examples, lengths
+from prefpipe.schemas import Dropped, RefLogps
+from prefpipe.stages.train import examples, lengths, mixing, sources
 from prefpipe.stages.train.evaluation import split_by_prompt
 from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
 from prefpipe.stages.train.reference.identity import Named, Reference, settle_reference
 from prefpipe.stages.train.reference.values import read_ref_logps
+from prefpipe.stages.train.sources import Read, Stored
 
 _HOW = {
     "pairs": "pass --pairs DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, chosen, rejected",
@@ -31,7 +31,6 @@ _HOW = {
 }
 _EVAL = {"pairs": "eval_pairs", "labels": "eval_labels", "groups": "eval_groups"}
 _COLUMNS = ("preference_prob", "reward_gap")  # what a loss may need that a pair may lack
-Stored = Pair | Label | RankedGroup | KlBank
 T = TypeVar("T", bound=Stored)
 
 
@@ -61,11 +60,18 @@ class TrainingData:
     on_reference: bool = False
     # How many rows at the end of the bank are those of --eval-labels.
     num_eval_bank: int = 0
+    # The rows to imitate, beside the others; nothing reads reference log-probs of them.
+    sft: list[TrainLabel] = field(default_factory=list[TrainLabel])
 
     @property
     def all_rows(self) -> list[TrainRow]:
         """Every row whose completions need reference log-probs."""
         return [*self.rows, *self.eval_rows, *self.bank]
+
+    @property
+    def computed_rows(self) -> list[TrainRow]:
+        """Every row that the policy computes."""
+        return [*self.all_rows, *self.sft]
 
     @property
     def training_bank(self) -> list[TrainLabel]:
@@ -79,34 +85,26 @@ class TrainingData:
         return self.bank[len(self.bank) - self.num_eval_bank :] if self.num_eval_bank else self.bank
 
 
-@dataclass
-class _Read:
-    """The rows of all sources as their datasets hold them; rows to evaluate on come last."""
-
-    rows: list[Stored] = field(default_factory=list[Stored])
-    bank: list[KlBank] = field(default_factory=list[KlBank])
-    dropped: list[Dropped] = field(default_factory=list[Dropped])
-
-
 def prepare(config: TrainConfig) -> TrainingData:
     """Read and check everything that training needs, without loading a model."""
     kind = kind_of(config)
-    named_sources = {name: list[str](getattr(config, name)) for name in (kind, _EVAL[kind])}
-    sources, held_out = named_sources.values()
+    named_sources = {name: list[str](getattr(config, name)) for name in (kind, _EVAL[kind], "sft")}
+    given, held_out, _ = named_sources.values()
     inputs = {f"{name}.{i}": files.digest(s) for name in named_sources for i, s in enumerate(named_sources[name])}
     policy = resolve(config.model, config.adapter)
-    runs = [Path(s) for s in (*sources, *held_out) if files.is_run(s)]
+    runs = [Path(s) for s in (*given, *held_out) if files.is_run(s)]
     vocabulary.check(runs, policy.directory)
-    chat = _chat(policy, config) if len(runs) < len(sources) + len(held_out) else None
+    chat = _chat(policy, config) if config.sft or len(runs) < len(given) + len(held_out) else None
     needs_reference = config.objective.needs("reference")
     named = _named_reference(config, needs_reference=needs_reference)
     context = lengths.context_of([policy, *([named] if isinstance(named, Policy) else [])])
-    read = _read(sources, kind, chat, config, context)
+    read = sources.read(given, kind, chat, config, context)
     num_training, num_bank = len(read.rows), len(read.bank)
     if not read.rows:
         return TrainingData(kind, [], [], read.dropped, policy, None, set(), inputs | {"policy": policy.id})
     if held_out:
-        _add_held_out(read, held_out, _read(held_out, kind, chat, config, context))
+        sources.add_held_out(read, held_out, sources.read(held_out, kind, chat, config, context))
+    sft = sources.read_sft(config, chat, lengths.context_of([policy]), read.dropped)
     lengths.warn(read.dropped, context)
     for row in (*read.rows, *read.bank):
         check_ids(row, f"row {key_of(row)}")
@@ -114,7 +112,7 @@ def prepare(config: TrainConfig) -> TrainingData:
         inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
         _take_values(read, config, needs_reference=needs_reference)
     inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
-    rows = _train_rows(kind, read.rows)
+    rows = sources.train_rows(kind, read)
     _check_columns(config.objective, rows)
     bank = examples.from_bank(read.bank)
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, named) if needs_reference else None
@@ -131,8 +129,9 @@ def prepare(config: TrainConfig) -> TrainingData:
         scorers={row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None},
         inputs=inputs,
         eval_rows=eval_rows,
-        on_reference=reference is not None and _sampled_by(sources) == {reference.id},
+        on_reference=reference is not None and _sampled_by(given) == {reference.id},
         num_eval_bank=len(bank) - num_bank,
+        sft=sft,
     )
 
 
@@ -173,41 +172,6 @@ def kind_of(config: TrainConfig) -> Kind:
     return kind
 
 
-def _read(sources: Sequence[str], kind: Kind, chat: Chat | None, config: TrainConfig, context: int | None) -> _Read:
-    """The rows of the sources that `context` tokens hold."""
-    limits = lengths.limits(config, context)
-    read = _Read()
-    for source in sources:
-        if not files.is_run(source) and chat is not None and kind != "groups":
-            read_rows = tokenised.read_pairs if kind == "pairs" else tokenised.read_labels
-            rows, dropped = read_rows(source, chat, limits, files.renames(config.column))
-            read.rows += rows
-            read.dropped += dropped
-        else:
-            row_type = {"pairs": Pair, "labels": Label, "groups": RankedGroup}[kind]
-            read.rows += from_table(row_type, store.read_dataset(Path(source), kind, row_type))
-            if (Path(source) / "kl_bank").is_dir():
-                read.bank += from_table(KlBank, store.read_dataset(Path(source), "kl_bank", KlBank))
-    read.rows = lengths.within(read.rows, context, read.dropped)
-    if not read.rows or not config.objective.needs("z0"):
-        read.bank = []
-    elif not read.bank:
-        labels = [row for row in read.rows if isinstance(row, Label)]
-        read.bank = kl_bank(labels, config.kl_bank_size, config.seed)
-    read.bank = lengths.within(read.bank, context, read.dropped)
-    return read
-
-
-def _add_held_out(read: _Read, sources: Sequence[str], held_out: _Read) -> None:
-    """Put rows to evaluate on behind those to train on, so that both are checked, joined and scored alike."""
-    if not held_out.rows:
-        reasons = why_dropped(held_out.dropped)
-        raise DataError(f"no row of {', '.join(sources)} can be evaluated on: {reasons}", "check the file")
-    read.rows += held_out.rows
-    read.bank += held_out.bank
-    read.dropped += held_out.dropped
-
-
 def _parted(
     rows: list[TrainRow], num_training: int, kind: Kind, config: TrainConfig
 ) -> tuple[list[TrainRow], list[TrainRow]]:
@@ -221,15 +185,7 @@ def _parted(
     return training, eval_rows
 
 
-def _train_rows(kind: Kind, rows: Iterable[Stored]) -> list[TrainRow]:
-    if kind == "pairs":
-        return list(examples.from_pairs([row for row in rows if isinstance(row, Pair)]))
-    if kind == "labels":
-        return list(examples.from_labels([row for row in rows if isinstance(row, Label)]))
-    return list(examples.from_groups([row for row in rows if isinstance(row, RankedGroup)]))
-
-
-def _take_values(read: _Read, config: TrainConfig, *, needs_reference: bool) -> None:
+def _take_values(read: Read, config: TrainConfig, *, needs_reference: bool) -> None:
     """Give every row whose completions are all in the runs of --ref-logps the log-probs of these runs."""
     if not needs_reference:
         raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
@@ -271,7 +227,8 @@ def _check_columns(objective: Objective, rows: Sequence[TrainRow]) -> None:
 
 
 def _check_order(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
-    """Raise UsageError when rows are to be ordered by a reward_gap that they lack."""
+    """Raise UsageError when rows are to be ordered by a reward_gap that they lack, or a source has no row to draw."""
+    mixing.epoch_size(rows, config)
     lacking = [row.row_id for row in rows if isinstance(row, TrainPair) and row.reward_gap is None]
     if config.train_order == "hardness" and lacking:
         raise UsageError(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -10,17 +11,17 @@ import torch
 from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
-from prefpipe.forward.logps import TreeModel
-from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
+from prefpipe.forward.layout import Layout
+from prefpipe.forward.logps import TreeModel, completion_logps
+from prefpipe.stages.train import mixing
+from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_ref_logps
 from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import metrics, registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch
 from prefpipe.stages.train.losses.unpaired import reference_point
 from prefpipe.stages.train.micro_batches import (
     MicroBatch,
-    balanced_batches,
     bank_rows,
-    global_batches,
     micro_batches,
     tree_of,
 )
@@ -82,36 +83,30 @@ def num_steps(num_rows: int, config: TrainConfig) -> int:
     return config.num_train_epochs * math.ceil(num_rows / config.train_batch_size)
 
 
-def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
-    """Row numbers of every step of an epoch, in the order that the settings name. Shuffled labels are in the proportion
-    of their classes in every step; equal reward gaps keep the order of the rows."""
-    order = None
-    if config.train_order == "given":
-        order = range(len(rows))
-    elif config.train_order == "hardness":
-        gaps = [pair.reward_gap or 0.0 for pair in cast("Sequence[TrainPair]", rows)]
-        order = sorted(range(len(rows)), key=lambda row: -gaps[row])
-    elif isinstance(rows[0], TrainLabel):
-        labels = [bool(row.desirable) for row in cast("Sequence[TrainLabel]", rows)]
-        return balanced_batches(labels, config.train_batch_size, config.seed, epoch)
-    prompts = [row.prompt_ids for row in rows]
-    together = config.group_by_prompt
-    return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=together, fixed=order)
-
-
-def steps(trainer: Trainer, rows: Sequence[TrainRow], first: int, bank: Sequence[TrainLabel] = ()) -> Steps:
+def steps(
+    trainer: Trainer,
+    rows: Sequence[TrainRow],
+    first: int,
+    bank: Sequence[TrainLabel] = (),
+    sft: Sequence[TrainLabel] = (),
+) -> Steps:
     """The steps from number `first` to the end. One whose loss or gradient is not finite moves no weight and says so.
 
-    `bank` holds the mismatched rows of KTO's reference point, with reference log-probs.
+    `bank` holds the mismatched rows of KTO's reference point, with reference log-probs; `sft` the rows to imitate.
     """
     if not all(map(has_ref_logps, rows)):
         rows = [row.with_ref_logps(None) for row in rows]  # metrics of some rows would mislead
-    total = num_steps(len(rows), trainer.config)
-    return Steps(total, _steps(trainer, rows, first, total, bank))
+    total = num_steps(mixing.epoch_size(rows, trainer.config), trainer.config)
+    return Steps(total, _steps(trainer, rows, first, total, bank, sft))
 
 
 def _steps(
-    trainer: Trainer, rows: Sequence[TrainRow], first: int, total: int, bank: Sequence[TrainLabel]
+    trainer: Trainer,
+    rows: Sequence[TrainRow],
+    first: int,
+    total: int,
+    bank: Sequence[TrainLabel],
+    sft: Sequence[TrainLabel],
 ) -> Iterator[StepMetrics]:
     config = trainer.config
     per_epoch = total // config.num_train_epochs
@@ -119,10 +114,11 @@ def _steps(
     for step in range(first, total):
         epoch, within = divmod(step, per_epoch)
         if step == first or within == 0:
-            batches = epoch_batches(rows, config, epoch)
+            batches = mixing.epoch_batches(rows, config, epoch)
         batch = [rows[row] for row in batches[within]]
         drawn = [bank[i] for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]
-        values = _accumulate(trainer, batch, drawn, trainer.start_noise if step == 0 else None)
+        imitated = [sft[i] for i in mixing.sft_rows(len(sft), config.sft_batch_size, config.seed, step)]
+        values = _accumulate(trainer, batch, drawn, imitated, trainer.start_noise if step == 0 else None)
         rate = learning_rate(
             step,
             total,
@@ -138,20 +134,25 @@ def _steps(
         finite = math.isfinite(values["grad_norm"])
         values |= {"learning_rate": rate, "epoch": (step + 1) / per_epoch}
         shown = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
-        yield StepMetrics(step, len(batch), shown, () if finite else tuple(row.row_id for row in batch))
+        skipped = () if finite else tuple(row.row_id for row in (*batch, *imitated))
+        yield StepMetrics(step, len(batch), shown, skipped)
 
 
 def _accumulate(
-    trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel], noise: float | None
+    trainer: Trainer,
+    batch: Sequence[TrainRow],
+    bank: Sequence[TrainLabel],
+    sft: Sequence[TrainLabel],
+    noise: float | None,
 ) -> dict[str, float]:
     """Gradients of one global batch. When memory runs out, the budget falls to half of the largest micro-batch, and the
     same batch is computed again."""
     while True:
         try:
-            return _try_batch(trainer, batch, bank, noise)
+            return _try_batch(trainer, batch, bank, sft, noise)
         except (torch.OutOfMemoryError, MemoryError) as error:
             trainer.optimizer.drop_gradients()
-            tried = min(trainer.budget, max(_largest_load(trainer, rows) for rows in (batch, bank) if rows))
+            tried = min(trainer.budget, max(_largest_load(trainer, rows) for rows in (batch, bank, sft) if rows))
             smaller = max(_SMALLEST_BUDGET, tried // 2)
             if trainer.world.size > 1 or smaller >= tried:
                 raise PrefpipeError(
@@ -171,17 +172,25 @@ def _largest_load(trainer: Trainer, rows: Sequence[TrainRow]) -> int:
 
 
 def _try_batch(
-    trainer: Trainer, batch: Sequence[TrainRow], bank: Sequence[TrainLabel], noise: float | None
+    trainer: Trainer,
+    batch: Sequence[TrainRow],
+    bank: Sequence[TrainLabel],
+    sft: Sequence[TrainLabel],
+    noise: float | None,
 ) -> dict[str, float]:
-    """Gradients and metrics of one global batch of G rows. Every micro-batch adds its sum of losses divided by G, so
-    that neither the cut into micro-batches nor the number of ranks changes the result."""
+    """Gradients and metrics of one global batch of G rows, and of T tokens to imitate. Every micro-batch adds its sum
+    of losses divided by G, or its NLL divided by T, so that neither the cut into micro-batches nor the number of ranks
+    changes the result."""
     z0 = z0_of(trainer, bank) if bank else 0.0
     tally = Tally()
     cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config.objective.settings))
-    for micro, counts in trainer.world.deal(cut):
+    work = [partial(_micro_batch, trainer, micro, len(batch), z0, noise) for micro in cut]
+    sft_tokens = sum(len(row.completion.token_ids) for row in sft)
+    work += [partial(_sft_micro_batch, trainer, micro, sft_tokens) for micro in micro_batches(sft, trainer.budget)]
+    for add_gradients, counts in trainer.world.deal(work):
         # A micro-batch that a rank repeats to keep step with the others goes into a tally that nobody reads.
-        _micro_batch(trainer, micro, len(batch), z0, noise, counts=counts, tally=tally if counts else Tally())
-    values = summarise(tally, trainer.world)
+        add_gradients(counts=counts, tally=tally if counts else Tally())
+    values = summarise(tally, trainer.world) | mixing.row_counts(batch, trainer.config)
     values["tokens/scored_share"] = values.pop("tokens/scored") / values["tokens/unique"]
     return {**values, "kto/z0": z0} if bank else values
 
@@ -196,13 +205,7 @@ def _micro_batch(
     them, and the next micro-batch then takes half as much again.
     """
     found = row_losses(trainer, micro, z0, noise)
-    loss = found.per_row.sum() / size * float(counts)
-    (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
-    trainer.optimizer.gather_gradients()
-    tally.add_total("loss", float(loss.detach()))
-    tally.add_total("tokens/unique", float(found.num_tokens))
-    tally.add_total("tokens/scored", float(found.num_scored))
-    tally.add_total("tokens/logical", float(sum(tree_of(row).num_logical_tokens for row in micro.rows)))
+    _backward(trainer, found.per_row.sum() / size * float(counts), found.layout, micro, tally)
     tally.add_rows(found.metrics)
     if noise is not None:
         start = registry.departure(trainer.config.objective, found.batch, noise)
@@ -212,13 +215,33 @@ def _micro_batch(
         tally.add_total("start/variance", float((shares * start.deviation).square().sum()))
 
 
+def _sft_micro_batch(trainer: Trainer, micro: MicroBatch, size: int, *, counts: bool, tally: Tally) -> None:
+    """As `_micro_batch`, for rows to imitate of a step whose completions have `size` tokens: sft_weight times the mean
+    NLL of a token. That is the loss `sft` of TRL's DPOTrainer (1.16), over the rows of a step."""
+    layout = trainer.model.layout(micro.trees)
+    logps = completion_logps(trainer.wrapped(layout, collisions=False), layout)
+    nll = -logps[[place for (place,) in micro.places]].sum() / size
+    _backward(trainer, trainer.config.sft_weight * nll * float(counts), layout, micro, tally)
+    tally.add_total("sft/nll", float(nll.detach()))
+    tally.add_total("sft/tokens", float(sum(len(row.completions[0].token_ids) for row in micro.rows)))
+
+
+def _backward(trainer: Trainer, loss: torch.Tensor, layout: Layout, micro: MicroBatch, tally: Tally) -> None:
+    """Add the gradients of a loss, and the loss and the tokens to the totals of the step."""
+    (loss * trainer.world.size).backward()  # DDP and FSDP2 average over ranks; a step is a sum
+    trainer.optimizer.gather_gradients()
+    tally.add_total("loss", float(loss.detach()))
+    tally.add_total("tokens/unique", float(layout.input_ids.numel()))
+    tally.add_total("tokens/scored", float(layout.targets.numel()))
+    tally.add_total("tokens/logical", float(sum(tree_of(row).num_logical_tokens for row in micro.rows)))
+
+
 @dataclass(frozen=True)
 class RowLosses:
-    """What a forward pass makes of the rows [B] of a micro-batch: tokens computed and tokens scored, the batch of the
-    losses, the weights [B], the loss of every row [B], weighted and with its load-balancing loss, and the metrics."""
+    """What a forward pass makes of the rows [B] of a micro-batch: its layout, the batch of the losses, the weights [B],
+    the loss of every row [B], weighted and with its load-balancing loss, and the metrics."""
 
-    num_tokens: int
-    num_scored: int
+    layout: Layout
     batch: LossBatch
     weights: torch.Tensor
     per_row: torch.Tensor
@@ -239,7 +262,9 @@ def row_losses(trainer: Trainer, micro: MicroBatch, z0: float, noise: float | No
         of_rows = torch.stack([balance[list(place)].mean() for place in micro.places])
         per_row = per_row + coefficient * of_rows
         shown = {**shown, "aux_loss": (of_rows.detach(), torch.ones_like(of_rows))}
-    return RowLosses(layout.input_ids.numel(), layout.targets.numel(), batch, weights, per_row, shown)
+    if trainer.config.source_weights:
+        shown = {**shown, **metrics.by_source(shown, per_row, objective.kind, [row.source for row in micro.rows])}
+    return RowLosses(layout, batch, weights, per_row, shown)
 
 
 def z0_of(trainer: Trainer, bank: Sequence[TrainLabel]) -> float:

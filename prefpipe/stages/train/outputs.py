@@ -96,6 +96,7 @@ def card(name: str, base: str, config: TrainConfig, facts: Mapping[str, Any]) ->
     run, so that the same run has the same card."""
     library = "peft" if name == "adapter" else "transformers"
     losses = " + ".join(f"{w:g} x {n}" for n, w in zip(config.loss_type, config.loss_weights, strict=True))
+    losses += f" + {config.sft_weight:g} x NLL of {config.sft_batch_size} rows of sft" if config.sft else ""
     loader = _LOADERS["adapter" if name == "adapter" else "model"].format(base=base, name=name)
     last = facts["last_step"]
     rows = [(key, last[key]) for key in _SHOWN if key in last]

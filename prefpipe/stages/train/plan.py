@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.stages.train import loading, loop, memory
+from prefpipe.stages.train import loading, loop, memory, mixing
 from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.inputs import prepare
 from prefpipe.stages.train.loss_batches import scores_prompt
@@ -17,29 +17,33 @@ def run(config: TrainConfig) -> list[str]:
     """Lines of a table: memory by part, tokens, steps, time, and the saving of the cached reference."""
     data = prepare(config)
     model = loading.load_policy(data.policy, config)
-    loading.choose_rows(model, data.all_rows, config.dtype)
-    fitting = memory.fitting(
-        model, [tree_of(row) for row in data.rows], config.gradient_checkpointing, config.max_tokens_per_micro_batch
-    )
-    unique = unique_tokens(data.rows, config, fitting.tokens)
-    return _lines(config, data.kind, len(data.rows), fitting, unique)
+    loading.choose_rows(model, data.computed_rows, config.dtype)
+    trees = [tree_of(row) for row in (*data.rows, *data.sft)]
+    fitting = memory.fitting(model, trees, config.gradient_checkpointing, config.max_tokens_per_micro_batch)
+    unique = unique_tokens(data.rows, config, fitting.tokens, data.sft)
+    return _lines(config, data.kind, mixing.epoch_size(data.rows, config), len(data.sft), fitting, unique)
 
 
-def unique_tokens(rows: Sequence[TrainRow], config: TrainConfig, tokens: int) -> dict[str, int]:
-    """Tokens of one epoch: those that are computed, those that rows computed apart would need ("logical"), and those of
-    the largest micro-batch."""
-    computed = largest = 0
-    for numbers in loop.epoch_batches(rows, config, 0):
-        for micro in micro_batches(
-            [rows[n] for n in numbers], tokens, score_prompt=scores_prompt(config.objective.settings)
-        ):
+def unique_tokens(
+    rows: Sequence[TrainRow], config: TrainConfig, tokens: int, sft: Sequence[TrainRow] = ()
+) -> dict[str, int]:
+    """Tokens of the first epoch, rows to imitate included: those that are computed, those that rows computed apart
+    would need ("logical"), and those of the largest micro-batch."""
+    computed = logical = largest = 0
+    for step, numbers in enumerate(mixing.epoch_batches(rows, config, 0)):
+        batch = [rows[n] for n in numbers]
+        imitated = [sft[n] for n in mixing.sft_rows(len(sft), config.sft_batch_size, config.seed, step)]
+        cut = micro_batches(batch, tokens, score_prompt=scores_prompt(config.objective.settings))
+        for micro in (*cut, *micro_batches(imitated, tokens)):
             load = sum(tree.num_tokens for tree in micro.trees)
             computed, largest = computed + load, max(largest, load)
-    logical = sum(tree_of(row).num_logical_tokens for row in rows)
+        logical += sum(tree_of(row).num_logical_tokens for row in (*batch, *imitated))
     return {"computed": computed, "logical": logical, "largest micro-batch": largest}
 
 
-def _lines(config: TrainConfig, kind: str, count: int, fitting: Fitting, unique: dict[str, int]) -> list[str]:
+def _lines(
+    config: TrainConfig, kind: str, count: int, num_sft: int, fitting: Fitting, unique: dict[str, int]
+) -> list[str]:
     footprint, largest = fitting.footprint, unique["largest micro-batch"]
     tokens = min(fitting.tokens, max(unique.values()))
     epochs = config.num_train_epochs
@@ -47,6 +51,7 @@ def _lines(config: TrainConfig, kind: str, count: int, fitting: Fitting, unique:
     reference = epochs * unique["computed"] * footprint.score_seconds_per_token
     rows = {
         f"{kind}, steps": f"{count}, {loop.num_steps(count, config)} of {config.train_batch_size} {kind}",
+        **({"sft": f"{num_sft} rows, {config.sft_batch_size} in every step"} if num_sft else {}),
         "tokens per epoch": f"{unique['computed']:,} computed, {unique['logical']:,} as separate rows",
         "micro-batch": f"at most {tokens:,} tokens; the largest one holds {largest:,}",
         "weights": f"{footprint.weights / _GIB:.3f} GiB ({config.dtype})",

@@ -33,7 +33,7 @@ from prefpipe.rows import what_helps, why_dropped
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, to_table
-from prefpipe.stages.train import loading, outputs, parallel
+from prefpipe.stages.train import loading, mixing, outputs, parallel
 from prefpipe.stages.train.fit import fit
 from prefpipe.stages.train.inputs import TrainingData, prepare
 from prefpipe.stages.train.loop import Trainer
@@ -84,7 +84,7 @@ def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifes
             "the reference is not the initial policy: log-ratios are not 0 before step 0, and the loss of step 0 is "
             "not its value at the reference (ln 2 for sigmoid)"
         )
-    tokens = session.world.tell(loading.fitting_tokens(model, data.rows, config))  # 6
+    tokens = session.world.tell(loading.fitting_tokens(model, [*data.rows, *data.sft], config))  # 6
     start = start_of(data, config, audited)
     trainer = _trainer(session, model, data, config, tokens, start.noise)
     state = diagnostics.at_start(RULES, warnings)
@@ -103,8 +103,8 @@ def _check_cache(data: TrainingData) -> None:
 
 def _say_targets(data: TrainingData, config: TrainConfig) -> list[tuple[str, str]]:
     """Say what the losses aim at; returns the warnings under the names of their alert rules."""
-    aims = targets(config.objective, data.rows)
-    for line in aims.lines:
+    aims = targets(config.objective, [data.rows[number] for number in mixing.epoch_rows(data.rows, config, 0)])
+    for line in (*aims.lines, *mixing.explain(data.rows, data.sft, config)):
         log.info(line)
     for line in (*aims.warnings, *aims.class_warnings):
         log.warn(line)
@@ -126,8 +126,8 @@ def _reference_first(
 
 
 def _settle(model: TreeModel, data: TrainingData, config: TrainConfig) -> None:
-    loading.check_vocabulary(model, data.all_rows)
-    loading.choose_rows(model, data.all_rows, config.dtype)
+    loading.check_vocabulary(model, data.computed_rows)
+    loading.choose_rows(model, data.computed_rows, config.dtype)
 
 
 def _with_ref_logps(
@@ -189,6 +189,8 @@ def _finish(
     totals = {data.kind: count, "dropped": len(data.dropped), **results}
     if data.eval_rows:
         totals[f"eval_{data.kind}"] = len(data.eval_rows)
+    if data.sft:
+        totals["sft"] = len(data.sft)
     return run.finish(totals, {"policy": trained, **identity})
 
 

@@ -15,7 +15,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.stages.train import loop
-from prefpipe.stages.train.examples import TrainPair
+from prefpipe.stages.train.examples import TrainCompletion, TrainLabel, TrainPair
 from prefpipe.stages.train.loop import StepMetrics
 from prefpipe.stages.train.micro_batches import global_batches, micro_batches
 from prefpipe.stages.train.optimizer import learning_rate
@@ -309,6 +309,28 @@ def test_out_of_memory_halves_the_largest_micro_batch_and_does_the_batch_again(
         torch.testing.assert_close(weight, lora(whole)[name], rtol=0, atol=1e-6)
     for mine, other in zip(found, expected, strict=True):
         assert mine.values == pytest.approx(other.values, rel=1e-4, abs=1e-5)
+
+
+def test_out_of_memory_in_rows_to_imitate_halves_their_micro_batch(tiny_model: Path, many: list[TrainPair]):
+    """An answer of 300 tokens behind four pairs of fewer: half of its load is what is tried next, with the same end."""
+    answer = TrainLabel("a", (5,) * 10, TrainCompletion("a", (7,) * 290, None), None, 1.0)
+    config = data.config(tiny_model, train_batch_size=4, num_train_epochs=1, sft=("a.jsonl",), sft_batch_size=1)
+    assert largest_load(many[:4], 10**9) < 300
+    whole, disturbed = trainer(policy(tiny_model), config), trainer(policy(tiny_model), config)
+    (expected,) = loop.steps(whole, many[:4], 0, (), [answer])
+    Full(disturbed.model, {2})
+    (found,) = loop.steps(disturbed, many[:4], 0, (), [answer])
+    assert disturbed.budget == 150
+    assert found.values == pytest.approx(expected.values, rel=1e-4, abs=1e-5)
+    assert found.values["sft/tokens"] == 290
+
+
+def test_a_skipped_step_names_its_rows_to_imitate(tiny_model: Path, pairs: list[TrainPair]):
+    answer = TrainLabel("answer", (5,) * 3, TrainCompletion("answer", (7,) * 4, None), None, 1.0)
+    config = data.config(tiny_model, num_train_epochs=1, train_batch_size=10, sft=("a.jsonl",), sft_batch_size=1)
+    bad = [replace(pairs[0], weight=math.nan), *pairs[1:]]
+    (step,) = loop.steps(trainer(policy(tiny_model), config), bad, 0, (), [answer])
+    assert set(step.skipped) == {"answer", *(pair.pair_id for pair in pairs)}
 
 
 def test_out_of_memory_at_the_smallest_budget_names_the_flag(tiny_model: Path, many: list[TrainPair]):

@@ -12,7 +12,7 @@ from prefpipe.config import base
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import UsageError
 from prefpipe.stages.train.examples import TrainCompletion, TrainLabel, TrainPair
-from prefpipe.stages.train.loop import epoch_batches
+from prefpipe.stages.train.mixing import epoch_batches
 from tests.conftest import Call
 from tests.stages.train import data
 

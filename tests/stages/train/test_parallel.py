@@ -64,19 +64,23 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """13 pairs of 5 prompts in steps of 5, 5, 3, twice, micro-batches of 40 tokens: odd numbers of them.
+    """13 pairs of 5 prompts from two sources in steps of 5, 5, 3, twice, each with 3 of 4 answers to imitate;
+    micro-batches of 40 tokens: odd numbers of them.
 
     Every other pair has no reference values: they are made at the start, by all ranks.
     """
     folder = tmp_path_factory.mktemp("parallel")
     bare = data.bare_pairs(13)
     own = data.with_reference(bare, tiny_model)
-    pairs = data.write_pairs(folder / "p", [(own if i % 2 else bare)[i] for i in range(13)])
+    rows_of = [(own if i % 2 else bare)[i] for i in range(13)]
+    sources = [data.write_pairs(folder / str(n), part) for n, part in enumerate((rows_of[:7], rows_of[7:]))]
+    answers = folder / "sft.jsonl"
+    answers.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": "ja" * (n + 1)}) + "\n" for n in range(4)))
 
     def config(strategy: str) -> TrainConfig:
         return data.config(
-            tiny_model, pairs, train_batch_size=5, max_tokens_per_micro_batch=40, save_steps=2, distributed=strategy,
-            learning_rate=1e-3,
+            tiny_model, *sources, train_batch_size=5, max_tokens_per_micro_batch=40, save_steps=2, distributed=strategy,
+            learning_rate=1e-3, source_weights=(7.0, 6.0), sft=(str(answers),), sft_batch_size=3,
         )  # fmt: skip
 
     threads = torch.get_num_threads()

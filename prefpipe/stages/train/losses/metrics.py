@@ -10,6 +10,7 @@ from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, Pai
 Counted = tuple[torch.Tensor, torch.Tensor]  # values [B], and which of them count [B]
 _DEVIATIONS = 4
 _FLOAT32_NOISE = 1e-5  # nats: the log-prob of a token moves by less when its row is packed otherwise
+_BY_SOURCE = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/accuracies")
 _SATURATED = 0.01  # gradient weight s(-beta h) below which a pair teaches nothing more
 
 
@@ -33,6 +34,21 @@ def metrics(
     if on_reference and all(side.reference_logps is not None for side in sides):
         found |= _divergence(sides)
     return {name: (values.detach(), counted) for name, (values, counted) in found.items()}
+
+
+def by_source(
+    shown: Mapping[str, Counted], losses: torch.Tensor, kind: str, sources: Sequence[int]
+) -> Mapping[str, Counted]:
+    """Loss, accuracies and margin of the rows [B] of every source, as `pairs.0/loss`: `kind` and the number of the
+    source, as the inputs of a run are called in its manifest. `shown` are the metrics of all rows."""
+    every = torch.ones_like(losses)
+    split = {"loss": (losses.detach(), every), **{name: shown[name] for name in _BY_SOURCE if name in shown}}
+    of_row = torch.tensor(sources, device=losses.device)
+    return {
+        f"{kind}.{source}/{name}": (values, counted * (of_row == source))
+        for source in sorted(set(sources))
+        for name, (values, counted) in split.items()
+    }
 
 
 def _ends(batch: PairBatch | RankBatch) -> tuple[Logps, Logps]:
