@@ -93,7 +93,8 @@ def encode_and_write(prompts: Path, completions: Path, out: Path) -> float:
     """CPU seconds of the least that any loop does: render and encode every prompt, write every row."""
     import pyarrow.parquet as parquet
 
-    from prefpipe.models.chat import encode, load_chat, render
+    from prefpipe.models.chat import load_chat
+    from prefpipe.models.encoding import encode, render
 
     chat = load_chat(resolve(MODEL).directory)
     tables = [(path.name, parquet.read_table(path)) for path in sorted(completions.glob("*.parquet"))]
@@ -112,7 +113,8 @@ def vllm(*, quick: bool) -> list[dict[str, Any]]:
     from prefpipe import engines
     from prefpipe.engines.base import Draw, EngineSettings, Request
     from prefpipe.ids import sample_seed
-    from prefpipe.models.chat import encode, load_chat, render
+    from prefpipe.models.chat import load_chat
+    from prefpipe.models.encoding import encode, render
 
     policy = resolve(MODEL)
     chat = load_chat(policy.directory)
