@@ -11,9 +11,10 @@ import pytest
 
 from prefpipe.config.rewards import Code
 from prefpipe.errors import MissingInputError
-from prefpipe.rewards import code_tests, sandbox
+from prefpipe.rewards import code_tests, folders, sandbox
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.rewards.code_tests import cases, code, extract, inputs
+from prefpipe.rewards.sandbox import limits
 from prefpipe.schemas import Message
 
 QUESTION = [Message(role="user", content="?")]
@@ -58,7 +59,7 @@ def inside(program: str, **settings: object) -> Scored:
         (f"import ctypes\nctypes.string_at(0)\n{GOOD}", 0.0, "wrong", "ended with signal 11"),
         ("def add(a, b):\n    raise SystemExit(0)", 0.0, "wrong", "tests: ended with exit code 0"),
         (f"import builtins\nbuiltins.AssertionError = None\n{GOOD.replace('+', '-')}", 0.0, "wrong", "AssertionError"),
-        (f"{FORGED}\n{GOOD}", 0.0, "wrong", "okok"),
+        (f"{FORGED}\n{GOOD}", 0.0, "wrong", "ended with exit code 0"),
     ],
 )
 def test_programs(text: str, reward: float, status: str, words: str | None) -> None:
@@ -152,11 +153,11 @@ def test_a_sandbox_that_cannot_be_made_is_a_crash_and_no_zero(monkeypatch: pytes
     running: set[object] = set()
     ran = code_tests.run(Code(memory_mib=1 << 60), GOOD, TESTS, "", running)  # type: ignore[arg-type]  # no process in it
     assert ran.status == "crash"
-    assert sandbox.UNABLE in (ran.detail or "")
+    assert "cannot isolate" in (ran.detail or "")
 
 
 def test_where_isolation_is_impossible_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(limits.platform, "machine", lambda: "riscv64")
     with pytest.raises(MissingInputError, match="riscv64") as caught:
         code(Code())
     assert 'isolation = "limits"' in caught.value.hint
@@ -196,7 +197,7 @@ def test_no_process_is_left_after_an_interrupt() -> None:
 def _runs_sandbox(process: Path) -> bool:
     try:
         parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
-        return b"sandbox.py" in (process / "cmdline").read_bytes() and int(parent) == os.getpid()
+        return b"rewards/sandbox" in (process / "cmdline").read_bytes() and int(parent) == os.getpid()
     except OSError:
         return False
 
@@ -232,7 +233,7 @@ def nest(folder: Path, depth: int, name: str) -> None:
 def test_a_folder_of_any_depth_is_removed(tmp_path: Path, depth: int, name: str) -> None:
     (tmp_path / "job").mkdir()
     nest(tmp_path / "job", depth, name)
-    code_tests.remove_tree(str(tmp_path / "job"))
+    folders.remove_tree(str(tmp_path / "job"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,7 +248,7 @@ def test_what_links_lead_to_is_not_removed(tmp_path: Path) -> None:
     os.mkfifo(job / "a" / "pipe")
     (job / "a" / "b").chmod(0)
     (job / "a").chmod(0)
-    code_tests.remove_tree(str(job))
+    folders.remove_tree(str(job))
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine" / "file").exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefpipe.rewards import sandbox
+from prefpipe.rewards.sandbox import judge, limits
 
 
 @pytest.mark.parametrize(
@@ -24,22 +25,27 @@ from prefpipe.rewards import sandbox
     ],
 )
 def test_run(program: str, tests: str | None, verdict: str | None) -> None:
-    assert sandbox.run(program, tests) == verdict
+    namespace: dict[str, object] = {"__name__": "__main__" if tests is None else "program"}
+    said = judge.run(program, "program", namespace, script=tests is None)
+    assert (said or (tests and judge.run(tests, "tests", namespace, script=False))) == verdict
 
 
 def test_it_is_a_script_of_the_standard_library_alone() -> None:
     """It runs with `python -I`, where the package may not be found."""
-    tree = ast.parse(Path(sandbox.__file__).read_text())
-    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    assert names <= set(sys.stdlib_module_names)
+    files = list(Path(sandbox.__file__).parent.glob("*.py"))
+    nodes = [n for file in files for n in ast.walk(ast.parse(file.read_text()))]
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names) | {"numpy"}
+    siblings = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level} - {None}
+    assert siblings <= {file.stem for file in files}
 
 
 def test_support_is_said_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(limits.platform, "system", lambda: "Darwin")
     assert "Darwin" in (sandbox.supported() or "")
     monkeypatch.undo()
-    monkeypatch.setattr(sandbox, "_landlock_version", lambda: -1)
+    monkeypatch.setattr(limits, "_landlock_version", lambda: -1)
     assert (
         sandbox.supported() is None
         or "Landlock" in (sandbox.supported() or "")
