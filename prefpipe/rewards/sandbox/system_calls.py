@@ -42,12 +42,14 @@ _ALLOWED = {
     "set_robust_list": 273, "getcpu": 309, "sched_getattr": 315, "getrandom": 318, "membarrier": 324, "rseq": 334,
     "futex_waitv": 449, "futex_wake": 454, "futex_wait": 455, "futex_requeue": 456,
 }  # fmt: skip
-_OPEN, _OPENAT, _IOCTL, _CLONE, _KILL_CALL, _FCNTL, _PRCTL, _TGKILL, _PRLIMIT = 2, 257, 16, 56, 62, 72, 157, 234, 302
+_OPEN, _OPENAT, _IOCTL, _CLONE, _FCNTL, _PRCTL, _PRLIMIT = 2, 257, 16, 56, 72, 157, 302
+_SIGNALS = {"kill": 62, "tkill": 200, "tgkill": 234}
 # For these a C library has another way: threads by clone, whose flags can be seen, files by openat, for the same reason
 _ABSENT = {"openat2": 437, "clone3": 435, "memfd_create": 319, "memfd_secret": 447, "process_mrelease": 448}
 _NEWEST = 463
 
 _THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000  # memory, folder, open files, handlers of signals, thread group
+_NAMESPACES = 0x7E020000
 # DUPFD, GETFD, SETFD, GETFL, SETFL, locks, DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS. Not SETOWN and SETSIG, which make
 # the kernel signal another process, SETLEASE, NOTIFY, SETPIPE_SZ.
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034)
@@ -94,9 +96,10 @@ def program(process: int) -> list[Step]:
         steps += [(_EQUAL, 0, 1, number), _UNKNOWN]
     for number, argument in ((_OPEN, 1), (_OPENAT, 2)):
         # below Landlock 3, only open to write is held: this would empty a file that may be read
-        steps += _when(number, argument, {os.O_RDONLY | _O_TRUNC: _DENY}, mask=_ACCESS_MODE | _O_TRUNC, other=_PASS)
-    steps += _when(_CLONE, 0, {_THREAD: _PASS}, mask=_THREAD)
-    for number in (_KILL_CALL, _TGKILL):
+        emptied = dict.fromkeys((os.O_RDONLY | _O_TRUNC, _ACCESS_MODE | _O_TRUNC), _DENY)
+        steps += _when(number, argument, emptied, mask=_ACCESS_MODE | _O_TRUNC, other=_PASS)
+    steps += _when(_CLONE, 0, {_THREAD: _PASS}, mask=_THREAD | _NAMESPACES)
+    for number in _SIGNALS.values():
         steps += _when(number, 0, {process: _PASS})
     steps += _when(_PRLIMIT, 0, {0: _PASS, process: _PASS})
     steps += _when(_IOCTL, 1, dict.fromkeys(_IOCTL_COMMANDS, _PASS))
