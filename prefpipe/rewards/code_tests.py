@@ -171,7 +171,9 @@ def _wait(process: subprocess.Popen[bytes], verdict: int, folder: str, deadline:
             if time.monotonic() > deadline:
                 return "", None
             if used_bytes(folder, received.decode()) > _FILES_BYTES:
-                return json.dumps(["wrong", f"more than {_FILES_BYTES >> 20} MiB of files"]), 0
+                return json.dumps(
+                    ["wrong", f"more than {_FILES_BYTES >> 20} MiB of files, or files that cannot be counted"]
+                ), 0
         else:
             with contextlib.suppress(BlockingIOError):
                 received += os.read(verdict, _VERDICT_BYTES)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import secrets
 import stat
@@ -53,24 +54,35 @@ def _empty(top: int, name: str, numbers: Iterator[int]) -> None:
         os.close(inner)
 
 
-def used_bytes(folder: str, process: str) -> int:
+def used_bytes(folder: str, process: str) -> float:
     """Bytes on disk of a folder, and of the files that a process has open and deleted, each name as one block more.
 
-    `process` is the number of a process, "" for none. What goes away meanwhile does not count.
+    `process` is the number of a process, "" for none. What goes away meanwhile does not count. Infinite when a folder
+    cannot be listed: it may not be read, or its path is too long.
     """
     total, folders, seen = 0, [folder], set[int]()
     while folders:
-        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                total += _ENTRY_BYTES
-                with contextlib.suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    elif entry.inode() not in seen:
-                        seen.add(entry.inode())
-                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    total += _ENTRY_BYTES
+                    with contextlib.suppress(FileNotFoundError):
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+                        elif entry.inode() not in seen:
+                            seen.add(entry.inode())
+                            total += entry.stat(follow_symlinks=False).st_blocks * 512
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
+            return math.inf
+    return total + (_deleted_bytes(process) if process else 0)
+
+
+def _deleted_bytes(process: str) -> int:
+    total = 0
     with contextlib.suppress(OSError), os.scandir(f"/proc/{process}/fd") as entries:
-        for entry in entries if process else ():
+        for entry in entries:
             with contextlib.suppress(OSError):
                 opened = entry.stat()
                 if opened.st_nlink == 0 and stat.S_ISREG(opened.st_mode):

@@ -1,8 +1,10 @@
 """Programs against tests: right, wrong, hanging, cheating; and what the sandbox keeps them from."""
 
 import json
+import math
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -113,6 +115,54 @@ def test_memory_and_files_have_limits() -> None:
     assert "MemoryError" in (inside("x = bytes(1 << 30)").detail or "")
     assert "File too large" in (inside("open('a', 'wb').write(bytes(17 << 20))").detail or "")
     assert "File too large" in (inside("print('x' * (17 << 20))").detail or "")
+
+
+FILLING = {
+    "files": "open(str(n), 'wb').write(bytes(8 << 20))",
+    "deleted files": "f = open(str(n), 'wb'); kept.append(f); os.unlink(f.name); f.write(bytes(8 << 20)); f.flush()",
+    "unnamed files": "kept.append(tempfile.TemporaryFile()); kept[-1].write(bytes(8 << 20)); kept[-1].flush()",
+    "empty files": "open(str(n), 'wb').close()",
+    "folders": "os.mkdir(str(n))",
+    "files in folders": "os.makedirs(f'{n}/a/b'); open(f'{n}/a/b/c', 'wb').write(bytes(8 << 20))",
+    "a path that is too long": "os.mkdir('d' * 200); os.chdir('d' * 200); open('a', 'wb').write(bytes(1 << 20))",
+}
+
+
+@strict
+@pytest.mark.parametrize("what", FILLING)
+def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(code_tests, "_FILES_BYTES", 24 << 20)
+    peaks: list[float] = []
+    measure = folders.used_bytes
+
+    def measured(*given: str) -> float:
+        peaks.append(measure(*given))
+        return peaks[-1]
+
+    monkeypatch.setattr(code_tests, "used_bytes", measured)
+    program = (
+        "import os, tempfile, time\nkept = []\n"
+        f"for n in range(20000):\n    {FILLING[what]}\n    time.sleep(0.005 * (n % 500 == 0 or n < 20))\nos._exit(0)"
+    )
+    scored = rate(program, timeout_seconds=20)
+    assert (scored.reward, scored.status) == (0.0, "wrong")
+    assert "more than 24 MiB of files" in (scored.detail or ""), scored
+    assert peaks[-1] == math.inf or 24 << 20 < peaks[-1] < 256 << 20
+    assert list(tmp_path.iterdir()) == []
+
+
+@strict
+@pytest.mark.parametrize("mode", ["os.umask(0o777)", "os.umask(0o477)"])
+def test_a_folder_that_nobody_may_list_is_over_the_limit_or_counted(mode: str) -> None:
+    scored = inside(f"import os, time\n{mode}\nos.mkdir('d')\ntime.sleep(0.3)")
+    assert scored.status == ("ok" if os.geteuid() == 0 else "wrong")
+
+
+@strict
+def test_memory_has_no_file_descriptors() -> None:
+    assert "OSError: [Errno 38]" in (inside("import os; os.memfd_create('x')").detail or "")
+    assert "PermissionError" in (inside("open('/dev/shm/x', 'wb')").detail or "")
 
 
 @strict
