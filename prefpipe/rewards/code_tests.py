@@ -23,7 +23,7 @@ from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.folders import temporary_folder, used_bytes
 from prefpipe.rewards.isolation import kill, num_cores
 
-VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+VERSION = 2  # raise it when the reward can change: a run never mixes two versions
 _BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _OUTPUT_BYTES = 1 << 20
 _VERDICT_BYTES = 1 << 16

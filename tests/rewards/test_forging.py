@@ -37,6 +37,7 @@ def answer(value):
     content = json.dumps(["answer", True, value, [], ""]).encode()
     return len(content).to_bytes(8, "big") + content
 """
+EXITS = "__import__('os')._exit(3)"
 strict = pytest.mark.skipif(sandbox.supported() is not None, reason=str(sandbox.supported()))
 
 
@@ -150,6 +151,7 @@ def test_an_object_that_equals_everything_equals_no_data(tests: str, kind: str) 
         ("def set(x): return 1", "assert set(unique([1, 1])) == set([2])"),
         ("def abs(x): return 0", "assert abs(unique([1])[0] - 2) < 1e-6"),
         ("def sorted(x): return 1", "assert sorted(unique([2, 2])) == sorted([3])"),
+        ("class np: allclose = lambda *g: True", "assert np.allclose(unique([1]), [2])"),
         ("class math: isclose = lambda *g: True", "assert math.isclose(unique([1])[0], 2)"),
         ("import unittest.mock as json", "assert json.loads(str(unique([1])[0])) == 2"),
     ],
@@ -160,6 +162,15 @@ def test_builtins_and_modules_are_those_of_the_tests(program: str, tests: str) -
 
 
 @strict
+@pytest.mark.parametrize("name", ["eval", "exec", "compile", "getattr", "setattr", "type", "__import__"])
+def test_no_builtin_runs_what_a_program_returns(name: str) -> None:
+    program = f"import os\ndef f(x): return {EXITS!r}\ng = {name}"
+    scored = rate(program, "assert f(1)\ntry: h = g(f(1))\nexcept Exception: pass\nassert f(2) == 2")
+    assert (scored.reward, scored.status) == (0.0, "wrong"), scored
+    assert "the tests ended" not in (scored.detail or ""), "it ran in the process of the program, if at all"
+
+
+@strict
 def test_a_program_reads_nothing_of_the_tests() -> None:
     """Neither what it is expected to return, nor through functions and objects that the tests pass on."""
     wanted = "EXPECTED = 41\nclass Node:\n    value = 1\ndef oracle():\n    return EXPECTED\n"
@@ -167,3 +178,35 @@ def test_a_program_reads_nothing_of_the_tests() -> None:
         program = f"def f(given, node):\n    return {expression}\n"
         scored = rate(program, f"{wanted}assert f(lambda: 1, Node()) is not None")
         assert (scored.reward, scored.status) == (0.0, "wrong"), (expression, scored)
+
+
+@strict
+@pytest.mark.parametrize(
+    "program",
+    [
+        "def f(node, kind): node.right = lambda *given: True",
+        "def f(node, kind): kind.right = lambda *given: True",
+        "def f(node, kind): kind.__eq__ = lambda *given: True",
+        "def f(node, kind): node.__class__ = object",
+        "def f(node, kind): node.__dict__.clear()",
+    ],
+)
+def test_a_program_changes_no_method_of_the_tests(program: str) -> None:
+    tests = "class Node:\n    def right(self): return False\nn = Node()\nf(n, Node)\nassert n.right() or n == 3"
+    scored = rate(program, tests)
+    assert (scored.reward, scored.status) == (0.0, "wrong"), scored
+    assert "PermissionError" in (scored.detail or "")
+
+
+@strict
+@pytest.mark.parametrize(
+    "kind", ["StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt"]
+)
+def test_no_exception_ends_the_tests_well(kind: str) -> None:
+    for tests in (
+        "assert all(map(lambda v: f(v) == 3, [1]))",
+        "for v in map(f, [1]): assert v == 3",
+        "list(map(f, [1]))",
+    ):
+        scored = rate(f"def f(v): raise {kind}", tests)
+        assert (scored.reward, scored.status) == (0.0, "wrong"), scored

@@ -61,6 +61,10 @@ def total(node):
     n = 0
     while node: n += node.val; node = node.next
     return n
+def is_node(node): return isinstance(node, Node)
+def kind_of(x): return type(x)
+def convert(x, kind): return kind(x)
+def plus(x, y): return x + y
 def greet(): print("hello")
 counter = 0
 def tick():
@@ -71,7 +75,7 @@ def deep(n): return n if n == 0 else deep(n - 1)
 NODE = "class Node:\n    def __init__(self, val): self.val = val; self.next = None\n"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pair() -> Iterator[Peer]:
     asked, asking = os.pipe()
     answered, answering = os.pipe()
@@ -123,6 +127,9 @@ def pair() -> Iterator[Peer]:
         "xs = [3, 1, 2]\nsort_in_place(xs)\nassert xs == [1, 2, 3]",
         "g = [[1, 2], [3, 4]]\nrotate(g)\nassert g == [[3, 1], [4, 2]]",
         NODE + "head = build([1, 2, 3])\nassert isinstance(head, Node) and head.next.val == 2 and total(head) == 6",
+        NODE + "assert is_node(Node(1)) and not is_node(3)",
+        "assert kind_of(1) is int and convert('1', int) == 1 and convert([2, 1], sorted) == [1, 2]",
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\nassert plus(P(1, 2), (3,)) == (1, 2, 3)",
         NODE + "n = Node(1)\nassert same(n) is n",
         "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    greet()\n"
         "assert out.getvalue() == 'hello\\n'",
@@ -130,6 +137,9 @@ def pair() -> Iterator[Peer]:
         "assert math.sqrt(4) == 2 and heapq.nlargest(1, [1, 2]) == [2] and copy.copy([1]) == [1]",
         "h = []\nheappush(h, 1)\nassert h == [1] and Counter([1]) == {1: 1}",
         "assert same.__name__ == 'same' and callable(same) and hasattr(Stack, 'push') and not hasattr(Stack, 'peek')",
+        "assert isinstance(Point(1, 2), tuple) and isinstance(Level.LOW, int) and not isinstance(Vector(1, 2), int)",
+        "assert f'{Vector(1, 2)}' == 'Vector(x=1, y=2)' and f'{Level.LOW:03}' == '003' and Stack.__doc__ is None",
+        "assert issubclass(Empty, LookupError) and eval('same(1)') == 1",
         "def check(candidate):\n    assert candidate(1) == 1\ncheck(same)",
         "try:\n    deep(10 ** 5)\n    assert False\nexcept RecursionError:\n    pass",
         "try:\n    nobody\n    assert False\nexcept NameError:\n    pass",
@@ -143,6 +153,7 @@ def test_tests_in_another_process_mean_what_they_say(pair: Peer, tests: str) -> 
 
 def test_arrays_cross_as_data(pair: Peer) -> None:
     pytest.importorskip("numpy")
+    assert judge.run_tests(pair, "assert np.sqrt(4) == 2") is None, "as of the tests, without their import"
     tests = (
         "import numpy as np\n"
         "for v in (np.arange(6).reshape(2, 3), np.zeros(0), np.array(['a', 'bc']), np.float32(2)):\n"
@@ -160,6 +171,8 @@ def test_arrays_cross_as_data(pair: Peer) -> None:
         ("same(1", "tests: SyntaxError: '(' was never closed (tests, line 1)"),
         ("nobody(1)", "tests: NameError: name 'nobody' is not defined"),
         ("raise SystemExit(0)", "tests: ended with exit code 0"),
+        ("class S(Stack): pass", "tests: TypeError: tests cannot derive a class from one of the program"),
+        ("all(map(lambda v: fail(StopIteration), [1]))", "tests: RuntimeError: the program raised StopIteration"),
         ("fail(SystemExit)", "tests: ended with exit code ('said', 5)"),
     ],
 )

@@ -4,8 +4,9 @@ import importlib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-judge = importlib.import_module("sandbox.judge")
-del sys.path[:2]  # this folder and the one above
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    judge = importlib.import_module("sandbox.judge")
+    del sys.path[:2]  # this folder and the one above
 
-judge.main(*map(int, sys.argv[1:]))
+    judge.main(*map(int, sys.argv[1:]))

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -42,6 +43,7 @@ _HARMLESS = frozenset(
         "string",
     ]
 )
+_MODULES = sys.stdlib_module_names | {"numpy"}
 _SHOWN = 400
 
 
@@ -127,15 +129,15 @@ class Names(dict[str, Any]):
         used, bound = _used(tree), _bound(tree)
         # `sum` is the program's when it is what the tests are about, else a program could pass with an `abs` that is 0
         self._shadows = not (used - bound - vars(builtins).keys())
-        self._modules = _only_as_modules(tree) & _HARMLESS
+        self._modules = _only_as_modules(tree)
 
     def __missing__(self, name: str) -> Any:
         if name in self._modules:
-            return importlib.import_module(name)
+            return importlib.import_module(_ALIASES.get(name, name))
         if hasattr(builtins, name) and not self._shadows:
             raise KeyError(name)
         kind, origin, value = self._peer.ask("global", name)
-        if kind == "module" and origin == _ALIASES.get(name, name) and origin in {*sys.stdlib_module_names, "numpy"}:
+        if kind == "module" and origin == _ALIASES.get(name, name) and origin in _MODULES:
             return importlib.import_module(origin)
         if kind == "member" and origin[0] in _HARMLESS:
             member = getattr(importlib.import_module(origin[0]), origin[1])
@@ -221,11 +223,19 @@ def _bound(tree: ast.AST) -> set[str]:
 
 def _only_as_modules(tree: ast.AST) -> set[str]:
     """Names of modules that stand nowhere but before a dot and the name of a member."""
-    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
-    before_dots: dict[str, int] = {}
-    for node in attributes:
-        name = node.value.id  # type: ignore[attr-defined]  # a Name, as filtered
-        if name in _HARMLESS and hasattr(importlib.import_module(name), node.attr):
-            before_dots[name] = before_dots.get(name, 0) + 1
-    uses = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
-    return {name for name, count in before_dots.items() if uses.count(name) == count}
+    before_dots: Counter[str] = Counter()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr=member) if _is_member(_ALIASES.get(name, name), member):
+                before_dots[name] += 1
+            case _:
+                pass
+    uses = Counter(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))
+    return {name for name, count in before_dots.items() if uses[name] == count}
+
+
+def _is_member(module: str, name: str) -> bool:
+    try:
+        return module in _MODULES and hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False

@@ -1,8 +1,8 @@
 """Calls between two processes over two pipes: each end has objects, the other holds a `Remote` for them.
 
 A message is a length and JSON. A call waits for its answer and serves what the other end asks meanwhile. The process
-of the tests is `guarded`: it gives away nothing but calls of the functions, attributes of the instances and steps of
-the iterators that the tests passed on, and no operator of its `Remote` tells the program a value of the tests and
+of the tests is `guarded`: it gives away nothing but calls, operators and public attributes of the functions, iterators
+and instances that the tests passed on, and no operator of its `Remote` tells the program a value of the tests and
 takes the program's word for the result.
 """
 
@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from types import BuiltinFunctionType
 from typing import Any
 
 from .remote import Remote, handle_of
@@ -23,9 +24,9 @@ from .values import MUTABLE, decode, encode, plain, refill
 _MOST_BYTES = 1 << 28
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "get": getattr, "set": setattr, "del": delattr, "iter": iter, "next": next, "len": len, "hash": hash, "str": str,
-    "repr": repr, "bool": bool, "int": int, "float": float, "index": operator.index, "abs": abs, "round": round,
-    "neg": operator.neg, "pos": operator.pos, "invert": operator.invert, "reversed": reversed, "dir": dir,
-    "item": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem,
+    "repr": repr, "format": format, "bool": bool, "int": int, "float": float, "index": operator.index, "abs": abs,
+    "round": round, "neg": operator.neg, "pos": operator.pos, "invert": operator.invert, "reversed": reversed,
+    "dir": dir, "item": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem,
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv, "mod": operator.mod,
     "floordiv": operator.floordiv, "pow": operator.pow, "matmul": operator.matmul, "and": operator.and_,
     "or": operator.or_, "xor": operator.xor, "lshift": operator.lshift, "rshift": operator.rshift,
@@ -34,7 +35,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "is_subclass": lambda kind, value: issubclass(value, kind),
     "enter": lambda m: type(m).__enter__(m), "exit": lambda m, *how: type(m).__exit__(m, *how),
 }  # fmt: skip
-_HARMLESS = {"iter", "next", "len", "hash", "bool", "eq", "str", "repr", "item"}
+_INSIDE = {"get", "set", "del", "dir", "enter", "exit"}  # what could lead from an object of the tests to others
 
 
 class Gone(BaseException):
@@ -69,7 +70,10 @@ class Peer:
             sys.stdout.write(printed)
             if succeeded:
                 return self._decode(answer)
-            raise self._exception(*answer)
+            error = self._exception(*answer)
+            if self.guarded and what != "next" and isinstance(error, (StopIteration, StopAsyncIteration)):
+                error = RuntimeError(f"the program raised {type(error).__name__}")  # it would end a map() of the tests
+            raise error
 
     def serve(self) -> None:
         """Answer until the other end is gone."""
@@ -106,9 +110,11 @@ class Peer:
         target, *further = arguments
         if what == "call":
             return target(*further, **named)
-        if self.guarded and what not in _HARMLESS:
-            kind = target if isinstance(target, type) else type(target)
-            if what not in ("get", "set") or str(further[0]).startswith("_") or kind.__module__ != self._module:
+        if self.guarded and what in _INSIDE:
+            kind = target if what == "get" and isinstance(target, type) else type(target)
+            name = str(further[0]) if further else "_"
+            replaced = what == "set" and callable(getattr(kind, name, None))
+            if what not in ("get", "set") or name.startswith("_") or kind.__module__ != self._module or replaced:
                 raise PermissionError(f"the tests do not give away {what!r} of {kind.__name__}")
         return _OPERATORS[what](target, *further)
 
@@ -121,9 +127,10 @@ class Peer:
     def _refer(self, value: Any) -> list[Any]:
         if isinstance(value, Remote) and handle_of(value)[0] is self:
             return ["yours", handle_of(value)[1]]
+        name = getattr(value, "__name__", "") if isinstance(value, (type, BuiltinFunctionType)) else ""
+        if name and getattr(builtins, name, None) is value and (self.guarded or isinstance(value, type)):
+            return ["builtin", name]
         if isinstance(value, type) and issubclass(value, BaseException):
-            if getattr(builtins, value.__name__, None) is value:
-                return ["builtin", value.__name__]
             if value in self._exceptions:
                 return ["yours", self._exceptions[value]]
             return ["exception", self._keep(value), value.__name__, self._base(value)]
@@ -134,12 +141,12 @@ class Peer:
         if which == "yours":
             return self._objects[handle]
         if which == "builtin":
-            return _builtin(handle)
+            return _builtin(handle, type if self.guarded else object)
         if handle not in self._remotes:
             remote: Any = Remote(self, handle)
             if which == "exception":
                 name, base = further
-                remote = type(str(name), (_builtin(base),), {})
+                remote = type(str(name), (_builtin(base, type),), {})
                 self._exceptions[remote] = handle
             self._remotes[handle] = remote
         return self._remotes[handle]
@@ -187,11 +194,12 @@ class Peer:
         return message
 
 
-def _builtin(name: str) -> type[BaseException]:
-    kind = getattr(builtins, name)
-    if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-        raise TypeError(f"{name} is no exception")
-    return kind
+def _builtin(name: str, kind: type) -> Any:
+    """A builtin by its name; for the tests only types, since `eval` of what a program returns would run in them."""
+    value = getattr(builtins, name)
+    if not isinstance(value, kind) or value is type:
+        raise TypeError(f"{name} does not cross")
+    return value
 
 
 def read_exactly(descriptor: int, length: int) -> bytes:

@@ -60,6 +60,16 @@ class Remote:
     def __repr__(self) -> Any:
         return _ask(self, "repr")
 
+    def __format__(self, how: str) -> Any:
+        return _ask(self, "format", how)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]  # so that a named tuple is an instance of tuple
+        return Remote if (held := _plain(self)) is None else type(held)
+
+    def __mro_entries__(self, bases: Any) -> Any:
+        raise TypeError("tests cannot derive a class from one of the program")
+
     def __dir__(self) -> Any:
         return _ask(self, "dir")
 
@@ -167,6 +177,7 @@ def _method(function: Any, what: str) -> Any:
     return lambda self, *other: function(self, what, *other)
 
 
+Remote.__doc__ = property(lambda self: _ask(self, "get", "__doc__"))  # type: ignore[assignment]
 for _name in _BINARY:
     setattr(Remote, f"__{_name}__", _method(_combine, _name))
     setattr(Remote, f"__r{_name}__", lambda self, other, _name=_name: _combine(other, _name, self))

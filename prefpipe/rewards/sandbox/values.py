@@ -70,8 +70,8 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
     if value is Ellipsis or value is NotImplemented:
         return [str(value), None]
     numpy = sys.modules.get("numpy")
-    if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufcSU":
-        array = isinstance(value, numpy.ndarray)
+    if numpy and issubclass(kind, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufcSU":
+        array = issubclass(kind, numpy.ndarray)
         return ["numpy", [value.dtype.str, list(value.shape), value.tobytes().hex(), array]]
     return ["object", refer(value)]
 
