@@ -1,9 +1,12 @@
 """Programs against tests: right, wrong, hanging, cheating; and what the sandbox keeps them from."""
 
+import contextlib
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +21,7 @@ from prefpipe.rewards.base import Answer, Scored
 from prefpipe.rewards.code_tests import cases, code, extract, inputs
 from prefpipe.rewards.sandbox import limits
 from prefpipe.schemas import Message
+from tests.conftest import ROOT
 
 QUESTION = [Message(role="user", content="?")]
 FORGED = """import os
@@ -132,7 +136,8 @@ FILLING = {
 @pytest.mark.parametrize("what", FILLING)
 def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(code_tests, "_FILES_BYTES", 24 << 20)
+    mebibytes = 4 if what in ("empty files", "folders") else 24
+    monkeypatch.setattr(code_tests, "_FILES_BYTES", mebibytes << 20)
     peaks: list[float] = []
     measure = folders.used_bytes
 
@@ -147,8 +152,8 @@ def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch:
     )
     scored = rate(program, timeout_seconds=20)
     assert (scored.reward, scored.status) == (0.0, "wrong")
-    assert "more than 24 MiB of files" in (scored.detail or ""), scored
-    assert peaks[-1] == math.inf or 24 << 20 < peaks[-1] < 256 << 20
+    assert f"more than {mebibytes} MiB of files" in (scored.detail or ""), scored
+    assert peaks[-1] == math.inf or mebibytes << 20 < peaks[-1] < 256 << 20
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,6 +247,40 @@ def test_no_process_is_left_after_an_interrupt() -> None:
         done.wait(30)
         signal.signal(signal.SIGUSR1, old)
     assert {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)} <= before
+
+
+@strict
+@pytest.mark.parametrize("where", ["program", "tests"])
+def test_no_process_outlives_a_killed_owner(where: str, tmp_path: Path) -> None:
+    sleep = "import time; open('started', 'w').close(); time.sleep(600)"
+    program, tests = (sleep, TESTS) if where == "program" else (GOOD, sleep)
+    lines = (
+        "from prefpipe.config.rewards import Code\nfrom prefpipe.rewards.base import Answer\n"
+        "from prefpipe.rewards.code_tests import code\n"
+        f"code(Code(timeout_seconds=300))([Answer([], {program!r}, {tests!r})])"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    owner = subprocess.Popen([sys.executable, "-c", lines], cwd=ROOT, env=environment)
+    with owner:
+        while not list(tmp_path.glob("*/started")):
+            assert owner.poll() is None
+            time.sleep(0.02)
+        (folder,) = tmp_path.iterdir()
+        assert len(_working_in(folder)) == 2
+        owner.kill()
+    deadline = time.monotonic() + 20
+    while _working_in(folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _working_in(folder) == []
+
+
+def _working_in(folder: Path) -> list[str]:
+    working: list[str] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == folder:
+                working.append(process.name)
+    return working
 
 
 def _runs_sandbox(process: Path) -> bool:

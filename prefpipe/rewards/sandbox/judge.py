@@ -49,6 +49,7 @@ _SHOWN = 400
 
 def main(job_descriptor: int, verdict_descriptor: int) -> None:
     """Read the job, run the program and its tests, write the program's process id and the verdict, a line each."""
+    death_with_parent(os.getppid())
     job = json.loads(_read_part(job_descriptor))
     descriptors = job_descriptor, verdict_descriptor
     job_folder = job["folder"] if job["isolation"] == "strict" else None
@@ -58,7 +59,7 @@ def main(job_descriptor: int, verdict_descriptor: int) -> None:
         write_all(verdict_descriptor, b"%d" % child)
         tests = json.loads(_read_part(job_descriptor)) if job["tests"] else None
         if job_folder is not None:
-            isolate(job_folder)
+            isolate(job_folder, parent=True)
         peer.ask("isolate")
     except (OSError, ValueError, OverflowError) as error:
         verdict = "crash", f"cannot isolate: {error}"

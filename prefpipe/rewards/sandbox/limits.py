@@ -19,7 +19,7 @@ _CREATE, _ADD, _RESTRICT = 444, 445, 446
 _EXECUTE, _WRITE, _READ, _READ_DIR, _TRUNCATE = 1, 2, 4, 8, 1 << 14
 _RIGHTS_BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _TCP = 3  # bind and connect, from version 4 on
-_SCOPED = 3  # abstract unix sockets and signals, from version 6 on
+_SCOPED_SOCKETS, _SCOPED_SIGNALS = 1, 2  # abstract unix sockets; signals; from version 6 on
 
 
 def supported() -> str | None:
@@ -54,12 +54,15 @@ def death_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def isolate(folder: str) -> None:
-    """Give up privileges, other files, network and new processes, for good. Raises OSError when one of them fails."""
+def isolate(folder: str, *, parent: bool = False) -> None:
+    """Give up privileges, other files, network and new processes, for good. Raises OSError when one of them fails.
+
+    The end of a `parent` must reach its child, as a signal: Landlock lets it, and the filter alone holds signals.
+    """
     libc = _libc()
     _drop_capabilities(libc)
     _check(libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
-    _landlock(libc, folder)
+    _landlock(libc, folder, _SCOPED_SOCKETS if parent else _SCOPED_SOCKETS | _SCOPED_SIGNALS)
     system_calls.restrict(libc)
 
 
@@ -83,10 +86,10 @@ def _landlock_version() -> int:
     return _libc().syscall(_CREATE, None, 0, 1)
 
 
-def _landlock(libc: ctypes.CDLL, folder: str) -> None:
+def _landlock(libc: ctypes.CDLL, folder: str, scoped: int) -> None:
     version = _check(_landlock_version())
     rights = _RIGHTS_BY_VERSION[max(v for v in _RIGHTS_BY_VERSION if v <= version)]
-    attribute = struct.pack("QQQ", rights, _TCP if version >= 4 else 0, _SCOPED if version >= 6 else 0)
+    attribute = struct.pack("QQQ", rights, _TCP if version >= 4 else 0, scoped if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = _check(libc.syscall(_CREATE, attribute, size, 0))
     reading = _EXECUTE | _READ | _READ_DIR
