@@ -306,42 +306,6 @@ def test_extract_and_cases() -> None:
     assert inputs(Code()).keys() == {"python"}
 
 
-def nest(folder: Path, depth: int, name: str) -> None:
-    """Folders in folders, as a program makes them: step by step, since no path would be short enough."""
-    here = os.open(folder, os.O_RDONLY)
-    for _ in range(depth):
-        os.mkdir(name, dir_fd=here)
-        inner = os.open(name, os.O_RDONLY, dir_fd=here)
-        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=inner))
-        os.close(here)
-        here = inner
-    os.close(here)
-
-
-@pytest.mark.parametrize(("depth", "name"), [(1, "d"), (3000, "d"), (100, "n" * 200)])
-def test_a_folder_of_any_depth_is_removed(tmp_path: Path, depth: int, name: str) -> None:
-    (tmp_path / "job").mkdir()
-    nest(tmp_path / "job", depth, name)
-    folders.remove_tree(str(tmp_path / "job"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_links_lead_to_is_not_removed(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").touch()
-    job = tmp_path / "job"
-    (job / "a" / "b").mkdir(parents=True)
-    for number, target in enumerate((tmp_path / "mine", job, "nowhere", "/")):
-        (job / f"link-{number}").symlink_to(target)
-        (job / "a" / "b" / f"link-{number}").symlink_to(target)
-    os.mkfifo(job / "a" / "pipe")
-    (job / "a" / "b").chmod(0)
-    (job / "a").chmod(0)
-    folders.remove_tree(str(job))
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-    assert (tmp_path / "mine" / "file").exists()
-
-
 DEEP = "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\n"
 
 
