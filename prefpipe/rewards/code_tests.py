@@ -1,18 +1,16 @@
-"""A verifier of Python programs: each runs against the tests of its prompt, in a process under limits (sandbox.py)."""
+"""A verifier of Python programs: each runs against the tests of its prompt, in a process under limits (sandbox/)."""
 
 import contextlib
-import itertools
 import json
 import math
 import os
 import re
-import secrets
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,18 @@ from prefpipe.config.rewards import Code
 from prefpipe.errors import MissingInputError
 from prefpipe.rewards import sandbox
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
+from prefpipe.rewards.folders import temporary_folder, used_bytes
 from prefpipe.rewards.isolation import kill, num_cores
 
-VERSION = 1  # raise it when the reward can change: a run never mixes two versions
+VERSION = 2  # raise it when the reward can change: a run never mixes two versions
 _BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _OUTPUT_BYTES = 1 << 20
+_VERDICT_BYTES = 1 << 16
+_FILES_BYTES = 64 << 20  # of all files together; each has at most sandbox/limits.py's share
+_WATCH_SECONDS = 0.05
 _SHOWN = 200
+
+Running = set[subprocess.Popen[bytes]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def code(settings: Code) -> RewardFunction:
         )
 
     def rate(answers: Sequence[Answer]) -> list[Scored]:
-        running: set[subprocess.Popen[bytes]] = set()
+        running: Running = set()
         with ThreadPoolExecutor(num_cores(settings.num_workers)) as pool:
             try:
                 return list(pool.map(lambda a: _rate(settings, a, running), answers))
@@ -96,65 +100,58 @@ def cases(answer: str) -> list[dict[str, str]] | None:
     return [{k: str(v[k]) for k in ("input", "output")} for v in values]
 
 
-def run(
-    settings: Code, program: str, tests: str | None, stdin: str, running: set[subprocess.Popen[bytes]]
-) -> ProgramRun:
+def run(settings: Code, program: str, tests: str | None, stdin: str, running: Running) -> ProgramRun:
     """Run a program once, with tests or with an input, in a temporary folder. `running` holds its process meanwhile."""
-    token = secrets.token_hex(16)
-    with _folder() as folder:
-        job = {
-            "program": program,
-            "tests": tests,
-            "token": token,
-            "folder": folder,
-            "isolation": settings.isolation,
-            "cpu_seconds": math.ceil(settings.timeout_seconds),
-            "memory_bytes": settings.memory_mib << 20,
-        }
-        with tempfile.TemporaryFile() as typed, tempfile.TemporaryFile() as printed:
-            typed.write(stdin.encode(errors="replace"))
-            typed.seek(0)
-            verdict, exit_code = _spawn(job, typed, printed, settings.timeout_seconds, running)
-            printed.seek(0)
-            text = printed.read(_OUTPUT_BYTES).decode(errors="replace")
+    job = {
+        "program": program,
+        "tests": tests is not None,
+        "isolation": settings.isolation,
+        "cpu_seconds": math.ceil(settings.timeout_seconds),
+        "memory_bytes": settings.memory_mib << 20,
+    }
+    with temporary_folder() as folder, tempfile.TemporaryFile() as typed, tempfile.TemporaryFile() as printed:
+        typed.write(stdin.encode(errors="replace"))
+        typed.seek(0)
+        parts = [{**job, "folder": folder}, *([] if tests is None else [tests])]
+        verdict, exit_code = _spawn(parts, folder, typed, printed, settings.timeout_seconds, running)
+        printed.seek(0)
+        text = printed.read(_OUTPUT_BYTES).decode(errors="replace")
+    slow = f"timeout_seconds is {settings.timeout_seconds:g}"
     if exit_code is None or exit_code == -signal.SIGXCPU:
         which = "wall clock" if exit_code is None else "CPU time"
-        return ProgramRun("timeout", f"too much {which}: timeout_seconds is {settings.timeout_seconds:g}", text)
-    if verdict.startswith(sandbox.UNABLE):
-        return ProgramRun("crash", verdict, text)
-    if verdict == f"ok {token}":
-        return ProgramRun("ok", None, text)
-    ended = f"ended with {f'signal {-exit_code}' if exit_code < 0 else f'exit code {exit_code}'} before it was over"
-    return ProgramRun("wrong", verdict[:_SHOWN] or ended, text)
+        return ProgramRun("timeout", f"too much {which}: {slow}", text)
+    if not verdict:
+        how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+        return ProgramRun("wrong", f"the tests ended with {how} before they were over", text)
+    status, detail = json.loads(verdict)
+    return ProgramRun(status, f"too much {detail}: {slow}" if status == "timeout" else detail and detail[:_SHOWN], text)
 
 
 def _spawn(
-    job: dict[str, Any], typed: IO[bytes], printed: IO[bytes], seconds: float, running: set[subprocess.Popen[bytes]]
+    parts: list[Any], folder: str, typed: IO[bytes], printed: IO[bytes], seconds: float, running: Running
 ) -> tuple[str, int | None]:
     """(verdict, exit code) of one run of the sandbox; after a timeout ("", None)."""
     job_read, job_write = os.pipe()
     verdict_read, verdict_write = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-I", sandbox.__file__, str(job_read), str(verdict_write)],
+        [sys.executable, "-I", str(Path(sandbox.__file__).parent), str(job_read), str(verdict_write)],
         stdin=typed,
         stdout=printed,
         stderr=subprocess.DEVNULL,
         pass_fds=(job_read, verdict_write),
-        cwd=job["folder"],
-        env={"HOME": job["folder"], "TMPDIR": job["folder"], "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        env={"HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     running.add(process)
     try:
         os.close(job_read)
         os.close(verdict_write)
-        with contextlib.suppress(BrokenPipeError), os.fdopen(job_write, "w", encoding="utf-8") as lines:
-            json.dump(job, lines)
-        try:
-            exit_code = process.wait(2 * seconds + 2)
-        except subprocess.TimeoutExpired:
-            exit_code = None
-        return os.read(verdict_read, 4096).decode(errors="replace") if exit_code is not None else "", exit_code
+        with contextlib.suppress(BrokenPipeError), os.fdopen(job_write, "wb") as job:
+            for content in (json.dumps(part).encode() for part in parts):
+                job.write(len(content).to_bytes(8, "big") + content)
+        os.set_blocking(verdict_read, False)
+        return _wait(process, verdict_read, folder, time.monotonic() + 2 * seconds + 2)
     finally:
         os.close(verdict_read)
         kill(process)
@@ -162,48 +159,28 @@ def _spawn(
         running.discard(process)
 
 
-@contextlib.contextmanager
-def _folder() -> Generator[str]:
-    """A temporary folder, removed at the end with whatever a program left in it."""
-    folder = tempfile.mkdtemp(prefix="prefpipe-code-")
-    try:
-        yield folder
-    finally:
-        remove_tree(folder)
+def _wait(process: subprocess.Popen[bytes], verdict: int, folder: str, deadline: float) -> tuple[str, int | None]:
+    """(verdict, exit code) of the sandbox; ends when its time is over or its files are too many."""
+    received = b""
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            received += os.read(verdict, _VERDICT_BYTES)
+        try:
+            exit_code = process.wait(_WATCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > deadline:
+                return "", None
+            if used_bytes(folder, received.decode()) > _FILES_BYTES:
+                return json.dumps(
+                    ["wrong", f"more than {_FILES_BYTES >> 20} MiB of files, or files that cannot be counted"]
+                ), 0
+        else:
+            with contextlib.suppress(BlockingIOError):
+                received += os.read(verdict, _VERDICT_BYTES)
+            return received.decode().partition("\n")[2], exit_code
 
 
-def remove_tree(folder: str) -> None:
-    """Remove a folder of any depth. What stands in a folder inside is moved up before that one is removed: neither the
-    stack nor the length of a path sets a limit."""
-    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    numbers = itertools.count()
-    try:
-        while names := os.listdir(top):  # noqa: PTH208  (a descriptor)
-            for name in names:
-                if stat.S_ISDIR(os.stat(name, dir_fd=top, follow_symlinks=False).st_mode):
-                    _empty(top, name, numbers)
-                    os.rmdir(name, dir_fd=top)
-                else:
-                    os.unlink(name, dir_fd=top)
-    finally:
-        os.close(top)
-    Path(folder).rmdir()
-
-
-def _empty(top: int, name: str, numbers: Iterator[int]) -> None:
-    """Move what stands in the folder `name` of `top` into `top`, under names that nothing has there."""
-    os.chmod(name, stat.S_IRWXU, dir_fd=top)
-    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
-    try:
-        for entry in os.listdir(inner):  # noqa: PTH208
-            if stat.S_ISDIR(os.stat(entry, dir_fd=inner, follow_symlinks=False).st_mode):
-                os.chmod(entry, stat.S_IRWXU, dir_fd=inner)  # a folder that nobody may write cannot be moved
-            os.rename(entry, f"{secrets.token_hex(8)}-{next(numbers)}", src_dir_fd=inner, dst_dir_fd=top)
-    finally:
-        os.close(inner)
-
-
-def _rate(settings: Code, answer: Answer, running: set[subprocess.Popen[bytes]]) -> Scored:
+def _rate(settings: Code, answer: Answer, running: Running) -> Scored:
     """The score of one completion. What fails around its program costs this completion, and no other."""
     try:
         return _rate_program(settings, answer, running)
@@ -211,7 +188,7 @@ def _rate(settings: Code, answer: Answer, running: set[subprocess.Popen[bytes]])
         return Scored(None, "crash", f"{type(error).__name__}: {error}"[:_SHOWN])
 
 
-def _rate_program(settings: Code, answer: Answer, running: set[subprocess.Popen[bytes]]) -> Scored:
+def _rate_program(settings: Code, answer: Answer, running: Running) -> Scored:
     if not answer.answer:
         return Scored(None, "unparsable", "the prompt has no tests: its `answer` is empty")
     program = extract(answer.text)
@@ -223,9 +200,7 @@ def _rate_program(settings: Code, answer: Answer, running: set[subprocess.Popen[
     return _rate_cases(settings, program, inputs_and_outputs, running)
 
 
-def _rate_cases(
-    settings: Code, program: str, tests: list[dict[str, str]], running: set[subprocess.Popen[bytes]]
-) -> Scored:
+def _rate_cases(settings: Code, program: str, tests: list[dict[str, str]], running: Running) -> Scored:
     """The score over every case; without `partial` the first failure ends it."""
     passed, first_failure = 0, None
     for number, case in enumerate(tests, start=1):

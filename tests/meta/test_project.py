@@ -24,6 +24,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "prefpipe"
 WITHOUT_MIRROR = {
     *("__main__.py", "forward/dequantize.py", "engines/base.py", "engines/pooling.py", "rewards/base.py"),
+    "rewards/sandbox/__main__.py",  # a script: test_code_tests
     *(f"config/{name}.py" for name in ("evaluate", "generate", "score", "shared")),  # config/test_base.py
 }
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))

@@ -1,8 +1,13 @@
 """Programs against tests: right, wrong, hanging, cheating; and what the sandbox keeps them from."""
 
+import contextlib
 import json
+import math
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -11,10 +16,12 @@ import pytest
 
 from prefpipe.config.rewards import Code
 from prefpipe.errors import MissingInputError
-from prefpipe.rewards import code_tests, sandbox
+from prefpipe.rewards import code_tests, folders, sandbox
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.rewards.code_tests import cases, code, extract, inputs
+from prefpipe.rewards.sandbox import limits
 from prefpipe.schemas import Message
+from tests.conftest import ROOT
 
 QUESTION = [Message(role="user", content="?")]
 FORGED = """import os
@@ -58,7 +65,7 @@ def inside(program: str, **settings: object) -> Scored:
         (f"import ctypes\nctypes.string_at(0)\n{GOOD}", 0.0, "wrong", "ended with signal 11"),
         ("def add(a, b):\n    raise SystemExit(0)", 0.0, "wrong", "tests: ended with exit code 0"),
         (f"import builtins\nbuiltins.AssertionError = None\n{GOOD.replace('+', '-')}", 0.0, "wrong", "AssertionError"),
-        (f"{FORGED}\n{GOOD}", 0.0, "wrong", "okok"),
+        (f"{FORGED}\n{GOOD}", 0.0, "wrong", "ended with exit code 0"),
     ],
 )
 def test_programs(text: str, reward: float, status: str, words: str | None) -> None:
@@ -114,6 +121,55 @@ def test_memory_and_files_have_limits() -> None:
     assert "File too large" in (inside("print('x' * (17 << 20))").detail or "")
 
 
+FILLING = {
+    "files": "open(str(n), 'wb').write(bytes(8 << 20))",
+    "deleted files": "f = open(str(n), 'wb'); kept.append(f); os.unlink(f.name); f.write(bytes(8 << 20)); f.flush()",
+    "unnamed files": "kept.append(tempfile.TemporaryFile()); kept[-1].write(bytes(8 << 20)); kept[-1].flush()",
+    "empty files": "open(str(n), 'wb').close()",
+    "folders": "os.mkdir(str(n))",
+    "files in folders": "os.makedirs(f'{n}/a/b'); open(f'{n}/a/b/c', 'wb').write(bytes(8 << 20))",
+    "a path that is too long": "os.mkdir('d' * 200); os.chdir('d' * 200); open('a', 'wb').write(bytes(1 << 20))",
+}
+
+
+@strict
+@pytest.mark.parametrize("what", FILLING)
+def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mebibytes = 4 if what in ("empty files", "folders") else 24
+    monkeypatch.setattr(code_tests, "_FILES_BYTES", mebibytes << 20)
+    peaks: list[float] = []
+    measure = folders.used_bytes
+
+    def measured(*given: str) -> float:
+        peaks.append(measure(*given))
+        return peaks[-1]
+
+    monkeypatch.setattr(code_tests, "used_bytes", measured)
+    program = (
+        "import os, tempfile, time\nkept = []\n"
+        f"for n in range(20000):\n    {FILLING[what]}\n    time.sleep(0.005 * (n % 500 == 0 or n < 20))\nos._exit(0)"
+    )
+    scored = rate(program, timeout_seconds=20)
+    assert (scored.reward, scored.status) == (0.0, "wrong")
+    assert f"more than {mebibytes} MiB of files" in (scored.detail or ""), scored
+    assert peaks[-1] == math.inf or mebibytes << 20 < peaks[-1] < 256 << 20
+    assert list(tmp_path.iterdir()) == []
+
+
+@strict
+@pytest.mark.parametrize("mode", ["os.umask(0o777)", "os.umask(0o477)"])
+def test_a_folder_that_nobody_may_list_is_over_the_limit_or_counted(mode: str) -> None:
+    scored = inside(f"import os, time\n{mode}\nos.mkdir('d')\ntime.sleep(0.3)")
+    assert scored.status == ("ok" if os.geteuid() == 0 else "wrong")
+
+
+@strict
+def test_memory_has_no_file_descriptors() -> None:
+    assert "OSError: [Errno 38]" in (inside("import os; os.memfd_create('x')").detail or "")
+    assert "PermissionError" in (inside("open('/dev/shm/x', 'wb')").detail or "")
+
+
 @strict
 def test_what_a_program_may_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "secret")
@@ -152,11 +208,11 @@ def test_a_sandbox_that_cannot_be_made_is_a_crash_and_no_zero(monkeypatch: pytes
     running: set[object] = set()
     ran = code_tests.run(Code(memory_mib=1 << 60), GOOD, TESTS, "", running)  # type: ignore[arg-type]  # no process in it
     assert ran.status == "crash"
-    assert sandbox.UNABLE in (ran.detail or "")
+    assert "cannot isolate" in (ran.detail or "")
 
 
 def test_where_isolation_is_impossible_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(limits.platform, "machine", lambda: "riscv64")
     with pytest.raises(MissingInputError, match="riscv64") as caught:
         code(Code())
     assert 'isolation = "limits"' in caught.value.hint
@@ -193,10 +249,44 @@ def test_no_process_is_left_after_an_interrupt() -> None:
     assert {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)} <= before
 
 
+@strict
+@pytest.mark.parametrize("where", ["program", "tests"])
+def test_no_process_outlives_a_killed_owner(where: str, tmp_path: Path) -> None:
+    sleep = "import time; open('started', 'w').close(); time.sleep(600)"
+    program, tests = (sleep, TESTS) if where == "program" else (GOOD, sleep)
+    lines = (
+        "from prefpipe.config.rewards import Code\nfrom prefpipe.rewards.base import Answer\n"
+        "from prefpipe.rewards.code_tests import code\n"
+        f"code(Code(timeout_seconds=300))([Answer([], {program!r}, {tests!r})])"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    owner = subprocess.Popen([sys.executable, "-c", lines], cwd=ROOT, env=environment)
+    with owner:
+        while not list(tmp_path.glob("*/started")):
+            assert owner.poll() is None
+            time.sleep(0.02)
+        (folder,) = tmp_path.iterdir()
+        assert len(_working_in(folder)) == 2
+        owner.kill()
+    deadline = time.monotonic() + 20
+    while _working_in(folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _working_in(folder) == []
+
+
+def _working_in(folder: Path) -> list[str]:
+    working: list[str] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == folder:
+                working.append(process.name)
+    return working
+
+
 def _runs_sandbox(process: Path) -> bool:
     try:
         parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
-        return b"sandbox.py" in (process / "cmdline").read_bytes() and int(parent) == os.getpid()
+        return b"rewards/sandbox" in (process / "cmdline").read_bytes() and int(parent) == os.getpid()
     except OSError:
         return False
 
@@ -214,42 +304,6 @@ def test_extract_and_cases() -> None:
     assert cases("[]") is None
     assert cases('[{"input": 1, "output": 2}]') == [{"input": "1", "output": "2"}]
     assert inputs(Code()).keys() == {"python"}
-
-
-def nest(folder: Path, depth: int, name: str) -> None:
-    """Folders in folders, as a program makes them: step by step, since no path would be short enough."""
-    here = os.open(folder, os.O_RDONLY)
-    for _ in range(depth):
-        os.mkdir(name, dir_fd=here)
-        inner = os.open(name, os.O_RDONLY, dir_fd=here)
-        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=inner))
-        os.close(here)
-        here = inner
-    os.close(here)
-
-
-@pytest.mark.parametrize(("depth", "name"), [(1, "d"), (3000, "d"), (100, "n" * 200)])
-def test_a_folder_of_any_depth_is_removed(tmp_path: Path, depth: int, name: str) -> None:
-    (tmp_path / "job").mkdir()
-    nest(tmp_path / "job", depth, name)
-    code_tests.remove_tree(str(tmp_path / "job"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_links_lead_to_is_not_removed(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").touch()
-    job = tmp_path / "job"
-    (job / "a" / "b").mkdir(parents=True)
-    for number, target in enumerate((tmp_path / "mine", job, "nowhere", "/")):
-        (job / f"link-{number}").symlink_to(target)
-        (job / "a" / "b" / f"link-{number}").symlink_to(target)
-    os.mkfifo(job / "a" / "pipe")
-    (job / "a" / "b").chmod(0)
-    (job / "a").chmod(0)
-    code_tests.remove_tree(str(job))
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-    assert (tmp_path / "mine" / "file").exists()
 
 
 DEEP = "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\n"
