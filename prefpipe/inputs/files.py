@@ -18,7 +18,7 @@ from prefpipe.runs import store
 
 ForeignRow = tuple[str, dict[str, Any]]  # where it stands (file and line), its columns
 _STREAMED_ROWS = 256
-_COMPRESSED = (".gz", ".zst", ".bz2")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _JSON, _ARROW = (".jsonl", ".json", ".ndjson"), (".arrow", ".feather")
 _KNOWN = "give .jsonl, .json, .parquet or .arrow (JSON may be .gz, .zst or .bz2), a folder of them, or hf:OWNER/NAME"
 
@@ -156,8 +156,10 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _opened(path: Path) -> io.BufferedReader:
-    """A file for reading, decompressed by the ending of its name."""
-    return io.BufferedReader(pa.input_stream(path, compression="detect"))
+    """A file for reading, decompressed by the ending of its name. (Arrow itself opens no path that is not UTF-8.)"""
+    file = path.open("rb")
+    codec = _COMPRESSED.get(path.suffix)
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec)) if codec else file
 
 
 def _parsed(text: bytes, where: str) -> Any:
@@ -169,13 +171,13 @@ def _parsed(text: bytes, where: str) -> Any:
 
 
 def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with path.open("rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         yield from file.iter_batches(batch_size=_STREAMED_ROWS, use_threads=False)
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow file; those of the package `datasets` are streams without an index."""
-    with pa.OSFile(str(path)) as file:
+    with path.open("rb") as opened, pa.PythonFile(opened, "r") as file:
         is_stream = file.read(6) != b"ARROW1"
         file.seek(0)
         if is_stream:

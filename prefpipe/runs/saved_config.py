@@ -12,6 +12,7 @@ from prefpipe.config.base import dump, explain
 from prefpipe.errors import DataError, UsageError
 from prefpipe.runs import commits, fsio, manifests
 
+_BESIDE_WORK = ("config.json", "timing.jsonl", "inflight.log")
 NO_CONTENT = (".lock", ".owner", "quarantine")  # a directory that holds nothing else is empty
 START_OVER = "start over with --force (the old files move to its quarantine/)"
 
@@ -53,6 +54,12 @@ def settings(path: Path, cls: type[BaseModel], saved: Any) -> dict[str, Any]:
     except (TypeError, ValidationError) as error:
         lines = explain(cls, error) if isinstance(error, ValidationError) else ["its settings are no table"]
         raise DataError(f"{path} is damaged: {'; '.join(lines)}", f"undo the change, or {START_OVER}") from error
+
+
+def holds_ledger_alone(out: Path) -> bool:
+    """Whether a run wrote its ledger and nothing else: no row was left to work on."""
+    names = {path.name for path in out.iterdir()} - {*NO_CONTENT, *_BESIDE_WORK}
+    return names == {"dropped.parquet", "dropped.ok.json"}
 
 
 def belongs_to_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> UsageError:

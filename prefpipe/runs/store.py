@@ -182,7 +182,7 @@ def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, st
     """Hold `out` for one run of `command`. `inputs` maps each input to the digest of its content.
 
     Raises UsageError when `out` belongs to other settings, inputs or another command; `force` moves its files to
-    quarantine/ instead. Raises LockedError when another process holds `out`.
+    quarantine/ instead. A run that left every row out is no reason: its file may be mended. Raises LockedError when another process holds `out`.
     """
     identity = {
         "command": command,
@@ -198,7 +198,7 @@ def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, st
             saved_config.refuse_foreign(out, force=force)
         fsio.remove_leftovers(out)
         if saved is not None and saved.get("identity") != identity:
-            if not force:
+            if not force and not saved_config.holds_ledger_alone(out):
                 raise saved_config.belongs_to_another(out, saved["identity"], identity)
             saved = None
         if force:

@@ -85,7 +85,8 @@ def sampling_fields(place: Place, other_model: Path) -> dict[str, tuple[list[obj
                 "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_tokens": 9, "stop_token_ids": 9,
                 "stop": "<|im_start|>",
                 "seed": 1, "num_samples": 3, "reference": "base", "limit": 2, "part": "1/2", "max_prompt_tokens": 99,
-                "special_tokens_in_prompts": "allow", "engine": "transformers",
+                "special_tokens_in_prompts": "allow", "engine": "transformers", "chat_template_kwargs": '{"a": 1}',
+                "template_changes": "allow", "thinking_marks": "none", "reward_on": "all", "column": "question=prompt",
             }.items()
         },
     }  # fmt: skip

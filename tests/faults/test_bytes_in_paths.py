@@ -24,7 +24,7 @@ def run(forged: Forge, place: Path, model: Path) -> list[store.Manifest]:
     commands = {
         "g": ["generate", place / "r.toml", "--prompts", place / "p.jsonl", "--check", 2, *common],
         "s": ["score", "--inputs", place / "g", "--engine", "fake", "--check", 0, *common],
-        "p": ["build-pairs", "--completions", place / "g", "--ref-logps", place / "s"],
+        "p": ["build-pairs", "--completions", place / "g", "--ref-logps", place / "s", "--reward", "short_sentence"],
         "t": [
             "train",
             "--pairs",

@@ -1,9 +1,10 @@
-"""More than a hundred random kills, a full disk at any write, poisoned prompts, two writers: always the same bytes.
+"""Random kills, a full disk at any write, poisoned prompts, two writers: always the same bytes.
 
 Directories live in memory where the system has such a place: what is tested is the order of operations, not the disk.
 """
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,7 +19,8 @@ from prefpipe.runs import store
 from prefpipe.schemas import Completion
 from tests.forge import Forge
 
-NUM_NAMED, NUM_TIMED, NUM_DOUBLE = 76, 30, 16
+# A third of them by default, all with PREFPIPE_ALL_FAULTS=1 (`make faults`).
+NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (76, 30, 16) if "PREFPIPE_ALL_FAULTS" in os.environ else (26, 10, 6)
 POINTS = ("write", "fsync", "rename", "fsync_dir")
 ACTIONS = ("kill", "kill", "torn")
 COMMANDS = ("generate", "score")
@@ -87,7 +89,7 @@ def test_a_run_cut_anywhere_and_run_again_has_the_same_bytes(
         assert done.code == 0, (job, done.stderr)
         assert contents(place / "out") == expected[command], job
         shutil.rmtree(place / "out")
-    assert kills >= 100
+    assert kills >= (NUM_NAMED + NUM_TIMED + NUM_DOUBLE) * 0.7
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -69,7 +69,8 @@ def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifes
     session.lead(lambda run: run.write_dropped(Dropped, to_table(Dropped, data.dropped)))
     if not data.rows:
         hint = what_helps(data.dropped) or "dropped.parquet in --out has every row and its reason"
-        raise DataError(f"no row can be trained on: {why_dropped(data.dropped)}", hint)
+        sources = ", ".join(getattr(config, data.kind))
+        raise DataError(f"no row of {sources} can be trained on: {why_dropped(data.dropped)}", hint)
     _check_cache(data)  # 3
     warnings = _say_targets(data, config)
     audited = AuditResult()
