@@ -182,7 +182,8 @@ def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, st
     """Hold `out` for one run of `command`. `inputs` maps each input to the digest of its content.
 
     Raises UsageError when `out` belongs to other settings, inputs or another command; `force` moves its files to
-    quarantine/ instead. A run that left every row out is no reason: its file may be mended. Raises LockedError when another process holds `out`.
+    quarantine/ instead. A run that left every row out is no reason: its file may be mended. Raises LockedError when
+    another process holds `out`.
     """
     identity = {
         "command": command,
