@@ -68,7 +68,7 @@ def check_characters(chat: Chat, source: Rendered, max_tokens: int) -> None:
     the memory of the text."""
     count = len(source.text)
     if count > _CHARACTERS_PER_TOKEN * max_tokens and count > chat.longest_token * max_tokens:
-        raise RowFault("too_long", f"{count} characters, which are more than {max_tokens} tokens")
+        raise RowFault("too_long", f"{count} characters, the most is {max_tokens} tokens")
 
 
 def check_length(prompt_ids: Sequence[int], max_tokens: int) -> None:

@@ -78,7 +78,7 @@ def test_named_tokens_may_be_objects(copy: Path) -> None:
 
 def test_digests_change_with_the_content_only(copy: Path, chat: Chat) -> None:
     assert load_chat(copy).digests == chat.digests
-    (copy / "chat_template.jinja").write_text("other")
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }} other")
     changed = load_chat(copy).digests
     assert changed["chat_template"] != chat.digests["chat_template"]
     assert changed["tokenizer"] == chat.digests["tokenizer"]

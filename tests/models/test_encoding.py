@@ -195,7 +195,7 @@ def test_a_template_that_leaves_a_message_out_is_a_fault_unless_that_is_allowed(
 def test_a_text_that_cannot_fit_is_not_tokenised(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "encode_rendered", lambda *_: pytest.fail("it was tokenised"))
     long = Message(role="user", content="a" * (chat.longest_token * 20 + 16 * 20))
-    with pytest.raises(RowFault, match=r"too_long: \d+ characters, which are more than 20 tokens"):
+    with pytest.raises(RowFault, match=r"too_long: \d+ characters, the most is 20 tokens"):
         encode_prompt(chat, [long], max_tokens=20, rules=Rules())
 
 

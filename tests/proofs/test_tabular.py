@@ -39,8 +39,9 @@ class Table(torch.nn.Module):
     def layout(self, trees: list[Tree]) -> Layout:
         return flatten(trees)
 
-    def forward(self, layout: Layout, *, collisions: bool = False) -> torch.Tensor:
+    def forward(self, layout: Layout, *, collisions: bool = False, balance: bool = False) -> torch.Tensor:
         assert not collisions
+        assert not balance
         ids = layout.input_ids.tolist()
         contexts: list[int] = []
         targets: list[int] = []

