@@ -11,6 +11,7 @@ from prefpipe.errors import DataError
 from prefpipe.ids import content_id
 from prefpipe.inference.sampling import EncodedPrompt, SampledPrompt
 from prefpipe.inference.task import answers_of
+from prefpipe.models.thinking import Said
 from prefpipe.rewards import rating, text_rules
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.schemas import Message, Prompt
@@ -31,8 +32,8 @@ def _sample(index: int) -> Sample:
 def test_a_reward_sees_prompt_answer_and_text_and_comes_back_in_order() -> None:
     """Two prompts with two samples and one."""
     sampled = [
-        SampledPrompt(EncodedPrompt(prompt("q", "a"), [1]), [_sample(0), _sample(1)], ["one", "two"]),
-        SampledPrompt(EncodedPrompt(prompt("r"), [1]), [_sample(0)], ["three"]),
+        SampledPrompt(EncodedPrompt(prompt("q", "a"), [1]), [_sample(0), _sample(1)], [Said("one"), Said("two")]),
+        SampledPrompt(EncodedPrompt(prompt("r"), [1]), [_sample(0)], [Said("three")]),
     ]
 
     def reward(answers: Sequence[Answer]) -> list[Scored]:
@@ -44,7 +45,7 @@ def test_a_reward_sees_prompt_answer_and_text_and_comes_back_in_order() -> None:
 
 
 def test_a_reward_that_crashes_on_all_rows_is_an_error_on_some_it_is_recorded() -> None:
-    sampled = [SampledPrompt(EncodedPrompt(prompt("q"), [1]), [_sample(0), _sample(1)], ["good", "bad"])]
+    sampled = [SampledPrompt(EncodedPrompt(prompt("q"), [1]), [_sample(0), _sample(1)], [Said("good"), Said("bad")])]
     answers = answers_of(sampled, "answer")
 
     def crash(answers: Sequence[Answer]) -> list[Scored]:

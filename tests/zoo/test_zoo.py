@@ -103,7 +103,7 @@ def ids_of(oracle: Any, messages: list[Message], *, prompt: bool) -> list[int]:
 def check_conversation(chat: Chat, oracle: Any, messages: list[Message], answer: str) -> None:
     """Prompt ids as in transformers; the answer starts where its rendering leaves the prompt, and ends at its end."""
     try:
-        ours = encode_prompt(chat, messages, max_tokens=1 << 20, rules=Rules("allow"))
+        ours = encode_prompt(chat, messages, max_tokens=1 << 20, rules=Rules("allow", "allow"))
     except RowFault as fault:
         if fault.reason != "template_refused":
             raise
@@ -115,7 +115,7 @@ def check_conversation(chat: Chat, oracle: Any, messages: list[Message], answer:
     turns = [*messages, say("assistant", answer)]
     whole = ids_of(oracle, turns, prompt=False)
     row = formats.parse({"prompt": messages, "completion": turns[-1:]}, "completion")
-    found = tokenised.tokenise(row, chat, Limits(rules=Rules("allow")))
+    found = tokenised.tokenise(row, chat, Limits(rules=Rules("allow", "allow")))
     shared = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
     )
