@@ -70,7 +70,7 @@ def worker(dtype: str, tokens: int, out: Path) -> None:
         return tuple(source.choices(range(100, 40000), k=count))
 
     pairs = [TrainPair(str(i), "", "", ids(192), ids(64), ids(64), (-1.0,) * 64, (-1.0,) * 64, 1.0) for i in range(16)]
-    config = TrainConfig(dtype=dtype, train_batch_size=8, max_tokens_per_micro_batch=tokens)  # type: ignore[arg-type]
+    config = TrainConfig(dtype=dtype, train_batch_size=8, max_tokens_per_micro_batch=tokens)  # type: ignore[arg-type]  # one of SETTINGS, from the command line
     directory = policy.resolve(MODEL).directory
     peak = Peak()
     base = load.load_model(directory, dtype)

@@ -74,29 +74,29 @@ class IdSet:
 
     def __contains__(self, key: str) -> bool:
         """Whether the set has an id."""
-        high, low = int(key[:16], 16), int(key[16:], 16)
-        slots = len(self._halves) // 2
-        slot = low % slots
-        while self._halves[2 * slot] or self._halves[2 * slot + 1]:
-            if self._halves[2 * slot] == high and self._halves[2 * slot + 1] == low:
-                return True
-            slot = (slot + 1) % slots
-        return False
+        slot = _slot(self._halves, int(key[:16], 16), int(key[16:], 16))
+        return bool(self._halves[2 * slot] or self._halves[2 * slot + 1])
 
 
 def _insert(halves: "array[int]", high: int, low: int) -> bool:
-    """Write an id into the first free slot at or after slot `low % slots`; False when a slot there holds it already.
+    """Write an id into its slot; False when it stands there already."""
+    slot = _slot(halves, high, low)
+    if halves[2 * slot] or halves[2 * slot + 1]:
+        return False
+    halves[2 * slot], halves[2 * slot + 1] = high, low
+    return True
+
+
+def _slot(halves: "array[int]", high: int, low: int) -> int:
+    """The slot that holds an id, else the first free one at or after slot `low % slots`.
 
     A free slot is two zeros. The id of zeros alone would look like one, but no digest is zero in practice.
     """
     slots = len(halves) // 2
     slot = low % slots
-    while halves[2 * slot] or halves[2 * slot + 1]:
-        if halves[2 * slot] == high and halves[2 * slot + 1] == low:
-            return False
+    while (halves[2 * slot] or halves[2 * slot + 1]) and (halves[2 * slot] != high or halves[2 * slot + 1] != low):
         slot = (slot + 1) % slots
-    halves[2 * slot], halves[2 * slot + 1] = high, low
-    return True
+    return slot
 
 
 def common_prefix(sequences: Sequence[Sequence[object]]) -> int:

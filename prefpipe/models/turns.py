@@ -33,13 +33,15 @@ def shape_of(template: str, render: Callable[[Sequence[Turn]], str]) -> Shape:
 
     Raises DataError for a template that takes the message of a user and does not write it.
     """
-    in_parts = not _shows(render, [_USER], _CONTENT) and _shows(render, [_in_parts(_USER)], _CONTENT)
-    if not in_parts and _renders(render, [_USER]) and not _shows(render, [_USER], _CONTENT):
+    plain = _rendered(render, [_USER])
+    in_parts = not _shows(plain, _CONTENT) and _shows(_rendered(render, [_in_parts(_USER)]), _CONTENT)
+    if plain is not None and not in_parts and not _shows(plain, _CONTENT):
         raise DataError("the chat template does not write what the user says", "pass another one with --chat-template")
     user = _in_parts(_USER) if in_parts else _USER
     arguments = {"a": _ARGUMENT}
-    as_object, as_json = ([user, _call(a)] for a in (arguments, json.dumps(arguments, ensure_ascii=False)))
-    as_text = not _shows(render, as_object, _ARGUMENT) and _shows(render, as_json, _ARGUMENT)
+    as_json = json.dumps(arguments, ensure_ascii=False)
+    by_object, by_text = (_shows(_rendered(render, [user, _call(a)]), _ARGUMENT) for a in (arguments, as_json))
+    as_text = by_text and not by_object
     reasoning = next((name for name in REASONING if name in template), REASONING[0])
     return Shape(in_parts, as_text, reasoning)
 
@@ -51,7 +53,8 @@ def for_template(messages: Sequence[Message], shape: Shape) -> list[Turn]:
 
 def extra_of(message: Message) -> Turn:
     """What a message says beside role and content, by key."""
-    return json.loads(message["extra"]) if "extra" in message else {}
+    extra = message.get("extra")
+    return json.loads(extra) if extra else {}
 
 
 def as_dict(message: Message) -> Turn:
@@ -82,9 +85,10 @@ def lost_input(inputs: Mapping[str, Any], rendered: str) -> str | None:
     """The name of a tool or the text of a document that is not in a rendering, with what it is; None where all are."""
     tools = [_function(tool).get("name") for tool in _dicts(inputs.get("tools"))]
     documents = [document.get("text") or document.get("contents") for document in _dicts(inputs.get("documents"))]
+    squeezed = _squeezed(rendered)
     for kind, texts in (("tool", tools), ("document", documents)):
         for text in texts:
-            if isinstance(text, str) and text.strip() and _squeezed(text) not in _squeezed(rendered):
+            if isinstance(text, str) and text.strip() and _squeezed(text) not in squeezed:
                 return f"{kind} {text[:60]!r}"
     return None
 
@@ -144,20 +148,16 @@ def _call(arguments: Any) -> Turn:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "a", "function": function}]}
 
 
-def _shows(render: Callable[[Sequence[Turn]], str], turns: Sequence[Turn], mark: str) -> bool:
+def _rendered(render: Callable[[Sequence[Turn]], str], turns: Sequence[Turn]) -> str | None:
+    """The text of a conversation; None where the template refuses it."""
     try:
-        text = render(turns)
+        return render(turns)
     except RowFault:
-        return False
-    return mark in text and "'type'" not in text  # a list of parts as Python prints it is no text
+        return None
 
 
-def _renders(render: Callable[[Sequence[Turn]], str], turns: Sequence[Turn]) -> bool:
-    try:
-        render(turns)
-    except RowFault:
-        return False
-    return True
+def _shows(text: str | None, mark: str) -> bool:
+    return text is not None and mark in text and "'type'" not in text  # a list of parts as Python prints it is no text
 
 
 def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from prefpipe.errors import DataError
+from prefpipe.inputs.messages import to_json
 from prefpipe.models.turns import as_dict
 from prefpipe.schemas import Completion, Float32, Json, PlainMessages, Prompt, TokenIds, arrow_schema
 from prefpipe.stages.build_pairs.candidates import Sources
@@ -150,25 +151,17 @@ def _with_all_keys(rows: pl.DataFrame, row_type: type, answers: tuple[str, ...])
     schema = arrow_schema(row_type)
     inputs = [json.loads(text) if text else {} for text in rows["template_inputs"]]
     columns: dict[str, list[Any]] = {
-        name: [[_json(as_dict(_without_null(m))) for m in messages] for messages in rows[name].to_list()]
+        name: [[to_json(as_dict(m)) for m in messages] for messages in rows[name].to_list()]
         for name in ("prompt", *answers)
     }
     for name in ("tools", "documents"):
-        columns[name] = [_json(given[name]) if name in given else None for given in inputs]
-    columns["chat_template_kwargs"] = [_json(given.get("chat_template_kwargs", {})) for given in inputs]
+        columns[name] = [to_json(given[name]) if name in given else None for given in inputs]
+    columns["chat_template_kwargs"] = [to_json(given.get("chat_template_kwargs", {})) for given in inputs]
     others = rows.select(name for name in schema.names if name not in columns).to_arrow()
     return pa.table(
         [pa.array(columns[f.name]).cast(f.type) if f.name in columns else others[f.name] for f in schema],
         names=schema.names,
     )
-
-
-def _without_null(message: Any) -> Any:
-    return {name: value for name, value in message.items() if value is not None}
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _as_text(rows: pl.DataFrame, answers: tuple[str, ...]) -> pl.DataFrame:
