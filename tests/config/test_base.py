@@ -22,7 +22,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.losses import LOSSES, MARGIN_SETTINGS, LossSettings
 from prefpipe.config.score import ScoreConfig
-from prefpipe.config.train import EVAL_ONLY, LORA_ONLY, SFT_ONLY, TrainConfig
+from prefpipe.config.train import EVAL_ONLY, LORA_ONLY, NO_PARAMETERS, SFT_ONLY, TrainConfig
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 
@@ -161,8 +161,8 @@ def _keep_what_is_read(found: dict[str, Any], prefix: str) -> None:
 
 
 def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
-    """Drop settings of adapters without an adapter, of evaluations and rows to imitate without rows, and second
-    lengths of one warmup."""
+    """Drop settings of adapters without an adapter or beside adapted parameters, of evaluations and rows to imitate
+    without rows, and second lengths of one warmup."""
 
     def drop(*names: str) -> None:
         for name in names:
@@ -171,6 +171,7 @@ def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
     drop("distributed") if {prefix + "optim", prefix + "load_in_4bit"} & found.keys() else None
     if found.get(prefix + "tuning") == "full":
         drop("adapter", *LORA_ONLY)
+    drop(*NO_PARAMETERS) if found.get(prefix + "lora_target_parameters") else None
     if found.get("reference") == "base" and prefix:
         drop("tuning")
     drop(*SFT_ONLY) if prefix + "sft" not in found else None
