@@ -27,6 +27,7 @@ from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
+from prefpipe.views import commands
 
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
     "generate": (GenerateConfig, "prefpipe.stages.generate.stage"),
@@ -37,7 +38,11 @@ STAGES: dict[str, tuple[type[BaseModel], str]] = {
     "iterate": (IterateConfig, "prefpipe.stages.iterate.stage"),
 }
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+_RECIPES = "Recipes"  # the heading of commands about settings in --help
+
+app = typer.Typer(
+    cls=flags.GroupedCommands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 
 def main() -> None:
@@ -122,9 +127,12 @@ def root(
     """Offline preference optimization: generate, score, build-pairs, train, evaluate, iterate."""
 
 
-@app.command("config")
 def show_config(
     command: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")],
+    *,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of its recipes, for editors.")
+    ] = False,  # noqa: FBT002
 ) -> None:
     """Print a recipe with every setting of a command: its meaning and its default."""
     if command not in STAGES:
@@ -132,6 +140,9 @@ def show_config(
             f"no command '{command}'{base.suggestion(command, list(STAGES))}", f"the commands are {', '.join(STAGES)}"
         )
     config_class, _ = STAGES[command]
+    if schema:
+        terminal.show(json.dumps(base.json_schema(config_class), indent=2))
+        return
     terminal.show(f"# prefpipe {command} RECIPE.toml --out DIR\n# {config_class.__doc__}\n")
     terminal.show(base.to_toml(config_class()))
 
@@ -150,7 +161,7 @@ def _register(name: str, config_class: type[BaseModel], module: str) -> None:
             for line in stage.summary(manifest, out):
                 terminal.show(line)
 
-    app.command(name, cls=flags.SettingsCommand)(flags.command(config_class, run))
+    app.command(name, cls=flags.SettingsCommand, rich_help_panel="Stages")(flags.command(config_class, run))
 
 
 def _finished(run: Callable[..., dict[str, Any]], config: BaseModel, out: Path, *, force: bool) -> dict[str, Any]:
@@ -178,6 +189,11 @@ def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None,
 
 for _name, (_config, _module) in STAGES.items():
     _register(_name, _config, _module)
-app.command("plan", cls=flags.SettingsCommand, help="Predict memory, tokens, steps and time of a training run.")(
-    flags.command(TrainConfig, _plan)
-)
+app.command("config", rich_help_panel=_RECIPES)(show_config)
+app.command(
+    "plan",
+    cls=flags.SettingsCommand,
+    help="Predict memory, tokens, steps and time of a training run.",
+    rich_help_panel=_RECIPES,
+)(flags.command(TrainConfig, _plan))
+commands.register(app, {name: config for name, (config, _) in STAGES.items()})

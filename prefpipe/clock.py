@@ -14,6 +14,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def age(timestamp: float) -> float:
+    """Seconds since a moment that is given in seconds since the epoch, such as the time of a file."""
+    return time.time() - timestamp
+
+
 def local_time(form: str, day: str = "today") -> str:
     """The local time in a strftime format: now, or midnight of a day (YYYY-MM-DD). Chat templates print dates by it."""
     when = datetime.now() if day == "today" else datetime.fromisoformat(day)

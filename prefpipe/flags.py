@@ -1,7 +1,7 @@
 """A config class as command-line options: one flag per field. The flag of a field in a table is `--TABLE.FIELD`.
 
---help shows the options of a command under the headings of its config class. They travel as typer's `rich_help_panel`,
-which typer itself shows only with rich markup; SettingsCommand shows them in plain text.
+--help shows the options of a command under the headings of its config class, and commands under theirs. They travel as
+typer's `rich_help_panel`, which typer itself shows only with rich markup; the classes here show them in plain text.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from prefpipe.config.base import fields_under_headings, local_path
 
@@ -32,6 +32,22 @@ class SettingsCommand(TyperCommand):
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+class GroupedCommands(TyperGroup):
+    """Commands that --help shows under headings."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands, each heading at the place of its first command."""
+        groups: dict[str, list[tuple[str, Any]]] = {}
+        for name in self.list_commands(ctx):
+            found: Any = self.get_command(ctx, name)
+            if not found.hidden:
+                groups.setdefault(getattr(found, "rich_help_panel", None) or "Commands", []).append((name, found))
+        limit = formatter.width - 6 - max(len(name) for name in self.list_commands(ctx))
+        for heading, commands in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, found.get_short_help_str(limit)) for name, found in commands])
 
 
 def command(cls: type[BaseModel], run: Callable[..., None]) -> Callable[..., None]:

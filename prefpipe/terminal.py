@@ -34,13 +34,17 @@ def bounded(text: str) -> str:
 
 def show(text: str) -> None:
     """Print text to stdout. Raises OutputClosed when nobody reads it, StorageError when it cannot be written."""
+    show_drawn(escaped(text, keep="\n\t") + "\n")
+
+
+def show_drawn(text: str) -> None:
+    """Write text to stdout that is escaped already and may hold the colours of a terminal. Raises as `show` does."""
     stream = sys.stdout
     if stream is None:  # the command was started with stdout closed
         raise StorageError("cannot write to standard output: it is closed", "leave out >&-")
     encoding = stream.encoding or "utf-8"
-    line = escaped(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(line, file=stream, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end="", flush=True)
     except BrokenPipeError:
         forget(stream)
         raise OutputClosed("nobody reads standard output", "") from None

@@ -182,6 +182,11 @@ def to_toml(config: BaseModel) -> str:
     return "\n".join(lines)
 
 
+def json_schema(cls: type[BaseModel]) -> dict[str, Any]:
+    """The JSON Schema of a recipe (2020-12): what editors complete and check by."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+
+
 def _value(config: BaseModel, name: str) -> Any:
     """The value of a setting by its dotted name."""
     value: Any = config

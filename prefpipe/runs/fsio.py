@@ -26,6 +26,7 @@ from prefpipe.runs.storage import storage_errors, utf8
 Appender = Callable[[str], None]
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 _without_fsync = set[int]()  # devices of which it was said
+_ASKED_S = 0.1  # who only looks whether a directory is held (`prefpipe runs`) is done by then
 _passes: Counter[str] = Counter()  # calls per fault point, while a fault is armed
 
 
@@ -231,7 +232,7 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
     held = filelock.FileLock(directory / ".lock")
     owner = directory / ".owner"
     try:
-        held.acquire(timeout=-1 if wait else 0)
+        held.acquire(timeout=-1 if wait else _ASKED_S, poll_interval=_ASKED_S / 4)
     except filelock.Timeout as error:
         who = read_bytes(owner).decode(errors="replace").strip() if owner.is_file() else "an unknown process"
         raise LockedError(

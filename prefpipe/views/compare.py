@@ -1,0 +1,129 @@
+"""`prefpipe compare A B [C ...]`: in what runs differ, and whether their results do.
+
+1. Read each run; nothing is written but the page of --html.
+2. Settings and inputs: those that are not the same everywhere.
+3. Data: ids of rows and prompts that each run shares with the first.
+4. Results: the numbers of each, and rewards on the same prompts, paired, with an interval and a p value.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import RenderableType
+
+from prefpipe.errors import UsageError
+from prefpipe.runs import fsio
+from prefpipe.views import drawing, facts, rows, run_view, settings
+from prefpipe.views.run_view import RunView
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MOST = 40  # lines of a table: the settings of other commands would fill pages
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many ids of a column each run has, and how many of the first run's ids each has too."""
+
+    column: str
+    counts: list[int]
+    shared: list[int]
+
+
+def runs_of(paths: Sequence[Path]) -> list[RunView]:
+    """The runs to compare. Raises UsageError for fewer than two, or more than there are letters."""
+    if not 2 <= len(paths) <= len(_LETTERS):
+        raise UsageError(
+            f"compare takes 2 to {len(_LETTERS)} runs, not {len(paths)}", "prefpipe compare RUN RUN [RUN ...]"
+        )
+    return [run_view.view(path) for path in paths]
+
+
+def drawn(paths: Sequence[Path]) -> Iterator[RenderableType]:
+    """The comparison as tables."""
+    runs = runs_of(paths)
+    names = _LETTERS[: len(runs)]
+    yield drawing.table(
+        ["", "run", "command", "state", "result"],
+        ((letter, r.path, r.command, r.state, facts.headline(r)) for letter, r in zip(names, runs, strict=True)),
+    )
+    for title, values in (("Settings that differ", _settings(runs)), ("Inputs that differ", _inputs(runs))):
+        if values:
+            yield drawing.table(["", *names], _lines(values), title=title)
+        else:
+            yield drawing.text(f"{title}: none")
+    if found := overlaps(runs):
+        lines = [(o.column, *(f"{n:,} ({s:,} of A)" for n, s in zip(o.counts, o.shared, strict=True))) for o in found]
+        yield drawing.table(["ids", *names], lines, title="Rows that are the same")
+    if results := _results(runs):
+        yield drawing.table(["", *names], _lines(results), range(1, len(runs) + 1), title="Results")
+
+
+def write_page(paths: Sequence[Path], page: Path) -> None:
+    """The comparison as one HTML file, without script."""
+    fsio.write_text(page, drawing.html("prefpipe compare", *drawn(paths)))
+
+
+def as_json(paths: Sequence[Path]) -> str:
+    """The comparison as JSON; lists have one entry per run."""
+    runs = runs_of(paths)
+    content = {
+        "runs": [facts.as_json(run) for run in runs],
+        "settings": _settings(runs),
+        "inputs": _inputs(runs),
+        "overlap": [{"ids": o.column, "counts": o.counts, "shared_with_first": o.shared} for o in overlaps(runs)],
+        "results": _results(runs),
+    }
+    return json.dumps(content, indent=2)
+
+
+def overlaps(runs: Sequence[RunView]) -> list[Overlap]:
+    """Of each column of ids that the main datasets of all runs have: the ids of each run that the first has too."""
+    names = [rows.main_dataset(run) for run in runs if run.rows]
+    if len(names) < len(runs) or "dropped" in names:
+        return []
+    frames = [rows.scan(run, name) for run, name in zip(runs, names, strict=True)]
+    columns = [rows.id_columns(frame.collect_schema()) for frame in frames]
+    found = list[Overlap]()
+    for column in columns[0]:
+        if all(column in others for others in columns):
+            ids = [frame.select(pl.col(column).unique()).collect() for frame in frames]
+            shared = [i.join(ids[0], on=column, how="semi").height for i in ids]
+            found.append(Overlap(column, [i.height for i in ids], shared))
+    return found
+
+
+def _settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
+    return settings.differing([run.config for run in runs])
+
+
+def _inputs(runs: Sequence[RunView]) -> dict[str, list[Any]]:
+    return settings.differing([run.inputs for run in runs])
+
+
+def _results(runs: Sequence[RunView]) -> dict[str, list[Any]]:
+    """Numbers that at least two runs have; of lists, such as the checks of the data, there are none."""
+    numbers = [{name: value for name, value in settings.flat(run.totals).items() if _is_number(value)} for run in runs]
+    names = dict.fromkeys(name for each in numbers for name in each)
+    values = {name: [each.get(name) for each in numbers] for name in names}
+    return {name: each for name, each in values.items() if sum(v is not None for v in each) > 1}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _lines(values: dict[str, list[Any]]) -> Iterator[list[str]]:
+    for name in list(values)[:_MOST]:
+        yield [name, *(_cell(value) for value in values[name])]
+    if len(values) > _MOST:
+        yield [f"... {len(values) - _MOST} more: --json", *("" for _ in next(iter(values.values())))]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

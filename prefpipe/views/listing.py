@@ -1,0 +1,59 @@
+"""`prefpipe runs [ROOT]`: every run below a directory.
+
+1. Find the directories with a config.json.
+2. Read each: state, size, age, headline. Nothing is written.
+3. Name the runs that each one was made from, by the digests of its inputs.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import RenderableType
+
+from prefpipe.errors import MissingInputError
+from prefpipe.views import drawing, facts, run_view
+from prefpipe.views.run_view import RunView
+
+
+def found(root: Path) -> list[RunView]:
+    """The runs below a directory. Raises MissingInputError where there is none."""
+    runs = [run_view.view(path) for path in run_view.below(root)]
+    if not runs:
+        raise MissingInputError(f"no run below {root}", "name the directory that holds your runs: prefpipe runs DIR")
+    return runs
+
+
+def drawn(root: Path) -> RenderableType:
+    """The runs as a table."""
+    runs = found(root)
+    rows = [
+        (
+            _name(run, root),
+            run.command,
+            run.state,
+            drawing.size(run.bytes),
+            facts.age(run),
+            facts.headline(run),
+            ", ".join(_name(source, root) for source in made_from(run, runs)),
+        )
+        for run in runs
+    ]
+    return drawing.table(["run", "command", "state", "size", "age", "result", "made from"], rows, [3, 4])
+
+
+def as_json(root: Path) -> str:
+    """The runs as a JSON list."""
+    runs = found(root)
+    rows = [{**facts.as_json(run), "made_from": [str(s.path) for s in made_from(run, runs)]} for run in runs]
+    return json.dumps(rows, indent=2)
+
+
+def made_from(run: RunView, runs: Iterable[RunView]) -> list[RunView]:
+    """Those of `runs` whose manifests are inputs of a run, by digest."""
+    digests = {str(value) for value in run.inputs.values()}
+    return [source for source in runs if source.digest and source.digest in digests]
+
+
+def _name(run: RunView, root: Path) -> str:
+    return "." if run.path == root else str(run.path.relative_to(root))

@@ -1,0 +1,97 @@
+"""`prefpipe show DIR`: what a run is, or rows of it.
+
+1. Read the directory; nothing is written, so that the run may be going on.
+2. Without a question about rows: command, state, headline, settings that are not the defaults, inputs, datasets, the
+   ledger by reason, the runs inside.
+3. With one: the rows, as conversations, or as JSON lines.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import polars as pl
+from pydantic import BaseModel
+from rich.console import RenderableType
+
+from prefpipe.views import drawing, facts, rows, run_view, settings
+from prefpipe.views.rows import Question
+from prefpipe.views.run_view import RunView
+
+_MOST_SHOWN = 20  # rows, unless a limit is given
+_LONGEST = 300  # characters of the value of a setting
+
+
+def overview(path: Path, classes: Mapping[str, type[BaseModel]]) -> Iterator[RenderableType]:
+    """What a run is. `classes` maps each command to the class of its settings."""
+    run = run_view.view(path)
+    yield drawing.named(
+        {
+            "run": run.path,
+            "command": run.command,
+            "state": facts.state(run),
+            "result": facts.headline(run),
+            "size": drawing.size(run.bytes),
+            "digest": run.digest or "none yet",
+        }
+    )
+    cls = classes.get(run.command)
+    if cls is not None and (changed := settings.changed(cls, run.config)):
+        shown = {name: json.dumps(value, ensure_ascii=False)[:_LONGEST] for name, value in changed.items()}
+        yield drawing.table(["setting", "value"], shown.items(), title="Settings that are not the defaults")
+    if run.inputs:
+        yield drawing.table(["input", "digest"], run.inputs.items(), title="Inputs")
+    if run.rows:
+        yield drawing.table(["dataset", "rows"], ((n, f"{c:,}") for n, c in run.rows.items()), [1], "Datasets")
+    if reasons := _ledger(run):
+        yield drawing.table(
+            ["reason", "rows", "the first one"], reasons, [1], "Rows that did not go on (--dataset dropped)"
+        )
+    if steps := list(_inside(path)):
+        yield drawing.table(["step", "state", "result"], steps, title="Runs inside")
+
+
+def overview_json(path: Path) -> str:
+    """What a run is, as JSON."""
+    run = run_view.view(path)
+    return json.dumps(facts.as_json(run) | {"config": run.config, "inputs": run.inputs, "totals": run.totals}, indent=2)
+
+
+def of_rows(path: Path, question: Question) -> Iterator[RenderableType]:
+    """The rows that a question asks for, each with its conversations."""
+    run = run_view.view(path)
+    limited = bool(question.worst or question.limit or question.row)
+    name, found = rows.selected(run, question)
+    shown = found if limited else found.head(_MOST_SHOWN)
+    for number, values in enumerate(shown.iter_rows(named=True), start=1):
+        yield drawing.row(values, number, whole=bool(question.row))
+    total = run.rows[name]
+    left_out = "" if shown.height == found.height else "; --limit N shows more"
+    yield drawing.text(f"{shown.height:,} of {found.height:,} matching rows, {total:,} {name} in all{left_out}")
+
+
+def rows_json(path: Path, question: Question) -> Iterator[str]:
+    """The rows that a question asks for, each as one line of JSON in ASCII, every column included."""
+    _, found = rows.selected(run_view.view(path), question)
+    for values in found.iter_rows(named=True):
+        yield json.dumps(values)
+
+
+def _ledger(run: RunView) -> list[tuple[str, str, str]]:
+    """Reasons of the ledger with their counts, the most frequent first, each with its first row."""
+    if not run.rows.get("dropped"):
+        return []
+    frame = rows.scan(run, "dropped").group_by("reason", maintain_order=True)
+    counted = frame.agg(pl.len(), pl.first("id"), pl.first("detail")).sort("len", descending=True, maintain_order=True)
+    return [
+        (r["reason"], f"{r['len']:,}", f"{r['id']}: {r['detail']}"[:_LONGEST])
+        for r in counted.collect().iter_rows(named=True)
+    ]
+
+
+def _inside(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Runs inside this one, such as the steps of rounds."""
+    for inner in run_view.below(path):
+        if inner != path:
+            run = run_view.view(inner)
+            yield str(inner.relative_to(path)), run.state, facts.headline(run)
