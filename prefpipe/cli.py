@@ -20,24 +20,14 @@ from pydantic import BaseModel
 
 from prefpipe import __version__, flags, log, terminal
 from prefpipe.config import base
-from prefpipe.config.build_pairs import BuildPairsConfig
-from prefpipe.config.evaluate import EvaluateConfig
-from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.iterate import IterateConfig
-from prefpipe.config.score import ScoreConfig
+from prefpipe.config.commands import CLASSES
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
 from prefpipe.views import commands
 
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
-    "generate": (GenerateConfig, "prefpipe.stages.generate.stage"),
-    "score": (ScoreConfig, "prefpipe.stages.score.stage"),
-    "build-pairs": (BuildPairsConfig, "prefpipe.stages.build_pairs.stage"),
-    "train": (TrainConfig, "prefpipe.stages.train.stage"),
-    "evaluate": (EvaluateConfig, "prefpipe.stages.evaluate.stage"),
-    "iterate": (IterateConfig, "prefpipe.stages.iterate.stage"),
+    name: (cls, f"prefpipe.stages.{name.replace('-', '_')}.stage") for name, cls in CLASSES.items()
 }
-
 _RECIPES = "Recipes"  # the heading of commands about settings in --help
 
 app = typer.Typer(
@@ -132,7 +122,7 @@ def show_config(
     *,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of its recipes, for editors.")
-    ] = False,  # noqa: FBT002
+    ] = False,
 ) -> None:
     """Print a recipe with every setting of a command: its meaning and its default."""
     if command not in STAGES:
@@ -196,4 +186,4 @@ app.command(
     help="Predict memory, tokens, steps and time of a training run.",
     rich_help_panel=_RECIPES,
 )(flags.command(TrainConfig, _plan))
-commands.register(app, {name: config for name, (config, _) in STAGES.items()})
+commands.register(app)

@@ -1,79 +1,78 @@
-"""The commands `show`, `runs` and `compare`: their options. polars and rich's tables are imported by the one that runs."""
+"""The commands `show`, `runs` and `compare`: their options. What draws is imported by the command that runs."""
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel
 
 from prefpipe import terminal
 from prefpipe.errors import UsageError
 
-HEADING = "Look"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
 
 
-def register(app: typer.Typer, classes: Mapping[str, type[BaseModel]]) -> None:
-    """Add the commands to an app. `classes` maps each stage to the class of its settings."""
-
-    @app.command(rich_help_panel=HEADING)
-    def show(  # noqa: PLR0913  (one parameter per option)
-        run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a run.")],
-        *,
-        dataset: Annotated[str, typer.Option(help="Rows of this dataset; `prefpipe show DIR` lists them.")] = "",
-        row: Annotated[str, typer.Option(metavar="ID", help="The row with this id, or a beginning of it, whole.")] = "",
-        worst: Annotated[int, typer.Option(min=0, help="The rows of the lowest reward, or of the smallest gap.")] = 0,
-        limit: Annotated[int, typer.Option(min=0, help="At most so many rows.")] = 0,
-        where: Annotated[str, typer.Option(metavar="SQL", help="Rows that fulfil this: 'reward_gap > 1'.")] = "",
-        as_json: Json = False,  # noqa: FBT002
-    ) -> None:
-        """Show a run, or rows of it, also of one that is going on or was killed."""
-        rows, view = _room("rows"), _room("show")
-        question = rows.Question(dataset, row, where, worst, limit)
-        if question != rows.Question():
-            if as_json:
-                for line in view.rows_json(run_dir, question):
-                    terminal.show(line)
-            else:
-                _room("drawing").show(*view.of_rows(run_dir, question))
-        elif as_json:
-            terminal.show(view.overview_json(run_dir))
-        else:
-            _room("drawing").show(*view.overview(run_dir, classes))
-
-    @app.command(rich_help_panel=HEADING)
-    def runs(
-        root: Annotated[Path, typer.Argument(metavar="[ROOT]", help="A directory that holds runs.")] = Path("runs"),
-        *,
-        as_json: Json = False,  # noqa: FBT002
-    ) -> None:
-        """List the runs below a directory: state, size, age, result, and what each was made from."""
-        listing = _room("listing")
+def show(
+    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a run.")],
+    *,
+    dataset: Annotated[str, typer.Option(help="Rows of this dataset; `prefpipe show DIR` lists them.")] = "",
+    row: Annotated[str, typer.Option(metavar="ID", help="The row with this id, or a beginning of it, whole.")] = "",
+    worst: Annotated[int, typer.Option(min=0, help="The rows of the lowest reward, or of the smallest gap.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many rows.")] = 0,
+    where: Annotated[str, typer.Option(metavar="SQL", help="Rows that fulfil this: 'reward_gap > 1'.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show a run, or rows of it, also of one that is going on or was killed."""
+    rows, view = _room("rows"), _room("show")
+    question = rows.Question(dataset, row, where, worst, limit)
+    if question != rows.Question():
         if as_json:
-            terminal.show(listing.as_json(root))
+            for line in view.rows_json(run_dir, question):
+                terminal.show(line)
         else:
-            _room("drawing").show(listing.drawn(root))
+            _room("drawing").show(*view.of_rows(run_dir, question))
+    elif as_json:
+        terminal.show(view.overview_json(run_dir))
+    else:
+        _room("drawing").show(*view.overview(run_dir))
 
-    @app.command(rich_help_panel=HEADING)
-    def compare(
-        run_dirs: Annotated[list[Path], typer.Argument(metavar="A B...", help="The directories of two or more runs.")],
-        *,
-        html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison as a page, too.")] = None,
-        as_json: Json = False,  # noqa: FBT002
-    ) -> None:
-        """Compare runs: settings, rows that they share, and results, paired where they have the same prompts."""
-        view = _room("compare")
-        if html is not None and html.is_dir():
-            raise UsageError(f"--html {html} is a directory", "name a file: --html compare.html")
-        if html is not None:
-            view.write_page(run_dirs, html)
-        if as_json:
-            terminal.show(view.as_json(run_dirs))
-        else:
-            _room("drawing").show(*view.drawn(run_dirs))
+
+def runs(
+    root: Annotated[Path, typer.Argument(metavar="[ROOT]", help="A directory that holds runs.")] = Path("runs"),
+    *,
+    as_json: Json = False,
+) -> None:
+    """List the runs below a directory: state, size, age, result, and what each was made from."""
+    listing = _room("listing")
+    if as_json:
+        terminal.show(listing.as_json(root))
+    else:
+        _room("drawing").show(listing.drawn(root))
+
+
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="A B...", help="The directories of two or more runs.")],
+    *,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison as a page, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare runs: settings, rows that they share, and results, paired where they have the same prompts."""
+    view = _room("compare")
+    if html is not None and html.is_dir():
+        raise UsageError(f"--html {html} is a directory", "name a file: --html compare.html")
+    if html is not None:
+        view.write_page(run_dirs, html)
+    if as_json:
+        terminal.show(view.as_json(run_dirs))
+    else:
+        _room("drawing").show(*view.drawn(run_dirs))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app, under one heading of its help."""
+    for command in (show, runs, compare):
+        app.command(rich_help_panel="Look")(command)
 
 
 def _room(name: str) -> ModuleType:

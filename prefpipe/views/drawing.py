@@ -24,6 +24,7 @@ _PIPE_WIDTH = 120  # characters of a line where the output is no terminal
 _ROLE_STYLES = {"user": "cyan", "assistant": "green", "system": "magenta", "tool": "yellow"}
 _QUIET = "bright_black"
 _TEXTS = ("text", "thinking", "detail", "answer")  # columns
+_FIRST = ("prompt", "messages")  # columns that others answer
 _WORDS = ("reason", "status", "decoding")  # ends of columns that hold one word
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -91,8 +92,9 @@ def row(values: Mapping[str, Any], number: int, *, whole: bool) -> RenderableTyp
     for name, value in others:
         if (fact := _fact(name, value, whole=whole)) is not None:
             facts.append(f"{escaped(name)} ", _QUIET).append(f"{escaped(fact)}   ")
+    others.sort(key=lambda item: item[0] not in _FIRST)
     drawn = [_conversation(name, value, whole=whole) for name, value in others]
-    inner = [part for part in (facts if facts else None, *drawn) if part is not None]
+    inner = [part for part in (facts or None, *drawn) if part is not None]
     return Group(*lines, *(Padding(part, (0, 0, 0, 2)) for part in inner), Text())
 
 

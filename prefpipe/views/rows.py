@@ -17,11 +17,15 @@ from prefpipe.runs.storage import utf8_directory
 from prefpipe.views import run_view
 from prefpipe.views.run_view import RunView
 
-# Command -> the datasets that people come for, the first that is there; then what is bad about a row, by dataset.
+# The datasets that people come for, in that order; by which column a row is bad, the lower the worse.
 _MAIN = ("pairs", "labels", "groups", "evaluations", "completions", "ref_logps")
 _WORST = {
-    "pairs": "reward_gap", "labels": "reward", "evaluations": "reward", "ref_logps": "ref_logps", "kl_bank": "ref_logps",
-}  # fmt: skip
+    "pairs": "reward_gap",
+    "labels": "reward",
+    "evaluations": "reward",
+    "ref_logps": "ref_logps",
+    "kl_bank": "ref_logps",
+}
 _REWARDS = "rewards/"
 
 

@@ -7,13 +7,13 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
-from pydantic import BaseModel
 from rich.console import RenderableType
 
+from prefpipe.config.commands import CLASSES
 from prefpipe.views import drawing, facts, rows, run_view, settings
 from prefpipe.views.rows import Question
 from prefpipe.views.run_view import RunView
@@ -22,8 +22,8 @@ _MOST_SHOWN = 20  # rows, unless a limit is given
 _LONGEST = 300  # characters of the value of a setting
 
 
-def overview(path: Path, classes: Mapping[str, type[BaseModel]]) -> Iterator[RenderableType]:
-    """What a run is. `classes` maps each command to the class of its settings."""
+def overview(path: Path) -> Iterator[RenderableType]:
+    """What a run is."""
     run = run_view.view(path)
     yield drawing.named(
         {
@@ -35,7 +35,7 @@ def overview(path: Path, classes: Mapping[str, type[BaseModel]]) -> Iterator[Ren
             "digest": run.digest or "none yet",
         }
     )
-    cls = classes.get(run.command)
+    cls = CLASSES.get(run.command)
     if cls is not None and (changed := settings.changed(cls, run.config)):
         shown = {name: json.dumps(value, ensure_ascii=False)[:_LONGEST] for name, value in changed.items()}
         yield drawing.table(["setting", "value"], shown.items(), title="Settings that are not the defaults")
