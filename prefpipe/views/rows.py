@@ -97,8 +97,10 @@ def scan(run: RunView, dataset: str) -> pl.LazyFrame:
 
 
 def reward_names(run: RunView) -> list[str]:
-    """The rewards of a run, by name."""
-    return [name.removeprefix(_REWARDS) for name in run.rows if name.startswith(_REWARDS)]
+    """The rewards of a run, in the order of its settings."""
+    found = [name.removeprefix(_REWARDS) for name in run.rows if name.startswith(_REWARDS)]
+    asked = [name for name in run.config.get("rewards", ()) if name in found]
+    return [*asked, *(name for name in found if name not in asked)]
 
 
 def id_columns(schema: pl.Schema) -> list[str]:
@@ -145,9 +147,8 @@ def _unknown_id(run: RunView, row: str) -> MissingInputError:
 
 
 def _worst_column(run: RunView, dataset: str) -> str:
-    rewards = reward_names(run)
-    if dataset == "completions" and rewards:
-        return rewards[0]
+    if dataset == "completions" and (names := reward_names(run)):
+        return names[0]
     if dataset.startswith(_REWARDS):
         return "reward"
     if dataset in _WORST:
