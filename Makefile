@@ -75,6 +75,9 @@ check: setup  ## Format, lint, types, layers
 
 fix: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	@for schema in stages/*/schema.json; do \
+	  $(BIN)/prefpipe config $$(basename $$(dirname $$schema)) --schema > $$schema || exit 1; \
+	done
 
 bench: setup  ## Measurements against public peers (about an hour, 12 GB of disk; QUICK=--quick for a look)
 	@mkdir -p runs && for name in train_vs_trl plan_accuracy growth separate_rows generate build_pairs; do \

@@ -8,15 +8,17 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.console import RenderableType
 
+from prefpipe import statistics
 from prefpipe.errors import UsageError
 from prefpipe.runs import fsio
+from prefpipe.statistics import Estimate
 from prefpipe.views import drawing, facts, rows, run_view, settings
 from prefpipe.views.run_view import RunView
 
@@ -31,6 +33,23 @@ class Overlap:
     column: str
     counts: list[int]
     shared: list[int]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A reward of a run against that of the first run, on the prompts that both have.
+
+    `outcomes` counts the prompts on which it is higher, equal and lower; `win_rate` counts half of the equal ones;
+    `difference` is that of the means; `p_value` is of the exact test of wins against losses (`statistics.sign_flip_p`).
+    """
+
+    reward: str
+    decoding: str
+    prompts: int
+    outcomes: tuple[int, int, int]
+    win_rate: Estimate
+    difference: Estimate
+    p_value: float
 
 
 def runs_of(paths: Sequence[Path]) -> list[RunView]:
@@ -58,6 +77,19 @@ def drawn(paths: Sequence[Path]) -> Iterator[RenderableType]:
     if found := overlaps(runs):
         lines = [(o.column, *(f"{n:,} ({s:,} of A)" for n, s in zip(o.counts, o.shared, strict=True))) for o in found]
         yield drawing.table(["ids", *names], lines, title="Rows that are the same")
+    for letter, run in zip(names[1:], runs[1:], strict=True):
+        if pairings := paired(runs[0], run):
+            head = [
+                "reward",
+                "answers",
+                "prompts",
+                "higher / equal / lower",
+                "win rate [95 %]",
+                "difference [95 %]",
+                "p",
+            ]
+            title = f"{letter} against A, on the prompts that both have"
+            yield drawing.table(head, map(_pairing_line, pairings), [2, 3, 4, 5, 6], title)
     if results := _results(runs):
         yield drawing.table(["", *names], _lines(results), range(1, len(runs) + 1), title="Results")
 
@@ -75,6 +107,7 @@ def as_json(paths: Sequence[Path]) -> str:
         "settings": _settings(runs),
         "inputs": _inputs(runs),
         "overlap": [{"ids": o.column, "counts": o.counts, "shared_with_first": o.shared} for o in overlaps(runs)],
+        "paired_with_first": [[asdict(pairing) for pairing in paired(runs[0], run)] for run in runs[1:]],
         "results": _results(runs),
     }
     return json.dumps(content, indent=2)
@@ -96,6 +129,47 @@ def overlaps(runs: Sequence[RunView]) -> list[Overlap]:
     return found
 
 
+def paired(first: RunView, other: RunView) -> list[Pairing]:
+    """Rewards of two runs on the prompts that both have, by reward and decoding, one mean for each prompt and run."""
+    means = [_means_by_prompt(run) for run in (first, other)]
+    if any(frame is None for frame in means):
+        return []
+    joined = pl.DataFrame(means[0]).join(
+        pl.DataFrame(means[1]), on=["prompt_id", "reward", "decoding"], suffix="_other"
+    )
+    found = list[Pairing]()
+    for (reward, decoding), group in joined.group_by("reward", "decoding", maintain_order=True):
+        differences = (group["mean_other"] - group["mean"]).to_list()
+        outcomes = [(d > 0) - (d < 0) for d in differences]
+        wins, losses = outcomes.count(1), outcomes.count(-1)
+        found.append(
+            Pairing(
+                str(reward),
+                str(decoding),
+                len(outcomes),
+                (wins, len(outcomes) - wins - losses, losses),
+                statistics.win_rate([float(o) for o in outcomes]),
+                statistics.mean([[d] for d in differences]),
+                statistics.sign_flip_p(outcomes),
+            )
+        )
+    return sorted(found, key=lambda p: (p.reward, p.decoding))
+
+
+def _means_by_prompt(run: RunView) -> pl.DataFrame | None:
+    """The mean of each reward over the answers to each prompt: columns prompt_id, reward, decoding, mean."""
+    by = ["prompt_id", "reward", "decoding"]
+    if "evaluations" in run.rows:
+        frame = rows.scan(run, "evaluations").select("prompt_id", "decoding", reward="name", value="reward")
+    elif "completions" in run.rows and (names := rows.reward_names(run)):
+        wide = rows.scan(run, "completions").select("prompt_id", *names).unpivot(names, index="prompt_id")
+        frame = wide.select("prompt_id", "value", decoding=pl.lit("sampled"), reward="variable")
+    else:
+        return None
+    means = frame.drop_nulls("value").group_by(by).agg(mean=pl.col("value").mean())
+    return means.sort(by).collect()
+
+
 def _settings(runs: Sequence[RunView]) -> dict[str, list[Any]]:
     return settings.differing([run.config for run in runs])
 
@@ -110,6 +184,20 @@ def _results(runs: Sequence[RunView]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for each in numbers for name in each)
     values = {name: [each.get(name) for each in numbers] for name in names}
     return {name: each for name, each in values.items() if sum(v is not None for v in each) > 1}
+
+
+def _pairing_line(pairing: Pairing) -> list[str]:
+    higher, equal, lower = pairing.outcomes
+    win, difference = pairing.win_rate, pairing.difference
+    return [
+        pairing.reward,
+        pairing.decoding,
+        f"{pairing.prompts:,}",
+        f"{higher} / {equal} / {lower}",
+        f"{win.value:.1%} [{win.low:.1%}, {win.high:.1%}]",
+        f"{difference.value:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]",
+        f"{pairing.p_value:.2g}",
+    ]
 
 
 def _is_number(value: object) -> bool:

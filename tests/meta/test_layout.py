@@ -17,6 +17,7 @@ GROUND = {
     "reading",
     "terminal",
     "schemas",
+    "statistics",
     "rows",
     "errors",
     "ids",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefpipe.stages.evaluate import statistics as s
+from prefpipe import statistics as s
 
 
 @pytest.mark.parametrize(
