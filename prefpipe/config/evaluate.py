@@ -44,7 +44,7 @@ class EvaluateConfig(BaseModel):
     thinking_marks: shared.ThinkingMarks = "model"
     reward_on: shared.RewardOn = "answer"
     column: shared.Column = ()
-    dtype: shared.Dtype = "bfloat16"
+    dtype: shared.Dtype = "auto"
     seed: shared.Seed = 0
     part: shared.Part = "1/1"
     round: Annotated[int, Field(ge=0)] = 0

@@ -43,7 +43,7 @@ class GenerateConfig(BaseModel):
     thinking_marks: shared.ThinkingMarks = "model"
     reward_on: shared.RewardOn = "answer"
     column: shared.Column = ()
-    dtype: shared.Dtype = "bfloat16"
+    dtype: shared.Dtype = "auto"
     seed: shared.Seed = 0
     part: shared.Part = "1/1"
     check: Annotated[int, Field(ge=0)] = 32

@@ -41,7 +41,7 @@ class ScoreConfig(BaseModel):
     thinking_marks: shared.ThinkingMarks = "model"
     reward_on: shared.RewardOn = "answer"
     column: shared.Column = ()
-    dtype: shared.Dtype = "bfloat16"
+    dtype: shared.Dtype = "auto"
     seed: shared.Seed = 0
     shard_rows: Annotated[int, RUNTIME, Field(ge=1)] = 256
     """Rows of a foreign file in one shard: the unit of commit and of resume."""

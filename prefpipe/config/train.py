@@ -171,7 +171,7 @@ class TrainConfig(LossSettings):
     merge: bool = False
     """Write OUT/merged too: the model with the trained adapter in its weights, for tools that take no adapters."""
 
-    dtype: Annotated[shared.Dtype, Heading("Number type, seed and order")] = "bfloat16"
+    dtype: Annotated[shared.Dtype, Heading("Number type, seed and order")] = "auto"
     seed: shared.Seed = 0
     train_order: Annotated[Literal["shuffled", "given", "hardness"], ADDED] = "shuffled"
     """Order of the rows: shuffled anew in every epoch (labels keep the proportion of their classes in every step), as

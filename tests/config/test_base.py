@@ -250,9 +250,11 @@ def test_the_fingerprint_ignores_runtime_settings_and_paths_and_nothing_else(cls
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_runs_that_were_made_before_keep_their_fingerprint(cls: type[BaseModel]) -> None:
-    """Ids of the default settings of released commands, with the reward that they had. Another id orphans every run
+    """Ids of the default settings of released commands, with the reward and the number type that they had.
+    Another id orphans every run
     that users have: annotate a new setting with ADDED, and never change a default."""
-    named = {n: "short_sentence" for n, _ in base.fields(cls) if n.rpartition(".")[2] == "reward"}
+    then = {"reward": "short_sentence", "dtype": "bfloat16"}
+    named = {n: then[n.rpartition(".")[2]] for n, _ in base.fields(cls) if n.rpartition(".")[2] in then}
     config = base.load(cls, None, named)
     if isinstance(config, TrainConfig):
         config = config.resolved  # as the run does

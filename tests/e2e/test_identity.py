@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe import machine
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.score import ScoreConfig
 from prefpipe.runs import store
@@ -78,7 +79,7 @@ def sampling_fields(place: Place, other_model: Path) -> dict[str, tuple[list[obj
             ["--rewards", "length", "--reward-settings", '{"length": {"kind": "length", "max": 3}}'],
             "input:reward length",
         ),
-        "dtype": (["--dtype", "float32"], "dtype: 'bfloat16' there, 'float32' now"),
+        "dtype": (["--dtype", "float16"], f"dtype: {machine.number_type()[0]!r} there, 'float16' now"),
         **{
             name: ([f"--{name.replace('_', '-')}", value], f"{name}: ")
             for name, value in {

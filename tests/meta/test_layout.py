@@ -18,6 +18,7 @@ GROUND = {
     "terminal",
     "schemas",
     "statistics",
+    "machine",
     "rows",
     "errors",
     "ids",

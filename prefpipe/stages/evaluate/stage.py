@@ -27,6 +27,7 @@ from prefpipe.inference.task import Task, answers_of, balances, prompt_key, read
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import Scored
 from prefpipe.runs import store
+from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
 
@@ -38,6 +39,7 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample every prompt that has no committed shard yet, rate the answers, sum up."""
     if not config.reward:
         raise UsageError("no reward given: nothing says which answers pass", f"pass --reward NAME: {REWARD_CHOICES}")
+    config = settled(config, out)
     task = read_task(config, [config.reward])
     with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
         manifest = output.manifest()

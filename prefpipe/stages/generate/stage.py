@@ -38,6 +38,7 @@ from prefpipe.models import vocabulary
 from prefpipe.rewards import rating
 from prefpipe.rows import ref_logps
 from prefpipe.runs import store
+from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, among, from_table, to_table
 
@@ -46,6 +47,7 @@ R = TypeVar("R")
 
 def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample, score and rate every prompt that has no committed shard yet."""
+    config = settled(config, out)
     task = read_task(config, config.rewards)
     with store.open_run(out, "generate", config, task.inputs, force=force) as output:
         manifest = output.manifest()

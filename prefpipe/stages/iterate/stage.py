@@ -31,6 +31,7 @@ from prefpipe.errors import PrefpipeError, UsageError
 from prefpipe.ids import canonical_json
 from prefpipe.models import policy
 from prefpipe.runs import fsio, store
+from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Evaluation, from_table
 
@@ -59,6 +60,7 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
     if not config.train.learning_rate:
         config = config.model_copy(update={"train": config.train.resolved})
         log.info(f"train.learning_rate = {config.train.learning_rate:g}: the default of tuning = {config.train.tuning}")
+    config = settled(config, out)
     with store.open_run(out, "iterate", config, _inputs(config), force=force) as run_dir:
         manifest = run_dir.manifest(lambda m: all(_is_unchanged(out / name, d) for name, d in m["identity"].items()))
         if manifest is not None:

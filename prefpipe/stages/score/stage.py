@@ -37,6 +37,7 @@ from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards import rating
 from prefpipe.rows import Logps, ref_logps
 from prefpipe.runs import store
+from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Completion, Dropped, RefLogps, among, from_table, to_table
 from prefpipe.stages.score import output as outputs
@@ -52,6 +53,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
     """Score and rate every row that has no committed shard yet, a shard at a time."""
     if not config.inputs:
         raise UsageError("no inputs given", "pass --inputs: a run directory, a file of rows, or hf:OWNER/NAME")
+    config = settled(config, out)
     policy = resolve(config.model, config.adapter)
     columns = files.renames(config.column)
     for source in config.inputs:

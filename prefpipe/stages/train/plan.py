@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
+from prefpipe.runs.settled import settled
 from prefpipe.stages.train import loading, loop, memory, mixing
 from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.inputs import prepare
@@ -15,6 +16,7 @@ _GIB = 2**30
 
 def run(config: TrainConfig) -> list[str]:
     """Lines of a table: memory by part, tokens, steps, time, and the saving of the cached reference."""
+    config = settled(config)
     data = prepare(config)
     model = loading.load_policy(data.policy, config)
     loading.choose_rows(model, data.computed_rows, config.dtype)

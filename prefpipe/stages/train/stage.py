@@ -31,6 +31,7 @@ from prefpipe.forward.logps import SCORER_VERSION, TreeModel
 from prefpipe.models.policy import Policy
 from prefpipe.rows import what_helps, why_dropped
 from prefpipe.runs import store
+from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, to_table
 from prefpipe.stages.train import loading, mixing, outputs, parallel
@@ -54,6 +55,7 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     if not config.learning_rate:
         config = config.resolved
         log.info(f"learning_rate = {config.learning_rate:g}: the default of tuning = {config.tuning}")
+    config = settled(config, out)
     data = prepare(config)  # 1
     opened = store.open_run(out, "train", config, data.inputs, force=force) if world.leads else nullcontext(None)
     with opened as output:  # 2

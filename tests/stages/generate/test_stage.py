@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefpipe import engines
+from prefpipe import engines, machine
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines import fake
 from prefpipe.engines.base import EngineSettings, Request, Sample, ScoreRequest
@@ -115,7 +115,7 @@ def test_a_completion_is_identified_by_content(tiny_model: Path, prompts_file: P
     completions = rows(tmp_path / "g", "completions", Completion)
     assert len({c.completion_id for c in completions}) == len(completions)
     for c in completions:
-        settings = ["fake", "bfloat16", 0, 1.0, 1.0, 0, 0.0, 60, []]
+        settings = ["fake", machine.number_type()[0], 0, 1.0, 1.0, 0, 0.0, 60, []]
         key = content_id(c.prompt_id, ids_digest(c.prompt_token_ids, []), policy, settings)
         assert c.completion_id == numbered_id(key, c.sample_index)
         assert c.ids_digest == ids_digest(c.prompt_token_ids, c.token_ids)

@@ -1,0 +1,41 @@
+"""Settings that depend on the machine, as values. A run that goes on keeps those that it began with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from prefpipe import log, machine
+from prefpipe.errors import DataError
+from prefpipe.runs import saved_config
+
+C = TypeVar("C", bound=BaseModel)
+_AUTO = "auto"
+
+
+def settled(config: C, out: Path | None = None) -> C:
+    """The config with a number type for every `dtype = "auto"`, in its tables too. What the run in `out` saved wins: a
+    run that began on a machine with bfloat16 goes on with it on one without."""
+    saved: Mapping[str, Any] = {}
+    if out is not None:
+        try:
+            saved = (saved_config.read(out / "config.json", force=True) or {}).get("config", {})
+        except DataError:  # `open_run` says what is wrong with it
+            saved = {}
+    dtype, reason = machine.number_type()
+    settings = _settled(config, saved, dtype)
+    if settings != config and not saved:
+        log.info(f"dtype = {dtype}: {reason}")
+    return settings
+
+
+def _settled(config: C, saved: Mapping[str, Any], dtype: str) -> C:
+    changes: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value, before = getattr(config, name), saved.get(name)
+        if isinstance(value, BaseModel):
+            changes[name] = _settled(value, before if isinstance(before, dict) else {}, dtype)
+        elif name == "dtype" and value == _AUTO:
+            changes[name] = before if isinstance(before, str) else dtype
+    return config.model_copy(update=changes) if changes else config

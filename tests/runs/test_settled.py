@@ -1,0 +1,57 @@
+"""`dtype = "auto"` is a number type before anything is hashed, and a run keeps the one that it began with."""
+
+from pathlib import Path
+
+import pytest
+
+from prefpipe import machine
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.train import TrainConfig
+from prefpipe.runs import store
+from prefpipe.runs.settled import settled
+
+
+def on(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(machine, "number_type", lambda: (dtype, "of this test"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_auto_is_that_of_the_machine_in_every_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    on(monkeypatch, dtype)
+    rounds = settled(IterateConfig(train=TrainConfig(dtype="float16")))
+    assert (rounds.generate.dtype, rounds.train.dtype, rounds.evaluate.dtype) == (dtype, "float16", dtype)
+    assert f"dtype = {dtype}: of this test" in capsys.readouterr().err
+
+
+def test_a_number_type_that_is_named_is_kept_and_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on(monkeypatch, "bfloat16")
+    config = GenerateConfig(dtype="float32")
+    assert settled(config) == config
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_goes_on_with_the_number_type_that_it_began_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on(monkeypatch, "bfloat16")
+    with store.open_run(tmp_path, "generate", settled(GenerateConfig(), tmp_path), {}, force=False):
+        pass
+    on(monkeypatch, "float32")
+    assert settled(GenerateConfig(), tmp_path).dtype == "bfloat16"
+    with store.open_run(tmp_path, "generate", settled(GenerateConfig(), tmp_path), {}, force=False):
+        pass
+    assert settled(GenerateConfig(), tmp_path / "other").dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"config": 3}', '{"command": "x", "config": {"dtype": 7}, "identity": {}}']
+)
+def test_a_damaged_config_leaves_it_to_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    on(monkeypatch, "float32")
+    (tmp_path / "config.json").write_text(content)
+    assert settled(GenerateConfig(), tmp_path).dtype == "float32"

@@ -1,0 +1,61 @@
+"""Which number type the hardware is fast at, by what it says of itself."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefpipe import machine
+
+
+@pytest.fixture(autouse=True)
+def unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine without GPUs that says nothing of its CPU."""
+    for name in ("_CPUINFO", "_NVIDIA", "_AMD"):
+        monkeypatch.setattr(machine, name, tmp_path / name)
+    machine.number_type.cache_clear()
+    yield
+    machine.number_type.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("lines", "dtype"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", "bfloat16"),
+        ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", "bfloat16"),
+        ("flags\t\t: fpu avx2 avx512f avx512bw\n", "float32"),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n", "bfloat16"),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "float32"),
+        ("model name\t: a bf16 machine\n", "float32"),
+        ("", "float32"),
+    ],
+)
+def test_a_cpu_computes_what_its_flags_say(tmp_path: Path, lines: str, dtype: str) -> None:
+    (tmp_path / "_CPUINFO").write_text(lines)
+    assert machine.number_type()[0] == dtype
+
+
+def test_a_machine_that_says_nothing_computes_float32() -> None:
+    assert machine.number_type()[0] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [("9.0\n9.0\n", "bfloat16"), ("8.0\n7.5\n", "float32"), ("", "bfloat16"), ("[N/A]\n", "bfloat16")],
+)
+def test_the_oldest_gpu_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, dtype: str) -> None:
+    (tmp_path / "_NVIDIA").touch()
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
+    assert machine.number_type()[0] == dtype
+
+
+def test_a_gpu_whose_tool_is_not_there_is_taken_for_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_NVIDIA").touch()
+    monkeypatch.setattr(machine, "_NVIDIA_SMI", (str(tmp_path / "nowhere"),))
+    assert machine.number_type()[0] == "bfloat16"
+
+
+def test_a_gpu_of_amd_computes_bfloat16(tmp_path: Path) -> None:
+    (tmp_path / "_AMD").touch()
+    assert machine.number_type()[0] == "bfloat16"
