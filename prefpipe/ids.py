@@ -30,22 +30,39 @@ def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
-def ids_digest(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+def ids_digest(
+    prompt_token_ids: Sequence[int], token_ids: Sequence[int], loss_mask: Sequence[bool] | None = None
+) -> str:
     """The digest of a prompt and a completion, 32 hex digits: which token ids a log-prob belongs to.
 
-    The boundary counts: a token that moves from the prompt to the completion changes the digest.
+    The boundary counts: a token that moves from the prompt to the completion changes the digest. So does the mask of
+    the tokens that are scored; one that scores them all is the same as none.
     """
-    return next(ids_digests(prompt_token_ids, [token_ids]))
+    hasher = _hasher(prompt_token_ids)
+    hasher.update(array("i", token_ids))
+    if loss_mask is not None and not all(loss_mask):
+        hasher.update(array("i", [-1, *loss_mask]))  # no token id is negative
+    return hasher.hexdigest()
 
 
 def ids_digests(prompt_token_ids: Sequence[int], completions: Iterable[Sequence[int]]) -> Iterator[str]:
-    """`ids_digest` of every completion of a prompt. The prompt is hashed once."""
-    prompt = hashlib.blake2b(len(prompt_token_ids).to_bytes(8, "little"), digest_size=16)
-    prompt.update(array("i", prompt_token_ids))
+    """`ids_digest` of every completion of a prompt, all of whose tokens are scored. The prompt is hashed once."""
+    prompt = _hasher(prompt_token_ids)
     for token_ids in completions:
         hasher = prompt.copy()
         hasher.update(array("i", token_ids))
         yield hasher.hexdigest()
+
+
+def masked_id(*parts: object, loss_mask: Sequence[bool] | None) -> str:
+    """The content id of a completion: of `parts` alone where all of its tokens are scored."""
+    return content_id(*parts, *([] if loss_mask is None else [list(loss_mask)]))
+
+
+def _hasher(prompt_token_ids: Sequence[int]) -> "hashlib.blake2b":
+    hasher = hashlib.blake2b(len(prompt_token_ids).to_bytes(8, "little"), digest_size=16)
+    hasher.update(array("i", prompt_token_ids))
+    return hasher
 
 
 class IdSet:

@@ -17,11 +17,12 @@ ROW_TYPES: dict[str, type] = {"prompts": Prompt, "completions": Completion, **PR
 
 class CompletionIds(NamedTuple):
     """The token ids of a completion in a row. `key` is its completion_id; in the KL bank, where the prompt is another
-    one's, the bank_id."""
+    one's, the bank_id. `loss_mask` says which of its tokens are scored; None: all of them."""
 
     key: str
     prompt_token_ids: list[int]
     token_ids: list[int]
+    loss_mask: list[bool] | None
     digest: str
 
 
@@ -41,20 +42,22 @@ def completions_of(row: Any) -> list[CompletionIds]:
 
 
 def _of_pair(row: Pair) -> list[CompletionIds]:
-    prompt = row.prompt_token_ids
+    chosen = (row.chosen_token_ids, row.chosen_loss_mask, row.chosen_ids_digest)
+    rejected = (row.rejected_token_ids, row.rejected_loss_mask, row.rejected_ids_digest)
     return [
-        CompletionIds(row.chosen_completion_id, prompt, row.chosen_token_ids, row.chosen_ids_digest),
-        CompletionIds(row.rejected_completion_id, prompt, row.rejected_token_ids, row.rejected_ids_digest),
+        CompletionIds(row.chosen_completion_id, row.prompt_token_ids, *chosen),
+        CompletionIds(row.rejected_completion_id, row.prompt_token_ids, *rejected),
     ]
 
 
 def _of_one(row: Completion | Label | KlBank) -> list[CompletionIds]:
-    return [CompletionIds(key_of(row), row.prompt_token_ids, row.token_ids, row.ids_digest)]
+    return [CompletionIds(key_of(row), row.prompt_token_ids, row.token_ids, row.loss_mask, row.ids_digest)]
 
 
 def _of_group(row: RankedGroup) -> list[CompletionIds]:
-    columns = zip(row.completion_ids, row.token_ids, row.ids_digests, strict=True)
-    return [CompletionIds(key, row.prompt_token_ids, ids, digest) for key, ids, digest in columns]
+    masks = row.loss_masks or [None] * len(row.completion_ids)
+    columns = zip(row.completion_ids, row.token_ids, masks, row.ids_digests, strict=True)
+    return [CompletionIds(key, row.prompt_token_ids, *of_completion) for key, *of_completion in columns]
 
 
 _COMPLETIONS: dict[type, Callable[[Any], list[CompletionIds]]] = {
@@ -68,8 +71,8 @@ _COMPLETIONS: dict[type, Callable[[Any], list[CompletionIds]]] = {
 def check_ids(row: Any, source: object) -> None:
     """Raise IdentityError when the token ids of a row have another digest than the row says. `source` is where
     the row was read."""
-    for key, prompt, ids, digest in completions_of(row):
-        if ids_digest(prompt, ids) != digest:
+    for key, prompt, ids, mask, digest in completions_of(row):
+        if ids_digest(prompt, ids, mask) != digest:
             raise IdentityError(
                 f"{source}: the token ids of {key} do not match their digest (ids_digest)",
                 "the rows were edited or shuffled: make them again with the command that wrote them",
@@ -94,6 +97,7 @@ _SETTINGS = {
     "control_tokens": "--special-tokens-in-prompts escape or allow keeps rows whose text spells control tokens",
     "template_changes": "--template-changes allow keeps rows that the chat template changes, and --chat-template FILE "
     "takes another template",
+    "several_turns": "--chat-template FILE takes a template whose {% generation %} marks say what is scored",
     "too_long": "--max-length and --max-prompt-length say how long a row may be",
     "missing": "--column NAME=COLUMN gives a column another name",
 }
@@ -102,8 +106,8 @@ _SETTINGS = {
 def logps_of_other_ids(completion_ids: Sequence[str], source: object) -> IdentityError:
     """The error for log-probs with another digest than the completions of the same ids have."""
     return IdentityError(
-        f"{source}: the log-probs of {len(completion_ids)} completions were made for other token ids (first: "
-        f"completion {completion_ids[0]})",
+        f"{source}: the log-probs of {len(completion_ids)} completions were made for other token ids, or another loss "
+        f"mask (first: completion {completion_ids[0]})",
         "score these completions again: prefpipe score --inputs DIR --out NEW",
     )
 
@@ -121,7 +125,7 @@ def one_reference(references: Iterable[str | None]) -> str | None:
 
 def ref_logps(completion_id: str, digest: str, token_logps: list[float], *, reference: str, scorer: str) -> RefLogps:
     """A row of reference log-probs. `digest` is the ids_digest of the completion, `token_logps` (nats) has a value for
-    each of its tokens."""
+    each of its scored tokens."""
     return RefLogps(completion_id, reference, scorer, digest, token_logps, sum(token_logps), len(token_logps))
 
 

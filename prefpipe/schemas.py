@@ -26,12 +26,12 @@ Int32 = Annotated[int, pa.int32()]
 Messages = list[Message]
 TokenIds = list[Int32]
 TokenLogps = list[Float32]
+LossMask = list[bool]
 
 VERSION = 1  # of all row types together: CONTRIBUTING.md says when to raise it
 DATASET_KEY, VERSION_KEY = "prefpipe.dataset", "prefpipe.version"  # in the metadata of every file
-_PLAIN = (pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False))
-_MESSAGE = pa.struct([*_PLAIN, pa.field("extra", pa.string())])
-_OLD_MESSAGE = pa.struct(_PLAIN)  # of files that were written before messages had `extra`
+PLAIN_MESSAGE = pa.struct([pa.field(name, pa.string(), nullable=False) for name in ("role", "content")])
+MESSAGE = pa.struct([*PLAIN_MESSAGE, pa.field("extra", pa.string())])
 _SCALARS: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
@@ -53,7 +53,8 @@ class Prompt:
 class Completion:
     """One sampled answer, as the exact token ids; text is for people. `token_ids` holds the EOS when it was sampled.
     `messages` are the turns of an answer from a file that say more than text, such as tool calls. `thinking` is the
-    reasoning in front of `text`, with its marks, and `thinking_tokens` the number of its tokens."""
+    reasoning in front of `text`, with its marks, and `thinking_tokens` the number of its tokens; of several turns it is
+    all in front of the last answer. `loss_mask` says which tokens are scored; null: every one."""
 
     completion_id: str
     prompt_id: str
@@ -67,11 +68,12 @@ class Completion:
     messages: Messages | None = None
     thinking: str | None = None
     thinking_tokens: Int32 | None = None
+    loss_mask: LossMask | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RefLogps:
-    """Raw reference log-probs (nats, temperature 1) of a completion's tokens, and their float32 sum."""
+    """Raw reference log-probs (nats, temperature 1) of a completion's scored tokens, and their float32 sum."""
 
     completion_id: str
     reference: str
@@ -123,6 +125,8 @@ class Pair:
     reference: str | None
     scorer: str | None
     template_inputs: str | None = None
+    chosen_loss_mask: LossMask | None = None
+    rejected_loss_mask: LossMask | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +149,7 @@ class Label:
     reference: str | None
     scorer: str | None
     template_inputs: str | None = None
+    loss_mask: LossMask | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +169,7 @@ class KlBank:
     ref_token_logps: TokenLogps | None
     reference: str | None
     scorer: str | None
+    loss_mask: LossMask | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +191,7 @@ class RankedGroup:
     reference: str | None
     scorer: str | None
     template_inputs: str | None = None
+    loss_masks: list[LossMask] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +224,6 @@ class Dropped:
     detail: str
 
 
-# For other programs: messages of plain text, and messages with all their keys, as JSON (`datasets` reads it as such).
-PlainMessages = Annotated[list[Message], pa.list_(pa.field("element", _OLD_MESSAGE, nullable=False))]
-Json = Annotated[str, pa.json_()]
-
 R = TypeVar("R")
 
 
@@ -249,26 +252,13 @@ def from_table(row_type: type[R], table: pa.Table) -> list[R]:
     return [row_type(**row) for row in rows]
 
 
-def earlier_schema(row_type: type) -> pa.Schema:
-    """The schema of files from before messages had `extra` and rows their optional columns: it is read too."""
-    later = {f.name for f in dataclasses.fields(row_type) if f.default is None}  # type: ignore[arg-type]  # a dataclass
-    fields = [pa.field(f.name, _earlier(f.type), f.nullable) for f in arrow_schema(row_type) if f.name not in later]
-    return pa.schema(fields)
-
-
 def among(table: pa.Table, keys: pa.Array) -> pa.Table:
     """The rows of a table whose completion_id is one of `keys`."""
     return table.filter(pc.call_function("is_in", [table["completion_id"]], pc.SetLookupOptions(keys)))
 
 
 def _holds_messages(data_type: pa.DataType) -> bool:
-    return data_type == _MESSAGE or (pa.types.is_list(data_type) and _holds_messages(data_type.value_type))
-
-
-def _earlier(data_type: pa.DataType) -> pa.DataType:
-    if pa.types.is_list(data_type):
-        return pa.list_(pa.field("element", _earlier(data_type.value_type), nullable=False))
-    return _OLD_MESSAGE if data_type == _MESSAGE else data_type
+    return data_type == MESSAGE or (pa.types.is_list(data_type) and _holds_messages(data_type.value_type))
 
 
 def _drop_null_extra(value: Any) -> None:
@@ -289,7 +279,7 @@ def _field(name: str, hint: Any) -> pa.Field:
 
 def _data_type(hint: Any) -> pa.DataType:
     if hint is Message:
-        return _MESSAGE
+        return MESSAGE
     if typing.get_origin(hint) is list:
         return pa.list_(pa.field("element", _data_type(typing.get_args(hint)[0]), nullable=False))
     if typing.get_origin(hint) is Annotated:

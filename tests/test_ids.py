@@ -11,7 +11,7 @@ import tracemalloc
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prefpipe.ids import IdSet, canonical_json, content_id, ids_digest, ids_digests, numbered_id, sample_seed
+from prefpipe.ids import IdSet, canonical_json, content_id, ids_digest, ids_digests, masked_id, numbered_id, sample_seed
 from tests.conftest import ROOT
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -110,6 +110,20 @@ def test_numbered_ids_differ_by_key_and_number() -> None:
 @given(prompt=TOKENS, completions=st.lists(TOKENS, max_size=4))
 def test_digests_of_one_prompt_are_those_of_each(prompt: list[int], completions: list[list[int]]) -> None:
     assert list(ids_digests(prompt, completions)) == [ids_digest(prompt, ids) for ids in completions]
+
+
+@given(prompt=TOKENS, ids=TOKENS, mask=st.lists(st.booleans(), max_size=8))
+def test_the_mask_of_scored_tokens_is_part_of_the_digest(prompt: list[int], ids: list[int], mask: list[bool]) -> None:
+    """One that scores every token is none: digests of rows without a mask are as they were."""
+    assert (ids_digest(prompt, ids, mask) == ids_digest(prompt, ids)) == all(mask)
+    others = [*mask[:-1], not mask[-1]] if mask else [False]
+    assert ids_digest(prompt, ids, mask) != ids_digest(prompt, ids, others)
+
+
+def test_a_mask_gives_a_completion_another_id() -> None:
+    assert masked_id([1], "import", loss_mask=None) == content_id([1], "import")
+    ids = {masked_id([1], "import", loss_mask=mask) for mask in (None, [True, False], [False, True])}
+    assert len(ids) == 3
 
 
 @given(keys=st.lists(st.integers(1, 40).map(lambda n: f"{n % 3:016x}{n * 256 + n % 2:016x}"), max_size=60))

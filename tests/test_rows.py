@@ -47,10 +47,12 @@ def test_the_first_column_is_the_key(pair: Pair, labels: list[Label]) -> None:
 
 def test_the_completions_of_a_row_are_in_its_order(pair: Pair, labels: list[Label]) -> None:
     assert [name for name, *_ in rows.completions_of(pair)] == [pair.chosen_completion_id, pair.rejected_completion_id]
-    assert rows.completions_of(GROUP) == [("best", [1, 2], [3], "d"), ("worst", [1, 2], [4, 5], "e")]
-    ((name, prompt, ids, digest),) = rows.completions_of(labels[0])
+    assert rows.completions_of(GROUP) == [("best", [1, 2], [3], None, "d"), ("worst", [1, 2], [4, 5], None, "e")]
+    masked = replace(GROUP, loss_masks=[[True], [False, True]])
+    assert [found.loss_mask for found in rows.completions_of(masked)] == [[True], [False, True]]
+    ((name, prompt, ids, mask, digest),) = rows.completions_of(labels[0])
     assert (name, prompt) == (labels[0].completion_id, labels[0].prompt_token_ids)
-    assert (ids, digest) == (labels[0].token_ids, labels[0].ids_digest)
+    assert (ids, mask, digest) == (labels[0].token_ids, None, labels[0].ids_digest)
     assert rows.completions_of(Prompt("p", [], None, "train", "", "{}")) == []
 
 
@@ -88,7 +90,8 @@ def test_ids_that_are_not_those_of_the_digest_are_refused(pair: Pair) -> None:
     rows.check_ids(pair, "runs/p")
     chosen, rejected = (replace(pair, **{f"{side}_token_ids": [9, 2]}) for side in ("chosen", "rejected"))
     longer = replace(pair, prompt_token_ids=[*pair.prompt_token_ids, pair.chosen_token_ids[0]])
-    for edited, key in ((chosen, "chosen"), (rejected, "rejected"), (longer, "chosen")):
+    masked = replace(pair, rejected_loss_mask=[False, *[True] * (len(pair.rejected_token_ids) - 1)])
+    for edited, key in ((chosen, "chosen"), (rejected, "rejected"), (longer, "chosen"), (masked, "rejected")):
         completion_id = getattr(pair, f"{key}_completion_id")
         with pytest.raises(IdentityError, match=f"runs/p: the token ids of {completion_id} do not match their digest"):
             rows.check_ids(edited, "runs/p")
@@ -103,5 +106,5 @@ def test_log_probs_of_two_references_never_mix() -> None:
 
 def test_log_probs_of_other_ids_name_the_first_completion() -> None:
     error = rows.logps_of_other_ids(["c", "d"], "runs/s")
-    assert error.message.startswith("runs/s: the log-probs of 2 completions were made for other token ids (first: ")
-    assert error.message.endswith("completion c)")
+    assert error.message.startswith("runs/s: the log-probs of 2 completions were made for other token ids")
+    assert error.message.endswith("(first: completion c)")

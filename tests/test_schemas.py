@@ -29,7 +29,7 @@ ROW_TYPES = (Prompt, Completion, RefLogps, Reward, Pair, Label, KlBank, RankedGr
 REFERENCE = {"ref_logps", "ref_token_logps", "reference", "scorer"}
 NULLABLE = {
     Prompt: {"answer", "template_inputs"},
-    Completion: {"messages", "thinking", "thinking_tokens"},
+    Completion: {"messages", "thinking", "thinking_tokens", "loss_mask"},
     RefLogps: set[str](),
     Reward: {"reward", "detail"},
     Pair: {
@@ -40,11 +40,13 @@ NULLABLE = {
             "ref_rejected_logps",
             "ref_chosen_token_logps",
             "ref_rejected_token_logps",
+            "chosen_loss_mask",
+            "rejected_loss_mask",
         ),
     },
-    Label: {"reward", "template_inputs", *REFERENCE},
-    KlBank: REFERENCE,
-    RankedGroup: {"template_inputs", *REFERENCE},
+    Label: {"reward", "template_inputs", "loss_mask", *REFERENCE},
+    KlBank: {"loss_mask", *REFERENCE},
+    RankedGroup: {"template_inputs", "loss_masks", *REFERENCE},
     Evaluation: {"reward", "detail", "thinking"},
     Dropped: set[str](),
 }

@@ -12,6 +12,7 @@ with the callers, so that every engine sees the same ids, log-probs of two engin
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import compress
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -81,11 +82,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A completion to score, from any source."""
+    """A completion to score, from any source. `loss_mask` says which of its tokens are scored; None: all of them."""
 
     completion_id: str
     prompt_token_ids: list[int]
     token_ids: list[int]
+    loss_mask: list[bool] | None = None
+
+    def scored(self, values: list[float]) -> list[float]:
+        """Of the values of all tokens those of the scored ones."""
+        return values if self.loss_mask is None else list(compress(values, self.loss_mask))
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Engine(Protocol):
         ...
 
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        """(completion_id, raw log-prob of every completion token in nats), with the adapter on or off."""
+        """(completion_id, raw log-prob of every scored token in nats), with the adapter on or off."""
         ...
 
     def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:

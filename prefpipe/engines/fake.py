@@ -44,7 +44,8 @@ class FakeEngine:
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         """The log-probs that sampling gives, shifted when the adapter is off."""
         for sequence in sequences:
-            yield sequence.completion_id, self._score(sequence.token_ids, 0.0 if adapter else -0.125)
+            values = self._score(sequence.token_ids, 0.0 if adapter else -0.125)
+            yield sequence.completion_id, sequence.scored(values)
 
     def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
         """The text that sampling would give; for a schema, JSON that follows it and depends on the prompt's ids."""

@@ -14,7 +14,7 @@ from prefpipe import log
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import UsageError
 from prefpipe.forward import load
-from prefpipe.forward.layout import Tree
+from prefpipe.forward.layout import Tree, tree_with_masks
 from prefpipe.forward.logps import (
     ROWS_IN_WORDS,
     TreeModel,
@@ -82,7 +82,9 @@ class TransformersEngine:
         """The trainer's forward without gradient; neighbours with the same prompt share its computation."""
         with load.adapter_off(self._model.policy, off=not adapter):
             for prompts in _chunks(groupby(sequences, key=lambda s: tuple(s.prompt_token_ids))):
-                trees = [Tree(prompt, [s.token_ids for s in same]) for prompt, same in prompts]
+                trees = [
+                    tree_with_masks(prompt, [(s.token_ids, s.loss_mask) for s in same]) for prompt, same in prompts
+                ]
                 for (_, same), values in zip(prompts, self._score(trees), strict=True):
                     yield from zip((s.completion_id for s in same), values, strict=True)
 

@@ -99,7 +99,7 @@ class VllmEngine:
                 yield request, sorted(samples, key=lambda s: s.sample_index)
 
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
-        """Ask vLLM for the log-probs of prompt + completion as of one prompt, and keep those of the completion."""
+        """Ask vLLM for the log-probs of prompt + completion as of one prompt, and keep those of the scored tokens."""
         params = self._vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
@@ -116,7 +116,7 @@ class VllmEngine:
             starts = flat.start_indices[len(sequence.prompt_token_ids) :]
             if [flat.token_ids[s] for s in starts] != sequence.token_ids:
                 raise DataError(f"vLLM scored other tokens than those of {key}", "report this with your vLLM version")
-            yield key, [float(flat.logprobs[s]) for s in starts]
+            yield key, sequence.scored([float(flat.logprobs[s]) for s in starts])
 
     def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
         """Answers follow a grammar made of the schema, where a query has one; nothing asks for log-probs."""

@@ -2,10 +2,11 @@
 
 The trunk is the prompt and the longest token prefix that all completions share. Behind it lies the rest of every
 completion; its positions go on from the trunk, and its first token is predicted from the last state of the trunk.
-T = tokens in the row, U = distinct predictions, N = completion tokens (a shared one counts K times), C = completions.
+Nothing predicts a token that is not scored, such as a tool's result inside an answer: it is context for later ones.
+T = tokens in the row, U = distinct predictions, N = scored tokens (a shared one counts K times), C = completions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +16,18 @@ from prefpipe.ids import common_prefix
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt (at least one token) and its completions (at least one token each)."""
+    """A prompt (at least one token) and its completions (at least one token each). `masks` say which tokens of a
+    completion are scored; None, and no masks at all, stand for every one."""
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    masks: Sequence[Sequence[bool] | None] = ()
+
+    @property
+    def num_scored(self) -> list[int]:
+        """Scored tokens of every completion."""
+        lengths = list(map(len, self.completions))
+        return [n if m is None else sum(m) for n, m in zip(lengths, self.masks, strict=True)] if self.masks else lengths
 
     @property
     def num_logical_tokens(self) -> int:
@@ -60,7 +69,7 @@ class Layout:
     # [U]: the state at sources[u] predicts the token targets[u].
     sources: torch.Tensor
     targets: torch.Tensor
-    # [N]: for every completion token the number of its prediction, and of its completion, counted through all trees.
+    # [N]: for every scored token the number of its prediction, and of its completion, counted through all trees.
     entries: torch.Tensor
     owners: torch.Tensor
     spans: tuple[Span, ...]
@@ -73,7 +82,8 @@ class Layout:
 
 
 def flatten(trees: Sequence[Tree]) -> Layout:
-    """Lay trees out in one row. Raises ValueError for an empty prompt or completion."""
+    """Lay trees out in one row. Raises ValueError for an empty prompt or completion, and for a mask of another length
+    or without a scored token."""
     input_ids: list[int] = []
     position_ids: list[int] = []
     sources: list[int] = []
@@ -106,7 +116,7 @@ def flatten(trees: Sequence[Tree]) -> Layout:
             owners += [owner] * len(completion)
             owner += 1
         spans.append(Span(start, trunk_length, tuple(parts)))
-    return Layout(
+    layout = Layout(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
         sources=torch.tensor(sources),
@@ -116,8 +126,42 @@ def flatten(trees: Sequence[Tree]) -> Layout:
         spans=tuple(spans),
         num_completions=owner,
     )
+    return _scored(layout, trees) if any(tree.masks for tree in trees) else layout
 
 
 def separate(trees: Sequence[Tree]) -> list[Tree]:
     """A tree for every completion, in their order: nothing is shared."""
-    return [Tree(tree.prompt, (completion,)) for tree in trees for completion in tree.completions]
+    return [
+        tree_with_masks(tree.prompt, [(completion, mask)])
+        for tree in trees
+        for completion, mask in zip(tree.completions, _masks(tree), strict=True)
+    ]
+
+
+def tree_with_masks(prompt: Sequence[int], completions: Iterable[tuple[Sequence[int], Sequence[bool] | None]]) -> Tree:
+    """The tree of a prompt and completions with their masks."""
+    ids, masks = zip(*completions, strict=True)
+    return Tree(prompt, ids, masks if any(mask is not None for mask in masks) else ())
+
+
+def _masks(tree: Tree) -> Sequence[Sequence[bool] | None]:
+    return tree.masks or [None] * len(tree.completions)
+
+
+def _scored(layout: Layout, trees: Sequence[Tree]) -> Layout:
+    """The layout without the predictions of tokens that no completion scores."""
+    scored: list[bool] = []
+    for tree in trees:
+        for completion, mask in zip(tree.completions, _masks(tree), strict=True):
+            if mask is not None and (len(mask) != len(completion) or not any(mask)):
+                raise ValueError("a mask has a value for every token of its completion, and scores one at least")
+            scored += [True] * len(completion) if mask is None else mask
+    kept = torch.tensor(scored)
+    used, entries = layout.entries[kept].unique(return_inverse=True)
+    return replace(
+        layout,
+        sources=layout.sources[used],
+        targets=layout.targets[used],
+        entries=entries,
+        owners=layout.owners[kept],
+    )

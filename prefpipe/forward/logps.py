@@ -50,7 +50,7 @@ class TreeModel(torch.nn.Module):
     def forward(
         self, layout: Layout, *, collisions: bool = False, balance: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """float32 log-probs [N], in nats, of every completion token of a layout, in its order. With `collisions`
+        """float32 log-probs [N], in nats, of every scored token of a layout, in its order. With `collisions`
         [2, N]: row 1 is log sum_v p_v^2 of the distribution that the token was drawn from, without gradient. With
         `balance` also the load-balancing loss of every completion [C]."""
         causal = causal_model(self.policy)
@@ -114,11 +114,12 @@ def decoder(causal: PreTrainedModel) -> torch.nn.Module:
 
 @torch.no_grad()
 def score(model: TreeModel, trees: Iterable[Tree], max_tokens: int = SCORING_TOKENS) -> Iterator[list[list[float]]]:
-    """Token log-probs (nats) of every completion, tree by tree, without gradient; up to `max_tokens` in one pass."""
+    """Log-probs (nats) of the scored tokens of every completion, tree by tree, without gradient; up to `max_tokens` in
+    one pass."""
     for packed in pack(trees, max_tokens):
         values = iter(model(model.layout(packed)).tolist())
         for tree in packed:
-            yield [[next(values) for _ in completion] for completion in tree.completions]
+            yield [[next(values) for _ in range(count)] for count in tree.num_scored]
 
 
 def pack(trees: Iterable[Tree], max_tokens: int) -> Iterator[list[Tree]]:

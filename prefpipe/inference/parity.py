@@ -18,7 +18,7 @@ _BETA = 0.1
 
 @dataclass(frozen=True)
 class CachedLogps:
-    """A completion with its cached log-probs: nats, one per token."""
+    """A completion with its cached log-probs: nats, one per scored token."""
 
     request: ScoreRequest
     token_logps: Sequence[float]

@@ -12,12 +12,13 @@ from prefpipe.log import Advance
 from prefpipe.schemas import Completion
 
 Content = TypeVar("Content")
-Values = dict[str, list[float]]  # log-probs (nats) of every token, by completion_id
+Values = dict[str, list[float]]  # log-probs (nats) of every scored token, by completion_id
 
 
 def request_of(completion: Completion) -> ScoreRequest:
     """The request to score a completion."""
-    return ScoreRequest(completion.completion_id, completion.prompt_token_ids, completion.token_ids)
+    ids = (completion.prompt_token_ids, completion.token_ids, completion.loss_mask)
+    return ScoreRequest(completion.completion_id, *ids)
 
 
 def shard_of(index: int, content: Content, requests: Sequence[ScoreRequest]) -> Shard[Content, ScoreRequest]:

@@ -5,7 +5,7 @@
 | preference | `chosen`, `rejected`, and a prompt, or without it conversations or transcripts with equal first turns |
 | list | a prompt and `completions` (or `generations`, `responses`), rated or not |
 | label | a prompt, `completion` (or `output`, `response`), `label` |
-| completion | a prompt and `completion`, or `messages` that end with the assistant |
+| completion | a prompt and `completion`, or `messages` that go on behind the prompt or end with the answer |
 
 A prompt is `prompt`, `instruction` (with `input`), `input`, `question`, `messages` or `conversations`. `system_prompt`
 or `system` goes in front. `tools`, `documents` and `chat_template_kwargs` go to the chat template.
@@ -14,10 +14,12 @@ or `system` goes in front. `tools`, `documents` and `chat_template_kwargs` go to
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from prefpipe.errors import DataError, RowFault
 from prefpipe.inputs.messages import TEMPLATE_INPUTS, Row, check_carried, messages, template_inputs, text
+from prefpipe.models.encoding import ASKING
 from prefpipe.schemas import Message, Messages
 
 _PROMPTS = ("prompt", "instruction", "input", "question", "messages", "conversations")
@@ -132,17 +134,20 @@ def prompt_of(row: Row) -> Messages:
 
 
 def answer_turns(prompt: Messages, turns: Messages) -> Messages:
-    """The one assistant turn that answers the prompt, which many files repeat in front of it. Raises RowFault for no
-    turn, for several, for one without text, and for a turn of somebody else."""
+    """The turns that answer the prompt, which many files repeat in front of them: one of the assistant, or several that
+    begin and end with one. Raises RowFault for no turn, for one of the assistant without text, and for other roles."""
     if turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
     if not turns:
         raise RowFault("empty", "an answer without messages")
     if turns[0]["role"] != "assistant":
         raise RowFault("bad_roles", f"an answer starts with the assistant, not with {turns[0]['role']!r}")
-    if len(turns) > 1:
-        raise RowFault("several_turns", f"an answer of {len(turns)} turns: what others say in it is no completion")
-    if not turns[0]["content"].strip() and "extra" not in turns[0]:
+    roles = [turn["role"] for turn in turns]
+    if roles[-1] != "assistant" or not {"assistant", *ASKING}.issuperset(roles):
+        raise RowFault(
+            "bad_roles", f"an answer ends with the assistant, between its turns others reply; roles are {roles}"
+        )
+    if any(turn["role"] == "assistant" and not turn["content"].strip() and "extra" not in turn for turn in turns):
         raise RowFault("empty", "an answer without text")
     return turns
 
@@ -195,10 +200,18 @@ def _preference(row: Row) -> AnsweredPrompt:
 
 
 def _shared_turns(chosen: Messages, rejected: Messages) -> Messages:
-    """The turns before the last one, which both conversations must share."""
-    if chosen[:-1] != rejected[:-1]:
-        raise RowFault("several_turns", "chosen and rejected part before their last turn")
-    return chosen[:-1]
+    """The turns that both conversations begin with: all but the last, or where tools answered the assistant in each of
+    them, up to the turn in which they part. Raises RowFault for others that part before their last turn."""
+    if chosen[:-1] == rejected[:-1]:
+        return chosen[:-1]
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    while shared and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+        shared -= 1
+    if not shared or any(turn["role"] == "user" for turn in (*chosen[shared:], *rejected[shared:])):
+        detail = "chosen and rejected part before their last turn: a column 'prompt' would say what both answer"
+        raise RowFault("several_turns", detail)
+    return chosen[:shared]
 
 
 def _list(row: Row) -> AnsweredPrompt:
@@ -228,7 +241,11 @@ def _per_answer(row: Row, entries: list[Any], columns: Iterable[str], kind: str)
 
 def _completion(row: Row) -> AnsweredPrompt:
     name = _first(row, _COMPLETIONS)
-    if name is None and not any(n in row for n in _COMPLETIONS):
+    conversation = _first(row, ("messages", "conversations"))
+    if name is None and conversation and conversation != _first(row, _PROMPTS):
+        prompt = prompt_of(row)
+        turns = messages(row[conversation], conversation, "assistant")
+    elif name is None and not any(n in row for n in _COMPLETIONS):
         *prompt, answer = prompt_of(row) or [Message(role="", content="")]
         turns = [answer]
     else:

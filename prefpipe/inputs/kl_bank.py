@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from prefpipe.errors import DataError
-from prefpipe.ids import content_id, ids_digest
+from prefpipe.ids import ids_digest, masked_id
 from prefpipe.schemas import KlBank, Label
 
 
@@ -36,14 +36,15 @@ def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
 
 def _bank_row(prompt_id: str, prompt_ids: list[int], row: Label) -> KlBank:
     return KlBank(
-        bank_id=content_id(prompt_ids, row.token_ids),
+        bank_id=masked_id(prompt_ids, row.token_ids, loss_mask=row.loss_mask),
         prompt_id=prompt_id,
         completion_id=row.completion_id,
         prompt_token_ids=prompt_ids,
         token_ids=row.token_ids,
-        ids_digest=ids_digest(prompt_ids, row.token_ids),
+        ids_digest=ids_digest(prompt_ids, row.token_ids, row.loss_mask),
         ref_logps=None,
         ref_token_logps=None,
         reference=None,
         scorer=None,
+        loss_mask=row.loss_mask,
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from prefpipe.errors import DataError, RowFault
-from prefpipe.ids import common_prefix, content_id, ids_digest
-from prefpipe.inputs import formats
+from prefpipe.ids import common_prefix, content_id, ids_digest, masked_id
+from prefpipe.inputs import answers, formats
 from prefpipe.inputs.files import ForeignRow, rows
 from prefpipe.inputs.formats import AnsweredPrompt
 from prefpipe.models.chat import Chat
@@ -22,7 +22,7 @@ from prefpipe.models.encoding import (
     rendered,
 )
 from prefpipe.models.thinking import Said
-from prefpipe.schemas import Completion, Dropped, Label, Message, Messages, Pair
+from prefpipe.schemas import Completion, Dropped, Label, Messages, Pair
 
 T = TypeVar("T")
 IMPORTED = "imported"
@@ -54,7 +54,9 @@ class Tokenised:
 
     prompt, prompt_id, prompt_ids: the prompt as messages, its content id, its token ids
     answers, token_ids: each answer as messages, and as token ids with the end-of-sequence token
-    said: each answer parted into reasoning and answer; one with further keys is what the token ids say
+    masks: for each answer which of its tokens are scored; None for all of them
+    said: each answer parted into what stands before it and the last answer; one with further keys is what the token ids
+        say
     cut: whether each answer lost its end to max_length
     answered: the row as it was parsed
     """
@@ -64,13 +66,18 @@ class Tokenised:
     prompt_ids: list[int]
     answers: list[Messages]
     token_ids: list[list[int]]
+    masks: list[list[bool] | None]
     said: list[Said]
     cut: list[bool]
     answered: AnsweredPrompt
 
     def completion_id(self, i: int) -> str:
         """The completion_id of answer i: the same ids are the same completion, whatever file they come from."""
-        return content_id(self.prompt_ids, self.token_ids[i], "import")
+        return masked_id(self.prompt_ids, self.token_ids[i], "import", loss_mask=self.masks[i])
+
+    def ids_digest(self, i: int) -> str:
+        """The ids_digest of answer i."""
+        return ids_digest(self.prompt_ids, self.token_ids[i], self.masks[i])
 
     def finish_reason(self, i: int) -> str:
         """The finish_reason of answer i: "length" when it lost its end to max_length."""
@@ -150,12 +157,13 @@ def _read(
 def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
     """Prompt ids (the common token prefix of the prompt alone and every rendering) and answer ids (the rest, up to the
     end of the answer). Raises RowFault for a row that cannot be used."""
-    prompt, inputs, rules = answered.prompt, answered.template_inputs, limits.rules
+    prompt, inputs, rules, turns = answered.prompt, answered.template_inputs, limits.rules, answered.answers
+    for of_answer in turns:
+        answers.check_marks(chat, of_answer)
     opening = prompt_text(chat, prompt, inputs, rules)
     check_characters(chat, opening, limits.max_prompt_length)
     alone = encode_rendered(chat, opening)
     check_length(alone, limits.max_prompt_length)
-    turns = answered.answers
     texts = [rendered(chat, [*prompt, *t], inputs, rules, add_generation_prompt=False) for t in turns]
     if rules.template_changes == "drop":
         for text in texts:
@@ -163,25 +171,28 @@ def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
     if limits.overlong == "drop":
         for text in texts:
             check_characters(chat, text, limits.max_length)
-    whole = [encode_rendered(chat, text) for text in texts]
-    shared = common_prefix([alone, *whole])
-    ids = [_until_eos(w[shared:], chat) for w in whole]
+    whole = [answers.encode(chat, text, t) for text, t in zip(texts, turns, strict=True)]
+    shared = common_prefix([alone, *(w.ids for w in whole)])
+    found = [answers.behind_prompt(chat, w, shared) for w in whole]
     room = limits.max_length - shared
-    cut = [len(i) > room for i in ids]
+    cut = [len(answer.ids) > room for answer in found]
     if any(cut):
-        longest = shared + max(map(len, ids))
+        longest = shared + max(len(answer.ids) for answer in found)
         if limits.overlong == "drop" or room < 1:
             raise RowFault("too_long", f"{longest} tokens in prompt and completion, max_length is {limits.max_length}")
-        ids = [i[:room] for i in ids]
-    read = [
-        chat.decode(i) if c or "extra" in t[0] else t[0]["content"] for i, t, c in zip(ids, turns, cut, strict=True)
-    ]
-    answers = [
-        [Message(role="assistant", content=text)] if c else t for text, t, c in zip(read, turns, cut, strict=True)
-    ]
-    key = prompt_key(prompt, answered.answer, inputs)
-    said = [chat.said(i, text) for i, text in zip(ids, read, strict=True)]
-    return Tokenised(prompt, key, alone[:shared], answers, ids, said, cut, answered)
+        found = [answer.start(room) for answer in found]
+    read = [answers.read(chat, a, t, cut=c) for a, t, c in zip(found, turns, cut, strict=True)]
+    return Tokenised(
+        prompt=prompt,
+        prompt_id=prompt_key(prompt, answered.answer, inputs),
+        prompt_ids=alone[:shared],
+        answers=[said_turns for _, said_turns in read],
+        token_ids=[answer.ids for answer in found],
+        masks=[answer.mask for answer in found],
+        said=[said for said, _ in read],
+        cut=cut,
+        answered=answered,
+    )
 
 
 def prompt_key(messages: Messages, answer: str | None, template_inputs: str | None) -> str:
@@ -200,10 +211,11 @@ def to_completion(source: Tokenised, i: int = 0) -> Completion:
         token_ids=source.token_ids[i],
         finish_reason=source.finish_reason(i),
         policy=source.answered.writers[i] or IMPORTED,
-        ids_digest=ids_digest(source.prompt_ids, source.token_ids[i]),
-        messages=source.answers[i] if "extra" in source.answers[i][0] else None,
+        ids_digest=source.ids_digest(i),
+        messages=source.answers[i] if len(source.answers[i]) > 1 or "extra" in source.answers[i][0] else None,
         thinking=source.said[i].thinking,
         thinking_tokens=source.said[i].thinking_tokens,
+        loss_mask=source.masks[i],
     )
 
 
@@ -218,7 +230,7 @@ def to_label(source: Tokenised) -> Label:
         label=source.answered.label,
         prompt_token_ids=source.prompt_ids,
         token_ids=source.token_ids[0],
-        ids_digest=ids_digest(source.prompt_ids, source.token_ids[0]),
+        ids_digest=source.ids_digest(0),
         finish_reason=source.finish_reason(0),
         reward=None,
         weight=1.0,
@@ -227,6 +239,7 @@ def to_label(source: Tokenised) -> Label:
         reference=None,
         scorer=None,
         template_inputs=source.answered.template_inputs,
+        loss_mask=source.masks[0],
     )
 
 
@@ -248,8 +261,8 @@ def to_pair(source: Tokenised) -> Pair:
         prompt_token_ids=source.prompt_ids,
         chosen_token_ids=source.token_ids[0],
         rejected_token_ids=source.token_ids[1],
-        chosen_ids_digest=ids_digest(source.prompt_ids, source.token_ids[0]),
-        rejected_ids_digest=ids_digest(source.prompt_ids, source.token_ids[1]),
+        chosen_ids_digest=source.ids_digest(0),
+        rejected_ids_digest=source.ids_digest(1),
         chosen_reward=ratings[0],
         rejected_reward=ratings[1],
         reward_gap=gap,
@@ -264,6 +277,8 @@ def to_pair(source: Tokenised) -> Pair:
         reference=None,
         scorer=None,
         template_inputs=source.answered.template_inputs,
+        chosen_loss_mask=source.masks[0],
+        rejected_loss_mask=source.masks[1],
     )
 
 
@@ -279,15 +294,3 @@ def _check_opening(opening: Rendered, whole: Rendered) -> None:
         f"the prompt alone goes on with {alone[shared : shared + 40]!r} where the answer's rendering has "
         f"{text[shared : shared + 40]!r}",
     )
-
-
-def _until_eos(ids: list[int], chat: Chat) -> list[int]:
-    """The ids of a completion up to the end-of-sequence token of its last turn. What the template adds behind it is no
-    part of the completion."""
-    last = max((i for i, t in enumerate(ids) if t in chat.eos_token_ids), default=None)
-    while last and ids[last - 1] in chat.eos_token_ids:
-        last -= 1
-    ids = ids if last is None else ids[: last + 1]
-    if all(i in chat.eos_token_ids for i in ids):
-        raise RowFault("empty", "a completion without text")
-    return ids

@@ -4,6 +4,7 @@ A chat template is applied once, when a prompt enters the pipeline; from then on
 """
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from prefpipe.models.chat import Chat
 from prefpipe.schemas import Message
 
 _CHARACTERS_PER_TOKEN = 16  # hardly a text has more on average: only then the longest token is looked up
-_SYSTEM, _ASKING = ("system", "developer"), ("user", "tool", "function", "ipython", "observation")
+_SYSTEM = ("system", "developer")
+ASKING = ("user", "tool", "function", "ipython", "observation")  # roles that the assistant answers
 
 
 class Rules(NamedTuple):
@@ -32,15 +34,24 @@ DROP = Rules()
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation, in which marks stand for control tokens that its messages spell."""
+    """The text of a conversation, in which marks stand for control tokens that its messages spell. `spans` are the
+    parts of it that the template marks as the assistant's (`{% generation %}`)."""
 
     text: str
     tokens: Sequence[str] = ()
+    spans: Sequence[template.Span] = ()
 
     @property
     def plain(self) -> str:
         """The text without marks."""
         return escape.unmarked(self.text, self.tokens) if self.tokens else self.text
+
+    @property
+    def plain_spans(self) -> Sequence[template.Span]:
+        """The spans in the text without marks."""
+        if not self.tokens:
+            return self.spans
+        return [tuple(len(escape.unmarked(self.text[:i], self.tokens)) for i in span) for span in self.spans]
 
 
 def encode_prompt(
@@ -87,10 +98,10 @@ def rendered(
     if rules.control_tokens == "escape":
         messages, inputs, tokens = _marked(chat, messages, inputs)
     given = json.loads(inputs) if inputs else template.NO_INPUTS
-    text = render(chat, messages, given, add_generation_prompt=add_generation_prompt)
+    text, spans = _render(chat, messages, given, add_generation_prompt=add_generation_prompt)
     if rules.template_changes == "drop":
         _check_text(messages, given, text)
-    return Rendered(text, tokens)
+    return Rendered(text, tokens, spans)
 
 
 def _marked(
@@ -112,7 +123,25 @@ def _marked(
 
 def encode_rendered(chat: Chat, source: Rendered) -> list[int]:
     """Token ids of a rendered conversation. Raises RowFault where a control token cannot be written as plain text."""
-    return escape.encode_marked(chat.tokenizer, *source) if source.tokens else encode(chat, source.text)
+    if source.tokens:
+        return escape.encode_marked(chat.tokenizer, source.text, source.tokens)
+    return encode(chat, source.text)
+
+
+def encode_with_mask(chat: Chat, source: Rendered) -> tuple[list[int], list[bool]]:
+    """Token ids as `encode_rendered` gives them, and for each whether a character of it is the assistant's."""
+    if source.tokens:
+        ids, offsets = escape.encode_marked_with_offsets(chat.tokenizer, source.text, source.tokens)
+    else:
+        encoding = chat.tokenizer.encode(source.text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+    mask = [False] * len(ids)
+    ends = [end for _, end in offsets]
+    for start, end in source.plain_spans:
+        first = bisect_right(ends, start)
+        behind = bisect_left(offsets, (end, 0), lo=first)
+        mask[first:behind] = [True] * (behind - first)
+    return ids, mask
 
 
 def check_control_tokens(chat: Chat, messages: Sequence[Message], inputs: str | None = None) -> None:
@@ -134,10 +163,16 @@ def render(
     add_generation_prompt: bool,
 ) -> str:
     """The chat template applied to messages. Raises RowFault when it refuses them."""
+    return _render(chat, messages, inputs, add_generation_prompt=add_generation_prompt)[0]
+
+
+def _render(
+    chat: Chat, messages: Sequence[Message], inputs: Mapping[str, Any], *, add_generation_prompt: bool
+) -> tuple[str, list[template.Span]]:
     if chat.template_kwargs:
         inputs = {**inputs, "chat_template_kwargs": {**chat.template_kwargs, **inputs.get("chat_template_kwargs", {})}}
     given = turns.for_template(messages, chat.shape)
-    return template.render(
+    return template.render_marked(
         chat.template, chat.date, given, chat.named_tokens, inputs, add_generation_prompt=add_generation_prompt
     )
 
@@ -177,8 +212,8 @@ def _check_messages(messages: Sequence[Message]) -> None:
     if not messages or not any(m["content"].strip() or "extra" in m for m in messages):
         raise RowFault("empty", "no message with text")
     roles = [m["role"] for m in messages]
-    unknown = next((r for r in roles if r not in (*_SYSTEM, *_ASKING, "assistant")), None)
+    unknown = next((r for r in roles if r not in (*_SYSTEM, *ASKING, "assistant")), None)
     if unknown is not None:
         raise RowFault("bad_roles", f"unknown role {unknown!r}")
-    if any(role in _SYSTEM for role in roles[1:]) or roles[-1] not in _ASKING:
+    if any(role in _SYSTEM for role in roles[1:]) or roles[-1] not in ASKING:
         raise RowFault("bad_roles", f"a prompt ends with a user message, system comes first; roles are {roles}")

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 
 from tokenizers import Tokenizer
 
 from prefpipe.errors import RowFault
 
+Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters that each stands for
 MARK = "\ue0ff"  # a private character, in no template; a text that holds it is refused
 
 
@@ -40,32 +42,48 @@ def encode_marked(tokenizer: Tokenizer, marked_text: str, tokens: Sequence[str])
     every text, or join neighbours: there the whole text is encoded with a character inside each token that shares its
     ids with no neighbour, and those ids are taken out. Raises RowFault where neither gives the text back.
     """
+    return encode_marked_with_offsets(tokenizer, marked_text, tokens)[0]
+
+
+def encode_marked_with_offsets(tokenizer: Tokenizer, marked_text: str, tokens: Sequence[str]) -> Encoded:
+    """As `encode_marked`, with the characters of the text without marks that every id stands for."""
     pieces = [
         (tokens[int(piece)], True) if place % 2 else (piece, False)
         for place, piece in enumerate(marked_text.split(MARK))
     ]
     text = "".join(piece for piece, _ in pieces)
     control = {tokenizer.token_to_id(token) for token in tokens}
-    of_template = sum(i in control for piece, is_token in pieces if not is_token for i in _encode(tokenizer, piece))
-    for ids, gives_text in (
+    of_template = sum(i in control for piece, is_token in pieces if not is_token for i in _encode(tokenizer, piece)[0])
+    for encoded, gives_text in (
         (_in_pieces(tokenizer, pieces), lambda ids: tokenizer.decode(ids, skip_special_tokens=False) == text),
-        (_without_separators(tokenizer, pieces), lambda ids: _same_text(tokenizer, ids, _encode(tokenizer, text))),
+        (_without_separators(tokenizer, pieces), lambda ids: _same_text(tokenizer, ids, _encode(tokenizer, text)[0])),
     ):
-        if gives_text(ids) and sum(i in control for i in ids) <= of_template:
-            return ids
+        if gives_text(encoded[0]) and sum(i in control for i in encoded[0]) <= of_template:
+            return encoded
     raise RowFault("control_tokens", "this tokenizer cannot write a control token as plain text")
 
 
-def _in_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+def _in_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> Encoded:
     halves = [half for piece, is_token in pieces for half in ((piece[:1], piece[1:]) if is_token else (piece,))]
-    return [i for half in halves for i in _encode(tokenizer, half)]
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    begin = 0
+    for half in halves:
+        of_half, places = _encode(tokenizer, half)
+        ids += of_half
+        offsets += [(begin + start, begin + end) for start, end in places]
+        begin += len(half)
+    return ids, offsets
 
 
-def _without_separators(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+def _without_separators(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> Encoded:
     """Ids of the text with a separator behind the first character of each token, without those of the separators."""
     text = "".join(f"{piece[:1]}{MARK}{piece[1:]}" if is_token else piece for piece, is_token in pieces)
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    return [i for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True) if MARK not in text[start:end]]
+    places = list(accumulate((character != MARK for character in text), initial=0))
+    kept = [
+        (i, offset) for i, offset in zip(*_encode(tokenizer, text), strict=True) if MARK not in text[slice(*offset)]
+    ]
+    return [i for i, _ in kept], [(places[start], places[end]) for _, (start, end) in kept]
 
 
 def _same_text(tokenizer: Tokenizer, ids: Sequence[int], others: Sequence[int]) -> bool:
@@ -74,5 +92,6 @@ def _same_text(tokenizer: Tokenizer, ids: Sequence[int], others: Sequence[int]) 
     return "".join(one.split()).casefold() == "".join(two.split()).casefold()
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+def _encode(tokenizer: Tokenizer, text: str) -> Encoded:
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets

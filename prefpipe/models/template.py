@@ -13,6 +13,7 @@ import jinja2
 from prefpipe import clock
 from prefpipe.errors import DataError, MissingInputError, RowFault
 
+Span = tuple[int, int]  # of characters: the first one, and the one behind the last
 NO_INPUTS: Mapping[str, Any] = {}
 _MOST_CHARACTERS = 64 << 20  # of a rendering
 _MOST_STEPS = 1_000_000  # of all loops over a range in one rendering: a template comes with a model, from anywhere
@@ -59,6 +60,11 @@ def prints_date(template: str) -> bool:
     return "strftime_now" in template
 
 
+def marks_assistant(template: str) -> bool:
+    """Whether a template can mark what the assistant says, with `{% generation %}` and `{% endgeneration %}`."""
+    return "endgeneration" in template
+
+
 def render(
     template: str,
     date: str,
@@ -68,7 +74,20 @@ def render(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """The text of a conversation, as transformers' `apply_chat_template` gives it.
+    """The text of a conversation, as transformers' `apply_chat_template` gives it; see `render_marked`."""
+    return render_marked(template, date, messages, tokens, inputs, add_generation_prompt=add_generation_prompt)[0]
+
+
+def render_marked(
+    template: str,
+    date: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, str],
+    inputs: Mapping[str, Any] = NO_INPUTS,
+    *,
+    add_generation_prompt: bool,
+) -> tuple[str, list[Span]]:
+    """The text of a conversation, and what of it stands between `{% generation %}` and `{% endgeneration %}`.
 
     `date` is the day that the template prints (YYYY-MM-DD, or "today"), `tokens` are the named tokens of the tokenizer
     (`bos_token` and so on), `inputs` what the template gets beside: tools, documents, `chat_template_kwargs`;
@@ -82,25 +101,29 @@ def render(
     variables |= {name: inputs[name] for name in ("tools", "documents") if inputs.get(name)}
     if template == PLAIN and messages and messages[0]["content"].startswith(tokens.get("opening_token", "")):
         variables["opening_token"] = ""
+    variables |= {
+        "messages": list(messages),
+        "add_generation_prompt": add_generation_prompt,
+        "range": _bounded_range(),
+        "strftime_now": lambda form: clock.local_time(form, date),  # pyright: ignore[reportUnknownLambdaType]
+    }
+    blocks: list[str] = []
+    spans: list[Span] = []
     try:
-        text = _compiled(template).render(
-            **variables
-            | {
-                "messages": list(messages),
-                "add_generation_prompt": add_generation_prompt,
-                "range": _bounded_range(),
-                "strftime_now": lambda form: clock.local_time(form, date),  # pyright: ignore[reportUnknownLambdaType]
-            }
-        )
+        compiled = _compiled(template)
+        with compiled.environment.activate_tracker(blocks, spans):
+            for block in compiled.generate(**variables):
+                blocks.append(block)  # noqa: PERF402  (the tracker reads the list as it grows)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja: {error}", "fix it, or pass --chat-template FILE"
         ) from error
     except Exception as error:  # a template raises whatever Python raises for its expressions
         raise RowFault("template_refused", (str(error) or type(error).__name__)[:500]) from error
+    text = "".join(blocks)
     if len(text) > _MOST_CHARACTERS:
         raise RowFault("template_refused", f"it writes {len(text)} characters")
-    return text
+    return text, spans
 
 
 def _bounded_range() -> Callable[..., range]:

@@ -3,6 +3,7 @@
 The only writer of Parquet. Page checksums are written, and verified while reading.
 """
 
+import dataclasses
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,10 @@ from prefpipe import reading
 from prefpipe.errors import DataError
 from prefpipe.runs import fsio
 from prefpipe.runs.storage import utf8
-from prefpipe.schemas import DATASET_KEY, VERSION_KEY, arrow_schema, earlier_schema
+from prefpipe.schemas import DATASET_KEY, MESSAGE, PLAIN_MESSAGE, VERSION_KEY, arrow_schema
 
+# Columns that a file holds only where a row has a value: files of rows without one keep their bytes.
+_ONLY_WITH_VALUES = {"loss_mask", "chosen_loss_mask", "rejected_loss_mask", "loss_masks"}
 _OTHER_VERSION = (
     "make that run again: its config.json is the recipe of its command; "
     "or use the prefpipe that made it, named under `versions` in its manifest.json"
@@ -76,10 +79,9 @@ def _check_schema(schema: pa.Schema, row_type: type, path: Path) -> None:
             f"{_written(expected, VERSION_KEY)}",
             _OTHER_VERSION,
         )
-    if schema.equals(earlier_schema(row_type)):
-        return
-    wrong = [f"{f.name} ({f.type})" for f in expected if f.name not in schema.names or schema.field(f.name) != f]
-    if wrong or len(schema) != len(expected):
+    lacking = set(expected.names) - set(schema.names)
+    wrong = [f"{f.name} ({f.type})" for f in expected if not _is_readable(schema, f, row_type)]
+    if wrong or len(schema) != len(expected) - len(lacking):
         raise DataError(
             f"{path}: columns of {dataset} are missing or of another type: "
             f"{', '.join(wrong) or 'there are more than it has'}",
@@ -87,8 +89,26 @@ def _check_schema(schema: pa.Schema, row_type: type, path: Path) -> None:
         )
 
 
+def _is_readable(schema: pa.Schema, field: pa.Field, row_type: type) -> bool:
+    """Whether a file holds a column as it is written today or as it was once: messages without `extra`, and no column
+    that came later or that is left out where it is null."""
+    if field.name not in schema.names:
+        return field.name in _optional(row_type)
+    return schema.field(field.name) in (field, field.with_type(_earlier(field.type)))
+
+
+def _optional(row_type: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(row_type) if f.default is None}  # type: ignore[arg-type]  # a dataclass
+
+
+def _earlier(data_type: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(data_type):
+        return pa.list_(pa.field("element", _earlier(data_type.value_type), nullable=False))
+    return PLAIN_MESSAGE if data_type == MESSAGE else data_type
+
+
 def _as_written_now(table: pa.Table, row_type: type) -> pa.Table:
-    """The table with the columns of today: those that an older file lacks are null."""
+    """The table with the columns of today: those that it lacks are null."""
     expected = arrow_schema(row_type)
     if table.schema.equals(expected):
         return table
@@ -122,7 +142,8 @@ def _checked(row_type: type, table: pa.Table, path: Path) -> pa.Table:
         values = _flat(column) if pa.types.is_list(field.type) else column
         if pa.types.is_floating(values.type) and pc.call_function("any", [values.is_nan()]).as_py():
             raise DataError(f"{path}: column '{field.name}' holds NaN", "find the model or reward that returned it")
-    return table
+    empty = [name for name in schema.names if name in _ONLY_WITH_VALUES and table[name].null_count == table.num_rows]
+    return table.drop_columns(empty)
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, path: Path) -> pa.ChunkedArray:

@@ -1,5 +1,7 @@
 """Token trees laid out in one row: every index checked by hand, as properties of any trees, and through a model."""
 
+from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe.forward import load
-from prefpipe.forward.layout import Layout, Span, Tree, common_prefix, flatten, separate
+from prefpipe.forward.layout import Layout, Span, Tree, common_prefix, flatten, separate, tree_with_masks
 from prefpipe.forward.logps import TreeModel, score
 
 TOKENS = st.lists(st.integers(0, 50), min_size=1, max_size=6)
@@ -138,6 +140,57 @@ def test_sources_targets_and_owners_are_consistent(trees: list[Tree]):
         assert layout.input_ids[sources].tolist() == [prompt[-1], *completion[:-1]]
         begin = len(prompt) - 1
         assert layout.position_ids[sources].tolist() == list(range(begin, begin + len(completion)))
+
+
+def test_nothing_predicts_a_token_that_is_not_scored():
+    """Completions (20 21 30) and (20 21 40) share 20 21 in the trunk; the first scores 21 and 30, the second 20 and 40.
+    All tokens stay in the row; 20 is predicted for the second alone."""
+    layout = flatten([Tree([10], [[20, 21, 30], [20, 21, 40]], [[False, True, True], [True, False, True]])])
+    assert layout.input_ids.tolist() == [10, 20, 21, 30, 40]
+    assert layout.sources.tolist() == [0, 1, 2, 2]
+    assert layout.targets.tolist() == [20, 21, 30, 40]
+    assert layout.entries.tolist() == [1, 2, 0, 3]
+    assert layout.owners.tolist() == [0, 0, 1, 1]
+    assert layout.spans == (Span(0, 3, ((3, 1), (4, 1))),)
+    apart = flatten([Tree([10], [[20, 21, 30]], [[False, False, True]]), Tree([40], [[50]])])
+    assert (apart.sources.tolist(), apart.targets.tolist()) == ([2, 4], [30, 50])
+
+
+@pytest.mark.parametrize("mask", [[True], [False, False], [True, True, True]])
+def test_a_mask_fits_its_completion_and_scores_a_token(mask: list[bool]):
+    with pytest.raises(ValueError, match="a value for every token"):
+        flatten([Tree([1], [[2, 3]], [mask])])
+
+
+def with_masks(data: st.DataObject, tree: Tree) -> Tree:
+    """Random masks, some of them None; each scores its last token."""
+    masks = [
+        data.draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n).map(lambda m: [*m[:-1], True]))
+        for n in map(len, tree.completions)
+    ]
+    return tree_with_masks(tree.prompt, zip(tree.completions, masks, strict=True))
+
+
+def kept(values: Sequence[float], mask: Sequence[bool] | None) -> list[float]:
+    return list(values if mask is None else compress(values, mask))
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees=TREES, data=st.data())
+def test_log_probs_with_masks_are_those_of_the_scored_tokens(model: TreeModel, trees: list[Tree], data: st.DataObject):
+    """The same values as without masks, whatever is shared; separate rows keep the masks."""
+    masked = [with_masks(data, tree) for tree in trees]
+    expected = [
+        kept(values, mask)
+        for tree, found in zip(masked, score(model, trees), strict=True)
+        for values, mask in zip(found, tree.masks or [None] * len(found), strict=True)
+    ]
+    assert [n for tree in masked for n in tree.num_scored] == list(map(len, expected))
+    for some in (masked, separate(masked)):
+        found = [completion for tree in score(model, some) for completion in tree]
+        assert list(map(len, found)) == list(map(len, expected))
+        flat = [torch.tensor([v for completion in side for v in completion]) for side in (found, expected)]
+        torch.testing.assert_close(*flat, rtol=0, atol=2e-5)
 
 
 @settings(max_examples=200, deadline=None)

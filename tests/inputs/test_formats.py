@@ -8,6 +8,7 @@ from prefpipe.errors import DataError, RowFault
 from prefpipe.inputs import formats
 
 U, A = ({"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes")))
+T, V = {"role": "tool", "content": "4"}, {"role": "user", "content": "Hm"}
 B = {"role": "assistant", "content": "No"}
 PAIR = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
 TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Sure?\n\nAssistant: "
@@ -100,14 +101,42 @@ def test_the_expected_answer_travels_with_the_prompt() -> None:
 
 @pytest.mark.parametrize(("row", "reason"), [
     ({"chosen": [U, A, U, A], "rejected": [U, B, U, B]}, "several_turns"),
-    ({"prompt": "Hi", "chosen": [A, U, A], "rejected": [B]}, "several_turns"),
+    ({"chosen": [U, A, T, A], "rejected": [V, A, T, A]}, "several_turns"),
     ({"prompt": "Hi", "chosen": [U], "rejected": [B]}, "empty"),
     ({"prompt": "Ho", "chosen": [U], "rejected": [B]}, "bad_roles"),
+    ({"prompt": "Hi", "chosen": [A, T], "rejected": [B]}, "bad_roles"),
+    ({"prompt": "Hi", "chosen": [A, {"role": "system", "content": "x"}, A], "rejected": [B]}, "bad_roles"),
+    ({"prompt": "Hi", "chosen": [A, T, {"role": "assistant", "content": " "}], "rejected": [B]}, "empty"),
 ])  # fmt: skip
 def test_answers_that_hold_more_than_the_answer_are_left_out(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowFault) as fault:
         formats.parse(row, "preference")
     assert fault.value.reason == reason
+
+
+@pytest.mark.parametrize(("row", "prompt"), [
+    ({"prompt": "Hi", "chosen": [A, U, A], "rejected": [B]}, [U]),
+    ({"prompt": "Hi", "chosen": [U, A, T, A], "rejected": [U, B, T, T, B]}, [U]),
+    ({"chosen": [U, A, T, A], "rejected": [U, B]}, [U]),
+    ({"chosen": [U, A, U, A, T, A], "rejected": [U, A, U, B, T, A]}, [U, A, U]),
+    ({"chosen": [U, A, T, A], "rejected": [U, A, {"role": "tool", "content": "5"}, B]}, [U]),
+])  # fmt: skip
+def test_answers_may_hold_what_tools_say_between_their_turns(row: dict[str, Any], prompt: list[Any]) -> None:
+    """The prompt ends where the sides part, in front of a turn of the assistant: what a tool says is never the answer
+    to it. What of an answer is scored is decided with the template."""
+    found = formats.parse(row, "preference")
+    given = [formats.messages(row[side], side, "assistant") for side in ("chosen", "rejected")]
+    assert found.prompt == formats.messages(prompt, "prompt", "user")
+    assert [turns[-len(answer) :] for turns, answer in zip(given, found.answers, strict=True)] == found.answers
+    assert all(answer[0]["role"] == "assistant" for answer in found.answers)
+    assert max(map(len, found.answers)) > 1
+
+
+def test_messages_go_on_behind_the_prompt_or_end_with_the_answer() -> None:
+    behind = formats.parse({"prompt": "Hi", "messages": [U, A, T, B]}, "completion")
+    assert (behind.prompt, behind.answers) == ([U], [[A, T, B]])
+    alone = formats.parse({"messages": [U, A, T, B]}, "completion")
+    assert (alone.prompt, alone.answers) == ([U, A, T], [[B]])
 
 
 @pytest.mark.parametrize(("kind", "row", "words"), [

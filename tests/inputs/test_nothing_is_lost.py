@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prefpipe.models import template, turns
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.encoding import Rules
 from prefpipe.schemas import Message
+from tests.inputs.cases import MARKED
 
 # Tools, calls, reasoning and parts, as a template of today prints them; and one that prints text alone, trimmed.
 RICH = (
@@ -70,17 +72,28 @@ FURTHER = mostly(
 )
 
 
-def row_of(*names: str) -> st.SearchStrategy[dict[str, Any]]:
-    required = {"prompt": PROMPT} | dict.fromkeys(names, ANSWER)
+def row_of(*names: str, answer: st.SearchStrategy[Any] = ANSWER) -> st.SearchStrategy[dict[str, Any]]:
+    required = {"prompt": PROMPT} | dict.fromkeys(names, answer)
     return st.builds(lambda row, further: {**row, **further}, st.fixed_dictionaries(required), FURTHER)
 
 
 PREFERENCES = row_of("chosen", "rejected")
+TURNS = mostly(
+    st.sampled_from(
+        [
+            ("assistant", "tool", "assistant"),
+            ("assistant", "tool", "tool", "assistant", "user", "assistant"),
+            ("assistant", "assistant"),
+        ]
+    ),
+    st.sampled_from([("assistant", "tool"), ("tool", "assistant"), ("assistant", "system", "assistant"), ()]),
+)
+TRACES = row_of("chosen", "rejected", answer=ANSWER | TURNS.flatmap(conversation))
 CLASSES = mostly(st.booleans(), st.sampled_from(["yes", 0, None, "?"]))
 LABELS = st.builds(lambda row, label: {**row, "label": label}, row_of("completion"), CLASSES)
 
 
-@pytest.fixture(scope="module", params=[RICH, POOR], ids=["rich", "poor"])
+@pytest.fixture(scope="module", params=[RICH, POOR, MARKED], ids=["rich", "poor", "marked"])
 def reader(request: pytest.FixtureRequest, tiny_model: Path) -> Chat:
     text = request.param
     draw = partial(template.render, text, "today", tokens={}, add_generation_prompt=False)
@@ -97,11 +110,11 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def check_text(chat: Chat, kind: str, row: dict[str, Any], ids: list[int]) -> None:
-    """Every text of the row is in its decoded ids, control tokens aside."""
+def check_text(chat: Chat, kind: str, row: dict[str, Any], ids: list[int], place: int = 0) -> None:
+    """Every text of the prompt and of an answer is in the decoded ids, control tokens aside."""
     decoded = squeezed(chat.tokenizer.decode(ids, skip_special_tokens=False))
     answered = formats.parse(row, kind)
-    said: list[Message] = [*answered.prompt, *answered.answers[0]]
+    said: list[Message] = [*answered.prompt, *answered.answers[place]]
     for turn in said:
         assert squeezed(turn["content"]) in decoded
         extra = turns.extra_of(turn)
@@ -121,6 +134,46 @@ def test_pairs(reader: Chat, control_tokens: str, tmp_path_factory: pytest.TempP
         _check(reader, "preference", path, partial(tokenised.read_pairs, path, reader, limits), "chosen_token_ids")
 
     check()
+
+
+@pytest.mark.parametrize("control_tokens", ["drop", "escape"])
+def test_traces(reader: Chat, control_tokens: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the template marks the assistant's part, its texts are scored and those of others are not; where it does
+    not, an answer of several turns is in the ledger."""
+    limits, checked = Limits(rules=Rules(control_tokens)), 0
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(TRACES, max_size=6))
+    def check(found: list[dict[str, Any]]) -> None:
+        nonlocal checked
+        path = written(tmp_path_factory, {"prompt": "first", "chosen": "one", "rejected": "two"}, found)
+        pairs, dropped = tokenised.read_pairs(path, reader, limits)
+        source = list(rows(path))
+        assert len(pairs) + len(dropped) == len(source)
+        lost = {row.id for row in dropped}
+        for (_, row), pair in zip([r for r in source if r[0] not in lost], pairs, strict=True):
+            answered = formats.parse(row, "preference")
+            for place, side in enumerate(("chosen", "rejected")):
+                ids, mask = getattr(pair, f"{side}_token_ids"), getattr(pair, f"{side}_loss_mask")
+                check_text(reader, "preference", row, [*pair.prompt_token_ids, *ids], place)
+                assert (mask is None) == (len(answered.answers[place]) == 1)
+                if mask is not None:
+                    checked += 1
+                    check_mask(reader, answered.answers[place], ids, mask)
+
+    check()
+    assert (checked > 0) == (reader.template == MARKED)
+
+
+def check_mask(chat: Chat, answer: list[Message], ids: list[int], mask: list[bool]) -> None:
+    """Its runs are the turns of the assistant, each with its texts and an end, and no more tokens."""
+    runs = [[i for i, _ in run] for scored, run in groupby(zip(ids, mask, strict=True), lambda p: p[1]) if scored]
+    said = [turn for turn in answer if turn["role"] == "assistant"]
+    assert len(runs) == len(said)
+    for run, turn in zip(runs, said, strict=True):
+        calls = [json.dumps(call["function"]) for call in turns.extra_of(turn).get("tool_calls", [])]
+        text = turns.extra_of(turn).get("reasoning_content", "") + turn["content"] + "".join(calls)
+        assert chat.tokenizer.decode(run, skip_special_tokens=False) == text + "<|im_end|>"
 
 
 def test_labels(reader: Chat, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from prefpipe.errors import RowFault
-from prefpipe.models.escape import MARK, encode_marked, mark, unmarked
+from prefpipe.models.escape import MARK, encode_marked, encode_marked_with_offsets, mark, unmarked
 
 END = "<|end|>"
 LETTERS = [*(chr(i) for i in range(33, 127))]
@@ -62,6 +62,22 @@ def test_the_token_is_gone_and_its_letters_are_there(make: Callable[[], Tokenize
     ids = encode_marked(tokenizer, marked + END, tokens)
     assert ids.count(tokenizer.token_to_id(END)) == 1 == ids[-1:].count(tokenizer.token_to_id(END))
     assert "".join(tokenizer.decode(ids[:-1]).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize("make", [legacy, lower, pieces, byte_level])
+@pytest.mark.parametrize("text", [f"what does {END} mean?", END, f"{END}{END} x", f"a{END}b"])
+def test_offsets_point_into_the_text_without_marks(make: Callable[[], Tokenizer], text: str) -> None:
+    """In their order; the token that the template wrote stands for itself, each letter for one of its own."""
+    tokenizer = make()
+    (marked,), tokens = mark([text], [[END]])
+    ids, offsets = encode_marked_with_offsets(tokenizer, f"<{marked}{END}", tokens)
+    assert ids == encode_marked(tokenizer, f"<{marked}{END}", tokens)
+    whole = f"<{text}{END}"
+    assert offsets == sorted(offsets)
+    assert offsets[-1] == (len(whole) - len(END), len(whole))
+    for number, (start, end) in zip(ids, offsets, strict=True):
+        letters = "".join(c for c in tokenizer.id_to_token(number).removeprefix("##") if c.isascii() and c.isalpha())
+        assert letters.casefold() in whole[start:end].casefold()
 
 
 def test_the_longest_token_is_marked_and_each_text_has_its_own() -> None:

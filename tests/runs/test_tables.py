@@ -1,5 +1,6 @@
 """A Parquet file of a run: what is refused when it is written, and what is refused when it is read."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from hypothesis import strategies as st
 from prefpipe.errors import DataError
 from prefpipe.runs import store, tables
 from prefpipe.schemas import (
+    PLAIN_MESSAGE,
     VERSION,
     Completion,
     Dropped,
+    KlBank,
     Pair,
     Prompt,
     RefLogps,
     Reward,
     arrow_schema,
-    earlier_schema,
     from_table,
     to_table,
 )
@@ -200,17 +202,33 @@ def test_every_command_refuses_rows_of_an_older_version(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+PLAIN = pa.list_(pa.field("element", PLAIN_MESSAGE, nullable=False))  # of before messages had `extra`
+
+
+def test_a_loss_mask_is_a_column_where_a_row_has_one(tmp_path: Path) -> None:
+    """Files of other rows keep their bytes, and are read with nulls."""
+    bare = KlBank("b", "p", "c", [1], [5, 6], "d", None, None, None, None)
+    masked = dataclasses.replace(bare, bank_id="m", loss_mask=[True, False])
+    for name, rows in (("bare", [bare]), ("masked", [masked, bare])):
+        path = tmp_path / f"{name}.parquet"
+        tables.write_table(path, KlBank, to_table(KlBank, rows))
+        assert ("loss_mask" in tables.read_parquet(path).column_names) == (name == "masked")
+        assert from_table(KlBank, tables.read_table(path, KlBank)) == rows
+        assert tables.read_table(path, KlBank, ["loss_mask"]).num_rows == len(rows)
+
+
 def test_rows_from_before_optional_columns_are_read_with_nulls(call: Call, tmp_path: Path) -> None:
     """Runs that users have keep their worth: only what every row must have is asked for."""
     run = run_of(tmp_path / "g", [Row("p", "a", 1.0, "good"), Row("p", "b", 0.0, "bad")])
     build(tmp_path / "now", run)
     for dataset, row_type in (("completions", Completion), ("prompts", Prompt)):
-        older = earlier_schema(row_type)
-        assert set(older.names) < set(arrow_schema(row_type).names)
+        later = {f.name for f in dataclasses.fields(row_type) if f.default is None}
+        assert later
 
-        def as_before(table: pa.Table, older: pa.Schema = older) -> pa.Table:
-            columns = [table[field.name].cast(field.type) for field in older]
-            return pa.table(columns, schema=older.with_metadata(table.schema.metadata))
+        def as_before(table: pa.Table, later: set[str] = later) -> pa.Table:
+            fields = [f.with_type(PLAIN) if f.name == "messages" else f for f in table.schema if f.name not in later]
+            schema = pa.schema(fields, metadata=table.schema.metadata)
+            return pa.table([table[field.name].cast(field.type) for field in fields], schema=schema)
 
         rewrite(run, f"{dataset}/part-00000.parquet", as_before)
         table = store.read_dataset(run, dataset, row_type)

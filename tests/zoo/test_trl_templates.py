@@ -11,10 +11,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from prefpipe.errors import RowFault
+from prefpipe.inputs import formats
 from prefpipe.inputs.messages import messages, template_inputs
+from prefpipe.inputs.tokenised import Limits, tokenise
 from prefpipe.models import template, turns
 from prefpipe.models.chat import Chat
 from prefpipe.models.encoding import Rules, render, rendered
+from prefpipe.models.template import marks_assistant
 from prefpipe.schemas import Message
 from tests.models.cases import SHAPES
 
@@ -106,6 +109,47 @@ def test_calls_tools_reasoning_and_documents_reach_the_template_or_the_row_is_a_
     except RowFault:
         return
     assert holds_all(parsed, row, ours)
+
+
+OWL, TIT = {"role": "assistant", "content": "The owl 🦉."}, {"role": "assistant", "content": "A tit."}
+BIRD, MORE = {"role": "user", "content": "Name a bird."}, {"role": "user", "content": "Another?"}
+TRACES: dict[str, tuple[list[Any], list[Any], dict[str, Any]]] = {
+    "tools": ([ASK], [CALL, RESULT, TELL], {"tools": TOOLS}),
+    "user": ([BIRD], [OWL, MORE, TIT], {}),
+    "both": ([ASK], [CALL, RESULT, TELL, MORE, CALL | {"content": "Again."}, RESULT, TELL], {"tools": TOOLS}),
+    "reasoning": ([ASK], [CALL, RESULT, TELL | {"reasoning_content": "Lund is in Sweden."}], {"tools": TOOLS}),
+}
+MARKED = [path for path in TEMPLATES if marks_assistant(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.skipif(not MARKED, reason="trl is not installed")
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.stem)
+def test_the_tokens_that_are_scored_are_those_that_transformers_marks(path: Path, chat: Chat, oracle: Any) -> None:
+    """Of every answer of several turns that transformers shows in full; of a template that wants content in parts,
+    which it is not given here, there is none."""
+    changed = shaped(path, chat)
+    compared = [name for name in TRACES if same_marks(name, changed, oracle)]
+    assert compared or changed.shape.in_parts
+
+
+def same_marks(name: str, chat: Chat, oracle: Any) -> bool:
+    """Compare the ids and the mask up to the end of the answer; False where transformers does not show all of it."""
+    prompt, answer, row = TRACES[name]
+    raw = [*prompt, *answer]
+    theirs = apply(oracle, chat.template, raw, row, opens=False)
+    if theirs is None or not holds_all(messages(raw, "messages", "user"), row, theirs):
+        return False
+    parsed = formats.parse({"prompt": prompt, "completion": answer, **row}, "completion")
+    ours = tokenise(parsed, chat, Limits(rules=Rules("allow", "allow")))
+    marked = oracle.apply_chat_template(
+        raw, chat_template=chat.template, return_dict=True, return_assistant_tokens_mask=True, tools=row.get("tools")
+    )
+    begin = len(ours.prompt_ids)
+    end = begin + len(ours.token_ids[0])
+    assert marked["input_ids"][:end] == [*ours.prompt_ids, *ours.token_ids[0]]
+    assert marked["assistant_masks"][begin:end] == list(map(int, ours.masks[0] or []))
+    assert oracle.decode(marked["input_ids"][end:]).strip() == ""
+    return True
 
 
 def holds_all(parsed: Sequence[Message], row: dict[str, Any], text: str) -> bool:

@@ -80,9 +80,10 @@ def prompts(sources: Sources) -> pl.LazyFrame:
 
 
 def thinking(sources: Sources) -> dict[str, float]:
-    """How many completions begin with reasoning, and the means of their tokens in it and in all; empty for none."""
+    """How many completions of one turn begin with reasoning, and the means of their tokens in it and in all; empty for
+    none."""
     tokens = pl.col("thinking_tokens")
-    reasoned = scan(sources.completions, Completion).filter(tokens > 0)
+    reasoned = scan(sources.completions, Completion).filter(tokens > 0, pl.col("loss_mask").is_null())
     length = pl.col("token_ids").list.len()
     found = reasoned.select(completions=pl.len(), mean_tokens=tokens.mean(), mean_of=length.mean())
     (row,) = found.collect(engine="streaming").to_dicts()

@@ -1,6 +1,6 @@
 """How the checks of data_report.py are measured: numbers from pairs, without thresholds and without advice.
 
-`facts` has one row per pair: prompt_id, chosen_ and rejected_ reward, tokens (their number), finish_reason and policy,
+`facts` has one row per pair: prompt_id, chosen_ and rejected_ reward, tokens (scored ones), finish_reason and policy,
 reward_gap, ref_chosen_logps and ref_rejected_logps (sums in nats, null without a reference).
 `sample` has texts and token ids of up to 10,000 pairs: pair_id, prompt_id, prompt, prompt_token_ids, and chosen_ and
 rejected_ text and ids.
@@ -12,7 +12,7 @@ import polars as pl
 
 from prefpipe.ids import common_prefix
 from prefpipe.stages.build_pairs import texts
-from prefpipe.stages.build_pairs.filters import SIDES
+from prefpipe.stages.build_pairs.filters import SIDES, num_scored
 
 _SAMPLE = 10_000
 
@@ -24,7 +24,7 @@ def pair_facts(pairs: pl.DataFrame) -> pl.DataFrame:
         "chosen_reward",
         "rejected_reward",
         "reward_gap",
-        *(pl.col(f"{s}_token_ids").list.len().alias(f"{s}_tokens") for s in SIDES),
+        *(num_scored(s).alias(f"{s}_tokens") for s in SIDES),
         *(f"{s}_finish_reason" for s in SIDES),
         *(f"ref_{s}_logps" for s in SIDES),
         *(f"{s}_policy" for s in SIDES),

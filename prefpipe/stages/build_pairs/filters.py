@@ -120,7 +120,8 @@ def contradictory(pairs: pl.DataFrame) -> list[int]:
 def subset(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
     """Reason not_in_subset for every pair but the best subset_share of them (docs/pair-rules.md, Subsets).
 
-    `pairs` has chosen_* and rejected_* ref_logps, policy_logps (sums, in nats) and length (tokens), and reward_gap.
+    `pairs` has chosen_* and rejected_* ref_logps, policy_logps (sums, in nats) and length (scored tokens), and
+    reward_gap.
     """
     if config.subset == "all":
         return pairs.with_columns(reason=pl.lit(None, pl.String))
@@ -157,6 +158,11 @@ def end_on_one_side(pairs: pl.DataFrame) -> str | None:
         if share[high] > 0.95 and share[low] == 0 and min(len(e) for e in ends.values()) >= _ENOUGH:
             return f"{high} completions end with token {token}, none of {len(ends[low])} {low} ones does"
     return None
+
+
+def num_scored(side: str) -> pl.Expr:
+    """Scored tokens of the chosen or the rejected side of pairs."""
+    return pl.coalesce(pl.col(f"{side}_loss_mask").list.sum(), pl.col(f"{side}_token_ids").list.len())
 
 
 def ledger(judged: pl.DataFrame) -> pl.DataFrame:

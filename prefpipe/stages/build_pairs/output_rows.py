@@ -33,9 +33,9 @@ class Contents:
     prompts: Sequence[pl.LazyFrame]
 
     def of(self, number: int) -> pl.DataFrame:
-        """One partition: completion_id, text, messages, thinking, prompt_token_ids, token_ids, ids_digest, policy;
-        ref_logps, ref_token_logps, reference and scorer (null without reference log-probs); policy_logps (null without
-        them).
+        """One partition: completion_id, text, messages, thinking, prompt_token_ids, token_ids, loss_mask, ids_digest,
+        policy; ref_logps, ref_token_logps, reference and scorer (null without reference log-probs); policy_logps (null
+        without them). The text of several turns is that of all of them: they are the same when each turn is.
 
         Raises IdentityError when log-probs were made for other token ids.
         """
@@ -51,7 +51,11 @@ class Contents:
         foreign = joined.filter(pl.col("digest") != pl.col("ids_digest")).sort("completion_id")
         if foreign.height:
             raise logps_of_other_ids(foreign["completion_id"].to_list(), "the inputs")
-        return joined.drop("digest")
+        whole = pl.when(pl.col("loss_mask").is_not_null()).then(pl.col("thinking").fill_null(""))
+        return joined.drop("digest").with_columns(
+            text=pl.concat_str(whole.otherwise(pl.lit("")), "text"),
+            thinking=pl.when(pl.col("loss_mask").is_null()).then("thinking"),
+        )
 
     def prompts_of(self, number: int) -> pl.DataFrame:
         """One partition: prompt_id, template_inputs, and its messages as `prompt`."""
@@ -146,6 +150,8 @@ def group_rows(ranked: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFra
         completion_ids="completion_id",
         completions=_answer(),
         token_ids="token_ids",
+        loss_masks=_mask(),
+        masked=pl.col("loss_mask").is_not_null().any(),
         ids_digests="ids_digest",
         rewards="reward",
         finish_reasons="finish_reason",
@@ -158,7 +164,8 @@ def group_rows(ranked: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFra
     cached = [
         pl.when("whole").then(name).alias(name) for name in ("ref_logps", "ref_token_logps", "reference", "scorer")
     ]
-    return _with_prompts(groups, prompts).with_columns(*cached, weight=pl.lit(1.0)).sort("prompt_id")
+    masks = pl.when("masked").then("loss_masks").alias("loss_masks")
+    return _with_prompts(groups, prompts).with_columns(*cached, masks, weight=pl.lit(1.0)).sort("prompt_id")
 
 
 def to_table(rows: pl.DataFrame, row_type: type[Pair | Label | RankedGroup]) -> pa.Table:
@@ -204,6 +211,11 @@ def _answer(prefix: str = "") -> pl.Expr:
     content = pl.col(f"{prefix}thinking").fill_null("") + pl.col(f"{prefix}text")
     turn = pl.struct(role=pl.lit("assistant"), content=content, extra=pl.lit(None, pl.String))
     return pl.coalesce(f"{prefix}messages", pl.concat_list(turn))
+
+
+def _mask() -> pl.Expr:
+    """The loss mask of a completion; one that scores every token where there is none."""
+    return pl.coalesce("loss_mask", pl.col("token_ids").list.eval(pl.element() >= 0))
 
 
 def with_weights(frame: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:

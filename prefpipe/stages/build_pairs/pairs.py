@@ -124,7 +124,7 @@ def build(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> BuildResult:
 _CONTENT_KEYS = (  # what later filters read of the contents: log-probs, and the token that ends each side
     *(f"{side}_{name}" for side in SIDES for name in ("ref_logps", "policy_logps")),
     *(pl.col(f"{side}_token_ids").list.last().alias(f"{side}_last") for side in SIDES),
-    *(pl.col(f"{side}_token_ids").list.len().alias(f"{side}_length") for side in SIDES),
+    *(filters.num_scored(side).alias(f"{side}_length") for side in SIDES),
 )
 
 

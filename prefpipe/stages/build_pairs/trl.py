@@ -10,7 +10,7 @@ ids and log-probs from these columns.
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
 import pyarrow as pa
@@ -18,9 +18,13 @@ import pyarrow as pa
 from prefpipe.errors import DataError
 from prefpipe.inputs.messages import to_json
 from prefpipe.models.turns import as_dict
-from prefpipe.schemas import Completion, Float32, Json, PlainMessages, Prompt, TokenIds, arrow_schema
+from prefpipe.schemas import PLAIN_MESSAGE, Completion, Float32, Message, Prompt, TokenIds, arrow_schema
 from prefpipe.stages.build_pairs.candidates import Sources
 from prefpipe.stages.build_pairs.partitions import scan
+
+# Messages of plain text, and messages with all their keys, as JSON (`datasets` reads it as such).
+PlainMessages = Annotated[list[Message], pa.list_(pa.field("element", PLAIN_MESSAGE, nullable=False))]
+Json = Annotated[str, pa.json_()]
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,13 @@ def labels(rows: pl.DataFrame, form: str, *, rich: bool) -> tuple[type, pa.Table
 
 
 def _in_form(rows: pl.DataFrame, row_type: type, answers: tuple[str, ...]) -> tuple[type, pa.Table]:
+    masked = rows.filter(pl.any_horizontal(pl.col("^.*loss_mask$").is_not_null()))
+    if masked.height:
+        raise DataError(
+            f"{masked.height} rows have answers of several turns (first: prompt {masked['prompt_id'][0]}): TRL would "
+            "score what tools and users say in them",
+            "use --format prefpipe, and train with prefpipe",
+        )
     names = arrow_schema(row_type).names
     if row_type in (TrlTextPair, TrlTextLabel):
         return row_type, _as_text(rows, answers).select(names).to_arrow()

@@ -237,7 +237,7 @@ def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -
     requests: dict[str, ScoreRequest] = {}
     for row in from_table(PREFERENCES[dataset], table):
         check_ids(row, source)
-        row_requests = [ScoreRequest(key, prompt, ids) for key, prompt, ids, _ in completions_of(row)]
+        row_requests = [ScoreRequest(*of_row[:-1]) for of_row in completions_of(row)]
         _, overlong = _fitting(row_requests, max_length)
         dropped += overlong
         if not overlong:

@@ -227,7 +227,8 @@ def _expected(inputs: Sequence[str]) -> float | None:
 def _ref_logps(requests: Sequence[ScoreRequest], values: scoring.Values, reference: str, scorer: str) -> Logps:
     logps: dict[str, RefLogps] = {}
     for request in requests:
-        key, digest = request.completion_id, ids_digest(request.prompt_token_ids, request.token_ids)
+        key = request.completion_id
+        digest = ids_digest(request.prompt_token_ids, request.token_ids, request.loss_mask)
         logps[key] = ref_logps(key, digest, values[key], reference=reference, scorer=scorer)
     return logps
 

@@ -5,22 +5,31 @@ A pair, a label and a ranked group are different rows of files and one thing to 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from prefpipe.schemas import Completion, KlBank, Label, Pair, RankedGroup
 
+T = TypeVar("T")
 Ids = tuple[int, ...]
+Mask = tuple[bool, ...]  # which tokens of a completion are scored
 TokenLogps = tuple[float, ...]
-RefLogpsById = Mapping[str, TokenLogps]  # completion_id -> the reference log-prob of every token, in nats
+RefLogpsById = Mapping[str, TokenLogps]  # completion_id -> the reference log-prob of every scored token, in nats
 
 
 @dataclass(frozen=True)
 class TrainCompletion:
-    """A completion. `ref_logps` has the reference log-prob of every token (nats), or is None where they are missing."""
+    """A completion. `ref_logps` has the reference log-prob of every scored token (nats), or is None where they are
+    missing; without a `mask` every token is scored."""
 
     completion_id: str
     token_ids: Ids
     ref_logps: TokenLogps | None
+    mask: Mask | None = None
+
+    @property
+    def num_scored(self) -> int:
+        """How many tokens are scored: the length of the completion for every loss and metric."""
+        return len(self.token_ids) if self.mask is None else sum(self.mask)
 
 
 class TrainRow(Protocol):
@@ -58,7 +67,7 @@ class TrainRow(Protocol):
 
 @dataclass(frozen=True)
 class TrainPair:
-    """A chosen and a rejected completion: their ids, their token ids, and the reference log-prob of every token."""
+    """A chosen and a rejected completion: their ids, their token ids, the reference log-prob of every scored token."""
 
     pair_id: str
     chosen_id: str
@@ -72,6 +81,8 @@ class TrainPair:
     preference_prob: float | None = None
     reward_gap: float | None = None
     source: int = 0
+    chosen_mask: Mask | None = None
+    rejected_mask: Mask | None = None
 
     @property
     def row_id(self) -> str:
@@ -82,8 +93,8 @@ class TrainPair:
     def completions(self) -> tuple[TrainCompletion, ...]:
         """Chosen, rejected."""
         return (
-            TrainCompletion(self.chosen_id, self.chosen, self.ref_chosen),
-            TrainCompletion(self.rejected_id, self.rejected, self.ref_rejected),
+            TrainCompletion(self.chosen_id, self.chosen, self.ref_chosen, self.chosen_mask),
+            TrainCompletion(self.rejected_id, self.rejected, self.ref_rejected, self.rejected_mask),
         )
 
     def with_ref_logps(self, values: RefLogpsById | None) -> "TrainPair":
@@ -148,6 +159,8 @@ def from_pairs(rows: Sequence[Pair]) -> list[TrainPair]:
             row.weight,
             row.preference_prob,
             row.reward_gap,
+            chosen_mask=_optional(row.chosen_loss_mask),
+            rejected_mask=_optional(row.rejected_loss_mask),
         )
         for row in rows
     ]
@@ -159,7 +172,7 @@ def from_labels(rows: Sequence[Label]) -> list[TrainLabel]:
         TrainLabel(
             row.completion_id,
             tuple(row.prompt_token_ids),
-            TrainCompletion(row.completion_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
+            _completion(row.completion_id, row.token_ids, row.ref_token_logps, row.loss_mask),
             row.label,
             row.weight,
         )
@@ -174,7 +187,7 @@ def from_bank(rows: Sequence[KlBank]) -> list[TrainLabel]:
         TrainLabel(
             row.bank_id,
             tuple(row.prompt_token_ids),
-            TrainCompletion(row.bank_id, tuple(row.token_ids), _optional(row.ref_token_logps)),
+            _completion(row.bank_id, row.token_ids, row.ref_token_logps, row.loss_mask),
             None,
             1.0,
         )
@@ -188,7 +201,7 @@ def from_completions(rows: Sequence[Completion]) -> list[TrainLabel]:
         TrainLabel(
             row.completion_id,
             tuple(row.prompt_token_ids),
-            TrainCompletion(row.completion_id, tuple(row.token_ids), None),
+            _completion(row.completion_id, row.token_ids, None, row.loss_mask),
             None,
             1.0,
         )
@@ -202,18 +215,22 @@ def from_groups(rows: Sequence[RankedGroup]) -> list[TrainGroup]:
         TrainGroup(
             row.prompt_id,
             tuple(row.prompt_token_ids),
-            tuple(
-                TrainCompletion(key, tuple(ids), _optional(values))
-                for key, ids, values in zip(row.completion_ids, row.token_ids, _values_of(row), strict=True)
-            ),
+            tuple(map(_completion, row.completion_ids, row.token_ids, *_values_and_masks(row))),
             row.weight,
         )
         for row in rows
     ]
 
 
-def _values_of(row: RankedGroup) -> Sequence[list[float] | None]:
-    return row.ref_token_logps or [None] * len(row.completion_ids)
+def _values_and_masks(row: RankedGroup) -> tuple[Sequence[list[float] | None], Sequence[list[bool] | None]]:
+    none = [None] * len(row.completion_ids)
+    return row.ref_token_logps or none, row.loss_masks or none
+
+
+def _completion(
+    key: str, token_ids: list[int], ref_logps: list[float] | None, mask: list[bool] | None
+) -> TrainCompletion:
+    return TrainCompletion(key, tuple(token_ids), _optional(ref_logps), _optional(mask))
 
 
 def _with_ref_logps(completion: TrainCompletion, values: RefLogpsById | None) -> TrainCompletion:
@@ -226,5 +243,5 @@ def _ref_logps(completion: TrainCompletion, values: RefLogpsById | None) -> Toke
     return values[completion.completion_id] if completion.ref_logps is None else completion.ref_logps
 
 
-def _optional(values: list[float] | None) -> TokenLogps | None:
+def _optional(values: list[T] | None) -> tuple[T, ...] | None:
     return None if values is None else tuple(values)

@@ -185,7 +185,7 @@ def _try_batch(
     tally = Tally()
     cut = micro_batches(batch, trainer.budget, score_prompt=scores_prompt(trainer.config.objective.settings))
     work = [partial(_micro_batch, trainer, micro, len(batch), z0, noise) for micro in cut]
-    sft_tokens = sum(len(row.completion.token_ids) for row in sft)
+    sft_tokens = sum(row.completion.num_scored for row in sft)
     work += [partial(_sft_micro_batch, trainer, micro, sft_tokens) for micro in micro_batches(sft, trainer.budget)]
     for add_gradients, counts in trainer.world.deal(work):
         # A micro-batch that a rank repeats to keep step with the others goes into a tally that nobody reads.
@@ -223,7 +223,7 @@ def _sft_micro_batch(trainer: Trainer, micro: MicroBatch, size: int, *, counts: 
     nll = -logps[[place for (place,) in micro.places]].sum() / size
     _backward(trainer, trainer.config.sft_weight * nll * float(counts), layout, micro, tally)
     tally.add_total("sft/nll", float(nll.detach()))
-    tally.add_total("sft/tokens", float(sum(len(row.completions[0].token_ids) for row in micro.rows)))
+    tally.add_total("sft/tokens", float(sum(row.completions[0].num_scored for row in micro.rows)))
 
 
 def _backward(trainer: Trainer, loss: torch.Tensor, layout: Layout, micro: MicroBatch, tally: Tally) -> None:

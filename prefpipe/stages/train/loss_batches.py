@@ -46,7 +46,7 @@ class _MicroLogps:
     def __init__(self, token_logps: torch.Tensor, layout: Layout, micro: MicroBatch, settings: LossSettings) -> None:
         self.micro, self.settings, self.device = micro, settings, token_logps.device
         self._token_logps = token_logps
-        lengths = [len(ids) for tree in micro.trees for ids in tree.completions]
+        lengths = [count for tree in micro.trees for count in tree.num_scored]
         self._ends = torch.tensor([0, *lengths]).cumsum(0).tolist()[1:]
         self.whole = completion_logps(token_logps, layout)  # [completions]; with the prompt, where it is scored
 
@@ -59,9 +59,9 @@ class _MicroLogps:
         return [row.completions[position] for row in self.micro.rows]
 
     def side(self, position: int, prefixes: Sequence[int] | None = None) -> Logps:
-        """Log-probs of the position-th completion of every row, and of its first `prefixes` tokens."""
+        """Log-probs of the position-th completion of every row, and of its first `prefixes` scored tokens."""
         completions, numbers = self.completions(position), [place[position] for place in self.micro.places]
-        lengths = [len(completion.token_ids) for completion in completions]
+        lengths = [completion.num_scored for completion in completions]
         policy = self._sums(numbers, lengths, lengths) if scores_prompt(self.settings) else self.whole[numbers]
         known = all(completion.ref_logps is not None for completion in completions)
         return Logps(
@@ -81,7 +81,7 @@ class _MicroLogps:
         excess = (self._token_logps - log_collisions).detach()
         total = torch.zeros(len(self.micro.rows), device=self.device)
         for position in (0, 1):
-            lengths = [len(completion.token_ids) for completion in self.completions(position)]
+            lengths = [completion.num_scored for completion in self.completions(position)]
             numbers = [place[position] for place in self.micro.places]
             total += self._sums(numbers, lengths, lengths, excess) / self.column(lengths)
         return total.exp().clamp(max=1.0)
@@ -89,8 +89,8 @@ class _MicroLogps:
     def _sums(
         self, numbers: Sequence[int], lengths: Sequence[int], taken: Sequence[int], values: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Sums [B] over the first `taken` of the last `lengths` tokens of completions: of the log-probs, or of other
-        `values` of the tokens [N]."""
+        """Sums [B] over the first `taken` of the last `lengths` scored tokens of completions: of the log-probs, or of
+        other `values` of the tokens [N]."""
         starts = [self._ends[n] - length for n, length in zip(numbers, lengths, strict=True)]
         tokens = [i for start, count in zip(starts, taken, strict=True) for i in range(start, start + count)]
         owners = [row for row, count in enumerate(taken) for _ in range(count)]
@@ -100,10 +100,11 @@ class _MicroLogps:
 
 
 def _pairs(given: _MicroLogps, rows: Sequence[TrainPair]) -> PairBatch:
-    prefixes = None if given.settings.ld_alpha == 1 else [min(len(r.chosen), len(r.rejected)) for r in rows]
+    scored = [[completion.num_scored for completion in row.completions] for row in rows]
+    prefixes = None if given.settings.ld_alpha == 1 else list(map(min, scored))
     nll = None
     if scores_prompt(given.settings):
-        lengths = given.column([len(r.prompt_ids) - 1 + len(r.chosen) for r in rows])
+        lengths = given.column([len(r.prompt_ids) - 1 + chosen for r, (chosen, _) in zip(rows, scored, strict=True)])
         nll = Logps(given.whole[[place[0] for place in given.micro.places]], lengths)
     return PairBatch(
         chosen=given.side(0, prefixes),
@@ -128,7 +129,7 @@ def _groups(given: _MicroLogps) -> RankBatch:
 
     logps = Logps(
         policy_logps=given.whole[torch.tensor(numbers, device=given.device)],
-        lengths=table([[float(len(c.token_ids)) for c in row] for row in completions]),
+        lengths=table([[float(c.num_scored) for c in row] for row in completions]),
         reference_logps=table([[math.fsum(c.ref_logps or ()) for c in row] for row in completions]) if known else None,
     )
     present = torch.arange(most).expand(len(places), most) < torch.tensor([[len(place)] for place in places])

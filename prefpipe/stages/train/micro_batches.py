@@ -10,8 +10,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefpipe.forward.layout import Tree
-from prefpipe.stages.train.examples import TrainRow
+from prefpipe.forward.layout import Tree, tree_with_masks
+from prefpipe.stages.train.examples import Ids, Mask, TrainCompletion, TrainRow
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def micro_batches(rows: Sequence[TrainRow], max_tokens: int, *, score_prompt: bo
 
 def tree_of(row: TrainRow) -> Tree:
     """The prompt and the completions of one row as a tree."""
-    return Tree(row.prompt_ids, tuple(completion.token_ids for completion in row.completions))
+    return tree_with_masks(row.prompt_ids, map(_content, row.completions))
 
 
 def _groups(rows: Sequence[TrainRow], score_prompt: bool) -> list[MicroBatch]:  # noqa: FBT001  (internal)
@@ -102,15 +102,21 @@ def _groups(rows: Sequence[TrainRow], score_prompt: bool) -> list[MicroBatch]:  
 
 
 def _group(prompt: tuple[int, ...], rows: list[TrainRow], score_prompt: bool) -> MicroBatch:  # noqa: FBT001  (internal)
-    number: dict[tuple[int, ...], int] = {}
+    number: dict[tuple[Ids, Mask | None], int] = {}
     for row in rows:
         for completion in row.completions:
-            number.setdefault(completion.token_ids, len(number))
-    places = tuple(tuple(number[completion.token_ids] for completion in row.completions) for row in rows)
-    tree = Tree(prompt, tuple(number))
+            number.setdefault(_content(completion), len(number))
+    places = tuple(tuple(number[_content(completion)] for completion in row.completions) for row in rows)
+    tree = tree_with_masks(prompt, number)
     if score_prompt:
-        tree = Tree(prompt[:1], tuple(prompt[1:] + ids for ids in number))
+        scored = (True,) * (len(prompt) - 1)
+        whole = ((prompt[1:] + ids, None if mask is None else scored + mask) for ids, mask in number)
+        tree = tree_with_masks(prompt[:1], whole)
     return MicroBatch((tree,), tuple(rows), places)
+
+
+def _content(completion: TrainCompletion) -> tuple[Ids, Mask | None]:
+    return completion.token_ids, completion.mask
 
 
 def _merge(groups: list[MicroBatch]) -> MicroBatch:

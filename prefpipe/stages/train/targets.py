@@ -33,7 +33,7 @@ class Targets:
 
 def targets(objective: Objective, rows: Sequence[TrainRow]) -> Targets:
     """The target of every loss in nats and in nats per token, at the mean completion length of `rows`."""
-    lengths = [len(completion.token_ids) for row in rows for completion in row.completions]
+    lengths = [completion.num_scored for row in rows for completion in row.completions]
     mean_tokens = sum(lengths) / len(lengths)
     lines = [line for name in objective.names for line in _explain(name, objective.settings, mean_tokens)]
     warnings = [line for name in objective.names for line in _warn(name, objective.settings, mean_tokens)]

@@ -13,7 +13,9 @@ COMPLETION = {"completion_id": ["c", "d"], "text": ["good", "bad"], "prompt_toke
 COMPLETION |= {"token_ids": [[5, 2], [6, 2]], "ids_digest": ["dc", "dd"], "policy": ["w", "w"]}
 MESSAGE = pl.Struct({"role": pl.String, "content": pl.String, "extra": pl.String})
 COMPLETIONS = pl.LazyFrame(COMPLETION).with_columns(
-    messages=pl.lit(None, pl.List(MESSAGE)), thinking=pl.lit(None, pl.String)
+    messages=pl.lit(None, pl.List(MESSAGE)),
+    thinking=pl.lit(None, pl.String),
+    loss_mask=pl.lit(None, pl.List(pl.Boolean)),
 )
 REFERENCE = {
     "completion_id": ["c", "c", "d"],
@@ -69,10 +71,8 @@ def test_other_ids_are_refused() -> None:
 
 
 def test_a_group_of_two_tokenizers_is_refused() -> None:
-    made = Contents(
-        [pl.LazyFrame({**COMPLETION, "prompt_token_ids": [[1], [9]]})], [pl.LazyFrame(REFERENCE)],
-        [pl.LazyFrame(REFERENCE).clear()], [PROMPTS],
-    )  # fmt: skip
+    other = COMPLETIONS.with_columns(prompt_token_ids=pl.Series([[1], [9]]))
+    made = Contents([other], [pl.LazyFrame(REFERENCE)], [pl.LazyFrame(REFERENCE).clear()], [PROMPTS])
     ranked = pl.DataFrame(
         {"prompt_id": ["p", "p"], "completion_id": ["c", "d"], "reward": [1.0, 0.0], "finish_reason": ["stop", "stop"]}
     )

@@ -1,6 +1,7 @@
 """From token log-probs to what losses read: sums, prefixes, prompts, labels and padded groups, against plain slices."""
 
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 
 from prefpipe.forward.layout import flatten
 from prefpipe.stages.train import examples as train_rows
-from prefpipe.stages.train.examples import TrainRow
+from prefpipe.stages.train.examples import TrainCompletion, TrainGroup, TrainLabel, TrainRow
 from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import registry
-from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch, PairBatch, RankBatch
+from prefpipe.stages.train.losses.batch import LabelBatch, Logps, LossBatch, PairBatch, RankBatch
 from prefpipe.stages.train.micro_batches import micro_batches
 from tests.stages.train import data
 
@@ -106,6 +107,47 @@ def test_a_scored_prompt_is_in_the_nll_alone():
         assert float(batch.nll.lengths[n]) == len(rest) + len(chosen)
         for side, completion in zip((batch.chosen, batch.rejected), row.completions, strict=True):
             assert float(side.policy_logps[n]) == pytest.approx(sums(completion.token_ids, after=len(rest)), rel=1e-5)
+
+
+def masks(completion: TrainCompletion) -> tuple[bool, ...]:
+    """Scores every other token, the last one among them."""
+    size = len(completion.token_ids)
+    return tuple((size - 1 - i) % 2 == 0 for i in range(size))
+
+
+@pytest.mark.parametrize("changes", [{}, {"ld_alpha": 0.5}, {"loss_type": ("nll",), "nll_scope": "prompt_response"}])
+def test_lengths_and_sums_are_those_of_the_scored_tokens(changes: dict[str, object]):
+    """Pairs, labels and groups: as of completions that hold nothing but their scored tokens."""
+    for row in PAIRS:
+        chosen, rejected = (masks(c) for c in row.completions)
+        masked = replace(row, chosen_mask=chosen, rejected_mask=rejected)
+        kept = [
+            (tuple(compress(c.token_ids, m)), tuple(compress(c.ref_logps or (), m)))
+            for c, m in zip(row.completions, (chosen, rejected), strict=True)
+        ]
+        masked = replace(masked, ref_chosen=kept[0][1], ref_rejected=kept[1][1])
+        bare = replace(row, chosen=kept[0][0], rejected=kept[1][0], ref_chosen=kept[0][1], ref_rejected=kept[1][1])
+        assert [c.num_scored for c in masked.completions] == [len(c.token_ids) for c in bare.completions]
+        found, expected = (by_token([some], **changes) for some in (masked, bare))
+        assert found == expected
+        if not changes:
+            rows = [TrainLabel("l", r.prompt_ids, r.completions[0], True, 1.0) for r in (masked, bare)]
+            assert by_token([rows[0]]) == by_token([rows[1]])
+            groups = [TrainGroup("g", r.prompt_ids, r.completions, 1.0) for r in (masked, bare)]
+            assert by_token([groups[0]]) == by_token([groups[1]])
+
+
+def by_token(rows: list[TrainRow], **changes: object) -> dict[str, object]:
+    """The tensors of the batch as lists, where the log-prob of a token depends on which one it is."""
+    config = data.config(Path(), **changes)
+    (micro,) = micro_batches(rows, 10**6, score_prompt=scores_prompt(config.objective.settings))
+    layout = flatten(micro.trees)
+    values = -(layout.targets[layout.entries] + 1.0) / 1024
+    batch, _ = to_loss_batch(values, layout, micro, config.objective.settings)
+    sides = [value for value in vars(batch).values() if isinstance(value, Logps)]
+    return {
+        f"{i}.{k}": None if v is None else v.tolist() for i, side in enumerate(sides) for k, v in vars(side).items()
+    }
 
 
 def test_probabilities_and_gaps_are_there_when_every_pair_has_them():

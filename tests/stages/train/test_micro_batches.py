@@ -133,6 +133,17 @@ def test_a_scored_prompt_leads_every_completion_and_is_computed_once():
     assert tree.num_tokens == tree_of(rows[0]).num_tokens == 6
 
 
+def test_the_same_tokens_under_another_mask_are_another_completion():
+    """A scored prompt is scored whatever the mask of the completion says."""
+    rows = [pair(0, (5, 6), (20, 21), (30,)), replace(pair(1, (5, 6), (20, 21), (30,)), chosen_mask=(False, True))]
+    (micro,) = micro_batches(rows, 100)
+    assert micro.places == ((0, 1), (2, 1))
+    assert micro.trees[0].completions == ((20, 21), (30,), (20, 21))
+    assert micro.trees[0].num_scored == [2, 1, 1]
+    (micro,) = micro_batches(rows[1:], 100, score_prompt=True)
+    assert micro.trees[0].masks == ((True, False, True), None)
+
+
 def completion(micro: MicroBatch, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Prompt and tokens of a completion, counted through all trees."""
     flat = [(tuple(t.prompt), tuple(c)) for t in micro.trees for c in t.completions]

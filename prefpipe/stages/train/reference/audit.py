@@ -68,8 +68,8 @@ def audit(rows: Sequence[TrainRow], count: int, score: Score, beta: float) -> Au
 
 
 def check_cached(row: TrainRow) -> None:
-    """Raise IdentityError unless there is one cached log-prob per token, DataError when one is no log-probability, or
-    when the prompt or a completion has no token."""
+    """Raise IdentityError unless there is one cached log-prob per scored token, DataError when one is no
+    log-probability, or when the prompt or a completion has no token."""
     if not row.prompt_ids:
         raise DataError(f"row {row.row_id} has an empty prompt", "a completion is predicted from at least one token")
     for completion in row.completions:
@@ -90,9 +90,9 @@ def check_cached(row: TrainRow) -> None:
                 "nats; the logarithm of a probability is never above 0",
                 "make the values again with `prefpipe score`: these may be negated, or logits",
             )
-        if completion.ref_logps is not None and len(values) != len(completion.token_ids):
+        if completion.ref_logps is not None and len(values) != completion.num_scored:
             raise IdentityError(
-                f"row {row.row_id}: {len(values)} cached log-probs for {len(completion.token_ids)} tokens of "
+                f"row {row.row_id}: {len(values)} cached log-probs for {completion.num_scored} tokens of "
                 f"completion {completion.completion_id}",
                 "the cache was edited or damaged: make the values again with `prefpipe score`",
             )

@@ -106,7 +106,7 @@ def _score(rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference_id
     with log.progress("reference log-probs", len(rows), "rows") as advance:
         for row, values in zip(ordered, score(model, map(tree_of, ordered)), strict=True):
             for completion, logps in zip(row.completions, values, strict=True):
-                digest = ids_digest(row.prompt_ids, completion.token_ids)
+                digest = ids_digest(row.prompt_ids, completion.token_ids, completion.mask)
                 scored[completion.completion_id] = ref_logps(
                     completion.completion_id, digest, logps, reference=reference_id, scorer=scorer
                 )
