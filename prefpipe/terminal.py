@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from typing import TextIO
 
 from prefpipe.errors import PrefpipeError, StorageError
 
@@ -55,11 +56,14 @@ def show_drawn(text: str) -> None:
         ) from error
 
 
-def forget(stream: object) -> None:
-    """Let what is still in the buffer of a stream go nowhere: the interpreter flushes it once more when it ends."""
+def forget(stream: TextIO | None) -> None:
+    """Let what is still in the buffer of a stream go nowhere: the interpreter flushes it once more when it ends. None
+    is a stream that was closed when the command started."""
+    if stream is None:
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, stream.fileno())  # type: ignore[attr-defined]
+        os.dup2(nowhere, stream.fileno())
     except (OSError, ValueError):
         return
     finally:

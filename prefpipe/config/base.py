@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from prefpipe import reading
+from prefpipe.config import secrets
 from prefpipe.errors import UsageError
 
 STRICT = ConfigDict(
@@ -208,7 +209,9 @@ def _set(values: dict[str, Any], path: list[str], value: object) -> None:
     for table in tables:
         inner = values.setdefault(table, {})
         if not isinstance(inner, dict):
-            raise UsageError(f"{table} = {inner!r} is not a table", f"write its settings under [{table}]")
+            raise UsageError(
+                f"{table} = {secrets.masked(inner)!r} is not a table", f"write its settings under [{table}]"
+            )
         values = inner
     values[leaf] = value
 
@@ -216,13 +219,13 @@ def _set(values: dict[str, Any], path: list[str], value: object) -> None:
 def _sentence(cls: type[BaseModel], problem: Any) -> str:
     location, owner = _place(cls, problem["loc"])
     name = ".".join(location)
-    value = "***" if name.endswith("api_key_env") else _without_secrets(problem["input"])
+    value = "***" if name.endswith("api_key_env") else secrets.masked(problem["input"])
     if problem["type"] == "extra_forbidden":
         return f"unknown setting '{name}'{suggestion(location[-1], list(owner.model_fields))}"
     if problem["type"] in ("literal_error", "union_tag_invalid"):
         expected = problem["ctx"]["expected" if problem["type"] == "literal_error" else "expected_tags"]
         if problem["type"] == "union_tag_invalid":
-            name, value = f"{name}.kind", problem["ctx"]["tag"]
+            name, value = f"{name}.kind", secrets.masked(problem["ctx"]["tag"])
         allowed = re.findall(r"'([^']*)'", expected)
         if several := _written_as_one(location, value):
             return several
@@ -242,13 +245,6 @@ def _written_as_one(location: Sequence[str], value: object) -> str:
     values = [part.strip() for part in value.split(",")]
     flags = " ".join(f"--{name.replace('_', '-')} {part}" for part in values)
     return f"{name} = {value!r} is one text: repeat the flag ({flags}), in a recipe write {json.dumps(values)}"
-
-
-def _without_secrets(value: Any) -> Any:
-    """A value for the terminal: user and password, query and fragment of an address are replaced by stars."""
-    if not isinstance(value, str):
-        return value
-    return re.sub(r"(://[^?#\s]*)[?#].*", r"\1?***", re.sub(r"://[^/@\s]*@", "://***@", value), flags=re.DOTALL)
 
 
 def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:

@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
@@ -17,11 +18,19 @@ GpuShare = Annotated[
 _LONG = re.compile("[A-Za-z0-9]{24,}")  # no word of a variable's name is as long
 
 
-def _without_secrets(url: str) -> str:
+def _address(url: str) -> str:
+    """An address without a slash at its end. Raises ValueError for one that no request can go to, or with a secret."""
     if not url.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
     if any(mark in url for mark in "@?#"):
         raise ValueError("must hold neither a user nor a query, and no fragment: keys come from the environment")
+    try:
+        parts = urlsplit(url)
+        is_whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, an open bracket
+        is_whole = False
+    if not is_whole or not url.isprintable() or re.search(r"[\s\\]", url):
+        raise ValueError("must be http://HOST:PORT/PATH, with a port from 1 to 65535 and no white space")
     return url.rstrip("/")
 
 
@@ -47,7 +56,7 @@ class Judge(BaseModel):
     engine: Literal["endpoint", "vllm", "transformers", "fake"] = "endpoint"
     """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id).
     fake returns arbitrary verdicts, for dry runs."""
-    base_url: Annotated[str, PATH, REMOTE, AfterValidator(_without_secrets)] = "http://localhost:8000/v1"
+    base_url: Annotated[str, PATH, REMOTE, AfterValidator(_address)] = "http://localhost:8000/v1"
     """Address of the endpoint; /chat/completions is added."""
     model: str = "default"
     """Name of the model at the endpoint; for an engine its directory or hub id."""
@@ -70,7 +79,7 @@ class Judge(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] = 512
     """Longest answer of the judge, in tokens."""
     timeout_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 60.0
-    """Seconds for one request."""
+    """Seconds for one request, from the look-up of the address to the last byte of the answer."""
     retries: Annotated[int, RUNTIME, Field(ge=0)] = 4
     """Most retries of a request after a refused connection, a timeout, or an answer 408, 409, 429 or 5xx."""
     backoff_seconds: Annotated[float, RUNTIME, Field(ge=0)] = 1.0

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
+from prefpipe.config import secrets
 from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
 from prefpipe.config.judge import GpuShare, Judge
 
@@ -247,10 +248,12 @@ def _from_json(value: object) -> object:
         raise ValueError(f"not JSON: {error}") from error
 
 
-def _check_names(tables: dict[str, Settings]) -> dict[str, Settings]:
+def _check_tables(tables: dict[str, Settings]) -> dict[str, Settings]:
     for name, settings in tables.items():
         if name in KINDS and name != settings.kind:
             raise ValueError(f'a table named \'{name}\' must have kind = "{name}", not "{settings.kind}"')
+        if held := secrets.setting_with_key(settings):
+            raise ValueError(f"table '{name}': {held} holds what looks like a key: name its variable in api_key_env")
     return tables
 
 
@@ -260,7 +263,7 @@ RewardSettings = Annotated[
     ],
     PATH,  # not in the fingerprint: rewards.identity adds the settings of the rewards that the run names
     BeforeValidator(_from_json),
-    AfterValidator(_check_names),
+    AfterValidator(_check_tables),
     Field(
         description="Settings of rewards by name: tables [reward_settings.NAME] in a recipe (instead of this line), "
         "a JSON object on the command line."

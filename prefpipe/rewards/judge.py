@@ -1,7 +1,6 @@
 """Rewards from a language model that judges: it rates each completion, or compares two in both orders."""
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,12 @@ from prefpipe.ids import canonical_json, content_id
 from prefpipe.rewards import local_judge
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.endpoint import Question, Reply, ask_all
+from prefpipe.rewards.verdicts import find_verdict
 from prefpipe.schemas import Message
 
 VERSION = 2  # raise it when prompts, parsing or formula change: a run never mixes two versions
 BEST = 10
 _SHOWN = 200
-_MOST_TRIES = 1000  # braces of an answer, from its end: 200,000 nested ones would take minutes
 _MARK = 6  # hex digits
 _SYSTEM = (
     "You judge answers of an assistant. {criteria}\n"
@@ -70,21 +69,6 @@ def judge(settings: Judge, ask: Ask | None = None) -> RewardFunction:
         ask = ask_all if settings.engine == "endpoint" else local_judge.ask_in_engine(settings)
     rate = _rate if settings.mode == "rating" else _compare
     return functools.partial(rate, settings, ask)
-
-
-def find_verdict(text: str, name: str, allowed: Sequence[Any]) -> tuple[Any, str] | None:
-    """(value, reason) of the last JSON object in a text that has `name`; None unless its value is an allowed one."""
-    decoder = json.JSONDecoder(strict=False)  # models and grammars leave line breaks inside strings
-    for start in reversed([i for i, c in enumerate(text) if c == "{"][-_MOST_TRIES:]):
-        try:
-            verdict, _ = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            continue
-        if name in verdict:
-            value = verdict[name]
-            is_allowed = type(value) in {type(a) for a in allowed} and value in allowed
-            return (value, str(verdict.get("reason", ""))[:_SHOWN]) if is_allowed else None
-    return None
 
 
 def pairings(count: int, opponents: int) -> list[Pairing]:

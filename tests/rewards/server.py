@@ -1,9 +1,10 @@
 """An OpenAI-compatible endpoint on localhost for tests: real sockets, answers from a function."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -64,3 +65,31 @@ def serving(answer: Callable[[dict[str, Any]], tuple[int, Any]]) -> Generator[En
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def raw(answer: Callable[[socket.socket, threading.Event], None]) -> Generator[str]:
+    """A server that speaks no HTTP by itself: `answer(connection, stop)` is called for each connection, in a thread.
+    Yields HOST:PORT. `stop` is set at the end, and connections that break are no errors."""
+    stop, threads = threading.Event(), list[threading.Thread]()
+
+    def handle(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            answer(connection, stop)
+
+    def accept() -> None:
+        while not stop.is_set():
+            with suppress(TimeoutError):
+                threads.append(threading.Thread(target=handle, args=(listener.accept()[0],)))
+                threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        accepting = threading.Thread(target=accept)
+        accepting.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            stop.set()
+            for thread in (accepting, *threads):
+                thread.join()

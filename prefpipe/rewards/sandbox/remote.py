@@ -177,7 +177,7 @@ def _method(function: Any, what: str) -> Any:
     return lambda self, *other: function(self, what, *other)
 
 
-Remote.__doc__ = property(lambda self: _ask(self, "get", "__doc__"))  # type: ignore[assignment]
+Remote.__doc__ = property(lambda self: _ask(self, "get", "__doc__"))  # type: ignore[assignment]  # text, by its type
 for _name in _BINARY:
     setattr(Remote, f"__{_name}__", _method(_combine, _name))
     setattr(Remote, f"__r{_name}__", lambda self, other, _name=_name: _combine(other, _name, self))
