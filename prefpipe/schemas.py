@@ -196,7 +196,7 @@ class RankedGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One rated answer of a policy on a held-out prompt. decoding: greedy or sampled. `thinking` as in Completion."""
+    """One rated answer of a policy on a held-out prompt. decoding: greedy or sampled. Others as in Completion."""
 
     completion_id: str
     prompt_id: str
@@ -213,6 +213,22 @@ class Evaluation:
     status: str
     detail: str | None
     thinking: str | None = None
+    token_logps: TokenLogps | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A number of an evaluation with its 95 % interval. `of`: what it describes; `against`: the side compared with."""
+
+    round: Int32
+    policy: str
+    of: str
+    against: str | None
+    decoding: str | None
+    name: str
+    value: float
+    low: float | None
+    high: float | None
 
 
 @dataclasses.dataclass(frozen=True)

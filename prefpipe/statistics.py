@@ -1,6 +1,7 @@
 """Estimates with 95 % intervals, and paired comparisons. Pure functions of numbers; a group is what one prompt gave.
 
-Answers to one prompt are not independent, so every spread is that between prompts (Miller 2024, 2411.00640, section 2.2).
+Answers to one prompt are not independent, so every spread is that between prompts (clustered standard errors: Miller
+2024, 2411.00640, section 2.2).
 """
 
 import math
@@ -127,7 +128,9 @@ def kl_estimates(policy_logps: Sequence[float], other_logps: Sequence[float]) ->
 
 def length_controlled(outcomes: Sequence[float], length_gaps: Sequence[float]) -> LengthControlled:
     """A logistic fit of the verdict on the difference of lengths, read at equal lengths (length-controlled AlpacaEval:
-    Dubois et al. 2024, 2404.04475, section 3, for one pair of models and without its term for the prompt): logit P(win) = intercept + slope * tanh(gap / sd of gaps).
+    Dubois et al. 2024, 2404.04475, section 3, for one pair of models and without its term for the prompt):
+
+        logit P(win) = intercept + slope * tanh(gap / sd of gaps)
 
     outcomes: 1 win, 0.5 tie, 0 loss; length_gaps: characters, ours minus theirs; one of each for every prompt. At each
     of tanh = -1 and 1 stand a quarter of a win, a quarter of a loss and half a tie, as in `paired`: they keep the fit

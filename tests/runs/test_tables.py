@@ -18,6 +18,7 @@ from prefpipe.schemas import (
     VERSION,
     Completion,
     Dropped,
+    Evaluation,
     KlBank,
     Pair,
     Prompt,
@@ -238,3 +239,17 @@ def test_rows_from_before_optional_columns_are_read_with_nulls(call: Call, tmp_p
     assert done.code == 0, done.stderr
     now, then = (store.read_dataset(tmp_path / out, "pairs", Pair) for out in ("now", "then"))
     assert now.equals(then)
+
+
+def test_rows_may_lack_some_of_the_columns_that_came_later(tmp_path: Path) -> None:
+    """A file of the time between: it has `thinking`, and not yet the columns after it."""
+    schema = arrow_schema(Evaluation)
+    assert schema.names[-2:] == ["thinking", "token_logps"]
+    path = tmp_path / "part-00000.parquet"
+    between = pa.schema(list(schema)[:-1], metadata=schema.metadata)
+    pq.write_table(between.empty_table(), path)
+    assert tables.read_table(path, Evaluation).schema.equals(schema)
+    without = pa.schema([f for f in between if f.name != "reward"], metadata=schema.metadata)
+    pq.write_table(without.empty_table(), path)
+    with pytest.raises(DataError, match=r"missing or of another type: reward \(double\)"):
+        tables.read_table(path, Evaluation)
