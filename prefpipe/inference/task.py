@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prefpipe import clock, engines, log
+from prefpipe import clock, log
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, EngineSettings
 from prefpipe.errors import DataError, RowFault, UsageError
 from prefpipe.ids import IdSet, content_id, ids_digest, sample_seed
-from prefpipe.inference import sampling
+from prefpipe.inference import sampling, warm
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
 from prefpipe.inputs import files
@@ -94,7 +94,7 @@ def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], dr
         tokens = 0
         settings = engine_settings(task, config, _longest_prompt(config, task.policy) + config.max_tokens)
         with (
-            start_engine(config.engine, settings) as engine,
+            warm.engine(config.engine, settings) as engine,
             inflight.recording(),
             log.progress("sampling", expected, "prompts") as advance,
         ):
@@ -183,12 +183,6 @@ def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[An
         for prompt in sampled
         for said, sample in zip(prompt.said, prompt.samples, strict=True)
     ]
-
-
-def start_engine(name: str, settings: EngineSettings) -> Engine:
-    """Start an engine, and say so: it takes a while."""
-    log.info(f"starting engine {name} ({settings.policy.directory.name}, {settings.dtype})")
-    return engines.load(name, settings)
 
 
 def _check_any(run: Run, shards: Iterable[PromptShard], encode: Encode) -> None:
