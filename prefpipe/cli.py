@@ -3,6 +3,7 @@
 A stage and its heavy packages are imported by the command that runs it: `prefpipe --help` imports none of them.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -137,6 +138,26 @@ def show_config(
     terminal.show(base.to_toml(config_class()))
 
 
+@app.command("steps", hidden=True)
+def steps() -> None:
+    """Run the steps that another process names on stdin, one line of JSON each, and answer with a line when it is done.
+
+    {"saved": CONFIG.json, "out": DIR, "keep": true} leaves the engine open for the next step. stdout has the answers
+    alone; what a step prints goes to stderr.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    warm = importlib.import_module("prefpipe.inference.warm")
+    with warm.shelf() as shelf:
+        for line in sys.stdin:
+            step = json.loads(line)
+            saved, out, shelf.keep = Path(step["saved"]), Path(step["out"]), step["keep"]
+            config_class, module = STAGES[json.loads(saved.read_text(encoding="utf-8"))["command"]]
+            _run_stage(module, base.load(config_class, saved, {}), out, force=False)
+            gc.collect()  # a reward model of this step leaves the memory before that of the next one comes
+            print(step["out"], file=answers, flush=True)
+
+
 def _register(name: str, config_class: type[BaseModel], module: str) -> None:
     def run(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
         config = base.load(config_class, recipe, settings)
@@ -145,13 +166,17 @@ def _register(name: str, config_class: type[BaseModel], module: str) -> None:
             return
         if out is None:
             raise UsageError("--out is missing", f"name the directory of the run: prefpipe {name} ... --out runs/NAME")
-        stage = importlib.import_module(module)
-        manifest = _finished(stage.run, config, out, force=force)
-        if os.environ.get("RANK", "0") == "0":
-            for line in stage.summary(manifest, out):
-                terminal.show(line)
+        _run_stage(module, config, out, force=force)
 
     app.command(name, cls=flags.SettingsCommand, rich_help_panel="Stages")(flags.command(config_class, run))
+
+
+def _run_stage(module: str, config: BaseModel, out: Path, *, force: bool) -> None:
+    stage = importlib.import_module(module)
+    manifest = _finished(stage.run, config, out, force=force)
+    if os.environ.get("RANK", "0") == "0":
+        for line in stage.summary(manifest, out):
+            terminal.show(line)
 
 
 def _finished(run: Callable[..., dict[str, Any]], config: BaseModel, out: Path, *, force: bool) -> dict[str, Any]:

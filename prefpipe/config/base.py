@@ -145,6 +145,11 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
     return values
 
 
+def runtime_fields(cls: type[BaseModel]) -> Iterator[str]:
+    """The settings that cannot change results, by dotted name."""
+    return (name for name, field in fields(cls) if RUNTIME in field.metadata)
+
+
 def fields(cls: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     """Every setting with its dotted name, those of nested tables included, in the order of the headings."""
     return ((name, field) for name, field, _ in fields_under_headings(cls))

@@ -1,14 +1,16 @@
-"""Settings of `prefpipe iterate`: one table per stage."""
+"""Settings of `prefpipe iterate`: how rounds are linked, when they stop, and one table per stage."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import STRICT
+from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.stops import StopSettings
 from prefpipe.config.train import TrainConfig
 
 # Table -> settings that `iterate` fills in itself, since they link the stages.
@@ -18,33 +20,83 @@ _LINKS = {
     "train": ("model", "adapter", "pairs", "labels", "groups", "ref_logps", "reference_model", "reference_adapter"),
     "evaluate": ("model", "adapter", "round"),
 }
+FIXED = "fixed:"
+# Schedule -> the settings that take its values.
+SCHEDULES = {
+    "learning_rates": (("train", "learning_rate"),),
+    "betas": (("train", "beta"), ("build_pairs", "beta")),
+    "temperatures": (("generate", "temperature"),),
+}
+Metric = Literal["greedy.pass", "sampled.pass", "greedy.mean_reward", "sampled.mean_reward"]
 
 
 class IterateConfig(BaseModel):
-    """Rounds of generate, build-pairs, train and evaluate; a round starts from the policy of the round before."""
+    """Rounds of generate, build-pairs, train and evaluate, until the last one or until a rule says stop."""
 
     model_config = STRICT
 
     model: shared.Model = shared.DEFAULT_MODEL
-    rounds: Annotated[int, Field(ge=1)] = 2
-    """Rounds after the evaluation of the policy before training."""
-    reference: Literal["previous", "base"] = "previous"
-    """Reference model of a round: the policy that it starts from, whose log-probs come with its samples at no cost, or
-    the base model (the policy with its adapter off)."""
+    rounds: Annotated[int, RUNTIME, Field(ge=1)] = 2
+    """Rounds after the evaluation of the policy before training. With more of them a finished run goes on."""
+    reference: Annotated[str, Field(pattern=rf"^(previous|base|best|{FIXED}\S+)$")] = "previous"
+    """Reference model of a round: the policy that samples (previous), whose log-probs come with its samples at no cost;
+    the base model (base: the policy with its adapter off); the best round so far (best); or the adapter or model in a
+    directory (fixed:PATH). Log-probs that sampling does not give are computed in a step of their own."""
+    start: Annotated[Literal["previous", "base"], ADDED] = "previous"
+    """What a round trains: the policy of the round before, or the base model anew, which goes with replay = 1: on the
+    pairs of all rounds."""
+    replay: Annotated[float, ADDED, Field(ge=0, le=1)] = 0.0
+    """Share of the rows of every earlier round that a round trains on too, drawn anew by the round; their log-probs are
+    computed again where the reference is another one by now."""
+    prompts_per_round: Annotated[int, ADDED, Field(ge=0)] = 0
+    """Prompts of a round, which no other round has; 0 gives every round all of them."""
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = ()
+    """Learning rate of each round in place of train.learning_rate; rounds after the last one keep the last value."""
+    betas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = ()
+    """The same for beta of train and build_pairs."""
+    temperatures: Annotated[tuple[Annotated[float, Field(ge=0, le=2)], ...], ADDED] = ()
+    """The same for generate.temperature."""
+    metric_for_best_round: Annotated[Metric, ADDED] = "sampled.pass"
+    """What decides which round is the best, and what it gains: a share that passes, or a mean reward, of the greedy or
+    the sampled answers. Of equal rounds the earlier one is the best."""
+    from_run: Annotated[str, PATH] = ""
+    """Directory of another run of iterate: its rounds up to from_round are linked into OUT, and rounds go on behind
+    them with the settings of this one."""
+    from_round: Annotated[int, ADDED, Field(ge=0)] = 0
+    """Last round that is taken from from_run; 0 takes its evaluation before training."""
+    launcher: Annotated[str, RUNTIME, Field(min_length=1)] = "auto"
+    """What starts train: auto (one process per visible GPU), none (one process), or a command in front of it, such as
+    'torchrun --nproc_per_node 4' or 'srun -n 8'."""
+    stop: StopSettings = StopSettings()
     generate: GenerateConfig = GenerateConfig()
     build_pairs: BuildPairsConfig = BuildPairsConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss reads log-probs of the reference."""
+        return self.train.objective.needs("reference")
+
+    def scheduled(self, table: str, number: int) -> dict[str, Any]:
+        """The settings of a table that have another value in every round, with those of round `number`."""
+        found: dict[str, Any] = {}
+        for schedule, places in SCHEDULES.items():
+            values = getattr(self, schedule)
+            if values:
+                value = values[min(number, len(values)) - 1]
+                found |= {name: value for where, name in places if where == table and self._is_read(table, name)}
+        return found
+
+    def _is_read(self, table: str, name: str) -> bool:
+        return (table, name) != ("build_pairs", "beta") or self.build_pairs.output == "pairs"
+
     @model_validator(mode="after")
     def _tables_leave_links_alone(self) -> "IterateConfig":
         for table, names in _LINKS.items():
-            settings = getattr(self, table)
-            changed = [n for n in names if getattr(settings, n) != type(settings).model_fields[n].default]
+            changed = [name for name in names if self._is_set(table, name)]
             if changed:
                 raise ValueError(f"iterate links the stages itself: remove {', '.join(changed)} from [{table}]")
-        if self.train.tuning == "full" and self.reference == "base":
-            raise ValueError("reference = base needs an adapter to turn off: train.tuning = full has none")
         return self
 
     @model_validator(mode="after")
@@ -54,4 +106,43 @@ class IterateConfig(BaseModel):
             raise ValueError(f'loss {self.train.loss_type[0]} trains on {kind}: set output = "{kind}" in [build_pairs]')
         if self.build_pairs.format != "prefpipe":
             raise ValueError(f"format = {self.build_pairs.format} in [build_pairs] is for TRL: leave it out")
+        problems = [*self._schedule_misfits(), *self._round_misfits()]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+    def _schedule_misfits(self) -> Iterator[str]:
+        for schedule, places in SCHEDULES.items():
+            values = getattr(self, schedule)
+            if not values:
+                continue
+            yield from (
+                f"{schedule} sets {t}.{n} in every round: leave it out" for t, n in places if self._is_set(t, n)
+            )
+            for table, name in places:
+                if self._is_read(table, name):
+                    yield from self._refused(schedule, table, name, values)
+
+    def _refused(self, schedule: str, table: str, name: str, values: tuple[float, ...]) -> Iterator[str]:
+        """What the class of a table says against a value of a schedule: only it knows which settings are read."""
+        settings = getattr(self, table)
+        for value in values:
+            try:
+                type(settings).model_validate({**dict(settings), name: value})
+            except ValidationError as error:
+                yield f"{schedule}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+                return
+
+    def _round_misfits(self) -> Iterator[str]:
+        if self.reference not in ("previous", "base") and not self.needs_reference:
+            yield f"reference = {self.reference} is read by none of {', '.join(self.train.loss_type)}"
+        if self.prompts_per_round and self.generate.part != "1/1":
+            yield f"prompts_per_round cuts the prompts itself: leave out part = {self.generate.part} in [generate]"
+        if self.from_round and not self.from_run:
+            yield f"from_round = {self.from_round} is a round of from_run: name its directory"
+        if self.from_run and self.from_round >= self.rounds:
+            yield f"rounds = {self.rounds} ends before the first round behind from_round = {self.from_round}"
+
+    def _is_set(self, table: str, name: str) -> bool:
+        settings = getattr(self, table)
+        return getattr(settings, name) != type(settings).model_fields[name].default

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import PATH, REMOTE, RUNTIME, STRICT
+from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, STRICT
 from prefpipe.config.rewards import check_gpu_memory
 
 
@@ -25,6 +25,8 @@ class ScoreConfig(BaseModel):
     engine: shared.Engine = "vllm"
     reward_settings: shared.RewardSettings = {}
     rewards: shared.Rewards = ()
+    share: Annotated[float, ADDED, Field(gt=0, le=1)] = 1.0
+    """Use only this share of the pairs, labels or groups of runs, drawn by their ids and the seed."""
     check: Annotated[int, Field(ge=0)] = 32
     """Rows that the other scorer (transformers for vllm, vllm for transformers) scores again, for parity.json."""
     max_length: Annotated[int, Field(ge=2)] = 2048
@@ -62,6 +64,6 @@ class ScoreConfig(BaseModel):
     def _adds_something(self) -> Self:
         """Foreign files are worth reading without scores: their rows become ours."""
         runs_only = bool(self.inputs) and all((Path(source) / "manifest.json").exists() for source in self.inputs)
-        if runs_only and self.reference == "none" and not self.rewards:
+        if runs_only and self.reference == "none" and not self.rewards and self.share == 1:
             raise ValueError("nothing to do: no reference and no rewards; pass --rewards NAME, or --reference policy")
         return self

@@ -6,13 +6,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from prefpipe import clock, engines, log
+from prefpipe import clock, log
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Draw, Engine, EngineSettings
 from prefpipe.errors import DataError, RowFault, UsageError
 from prefpipe.ids import IdSet, content_id, ids_digest, sample_seed
-from prefpipe.inference import sampling
+from prefpipe.inference import sampling, warm
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
 from prefpipe.inputs import files
@@ -96,7 +96,7 @@ def engine_on_demand(task: Task, config: Config) -> Generator[Start]:
     """A function that starts the engine at its first call; the engine ends with the block."""
     settings = engine_settings(task, config, longest_sequence(task, config))
     with ExitStack() as stack:
-        yield cache(lambda: stack.enter_context(start_engine(config.engine, settings)))
+        yield cache(lambda: stack.enter_context(warm.engine(config.engine, settings)))
 
 
 def sample_missing(
@@ -226,12 +226,6 @@ def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[An
         for prompt in sampled
         for said, sample in zip(prompt.said, prompt.samples, strict=True)
     ]
-
-
-def start_engine(name: str, settings: EngineSettings) -> Engine:
-    """Start an engine, and say so: it takes a while."""
-    log.info(f"starting engine {name} ({settings.policy.directory.name}, {settings.dtype})")
-    return engines.load(name, settings)
 
 
 def _check_any(run: Run, shards: Iterable[PromptShard], encode: Encode) -> None:

@@ -199,7 +199,7 @@ def remove_leftovers(directory: Path) -> None:
     """
     with storage_errors(directory):
         for entry in sorted(directory.iterdir()):
-            if is_leftover(entry) and entry.is_dir():
+            if is_leftover(entry) and entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif is_leftover(entry):
                 entry.unlink()

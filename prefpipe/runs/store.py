@@ -22,7 +22,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from prefpipe import clock, log, reading
-from prefpipe.config.base import result_fields
+from prefpipe.config.base import result_fields, runtime_fields
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import content_id
 from prefpipe.runs import commits, fsio, manifests, saved_config, tables
@@ -198,7 +198,7 @@ def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, st
         if saved is None:
             saved_config.refuse_foreign(out, force=force)
         fsio.remove_leftovers(out)
-        if saved is not None and saved.get("identity") != identity:
+        if saved is not None and saved["identity"] != _as_then(saved["identity"], identity, config):
             if not force and not saved_config.holds_ledger_alone(out):
                 raise saved_config.belongs_to_another(out, saved["identity"], identity)
             saved = None
@@ -211,7 +211,7 @@ def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, st
         if saved is None:
             saved = saved_config.write(path, command, config, identity)
         settings = saved_config.settings(path, type(config), saved["config"])
-        run = Run(out, command, content_id(identity), inputs, settings)
+        run = Run(out, command, content_id(saved["identity"]), inputs, settings)
         run.set_strangers_aside()
         yield run
 
@@ -282,6 +282,11 @@ def read_file(
         raise MissingInputError(f"{run_dir} has no file '{name}'", "check which directory you passed")
     _check_digest(run_dir, manifest, name)
     return tables.read_table(run_dir / name, row_type, columns)
+
+
+def _as_then(then: Mapping[str, Any], now: Mapping[str, Any], config: BaseModel) -> dict[str, Any]:
+    """An identity with the settings that had a part in it when the run was started, and have none any more."""
+    return {**now, **{name: then[name] for name in runtime_fields(type(config)) if name in then}}
 
 
 def _check_digest(run_dir: Path, manifest: Manifest, name: str) -> None:

@@ -19,9 +19,10 @@ from prefpipe.config import base
 from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig, unread
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.iterate import SCHEDULES, IterateConfig
 from prefpipe.config.losses import LOSSES, MARGIN_SETTINGS, LossSettings
 from prefpipe.config.score import ScoreConfig
+from prefpipe.config.stops import StopSettings
 from prefpipe.config.train import EVAL_ONLY, LORA_ONLY, NO_PARAMETERS, SFT_ONLY, TrainConfig
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
@@ -31,11 +32,13 @@ RUNTIME = {
     *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
     *("gradient_checkpointing", "save_total_limit", "report_to"),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
+    *("rounds", "launcher", *StopSettings.model_fields),
 }
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
     *("inputs", "reward_settings", "eval_pairs", "eval_labels", "eval_groups", "reward_runs", "policy_logps"),
     *("contamination", "reference_model", "reference_adapter", "sft", "baseline", "trained_on", "perplexity_text"),
+    "from_run",
 }
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
@@ -125,6 +128,7 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
         _keep_what_goes_together(found, prefix)
         _keep_one_weight_for_each_source(found, prefix)
     if cls is IterateConfig:
+        _keep_rounds_that_fit(found)
         found |= {
             "build_pairs.output": LOSSES[found.get("train.loss_type", ("sigmoid",))[0]].kind,
             "build_pairs.format": "prefpipe",
@@ -148,6 +152,24 @@ def _keep_what_build_pairs_reads(found: dict[str, Any], prefix: str) -> None:
     chosen = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     for name in unread({**dict(BuildPairsConfig()), **chosen}):
         found.pop(f"{prefix}{name}", None)
+
+
+def _keep_rounds_that_fit(found: dict[str, Any]) -> None:
+    """Drop schedules of settings that are set or that no loss reads, parts beside prompts_per_round, references that no
+    loss reads, and rounds to take from nowhere."""
+    losses = found.get("train.loss_type", ("sigmoid",))
+    for schedule, places in SCHEDULES.items():
+        if any(f"{table}.{name}" in found for table, name in places):
+            found.pop(schedule, None)
+    if not all("beta" in LOSSES[name].reads for name in losses):
+        found.pop("betas", None)
+    if not any("reference" in LOSSES[name].needs for name in losses):
+        found.pop("reference", None)
+    if "prompts_per_round" in found:
+        found.pop("generate.part", None)
+    if "from_run" not in found:
+        found.pop("from_round", None)
+    found["rounds"] = found.get("rounds", 2) + found.get("from_round", 0)
 
 
 def _of_one_kind(losses: tuple[str, ...]) -> tuple[str, ...]:
@@ -177,8 +199,6 @@ def _keep_what_goes_together(found: dict[str, Any], prefix: str) -> None:
     if found.get(prefix + "tuning") == "full":
         drop("adapter", *LORA_ONLY)
     drop(*NO_PARAMETERS) if found.get(prefix + "lora_target_parameters") else None
-    if found.get("reference") == "base" and prefix:
-        drop("tuning")
     drop(*SFT_ONLY) if prefix + "sft" not in found else None
     drop("warmup_steps") if prefix + "warmup_ratio" in found else None
     drop("warmup_steps", "warmup_ratio") if found.get(prefix + "lr_scheduler_type") == "constant" else None
@@ -267,6 +287,8 @@ def test_runs_that_were_made_before_keep_their_fingerprint(cls: type[BaseModel])
     if isinstance(config, IterateConfig):
         config = config.model_copy(update={"train": config.train.resolved})
     values = json.loads(json.dumps(base.result_fields(config)))
+    if isinstance(config, IterateConfig):
+        values |= {"rounds": config.rounds}  # it had a part in the identity, and a run that has it there keeps it
     assert (
         content_id(values)
         == {

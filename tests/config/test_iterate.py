@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import UsageError
-from prefpipe.stages.iterate import stage as iterate
+from prefpipe.stages.iterate import plan
+from prefpipe.stages.iterate.plan import Known
 
 LINKS = {
     "generate.model": "m",
@@ -57,7 +58,7 @@ def test_rows_are_those_that_the_loss_trains_on() -> None:
     with pytest.raises(UsageError, match=r'loss kto trains on labels: set output = "labels" in \[build_pairs\]'):
         base.load(IterateConfig, None, {"train.loss_type": ["kto"]})
     fitting = base.load(IterateConfig, None, {"train.loss_type": ["kto"], "build_pairs.output": "labels"})
-    *_, train, _ = iterate.steps(fitting, Path("o"))
+    *_, train, _ = plan.steps(fitting, Path("o"), 2, Known())
     assert train.config.labels == ("o/round-2/build-pairs",)  # type: ignore[attr-defined]  # of any command
     assert train.config.pairs == ()  # type: ignore[attr-defined]  # of any command
     with pytest.raises(UsageError, match="for TRL"):
@@ -69,6 +70,31 @@ def test_at_least_one_round() -> None:
         IterateConfig(rounds=0)
 
 
-def test_tables_have_the_names_of_the_commands() -> None:
+def test_tables_have_the_names_of_the_commands_but_for_the_stop_rules() -> None:
     tables = {name.partition(".")[0] for name, _ in base.fields(IterateConfig) if "." in name}
-    assert tables == {"generate", "build_pairs", "train", "evaluate"}
+    assert tables == {"generate", "build_pairs", "train", "evaluate", "stop"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reference": "last"}, "reference = 'last'"),
+        ({"reference": "fixed:"}, "reference = 'fixed:'"),
+        ({"reference": "best", "train.loss_type": ["simpo"]}, "reference = best is read by none of simpo"),
+        ({"learning_rates": ["1e-5"], "train.learning_rate": "1e-4"}, "learning_rates sets train.learning_rate"),
+        ({"betas": ["0.1"], "build_pairs.beta": "0.2"}, "betas sets build_pairs.beta in every round"),
+        ({"betas": ["0.3"], "train.loss_type": ["nll"]}, "betas: beta = 0.3 is read"),
+        ({"temperatures": ["0.7", "3"]}, "temperatures.1 = '3'"),
+        ({"prompts_per_round": "5", "generate.part": "1/2"}, "leave out part = 1/2"),
+        ({"from_round": "1"}, "from_round = 1 is a round of from_run"),
+        ({"from_run": "x", "from_round": "2"}, "rounds = 2 ends before the first round behind from_round = 2"),
+        ({"replay": "1.5"}, "replay = '1.5'"),
+        ({"launcher": ""}, "launcher = ''"),
+        ({"stop.rules": ["gains"]}, "did you mean 'gain'?"),
+        ({"stop.gain_rounds": "0"}, "stop.gain_rounds = '0'"),
+    ],
+)
+def test_rounds_that_do_not_fit_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        base.load(IterateConfig, None, values)
+    assert message in caught.value.message

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import engines
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import EngineSettings
 from prefpipe.errors import DataError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.inference.sampling import EncodedPrompt
-from prefpipe.inference.task import engine_settings, prompt_key, read_task, start_engine
+from prefpipe.inference.task import engine_settings, prompt_key, read_task
 from prefpipe.inputs.prompts import read_prompts
-from prefpipe.models import policy
 from prefpipe.models.chat import Chat
 from prefpipe.runs import store, tables
 from prefpipe.schemas import Completion, Dropped, Message, Prompt, from_table
@@ -127,10 +125,3 @@ def test_parts_are_disjoint_and_together_they_are_the_whole(tiny_model: Path, pr
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(UsageError, match=rf"part = '{count + 1}/{count}': there are only {count} parts"):
         ids(f"{count + 1}/{count}")
-
-
-def test_starting_an_engine_says_so(chat: Chat, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = EngineSettings(policy.resolve(str(tiny_model)), chat, "float32", 1.0, 8, 64, 2, 64)
-    assert type(start_engine("fake", settings)).__name__ == "FakeEngine"
-    assert "starting engine fake (tiny, float32)" in capsys.readouterr().err
-    assert set(engines.ENGINES) == {"vllm", "transformers", "fake"}

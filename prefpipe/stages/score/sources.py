@@ -11,6 +11,7 @@ import pyarrow as pa
 from prefpipe import log
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, MissingInputError
+from prefpipe.ids import numbered_id
 from prefpipe.inference.scoring import request_of
 from prefpipe.inputs import files, formats, hub
 from prefpipe.inputs.files import ForeignRow
@@ -70,6 +71,7 @@ class Reader:
     reward_on: what rewards see of a completion
     rated: whether rewards are asked for, so that answers are read as well
     known: keys that this run has written already, by dataset, to drop repeats in foreign files
+    share, seed: which preferences of runs are read at all
     """
 
     chat: Chat
@@ -79,6 +81,8 @@ class Reader:
     reward_on: RewardOn
     rated: bool
     known: Known
+    share: float = 1.0
+    seed: int = 0
 
 
 def without(shard: ShardRows, killers: Collection[str]) -> ShardRows:
@@ -164,7 +168,7 @@ def _of_run(source: Path, reader: Reader) -> Iterator[InputShard]:
             table = store.read_file(source, manifest, name, PREFERENCES[dataset])
             for start in range(0, table.num_rows, reader.shard_rows):
                 rows = table.slice(start, reader.shard_rows)
-                yield InputShard((dataset,), partial(_preferences, source, dataset, rows, reader.limits.max_length))
+                yield InputShard((dataset,), partial(_preferences, source, dataset, rows, reader))
 
 
 def notice_other_chat(source: Path, chat: Chat) -> None:
@@ -230,20 +234,28 @@ def _prompts(
     return prompts
 
 
-def _preferences(source: Path, dataset: str, table: pa.Table, max_length: int) -> ShardRows:
-    """Rows of pairs, labels, KL bank or groups of one of our runs. A row with an overlong completion is left out."""
+def _preferences(source: Path, dataset: str, table: pa.Table, reader: Reader) -> ShardRows:
+    """Rows of pairs, labels, KL bank or groups of one of our runs, or a share of them. A row with an overlong
+    completion is left out."""
     kept: list[Any] = []
     dropped: list[Dropped] = []
     requests: dict[str, ScoreRequest] = {}
     for row in from_table(PREFERENCES[dataset], table):
+        if not _is_drawn(key_of(row), reader):
+            continue
         check_ids(row, source)
         row_requests = [ScoreRequest(*of_row[:-1]) for of_row in completions_of(row)]
-        _, overlong = _fitting(row_requests, max_length)
+        _, overlong = _fitting(row_requests, reader.limits.max_length)
         dropped += overlong
         if not overlong:
             kept.append(row)
             requests |= {request.completion_id: request for request in row_requests}
     return ShardRows({dataset: kept}, list(requests.values()), [], [], dropped)
+
+
+def _is_drawn(key: str, reader: Reader) -> bool:
+    """Whether a row is in the share: by hash, so that order and shards do not matter."""
+    return reader.share == 1 or int(numbered_id(key, reader.seed)[:8], 16) < reader.share * 2**32
 
 
 def _fitting(requests: Sequence[ScoreRequest], max_length: int) -> tuple[list[ScoreRequest], list[Dropped]]:

@@ -24,7 +24,7 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.errors import UsageError
 from prefpipe.ids import IdSet, ids_digest
-from prefpipe.inference import parity, scoring, task
+from prefpipe.inference import parity, scoring, warm
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.shards import Shard
 from prefpipe.inputs import files
@@ -76,7 +76,15 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
             return manifest
         known: Known = defaultdict(IdSet)
         reader = Reader(
-            chat, _limits(config), output.saved["shard_rows"], columns, config.reward_on, bool(rewards), known
+            chat,
+            _limits(config),
+            output.saved["shard_rows"],
+            columns,
+            config.reward_on,
+            bool(rewards),
+            known,
+            config.share,
+            config.seed,
         )
         settings = _engine_settings(config, policy, chat)
         _fill(
@@ -88,7 +96,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
             partial(outputs.write, output, rewards),
         )
         output.gather_dropped(Dropped, to_table(Dropped, []))
-        totals = outputs.totals(output, rewards)
+        totals = outputs.totals(output, rewards, may_be_empty=config.share < 1)
         if config.check and reference:
             totals["parity"] = _check(config, output, _shards(config, reader, list(rewards)), settings)
             output.write_report("parity.json", totals["parity"])
@@ -205,7 +213,7 @@ def _score(
 
     scored = 0
     with (
-        task.start_engine(config.engine, settings) as engine,
+        warm.engine(config.engine, settings) as engine,
         inflight.recording(),
         log.progress("scoring", _expected(config.inputs), "rows") as advance,
     ):

@@ -1,6 +1,5 @@
 """Rounds are linked, resumable and replayable: every step is a command of its own with a saved config."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -10,10 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from prefpipe import cli as commands
 from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import MissingInputError, PrefpipeError, UsageError
@@ -21,15 +17,9 @@ from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
 from prefpipe.stages.iterate import stage as iterate
 from tests.conftest import ROOT, Cli
+from tests.stages.iterate.cases import NO_STOPS, PER_ROUND, in_process, never, planned
 
-PER_ROUND = ("generate", "build-pairs", "train", "evaluate")
 MakeConfig = Callable[..., IterateConfig]
-
-
-def in_process(command: str, saved: Path, out: Path) -> None:
-    """What a step's process does, without a process."""
-    config_class, module = commands.STAGES[command]
-    importlib.import_module(module).run(base.load(config_class, saved, {}), out, force=False)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +43,7 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeCo
             {
                 "model": str(tiny_model),
                 "rounds": 2,
+                "stop": NO_STOPS,
                 "generate": {**sampling, "rewards": [reward], "check": 0},
                 "build_pairs": {"reward": reward, "truncated_chosen": "keep"},
                 "train": {"dtype": "float32", "lora_r": 2, "learning_rate": 1e-3, "train_batch_size": 1},
@@ -69,57 +60,6 @@ def finished(config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> tu
     """Two rounds, run to the end without a pause."""
     out = tmp_path_factory.mktemp("iterate") / "out"
     return out, iterate.run(config(), out, force=False, runner=in_process)
-
-
-def test_rounds_of_full_fine_tuning_are_linked_by_models(config: MakeConfig):
-    full = config(train={"tuning": "full"})
-    linked = [(s.name, s.config.model, s.config.adapter) for s in iterate.steps(full, Path("out"))  # type: ignore[attr-defined]
-              if s.command != "build-pairs"]  # fmt: skip
-    first = "out/round-1/train/model"
-    assert [model for name, model, _ in linked if name.startswith("round-2")] == [
-        first,
-        first,
-        "out/round-2/train/model",
-    ]
-    assert {adapter for _, _, adapter in linked} == {"none"}
-    with pytest.raises(ValueError, match="reference = base needs an adapter"):
-        config(train={"tuning": "full"}, reference="base")
-
-
-def never(command: str, saved: Path, out: Path) -> None:
-    raise AssertionError(f"{command} was run again")
-
-
-@settings(deadline=None, max_examples=20)
-@given(rounds=st.integers(min_value=1, max_value=5), reference=st.sampled_from(("previous", "base")))
-def test_steps_are_linked(rounds: int, reference: str) -> None:
-    config = IterateConfig.model_validate({"model": "m", "rounds": rounds, "reference": reference})
-    out = Path("out")
-    first, *steps = iterate.steps(config, out)
-    assert (first.name, first.config.adapter) == ("round-0/evaluate", "none")
-    assert [s.name for s in steps] == [f"round-{n}/{c}" for n in range(1, rounds + 1) for c in PER_ROUND]
-    for number in range(1, rounds + 1):
-        generate, build_pairs, train, evaluate = (s.config for s in steps[4 * (number - 1) : 4 * number])
-        before = "none" if number == 1 else f"out/round-{number - 1}/train/adapter"
-        assert generate.adapter == train.adapter == before
-        assert evaluate.adapter == f"out/round-{number}/train/adapter"
-        assert build_pairs.completions == (f"out/round-{number}/generate",)
-        assert train.pairs == (f"out/round-{number}/build-pairs",)
-        assert {generate.model, train.model, evaluate.model} == {"m"}
-        assert generate.reference == ("base" if reference == "base" else "policy")
-        assert evaluate.round == number
-    assert len({s.config.seed for s in steps if s.command == "generate"}) == rounds
-    assert len({s.config.seed for s in steps if s.command == "train"}) == rounds
-    assert {s.config.seed for s in steps if s.command == "evaluate"} == {config.evaluate.seed}
-
-
-def test_settings_of_the_tables_reach_their_steps() -> None:
-    config = IterateConfig.model_validate(
-        {"rounds": 1, "generate": {"num_samples": 3}, "build_pairs": {"min_gap": 0.5}, "train": {"beta": 0.7},
-         "evaluate": {"split": "all"}}
-    )  # fmt: skip
-    _, generate, build_pairs, train, evaluate = (s.config for s in iterate.steps(config, Path("o")))
-    assert (generate.num_samples, build_pairs.min_gap, train.beta, evaluate.split) == (3, 0.5, 0.7, "all")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +116,7 @@ def test_every_step_can_be_replayed_from_its_saved_config(
     config: MakeConfig, finished: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
     out, _ = finished
-    for step in iterate.steps(config(), out):
+    for step in planned(config(), out):
         assert base.load(type(step.config), out / f"{step.name}.json", {}) == step.config
     in_process("build-pairs", out / "round-2/build-pairs.json", tmp_path / "replayed")
     replayed = store.read_manifest(tmp_path / "replayed")
@@ -190,8 +130,8 @@ def test_the_second_run_is_complete_and_runs_nothing(config: MakeConfig, finishe
 
 def test_other_settings_of_a_step_are_refused(config: MakeConfig, finished: tuple[Path, Manifest]) -> None:
     out, _ = finished
-    with pytest.raises(UsageError, match="rounds: 2 there, 3 now"):
-        iterate.run(config(rounds=3), out, force=False, runner=never)
+    with pytest.raises(UsageError, match="start: None there, 'base' now"):
+        iterate.run(config(start="base"), out, force=False, runner=never)
 
 
 @pytest.mark.parametrize("failing", [3, 8])
@@ -236,11 +176,11 @@ def test_the_summary_shows_a_row_per_round_and_paths_that_exist(finished: tuple[
     out, manifest = finished
     lines = iterate.summary(manifest, out)
     rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
-    assert rows == ["round", "---", "start", "1", "2"]
+    assert [row.removesuffix(" (best)") for row in rows] == ["round", "---", "start", "1", "2"]
     assert any("1 held-out prompts" in line for line in lines)
     text = "\n".join(lines)
     assert "> Name a moss." in text
-    for word in ("policy", "metrics", "replay"):
+    for word in ("metrics", "replay"):
         line = next(x for x in lines if x.startswith(word))
         path = next(w for w in line.split() if w.startswith(str(out)))
         assert Path(path).exists(), line
@@ -255,36 +195,11 @@ def test_a_run_without_prompts_is_refused(config: MakeConfig, tmp_path: Path) ->
     assert not (tmp_path / "o").exists()
 
 
-def test_a_failing_process_gives_its_exit_code_and_the_command_to_replay(tmp_path: Path) -> None:
-    saved = tmp_path / "generate.json"
-    saved.write_text(json.dumps({"command": "generate", "config": {"prompts": str(tmp_path / "absent.jsonl")}}))
-    with pytest.raises(PrefpipeError, match="generate failed with exit code 66") as caught:
-        iterate.run_process("generate", saved, tmp_path / "g")
-    assert caught.value.exit_code == 66
-    assert f"prefpipe generate {saved} --out {tmp_path / 'g'}" in caught.value.hint
-
-
-def test_a_killed_process_gives_the_shells_exit_code(
-    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = list(iterate.steps(config(), tmp_path))[1]
-    assert step.command == "generate"
-    saved = tmp_path / "generate.json"
-    saved.write_text(json.dumps(base.dump(step.config.model_copy(update={"engine": "fake"}))))
-    monkeypatch.setenv("PREFPIPE_FAULT", "write:1:kill")
-    with pytest.raises(PrefpipeError) as caught:
-        iterate.run_process("generate", saved, tmp_path / "g")
-    assert caught.value.exit_code == 128 + 9
-    monkeypatch.setenv("PREFPIPE_FAULT", "")
-    iterate.run_process("generate", saved, tmp_path / "g")
-    assert store.read_manifest(tmp_path / "g")["command"] == "generate"
-
-
 def test_one_round_through_the_command_line(cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(base.dump(config(rounds=1))))
     done = cli("iterate", tmp_path / "mine.json", "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
-    assert "[5/5] round 1: evaluate" in done.stderr
+    assert "round 1/1: evaluate" in done.stderr
     assert "| start" in done.stdout
     assert "| 1 " in done.stdout
     again = cli("iterate", tmp_path / "mine.json", "--out", tmp_path / "o")

@@ -62,7 +62,7 @@ def test_what_an_earlier_shard_has_written_is_not_written_again(tmp_path: Path) 
         assert ids == [[A], [B]]
         rewards = from_table(Reward, run.read_part("rewards/r", Reward, 1))
         assert [(r.completion_id, r.reward) for r in rewards] == [(A, 1.0), (B, 0.0)]
-        totals = output.totals(run, ["r"])
+        totals = output.totals(run, ["r"], may_be_empty=False)
     assert (totals["rows"]["completions"], totals["rows"]["ref_logps"], totals["tokens"]) == (2, 2, 4)
     assert totals["mean_token_logp"] == -0.75
     assert totals["mean_reward"] == {"r": pytest.approx(2 / 3), "rating": None}
@@ -82,4 +82,4 @@ def test_no_row_at_all_is_an_error(tmp_path: Path) -> None:
     with store.open_run(tmp_path / "s", "score", ScoreConfig(), {}, force=False) as run:
         run.write_part("dropped", Dropped, 0, to_table(Dropped, [Dropped("line 1", "empty", "no text")]))
         with pytest.raises(DataError, match="no row is left"):
-            output.totals(run, [])
+            output.totals(run, [], may_be_empty=False)

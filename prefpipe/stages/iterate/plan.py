@@ -1,0 +1,161 @@
+"""The steps of a round, with the links between them filled in. Pure: what rounds before it found comes as arguments."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from prefpipe.config.iterate import FIXED, IterateConfig
+from prefpipe.config.score import ScoreConfig
+
+# What a step that scores has in common with the step that samples.
+_SHARED = (
+    *("engine", "chat_template", "template_date", "chat_template_kwargs", "template_changes", "thinking_marks"),
+    *("dtype", "check", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_mib"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of one round, in a folder of its name unless it has another."""
+
+    round: int
+    command: str
+    config: BaseModel
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its folder inside OUT."""
+        return f"round-{self.round}/{self.folder or self.command}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by the settings that name it: directory or hub id, and adapter or none."""
+
+    model: str
+    adapter: str = "none"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known before a round: the best round so far, and how many prompts [generate] has."""
+
+    best: int = 0
+    num_prompts: int = 0
+
+
+def steps(config: IterateConfig, out: Path, number: int, known: Known) -> Iterator[Step]:
+    """The steps of round `number`, in order. Round 0 is the evaluation of the policy before training.
+
+    A round samples from the policy of the round before. Where sampling does not give the log-probs of its reference, a
+    step scores the completions with it; rows of earlier rounds are scored with it as well.
+    """
+    if number > 0:
+        yield from _training(config, out, number, known)
+    policy = vars(trained(config, out, number))
+    yield Step(number, "evaluate", config.evaluate.model_copy(update={**policy, "round": number}))
+
+
+def trained(config: IterateConfig, out: Path, number: int) -> Model:
+    """The policy that a round has trained: an adapter on the model or, with full fine-tuning, a model."""
+    if number == 0:
+        return Model(config.model)
+    folder = out / f"round-{number}" / "train"
+    if config.train.tuning == "full":
+        return Model(str(folder / "model"))
+    return Model(config.model, str(folder / "adapter"))
+
+
+def reference(config: IterateConfig, out: Path, number: int, best: int) -> Model:
+    """The reference model of a round."""
+    if config.reference.startswith(FIXED):
+        path = Path(config.reference.removeprefix(FIXED))
+        is_adapter = (path / "adapter_config.json").exists()
+        return Model(config.model, str(path)) if is_adapter else Model(str(path))
+    before = {"previous": number - 1, "base": 0, "best": best}[config.reference]
+    return trained(config, out, before)
+
+
+def _training(config: IterateConfig, out: Path, number: int, known: Known) -> Iterator[Step]:
+    here = out / f"round-{number}"
+    sampler, ref = trained(config, out, number - 1), reference(config, out, number, known.best)
+    captured = _captured(config, sampler, ref)
+    sampling = {
+        **vars(sampler),
+        "reference": captured,
+        "seed": config.generate.seed + number,
+        **_part(config, number, known.num_prompts),
+        **config.scheduled("generate", number),
+    }
+    yield Step(number, "generate", config.generate.model_copy(update=sampling))
+    completions = (str(here / "generate"),)
+    scored: tuple[str, ...] = ()
+    if captured == "none":
+        yield Step(number, "score", _scoring(config, ref, completions, number))
+        scored = (str(here / "score"),)
+    building = {"completions": completions, "ref_logps": scored, **config.scheduled("build_pairs", number)}
+    yield Step(number, "build-pairs", config.build_pairs.model_copy(update=building))
+    rows = (str(here / "build-pairs"),)
+    earlier = tuple(str(out / f"round-{before}" / "build-pairs") for before in range(1, number))
+    if earlier and config.replay:
+        if config.replay == 1 and (config.reference not in ("previous", "best") or not config.needs_reference):
+            rows += earlier
+        else:
+            yield Step(number, "score", _scoring(config, ref, earlier, number, config.replay), "replay")
+            rows += (str(here / "replay"),)
+    yield Step(number, "train", config.train.model_copy(update=_links(config, out, number, ref, rows)))
+
+
+def _captured(config: IterateConfig, sampler: Model, ref: Model) -> str:
+    """The reference whose log-probs sampling gives; none where they take a step of their own."""
+    if config.reference == "base" and config.train.tuning == "lora":
+        return "base"
+    if ref == sampler or not config.needs_reference:
+        return "policy"
+    return "base" if ref == Model(sampler.model) else "none"
+
+
+def _links(config: IterateConfig, out: Path, number: int, ref: Model, rows: Sequence[str]) -> dict[str, Any]:
+    """The settings of train that link it: its start, its rows, and a reference that it does not load anyway."""
+    start = trained(config, out, number - 1 if config.start == "previous" else 0)
+    named: dict[str, str] = {}
+    if config.needs_reference and ref not in (start, Model(start.model)):
+        model = "policy" if ref.model == start.model else ref.model
+        named = {"reference_model": model, "reference_adapter": ref.adapter}
+    return {
+        **vars(start),
+        config.build_pairs.output: tuple(rows),
+        **named,
+        "seed": config.train.seed + number,
+        **config.scheduled("train", number),
+    }
+
+
+def _scoring(config: IterateConfig, ref: Model, inputs: Sequence[str], number: int, share: float = 1.0) -> ScoreConfig:
+    """A step that computes log-probs of the reference for rows that exist; for a share of them where less than all are
+    asked for."""
+    table = config.generate
+    return ScoreConfig.model_validate(
+        {
+            **{name: getattr(table, name) for name in _SHARED},
+            **vars(ref),
+            "inputs": tuple(inputs),
+            "reference": "policy" if config.needs_reference else "none",
+            "max_length": table.max_prompt_tokens + table.max_tokens,
+            "seed": table.seed + number,
+            "share": share,
+        }
+    )
+
+
+def _part(config: IterateConfig, number: int, num_prompts: int) -> dict[str, Any]:
+    """The prompts of a round: every N-th of the first N * prompts_per_round, so that no two rounds share one, and a run
+    with more rounds has the same first ones."""
+    if not config.prompts_per_round:
+        return {}
+    parts = num_prompts // config.prompts_per_round
+    return {"limit": parts * config.prompts_per_round, "part": f"{number}/{parts}"}

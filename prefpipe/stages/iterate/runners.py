@@ -1,0 +1,144 @@
+"""How steps run: each in a process of its own, which frees its memory; an evaluation and the sampling after it in one.
+
+Both have the same policy, and the start of an engine is a large part of a short round. The process waits for the name
+of its next step on stdin, so that what comes after an evaluation may depend on its result.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from prefpipe import processes
+from prefpipe.errors import PrefpipeError
+
+Runner = Callable[[str, Path, Path], None]  # command, saved config, run directory
+_SHARED = ("evaluate", "generate")  # commands that run in one process when they follow each other
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+class Processes:
+    """Runs steps; a `with` block ends the process that waits for the next one. `launcher` is the setting."""
+
+    def __init__(self, launcher: str = "auto") -> None:
+        self._launcher = launcher
+        self._waiting: subprocess.Popen[str] | None = None
+
+    def __call__(self, command: str, saved: Path, out: Path) -> None:
+        """Run one step to its end. Raises an error with the exit code of the step."""
+        if command in _SHARED:
+            self._run_shared(command, saved, out)
+        else:
+            self._let_go()
+            run_process(command, saved, out, launched(self._launcher) if command == "train" else [])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._let_go()
+
+    def _run_shared(self, command: str, saved: Path, out: Path) -> None:
+        """Name the step to the process that waits, or to a new one. Its engine is kept behind an evaluation: the
+        sampling of the next round has the same policy."""
+        if self._waiting is None:
+            words = processes.python("prefpipe", "steps")
+            self._waiting = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=processes.environment()
+            )
+        process = self._waiting
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            print(
+                json.dumps({"saved": str(saved), "out": str(out), "keep": command == "evaluate"}),
+                file=process.stdin,
+                flush=True,
+            )
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        except BaseException:
+            _terminate(process)
+            raise
+        if not answer:
+            code = _wait(process)
+            self._let_go()
+            raise _failed(command, saved, out, code)
+
+    def _let_go(self) -> None:
+        """End the process that waits: its engine frees its memory."""
+        process, self._waiting = self._waiting, None
+        if process is None:
+            return
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+        _wait(process)
+
+
+def run_process(command: str, saved: Path, out: Path, launcher: list[str] | None = None) -> None:
+    """Run one step as `python -m prefpipe COMMAND CONFIG --out DIR`, behind the words of a launcher. Raises an error
+    with the exit code of the step."""
+    arguments = [command, str(saved), "--out", str(out)]
+    words = [*launcher, "-m", "prefpipe", *arguments] if launcher else processes.python("prefpipe", *arguments)
+    # The processes of a launcher start without -P.
+    environment = {**processes.environment(), **({"PYTHONSAFEPATH": "1"} if launcher else {})}
+    process = subprocess.Popen(words, stdout=sys.stderr, env=environment)
+    code = _wait(process)
+    if code != 0:
+        raise _failed(command, saved, out, code)
+
+
+def launched(launcher: str) -> list[str]:
+    """The words in front of `-m prefpipe train`: [] for one process. torchrun is that of this Python."""
+    if launcher == "auto":
+        gpus = visible_gpus()
+        launcher = f"torchrun --standalone --nproc_per_node {gpus}" if gpus > 1 else "none"
+    if launcher == "none":
+        return []
+    first, *others = shlex.split(launcher)
+    if Path(first).name == "torchrun":
+        return [sys.executable, "-P", "-m", "torch.distributed.run", *others]
+    return [first, *others, sys.executable, "-P"]
+
+
+def visible_gpus(folder: Path = _GPUS) -> int:
+    """The number of NVIDIA GPUs that a process of this one may use: those in CUDA_VISIBLE_DEVICES, else all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        devices = [device.strip() for device in named.split(",")]
+        usable = devices.index("-1") if "-1" in devices else len(devices)  # CUDA stops reading at the first -1
+        return len([device for device in devices[:usable] if device])
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def _wait(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> int:
+    try:
+        return process.wait()
+    except BaseException:
+        _terminate(process)
+        raise
+
+
+def _terminate(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> None:
+    """Ctrl-C reaches a step by itself; a SIGTERM reaches this process only."""
+    process.terminate()
+    process.wait()
+
+
+def _failed(command: str, saved: Path, out: Path, code: int) -> PrefpipeError:
+    failed = PrefpipeError(
+        f"{command} failed with exit code {code}", f"replay it alone: prefpipe {command} {saved} --out {out}"
+    )
+    failed.exit_code = code if code > 0 else 128 - code if code < 0 else 1
+    return failed

@@ -1,0 +1,152 @@
+"""Rules that end the rounds: pure functions of what evaluate and build-pairs of every round have counted.
+
+A rule looks at one round at a time and says what it sees, or None. It fires when it saw something in each of the last
+rounds of its window.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefpipe.config.stops import StopSettings
+from prefpipe.stages.iterate.best import Totals, best_round, guard_failed, value
+
+_Z = 1.959964  # half the width of a 95 % interval in standard errors
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the rounds have counted: totals of evaluate by round, from 0; totals of build-pairs by round, from 1."""
+
+    evaluations: Sequence[Totals]
+    built: Sequence[Totals]
+    metric: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The rule that fired after a round, what it saw in each round of its window, and what to do next."""
+
+    rule: str
+    round: int
+    why: list[str]
+    advice: str
+
+
+_Seen = Callable[[Series, int, StopSettings], str | None]
+
+
+def check(series: Series, settings: StopSettings) -> Stop | None:
+    """The first rule that fires after the last round of the series; None while rounds may go on."""
+    last = len(series.evaluations) - 1
+    for name in settings.rules:
+        window: int = getattr(settings, f"{name}_rounds")
+        seen = [_RULES[name][0](series, number, settings) for number in range(max(1, last - window + 1), last + 1)]
+        why = [line for line in seen if line is not None]
+        if len(why) == window:
+            return Stop(name, last, why, _RULES[name][1])
+    return None
+
+
+def gain(series: Series, number: int, settings: StopSettings) -> str | None:
+    """A round that gains less over the best round before it than so many standard errors of the difference."""
+    before = best_round(series.evaluations[:number], series.metric)
+    difference = value(series.evaluations[number], series.metric) - value(series.evaluations[before], series.metric)
+    error = _standard_error(series, number, before)
+    if error is None or difference >= settings.gain_errors * error:
+        return None
+    return (
+        f"round {number}: {series.metric} {difference:+.4g} over round {before}, standard error of the difference "
+        f"{error:.2g}"
+    )
+
+
+def mixed(series: Series, number: int, settings: StopSettings) -> str | None:
+    """Too few prompts whose completions differ in what the pair rule goes by."""
+    share = mixed_share(series.built[number - 1])
+    if share is None or share >= settings.mixed_share:
+        return None
+    return f"round {number}: {share:.1%} of the prompts have outcomes that differ, under {settings.mixed_share:.0%}"
+
+
+def kl(series: Series, number: int, settings: StopSettings) -> str | None:
+    """A KL divergence above the cap."""
+    measured = [(k["to"], k["per_sequence"]["k1"]) for k in series.evaluations[number].get("kl") or []]
+    above = [f"{nats:.2f} nats from {to}" for to, nats in measured if nats > settings.kl_cap]
+    return f"round {number}: KL {', '.join(above)}, cap {settings.kl_cap:g}" if above else None
+
+
+def length(series: Series, number: int, settings: StopSettings) -> str | None:
+    """Sampled answers that became much longer, or much shorter, than those before training."""
+    words, start = (float(series.evaluations[n]["sampled"]["mean_words"]) for n in (number, 0))
+    if settings.length_loss * start <= words <= settings.length_growth * start:
+        return None
+    return f"round {number}: sampled answers have {words:.1f} words, before training {start:.1f}"
+
+
+def degenerate(series: Series, number: int, settings: StopSettings) -> str | None:
+    """Answers that repeat themselves, are cut or empty, at a share much above that before training."""
+    for decoding in ("greedy", "sampled"):
+        share, start = (float(series.evaluations[n][decoding]["degenerate"]) for n in (number, 0))
+        if share - start > settings.degenerate_rise:
+            return f"round {number}: {share:.1%} of the {decoding} answers are degenerate, before training {start:.1%}"
+    return None
+
+
+def guard(series: Series, number: int, _settings: StopSettings) -> str | None:
+    """A guard that failed."""
+    failed = guard_failed(series.evaluations[number])
+    return f"round {number}: {', '.join(failed)} fell below what is allowed" if failed else None
+
+
+def mixed_share(built: Totals) -> float | None:
+    """Of the prompts of a run of build-pairs, the share from which its rule made pairs or a group; None for labels,
+    whose rules count no prompts."""
+    prompts: Mapping[str, Any] | None = built.get("levels", {}).get("prompts")
+    if prompts:
+        return prompts["out"] / prompts["in"] if prompts["in"] else None
+    return built["groups"] / built["prompts"] if built.get("groups") and built.get("prompts") else None
+
+
+def _standard_error(series: Series, number: int, before: int) -> float | None:
+    """The standard error of the difference of two rounds: of the paired comparison where the evaluation made it, else
+    from the intervals of both as if they were independent, which is more. None for a metric without an interval."""
+    decoding, _, name = series.metric.partition(".")
+    for comparison in series.evaluations[number].get("comparisons") or []:
+        paired = comparison.get(decoding, {})
+        is_it = str(comparison.get("baseline", "")).endswith(f"round-{before}/evaluate")
+        if is_it and name == "mean_reward" and "difference_low" in paired:
+            return (paired["difference_high"] - paired["difference_low"]) / (2 * _Z)
+    if name != "pass":
+        return None
+    widths = (series.evaluations[n][decoding] for n in (number, before))
+    return math.hypot(*((w["high"] - w["low"]) / (2 * _Z) for w in widths))
+
+
+_RULES: dict[str, tuple[_Seen, str]] = {
+    "gain": (
+        gain,
+        "take the best round; for more, give new prompts (prompts_per_round), a lower learning rate, or more held-out "
+        "prompts, which make a small gain visible",
+    ),
+    "mixed": (
+        mixed,
+        "most prompts are solved or out of reach: give other prompts, raise the temperature, or sample more "
+        "completions (generate.num_samples)",
+    ),
+    "kl": (kl, "branch from an earlier round (--from-run, --from-round) with a higher beta or a lower learning rate"),
+    "length": (
+        length,
+        "read the answers; branch from an earlier round with build_pairs.length_penalty, or a loss that counts length",
+    ),
+    "degenerate": (
+        degenerate,
+        "branch from an earlier round with a lower learning rate, a higher beta, or the loss nll beside yours; check "
+        "that the reward refuses such answers",
+    ),
+    "guard": (
+        guard,
+        "branch from the round before with a lower learning rate or a higher beta, or mix in other data (train.sft)",
+    ),
+}

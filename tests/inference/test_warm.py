@@ -1,0 +1,103 @@
+"""An engine goes on into the next step where that asks for the same, and closes in every other case."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefpipe import engines
+from prefpipe.engines.base import EngineSettings
+from prefpipe.engines.fake import FakeEngine
+from prefpipe.inference import warm
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.policy import resolve
+
+started: list["Watched"] = []
+
+
+class Watched(FakeEngine):
+    """A fake engine that knows whether it is open."""
+
+    def __enter__(self) -> "Watched":
+        self.closed = False
+        started.append(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(engines.ENGINES, "fake", f"{__name__}:Watched")
+    started.clear()
+    yield
+    assert all(engine.closed for engine in started)
+
+
+@pytest.fixture
+def settings(tiny_model: Path, chat: Chat) -> EngineSettings:
+    return EngineSettings(resolve(str(tiny_model)), chat, "float32", 1.0, 8, 64, 4, 16)
+
+
+def test_without_a_shelf_every_step_has_its_engine(
+    settings: EngineSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        with warm.engine("fake", settings) as engine:
+            assert not engine.closed  # type: ignore[attr-defined]
+        assert engine.closed  # type: ignore[attr-defined]
+    assert len(started) == 2
+    assert capsys.readouterr().err.count("starting engine fake (tiny, float32)") == 2
+
+
+def test_the_same_settings_take_the_engine_of_the_step_before(settings: EngineSettings, tiny_model: Path) -> None:
+    with warm.shelf() as shelf:
+        shelf.keep = True
+        with warm.engine("fake", settings):
+            pass
+        shelf.keep = False
+        with warm.engine("fake", replace(settings, chat=load_chat(tiny_model))) as engine:  # read again, and equal
+            assert engine is started[0]
+            assert not started[0].closed
+        assert started[0].closed  # nothing is to come: its memory is free for what follows in this step
+        with warm.engine("fake", settings):
+            pass
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "bfloat16"}, {"max_tokens": 9}, {"max_model_len": 65}, {"stop_token_ids": (5,)}, {"top_k": 3}]
+)
+def test_another_engine_closes_the_one_on_the_shelf_first(settings: EngineSettings, change: dict[str, Any]) -> None:
+    with warm.shelf() as shelf:
+        shelf.keep = True
+        with warm.engine("fake", settings):
+            pass
+        assert not started[0].closed
+        with warm.engine("fake", replace(settings, **change)):
+            assert started[0].closed
+    assert len(started) == 2
+
+
+def test_another_policy_is_another_engine(settings: EngineSettings, other_model: Path) -> None:
+    with warm.shelf() as shelf:
+        shelf.keep = True
+        for model in (settings.policy, resolve(str(other_model))):
+            with warm.engine("fake", replace(settings, policy=model)):
+                pass
+    assert len(started) == 2
+
+
+def test_an_engine_whose_step_failed_is_not_kept(settings: EngineSettings) -> None:
+    with warm.shelf() as shelf:
+        shelf.keep = True
+        with pytest.raises(RuntimeError, match="x"), warm.engine("fake", settings):
+            raise RuntimeError("x")
+        assert started[0].closed
+        with warm.engine("fake", settings):
+            pass
+    assert len(started) == 2

@@ -1,0 +1,114 @@
+"""A step is a process with its exit code; an evaluation and the sampling after it are one, with one engine."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefpipe.config import base
+from prefpipe.errors import PrefpipeError
+from prefpipe.runs import store
+from prefpipe.stages.iterate import runners
+from prefpipe.stages.iterate.plan import Step
+from prefpipe.stages.iterate.runners import Processes, launched, visible_gpus
+from tests.stages.iterate.cases import config, in_process, planned, write_prompts
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Saved configs of an evaluation and of the sampling after it."""
+    folder = tmp_path_factory.mktemp("saved")
+    steps = list(planned(config(tiny_model, write_prompts(folder / "p.jsonl")), folder))[:2]
+    return {step.command: save(step, folder / f"{step.command}.json") for step in steps}
+
+
+def save(step: Step, path: Path) -> Path:
+    path.write_text(json.dumps({"command": step.command, "config": base.dump(step.config)}))
+    return path
+
+
+def starts(text: str) -> int:
+    return text.count("starting engine fake")
+
+
+@pytest.mark.slow
+def test_two_steps_in_one_process_have_one_engine_and_the_digests_of_steps_alone(
+    saved: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Processes() as run:
+        for command, path in saved.items():
+            run(command, path, tmp_path / "together" / command)
+        assert run._waiting is not None  # one process for both
+    together = capfd.readouterr()
+    assert starts(together.err) == 1
+    assert "engine fake is running already" in together.err
+    assert together.out == ""  # stdout belongs to iterate
+    assert "prompts rated in" in together.err
+    for command, path in saved.items():
+        in_process(command, path, tmp_path / "alone" / command)
+    for command in saved:
+        digests = {store.read_manifest(tmp_path / way / command)["digest"] for way in ("together", "alone")}
+        assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_in_a_shared_process_is_named_with_its_exit_code(tmp_path: Path) -> None:
+    """The process ends with the code of the step; the next step has a new one."""
+    with Processes() as run:
+        for command in ("evaluate", "generate"):
+            wrong = tmp_path / f"{command}.json"
+            absent = {
+                "prompts": str(tmp_path / "absent.jsonl"),
+                **({"reward": "length"} if command == "evaluate" else {}),
+            }
+            wrong.write_text(json.dumps({"command": command, "config": absent}))
+            with pytest.raises(PrefpipeError, match=f"{command} failed with exit code 66") as caught:
+                run(command, wrong, tmp_path / "out")
+            assert caught.value.exit_code == 66
+            assert f"prefpipe {command} {wrong} --out {tmp_path / 'out'}" in caught.value.hint
+
+
+def test_a_killed_process_gives_the_shells_exit_code(tmp_path: Path) -> None:
+    with Processes("sh -c 'kill -9 $$'") as run, pytest.raises(PrefpipeError) as caught:
+        run("train", tmp_path / "train.json", tmp_path / "t")
+    assert caught.value.exit_code == 128 + 9
+
+
+def test_a_launcher_stands_in_front_of_train_and_of_nothing_else(saved: dict[str, Path], tmp_path: Path) -> None:
+    """A launcher that writes down what it is asked to start."""
+    script = tmp_path / "launch"
+    script.write_text(f'#!/bin/sh\necho "$PYTHONSAFEPATH" "$@" > {tmp_path}/asked\n')
+    script.chmod(0o755)
+    with Processes(f"{script} -n 'a b'") as run:
+        run("train", tmp_path / "train.json", tmp_path / "t")
+    asked = (tmp_path / "asked").read_text().strip()
+    arguments = f"train {tmp_path}/train.json --out {tmp_path}/t"
+    assert asked == f"1 -n a b {sys.executable} -P -m prefpipe {arguments}"
+
+
+def test_torchrun_is_that_of_this_python() -> None:
+    assert launched("torchrun --nproc_per_node 4") == [
+        sys.executable, "-P", "-m", "torch.distributed.run", "--nproc_per_node", "4"]  # fmt: skip
+    assert launched("none") == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("0,1,2", 3), ("", 0), ("GPU-5ebe9f43,GPU-ac33420d", 2), ("0,-1,1", 1), ("-1", 0), (None, 2)],
+)
+def test_auto_takes_every_visible_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int
+) -> None:
+    for name in ("0000:17:00.0", "0000:65:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus(tmp_path) == count
+    monkeypatch.setattr(runners, "_GPUS", tmp_path / "none")
+    words = launched("auto")
+    if visible is None or count < 2:
+        assert words == []
+    else:
+        assert words[-3:] == ["--standalone", "--nproc_per_node", str(count)]
