@@ -184,7 +184,7 @@ def flow(values: Values) -> Markup:
                     "type": "nominal",
                     "sort": levels,
                     "title": None,
-                    "axis": {"labelLimit": 220, "grid": False},
+                    "axis": {"labelLimit": 220, "grid": False, "minExtent": 110},
                 },
                 "x": {"field": "rows", "type": "quantitative", "title": "rows", "axis": {"format": "~s"}},
                 "color": {

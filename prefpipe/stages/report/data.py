@@ -30,7 +30,8 @@ class Branch:
 class Level:
     """Rows of one kind in one run: how many came in and went on, and why the others did not."""
 
-    name: str
+    run: str
+    kind: str
     came_in: int
     went_on: int
     branches: Sequence[Branch]
@@ -72,11 +73,12 @@ class Data:
 def data(subject: Subject) -> Data:
     """Section 2, from totals, ledgers and the first rows of the datasets."""
     levels = [level for run in subject.of("generate", "score", "build-pairs", "train") for level in _levels(run)]
+    newest = [levels[-1].run] if levels and subject.root.command == "iterate" else [level.run for level in levels]
     built = subject.of("build-pairs")
     sampled = subject.of("generate", "score")
     return Data(
         levels,
-        _flow(levels),
+        _flow(levels, newest),
         _checks(built[-1]) if built else [],
         label(built[-1]) if built else "",
         [*_of_pairs(built[-1] if built else None), *_of_completions(sampled[-1] if sampled else None)],
@@ -88,7 +90,7 @@ def _levels(run: Overview) -> list[Level]:
     totals, name = run.totals, label(run)
     if isinstance(totals.get("levels"), dict):
         return [
-            _level(f"{name}: {kind}", level.get("in"), level.get("out"), level.get("dropped"))
+            _level(name, kind, level.get("in"), level.get("out"), level.get("dropped"))
             for kind, level in totals["levels"].items()
             if isinstance(level, dict)
         ]
@@ -96,10 +98,10 @@ def _levels(run: Overview) -> list[Level]:
     left_out = sum(dropped.values())
     if run.command == "train":
         kind = next((kind for kind in ("pairs", "labels", "groups") if isinstance(totals.get(kind), int)), None)
-        return [_level(f"{name}: {kind} trained on", totals[kind] + left_out, totals[kind], dropped)] if kind else []
+        return [_level(name, f"{kind} trained on", totals[kind] + left_out, totals[kind], dropped)] if kind else []
     count = totals.get("prompts") if run.command == "generate" else _total_rows(totals)
     kind = "prompts sampled" if run.command == "generate" else "rows scored"
-    return [_level(f"{name}: {kind}", count + left_out, count, dropped)] if isinstance(count, int) else []
+    return [_level(name, kind, count + left_out, count, dropped)] if isinstance(count, int) else []
 
 
 def _total_rows(totals: Mapping[str, Any]) -> int | None:
@@ -107,26 +109,29 @@ def _total_rows(totals: Mapping[str, Any]) -> int | None:
     return sum(count for count in rows.values() if isinstance(count, int)) if isinstance(rows, dict) else None
 
 
-def _level(name: str, came_in: object, went_on: object, dropped: object) -> Level:
+def _level(run: str, kind: str, came_in: object, went_on: object, dropped: object) -> Level:
     entering = came_in if isinstance(came_in, int) else 0
     reasons = dropped if isinstance(dropped, dict) else {}
     counted = sorted(((str(k), v) for k, v in reasons.items() if isinstance(v, int) and v), key=lambda item: -item[1])
     branches = [Branch(shown(why, 80), number(n), percent(n / entering) if entering else "") for why, n in counted]
-    return Level(name, entering, went_on if isinstance(went_on, int) else 0, branches)
+    return Level(run, kind, entering, went_on if isinstance(went_on, int) else 0, branches)
 
 
-def _flow(levels: Sequence[Level]) -> Chart | None:
+def _flow(levels: Sequence[Level], newest: Sequence[str]) -> Chart | None:
+    """The levels of the newest round, or of all runs where there are no rounds."""
+    drawn = [level for level in levels if level.run in newest]
     parts = [
-        {"level": level.name, "part": part, "rows": count, "order": place}
-        for level in levels
+        {"level": level.kind, "part": part, "rows": count, "order": place}
+        for level in drawn
         for place, (part, count) in enumerate(
             (("went on", level.went_on), ("left out", max(level.came_in - level.went_on, 0)))
         )
     ]
     if not any(part["rows"] for part in parts):
         return None
-    says = "; ".join(f"{level.name}: {number(level.went_on)} of {number(level.came_in)} went on" for level in levels)
-    return Chart("Rows from level to level", says, charts.flow(parts))
+    says = "; ".join(f"{level.kind} {number(level.went_on)} of {number(level.came_in)}" for level in drawn)
+    where = f", {newest[0]}" if len(newest) == 1 else ""
+    return Chart(f"From prompts to pairs{where}", f"{says} went on", charts.flow(parts))
 
 
 def _checks(run: Overview) -> list[Check]:

@@ -25,16 +25,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag, what it means and what helps, with its findings, oldest round first."""
+    """A flag, what it means and what helps; what it says of the newest round, and of those before it that differ."""
 
     name: str
     advice: str
-    findings: Sequence[Finding]
-
-    @property
-    def state(self) -> State:
-        """That of the newest round."""
-        return self.findings[-1].state
+    newest: Finding
+    earlier: Sequence[Finding]
 
 
 @dataclass(frozen=True)
@@ -47,13 +43,18 @@ class Trained:
     pairs: Record
 
 
+Check = Callable[[Trained], tuple[State, str]]
+
+
 def flags(subject: Subject) -> list[Flag]:
     """Every flag over the runs of training; empty without one."""
     runs = [_trained(subject, run) for run in subject.trained()]
-    return [
-        Flag(name, advice, [Finding(label(one.run), *check(one)) for one in runs])
-        for name, advice, check in (_CHECKS if runs else ())
-    ]
+    return [_flag(name, advice, check, runs) for name, advice, check in (_CHECKS if runs else ())]
+
+
+def _flag(name: str, advice: str, check: Check, runs: Sequence[Trained]) -> Flag:
+    *before, newest = (Finding(label(one.run), *check(one)) for one in runs)
+    return Flag(name, advice, newest, [finding for finding in before if finding.state != newest.state])
 
 
 def _trained(subject: Subject, run: Overview) -> Trained:
@@ -105,7 +106,7 @@ def _low_beta(one: Trained) -> tuple[State, str]:
 
 
 def _equal_pairs(one: Trained) -> tuple[State, str]:
-    gap = _check(one.pairs, "D1")
+    gap = _numbers(one.pairs, "D1")
     mean, least = gap.get("mean"), gap.get("min")
     if not isinstance(mean, float) or not isinstance(least, int | float):
         return _UNKNOWN
@@ -118,13 +119,13 @@ def _few_pairs(one: Trained) -> tuple[State, str]:
 
 
 def _length(one: Trained) -> tuple[State, str]:
-    longer = _check(one.pairs, "D7").get("chosen_longer")
+    longer = _numbers(one.pairs, "D7").get("chosen_longer")
     if not isinstance(longer, float):
         return _UNKNOWN
     return _state(longer > 0.6), f"chosen is longer in {percent(longer)}"
 
 
-def _check(totals: Record, name: str) -> Record:
+def _numbers(totals: Record, name: str) -> Record:
     """The numbers of a check of the data report."""
     checks = totals.get("data_report")
     for check in checks if isinstance(checks, list) else ():
@@ -138,7 +139,7 @@ def _state(red: bool) -> State:  # noqa: FBT001  (a flag is red or green)
 
 
 _UNKNOWN: tuple[State, str] = ("unknown", "not measured")
-_CHECKS: tuple[tuple[str, str, Callable[[Trained], tuple[State, str]]], ...] = (
+_CHECKS: tuple[tuple[str, str, Check], ...] = (
     (
         "Chosen answers lose probability",
         "The model learns not to write them: raise beta, choose IPO, or add an nll loss.",

@@ -34,7 +34,6 @@ class Parity:
     run: str
     agrees: bool | None
     summary: str
-    rows: Sequence[tuple[str, str, str, str]]
     chart: Chart | None
 
 
@@ -109,7 +108,7 @@ def _charts(
         if values:
             band = _band(series[-1], metric)
             svg = charts.lines(values, "step", series=colours, band=band, marks=marks)
-            found.append(Chart(title, _in_words(values), svg, expected))
+            found.append(Chart(title, _in_words(values, series[-1].name), svg, expected))
     return found
 
 
@@ -119,18 +118,13 @@ def _band(one: _Series, metric: str) -> list[dict[str, Any]]:
     return [{"step": p["step"], "low": p[low], "high": p[high]} for p in one.points if low in p and high in p]
 
 
-def _in_words(values: Sequence[Mapping[str, Any]]) -> str:
-    """Where each line begins and ends."""
+def _in_words(values: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Where the lines of a run begin and end."""
     lines: dict[str, list[float]] = {}
-    several = len({row["series"] for row in values}) > 1
     for row in values:
-        name = " ".join(part for part in (row["series"] if several else "", _kind(row["kind"])) if part)
-        lines.setdefault(name, []).append(row["value"])
-    return "; ".join(f"{name} {number(of[0])} to {number(of[-1])}".strip() for name, of in lines.items())
-
-
-def _kind(kind: str) -> str:
-    return "" if kind == "training" else kind
+        if row["series"] == name:
+            lines.setdefault("" if row["kind"] == "training" else f"{row['kind']} ", []).append(row["value"])
+    return "; ".join(f"{kind}{number(of[0])} to {number(of[-1])}" for kind, of in lines.items())
 
 
 def _marks(run: Overview, steps: int) -> list[dict[str, Any]]:
@@ -156,22 +150,12 @@ def _parity(run: Overview) -> Parity | None:
     if not report:
         return None
     if "not_checked" in report:
-        return Parity(label(run), None, f"not checked: {shown(report['not_checked'], 300)}", [], None)
-    rows = [("each token", report.get("per_token")), ("each completion", report.get("per_completion"))]
-    return Parity(
-        label(run),
-        bool(report.get("agrees")),
-        shown(report.get("summary", ""), 500),
-        [
-            (name, *(number(moments.get(key), 4) for key in ("mean", "mean_absolute", "largest")))
-            for name, moments in rows
-            if isinstance(moments, dict)
-        ],
-        _differences(report.get("histogram")),
-    )
+        return Parity(label(run), None, f"not checked: {shown(report['not_checked'], 300)}", None)
+    summary = shown(report.get("summary", ""), 500)
+    return Parity(label(run), bool(report.get("agrees")), summary, _differences(label(run), report.get("histogram")))
 
 
-def _differences(histogram: object) -> Chart | None:
+def _differences(run: str, histogram: object) -> Chart | None:
     """Tokens by the absolute difference of their log-probs."""
     if not isinstance(histogram, dict) or not histogram:
         return None
@@ -180,5 +164,5 @@ def _differences(histogram: object) -> Chart | None:
     says = ", ".join(f"{value['count']} {value['label']}" for value in values if value["count"])
     svg = charts.counts(values, "nats, absolute")
     return Chart(
-        "Differences per token", f"{number(total)} tokens: {says}", svg, "Far below 1: kernels round differently."
+        f"Differences per token, {run}", f"{number(total)} tokens: {says}", svg, "Far below 1: kernels round differently."
     )

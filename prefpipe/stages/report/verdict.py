@@ -50,9 +50,10 @@ class Stop:
 
 @dataclass(frozen=True)
 class Alert:
-    """An alert of training, with the run that it fired in."""
+    """An alert of training, with the run that it fired in, and whether that is the newest one."""
 
     run: str
+    newest: bool
     rule: str
     level: str
     step: str
@@ -89,7 +90,7 @@ def verdict(subject: Subject) -> Verdict:
         [_round(run, best) for run in evaluated],
         number(newest.get("prompts")),
         _stops(subject),
-        [_alert(run, found) for run in subject.of("train") for found in overview.alerts(run)],
+        _alerts(subject),
         flags(subject),
         [row for one in _list(newest, "comparisons") for row in table(one)],
         [row for name in _GUARDS if newest.get(name) for row in table({name: newest[name]})],
@@ -225,9 +226,14 @@ def _round(run: Overview, best: object) -> Round:
     )
 
 
-def _alert(run: Overview, found: Record) -> Alert:
-    words = {key: shown(found.get(key, "")) for key in ("rule", "level", "step", "message", "advice")}
-    return Alert(label(run), **words)
+def _alerts(subject: Subject) -> list[Alert]:
+    runs = subject.of("train")
+    keys = ("rule", "level", "step", "message", "advice")
+    return [
+        Alert(label(run), run is runs[-1], **{key: shown(found.get(key, "")) for key in keys})
+        for run in reversed(runs)
+        for found in overview.alerts(run)
+    ]
 
 
 def _passes(totals: Record) -> bool:

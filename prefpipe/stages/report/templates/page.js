@@ -1,20 +1,23 @@
 "use strict";
 (() => {
   const one = (id) => document.getElementById(id);
-  const search = one("search"), change = one("change"), count = one("count");
+  const search = one("search"), change = one("change"), count = one("count"), all = one("all");
   if (search) {
     const items = [...document.querySelectorAll(".asked[data-change]")];
     const texts = items.map((item) => item.textContent.toLowerCase());
+    let most = 12;
     const filter = () => {
       const words = search.value.toLowerCase();
-      let shown = 0;
+      let fitting = 0;
       items.forEach((item, i) => {
         const fits = texts[i].includes(words) && (!change.value || item.dataset.change === change.value);
-        item.hidden = !fits;
-        shown += fits ? 1 : 0;
+        fitting += fits ? 1 : 0;
+        item.hidden = !fits || fitting > most;
       });
-      count.textContent = `${shown} of ${items.length}`;
+      count.textContent = `${Math.min(fitting, most)} of ${fitting} shown, ${items.length} in all`;
+      all.hidden = fitting <= most;
     };
+    all.addEventListener("click", () => { most = items.length; filter(); search.focus(); });
     search.addEventListener("input", filter);
     change.addEventListener("change", filter);
     filter();
