@@ -14,7 +14,7 @@ from prefpipe.forward.agreement import LENGTH_BUCKETS, absolute_limit, signed_li
 
 OTHER = {"vllm": "transformers", "transformers": "vllm", "fake": "fake"}
 _BETA = 0.1
-_DECADES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # nats
+_DECADES = ("1e-5", "1e-4", "1e-3", "0.01", "0.1", "1")  # nats
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def _by_length(deltas: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
 
 def _by_size(deltas: Sequence[Sequence[float]]) -> dict[str, int]:
     """Tokens by the absolute difference of their log-probs, in decades of nats."""
-    found = dict.fromkeys(["0", *(f"<{limit:g}" for limit in _DECADES), f">={_DECADES[-1]:g}"], 0)
+    found = dict.fromkeys(("0", *(f"<{limit}" for limit in _DECADES), f">={_DECADES[-1]}"), 0)
     for delta in (abs(delta) for completion in deltas for delta in completion):
-        limit = next((f"<{limit:g}" for limit in _DECADES if delta < limit), f">={_DECADES[-1]:g}")
+        limit = next((f"<{limit}" for limit in _DECADES if delta < float(limit)), f">={_DECADES[-1]}")
         found[limit if delta else "0"] += 1
     return found
 

@@ -19,6 +19,7 @@ SIDES = {"chosen": ACCENT, "rejected": SECOND}
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 _FONT = "system-ui, sans-serif"
 _CONFIG: Spec = {
+    "aria": False,
     "background": None,
     "font": _FONT,
     "view": {"stroke": None},
@@ -34,7 +35,7 @@ _CONFIG: Spec = {
         "labelPadding": 6,
     },
     "axisY": {"grid": True, "gridColor": "var(--line)", "tickCount": 4},
-    "axisX": {"tickCount": 5},
+    "axisX": {"tickCount": 5, "labelOverlap": "greedy", "labelSeparation": 10},
     "legend": {
         "orient": "top",
         "title": None,
@@ -120,7 +121,7 @@ def histogram(
 ) -> Markup:
     """A histogram of rows {"value", "series"}; several series lie over each other."""
     binned: Spec = {"maxbins": 30, **({"extent": domain, "step": (domain[1] - domain[0]) / 40} if domain else {})}
-    scale: Spec = {"scale": {"domain": domain}} if domain else {}
+    scale: Spec = {"scale": {"domain": domain}, "axis": {"values": [domain[0], 0, domain[1]]}} if domain else {}
     return draw(
         {
             "width": size[0],
@@ -174,7 +175,7 @@ def flow(values: Values) -> Markup:
     levels = list(dict.fromkeys(str(row["level"]) for row in values))
     return draw(
         {
-            "width": 560,
+            "width": 320,
             "height": {"step": 26},
             "data": {"values": list(values)},
             "mark": {"type": "bar", "height": 14, "cornerRadius": 2},

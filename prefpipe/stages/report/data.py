@@ -60,9 +60,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """Section 2 of the page; `checks` are those of the newest round."""
+    """Section 2 of the page; `levels` and `checks` are those of the newest round."""
 
     levels: Sequence[Level]
+    earlier: Sequence[Level]
     flow: Chart | None
     checks: Sequence[Check]
     checks_of: str
@@ -72,13 +73,15 @@ class Data:
 
 def data(subject: Subject) -> Data:
     """Section 2, from totals, ledgers and the first rows of the datasets."""
-    levels = [level for run in subject.of("generate", "score", "build-pairs", "train") for level in _levels(run)]
-    newest = [levels[-1].run] if levels and subject.root.command == "iterate" else [level.run for level in levels]
+    every = [level for run in subject.of("generate", "score", "build-pairs", "train") for level in _levels(run)]
+    in_rounds = subject.root.command == "iterate"
+    newest = [level for level in every if level.run == every[-1].run or not in_rounds]
     built = subject.of("build-pairs")
     sampled = subject.of("generate", "score")
     return Data(
-        levels,
-        _flow(levels, newest),
+        newest,
+        [level for level in every if level not in newest],
+        _flow(newest, newest[0].run if newest and in_rounds else ""),
         _checks(built[-1]) if built else [],
         label(built[-1]) if built else "",
         [*_of_pairs(built[-1] if built else None), *_of_completions(sampled[-1] if sampled else None)],
@@ -117,21 +120,18 @@ def _level(run: str, kind: str, came_in: object, went_on: object, dropped: objec
     return Level(run, kind, entering, went_on if isinstance(went_on, int) else 0, branches)
 
 
-def _flow(levels: Sequence[Level], newest: Sequence[str]) -> Chart | None:
-    """The levels of the newest round, or of all runs where there are no rounds."""
-    drawn = [level for level in levels if level.run in newest]
+def _flow(levels: Sequence[Level], round: str) -> Chart | None:
     parts = [
         {"level": level.kind, "part": part, "rows": count, "order": place}
-        for level in drawn
+        for level in levels
         for place, (part, count) in enumerate(
             (("went on", level.went_on), ("left out", max(level.came_in - level.went_on, 0)))
         )
     ]
     if not any(part["rows"] for part in parts):
         return None
-    says = "; ".join(f"{level.kind} {number(level.went_on)} of {number(level.came_in)}" for level in drawn)
-    where = f", {newest[0]}" if len(newest) == 1 else ""
-    return Chart(f"From prompts to pairs{where}", f"{says} went on", charts.flow(parts))
+    says = "; ".join(f"{level.kind} {number(level.went_on)} of {number(level.came_in)}" for level in levels)
+    return Chart(f"From prompts to pairs{', ' * bool(round)}{round}", f"{says} went on", charts.flow(parts))
 
 
 def _checks(run: Overview) -> list[Check]:

@@ -163,6 +163,5 @@ def _differences(run: str, histogram: object) -> Chart | None:
     total = sum(value["count"] for value in values)
     says = ", ".join(f"{value['count']} {value['label']}" for value in values if value["count"])
     svg = charts.counts(values, "nats, absolute")
-    return Chart(
-        f"Differences per token, {run}", f"{number(total)} tokens: {says}", svg, "Far below 1: kernels round differently."
-    )
+    title = f"Differences per token, {run}"
+    return Chart(title, f"{number(total)} tokens: {says}", svg, "Far below 1: kernels round differently.")

@@ -54,6 +54,7 @@ class Shape:
         TOPICS[number % len(TOPICS)].capitalize()
     )
     reward: str = "short_sentence"
+    reason: str = "too_long"
     config: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -125,7 +126,7 @@ def _generate(run: Run, round: int, shape: Shape) -> Manifest:
     run.write_part("completions", Completion, 0, to_table(Completion, completions))
     run.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, logps))
     run.write_part(f"rewards/{shape.reward}", Reward, 0, to_table(Reward, rewards))
-    run.write_dropped(Dropped, to_table(Dropped, [Dropped("p9", "too_long", "1,300 tokens")]))
+    run.write_dropped(Dropped, to_table(Dropped, [Dropped("p9", shape.reason, "1,300 tokens")]))
     report = _parity()
     run.write_report("parity.json", report)
     return run.finish(

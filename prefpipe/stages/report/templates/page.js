@@ -66,8 +66,8 @@
       one("policy-beta-value").textContent = betas[beta.value];
       for (const cell of document.querySelectorAll("[data-shares]")) {
         const share = Number(cell.dataset.shares.split(" ")[beta.value]);
-        cell.querySelector(".bar").style.width = `${share * 8}rem`;
-        cell.querySelector(".share").textContent = `${(100 * share).toFixed(1)}%`;
+        cell.querySelector(".bar").style.width = `${share * 6}rem`;
+        cell.querySelector(".n").textContent = `${(100 * share).toFixed(1)}%`;
       }
     };
     prompt.addEventListener("change", show);
