@@ -7,12 +7,12 @@ what is missing or damaged.
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prefpipe import reading
+from prefpipe import log, reading
 from prefpipe.errors import DataError, MissingInputError, PrefpipeError
 from prefpipe.runs import commits, manifests, tables
 from prefpipe.schemas import Dropped, from_table
@@ -65,9 +65,8 @@ class Overview:
 class Rows:
     """Rows of a dataset as plain dicts: the first ones of its files. `total` counts those that were not read too."""
 
-    rows: Sequence[dict[str, Any]] = ()
-    total: int = 0
-    gaps: Sequence[Gap] = field(default_factory=tuple[Gap, ...])
+    rows: Sequence[dict[str, Any]]
+    total: int
 
 
 def look(directory: Path, name: str = "") -> Overview:
@@ -97,7 +96,7 @@ def look(directory: Path, name: str = "") -> Overview:
         manifest,
         _committed(directory, manifest),
         _round(name),
-        (*gaps, *more),
+        (*gaps, *more, *_lost(directory, name, manifest)),
     )
 
 
@@ -128,10 +127,9 @@ def sources(run: Overview) -> tuple[Sequence[Overview], Sequence[Gap]]:
 
 
 def rows(run: Overview, dataset: str, row_type: type, limit: int, columns: Sequence[str] | None = None) -> Rows:
-    """The first `limit` rows of a dataset, from committed files in order; a file that is damaged is a gap."""
+    """The first `limit` rows of a dataset, from committed files in order; one that cannot be read is warned of."""
     names = sorted(name for name in run.files if name.startswith(f"{dataset}/"))
     found: list[dict[str, Any]] = []
-    gaps: list[Gap] = []
     total = 0
     for name in names:
         record, _ = _record(commits.record_path(run.path / name))
@@ -141,10 +139,10 @@ def rows(run: Overview, dataset: str, row_type: type, limit: int, columns: Seque
         try:
             table = tables.read_table(run.path / name, row_type, list(columns) if columns else None)
         except PrefpipeError as error:
-            gaps.append(Gap(f"{run.name}/{name}", error.message))
+            log.warn(f"{error.message}: it is left out")
             continue
         found += table.slice(0, limit - len(found)).to_pylist()
-    return Rows(found, max(total, len(found)), gaps)
+    return Rows(found, max(total, len(found)))
 
 
 def ledger(run: Overview) -> Counter[str]:
@@ -220,6 +218,18 @@ def _manifest(directory: Path) -> tuple[Record, Sequence[Gap]]:
         return manifests.read(directory / "manifest.json"), ()
     except PrefpipeError as error:
         return {}, (Gap("manifest.json", error.message),)
+
+
+def _lost(directory: Path, name: str, manifest: Record) -> Iterator[Gap]:
+    """Files of a complete run that are gone or have another size; their bytes are not read."""
+    for file, described in (manifest.get("files") or {}).items():
+        try:
+            size = (directory / file).stat().st_size
+        except OSError as error:
+            yield Gap(f"{name or directory.name}/{file}", error.strerror or str(error))
+            continue
+        if isinstance(described.get("bytes"), int) and described["bytes"] != size:
+            yield Gap(f"{name or directory.name}/{file}", f"{size:,} bytes, not {described['bytes']:,}: it is damaged")
 
 
 def _record(path: Path) -> tuple[dict[str, Any], Sequence[Gap]]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefpipe.runs import overview
 from prefpipe.runs.overview import Overview, Record
 from prefpipe.stages.report.charts import is_number
 from prefpipe.stages.report.subject import Subject, label, number, percent
@@ -59,7 +58,7 @@ def _flag(name: str, advice: str, check: Check, runs: Sequence[Trained]) -> Flag
 
 def _trained(subject: Subject, run: Overview) -> Trained:
     """Means of the metrics over the first and the last tenth of the steps so far."""
-    steps = overview.lines(run, "metrics.jsonl")
+    steps = subject.metrics(run)
     size = max(1, len(steps) // 10)
     built = [one for one in subject.of("build-pairs") if one.round == run.round]
     return Trained(run, _means(steps[:size]), _means(steps[-size:]), built[-1].totals if built else {})

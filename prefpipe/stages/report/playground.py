@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefpipe.runs import overview
-from prefpipe.runs.overview import Overview
+from prefpipe.runs.overview import Overview, Record
 from prefpipe.schemas import RefLogps, Reward
 from prefpipe.stages.report import charts
 from prefpipe.stages.report.answers import prompt_texts
@@ -70,9 +70,9 @@ def playground(subject: Subject) -> Playground:
     """Section 6, from the newest run of training and the newest completions."""
     trained, sampled = subject.of("train"), subject.of("generate", "score")
     start = _start(trained[-1].config if trained else {})
+    margins = _margins(trained[-1], subject.metrics(trained[-1])) if trained else None
     prompts, reward = _candidates(sampled[-1]) if sampled else ([], "")
-    frames = {name: _frame(name, start) for name in FRAMES}
-    return Playground(frames, _margins(trained[-1]) if trained else None, start, POLICY_BETAS, prompts, reward)
+    return Playground({name: _frame(name, start) for name in FRAMES}, margins, start, POLICY_BETAS, prompts, reward)
 
 
 @cache
@@ -138,10 +138,10 @@ def _frame(which: str, start: Mapping[str, Any]) -> Chart:
     return Chart(title, "relative to its value at a margin of 0", Markup(unique))
 
 
-def _margins(run: Overview) -> Chart | None:
+def _margins(run: Overview, log: Sequence[Record]) -> Chart | None:
     """The margins of the last tenth of the steps, in nats: of each step the 5 %, 50 % and 95 % quantile."""
     beta = run.config.get("beta")
-    steps = [line for line in overview.lines(run, "metrics.jsonl") if is_number(line.get("rewards/margins/p50"))]
+    steps = [line for line in log if is_number(line.get("rewards/margins/p50"))]
     if not steps or not isinstance(beta, float) or not beta:
         return None
     last = steps[-max(1, min(len(steps) // 10, 500)) :]

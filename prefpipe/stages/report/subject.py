@@ -1,12 +1,12 @@
 """What a page is about: a run, the runs that it was made from, or every step of `iterate`; and numbers in words."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefpipe.runs import overview
-from prefpipe.runs.overview import Gap, Overview
+from prefpipe.runs.overview import Gap, Overview, Record
 
 DASH = "\N{EN DASH}"
 _MOST_ROUNDS = 6  # side by side in a chart
@@ -14,15 +14,21 @@ _MOST_ROUNDS = 6  # side by side in a chart
 
 @dataclass(frozen=True)
 class Subject:
-    """`root` is the run that was asked for; `runs` are its steps, or the run behind those that it was made from."""
+    """`root` is the run that was asked for; `runs` are its steps, or the run behind those that it was made from;
+    `logs` are the metrics of those that train, by path."""
 
     root: Overview
     runs: Sequence[Overview]
     gaps: Sequence[Gap] = ()
+    logs: Mapping[Path, Sequence[Record]] = field(default_factory=dict[Path, Sequence[Record]])
 
     def of(self, *commands: str) -> list[Overview]:
         """The runs of these commands that were started, in order."""
         return [run for run in self.runs if run.command in commands and run.state != "not started"]
+
+    def metrics(self, run: Overview) -> Sequence[Record]:
+        """The lines of metrics.jsonl of a run of `train`, one for each step so far."""
+        return [line for line in self.logs.get(run.path, ()) if isinstance(line.get("step"), int)]
 
     def trained(self) -> list[Overview]:
         """The newest runs of `train`, at most as many as a chart shows."""
@@ -33,11 +39,12 @@ def read(directory: Path) -> Subject:
     """The subject that a directory holds. Raises as `overview.look`."""
     root = overview.look(directory)
     if root.command == "iterate":
-        steps = overview.rounds(root)
-        return Subject(root, steps, [gap for run in (root, *steps) for gap in run.gaps])
-    before, gaps = overview.sources(root)
-    runs = [*reversed(before), root]
-    return Subject(root, runs, [*gaps, *(gap for run in runs for gap in run.gaps)])
+        runs, gaps = overview.rounds(root), root.gaps
+    else:
+        before, gaps = overview.sources(root)
+        runs = [*reversed(before), root]
+    logs = {run.path: overview.lines(run, "metrics.jsonl") for run in runs if run.command == "train"}
+    return Subject(root, runs, [*gaps, *(gap for run in runs for gap in run.gaps)], logs)
 
 
 def label(run: Overview) -> str:

@@ -63,7 +63,7 @@ class _Series:
 def training(subject: Subject) -> Training:
     """Section 3, from metrics.jsonl, alerts and parity.json."""
     runs = subject.trained()
-    logs = [[line for line in overview.lines(run, "metrics.jsonl") if is_number(line.get("step"))] for run in runs]
+    logs = [subject.metrics(run) for run in runs]
     names = [*(name for name, *_ in (*_SEVEN, *_OTHERS)), *(f"rewards/{n}/{q}" for n in _BANDS for q in ("p05", "p95"))]
     series = [_series(label(run), log, names) for run, log in zip(runs, logs, strict=True) if log]
     marks = _marks(runs[-1], len(logs[-1])) if series else []

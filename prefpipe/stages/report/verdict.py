@@ -109,7 +109,7 @@ def _sentence(subject: Subject, evaluated: Sequence[Overview]) -> tuple[str, Ton
         return _of_evaluations(evaluated)
     trained = subject.of("train")
     if trained:
-        return _of_training(trained[-1])
+        return _of_training(trained[-1], len(subject.metrics(trained[-1])))
     return _of_data(subject.root), "unclear"
 
 
@@ -153,14 +153,13 @@ def _compared(totals: Record, baseline: Overview) -> tuple[float, float, str] | 
     return None
 
 
-def _of_training(run: Overview) -> tuple[str, Tone]:
+def _of_training(run: Overview, steps: int) -> tuple[str, Tone]:
     totals = run.totals
     kind = next((kind for kind in ("pairs", "labels", "groups") if kind in totals), "rows")
     last = totals.get("last_step") or {}
     held_out = totals.get(f"eval_{kind}")
     accuracy = last.get("eval_rewards/accuracies")
     if not totals:
-        steps = len(overview.lines(run, "metrics.jsonl"))
         return f"Training is at step {number(steps)}: it is not complete, and nothing is evaluated yet.", "unclear"
     head = f"Trained on {number(totals.get(kind))} {kind} in {number(totals.get('steps'))} steps"
     if isinstance(accuracy, float) and isinstance(held_out, int) and held_out > 0:

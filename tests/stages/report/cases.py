@@ -240,3 +240,13 @@ def evaluation_totals(round: int, prompts: int) -> dict[str, Any]:
 
 def round_(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+def write_again(out: Path, shape: Shape = Shape()) -> None:
+    """Raise where a run of `iterate_run` is not what it was: not complete, or with other files than its manifest has."""
+    with store.open_run(out, "iterate", config_of(shape), {"policy": "weights:0"}, force=False) as root:
+        assert root.manifest() is not None
+    for name in ("round-1/train", "round-2/evaluate"):
+        manifest = store.read_manifest(out / name)
+        assert all((out / name / file).is_file() for file in manifest["files"])
+        assert "report.html" not in manifest["files"]
