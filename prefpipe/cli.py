@@ -85,7 +85,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def _missing_package(error: ModuleNotFoundError) -> int:
-    extras = ("cpu", "cuda") if error.name == "vllm" else ("train",)
+    extras = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
     commands = " or ".join(f"pip install 'prefpipe[{extra}]'" for extra in extras)
     log.error(f"this command needs the package '{error.name}'", f"install it with: {commands}")
     return MissingInputError.exit_code
@@ -156,6 +156,18 @@ def steps() -> None:
             _run_stage(module, base.load(config_class, saved, {}), out, force=False)
             gc.collect()  # a reward model of this step leaves the memory before that of the next one comes
             print(step["out"], file=answers, flush=True)
+
+
+@app.command("report")
+def write_report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The --out of a command, finished or not.")],
+    out: Annotated[str | None, typer.Option(metavar="PATH", help="The page; DIR/report.html without it.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: FBT002, ARG001
+) -> None:
+    """Write one HTML page about a run, or about all rounds of iterate."""
+    stage = importlib.import_module("prefpipe.stages.report.stage")
+    target = base.local_path(out, "out") if out is not None else None
+    terminal.show(f"report       {stage.run(base.local_path(directory, 'DIR'), target)}")
 
 
 def _register(name: str, config_class: type[BaseModel], module: str) -> None:

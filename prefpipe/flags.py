@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from prefpipe.config.base import fields_under_headings, local_path
 
+VERBOSE = "Show the traceback of an unexpected error."
 OPERATIONS = ("out", "force", "dry_run", "verbose")  # options of every command that are no settings
 
 
@@ -118,7 +119,7 @@ def _operations() -> list[inspect.Parameter]:
         "out": (str | None, None, "Directory of this run; the same command resumes it."),
         "force": (bool, False, "Start over: what is in --out moves to its quarantine/ folder."),
         "dry_run": (bool, False, "Print the resolved settings as JSON and stop."),
-        "verbose": (bool, False, "Show the traceback of an unexpected error."),
+        "verbose": (bool, False, VERBOSE),
     }
     return [
         inspect.Parameter(

@@ -14,6 +14,7 @@ from prefpipe.forward.agreement import LENGTH_BUCKETS, absolute_limit, signed_li
 
 OTHER = {"vllm": "transformers", "transformers": "vllm", "fake": "fake"}
 _BETA = 0.1
+_DECADES = ("1e-5", "1e-4", "1e-3", "0.01", "0.1", "1")  # nats
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def compare(cached: Sequence[CachedLogps], fresh: Mapping[str, Sequence[float]],
         "per_token": tokens,
         "per_completion": sums,
         "by_length": _by_length(deltas),
+        "histogram": _by_size(deltas),
         "beta": _BETA,
         "margin_shift": shift,
     }
@@ -113,6 +115,15 @@ def _by_length(deltas: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
             name = f"{low + 1}-{high}" if high < math.inf else f"over {low}"
             buckets.append({"tokens": name, **_moments(sums)})
     return buckets
+
+
+def _by_size(deltas: Sequence[Sequence[float]]) -> dict[str, int]:
+    """Tokens by the absolute difference of their log-probs, in decades of nats."""
+    found = dict.fromkeys(("0", *(f"<{limit}" for limit in _DECADES), f">={_DECADES[-1]}"), 0)
+    for delta in (abs(delta) for completion in deltas for delta in completion):
+        limit = next((f"<{limit}" for limit in _DECADES if delta < float(limit)), f">={_DECADES[-1]}")
+        found[limit if delta else "0"] += 1
+    return found
 
 
 def _moments(values: Sequence[float]) -> dict[str, Any]:

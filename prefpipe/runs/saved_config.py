@@ -12,7 +12,7 @@ from prefpipe.config.base import dump, explain
 from prefpipe.errors import DataError, UsageError
 from prefpipe.runs import commits, fsio, manifests
 
-_BESIDE_WORK = ("config.json", "timing.jsonl", "inflight.log")
+_BESIDE_WORK = ("config.json", "timing.jsonl", "inflight.log", "report.html")
 NO_CONTENT = (".lock", ".owner", "quarantine")  # a directory that holds nothing else is empty
 START_OVER = "start over with --force (the old files move to its quarantine/)"
 

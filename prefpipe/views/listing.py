@@ -18,7 +18,7 @@ from prefpipe.views.run_view import RunView
 
 def found(root: Path) -> list[RunView]:
     """The runs below a directory. Raises MissingInputError where there is none."""
-    runs = [run_view.view(path) for path in run_view.below(root)]
+    runs = list(run_view.below(root))
     if not runs:
         raise MissingInputError(f"no run below {root}", "name the directory that holds your runs: prefpipe runs DIR")
     return runs

@@ -7,13 +7,11 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
 
 from prefpipe.config.base import suggestion
 from prefpipe.errors import MissingInputError, UsageError
-from prefpipe.runs.storage import utf8_directory
 from prefpipe.views import run_view
 from prefpipe.views.run_view import RunView
 
@@ -84,14 +82,14 @@ def scan(run: RunView, dataset: str) -> pl.LazyFrame:
             f"{run.path} has no dataset '{dataset}'{suggestion(dataset, list(run.rows))}",
             f"it has: {', '.join(run.rows) or 'none yet'}",
         )
-    frame = _frame(run.path, dataset)
+    frame = _frame(run, dataset)
     if dataset != "completions":
         return frame
     if "prompts" in run.rows:
-        prompts = _frame(run.path, "prompts").select("prompt_id", prompt="messages").unique("prompt_id")
+        prompts = _frame(run, "prompts").select("prompt_id", prompt="messages").unique("prompt_id")
         frame = frame.join(prompts, on="prompt_id", how="left", maintain_order="left")
     for name in reward_names(run):
-        rewards = _frame(run.path, _REWARDS + name).select("completion_id", pl.col("reward").alias(name))
+        rewards = _frame(run, _REWARDS + name).select("completion_id", pl.col("reward").alias(name))
         frame = frame.join(rewards.unique("completion_id"), on="completion_id", how="left", maintain_order="left")
     return frame
 
@@ -108,9 +106,8 @@ def id_columns(schema: pl.Schema) -> list[str]:
     return [name for name in schema if name == "id" or name.endswith("_id")]
 
 
-def _frame(run_dir: Path, dataset: str) -> pl.LazyFrame:
-    root = utf8_directory(run_dir)
-    files = [root / part.relative_to(run_dir) for part in run_view.parts(run_dir, dataset)]
+def _frame(run: RunView, dataset: str) -> pl.LazyFrame:
+    files = run_view.parts(run, dataset)
     return pl.concat([pl.scan_parquet(file, glob=False) for file in files], how="diagonal_relaxed")
 
 

@@ -1,21 +1,20 @@
-"""What can be known of a run directory without running it: its command, its state, its numbers, its lineage."""
+"""A run directory as it is now: what `runs.overview` says of it, its committed rows, its size and its age."""
 
-import fcntl
 import json
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefpipe import reading
-from prefpipe.errors import DataError, MissingInputError
-from prefpipe.runs import commits, manifests, saved_config, store
+from prefpipe.errors import DataError
+from prefpipe.runs import commits, manifests, overview
+from prefpipe.runs.storage import utf8_directory
 
-State = Literal["complete", "running", "interrupted", "damaged"]
-_INPUT = "input:"  # in front of the names of inputs in the identity of a run
 _NOT_RUNS = ("quarantine", "checkpoints")
+_INPUT = "input:"  # in front of the names of inputs in the identity of a run
 _TAIL = 1 << 16  # bytes at the end of metrics.jsonl: some twenty lines
 
 
@@ -25,123 +24,93 @@ class RunView:
 
     `inputs` maps each input to the digest of its content, `rows` each dataset to its committed rows, and `totals` holds
     the counts and metrics of a complete run. `last_step` is the newest line of metrics.jsonl, of `train` only.
-    `problem` says what is damaged.
+    `changed` is when a file of the run changed last, in seconds since the epoch. `problem` says what is damaged.
     """
 
     path: Path
     command: str
-    state: State
-    config: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    rows: Mapping[str, int]
-    totals: Mapping[str, Any] = field(default_factory=dict)
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    state: str
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    rows: Mapping[str, int] = field(default_factory=dict[str, int])
+    totals: Mapping[str, Any] = field(default_factory=dict[str, Any])
     digest: str = ""
-    last_step: Mapping[str, Any] = field(default_factory=dict)
+    last_step: Mapping[str, Any] = field(default_factory=dict[str, Any])
     bytes: int = 0
     changed: float = 0.0
-    """When a file of the run changed last, in seconds since the epoch."""
     problem: str = ""
 
 
-def is_run(path: Path) -> bool:
-    """Whether a directory is that of a run."""
-    return reading.is_there(path / "config.json")
-
-
 def view(path: Path) -> RunView:
-    """The run in a directory. Raises MissingInputError where there is no run."""
-    if not reading.is_there(path):
-        raise MissingInputError(
-            f"{path} does not exist", "check the path; `prefpipe runs DIR` lists the runs below DIR"
-        )
-    try:
-        saved = saved_config.read(path / "config.json", force=False)
-    except DataError as error:
-        return RunView(path, "?", "damaged", {}, {}, {}, problem=error.message, **_on_disk(path))
-    if saved is None:
-        raise MissingInputError(
-            f"{path} holds no run of prefpipe (no config.json)", "`prefpipe runs DIR` lists the runs below DIR"
-        )
-    manifest, problem = _manifest(path)
-    held: State = "running" if _is_held(path) else "interrupted"
-    state: State = "damaged" if problem else "complete" if manifest else held
-    identity = saved["identity"]
+    """The run in a directory. Raises MissingInputError where there is no such directory, DataError where it holds no
+    run."""
+    run = overview.look(path)
+    size, changed = _on_disk(path)
     return RunView(
         path,
-        str(saved["command"]),
-        state,
-        saved["config"],
-        manifest.get("inputs") or {k.removeprefix(_INPUT): v for k, v in identity.items() if k.startswith(_INPUT)},
-        _rows(path),
-        manifest.get("totals", {}),
-        manifest.get("identity", {}),
-        manifest.get("digest", ""),
+        run.command,
+        run.state,
+        run.config,
+        run.manifest.get("inputs") or _saved_inputs(path),
+        _rows(path, run.files),
+        run.totals,
+        str(run.manifest.get("digest", "")),
         _last_step(path / "metrics.jsonl"),
-        problem=problem,
-        **_on_disk(path),
+        size,
+        changed,
+        "; ".join(f"{gap.where}: {gap.why}" for gap in run.gaps),
     )
 
 
-def below(root: Path) -> Iterator[Path]:
-    """Every run directory in `root` and in its folders, runs inside runs included, in the order of their paths."""
-    if is_run(root):
-        yield root
+def below(root: Path) -> Iterator[RunView]:
+    """Every run in `root` and in its folders, runs inside runs included, in the order of their paths. One that cannot
+    be read is damaged, and not an error."""
+    if reading.is_there(root / "config.json"):
+        try:
+            yield view(root)
+        except DataError as error:
+            yield RunView(root, "?", "damaged", problem=error.message)
     with reading.reading(root):
         folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name not in _NOT_RUNS and not p.is_symlink())
     for folder in folders:
         yield from below(folder)
 
 
-def parts(path: Path, dataset: str) -> list[Path]:
-    """The committed files of a dataset of a run, in order; the gathered ledger alone where there is one."""
-    if dataset == "dropped" and commits.record_path(path / "dropped.parquet").exists():
-        return [path / "dropped.parquet"]
-    return sorted(p for p in commits.recorded(path) if str(p.parent.relative_to(path)) == dataset)
+def parts(run: RunView, dataset: str) -> list[Path]:
+    """The committed files of a dataset of a run, in order, by names that polars takes."""
+    root = utf8_directory(run.path)
+    names = [n for n in overview.look(run.path).files if _dataset(n) == dataset]
+    gathered = f"{dataset}.parquet"
+    return [root / name for name in ([gathered] if gathered in names else sorted(names))]
 
 
-def row_type_of(part: Path) -> str:
-    """The name of the row type of a committed file."""
-    return str(manifests.read_json(commits.record_path(part))["dataset"])
+def _dataset(name: str) -> str:
+    """The dataset of a file of a run: its folder, or its own name where it lies in none."""
+    folder, _, file = name.rpartition("/")
+    return folder or file.removesuffix(".parquet")
 
 
-def _is_held(path: Path) -> bool:
-    """Whether a process works on a run now. The question takes a shared lock for a moment, and writes nothing."""
-    lock = path / ".lock"
-    if not reading.is_there(lock):
-        return False
-    with reading.opened(lock) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without locks: nobody holds the run by one
-            return False
-    return False
-
-
-def _manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """The manifest of a run, or nothing, and what is damaged about it."""
-    try:
-        return store.read_manifest(path), ""
-    except MissingInputError:
-        return {}, ""
-    except DataError as error:
-        return {}, error.message
-
-
-def _rows(path: Path) -> dict[str, int]:
-    """Committed rows by dataset."""
+def _rows(path: Path, files: Sequence[str]) -> dict[str, int]:
+    """Committed rows by dataset; of a ledger that is gathered, its shards are not counted again."""
     rows: dict[str, int] = {}
-    for part in commits.recorded(path):
-        name = part.stem if part.parent == path else str(part.parent.relative_to(path))
-        if name == "dropped" and part.parent != path and (path / "dropped.parquet").exists():
-            continue  # the shards of a ledger that is gathered
-        try:
-            rows[name] = rows.get(name, 0) + int(manifests.read_json(commits.record_path(part))["rows"])
-        except (DataError, KeyError, TypeError, ValueError):
-            continue  # a record that is being written, or a damaged one: the run itself makes it again
+    for name in files:
+        dataset = _dataset(name)
+        if f"{dataset}.parquet" in files and "/" in name:
+            continue
+        with suppress(DataError, KeyError, TypeError, ValueError):  # the run makes a damaged record again
+            count = int(manifests.read_json(commits.record_path(path / name))["rows"])
+            rows[dataset] = rows.get(dataset, 0) + count
     return dict(sorted(rows.items()))
+
+
+def _saved_inputs(path: Path) -> dict[str, str]:
+    """The inputs of a run that is not complete."""
+    try:
+        identity = manifests.read_json(path / "config.json").get("identity", {})
+    except DataError:
+        return {}
+    named = identity.items() if isinstance(identity, dict) else ()
+    return {name.removeprefix(_INPUT): str(digest) for name, digest in named if name.startswith(_INPUT)}
 
 
 def _last_step(path: Path) -> dict[str, Any]:
@@ -159,8 +128,8 @@ def _last_step(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _on_disk(path: Path) -> dict[str, Any]:
-    """Bytes of a run directory, runs inside it included, and when it changed last."""
+def _on_disk(path: Path) -> tuple[int, float]:
+    """Bytes of a run directory, runs inside it included, and when a file of it changed last."""
     size, changed = 0, 0.0
     with reading.reading(path):
         for file in path.rglob("*"):
@@ -168,4 +137,4 @@ def _on_disk(path: Path) -> dict[str, Any]:
                 status = file.lstat()
                 if not stat.S_ISDIR(status.st_mode):
                     size, changed = size + status.st_size, max(changed, status.st_mtime)
-    return {"bytes": size, "changed": changed}
+    return size, changed

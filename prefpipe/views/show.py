@@ -91,7 +91,6 @@ def _ledger(run: RunView) -> list[tuple[str, str, str]]:
 
 def _inside(path: Path) -> Iterator[tuple[str, str, str]]:
     """Runs inside this one, such as the steps of rounds."""
-    for inner in run_view.below(path):
-        if inner != path:
-            run = run_view.view(inner)
-            yield str(inner.relative_to(path)), run.state, facts.headline(run)
+    for run in run_view.below(path):
+        if run.path != path:
+            yield str(run.path.relative_to(path)), run.state, facts.headline(run)

@@ -36,6 +36,14 @@ def test_figures_by_hand() -> None:
     assert sums["sd"] == pytest.approx(math.sqrt(2))
     assert report["margin_shift"] == pytest.approx(0.1 * math.sqrt(2) * math.sqrt(2))
     assert not report["agrees"]
+    counted = {"0": 1, "<1e-5": 0, "<1e-4": 0, "<1e-3": 0, "<0.01": 0, "<0.1": 0, "<1": 0, ">=1": 3}
+    assert report["histogram"] == counted
+
+
+def test_tokens_are_counted_by_the_size_of_their_difference() -> None:
+    fresh = {"a": [-1.0, -1.0 + 2e-6, -1.0 - 0.02, -1.5]}
+    report = parity.compare([checked("a", -1.0, -1.0, -1.0, -1.0)], fresh, "float32")
+    assert {name: n for name, n in report["histogram"].items() if n} == {"0": 1, "<1e-5": 1, "<0.1": 1, "<1": 1}
 
 
 def test_what_the_shift_of_a_margin_means() -> None:

@@ -29,6 +29,7 @@ GROUND = {
 }
 ROOMS = {"stages", "views", "inference", "rewards", "inputs", "engines", "forward", "models", "runs", "config"}
 MOST_LINES = 300
+COMMANDS = (*STAGES, "report")  # report has no settings and no recipes
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
@@ -44,7 +45,7 @@ def test_the_root_of_the_package_holds_ground_words_and_rooms() -> None:
 
 def test_a_stage_is_a_room_of_its_name_with_recipes_of_its_name() -> None:
     rooms = {p.name for p in (PACKAGE / "stages").iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert rooms == {name.replace("-", "_") for name in STAGES}
+    assert rooms == {name.replace("-", "_") for name in COMMANDS}
     assert {p.name for p in (ROOT / "stages").iterdir() if p.is_dir()} == set(STAGES)
 
 
@@ -53,7 +54,7 @@ def test_a_file_of_the_package_can_be_read_at_once(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MOST_LINES
 
 
-@pytest.mark.parametrize("command", STAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_stage_opens_with_its_command_and_its_numbered_steps(command: str) -> None:
     opening = ast.get_docstring(ast.parse((PACKAGE / "stages" / command.replace("-", "_") / "stage.py").read_text()))
     assert opening is not None

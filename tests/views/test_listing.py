@@ -21,7 +21,8 @@ def test_a_run_names_the_runs_that_it_was_made_from_by_digest_and_not_by_path(ru
 def test_a_damaged_run_is_listed_among_the_others(runs: Path, tmp_path: Path) -> None:
     for name in ("g", "p"):
         shutil.copytree(runs / name, tmp_path / name)
-    (tmp_path / "g/config.json").write_text("{")
+    for name in ("config.json", "manifest.json"):
+        (tmp_path / "g" / name).write_text("{")
     found = {Path(r["path"]).name: r["state"] for r in json.loads(listing.as_json(tmp_path))}
     assert found == {"g": "damaged", "p": "complete"}
 

@@ -1,0 +1,252 @@
+"""Charts as SVG, drawn by Vega-Lite when the page is written: the page needs no script for them.
+
+Colours are names of the variables of the page's style sheet, so that one drawing serves light, dark and print.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import vl_convert
+from markupsafe import Markup
+
+Values = Sequence[Mapping[str, Any]]
+Spec = dict[str, Any]
+WIDTH, HEIGHT = 300, 150
+MOST_POINTS = 150  # of a line
+ACCENT, SECOND, MUTED, BAD = "var(--accent)", "var(--second)", "var(--muted)", "var(--bad)"
+SIDES = {"chosen": ACCENT, "rejected": SECOND}
+_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+_FONT = "system-ui, sans-serif"
+_CONFIG: Spec = {
+    "aria": False,
+    "background": None,
+    "font": _FONT,
+    "view": {"stroke": None},
+    "axis": {
+        "domain": False,
+        "ticks": False,
+        "grid": False,
+        "labelColor": MUTED,
+        "titleColor": MUTED,
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "labelPadding": 6,
+    },
+    "axisY": {"grid": True, "gridColor": "var(--line)", "tickCount": 4},
+    "axisX": {"tickCount": 5, "labelOverlap": "greedy", "labelSeparation": 10},
+    "legend": {
+        "orient": "top",
+        "title": None,
+        "labelColor": MUTED,
+        "labelFontSize": 11,
+        "symbolStrokeWidth": 2,
+        "offset": 4,
+        "symbolSize": 60,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its title, a sentence that says what it shows, for those who do not see it too, and what one
+    should expect of it."""
+
+    title: str
+    says: str
+    svg: Markup
+    expected: str = ""
+
+
+def draw(spec: Spec) -> Markup:
+    """The SVG of a Vega-Lite spec; strings of its data are escaped by Vega."""
+    svg = vl_convert.vegalite_to_svg({"$schema": _SCHEMA, "config": _CONFIG, **spec})
+    head = svg.index(">")
+    return Markup('<svg aria-hidden="true" focusable="false"' + svg[len("<svg") : head] + svg[head:])
+
+
+def lines(
+    values: Values,
+    x: str,
+    *,
+    series: Mapping[str, str],
+    band: Values = (),
+    marks: Values = (),
+    zero: bool = False,
+) -> Markup:
+    """Lines of rows {x, "value", "series", "kind"}, with the band of rows {x, "low", "high"} behind and red rules at
+    the rows {x, "rule"}. `kind` is "training" or "held-out", which is dashed."""
+    scale: Spec = {"zero": zero, "nice": True}
+    y = {"field": "value", "type": "quantitative", "title": None, "scale": scale, "axis": {"format": "~g"}}
+    kinds = sorted({str(row["kind"]) for row in values}, reverse=True)
+    line: Spec = {
+        "data": {"values": list(values)},
+        "mark": {"type": "line", "strokeWidth": 1.8, "strokeJoin": "round"},
+        "encoding": {
+            "x": _axis(x),
+            "y": y,
+            "color": _colours(series),
+            "strokeDash": {
+                "field": "kind",
+                "type": "nominal",
+                "scale": {"domain": ["training", "held-out"], "range": [[1, 0], [4, 3]]},
+                "legend": {"symbolStrokeColor": MUTED, "values": kinds} if len(kinds) > 1 else None,
+            },
+        },
+    }
+    layers: list[Spec] = []
+    if band:
+        extent = {"field": "low", "type": "quantitative", "title": None, "scale": scale}
+        layers.append(
+            {
+                "data": {"values": list(band)},
+                "mark": {"type": "area", "color": ACCENT, "opacity": 0.16},
+                "encoding": {"x": _axis(x), "y": extent, "y2": {"field": "high"}},
+            }
+        )
+    layers.append(line)
+    if marks:
+        layers += _rules(marks, x)
+    return draw({"width": WIDTH, "height": HEIGHT, "layer": layers})
+
+
+def histogram(
+    values: Values,
+    title: str,
+    *,
+    series: Mapping[str, str],
+    domain: tuple[float, float] | None = None,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+) -> Markup:
+    """A histogram of rows {"value", "series"}; several series lie over each other."""
+    binned: Spec = {"maxbins": 30, **({"extent": domain, "step": (domain[1] - domain[0]) / 40} if domain else {})}
+    scale: Spec = {"scale": {"domain": domain}, "axis": {"values": [domain[0], 0, domain[1]]}} if domain else {}
+    return draw(
+        {
+            "width": size[0],
+            "height": size[1],
+            "data": {"values": list(values)},
+            "mark": {"type": "bar", "opacity": 0.75 if len(series) == 1 else 0.55, "binSpacing": 1},
+            "encoding": {
+                "x": {"field": "value", "type": "quantitative", "bin": binned, "title": title, **scale},
+                "y": {"aggregate": "count", "title": None, "stack": None},
+                "color": _colours(series),
+            },
+        }
+    )
+
+
+def counts(values: Values, title: str) -> Markup:
+    """Bars of counted rows {"label", "count"}, in their order."""
+    return draw(
+        {
+            "width": WIDTH,
+            "height": HEIGHT,
+            "data": {"values": list(values)},
+            "mark": {"type": "bar", "color": ACCENT, "opacity": 0.75},
+            "encoding": {
+                "x": {"field": "label", "type": "ordinal", "sort": None, "title": title, "axis": {"labelAngle": 0}},
+                "y": {"field": "count", "type": "quantitative", "title": None},
+            },
+        }
+    )
+
+
+def scatter(values: Values, x_title: str, y_title: str, *, series: Mapping[str, str]) -> Markup:
+    """Points of rows {"x", "y", "series"}."""
+    return draw(
+        {
+            "width": WIDTH,
+            "height": HEIGHT,
+            "data": {"values": list(values)},
+            "mark": {"type": "circle", "size": 22, "opacity": 0.55},
+            "encoding": {
+                "x": {"field": "x", "type": "quantitative", "title": x_title, "scale": {"zero": False}},
+                "y": {"field": "y", "type": "quantitative", "title": y_title, "scale": {"zero": False}},
+                "color": _colours(series),
+            },
+        }
+    )
+
+
+def flow(values: Values) -> Markup:
+    """One bar for each level, cut into rows that went on and rows that did not: {"level", "part", "rows", "order"}."""
+    levels = list(dict.fromkeys(str(row["level"]) for row in values))
+    return draw(
+        {
+            "width": 320,
+            "height": {"step": 26},
+            "data": {"values": list(values)},
+            "mark": {"type": "bar", "height": 14, "cornerRadius": 2},
+            "encoding": {
+                "y": {
+                    "field": "level",
+                    "type": "nominal",
+                    "sort": levels,
+                    "title": None,
+                    "axis": {"labelLimit": 220, "grid": False, "minExtent": 110},
+                },
+                "x": {"field": "rows", "type": "quantitative", "title": "rows", "axis": {"format": "~s"}},
+                "color": {
+                    "field": "part",
+                    "type": "nominal",
+                    "scale": {"domain": ["went on", "left out"], "range": [ACCENT, "var(--bad-soft)"]},
+                },
+                "order": {"field": "order", "type": "quantitative"},
+            },
+        }
+    )
+
+
+def thinned(rows: Values, names: Sequence[str], x: str = "step") -> tuple[list[dict[str, Any]], int]:
+    """Means of the numbers under `names` over blocks of rows, at most MOST_POINTS blocks, each at the x of its last
+    row; and the rows in a block. A name that no row of a block has is left out there."""
+    size = -(-len(rows) // MOST_POINTS) or 1
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        point: dict[str, Any] = {x: block[-1][x]}
+        for name in names:
+            known = [row[name] for row in block if is_number(row.get(name))]
+            if known:
+                point[name] = sum(known) / len(known)
+        found.append(point)
+    return found, size
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def shades(names: Sequence[str]) -> dict[str, str]:
+    """Colours of runs in order: the last one in the accent, and those before it ever paler."""
+    last = len(names) - 1
+    return {name: f"var(--s{min(last - place, 4)})" for place, name in enumerate(names)}
+
+
+def _axis(name: str) -> Spec:
+    return {"field": name, "type": "quantitative", "title": name, "axis": {"format": "~s"}, "scale": {"nice": False}}
+
+
+def _colours(series: Mapping[str, str]) -> Spec:
+    return {
+        "field": "series",
+        "type": "nominal",
+        "scale": {"domain": list(series), "range": list(series.values())},
+        "legend": {} if len(series) > 1 else None,
+    }
+
+
+def _rules(marks: Values, x: str) -> list[Spec]:
+    data = {"values": list(marks)}
+    place = _axis(x)
+    return [
+        {"data": data, "mark": {"type": "rule", "color": BAD, "strokeDash": [2, 2]}, "encoding": {"x": place}},
+        {
+            "data": data,
+            "mark": {"type": "text", "color": BAD, "fontSize": 10, "align": "left", "dx": 3, "baseline": "top", "y": 0},
+            "encoding": {"x": place, "text": {"field": "rule"}},
+        },
+    ]

@@ -1,0 +1,144 @@
+"""How was it made? What came from what by digest, settings that differ from their defaults, versions, commands."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from prefpipe.config import base
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.score import ScoreConfig
+from prefpipe.config.train import TrainConfig
+from prefpipe.runs import overview
+from prefpipe.runs.overview import Overview
+from prefpipe.stages.report.subject import Subject, label, number
+from prefpipe.stages.report.texts import shown
+
+_CLASSES: Mapping[str, type[BaseModel]] = {
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "build-pairs": BuildPairsConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "iterate": IterateConfig,
+}
+_LONGEST = 300  # characters of a value
+
+
+@dataclass(frozen=True)
+class Node:
+    """A run in the lineage: what it read and what it made, as names with their digests."""
+
+    name: str
+    command: str
+    state: str
+    digest: str
+    read: Sequence[tuple[str, str]]
+    made: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting with its value, and the default where that is another one."""
+
+    name: str
+    value: str
+    default: str
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """How one run was made: its settings, times and the command that makes it again."""
+
+    name: str
+    settings: Sequence[Setting]
+    changed: int
+    times: Sequence[str]
+    command: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Section 5 of the page."""
+
+    nodes: Sequence[Node]
+    runs: Sequence[Made]
+    versions: Sequence[tuple[str, str]]
+    gaps: Sequence[tuple[str, str]]
+
+
+def origin(subject: Subject) -> Origin:
+    """Section 5, from manifests, configs and timing.jsonl."""
+    runs = [run for run in subject.runs if run.state != "not started"]
+    every = runs if subject.root in runs else [subject.root, *runs]
+    versions = {name: str(version) for run in every for name, version in (run.manifest.get("versions") or {}).items()}
+    return Origin(
+        [_node(run) for run in runs],
+        [_made(run) for run in every],
+        sorted(versions.items()),
+        [(shown(gap.where, _LONGEST), shown(gap.why, 500)) for gap in subject.gaps],
+    )
+
+
+def _node(run: Overview) -> Node:
+    identity = run.manifest.get("identity") or {}
+    made = {name: value for name, value in identity.items() if isinstance(value, str)}
+    return Node(
+        shown(run.name, _LONGEST),
+        run.command,
+        run.state,
+        str(run.manifest.get("digest", "")),
+        [(shown(name, 80), shown(value, 120)) for name, value in (run.manifest.get("inputs") or {}).items()],
+        [(shown(name, 80), shown(value, 160)) for name, value in made.items()],
+    )
+
+
+def _made(run: Overview) -> Made:
+    settings = _settings(run)
+    words = ["prefpipe", run.command, str(run.path / "config.json"), "--out", "runs/replay"]
+    return Made(
+        label(run) if run.round is None else shown(run.name, _LONGEST),
+        settings,
+        sum(setting.changed for setting in settings),
+        [_in_words(line) for line in overview.lines(run, "timing.jsonl")[-3:]],
+        shown(shlex.join(words), 1000),
+    )
+
+
+def _settings(run: Overview) -> list[Setting]:
+    """The settings of a run; those that this version does not have are shown as changed."""
+    config_class = _CLASSES.get(run.command)
+    defaults = _flat(base.dump(config_class())) if config_class else {}
+    return [
+        Setting(shown(name, 120), _text(value), _text(defaults.get(name)), value != defaults.get(name))
+        for name, value in _flat(run.config).items()
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return shown(", ".join(map(str, value)) or "none", _LONGEST)
+    return shown("none" if value in ("", None, {}) else value, _LONGEST)
+
+
+def _in_words(line: Mapping[str, Any]) -> str:
+    """A line of timing.jsonl."""
+    parts = [f"{shown(name, 60)} {number(value, 4) if not isinstance(value, str) else shown(value, 80)}"
+             for name, value in line.items() if isinstance(value, int | float | str)]  # fmt: skip
+    return ", ".join(parts)
