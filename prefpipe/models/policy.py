@@ -125,11 +125,12 @@ def _check_code(directory: Path, config: dict[str, Any]) -> None:
 
 
 def _check_numbers(directory: Path, config: dict[str, Any]) -> None:
-    """Raise DataError for numbers that no model has: transformers would build layers without end."""
+    """Raise DataError for numbers that no model has: transformers would build layers without end. A longest length may
+    be any number: 10^30 stands for none."""
     nested = config.get("text_config")
     for name, value in [*config.items(), *(nested.items() if isinstance(nested, dict) else ())]:
-        most = _MOST_LAYERS if "layer" in name else _LARGEST
-        if isinstance(value, int) and abs(value) > most:
+        most = _MOST_LAYERS if name.endswith(("layer", "layers")) else _LARGEST
+        if isinstance(value, int) and abs(value) > most and "max_" not in name:
             raise DataError(
                 f"{directory / 'config.json'}: {name} is more than {most:,}, which no model has",
                 "fetch or save the model again",

@@ -50,6 +50,7 @@ def use(model: Path, adapter: Path | None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # all changes to the model in parts took 274 s of a busy machine
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["one", "parts", "adapter"])
 def test_a_change_is_refused_with_the_name_of_its_folder_or_does_no_harm(
