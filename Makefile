@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED := 1
 # The tests run on every core with one thread each; a core that has nothing left takes tests from another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 ALL_CORES := -n logical --dist worksteal
-FAULTS := tests/faults tests/runs tests/stages/train/test_checkpoint.py tests/rewards/test_code_tests.py \
+FAULTS := tests/faults tests/runs tests/stages/train/test_checkpoint.py tests/rewards/test_code_tests.py tests/rewards/test_odd_endpoints.py \
   tests/test_reading.py tests/test_terminal.py tests/test_processes.py
 # What a CPU without AVX-512 computes: kernels of torch, oneDNN and MKL round differently from kind to kind.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2

@@ -34,6 +34,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 _DOTTED = re.compile(rf"(?<![\w-])(?:[\w-]++\s*+\.\s*+){{{DEPTH}}}")  # tomllib takes hours for a long one
+_HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")  # UTF-8 has no halves, so that only an escape can bring one
 _LONE_SURROGATE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # the others are bytes of paths
 
 
@@ -101,8 +102,9 @@ def read_text(path: Path, limit: int = SMALL) -> str:
 def read_json(path: Path, limit: int = SMALL) -> Any:
     """The JSON value in a small file. Raises json.JSONDecodeError for a mistake in its syntax, DataError for what no
     parser should take: brackets deeper than DEPTH, numbers of thousands of digits, halves of characters."""
-    value = _parsed(path, json.loads, read_text(path, limit))
-    if has_lone_surrogate(value):
+    text = read_text(path, limit)
+    value = _parsed(path, json.loads, text)
+    if _HALF_ESCAPE.search(text) and has_lone_surrogate(value):
         raise DataError(f"{path} holds half of a character (a lone surrogate)", "no text has that: check the file")
     return value
 
@@ -150,8 +152,11 @@ def _parsed(path: Path, parse: Callable[[str], T], text: str) -> T:
 
 
 def _is_deeper(value: object, depth: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth < 0 or any(_is_deeper(part, depth - 1) for part in inner if isinstance(part, dict | list))
+    level = [value]
+    for _ in range(depth + 1):
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+    return bool(level)
 
 
 def _check_kind(path: Path, status: os.stat_result) -> None:

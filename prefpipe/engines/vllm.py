@@ -4,7 +4,6 @@
 
 import contextlib
 import ctypes
-import json
 import os
 from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from prefpipe.engines import vllm_process
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import DataError, UsageError
+from prefpipe.models import fingerprint
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -195,7 +195,7 @@ def _to_sample(sample_index: int, output: Any) -> Sample:
 
 def _lora_rank(settings: EngineSettings) -> int:
     assert settings.policy.adapter is not None
-    config = json.loads((settings.policy.adapter / "adapter_config.json").read_text())
+    config = fingerprint.read_json(settings.policy.adapter / "adapter_config.json")
     if "lm_head" in (config.get("target_modules") or ()) or config.get("modules_to_save"):
         raise UsageError(
             f"adapter {settings.policy.adapter} changes the output head", "use an adapter of linear layers of the body"

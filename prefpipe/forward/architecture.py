@@ -11,8 +11,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from prefpipe.errors import DataError, UsageError
 
 _ODD_CONFIG = (
-    *(ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, OSError, ImportError),
-    *(NotImplementedError, StrictDataclassError),
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, OSError, ImportError),
+    *(RuntimeError, StrictDataclassError),
 )
 
 

@@ -17,6 +17,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from prefpipe import reading
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.forward import attention, lora_targets
 from prefpipe.forward.architecture import reason
@@ -154,9 +155,9 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
         )
         # Once more, for what it says: `from_pretrained` keeps to itself which tensors had no place.
         report = set_peft_model_state_dict(adapted, tensors)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever peft raises for the values of a config
         raise DataError(f"adapter {directory} does not fit the model: {reason(error)}", _OTHER_ADAPTER) from error
     missing = [name for name in report.missing_keys if "lora_" in name or ".modules_to_save." in name]
     if missing:
@@ -227,7 +228,7 @@ def save_adapter(model: torch.nn.Module, tensors: dict[str, torch.Tensor], direc
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
     # peft writes sets, in another order in every process: the same adapter would have another digest each time.
     path = directory / "adapter_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = reading.read_json(path)
     settings |= {k: sorted(settings[k]) for k in _SETS if isinstance(settings.get(k), list)}
     path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 

@@ -1,22 +1,22 @@
 """Weights from a model directory into a model, each of them: what transformers would draw at random is an error."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from prefpipe import reading
 from prefpipe.errors import DataError, UsageError
 from prefpipe.forward.architecture import check_architecture, reason
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _AGAIN = "fetch or save the model again: what is not read would be random"
-_UNFIT = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError, AssertionError)
 
 
 def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
@@ -28,6 +28,7 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
     is a UsageError: it is a language model.
     """
     config = check_architecture(directory, kind)
+    _check_index(directory)
     attention = _attention(kind, config)
     setattr(config, "_attn_implementation", attention)  # noqa: B010  (no public name; config.json may name a kernel)
     transformers_logging.disable_progress_bar()
@@ -55,7 +56,7 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
         ) from error
     except (SafetensorError, OSError) as error:
         raise DataError(f"{directory} cannot be read: {reason(error)}", "fetch or save the model again") from error
-    except (*_UNFIT, StrictDataclassError) as error:
+    except Exception as error:  # whatever its classes raise for the values of a config
         raise UsageError(f"{directory} cannot be loaded: {reason(error)}", "take another model") from error
     finally:
         transformers_logging.set_verbosity(before)
@@ -80,6 +81,25 @@ def listed(names: Sequence[str]) -> str:
     """`3 weights (a, b, ...)`: how many, and the first few."""
     shown = sorted(names)[:3]
     return f"{len(names)} weight{'s' * (len(names) != 1)} ({', '.join(shown)}{', ...' * (len(names) > len(shown))})"
+
+
+def _check_index(directory: Path) -> None:
+    """Raise DataError where the index of weights in several files does not say which of the files has which: only files
+    that `fingerprint.weights_digest` reads may hold weights."""
+    path = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").exists() or not reading.is_there(path):
+        return
+    try:
+        index = reading.read_json(path)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is no JSON: {error}", _AGAIN) from error
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not files or not isinstance(files, dict) or not isinstance(index.get("metadata"), dict):
+        raise DataError(f"{path} is not an index of weights", _AGAIN)
+    there = {file.name for file in directory.glob("model*.safetensors")}
+    absent = [name for name in map(str, files.values()) if name not in there]
+    if absent:
+        raise DataError(f"{path} names the file '{absent[0]}', which is not among the weights beside it", _AGAIN)
 
 
 def _attention(kind: Any, config: PreTrainedConfig) -> str:

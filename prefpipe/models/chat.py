@@ -111,7 +111,11 @@ def load_chat(
         digests["chat_template_kwargs"] = fingerprint.text_digest(template_kwargs)
     added = loaded.backend.get_added_tokens_decoder().values()
     probe = partial(template.render, text, date, tokens=named, inputs={"chat_template_kwargs": kwargs})
-    shape = turns.shape_of(text, partial(probe, add_generation_prompt=False))
+    try:
+        shape = turns.shape_of(text, partial(probe, add_generation_prompt=False))
+    except DataError as error:
+        source = chat_template if Path(chat_template).is_file() else directory
+        raise DataError(f"{source}: {error.message}", error.hint) from error
 
     def small(messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         return probe(turns.for_template(messages, shape), add_generation_prompt=add_generation_prompt)

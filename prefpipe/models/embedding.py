@@ -1,12 +1,12 @@
 """Does a model have an embedding for every token that its tokenizer writes?"""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from prefpipe.errors import DataError
+from prefpipe.models import fingerprint
 
 ADVICE = (
     "the model is incomplete: take the tokenizer that it was trained with, or resize its embedding "
@@ -17,7 +17,7 @@ ADVICE = (
 def size(directory: Path) -> int | None:
     """How many token ids a model has, from its config; None when the config does not say."""
     path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = fingerprint.read_json(path) if path.is_file() else {}
     nested = config.get("text_config")
     known = (nested if isinstance(nested, dict) else {}).get("vocab_size") or config.get("vocab_size")
     return known if isinstance(known, int) else None

@@ -5,13 +5,16 @@ A policy is named `weights:HEX` or `weights:HEX+adapter:HEX`, so that an error c
 
 import json
 import math
+import operator
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from blake3 import blake3
 
+from prefpipe import reading
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import canonical_json
 
@@ -36,6 +39,8 @@ _IGNORED_ADAPTER = {
 # Settings of an adapter that peft keeps as sets: it writes them in another order in every process.
 ADAPTER_SETS = ("target_modules", "target_parameters", "exclude_modules")
 _CHUNK = 8 << 20
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
+_MOST_BYTES = 512 << 20  # of a JSON file; tokenizers of 250,000 tokens have 33 million
 _BITS = {  # of one number, by the dtype in a safetensors header
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -87,10 +92,10 @@ def tokenizer_digest(tokenizer: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model. Raises DataError for anything else."""
+    """The JSON object in a file of a model. Raises DataError for anything else, and as `reading` does."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = reading.read_json(path, _MOST_BYTES)
+    except json.JSONDecodeError as error:
         raise DataError(f"cannot read {path}: {error}", "fetch or save the model again") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} is not a JSON object", "fetch or save the model again")
@@ -114,34 +119,40 @@ def _digest(files: list[Path], config: dict[str, Any]) -> str:
 def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
     """(name, dtype, shape, blake3 of the bytes) of every tensor in a safetensors file.
 
-    Raises DataError when the header does not describe tensors that lie inside the file.
+    Raises DataError when the header does not describe tensors that lie inside the file, and as `reading` does.
     """
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > size - 8:
-            raise DataError(f"{path} is damaged: its header is longer than the file", "fetch the file again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise DataError(f"{path} is damaged: unreadable header", "fetch the file again") from error
-        if not isinstance(header, dict):
-            raise DataError(f"{path} is damaged: its header is not an object", "fetch the file again")
-        header.pop("__metadata__", None)
+    with reading.opened(path) as file, reading.reading(path):
+        size = os.fstat(file.fileno()).st_size
+        header, start_of_data = _header(path, file, size)
         tensors: list[tuple[str, str, list[int], str]] = []
         for name, tensor in sorted(header.items()):
             try:
-                start, end = tensor["data_offsets"]
-                dtype, shape, inside = tensor["dtype"], tensor["shape"], 0 <= start <= end <= size - 8 - length
+                start, end = map(operator.index, tensor["data_offsets"])
+                dtype, shape, inside = tensor["dtype"], tensor["shape"], 0 <= start <= end <= size - start_of_data
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path} is damaged: tensor {name} is not described", "fetch the file again") from error
             if not inside:
                 raise DataError(f"{path} is damaged: tensor {name} reaches past its end", "fetch the file again")
             _check_size(path, name, tensor, end - start)
-            file.seek(8 + length + start)
+            file.seek(start_of_data + start)
             tensors.append((name, dtype, shape, _bytes_digest(file, end - start)))
         return tensors
+
+
+def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes begin."""
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > min(size - 8, _LONGEST_HEADER):
+        raise DataError(f"{path} is damaged: its header is longer than the file", "fetch the file again")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: unreadable header", "fetch the file again") from error
+    if not isinstance(header, dict) or reading.has_lone_surrogate(header):
+        raise DataError(f"{path} is damaged: its header is not an object of names", "fetch the file again")
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def _check_size(path: Path, name: str, tensor: dict[str, Any], size: int) -> None:
@@ -157,7 +168,7 @@ def _check_size(path: Path, name: str, tensor: dict[str, Any], size: int) -> Non
         )
 
 
-def _bytes_digest(file: Any, length: int) -> str:
+def _bytes_digest(file: BinaryIO, length: int) -> str:
     hasher = blake3()
     while length > 0:
         block = file.read(min(length, _CHUNK))

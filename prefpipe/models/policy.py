@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
-from prefpipe import log, processes
+from prefpipe import log, processes, reading
 from prefpipe.errors import DataError, IdentityError, MissingInputError, StorageError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.models import fingerprint
@@ -34,6 +35,8 @@ _LATE_POSITIONS = {
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"),
     *("mpnet", "longformer", "ibert", "luke", "markuplm"),
 }
+_MOST_LAYERS = 10_000
+_LARGEST = 2**63 - 1
 _LARGE = 64 << 20  # bytes; hashing less is faster than looking a digest up
 # Settings by which peft turns a LoRA adapter into something that depends on the tokens, draws, or changes the base.
 _OTHER_LORA = (
@@ -80,7 +83,9 @@ def resolve(model: str, adapter: str = "none") -> Policy:
         raise MissingInputError(
             f"{model} is not a model directory: no config.json", "give a directory, a hub id or embedded:NAME"
         )
-    _check_code(directory)
+    config = fingerprint.read_json(directory / "config.json")
+    _check_code(directory, config)
+    _check_numbers(directory, config)
     weights = _weights_digest(directory)
     if adapter == "none":
         return Policy(directory, None, weights, None)
@@ -98,7 +103,8 @@ def context_length(directory: Path) -> int | None:
     nested = config.get("text_config")
     tables = [nested, config] if isinstance(nested, dict) else [config]
     lengths = (table.get(name) for table in tables for name in _CONTEXT)
-    first = config.get("pad_token_id", 1) + 1 if config.get("model_type") in _LATE_POSITIONS else 0
+    pad = config.get("pad_token_id", 1)
+    first = pad + 1 if str(config.get("model_type")) in _LATE_POSITIONS and isinstance(pad, int) else 0
     return next((length - first for length in lengths if isinstance(length, int) and length > first), None)
 
 
@@ -109,14 +115,26 @@ def adapter_base_record(weights: str, adapter_weights: str | None = None) -> str
     return json.dumps({"base": fingerprint.policy_id(weights, None), **digest}, indent=2) + "\n"
 
 
-def _check_code(directory: Path) -> None:
+def _check_code(directory: Path, config: dict[str, Any]) -> None:
     """Refuse a model with code of its own before anything else reads its directory. Other models are looked at when
     they are loaded: transformers is slow to import, and not every command needs it."""
-    config = fingerprint.read_json(directory / "config.json")
     if config.get("auto_map") and importlib.util.find_spec("transformers") is not None:
         from prefpipe.forward.architecture import check_own_code
 
         check_own_code(directory, config)
+
+
+def _check_numbers(directory: Path, config: dict[str, Any]) -> None:
+    """Raise DataError for numbers that no model has: transformers would build layers without end. A longest length may
+    be any number: 10^30 stands for none."""
+    nested = config.get("text_config")
+    for name, value in [*config.items(), *(nested.items() if isinstance(nested, dict) else ())]:
+        most = _MOST_LAYERS if name.endswith(("layer", "layers")) else _LARGEST
+        if isinstance(value, int) and abs(value) > most and "max_" not in name:
+            raise DataError(
+                f"{directory / 'config.json'}: {name} is more than {most:,}, which no model has",
+                "fetch or save the model again",
+            )
 
 
 def _weights_digest(directory: Path) -> str:
@@ -125,9 +143,15 @@ def _weights_digest(directory: Path) -> str:
     Inode, size, mtime and ctime tell whether a file changed; no program can set ctime back. Digests of large models
     are kept in the user's cache, those of small ones in this process.
     """
-    files = [(p.name, p.stat()) for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", ".json")]
-    stats = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files)
-    return _memoised_digest(directory, stats)
+    with reading.reading(directory):
+        files = [path for path in sorted(directory.iterdir()) if path.suffix in (".safetensors", ".json")]
+    return _memoised_digest(directory, tuple(map(_stat, files)))
+
+
+def _stat(path: Path) -> tuple[str, int, int, int, int, int]:
+    with reading.reading(path):
+        s = path.stat()
+    return path.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
 @cache

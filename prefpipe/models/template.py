@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from prefpipe import clock
+from prefpipe import clock, reading
 from prefpipe.errors import DataError, MissingInputError, RowFault
 
 Span = tuple[int, int]  # of characters: the first one, and the one behind the last
@@ -43,7 +43,7 @@ def find(directory: Path, of_model: str | Mapping[str, str] | None, choice: str)
         path = Path(choice)
         if not path.is_file():
             raise MissingInputError(f"chat template {choice} does not exist", "give the path of a Jinja file")
-        return path.read_text(encoding="utf-8")
+        return reading.read_text(path)
     if isinstance(of_model, Mapping) and of_model:
         raise MissingInputError(
             f"{directory} has several chat templates and no default one: {', '.join(sorted(of_model))}",

@@ -5,7 +5,6 @@ into tokens has no part in it, because the ids exist already. The tokens are tho
 builds it; older runs were named by tokenizer.json alone, which may lack added tokens.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -98,13 +97,13 @@ def _listings(directory: Path) -> Iterator[Tokens]:
 
 
 def _of_file(path: Path) -> Tokens:
+    tokenizer = fingerprint.read_json(path)
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
         listed = tokenizer["model"]["vocab"]
         if isinstance(listed, Mapping):
             tokens = {(number, token) for token, number in listed.items()}
         else:  # Unigram: a list of token and score
             tokens = {(number, token) for number, (token, _) in enumerate(listed)}
         return sorted(tokens | {(added["id"], added["content"]) for added in tokenizer.get("added_tokens", ())})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a tokenizer: {error}", "fetch or save the model again") from error

@@ -9,10 +9,12 @@ import json
 import math
 import numbers
 import os
+import posix
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,20 +122,24 @@ def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored
 
 @contextmanager
 def _never_ends() -> Generator[None]:
-    """While a user's code runs, `os._exit` raises SystemExit: else it would end the command, with exit code 0 and no
-    manifest. A child that the code forks ends by it as ever."""
-    end, process = os._exit, os.getpid()
-
-    def refuse(code: int) -> NoReturn:
-        if os.getpid() != process:
-            end(code)
-        raise SystemExit(f"os._exit({code})")
-
-    os._exit = refuse
+    """While a user's code runs, what would end the command or put another program in its place raises SystemExit: else
+    it could end with exit code 0 and no manifest. A child that the code forks ends by it as ever. Compiled code that
+    calls the C library itself is beyond this."""
+    process = os.getpid()
+    before = [(module, name, getattr(module, name)) for module in (os, posix) for name in ("_exit", "execv", "execve")]
+    for module, name, end in before:
+        setattr(module, name, partial(_refuse_to_end, process, name, end))
     try:
         yield
     finally:
-        os._exit = end
+        for module, name, end in before:
+            setattr(module, name, end)
+
+
+def _refuse_to_end(process: int, name: str, end: Callable[..., NoReturn], *arguments: Any) -> NoReturn:
+    if os.getpid() != process:
+        end(*arguments)
+    raise SystemExit(f"os.{name}({str(arguments[0])[:100] if arguments else ''})")
 
 
 def _scored(value: object) -> Scored:

@@ -20,6 +20,7 @@ from prefpipe.engines import pooling
 from prefpipe.errors import RowFault, UsageError
 from prefpipe.forward.architecture import check_architecture
 from prefpipe.forward.weights import read_model
+from prefpipe.models import fingerprint
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.encoding import DROP, Rules, encode_rendered, rendered
 from prefpipe.models.policy import context_length, resolve
@@ -85,7 +86,7 @@ def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generat
         check_architecture(directory, AutoModelForSequenceClassification)
         _check_classifier(directory)  # vLLM would make a classifier of any language model
         log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
-        pad_token_id = _config(directory).get("pad_token_id")
+        pad_token_id = fingerprint.read_json(directory / "config.json").get("pad_token_id")
         with pooling.classifier(directory, settings.dtype, longest, settings.gpu_memory_utilization) as classify:
 
             def at_once(rows: list[Row]) -> Logits:
@@ -107,7 +108,7 @@ def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generat
 
 
 def _check_classifier(directory: Path) -> None:
-    names = _config(directory).get("architectures") or []
+    names = fingerprint.read_json(directory / "config.json").get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         raise UsageError(
             f"reward model {directory} is {', '.join(names) or 'of no known architecture'}",
@@ -202,7 +203,7 @@ def load(directory: Path, dtype: str) -> Any:
 
 def find_label(directory: Path, label: str) -> int:
     """The index of the logit that is the reward. Raises UsageError when `label` names none of several labels."""
-    config = _config(directory)
+    config = fingerprint.read_json(directory / "config.json")
     names = {int(k): str(v) for k, v in config.get("id2label", {}).items()} or dict(
         enumerate(f"LABEL_{i}" for i in range(config.get("num_labels", 2)))
     )
@@ -216,10 +217,6 @@ def find_label(directory: Path, label: str) -> int:
             f"set label to one of {', '.join(names.values())}",
         )
     return matching[0]
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
 def _name(settings: RewardModel) -> str:

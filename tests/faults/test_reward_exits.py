@@ -9,6 +9,8 @@ import pytest
 from tests.forge import Ended, Forge
 
 ENDS = ["sys.exit(0)", "sys.exit()", "os._exit(0)", "raise SystemExit", "early(0)", "quit_all()", "exit(0)"]
+REPLACED = ["os.execv('/bin/true', ['true'])", "os.execlp('true', 'true')", "os.execvpe('true', ['true'], {})"]
+ENDS += ["import posix; posix._exit(0)", *REPLACED]
 MODULE = """
 import os, sys
 from os import _exit as early
@@ -85,6 +87,12 @@ def test_with_a_time_limit_an_end_costs_its_row(forged: Forge, tiny_model: Path,
 def test_a_child_that_the_reward_forks_may_end(forged: Forge, tiny_model: Path, place: Path) -> None:
     fork = "child = os.fork(); child or os._exit(7); assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7"
     done = run(forged, tiny_model, place, in_call=fork)
+    assert done.code == 0, done.stderr
+
+
+def test_a_child_of_the_reward_may_become_another_program(forged: Forge, tiny_model: Path, place: Path) -> None:
+    become = "child = os.fork(); child or os.execlp('true', 'true'); assert os.waitpid(child, 0)[1] == 0"
+    done = run(forged, tiny_model, place, in_call=f"{become}; import subprocess; subprocess.run(['true'], check=True)")
     assert done.code == 0, done.stderr
 
 

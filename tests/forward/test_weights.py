@@ -1,5 +1,6 @@
 """Every weight of a model comes from its files, or the model is refused with the names."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,27 @@ def test_a_command_ends_with_the_names(call: Call, tiny_model: Path, tmp_path: P
 def test_many_names_are_counted() -> None:
     assert listed(["b"]) == "1 weight (b)"
     assert listed(["d", "c", "b", "a"]) == "4 weights (a, b, c, ...)"
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "is not an index"),
+        ('{"metadata": {}}', "is not an index"),
+        ('{"metadata": null, "weight_map": {}}', "is not an index"),
+        (
+            '{"metadata": {}, "weight_map": {"a": "../other/model.safetensors"}}',
+            "which is not among the weights beside it",
+        ),
+        ('{"metadata": {}, "weight_map": {"a": ["model-1.safetensors"]}}', "which is not among the"),
+        ('{"metadata": {}, "weight_map": {}}', "is not an index"),
+    ],
+)
+def test_an_index_that_names_no_files_of_the_model(tiny_model: Path, tmp_path: Path, index: str, words: str) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "model-1.safetensors")
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(DataError, match=words) as caught:
+        read(tmp_path / "m")
+    assert str(tmp_path / "m") in caught.value.message

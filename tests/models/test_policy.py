@@ -245,3 +245,25 @@ def test_an_encoder_takes_as_many_tokens_as_its_context(tmp_path: Path, kind: st
 def test_the_context_under_its_other_names(tmp_path: Path, config: dict[str, Any], context: int | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert context_length(tmp_path) == context
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_refused"),
+    [
+        ("num_hidden_layers", 10**400, True), ("n_layer", 10_001, True), ("num_layers", 10_000, False),
+        ("hidden_size", 2**63, True), ("model_max_length", 10**30, False),
+        ("vocab_size_per_layer_input", 262144, False),
+    ],
+)  # fmt: skip
+def test_a_number_that_no_model_has(
+    tiny_model: Path, tmp_path: Path, name: str, value: int, *, is_refused: bool
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for values in ({name: value}, {"text_config": {name: value}}):
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config | values))
+        if is_refused:
+            with pytest.raises(DataError, match=rf"config\.json: {name} is more than"):
+                resolve(str(tmp_path / "m"))
+        else:
+            assert resolve(str(tmp_path / "m")).weights

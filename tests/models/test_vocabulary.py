@@ -117,5 +117,5 @@ def test_runs_hand_on_what_they_read_and_files_are_of_the_model(tmp_path: Path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"vocab": 3}}'])
 def test_a_damaged_file_is_named(tmp_path: Path, text: str):
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
         vocabulary.check([run(tmp_path / "r", "1:x")], tmp_path)
