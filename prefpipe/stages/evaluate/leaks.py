@@ -10,8 +10,12 @@ from prefpipe.runs import store
 from prefpipe.schemas import Label, Message, Pair, Prompt, RankedGroup
 
 # Dataset -> its row type, and the column with the messages of the prompt.
-_DATASETS = {"prompts": (Prompt, "messages"), "pairs": (Pair, "prompt"), "labels": (Label, "prompt")}
-_DATASETS |= {"groups": (RankedGroup, "prompt")}
+_DATASETS = {
+    "prompts": (Prompt, "messages"),
+    "pairs": (Pair, "prompt"),
+    "labels": (Label, "prompt"),
+    "groups": (RankedGroup, "prompt"),
+}
 _SHOWN = 5
 
 

@@ -87,8 +87,8 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
             name: ratings.fill(config, answered, name, function, beside.identity[f"reward {name}"])
             for name, function in beside.rewards.items()
         }
-        for baseline in beside.baselines if beside.court else ():
-            verdicts.fill(config, answered, beside.court, baseline)
+        if beside.court is not None:
+            verdicts.fill(config, answered, beside.court, beside.baselines)
         totals = _totals(config, answered, guarded, datasets, beside)
         fsio.remove(out / "manifest.json")  # one that lacks something, or has more than is asked for
         table = to_table(Measure, list(report.rows(totals, task.policy.id)))
@@ -151,7 +151,7 @@ def _totals(
     totals["rewards"] = ratings.totals(answered, datasets)
     for baseline in beside.baselines:
         comparison = comparisons.totals(answered, baseline, config.pass_reward, answered.run.out)
-        if beside.court:
+        if beside.court is not None:
             comparison["judge"] = verdicts.totals(answered, beside.court, baseline)
         totals.setdefault("comparisons", []).append(comparison)
     for guard, part in zip(beside.guards, guarded, strict=True):
