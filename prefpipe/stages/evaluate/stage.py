@@ -33,6 +33,7 @@ from prefpipe.schemas import Measure, to_table
 from prefpipe.stages.evaluate import (
     answers,
     baselines,
+    benchmarks,
     comparisons,
     guards,
     kl,
@@ -71,7 +72,7 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     if not config.reward:
         raise UsageError("no reward given: nothing says which answers pass", f"pass --reward NAME: {REWARD_CHOICES}")
     task = read_task(config, config.reward[:1])
-    beside = _read_beside(config, task)
+    beside = _read_beside(config, task, out)
     leaks.check(
         config.trained_on,
         {config.prompts: task.prompts, **{guard.prompts: guard.task.prompts for guard in beside.guards}},
@@ -103,7 +104,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     return report.summary(manifest["totals"], out)
 
 
-def _read_beside(config: EvaluateConfig, task: Task) -> Beside:
+def _read_beside(config: EvaluateConfig, task: Task, out: Path) -> Beside:
     """Read and identify everything that is asked for beside the answers. Raises what each of it raises."""
     deciding, *further = config.reward
     functions, _ = load_rewards(further, config.reward_settings)
@@ -124,6 +125,7 @@ def _read_beside(config: EvaluateConfig, task: Task) -> Beside:
         **{f"guard {i} {g.prompts}:{g.reward}": g.key for i, g in enumerate(guarded)},
         **{f"kl {i} {target.name}": target.id for i, target in enumerate(targets)},
         **({f"perplexity {text.file}": text.key} if text else {}),
+        **benchmarks.identity(out),
     }
     return Beside(compared, court, guarded, targets, text, functions, identity)
 
@@ -160,6 +162,8 @@ def _totals(
         totals["perplexity"] = perplexity.totals(answered.run, beside.text, beside.baselines)
     if beside.targets:
         totals["kl"] = [kl.totals(answered, target) for target in beside.targets]
+    if found := benchmarks.totals(answered.run.out):
+        totals["benchmarks"] = found
     for failure in report.failures(totals):
         log.warn(f"the policy got worse: {failure}")
     return totals

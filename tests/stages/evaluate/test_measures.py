@@ -81,6 +81,13 @@ def test_all_rewards_null_pass_nothing() -> None:
     assert mean_reward([[None], [2.0, None]]).value == 2.0
 
 
+def test_a_sampled_pass_rate_of_one_is_no_certainty() -> None:
+    """Every answer to ten prompts passes: a bootstrap would say [1, 1]; the interval is Wilson's for ten prompts."""
+    rows = [row(f"p{n}", "sampled", 1.0) for n in range(10) for _ in range(3)]
+    found = totals(rows, 1.0)["sampled"]
+    assert (found["low"], found["high"]) == pytest.approx(wilson([True] * 10))
+
+
 def test_one_text_for_several_prompts_is_degenerate() -> None:
     """The same words for three prompts: a policy that stopped reading. Two may be chance."""
 
