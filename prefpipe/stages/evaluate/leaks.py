@@ -1,6 +1,6 @@
 """Prompts that a policy was trained on and is evaluated on: an error, since its pass rate would say nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prefpipe import log
@@ -19,14 +19,15 @@ _DATASETS = {
 _SHOWN = 5
 
 
-def check(trained_on: Sequence[str], prompt_sets: Mapping[str, Iterable[Prompt]]) -> None:
-    """Raise DataError when a run of `trained_on` has a prompt of one of the sets, by file; it names their ids.
+def check(trained_on: Sequence[str], prompt_sets: Iterable[tuple[str, Iterable[Prompt]]]) -> None:
+    """Raise DataError when a run of `trained_on` has a prompt of one of the sets; it names their ids. The sets come with
+    the names of their files.
 
     Prompts are compared by the content of their messages: the expected answer, which is a part of their id, may differ.
     """
     if not trained_on:
         return
-    held_out = {_key(p.messages): (p.prompt_id, file) for file, prompts in prompt_sets.items() for p in prompts}
+    held_out = {_key(p.messages): (p.prompt_id, file) for file, prompts in prompt_sets for p in prompts}
     for run in trained_on:
         leaked = sorted({held_out[key] for key in _trained(Path(run)) if key in held_out})
         if leaked:

@@ -73,10 +73,8 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
         raise UsageError("no reward given: nothing says which answers pass", f"pass --reward NAME: {REWARD_CHOICES}")
     task = read_task(config, config.reward[:1])
     beside = _read_beside(config, task, out)
-    leaks.check(
-        config.trained_on,
-        {config.prompts: task.prompts, **{guard.prompts: guard.task.prompts for guard in beside.guards}},
-    )
+    guarded = [(guard.prompts, guard.task.prompts) for guard in beside.guards]
+    leaks.check(config.trained_on, [(config.prompts, task.prompts), *guarded])
     with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
         manifest = output.manifest(lambda m: m["identity"].get("beside", {}) == beside.identity)
         if manifest is not None:
@@ -110,6 +108,8 @@ def _read_beside(config: EvaluateConfig, task: Task, out: Path) -> Beside:
     functions, _ = load_rewards(further, config.reward_settings)
     identities = {name: rewards.identity(name, config.reward_settings) for name in (deciding, *further)}
     compared = [baselines.read(directory, deciding, identities[deciding]) for directory in config.baseline]
+    for baseline in compared:
+        comparisons.check_shared(baseline, task.prompts)
     court = verdicts.read(config)
     guarded = guards.read(config, task)
     targets = [kl.read(name, config, task) for name in config.kl_to]
