@@ -20,8 +20,8 @@ _SHOWN = 5
 
 
 def check(trained_on: Sequence[str], prompt_sets: Iterable[tuple[str, Iterable[Prompt]]]) -> None:
-    """Raise DataError when a run of `trained_on` has a prompt of one of the sets; it names their ids. The sets come with
-    the names of their files.
+    """Raise DataError when a run of `trained_on` has a prompt of one of the sets; it names their ids. The sets come
+    with the names of their files.
 
     Prompts are compared by the content of their messages: the expected answer, which is a part of their id, may differ.
     """
