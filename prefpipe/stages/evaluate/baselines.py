@@ -70,6 +70,10 @@ class Baseline:
             for row in rows
         }
 
+    def prompt_ids(self) -> set[str]:
+        """The prompts that it has answers to."""
+        return {row["prompt_id"] for rows in self.parts(DATASET, Evaluation, ["prompt_id"]) for row in rows}
+
     def greedy_texts(self, reward_on: RewardOn) -> dict[str, str]:
         """Its greedy answers as rewards see them, by prompt."""
         columns = ["prompt_id", "sample_index", "text", "thinking"]

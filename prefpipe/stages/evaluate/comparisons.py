@@ -11,7 +11,7 @@ from typing import Any
 
 from prefpipe import log, statistics
 from prefpipe.errors import DataError
-from prefpipe.schemas import Evaluation
+from prefpipe.schemas import Evaluation, Prompt
 from prefpipe.stages.evaluate import baselines, measures
 from prefpipe.stages.evaluate.answers import Answers
 from prefpipe.stages.evaluate.baselines import Baseline, Key, Other
@@ -36,19 +36,19 @@ class Met:
 
 
 def totals(answers: Answers, baseline: Baseline, pass_reward: float, out: Path) -> dict[str, Any]:
-    """Greedy and sampled answers against those of a baseline. Raises DataError when no prompt is shared."""
+    """Greedy and sampled answers against those of a baseline, which shares some of their prompts."""
     theirs = baseline.answers()
     differs = baselines.differences(baseline, out)
     met = [pair for rows in answers.shards() for pair in meet(rows, theirs)]
-    shared = len({pair.prompt_id for pair in met})
-    check_shared(baseline, shared, len(answers.task.prompts), len({prompt for prompt, _ in theirs}))
+    if not met:
+        raise DataError(f"no answer to a prompt of baseline {baseline.directory} is left", "see dropped.parquet")
     by_decoding = {d: [pair for pair in met if pair.decoding == d] for d in measures.DECODINGS}
     greedy = by_decoding["greedy"]
     controlled = statistics.length_controlled([(1 + p.outcome) / 2 for p in greedy], [p.longer for p in greedy])
     return {
         "baseline": baseline.directory,
         "policy": baseline.policy,
-        "prompts": shared,
+        "prompts": len({pair.prompt_id for pair in met}),
         **({"differs": differs} if differs else {}),
         **{d: compare(pairs, pass_reward) for d, pairs in by_decoding.items() if pairs},
         "length_controlled": describe(controlled),
@@ -65,15 +65,20 @@ def meet(rows: Iterable[Evaluation], theirs: Mapping[Key, Other]) -> list[Met]:
     ]
 
 
-def check_shared(baseline: Baseline, shared: int, ours: int, theirs: int) -> None:
-    """Say how many prompts are compared, where it is not every one. Raises DataError when it is none."""
+def check_shared(baseline: Baseline, prompts: Iterable[Prompt]) -> None:
+    """Say how many prompts are shared, where it is not every one. Raises DataError when it is none."""
+    ours, theirs = {prompt.prompt_id for prompt in prompts}, baseline.prompt_ids()
+    shared = len(ours & theirs)
     if not shared:
         raise DataError(
-            f"baseline {baseline.directory} shares no prompt with this evaluation ({theirs} there, {ours} here)",
+            f"baseline {baseline.directory} shares no prompt with this evaluation ({len(theirs)} there, {len(ours)} "
+            "here)",
             "evaluate both policies on the same prompts",
         )
-    if shared < max(ours, theirs):
-        log.warn(f"baseline {baseline.directory}: {shared} prompts are shared, of {theirs} there and {ours} here")
+    if ours != theirs:
+        log.warn(
+            f"baseline {baseline.directory}: {shared} prompts are shared, of {len(theirs)} there and {len(ours)} here"
+        )
 
 
 def compare(pairs: Sequence[Met], pass_reward: float) -> dict[str, Any]:

@@ -66,12 +66,11 @@ def totals(guard: Guarded, of: Answers, baselines: Sequence[Baseline], pass_rewa
         by_prompt[row.prompt_id].append(row.reward)
     drops: list[dict[str, Any]] = []
     for baseline in baselines:
-        if not baseline.has(guard.folder + answers.DATASET):
+        dataset = guard.folder + answers.DATASET
+        met = comparisons.meet(rows, baseline.answers(dataset)) if baseline.has(dataset) else []
+        if not met:
             log.warn(f"baseline {baseline.directory} has no guard {guard.prompts}:{guard.reward} to compare with")
             continue
-        theirs = baseline.answers(guard.folder + answers.DATASET)
-        met = comparisons.meet(rows, theirs)
-        comparisons.check_shared(baseline, len(met), len(rows), len(theirs))
         difference = statistics.paired(
             [measures.passes(m.ours, pass_reward) - measures.passes(m.theirs, pass_reward) for m in met]
         )

@@ -1,6 +1,6 @@
 """Prompts that a policy was trained on and is evaluated on: an error, since its pass rate would say nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prefpipe import log
@@ -10,19 +10,24 @@ from prefpipe.runs import store
 from prefpipe.schemas import Label, Message, Pair, Prompt, RankedGroup
 
 # Dataset -> its row type, and the column with the messages of the prompt.
-_DATASETS = {"prompts": (Prompt, "messages"), "pairs": (Pair, "prompt"), "labels": (Label, "prompt")}
-_DATASETS |= {"groups": (RankedGroup, "prompt")}
+_DATASETS = {
+    "prompts": (Prompt, "messages"),
+    "pairs": (Pair, "prompt"),
+    "labels": (Label, "prompt"),
+    "groups": (RankedGroup, "prompt"),
+}
 _SHOWN = 5
 
 
-def check(trained_on: Sequence[str], prompt_sets: Mapping[str, Iterable[Prompt]]) -> None:
-    """Raise DataError when a run of `trained_on` has a prompt of one of the sets, by file; it names their ids.
+def check(trained_on: Sequence[str], prompt_sets: Iterable[tuple[str, Iterable[Prompt]]]) -> None:
+    """Raise DataError when a run of `trained_on` has a prompt of one of the sets; it names their ids. The sets come
+    with the names of their files.
 
     Prompts are compared by the content of their messages: the expected answer, which is a part of their id, may differ.
     """
     if not trained_on:
         return
-    held_out = {_key(p.messages): (p.prompt_id, file) for file, prompts in prompt_sets.items() for p in prompts}
+    held_out = {_key(p.messages): (p.prompt_id, file) for file, prompts in prompt_sets for p in prompts}
     for run in trained_on:
         leaked = sorted({held_out[key] for key in _trained(Path(run)) if key in held_out})
         if leaked:

@@ -61,7 +61,8 @@ def summarize(groups: Sequence[Group], pass_reward: float) -> dict[str, Any]:
     """The numbers of greedy and of sampled answers, each with its 95 % interval.
 
     The interval of the pass rate: Wilson for greedy answers (one to each prompt), a bootstrap over prompts for sampled
-    ones, since the answers to one prompt are not independent. NAME_low and NAME_high belong to any other NAME.
+    ones, since the answers to one prompt are not independent (Wilson again where every prompt is alike). NAME_low and
+    NAME_high belong to any other NAME.
     """
     result: dict[str, Any] = {"prompts": len({group.prompt_id for group in groups})}
     for decoding in DECODINGS:
@@ -118,6 +119,8 @@ def _pass_rate(groups: Sequence[Group], pass_reward: float) -> dict[str, Any]:
     passed = [[passes(answer.reward, pass_reward) for answer in group.answers] for group in groups]
     greedy = groups[0].decoding == "greedy"
     low, high = statistics.wilson([p for (p,) in passed]) if greedy else statistics.bootstrap(passed)
+    if low == high:  # every prompt alike: resampling shows no spread
+        _, low, high = statistics.share(passed)
     total = sum(map(len, passed))
     found: dict[str, Any] = {"answers": total, "pass": sum(map(sum, passed)) / total, "low": low, "high": high}
     fewest = min(map(len, passed))

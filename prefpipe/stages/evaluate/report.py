@@ -47,6 +47,10 @@ def summary(totals: Totals, out: Path) -> list[str]:
     for kl in totals.get("kl", ()):
         parts = [f"{unit.replace('_', ' ')} {_named(kl[unit], 'k3')}" for unit in ("per_token", "per_sequence")]
         lines.append(f"  KL to {kl['to']} (k3, nats): {'; '.join(parts)}")
+    lines += [
+        f"  {number['task']}: {number['metric']} {_interval(number, 'value', 'low', 'high')}"
+        for number in totals.get("benchmarks", ())
+    ]
     return lines
 
 
@@ -89,6 +93,10 @@ def _tables(totals: Totals) -> Iterator[tuple[str, str | None, str | None, Total
         yield from ((of, drop["baseline"], None, drop) for drop in text["drops"])
     for kl in totals.get("kl", ()):
         yield from ((f"kl {unit}", kl["to"], "sampled", kl[unit]) for unit in ("per_token", "per_sequence"))
+    for number in totals.get("benchmarks", ()):
+        metric, value = number["metric"], number["value"]
+        ends = {f"{metric}_{end}": number[end] for end in ("low", "high") if end in number}
+        yield f"task {number['task']}", None, None, {metric: value, **ends}
 
 
 def _compared(comparison: Totals) -> Iterator[tuple[str, str | None, str | None, Totals]]:

@@ -34,6 +34,7 @@ from prefpipe.schemas import Measure, to_table
 from prefpipe.stages.evaluate import (
     answers,
     baselines,
+    benchmarks,
     comparisons,
     guards,
     kl,
@@ -73,11 +74,9 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
         raise UsageError("no reward given: nothing says which answers pass", f"pass --reward NAME: {REWARD_CHOICES}")
     config = settled(config, out)
     task = read_task(config, config.reward[:1])
-    beside = _read_beside(config, task)
-    leaks.check(
-        config.trained_on,
-        {config.prompts: task.prompts, **{guard.prompts: guard.task.prompts for guard in beside.guards}},
-    )
+    beside = _read_beside(config, task, out)
+    guarded = [(guard.prompts, guard.task.prompts) for guard in beside.guards]
+    leaks.check(config.trained_on, [(config.prompts, task.prompts), *guarded])
     with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
         manifest = output.manifest(lambda m: m["identity"].get("beside", {}) == beside.identity)
         if manifest is not None:
@@ -89,8 +88,8 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
             name: ratings.fill(config, answered, name, function, beside.identity[f"reward {name}"])
             for name, function in beside.rewards.items()
         }
-        for baseline in beside.baselines if beside.court else ():
-            verdicts.fill(config, answered, beside.court, baseline)
+        if beside.court is not None:
+            verdicts.fill(config, answered, beside.court, beside.baselines)
         totals = _totals(config, answered, guarded, datasets, beside)
         fsio.remove(out / "manifest.json")  # one that lacks something, or has more than is asked for
         table = to_table(Measure, list(report.rows(totals, task.policy.id)))
@@ -105,12 +104,14 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
     return report.summary(manifest["totals"], out)
 
 
-def _read_beside(config: EvaluateConfig, task: Task) -> Beside:
+def _read_beside(config: EvaluateConfig, task: Task, out: Path) -> Beside:
     """Read and identify everything that is asked for beside the answers. Raises what each of it raises."""
     deciding, *further = config.reward
     functions, _ = load_rewards(further, config.reward_settings)
     identities = {name: rewards.identity(name, config.reward_settings) for name in (deciding, *further)}
     compared = [baselines.read(directory, deciding, identities[deciding]) for directory in config.baseline]
+    for baseline in compared:
+        comparisons.check_shared(baseline, task.prompts)
     court = verdicts.read(config)
     guarded = guards.read(config, task)
     targets = [kl.read(name, config, task) for name in config.kl_to]
@@ -126,6 +127,7 @@ def _read_beside(config: EvaluateConfig, task: Task) -> Beside:
         **{f"guard {i} {g.prompts}:{g.reward}": g.key for i, g in enumerate(guarded)},
         **{f"kl {i} {target.name}": target.id for i, target in enumerate(targets)},
         **({f"perplexity {text.file}": text.key} if text else {}),
+        **benchmarks.identity(out),
     }
     return Beside(compared, court, guarded, targets, text, functions, identity)
 
@@ -153,7 +155,7 @@ def _totals(
     totals["rewards"] = ratings.totals(answered, datasets)
     for baseline in beside.baselines:
         comparison = comparisons.totals(answered, baseline, config.pass_reward, answered.run.out)
-        if beside.court:
+        if beside.court is not None:
             comparison["judge"] = verdicts.totals(answered, beside.court, baseline)
         totals.setdefault("comparisons", []).append(comparison)
     for guard, part in zip(beside.guards, guarded, strict=True):
@@ -162,6 +164,8 @@ def _totals(
         totals["perplexity"] = perplexity.totals(answered.run, beside.text, beside.baselines)
     if beside.targets:
         totals["kl"] = [kl.totals(answered, target) for target in beside.targets]
+    if found := benchmarks.totals(answered.run.out):
+        totals["benchmarks"] = found
     for failure in report.failures(totals):
         log.warn(f"the policy got worse: {failure}")
     return totals

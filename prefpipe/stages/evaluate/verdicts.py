@@ -4,13 +4,14 @@ A row is a reward of our answer: 1 for winning in both orders, 0 for losing both
 the two verdicts: with ours shown first, then with theirs shown first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from prefpipe import rewards, statistics
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.judge import Judge
+from prefpipe.errors import DataError
 from prefpipe.rewards import judge
 from prefpipe.rewards.judge import Ask, Comparison
 from prefpipe.schemas import Evaluation, Reward, from_table, to_table
@@ -47,18 +48,10 @@ def read(config: EvaluateConfig) -> Court | None:
     return Court(config.judge, settings, rewards.identity(config.judge, config.reward_settings), judge.asker(settings))
 
 
-def fill(config: EvaluateConfig, answers: Answers, court: Court, baseline: Baseline) -> None:
+def fill(config: EvaluateConfig, answers: Answers, court: Court, baselines: Sequence[Baseline]) -> None:
     """Ask for every pair of greedy answers that is not judged yet, a shard at a time."""
-    dataset = court.dataset(baseline)
-    missing = answers.lacking(dataset)
-    texts = baseline.greedy_texts(config.reward_on) if missing else {}
-    for index, answered in answers.with_prompts(missing):
-        met = [pair for pair in answered if pair[1].decoding == "greedy" and pair[1].prompt_id in texts]
-        ours = to_rate(config, answers.task, met)
-        theirs = [replace(a, text=texts[row.prompt_id]) for a, (_, row) in zip(ours, met, strict=True)]
-        found = judge.compare(court.settings, court.ask, ours, theirs)
-        rows = [_row(court.name, row, comparison) for (_, row), comparison in zip(met, found, strict=True)]
-        answers.run.write_part(dataset, Reward, index, to_table(Reward, rows))
+    for baseline in baselines:
+        _fill(config, answers, court, baseline)
 
 
 def totals(answers: Answers, court: Court, baseline: Baseline) -> dict[str, Any]:
@@ -81,6 +74,22 @@ def totals(answers: Answers, court: Court, baseline: Baseline) -> dict[str, Any]
         result |= comparisons.tally([[outcome] for outcome, _ in judged])
         result["length_controlled"] = comparisons.describe(fit)
     return result
+
+
+def _fill(config: EvaluateConfig, answers: Answers, court: Court, baseline: Baseline) -> None:
+    dataset = court.dataset(baseline)
+    missing = answers.lacking(dataset)
+    texts = baseline.greedy_texts(config.reward_on) if missing else {}
+    for index, answered in answers.with_prompts(missing):
+        met = [pair for pair in answered if pair[1].decoding == "greedy" and pair[1].prompt_id in texts]
+        ours = to_rate(config, answers.task, met)
+        theirs = [replace(a, text=texts[row.prompt_id]) for a, (_, row) in zip(ours, met, strict=True)]
+        found = judge.compare(court.settings, court.ask, ours, theirs)
+        problems = [c.problem.detail for c in found if c.problem is not None and c.problem.status == "crash"]
+        if found and len(problems) == len(found):
+            raise DataError(f"judge {court.name} failed on all {len(found)} pairs: {problems[0]}", "check its settings")
+        rows = [_row(court.name, row, comparison) for (_, row), comparison in zip(met, found, strict=True)]
+        answers.run.write_part(dataset, Reward, index, to_table(Reward, rows))
 
 
 def _read(answers: Answers, dataset: str, theirs: dict[Key, Other]) -> Iterator[tuple[Picks | None, int]]:

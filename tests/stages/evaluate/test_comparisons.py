@@ -122,6 +122,7 @@ def test_only_shared_prompts_are_compared(
     other = prompts_file(write, 3, "other.jsonl", "something else")
     with pytest.raises(DataError, match=r"shares no prompt with this evaluation \(4 there, 3 here\)"):
         run(config(tiny_model, other, baseline=(str(tmp_path / "a"),)), tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_baseline_by_another_reward_is_refused(tiny_model: Path, write: Write, tmp_path: Path) -> None:

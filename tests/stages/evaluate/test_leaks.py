@@ -54,22 +54,22 @@ def test_clean_prompts_are_said_and_guards_are_looked_at(
 def test_rows_to_train_on_hold_their_prompts(trained: Path, write: Write, tmp_path: Path, output: str) -> None:
     settings = build_pairs.BuildPairsConfig(completions=(str(trained),), reward="short_sentence", output=output)
     build_pairs.run(settings, tmp_path / "p", force=False)
-    leaks.check((str(tmp_path / "p"),), {"clean": prompts_of(prompts_file(write, 3, topic="new"))})
+    leaks.check((str(tmp_path / "p"),), [("clean", prompts_of(prompts_file(write, 3, topic="new")))])
     with pytest.raises(DataError, match="of the prompts to evaluate on"):
-        leaks.check((str(trained), str(tmp_path / "p")), {"f": prompts_of(prompts_file(write, 3))})
+        leaks.check((str(trained), str(tmp_path / "p")), [("f", prompts_of(prompts_file(write, 3)))])
     with pytest.raises(DataError, match=f"that {tmp_path / 'p'} trained on"):
-        leaks.check((str(tmp_path / "p"),), {"f": prompts_of(prompts_file(write, 3))})
+        leaks.check((str(tmp_path / "p"),), [("f", prompts_of(prompts_file(write, 3)))])
 
 
 def test_many_ids_are_counted(trained: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaks, "_SHOWN", 2)
     with pytest.raises(DataError, match=r": \w{32}, \w{32} and 1 more$"):
-        leaks.check((str(trained),), {"f": prompts_of(prompts_file(write, 3))})
+        leaks.check((str(trained),), [("f", prompts_of(prompts_file(write, 3)))])
 
 
 def test_only_complete_runs_with_prompts_are_looked_at(tiny_model: Path, write: Write, tmp_path: Path) -> None:
     run(config(tiny_model, prompts_file(write, 2)), tmp_path / "e")
     with pytest.raises(UsageError, match="a run of evaluate holds no prompts"):
-        leaks.check((str(tmp_path / "e"),), {})
+        leaks.check((str(tmp_path / "e"),), [])
     with pytest.raises(MissingInputError, match="holds no complete run"):
-        leaks.check((str(tmp_path / "none"),), {})
+        leaks.check((str(tmp_path / "none"),), [])

@@ -6,7 +6,7 @@ import pytest
 
 from prefpipe.schemas import Evaluation
 from prefpipe.stages.evaluate.measures import is_degenerate, mean_reward, measure, summarize
-from prefpipe.statistics import bootstrap, wilson
+from prefpipe.statistics import wilson
 from tests.stages.evaluate.cases import LONG, estimates_hold, row
 
 
@@ -54,7 +54,7 @@ def test_sums_by_hand() -> None:
     }  # fmt: skip
     assert {name: greedy[name] for name in expected} == pytest.approx(expected)
     assert not [name for name in greedy if name.startswith("pass_at")]
-    low, high = bootstrap([[True, False], [False, True]])
+    low, high = wilson([True, False])  # both prompts alike
     expected = {
         "answers": 4, "pass": 0.5, "low": low, "high": high, "mean_reward": 2.9 / 3, "mean_words": 4.0,
         "degenerate": 0.0, "refusals": 0.25, "pass_at_1": 0.5, "pass_at_2": 1.0, "pass_at_2_low": wilson([True] * 2)[0],
@@ -79,6 +79,13 @@ def test_all_rewards_null_pass_nothing() -> None:
     found = totals([row("p", "greedy", None), row("p", "sampled", None)], 0.0)
     assert (found["greedy"]["pass"], found["greedy"]["mean_reward"]) == (0.0, 0.0)
     assert mean_reward([[None], [2.0, None]]).value == 2.0
+
+
+def test_a_sampled_pass_rate_of_one_is_no_certainty() -> None:
+    """Every answer to ten prompts passes: a bootstrap would say [1, 1]; the interval is Wilson's for ten prompts."""
+    rows = [row(f"p{n}", "sampled", 1.0) for n in range(10) for _ in range(3)]
+    found = totals(rows, 1.0)["sampled"]
+    assert (found["low"], found["high"]) == pytest.approx(wilson([True] * 10))
 
 
 def test_one_text_for_several_prompts_is_degenerate() -> None:
