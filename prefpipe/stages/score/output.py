@@ -90,7 +90,11 @@ def totals(run: Run, reward_names: Iterable[str], *, may_be_empty: bool) -> dict
     rows = {name: _count(run, name, row_type) for name, row_type in ROW_TYPES.items() if name != "prompts"}
     rows["ref_logps"] = _count(run, "ref_logps", RefLogps)
     folders = {name: rating.reward_folder(name) for name in (*reward_names, IMPORTED_REWARD)}
-    if not may_be_empty and not any(rows.values()) and not any(_count(run, folder, Reward) for folder in folders.values()):
+    if (
+        not may_be_empty
+        and not any(rows.values())
+        and not any(_count(run, folder, Reward) for folder in folders.values())
+    ):
         shards = [run.read_part("dropped", Dropped, index) for index in run.parts("dropped")]
         dropped = [row for shard in shards for row in from_table(Dropped, shard)]
         hint = what_helps(dropped) or f"see {run.out}/dropped.parquet for every row and its reason"

@@ -166,6 +166,31 @@ def test_a_stopped_run_goes_on_with_other_rules(make: Make, tmp_path: Path) -> N
     assert again["totals"]["stopped"]["round"] == 3
 
 
+def without_pairs(command: str, saved: Path, out: Path) -> None:
+    """A runner in which every prompt of round 2 has answers of one kind."""
+    if out.parent.name == "round-2" and command == "build-pairs":
+        recipe = json.loads(saved.read_text())
+        recipe["config"] |= {"reward": "tests.stages.iterate.cases:same"}
+        saved.write_text(json.dumps(recipe))
+    in_process(command, saved, out)
+
+
+def test_a_round_without_a_pair_ends_the_rounds_before_it(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The share of mixed prompts is 0: the rounds before it are a result, and not an error."""
+    both = {"rewards": [cases.REWARD, "tests.stages.iterate.cases:same"]}
+    out, config = tmp_path / "out", make(rounds=3, stop={"rules": ["mixed"], "mixed_share": 0}, generate=both)
+    manifest = iterate.run(config, out, force=False, runner=without_pairs)
+    assert len(manifest["totals"]["rounds"]) == 2
+    assert manifest["totals"]["stopped"]["why"] == ["round 2: no prompt has outcomes that differ (tie: 6)"]
+    assert "stopped after round 1 by rule mixed" in capsys.readouterr().err
+    again = iterate.run(config, out, force=False, runner=without_pairs)
+    assert again == manifest
+    with pytest.raises(DataError, match="no pair is left"):
+        iterate.run(make(rounds=3, generate=both), out, force=False, runner=without_pairs)
+
+
 def test_a_leak_is_refused_before_anything_is_written(make: Make, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="are trained on too"):
         iterate.run(make(evaluate={"split": "all"}), tmp_path / "out", force=False, runner=never)
@@ -238,13 +263,16 @@ def test_rounds_of_another_model_are_not_taken(
 ) -> None:
     source, _ = three
     config = make(rounds=3, from_run=str(source), from_round=1).model_copy(update={"model": str(other_model)})
-    with pytest.raises(UsageError, match="give the model of that run"):
+    with pytest.raises(UsageError, match="started from weights"):
         iterate.run(config, tmp_path / "out", force=False, runner=never)
 
 
 def test_rounds_have_prompts_of_their_own_and_replay_a_share_of_earlier_pairs(make: Make, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    config = make(prompts_per_round=2, replay=0.5, rounds=3, temperatures=[1.0, 0.5], betas=[2.0, 3.0])
+    sampling = {"max_tokens": 24, "num_samples": 4}
+    config = make(
+        prompts_per_round=2, replay=0.5, rounds=3, temperatures=[1.0, 0.5], betas=[2.0, 3.0], generate=sampling
+    )
     iterate.run(config, out, force=False, runner=in_process)
     prompts = [set(prompts_of(out / f"round-{n}/generate")) for n in (1, 2, 3)]
     assert [len(p) for p in prompts] == [2, 2, 2]
