@@ -25,7 +25,7 @@ from tests.stages.iterate import cases
 ALL = "PREFPIPE_ALL_FAULTS" in os.environ
 NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (46, 10, 8) if ALL else (4, 1, 1)
 # Most passes through each point in a run that nothing disturbed, measured; a later fault is never reached.
-POINTS = {"write": 150, "fsync": 190, "rename": 140, "fsync_dir": 180, "append": 16}
+POINTS = {"write": 161, "fsync": 169, "rename": 147, "fsync_dir": 157, "append": 16}
 _MEMORY = Path("/dev/shm")
 
 
