@@ -75,7 +75,7 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
     taken = branch.digests(config)
     inputs = _inputs(config) | branch.identity(taken)
     # A complete run is shown as it is, whatever its prompts were.
-    num_prompts = None if (out / "manifest.json").exists() else leaks.check(config)
+    num_prompts = leaks.check(config) if force or not (out / "manifest.json").exists() else None
     with store.open_run(out, "iterate", config, inputs, force=force) as run_dir:
         manifest = run_dir.manifest(lambda manifest: _holds(config, out, manifest))
         if manifest is not None:

@@ -1,6 +1,7 @@
 """Rounds steer themselves: the best one is linked, rules stop them, more of them go on, others branch off."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,20 @@ def test_rounds_that_do_not_fit_are_not_taken(
     with pytest.raises(error) as caught:
         iterate.run(config, tmp_path / "out", force=False, runner=never)
     assert message in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_step_is_not_taken_and_stays_where_it_is(
+    make: Make, three: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(three[0], source, symlinks=True)
+    damaged = source / "round-1/train/metrics.jsonl"
+    damaged.write_bytes(damaged.read_bytes() + b" ")
+    config = make(rounds=3, from_run=str(source), from_round=1)
+    with pytest.raises(DataError, match=r"metrics\.jsonl is damaged or missing"):
+        iterate.run(config, tmp_path / "out", force=False, runner=never)
+    assert damaged.exists()
     assert not (tmp_path / "out").exists()
 
 
