@@ -30,8 +30,8 @@ TokenLogps = list[Float32]
 VERSION = 1  # of all row types together: CONTRIBUTING.md says when to raise it
 DATASET_KEY, VERSION_KEY = "prefpipe.dataset", "prefpipe.version"  # in the metadata of every file
 _PLAIN = (pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False))
-_MESSAGE = pa.struct([*_PLAIN, pa.field("extra", pa.string())])
-_OLD_MESSAGE = pa.struct(_PLAIN)  # of files that were written before messages had `extra`
+MESSAGE = pa.struct([*_PLAIN, pa.field("extra", pa.string())])
+OLD_MESSAGE = pa.struct(_PLAIN)  # of files that were written before messages had `extra`
 _SCALARS: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
@@ -189,7 +189,7 @@ class RankedGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One rated answer of a policy on a held-out prompt. decoding: greedy or sampled. `thinking` as in Completion."""
+    """One rated answer of a policy on a held-out prompt. decoding: greedy or sampled. Others as in Completion."""
 
     completion_id: str
     prompt_id: str
@@ -206,6 +206,22 @@ class Evaluation:
     status: str
     detail: str | None
     thinking: str | None = None
+    token_logps: TokenLogps | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A number of an evaluation with its 95 % interval. `of`: what it describes; `against`: the side compared with."""
+
+    round: Int32
+    policy: str
+    of: str
+    against: str | None
+    decoding: str | None
+    name: str
+    value: float
+    low: float | None
+    high: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +234,7 @@ class Dropped:
 
 
 # For other programs: messages of plain text, and messages with all their keys, as JSON (`datasets` reads it as such).
-PlainMessages = Annotated[list[Message], pa.list_(pa.field("element", _OLD_MESSAGE, nullable=False))]
+PlainMessages = Annotated[list[Message], pa.list_(pa.field("element", OLD_MESSAGE, nullable=False))]
 Json = Annotated[str, pa.json_()]
 
 R = TypeVar("R")
@@ -249,26 +265,13 @@ def from_table(row_type: type[R], table: pa.Table) -> list[R]:
     return [row_type(**row) for row in rows]
 
 
-def earlier_schema(row_type: type) -> pa.Schema:
-    """The schema of files from before messages had `extra` and rows their optional columns: it is read too."""
-    later = {f.name for f in dataclasses.fields(row_type) if f.default is None}  # type: ignore[arg-type]  # a dataclass
-    fields = [pa.field(f.name, _earlier(f.type), f.nullable) for f in arrow_schema(row_type) if f.name not in later]
-    return pa.schema(fields)
-
-
 def among(table: pa.Table, keys: pa.Array) -> pa.Table:
     """The rows of a table whose completion_id is one of `keys`."""
     return table.filter(pc.call_function("is_in", [table["completion_id"]], pc.SetLookupOptions(keys)))
 
 
 def _holds_messages(data_type: pa.DataType) -> bool:
-    return data_type == _MESSAGE or (pa.types.is_list(data_type) and _holds_messages(data_type.value_type))
-
-
-def _earlier(data_type: pa.DataType) -> pa.DataType:
-    if pa.types.is_list(data_type):
-        return pa.list_(pa.field("element", _earlier(data_type.value_type), nullable=False))
-    return _OLD_MESSAGE if data_type == _MESSAGE else data_type
+    return data_type == MESSAGE or (pa.types.is_list(data_type) and _holds_messages(data_type.value_type))
 
 
 def _drop_null_extra(value: Any) -> None:
@@ -289,7 +292,7 @@ def _field(name: str, hint: Any) -> pa.Field:
 
 def _data_type(hint: Any) -> pa.DataType:
     if hint is Message:
-        return _MESSAGE
+        return MESSAGE
     if typing.get_origin(hint) is list:
         return pa.list_(pa.field("element", _data_type(typing.get_args(hint)[0]), nullable=False))
     if typing.get_origin(hint) is Annotated:

@@ -1,10 +1,11 @@
 """Configs: frozen pydantic models, loaded once from defaults < recipe < flags, with every error at once.
 
 A config class sets `model_config = STRICT`. The docstring below a field (or the description of its type) is its help
-text. Three marks in the annotation of a field keep it out of the fingerprint of a run: RUNTIME for a setting that
+text. Four marks in the annotation of a field keep it out of the fingerprint of a run: RUNTIME for a setting that
 cannot change results, such as a batch size; PATH for an input, which enters the fingerprint by its content; ADDED for a
-setting that is younger than runs that users have, while it has its default, so that those runs still resume. REMOTE
-beside PATH says that an input may be an address.
+setting that is younger than runs that users have, while it has its default, so that those runs still resume; BESIDE
+for one that asks for more about the same answers, which a complete run computes when it is asked. REMOTE beside PATH
+says that an input may be an address. FIRST is for a list that was a single text before: its first entry counts.
 
 A class of many settings marks the first one under each heading with Heading, and lists its headings in HEADINGS, in the
 order in which `prefpipe config` and --help show them.
@@ -34,6 +35,8 @@ RUNTIME = "runtime"
 PATH = "path"
 REMOTE = "remote"
 ADDED = "added"
+BESIDE = "beside"
+FIRST = "first"
 _RECIPE_BYTES = 1 << 20
 
 
@@ -131,9 +134,11 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
     """The settings that can change results, by dotted name. They are part of the fingerprint of a run."""
     values: dict[str, Any] = {}
     for name, field in fields(type(config)):
-        if RUNTIME in field.metadata or PATH in field.metadata:
+        if RUNTIME in field.metadata or PATH in field.metadata or (BESIDE in field.metadata and "." not in name):
             continue
         value = _value(config, name)
+        if FIRST in field.metadata:
+            value = value[0] if value else ""
         if ADDED not in field.metadata or value != field.default:
             values[name] = value
     return values

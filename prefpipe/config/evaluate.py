@@ -1,17 +1,62 @@
 """Settings of `prefpipe evaluate`."""
 
 import re
-from typing import Annotated, Any, Self
+from collections.abc import Collection
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import STRICT
+from prefpipe.config.base import ADDED, BESIDE, FIRST, PATH, STRICT
+from prefpipe.config.judge import Judge
 from prefpipe.config.rewards import check_gpu_memory
 
 
+class Guard(NamedTuple):
+    """A prompt set that a policy must not get worse on, and the reward that decides there."""
+
+    prompts: str
+    reward: str
+
+
+def parse_guard(text: str, tables: Collection[str]) -> Guard:
+    """FILE:REWARD in two. The reward is a kind, one of `tables`, or the last two words as `module:function`.
+
+    Raises ValueError for any other text.
+    """
+    *before, last = text.split(":")
+    name = last
+    if last not in shared.REWARD_NAMES and last not in tables and len(before) > 1 and "/" not in before[-1]:
+        name = f"{before.pop()}:{last}"
+    prompts = ":".join(before)
+    if not prompts or not last:
+        raise ValueError("a guard is written FILE:REWARD, such as other.jsonl:refusal")
+    return Guard(prompts, name)
+
+
+def _check_guard(text: str, info: ValidationInfo) -> str:
+    shared.check_reward(parse_guard(text, info.data.get("reward_settings") or {}).reward, info)
+    return text
+
+
+def _as_list(value: Any) -> Any:
+    """One reward, as recipes and runs have it that were written before there could be several."""
+    if not isinstance(value, str):
+        return value
+    return (value,) if value else ()
+
+
+def _no_sum(name: str) -> str:
+    if re.search(r"[*+]|\s-|-\s", name):
+        raise ValueError(
+            "an answer passes by one reward: give each part its --reward, of which the first decides, or write the sum "
+            "as a function of your own ('module:function')"
+        )
+    return name
+
+
 class EvaluateConfig(BaseModel):
-    """Rate a policy on held-out prompts: one greedy and several sampled answers to each prompt."""
+    """Rate a policy on held-out prompts, with intervals, and compare it with earlier evaluations."""
 
     model_config = STRICT
 
@@ -22,10 +67,34 @@ class EvaluateConfig(BaseModel):
     limit: shared.Limit = 0
     engine: shared.Engine = "vllm"
     reward_settings: shared.RewardSettings = {}
-    reward: shared.ChosenReward = ""
-    """Reward that decides whether an answer passes: a name as in rewards of generate. It has no default."""
+    reward: Annotated[
+        tuple[Annotated[str, AfterValidator(_no_sum), AfterValidator(shared.check_reward)], ...],
+        FIRST,
+        BeforeValidator(_as_list),
+    ] = ()
+    """Rewards of every answer, named as those of generate. The first decides whether an answer passes; there is no
+    default. The others are reported beside it."""
     pass_reward: float = 1.0
-    """An answer passes when its reward is at least this."""
+    """An answer passes when its deciding reward is at least this."""
+    baseline: Annotated[tuple[str, ...], ADDED, BESIDE, PATH] = ()
+    """Run directories of evaluate to compare with, on the prompts that both have: wins, ties and losses, a p value, the
+    difference with its interval, the win rate at equal length."""
+    judge: Annotated[str, ADDED, BESIDE] = ""
+    """Name of a table in reward_settings with kind = "judge" and mode = "pairwise": it compares the greedy answers with
+    those of every baseline, in both orders."""
+    kl_to: Annotated[tuple[str, ...], ADDED, BESIDE] = ()
+    """Policies whose log-probs of the sampled answers give the KL divergence to them: base (the model with the adapter
+    off), a directory of an adapter on the same model, or another model."""
+    guard: Annotated[tuple[Annotated[str, AfterValidator(_check_guard)], ...], ADDED, BESIDE] = ()
+    """FILE:REWARD: other prompts with a reward of their own, answered greedily. A pass rate below that of a baseline by
+    more than its interval is a failure."""
+    guard_split: Annotated[str, ADDED, BESIDE] = "all"
+    """Value of the `split` column of the guards whose prompts to use; 'all' for every prompt."""
+    perplexity_text: Annotated[str, ADDED, BESIDE, PATH] = ""
+    """Text file (UTF-8) whose mean negative log-prob per token is reported, and guarded as a pass rate is."""
+    trained_on: Annotated[tuple[str, ...], ADDED, BESIDE, PATH] = ()
+    """Runs (generate, score, build-pairs) that the policy was trained on. A prompt of theirs among the prompts or
+    guards is an error."""
     num_samples: Annotated[int, Field(ge=1)] = 2
     """Sampled answers to every prompt, beside the greedy one."""
     temperature: shared.Temperature = 1.0
@@ -55,18 +124,20 @@ class EvaluateConfig(BaseModel):
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
 
-    @field_validator("reward", mode="before")
-    @classmethod
-    def _one_reward(cls, value: Any) -> Any:
-        if isinstance(value, str) and re.search(r"[*+]|\s-|-\s", value):
-            raise ValueError(
-                "an answer passes by one reward: evaluate in a run for each part, or write the sum as a function of "
-                "your own ('module:function')"
-            )
-        return value
-
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
         share = self.gpu_memory_utilization if self.engine == "vllm" else None
-        check_gpu_memory(share, (self.reward,), self.reward_settings)
+        guards = [parse_guard(text, self.reward_settings).reward for text in self.guard]
+        check_gpu_memory(share, (*self.reward[:1], *guards), self.reward_settings)
+        check_gpu_memory(None, (*self.reward, *guards, self.judge), self.reward_settings)
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_judge_of_pairs(self) -> Self:
+        table = self.reward_settings.get(self.judge)
+        if self.judge and not (isinstance(table, Judge) and table.mode == "pairwise"):
+            raise ValueError(
+                f'judge = "{self.judge}" is no judge of pairs: write a table [reward_settings.{self.judge}] with '
+                'kind = "judge" and mode = "pairwise"'
+            )
         return self

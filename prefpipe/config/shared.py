@@ -13,7 +13,7 @@ REWARD_NAMES = tuple(rewards.KINDS)
 IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
 
 
-def _check_reward(name: str, info: ValidationInfo) -> str:
+def check_reward(name: str, info: ValidationInfo) -> str:
     """The name, of a kind, a table or a module:function. Raises ValueError for any other."""
     tables = info.data.get("reward_settings")  # None when the tables are refused: that error is enough
     if name == IMPORTED_REWARD:
@@ -105,9 +105,9 @@ Engine = Annotated[
 Dtype = Annotated[Literal["bfloat16", "float16", "float32"], Field(description="Number type of weights and compute.")]
 RewardSettings = rewards.RewardSettings
 SpecialTokens = rewards.SpecialTokens
-RewardName = Annotated[str, AfterValidator(_check_reward)]  # a class declares reward_settings before such a field
+RewardName = Annotated[str, AfterValidator(check_reward)]  # a class declares reward_settings before such a field
 # The reward that a command goes by. "" names none: the command refuses it, since no default would suit the task.
-ChosenReward = Annotated[str, AfterValidator(lambda name, info: name and _check_reward(name, info))]
+ChosenReward = Annotated[str, AfterValidator(lambda name, info: name and check_reward(name, info))]
 REWARD_CHOICES = f"{', '.join(REWARD_NAMES)}, the name of a table [reward_settings.NAME], or your own 'module:function'"
 Rewards = Annotated[
     tuple[RewardName, ...],

@@ -27,16 +27,21 @@ def shard_of(index: int, content: Content, requests: Sequence[ScoreRequest]) -> 
 
 
 def score_shards(
-    shards: Iterable[Shard[Content, ScoreRequest]], engine: Engine, inflight: Inflight, advance: Advance
+    shards: Iterable[Shard[Content, ScoreRequest]],
+    engine: Engine,
+    inflight: Inflight,
+    advance: Advance,
+    *,
+    adapter: bool = True,
 ) -> Iterator[tuple[Content, Values]]:
-    """Score the completions of all shards with the adapter on; (content, log-probs) of every shard that is whole.
+    """Score the completions of all shards; (content, log-probs) of every shard that is whole.
 
     Raises PrefpipeError when the engine fails, or ends without log-probs for a completion.
     """
     last = max((_parts(key)[0] for key in inflight.suspects), default=-1)
     whole = through_engine(
         shards,
-        lambda requests: engine.score(requests, adapter=True),
+        lambda requests: engine.score(requests, adapter=adapter),
         inflight,
         advance,
         last_suspect=last,

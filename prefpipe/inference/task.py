@@ -1,8 +1,10 @@
 """The sampling that `generate` and `evaluate` share: prompts -> engine -> committed shards, nothing twice."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 from prefpipe import clock, log
 from prefpipe.config.evaluate import EvaluateConfig
@@ -22,12 +24,14 @@ from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, RewardOn, answer_of
 from prefpipe.rewards.rating import load_rewards
 from prefpipe.rows import what_helps, why_dropped
+from prefpipe.runs import fsio
 from prefpipe.runs.manifests import Balance
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Prompt, to_table
 
 _SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 16, 512
 Config = GenerateConfig | EvaluateConfig
+Start = Callable[[], Engine]  # the engine, which starts at the first call
 Commit = Callable[[SampledShard, Engine], None]  # writes a whole shard; the engine that sampled it still runs
 
 
@@ -75,51 +79,90 @@ def read_task(config: Config, reward_names: Sequence[str]) -> Task:
     functions, reward_ids = load_rewards(reward_names, config.reward_settings)
     inputs = {"prompts": files.digest(config.prompts), "policy": policy.id, **chat.digests, **reward_ids}
     stops = tuple(sorted({*config.stop_token_ids, *stop_ids(chat, config.stop)}))
-    return Task(_part(prompts, config.part), repeated, policy, chat, functions, inputs, stops)
+    return Task(take_part(prompts, config.part), repeated, policy, chat, functions, inputs, stops)
 
 
 def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], draws: Draws, commit: Commit) -> int:
     """Sample and commit every shard that lacks one of `datasets`, then the ledger. Returns the number of shards of the
     run."""
-    inflight = Inflight.load(run.out)
+    with engine_on_demand(task, config) as start:
+        count = sample_missing(run, task, config, datasets, draws, commit, start)
+    gather_ledger(run, len(task.prompts), task.repeated)
+    return count
+
+
+@contextmanager
+def engine_on_demand(task: Task, config: Config) -> Generator[Start]:
+    """A function that starts the engine at its first call; the engine ends with the block."""
+    settings = engine_settings(task, config, longest_sequence(task, config))
+    with ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(warm.engine(config.engine, settings)))
+
+
+def sample_missing(
+    run: Run,
+    task: Task,
+    config: Config,
+    datasets: Sequence[str],
+    draws: Draws,
+    commit: Commit,
+    start: Start,
+    folder: str = "",
+) -> int:
+    """Sample and commit every shard that lacks one of `datasets`. Returns the number of shards of the task.
+
+    `folder` of the run has the record of what is in the engine: a run of several tasks needs one for each.
+    """
+    fsio.make_dirs(run.out / folder)
+    inflight = Inflight.load(run.out / folder)
     encode = encoder(task, config, inflight.killers)
-    rows = run.saved["shard_rows"] or _fitting_rows(len(task.prompts))
+    rows = shard_rows(run, task)
     count = math.ceil(len(task.prompts) / rows)
     missing = {index for index in range(count) if not all(run.has_part(name, index) for name in datasets)}
     if missing:
         if len(missing) == count:
             _check_any(run, sampling.cut(task.prompts, rows, missing), encode)
-        start = clock.monotonic()
+        began = clock.monotonic()
         expected = sum(min(rows, len(task.prompts) - index * rows) for index in missing)
         tokens = 0
-        settings = engine_settings(task, config, _longest_prompt(config, task.policy) + config.max_tokens)
-        with (
-            warm.engine(config.engine, settings) as engine,
-            inflight.recording(),
-            log.progress("sampling", expected, "prompts") as advance,
-        ):
+        engine = start()
+        with inflight.recording(), log.progress("sampling", expected, "prompts") as advance:
             for shard in sampling.sample_shards(
                 lambda: sampling.cut(task.prompts, rows, missing), encode, draws, engine, task.chat, inflight, advance
             ):
                 tokens += sum(len(s.token_ids) for prompt in shard.sampled for s in prompt.samples)
                 commit(shard, engine)
-        run.log_timing(event="sampled", tokens=tokens, seconds=round(clock.monotonic() - start, 3))
-    dropped = run.gather_dropped(Dropped, to_table(Dropped, task.repeated))
-    if dropped:
-        log.warn(f"{dropped} of {len(task.prompts)} prompts dropped; the reasons are in dropped.parquet")
+        run.log_timing(event="sampled", tokens=tokens, seconds=round(clock.monotonic() - began, 3))
     inflight.close()
     return count
 
 
+def longest_sequence(task: Task, config: Config) -> int:
+    """The most tokens that prompt and completion have together."""
+    return _longest_prompt(config, task.policy) + config.max_tokens
+
+
+def shard_rows(run: Run, task: Task) -> int:
+    """Prompts in a shard of a task."""
+    return run.saved["shard_rows"] or _fitting_rows(len(task.prompts))
+
+
+def gather_ledger(run: Run, num_prompts: int, before: Sequence[Dropped]) -> None:
+    """Write dropped.parquet, from `before` and the prompts that shards dropped."""
+    dropped = run.gather_dropped(Dropped, to_table(Dropped, list(before)))
+    if dropped:
+        log.warn(f"{dropped} of {num_prompts} prompts dropped; the reasons are in dropped.parquet")
+
+
 def balances(
-    run: Run, task: Task, num_shards: int, dataset: str, row_type: type, num_samples: int
+    run: Run, task: Task, num_shards: int, dataset: str, row_type: type, num_samples: int, folder: str = ""
 ) -> Iterator[Balance]:
-    """What became of the prompts, and of the `num_samples` samples of each that a dataset holds."""
+    """What became of the prompts, and of the `num_samples` samples of each that a dataset of `folder` holds."""
     kept, rows, dropped = IdSet(), 0, 0
     num_kept = 0
     for index in range(num_shards):
-        dropped += run.read_part("dropped", Dropped, index, ["id"]).num_rows
-        ids = run.read_part(dataset, row_type, index, ["prompt_id"])["prompt_id"]
+        dropped += run.read_part(f"{folder}dropped", Dropped, index, ["id"]).num_rows
+        ids = run.read_part(folder + dataset, row_type, index, ["prompt_id"])["prompt_id"]
         rows += len(ids)
         num_kept += sum(kept.add(prompt_id) for prompt_id in ids.unique().to_pylist())
     yield Balance("prompts", len(task.prompts), num_kept, dropped)
@@ -206,7 +249,8 @@ def _fitting_rows(num_prompts: int) -> int:
     return min(_MOST_ROWS, max(_FEWEST_ROWS, math.ceil(num_prompts / _SHARDS)))
 
 
-def _part(prompts: Prompts, part: str) -> Prompts:
+def take_part(prompts: Prompts, part: str) -> Prompts:
+    """The prompts of part I/N. Raises UsageError for a part that does not exist."""
     number, _, count = part.partition("/")
     if int(number) > int(count):
         raise UsageError(f"part = '{part}': there are only {count} parts", "write I/N with I from 1 to N")

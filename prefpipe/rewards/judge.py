@@ -66,10 +66,13 @@ def judge(settings: Judge, ask: Ask | None = None) -> RewardFunction:
     status is unparsable, timeout or crash. A verdict is never guessed from prose. Equal questions are asked once.
     `ask` takes the place of the endpoint or engine of the settings.
     """
-    if ask is None:
-        ask = ask_all if settings.engine == "endpoint" else local_judge.ask_in_engine(settings)
     rate = _rate if settings.mode == "rating" else _compare
-    return functools.partial(rate, settings, ask)
+    return functools.partial(rate, settings, ask or asker(settings))
+
+
+def asker(settings: Judge) -> Ask:
+    """What asks the judge: its endpoint, or an engine that starts at the first question."""
+    return ask_all if settings.engine == "endpoint" else local_judge.ask_in_engine(settings)
 
 
 def find_verdict(text: str, name: str, allowed: Sequence[Any]) -> tuple[Any, str] | None:
@@ -117,31 +120,36 @@ def _rate(settings: Judge, ask: Ask, answers: Sequence[Answer]) -> list[Scored]:
     ]
 
 
+def compare(settings: Judge, ask: Ask, lefts: Sequence[Answer], rights: Sequence[Answer]) -> list[Comparison]:
+    """Each of `lefts` against the answer at its place in `rights`, in both orders. Equal texts tie without a
+    question."""
+    pairs = list(zip(lefts, rights, strict=True))
+    asked = [pair for pair in pairs if pair[0].text != pair[1].text]
+    questions = [pair_question(settings, a, b) for left, right in asked for a, b in ((left, right), (right, left))]
+    verdicts = iter(_verdicts(settings, questions, ask, "better", ("first", "second", "tie")))
+    found = [_both_orders(next(verdicts), next(verdicts)) for _ in asked]
+    order = bias(found)
+    if asked:
+        log.info(
+            f"judge: {len(asked)} comparisons in both orders, {order['changed']:.0%} changed with the order; "
+            f"the first answer was better in {order['first']:.0%} of the verdicts"
+        )
+    results = iter(found)
+    equal = Comparison(0.5, ("tie", "tie"), None)
+    return [equal if left.text == right.text else next(results) for left, right in pairs]
+
+
 def _compare(settings: Judge, ask: Ask, answers: Sequence[Answer]) -> list[Scored]:
     pairs = [
         Pairing(group[p.left], group[p.right])
         for group in _groups(answers)
         for p in pairings(len(group), settings.opponents)
     ]
-    asked = [p for p in pairs if answers[p.left].text != answers[p.right].text]  # equal texts tie without a question
-    questions = [
-        pair_question(settings, answers[a], answers[b])
-        for p in asked
-        for a, b in ((p.left, p.right), (p.right, p.left))
-    ]
-    verdicts = iter(_verdicts(settings, questions, ask, "better", ("first", "second", "tie")))
-    comparisons = {p: _both_orders(next(verdicts), next(verdicts)) for p in asked}
-    order = bias(list(comparisons.values()))
-    if asked:
-        log.info(
-            f"judge: {len(asked)} comparisons in both orders, {order['changed']:.0%} changed with the order; "
-            f"the first answer was better in {order['first']:.0%} of the verdicts"
-        )
-    equal = Comparison(0.5, ("tie", "tie"), None)
+    comparisons = compare(settings, ask, [answers[p.left] for p in pairs], [answers[p.right] for p in pairs])
     met: dict[int, list[tuple[Comparison, bool]]] = {i: [] for i in range(len(answers))}
-    for p in pairs:
-        met[p.left].append((comparisons.get(p, equal), True))
-        met[p.right].append((comparisons.get(p, equal), False))
+    for p, comparison in zip(pairs, comparisons, strict=True):
+        met[p.left].append((comparison, True))
+        met[p.right].append((comparison, False))
     return [_sum_up(met[i]) for i in range(len(answers))]
 
 

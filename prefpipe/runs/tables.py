@@ -3,6 +3,7 @@
 The only writer of Parquet. Page checksums are written, and verified while reading.
 """
 
+import dataclasses
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from prefpipe import reading
 from prefpipe.errors import DataError
 from prefpipe.runs import fsio
 from prefpipe.runs.storage import utf8
-from prefpipe.schemas import DATASET_KEY, VERSION_KEY, arrow_schema, earlier_schema
+from prefpipe.schemas import DATASET_KEY, MESSAGE, OLD_MESSAGE, VERSION_KEY, arrow_schema
 
 _OTHER_VERSION = (
     "make that run again: its config.json is the recipe of its command; "
@@ -49,6 +50,14 @@ def check_schema(path: Path, row_type: type) -> None:
     _check_schema(schema, row_type, path)
 
 
+def earlier_schema(row_type: type) -> pa.Schema:
+    """The schema of files from before messages had `extra` and rows their optional columns. A file is read that has
+    any of the columns that came later."""
+    later = {f.name for f in dataclasses.fields(row_type) if f.default is None}  # type: ignore[arg-type]  # a dataclass
+    fields = [pa.field(f.name, _earlier(f.type), f.nullable) for f in arrow_schema(row_type) if f.name not in later]
+    return pa.schema(fields)
+
+
 def read_parquet(path: Path) -> pa.Table:
     """A Parquet file of any schema, page checksums verified where it has them."""
     with _damage(path), utf8(path) as name:
@@ -76,15 +85,28 @@ def _check_schema(schema: pa.Schema, row_type: type, path: Path) -> None:
             f"{_written(expected, VERSION_KEY)}",
             _OTHER_VERSION,
         )
-    if schema.equals(earlier_schema(row_type)):
-        return
-    wrong = [f"{f.name} ({f.type})" for f in expected if f.name not in schema.names or schema.field(f.name) != f]
-    if wrong or len(schema) != len(expected):
+    earlier = earlier_schema(row_type)
+    wrong = [f"{f.name} ({f.type})" for f in expected if not _fits(schema, f, earlier)]
+    if wrong or len(schema) > len(expected) or not set(schema.names) <= set(expected.names):
         raise DataError(
             f"{path}: columns of {dataset} are missing or of another type: "
             f"{', '.join(wrong) or 'there are more than it has'}",
             _OTHER_VERSION,
         )
+
+
+def _fits(schema: pa.Schema, field: pa.Field, earlier: pa.Schema) -> bool:
+    """Whether a file has a column as it is written now or as it was before, or lacks one that came later."""
+    before = earlier.field(field.name) if field.name in earlier.names else None
+    if field.name not in schema.names:
+        return before is None
+    return schema.field(field.name) in (field, before)
+
+
+def _earlier(data_type: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(data_type):
+        return pa.list_(pa.field("element", _earlier(data_type.value_type), nullable=False))
+    return OLD_MESSAGE if data_type == MESSAGE else data_type
 
 
 def _as_written_now(table: pa.Table, row_type: type) -> pa.Table:

@@ -16,12 +16,12 @@ from prefpipe.schemas import (
     VERSION,
     Completion,
     Dropped,
+    Evaluation,
     Pair,
     Prompt,
     RefLogps,
     Reward,
     arrow_schema,
-    earlier_schema,
     from_table,
     to_table,
 )
@@ -205,7 +205,7 @@ def test_rows_from_before_optional_columns_are_read_with_nulls(call: Call, tmp_p
     run = run_of(tmp_path / "g", [Row("p", "a", 1.0, "good"), Row("p", "b", 0.0, "bad")])
     build(tmp_path / "now", run)
     for dataset, row_type in (("completions", Completion), ("prompts", Prompt)):
-        older = earlier_schema(row_type)
+        older = tables.earlier_schema(row_type)
         assert set(older.names) < set(arrow_schema(row_type).names)
 
         def as_before(table: pa.Table, older: pa.Schema = older) -> pa.Table:
@@ -220,3 +220,17 @@ def test_rows_from_before_optional_columns_are_read_with_nulls(call: Call, tmp_p
     assert done.code == 0, done.stderr
     now, then = (store.read_dataset(tmp_path / out, "pairs", Pair) for out in ("now", "then"))
     assert now.equals(then)
+
+
+def test_rows_may_lack_some_of_the_columns_that_came_later(tmp_path: Path) -> None:
+    """A file of the time between: it has `thinking`, and not yet the columns after it."""
+    schema = arrow_schema(Evaluation)
+    assert schema.names[-2:] == ["thinking", "token_logps"]
+    path = tmp_path / "part-00000.parquet"
+    between = pa.schema(list(schema)[:-1], metadata=schema.metadata)
+    pq.write_table(between.empty_table(), path)
+    assert tables.read_table(path, Evaluation).schema.equals(schema)
+    without = pa.schema([f for f in between if f.name != "reward"], metadata=schema.metadata)
+    pq.write_table(without.empty_table(), path)
+    with pytest.raises(DataError, match=r"missing or of another type: reward \(double\)"):
+        tables.read_table(path, Evaluation)

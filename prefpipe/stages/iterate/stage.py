@@ -35,7 +35,7 @@ from prefpipe.schemas import Dropped, from_table
 from prefpipe.stages.iterate import branch, leaks, stops
 from prefpipe.stages.iterate import summary as summaries
 from prefpipe.stages.iterate.best import best_round, value
-from prefpipe.stages.iterate.plan import Known, Step, reference, steps, trained
+from prefpipe.stages.iterate.plan import Known, Step, leaves_engine, reference, steps, trained
 from prefpipe.stages.iterate.runners import Processes, Runner
 from prefpipe.stages.iterate.stops import Series, Stop
 
@@ -86,7 +86,7 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
         start = clock.monotonic()
         rounds = _Rounds(out, config.metric_for_best_round)
         rounds.read(taken)
-        with Processes(config.launcher) as processes:
+        with Processes(config.launcher, keep=leaves_engine(config)) as processes:
             stop = _run_rounds(config, rounds, num_prompts, runner or processes)
         run_dir.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
         return _finish(config, run_dir, rounds, stop)

@@ -121,15 +121,18 @@ def _standard_error(series: Series, number: int, before: int) -> float | None:
     """The standard error of the difference of two rounds: of the paired comparison where the evaluation made it, else
     from the intervals of both as if they were independent, which is more. None for a metric without an interval."""
     decoding, _, name = series.metric.partition(".")
+    difference, bounds = ("difference", "") if name == "pass" else ("mean_reward_difference", "mean_reward_")
     for comparison in series.evaluations[number].get("comparisons") or []:
-        paired = comparison.get(decoding, {})
-        is_it = str(comparison.get("baseline", "")).endswith(f"round-{before}/evaluate")
-        if is_it and name == "mean_reward" and "difference_low" in paired:
-            return (paired["difference_high"] - paired["difference_low"]) / (2 * _Z)
-    if name != "pass":
-        return None
-    widths = (series.evaluations[n][decoding] for n in (number, before))
-    return math.hypot(*((w["high"] - w["low"]) / (2 * _Z) for w in widths))
+        if str(comparison["baseline"]).endswith(f"round-{before}/evaluate"):
+            return _error(comparison.get(decoding, {}), f"{difference}_")
+    errors = [_error(series.evaluations[n][decoding], bounds) for n in (number, before)]
+    return None if None in errors else math.hypot(*(error for error in errors if error is not None))
+
+
+def _error(totals: Totals, prefix: str) -> float | None:
+    """The standard error that belongs to a 95 % interval in totals; None where there is none."""
+    low, high = (totals.get(f"{prefix}{end}") for end in ("low", "high"))
+    return None if low is None or high is None else (high - low) / (2 * _Z)
 
 
 _RULES: dict[str, _Seen] = {

@@ -1,0 +1,131 @@
+"""The answers of a policy to a set of prompts: sampled, rated and committed shard by shard, and read back."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from prefpipe.config.evaluate import EvaluateConfig
+from prefpipe.engines.base import Draw, Engine
+from prefpipe.ids import content_id, numbered_id
+from prefpipe.inference import sampling, task
+from prefpipe.inference.sampling import SampledPrompt, SampledShard
+from prefpipe.inference.task import Start, Task
+from prefpipe.rewards import rating
+from prefpipe.rewards.base import Answer, Scored, answer_of
+from prefpipe.runs.manifests import Balance
+from prefpipe.runs.store import Run
+from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
+
+DATASET = "evaluations"
+_KEY_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The committed answers of a run to the prompts of a task; `folder` (with a slash) is where its datasets stand.
+
+    num_shards: shards of the task; num_samples: answers to one prompt
+    """
+
+    run: Run
+    task: Task
+    folder: str
+    num_shards: int
+    num_samples: int
+
+    def rows(self, index: int) -> list[Evaluation]:
+        """The answers of a shard; those to one prompt stand together, the greedy one first."""
+        return from_table(Evaluation, self.run.read_part(self.folder + DATASET, Evaluation, index))
+
+    def shards(self) -> Iterator[list[Evaluation]]:
+        """The answers of every shard."""
+        return map(self.rows, range(self.num_shards))
+
+    def dropped(self) -> list[Dropped]:
+        """The prompts that cannot be sampled."""
+        parts = (self.run.read_part(f"{self.folder}dropped", Dropped, index) for index in range(self.num_shards))
+        return [row for part in parts for row in from_table(Dropped, part)]
+
+    def lacking(self, dataset: str) -> set[int]:
+        """The shards for which a dataset has no part."""
+        return {index for index in range(self.num_shards) if not self.run.has_part(dataset, index)}
+
+    def with_prompts(self, shards: set[int]) -> Iterator[tuple[int, list[tuple[Prompt, Evaluation]]]]:
+        """(index, every answer with its prompt) of some shards."""
+        for index, prompts in sampling.cut(self.task.prompts, task.shard_rows(self.run, self.task), shards):
+            by_id = {prompt.prompt_id: prompt for prompt in prompts}
+            yield index, [(by_id[row.prompt_id], row) for row in self.rows(index)]
+
+    def balances(self) -> Iterator[Balance]:
+        """What became of prompts and samples."""
+        return task.balances(
+            self.run, self.task, self.num_shards, DATASET, Evaluation, self.num_samples, folder=self.folder
+        )
+
+
+def sample(config: EvaluateConfig, run: Run, of: Task, start: Start, *, num_samples: int, folder: str = "") -> Answers:
+    """Sample, rate and commit every shard of a task that is not there yet: a greedy answer to each prompt, and
+    `num_samples` sampled ones."""
+    count = task.sample_missing(
+        run,
+        of,
+        config,
+        [f"{folder}dropped", folder + DATASET],
+        lambda prompt: draws(config, prompt, num_samples),
+        partial(_commit, config, run, of, folder),
+        start,
+        folder,
+    )
+    return Answers(run, of, folder, count, num_samples + 1)
+
+
+def draws(config: EvaluateConfig, prompt: Prompt, num_samples: int) -> tuple[Draw, ...]:
+    """The completions to sample for a prompt: 0 is greedy, the others are sampled."""
+    return Draw(0, 0, 0.0), *task.sampled_draws(config, prompt, range(1, num_samples + 1))
+
+
+def key(*parts: str) -> str:
+    """A name for a folder of a run that stands for what its rows depend on."""
+    return content_id(*parts)[:_KEY_DIGITS]
+
+
+def to_rate(config: EvaluateConfig, of: Task, answered: Sequence[tuple[Prompt, Evaluation]]) -> list[Answer]:
+    """Committed answers as rewards see them: their reasoning is parted off by their token ids, as when they were
+    sampled."""
+    texts = of.chat.decode_all([row.token_ids for _, row in answered])
+    return [
+        answer_of(prompt, of.chat.said(row.token_ids, text), len(row.token_ids), config.reward_on)
+        for (prompt, row), text in zip(answered, texts, strict=True)
+    ]
+
+
+def _commit(config: EvaluateConfig, run: Run, of: Task, folder: str, shard: SampledShard, _engine: Engine) -> None:
+    """Write one shard. The evaluations come last, so that a shard with them is whole."""
+    (name, function), *_ = of.rewards.items()
+    scores = iter(rating.rate(task.answers_of(shard.sampled, config.reward_on), function, name))
+    rows = [_row(config, of, prompt, i, next(scores)) for prompt in shard.sampled for i in range(len(prompt.said))]
+    run.write_part(f"{folder}dropped", Dropped, shard.index, to_table(Dropped, shard.dropped))
+    run.write_part(folder + DATASET, Evaluation, shard.index, to_table(Evaluation, rows))
+
+
+def _row(config: EvaluateConfig, of: Task, sampled: SampledPrompt, i: int, score: Scored) -> Evaluation:
+    """The row of sample i of a prompt, with its score."""
+    sample, prompt = sampled.samples[i], sampled.encoded.prompt
+    return Evaluation(
+        completion_id=numbered_id(task.prompt_key(config, of, sampled.encoded), sample.sample_index),
+        prompt_id=prompt.prompt_id,
+        sample_index=sample.sample_index,
+        round=config.round,
+        decoding="greedy" if sample.sample_index == 0 else "sampled",
+        messages=prompt.messages,
+        text=sampled.said[i].text,
+        token_ids=sample.token_ids,
+        finish_reason=sample.finish_reason,
+        policy=of.policy.id,
+        name=next(iter(of.rewards)),
+        reward=score.reward,
+        status=score.status,
+        detail=score.detail,
+        thinking=sampled.said[i].thinking,
+        token_logps=sample.token_logps,
+    )
