@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from prefpipe.stages.iterate import plan
 from prefpipe.stages.iterate.plan import Known, Step
 from prefpipe.stages.iterate.runners import Runner
 
+Make = Callable[..., IterateConfig]
 REWARD = "tests.e2e.letters:most_letters"
 PER_ROUND = ("generate", "build-pairs", "train", "evaluate")
 NO_STOPS = {"rules": []}
@@ -77,6 +78,11 @@ def same(completions: list[Any], **_columns: Any) -> list[float]:
 def never(command: str, saved: Path, out: Path) -> None:
     """A runner for runs with nothing left to do."""
     raise AssertionError(f"{command} was run again")
+
+
+def adapters(out: Path, *rounds: int) -> list[bytes]:
+    """The weights that rounds have trained."""
+    return [(out / f"round-{n}/train/adapter/adapter_model.safetensors").read_bytes() for n in rounds]
 
 
 def planned(config: IterateConfig, out: Path, known: Known | None = None) -> Iterator[Step]:
