@@ -33,6 +33,9 @@ WHOLE_RUNS = (
     *("forward/test_logps.py", "engines/test_transformers.py", "rewards/test_model.py"),
     *(
         "stages/iterate/test_stage.py",
+        "stages/iterate/test_rounds.py",
+        "stages/iterate/test_branch.py",
+        "stages/iterate/test_summary.py",
         "stages/train/losses/test_every_loss.py",
         "stages/train/reference/test_other_reference.py",
     ),

@@ -45,8 +45,9 @@ class Forge:
     numbers: Iterator[int] = field(default_factory=count)
 
     def run(self, *arguments: object, **job: Any) -> Ended:
-        """`fault` arms a fault point, `alarm` kills after so many seconds, `engine` replaces the fake engine, `env`
-        adds variables to the environment of now, `cwd` is where it runs."""
+        """`fault` arms a fault point, `alarm` kills after so many seconds, `engine` replaces the fake engine, `inline`
+        names a module whose `Inline` runs the steps of `iterate`, `env` adds variables to the environment of now, `cwd`
+        is where it runs."""
         return self.run_together([{"arguments": list(map(str, arguments)), **job}])[0]
 
     def run_together(self, jobs: Sequence[dict[str, Any]], timeout: float = 240) -> list[Ended]:
@@ -105,6 +106,10 @@ def _child(job: dict[str, Any]) -> None:
         os.environ["PREFPIPE_FAULT"] = job["fault"]
     if "alarm" in job:
         signal.setitimer(signal.ITIMER_REAL, job["alarm"])  # nobody handles it: as sudden as a kill
+    if "inline" in job:
+        importlib.import_module("prefpipe.stages.iterate.stage").Processes = importlib.import_module(
+            job["inline"]
+        ).Inline
     if "engine" in job:
         engines.ENGINES["fake"] = job["engine"]
     sys.argv = ["prefpipe", *job["arguments"]]

@@ -13,9 +13,11 @@ from prefpipe.config import base, shared
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.iterate import SCHEDULES, IterateConfig
 from prefpipe.config.losses import LOSSES, LossSettings, readers
 from prefpipe.config.rewards import KINDS
 from prefpipe.config.score import ScoreConfig
+from prefpipe.config.stops import StopRule, StopSettings
 from prefpipe.config.train import TrainConfig
 from prefpipe.engines import ENGINES
 from prefpipe.rewards import REWARDS
@@ -25,7 +27,7 @@ PACKAGE = ROOT / "prefpipe"
 WITHOUT_MIRROR = {
     *("__main__.py", "forward/dequantize.py", "engines/base.py", "engines/pooling.py", "rewards/base.py"),
     "rewards/sandbox/__main__.py",  # a script: test_code_tests
-    *(f"config/{name}.py" for name in ("evaluate", "generate", "score", "shared")),  # config/test_base.py
+    *(f"config/{name}.py" for name in ("evaluate", "generate", "score", "shared", "stops")),  # config/test_base.py
 }
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))
 RECIPE_CASES = [pytest.param(p, id=str(p.relative_to(ROOT / "stages"))) for p in RECIPES]
@@ -81,9 +83,12 @@ def test_every_setting_is_read_outside_of_the_settings(cls: type) -> None:
 
 
 def test_iterate_reads_its_own_settings() -> None:
-    code = (PACKAGE / "stages" / "iterate" / "stage.py").read_text()
-    for name in ("model", "rounds", "reference", "generate", "build_pairs", "train", "evaluate"):
-        assert f"config.{name}" in code
+    code = "\n".join(path.read_text() for path in (PACKAGE / "stages" / "iterate").glob("*.py"))
+    own = {name for name in IterateConfig.model_fields if name not in SCHEDULES}
+    assert [name for name in sorted(own) if f"config.{name}" not in code] == []
+    assert [name for name in StopSettings.model_fields if f"settings.{name}" not in code] == [
+        *(f"{rule}_rounds" for rule in get_args(StopRule))
+    ]  # read by the name of the rule
 
 
 @pytest.mark.parametrize("path", RECIPE_CASES)

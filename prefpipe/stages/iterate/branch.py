@@ -6,11 +6,12 @@ from prefpipe import reading
 from prefpipe.config.base import result_fields
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.iterate import IterateConfig
-from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.inputs import files
 from prefpipe.models import policy
-from prefpipe.runs import links, store
+from prefpipe.runs import commits, links, store
+from prefpipe.runs.store import Manifest
 from prefpipe.stages.iterate.plan import trained
 
 _HINT = "take fewer rounds (--from-round), or finish that run first"
@@ -19,8 +20,8 @@ _HINT = "take fewer rounds (--from-round), or finish that run first"
 def digests(config: IterateConfig) -> dict[str, str]:
     """The digest of every step of the rounds that are taken, by its name; empty without from_run.
 
-    Raises MissingInputError for a round that is not complete, UsageError where it does not fit this run: another model,
-    another kind of tuning, an evaluation with other settings.
+    Raises MissingInputError for a round that is not complete, DataError for a damaged one, UsageError where it does not
+    fit this run: another model, another kind of tuning, an evaluation with other settings.
     """
     if not config.from_run:
         return {}
@@ -32,8 +33,10 @@ def digests(config: IterateConfig) -> dict[str, str]:
         lacking = [step for step in needed if not (folder / step / "manifest.json").exists()]
         if lacking:
             raise MissingInputError(f"{folder} has no complete {', '.join(lacking)}", _HINT)
-        for manifest in sorted(folder.glob("*/manifest.json")):
-            found[f"{folder.name}/{manifest.parent.name}"] = store.read_manifest(manifest.parent)["digest"]
+        for path in sorted(folder.glob("*/manifest.json")):
+            manifest = store.read_manifest(path.parent)
+            _check_whole(path.parent, manifest)
+            found[f"{folder.name}/{path.parent.name}"] = manifest["digest"]
     _check_fits(config, source)
     return found
 
@@ -47,6 +50,16 @@ def link(config: IterateConfig, out: Path) -> None:
 def identity(found: dict[str, str]) -> dict[str, str]:
     """The rounds that are taken, as an input of this run."""
     return {"from_run": content_id(found)} if found else {}
+
+
+def _check_whole(step: Path, manifest: Manifest) -> None:
+    """Raise DataError for a step with a damaged file: a branch can neither make it again nor move it away."""
+    for name, file in manifest["files"].items():
+        if not commits.matches(step / name, file["blake3"]):
+            raise DataError(
+                f"{step / name} is damaged or missing, and this run takes it from there",
+                "run the command that made it again: it makes the file again",
+            )
 
 
 def _check_fits(config: IterateConfig, source: Path) -> None:

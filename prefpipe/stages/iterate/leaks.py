@@ -1,23 +1,26 @@
 """Held-out prompts must be none that a round trains on: the check before the first round."""
 
-from prefpipe.config.evaluate import EvaluateConfig
+from collections.abc import Iterator
+
+from prefpipe.config.evaluate import EvaluateConfig, parse_guard
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import DataError, UsageError
+from prefpipe.ids import content_id
 from prefpipe.inputs import files
 from prefpipe.inputs.prompts import Prompts, read_prompts
-from prefpipe.inputs.tokenised import prompt_key
 from prefpipe.schemas import Prompt
 
 _NUM_SHOWN = 5
 
 
 def check(config: IterateConfig) -> int:
-    """The number of prompts of [generate]. Raises DataError when an evaluated prompt is one of them, by its messages,
-    and UsageError when there are too few for the rounds."""
-    training, held_out = _prompts(config.generate), _prompts(config.evaluate)
-    keys = {_key(prompt): prompt.prompt_id for prompt in held_out}
-    shared = sorted({keys[key] for key in map(_key, training) if key in keys})
+    """The number of prompts of [generate]. Raises DataError when an evaluated prompt, or one of a guard, is among them,
+    by its messages, and UsageError when there are too few for the rounds."""
+    table = config.generate
+    training = _prompts(table.prompts, table.split, table.limit, table)
+    held_out = {_key(prompt): prompt.prompt_id for prompts in _held_out(config.evaluate) for prompt in prompts}
+    shared = sorted({held_out[key] for key in map(_key, training) if key in held_out})
     if shared:
         shown = ", ".join(shared[:_NUM_SHOWN]) + (", ..." if len(shared) > _NUM_SHOWN else "")
         raise DataError(
@@ -34,12 +37,19 @@ def check(config: IterateConfig) -> int:
     return len(training)
 
 
-def _prompts(table: GenerateConfig | EvaluateConfig) -> Prompts:
-    prompts, _ = read_prompts(table.prompts, table.split, table.limit, files.renames(table.column))
+def _held_out(table: EvaluateConfig) -> Iterator[Prompts]:
+    """The prompts to evaluate on, and those of every guard."""
+    yield _prompts(table.prompts, table.split, table.limit, table)
+    for text in table.guard:
+        yield _prompts(parse_guard(text, table.reward_settings).prompts, table.guard_split, 0, table)
+
+
+def _prompts(source: str, split: str, limit: int, table: GenerateConfig | EvaluateConfig) -> Prompts:
+    prompts, _ = read_prompts(source, split, limit, files.renames(table.column))
     number, _, count = table.part.partition("/")
     return prompts.part(int(number), int(count))
 
 
 def _key(prompt: Prompt) -> str:
-    """The identity of a prompt for the model: its messages. The answer and other columns have no part in it."""
-    return prompt_key(prompt.messages, None, prompt.template_inputs)
+    """The identity of a prompt: its messages. The answer and other columns have no part in it."""
+    return content_id(prompt.messages)

@@ -57,7 +57,22 @@ def steps(config: IterateConfig, out: Path, number: int, known: Known) -> Iterat
     if number > 0:
         yield from _training(config, out, number, known)
     policy = vars(trained(config, out, number))
-    yield Step(number, "evaluate", config.evaluate.model_copy(update={**policy, "round": number}))
+    compared = {"baseline": baselines(config, out, number, known.best), "round": number}
+    yield Step(number, "evaluate", config.evaluate.model_copy(update={**policy, **compared}))
+
+
+def baselines(config: IterateConfig, out: Path, number: int, best: int) -> tuple[str, ...]:
+    """What the evaluation of a round is compared with: the start, the best round so far and the round before, then what
+    the table names."""
+    earlier = dict.fromkeys((0, best, number - 1)) if number else ()
+    return (*(str(out / f"round-{n}" / "evaluate") for n in earlier), *config.evaluate.baseline)
+
+
+def leaves_engine(config: IterateConfig) -> bool:
+    """Whether an evaluation has its engine as the last one: judges, further rewards and other policies come behind it,
+    and need its memory."""
+    table = config.evaluate
+    return len(table.reward) == 1 and not table.judge and set(table.kl_to) <= {"base"}
 
 
 def trained(config: IterateConfig, out: Path, number: int) -> Model:

@@ -24,10 +24,12 @@ _GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 class Processes:
-    """Runs steps; a `with` block ends the process that waits for the next one. `launcher` is the setting."""
+    """Runs steps; a `with` block ends the process that waits for the next one. `launcher` is the setting; `keep` says
+    whether an evaluation may leave its engine open."""
 
-    def __init__(self, launcher: str = "auto") -> None:
+    def __init__(self, launcher: str = "auto", *, keep: bool = True) -> None:
         self._launcher = launcher
+        self._keep = keep
         self._waiting: subprocess.Popen[str] | None = None
 
     def __call__(self, command: str, saved: Path, out: Path) -> None:
@@ -59,7 +61,7 @@ class Processes:
         assert process.stdout is not None
         try:
             print(
-                json.dumps({"saved": str(saved), "out": str(out), "keep": command == "evaluate"}),
+                json.dumps({"saved": str(saved), "out": str(out), "keep": self._keep and command == "evaluate"}),
                 file=process.stdin,
                 flush=True,
             )

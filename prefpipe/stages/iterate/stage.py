@@ -14,6 +14,7 @@
 A step that is complete says so and does nothing; a killed one resumes where it was cut.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,17 +25,18 @@ from prefpipe.config.base import dump
 from prefpipe.config.iterate import FIXED, IterateConfig
 from prefpipe.config.reward_sum import parse
 from prefpipe.config.shared import REWARD_CHOICES
-from prefpipe.errors import UsageError
+from prefpipe.errors import DataError, PrefpipeError, UsageError
 from prefpipe.ids import canonical_json
 from prefpipe.inputs import files
 from prefpipe.models import policy
-from prefpipe.runs import fsio, links, saved_config, store
+from prefpipe.runs import fsio, links, saved_config, store, tables
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
+from prefpipe.schemas import Dropped, from_table
 from prefpipe.stages.iterate import branch, leaks, stops
 from prefpipe.stages.iterate import summary as summaries
 from prefpipe.stages.iterate.best import best_round, value
-from prefpipe.stages.iterate.plan import Known, Step, reference, steps, trained
+from prefpipe.stages.iterate.plan import Known, Step, leaves_engine, reference, steps, trained
 from prefpipe.stages.iterate.runners import Processes, Runner
 from prefpipe.stages.iterate.stops import Series, Stop
 
@@ -75,7 +77,7 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
     taken = branch.digests(config)
     inputs = _inputs(config) | branch.identity(taken)
     # A complete run is shown as it is, whatever its prompts were.
-    num_prompts = None if (out / "manifest.json").exists() else leaks.check(config)
+    num_prompts = leaks.check(config) if force or not (out / "manifest.json").exists() else None
     with store.open_run(out, "iterate", config, inputs, force=force) as run_dir:
         manifest = run_dir.manifest(lambda manifest: _holds(config, out, manifest))
         if manifest is not None:
@@ -86,7 +88,7 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
         start = clock.monotonic()
         rounds = _Rounds(out, config.metric_for_best_round)
         rounds.read(taken)
-        with Processes(config.launcher) as processes:
+        with Processes(config.launcher, keep=leaves_engine(config)) as processes:
             stop = _run_rounds(config, rounds, num_prompts, runner or processes)
         run_dir.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
         return _finish(config, run_dir, rounds, stop)
@@ -101,15 +103,39 @@ def _run_rounds(config: IterateConfig, rounds: _Rounds, num_prompts: int, runner
     """Run the rounds one by one, until the last or until a rule says stop."""
     for number in range(config.from_round + 1 if config.from_run else 0, config.rounds + 1):
         known = Known(rounds.best if number else 0, num_prompts)
-        for step in steps(config, rounds.out, number, known):
-            _run_step(step, config.rounds, rounds.out, runner)
-            rounds.read([step.name])
-        stop = stops.check(rounds.series, config.stop)
+        stop = _run_round(config, rounds, number, known, runner)
         # A round that is there counts, whatever the rules say by now.
-        if stop is not None and not (rounds.out / f"round-{number + 1}" / "evaluate" / "manifest.json").exists():
-            log.warn(f"stopped after round {number} by rule {stop.rule}: {'; '.join(stop.why)}")
+        if stop is None and not (rounds.out / f"round-{number + 1}" / "evaluate" / "manifest.json").exists():
+            stop = stops.check(rounds.series, config.stop)
+        if stop is not None:
+            log.warn(f"stopped after round {stop.round} by rule {stop.rule}: {'; '.join(stop.why)}")
             return stop
     return None
+
+
+def _run_round(config: IterateConfig, rounds: _Rounds, number: int, known: Known, runner: Runner) -> Stop | None:
+    """Run the steps of a round. Returns why the rounds end before it, where no prompt gives anything to train on."""
+    names: list[str] = []
+    for step in steps(config, rounds.out, number, known):
+        try:
+            _run_step(step, config.rounds, rounds.out, runner)
+        except PrefpipeError as error:
+            ties = _ties(rounds.out / step.name) if error.exit_code == DataError.exit_code else {}
+            if not ties or number == 1 or "mixed" not in config.stop.rules:
+                raise
+            return stops.without_pairs(number, ties)
+        names.append(step.name)
+    rounds.read(names)
+    return None
+
+
+def _ties(run_dir: Path) -> dict[str, int]:
+    """Why the prompts of a run of build-pairs gave no row, by its ledger; empty where it did not end for ties."""
+    ledger = run_dir / "dropped.parquet"
+    if run_dir.name != "build-pairs" or not ledger.exists():
+        return {}
+    reasons = Counter(row.reason for row in from_table(Dropped, tables.read_table(ledger, Dropped)))
+    return dict(reasons) if reasons["tie"] else {}
 
 
 def _run_step(step: Step, last: int, out: Path, runner: Runner) -> None:

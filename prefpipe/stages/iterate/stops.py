@@ -42,11 +42,19 @@ def check(series: Series, settings: StopSettings) -> Stop | None:
     last = len(series.evaluations) - 1
     for name in settings.rules:
         window: int = getattr(settings, f"{name}_rounds")
-        seen = [_RULES[name][0](series, number, settings) for number in range(max(1, last - window + 1), last + 1)]
+        seen = [_RULES[name](series, number, settings) for number in range(max(1, last - window + 1), last + 1)]
         why = [line for line in seen if line is not None]
         if len(why) == window:
-            return Stop(name, last, why, _RULES[name][1])
+            return Stop(name, last, why, _ADVICE[name])
     return None
+
+
+def without_pairs(number: int, reasons: Mapping[str, int]) -> Stop:
+    """The rounds end before round `number`, which had nothing to train on; `reasons` count the prompts."""
+    counted = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
+    return Stop(
+        "mixed", number - 1, [f"round {number}: no prompt has outcomes that differ ({counted})"], _ADVICE["mixed"]
+    )
 
 
 def gain(series: Series, number: int, settings: StopSettings) -> str | None:
@@ -113,40 +121,38 @@ def _standard_error(series: Series, number: int, before: int) -> float | None:
     """The standard error of the difference of two rounds: of the paired comparison where the evaluation made it, else
     from the intervals of both as if they were independent, which is more. None for a metric without an interval."""
     decoding, _, name = series.metric.partition(".")
+    difference, bounds = ("difference", "") if name == "pass" else ("mean_reward_difference", "mean_reward_")
     for comparison in series.evaluations[number].get("comparisons") or []:
-        paired = comparison.get(decoding, {})
-        is_it = str(comparison.get("baseline", "")).endswith(f"round-{before}/evaluate")
-        if is_it and name == "mean_reward" and "difference_low" in paired:
-            return (paired["difference_high"] - paired["difference_low"]) / (2 * _Z)
-    if name != "pass":
-        return None
-    widths = (series.evaluations[n][decoding] for n in (number, before))
-    return math.hypot(*((w["high"] - w["low"]) / (2 * _Z) for w in widths))
+        if str(comparison["baseline"]).endswith(f"round-{before}/evaluate"):
+            return _error(comparison.get(decoding, {}), f"{difference}_")
+    errors = [_error(series.evaluations[n][decoding], bounds) for n in (number, before)]
+    return None if None in errors else math.hypot(*(error for error in errors if error is not None))
 
 
-_RULES: dict[str, tuple[_Seen, str]] = {
-    "gain": (
-        gain,
-        "take the best round; for more, give new prompts (prompts_per_round), a lower learning rate, or more held-out "
-        "prompts, which make a small gain visible",
-    ),
-    "mixed": (
-        mixed,
-        "most prompts are solved or out of reach: give other prompts, raise the temperature, or sample more "
-        "completions (generate.num_samples)",
-    ),
-    "kl": (kl, "branch from an earlier round (--from-run, --from-round) with a higher beta or a lower learning rate"),
-    "length": (
-        length,
-        "read the answers; branch from an earlier round with build_pairs.length_penalty, or a loss that counts length",
-    ),
-    "degenerate": (
-        degenerate,
-        "branch from an earlier round with a lower learning rate, a higher beta, or the loss nll beside yours; check "
-        "that the reward refuses such answers",
-    ),
-    "guard": (
-        guard,
-        "branch from the round before with a lower learning rate or a higher beta, or mix in other data (train.sft)",
-    ),
+def _error(totals: Totals, prefix: str) -> float | None:
+    """The standard error that belongs to a 95 % interval in totals; None where there is none."""
+    low, high = (totals.get(f"{prefix}{end}") for end in ("low", "high"))
+    return None if low is None or high is None else (high - low) / (2 * _Z)
+
+
+_RULES: dict[str, _Seen] = {
+    "gain": gain,
+    "mixed": mixed,
+    "kl": kl,
+    "length": length,
+    "degenerate": degenerate,
+    "guard": guard,
+}
+_ADVICE = {
+    "gain": "take the best round; for more, give new prompts (prompts_per_round), a lower learning rate, or more "
+    "held-out prompts, which make a small gain visible",
+    "mixed": "most prompts are solved or out of reach: give other prompts, raise the temperature, or sample more "
+    "completions (generate.num_samples)",
+    "kl": "branch from an earlier round (--from-run, --from-round) with a higher beta or a lower learning rate",
+    "length": "read the answers; branch from an earlier round with build_pairs.length_penalty, or a loss that counts "
+    "length",
+    "degenerate": "branch from an earlier round with a lower learning rate, a higher beta, or the loss nll beside "
+    "yours; check that the reward refuses such answers",
+    "guard": "branch from the round before with a lower learning rate or a higher beta, or mix in other data "
+    "(train.sft)",
 }

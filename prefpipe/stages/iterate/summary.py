@@ -35,7 +35,7 @@ def lines(manifest: Manifest, out: Path) -> list[str]:
         f"answers      {out}/round-*/evaluate/evaluations/*.parquet",
         f"metrics      {last}/train/metrics.jsonl",
         f"replay       prefpipe train {last}/train.json --out runs/replay",
-        f"more rounds  the same command with --rounds {len(rounds) - 1 + 2}",
+        *([] if totals.get("stopped") else [f"more rounds  the same command with --rounds {len(rounds)}"]),
         "next         prefpipe config iterate > mine.toml   (put your model, prompts and rewards in)",
         "             prefpipe iterate mine.toml --out runs/mine",
     ]

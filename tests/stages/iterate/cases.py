@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.stages.iterate import plan
 from prefpipe.stages.iterate.plan import Known, Step
+from prefpipe.stages.iterate.runners import Runner
 
+Make = Callable[..., IterateConfig]
 REWARD = "tests.e2e.letters:most_letters"
 PER_ROUND = ("generate", "build-pairs", "train", "evaluate")
 NO_STOPS = {"rules": []}
-TOPICS = (*("kettle", "owl", "harp", "bread", "rain", "salt"),)
+TOPICS = ("kettle", "owl", "harp", "bread", "rain", "salt")
 HELD_OUT = ("moss", "tram")
 
 
@@ -55,9 +57,32 @@ def in_process(command: str, saved: Path, out: Path) -> None:
     importlib.import_module(module).run(base.load(config_class, saved, {}), out, force=False)
 
 
+class Inline:
+    """In place of the processes of a run: every step runs in this one, so that a kill takes everything with it."""
+
+    def __init__(self, _launcher: str) -> None:
+        pass
+
+    def __enter__(self) -> Runner:
+        return in_process
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def same(completions: list[Any], **_columns: Any) -> list[float]:
+    """A reward that tells no answers apart."""
+    return [0.0] * len(completions)
+
+
 def never(command: str, saved: Path, out: Path) -> None:
     """A runner for runs with nothing left to do."""
     raise AssertionError(f"{command} was run again")
+
+
+def adapters(out: Path, *rounds: int) -> list[bytes]:
+    """The weights that rounds have trained."""
+    return [(out / f"round-{n}/train/adapter/adapter_model.safetensors").read_bytes() for n in rounds]
 
 
 def planned(config: IterateConfig, out: Path, known: Known | None = None) -> Iterator[Step]:

@@ -37,13 +37,13 @@ def test_many_shared_prompts_are_counted_and_some_named(tmp_path: Path) -> None:
     assert caught.value.message.count(",") == 5
 
 
-def test_prompts_that_differ_in_a_tool_are_different(tmp_path: Path) -> None:
+def test_a_guard_is_held_out_too(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "p.jsonl")
-    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
-    with prompts.open("a") as file:
-        row = {"messages": [{"role": "user", "content": "Name a moss."}], "tools": [tool], "split": "train"}
-        file.write(json.dumps(row) + "\n")
-    assert leaks.check(config(Path("m"), prompts)) == len(TOPICS) + 1
+    guard = write_prompts(tmp_path / "guard.jsonl", ("clay",), (TOPICS[0],))
+    guarded = {"guard": [f"{guard}:length"], "guard_split": "heldout"}
+    with pytest.raises(DataError, match=r"1 of 3 prompts of \[evaluate\] are trained on too"):
+        leaks.check(config(Path("m"), prompts, evaluate=guarded))
+    assert leaks.check(config(Path("m"), prompts, evaluate={**guarded, "guard_split": "train"})) == len(TOPICS)
 
 
 @pytest.mark.parametrize(("per_round", "rounds", "fits"), [(3, 2, True), (3, 3, False), (7, 1, False), (1, 6, True)])

@@ -103,6 +103,29 @@ def test_a_fixed_reference_is_a_model_or_an_adapter_on_the_model(tmp_path: Path)
     assert (steps["train"].reference_model, steps["train"].reference_adapter) == (str(model), "none")
 
 
+def test_an_evaluation_is_compared_with_the_start_the_best_round_and_the_round_before() -> None:
+    made = config(evaluate={"baseline": ["runs/other"]})
+    compared = [round_of(made, n, Known(best=best))["evaluate"].baseline for n, best in ((0, 0), (1, 0), (3, 1))]
+    names = [tuple(directory.removesuffix("/evaluate") for directory in found) for found in compared]
+    assert names == [
+        ("runs/other",), ("out/round-0", "runs/other"), ("out/round-0", "out/round-1", "out/round-2", "runs/other")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("table", "leaves"),
+    [
+        ({"reward": ["length"]}, True),
+        ({"reward": "length", "kl_to": ["base"]}, True),
+        ({"reward": ["length", "refusal"]}, False),
+        ({"reward": ["length"], "kl_to": ["base", "adapters/sft"]}, False),
+        ({"reward": ["length"], "reward_settings": {"j": {"kind": "judge", "mode": "pairwise"}}, "judge": "j"}, False),
+    ],
+)
+def test_an_engine_is_left_open_unless_others_need_its_memory(table: dict[str, Any], leaves: bool) -> None:
+    assert plan.leaves_engine(config(evaluate=table)) is leaves
+
+
 def test_scoring_takes_what_sampling_may_make() -> None:
     steps = round_of(
         config(reference="fixed:x", generate={"max_tokens": 3000, "engine": "transformers", "check": 0}), 1

@@ -1,15 +1,12 @@
 """Rounds steer themselves: the best one is linked, rules stop them, more of them go on, others branch off."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from prefpipe.config.iterate import IterateConfig
-from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.errors import DataError
 from prefpipe.ids import content_id
 from prefpipe.models.policy import resolve
 from prefpipe.runs import manifests, store
@@ -17,23 +14,7 @@ from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Completion
 from prefpipe.stages.iterate import stage as iterate
 from tests.stages.iterate import cases
-from tests.stages.iterate.cases import PER_ROUND, in_process, never
-
-Make = Callable[..., IterateConfig]
-
-
-@pytest.fixture(scope="module")
-def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A config with the fake engine; the metric rises and falls with what its answers happen to be."""
-    prompts = cases.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
-    return lambda **changes: cases.config(tiny_model, prompts, **changes)
-
-
-@pytest.fixture(scope="module")
-def three(make: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """Three rounds without a pause."""
-    out = tmp_path_factory.mktemp("three") / "out"
-    return out, iterate.run(make(rounds=3), out, force=False, runner=in_process)
+from tests.stages.iterate.cases import PER_ROUND, Make, adapters, in_process, never
 
 
 class Recorded:
@@ -59,10 +40,6 @@ def rewrite(out: Path, passed: float) -> None:
         manifest["totals"][decoding] |= {"pass": passed, "low": passed - 0.02, "high": passed + 0.02}
     manifest["digest"] = manifests.digest(manifest)
     (out / "manifest.json").write_text(json.dumps(manifest))
-
-
-def adapters(out: Path, *rounds: int) -> list[bytes]:
-    return [(out / f"round-{n}/train/adapter/adapter_model.safetensors").read_bytes() for n in rounds]
 
 
 def test_more_rounds_go_on_where_a_finished_run_ended(make: Make, three: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -166,85 +143,55 @@ def test_a_stopped_run_goes_on_with_other_rules(make: Make, tmp_path: Path) -> N
     assert again["totals"]["stopped"]["round"] == 3
 
 
+def without_pairs(command: str, saved: Path, out: Path) -> None:
+    """A runner in which every prompt of round 2 has answers of one kind."""
+    if out.parent.name == "round-2" and command == "build-pairs":
+        recipe = json.loads(saved.read_text())
+        recipe["config"] |= {"reward": "tests.stages.iterate.cases:same"}
+        saved.write_text(json.dumps(recipe))
+    in_process(command, saved, out)
+
+
+def test_a_round_without_a_pair_ends_the_rounds_before_it(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The share of mixed prompts is 0: the rounds before it are a result, and not an error."""
+    both = {"rewards": [cases.REWARD, "tests.stages.iterate.cases:same"]}
+    out, config = tmp_path / "out", make(rounds=3, stop={"rules": ["mixed"], "mixed_share": 0}, generate=both)
+    manifest = iterate.run(config, out, force=False, runner=without_pairs)
+    assert len(manifest["totals"]["rounds"]) == 2
+    assert manifest["totals"]["stopped"]["why"] == ["round 2: no prompt has outcomes that differ (tie: 6)"]
+    assert "stopped after round 1 by rule mixed" in capsys.readouterr().err
+    again = iterate.run(config, out, force=False, runner=without_pairs)
+    assert again == manifest
+    with pytest.raises(DataError, match="no pair is left"):
+        iterate.run(make(rounds=3, generate=both), out, force=False, runner=without_pairs)
+
+
+def test_rules_see_what_a_real_evaluation_counts(make: Make, tmp_path: Path) -> None:
+    """The base of the fake engine has other log-probs than a policy with an adapter: a divergence from round 1 on."""
+    out = tmp_path / "out"
+    config = make(stop={"rules": ["kl"], "kl_cap": 0.1}, evaluate={"kl_to": ["base"]})
+    manifest = iterate.run(config, out, force=False, runner=in_process)
+    assert manifest["totals"]["stopped"]["round"] == 1
+    assert "nats from base, cap 0.1" in manifest["totals"]["stopped"]["why"][0]
+    assert manifest["totals"]["rounds"][0]["kl"][0]["per_sequence"]["k1"] == 0
+    (comparison,) = manifest["totals"]["rounds"][1]["comparisons"]
+    assert comparison["baseline"] == str(out / "round-0/evaluate")
+
+
 def test_a_leak_is_refused_before_anything_is_written(make: Make, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="are trained on too"):
         iterate.run(make(evaluate={"split": "all"}), tmp_path / "out", force=False, runner=never)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_branch_takes_rounds_by_link_and_goes_on_from_them(
-    make: Make, three: tuple[Path, Manifest], tmp_path: Path
-) -> None:
-    source, whole = three
-    out = tmp_path / "new" / "out"
-    branch = make(rounds=3, from_run=str(source), from_round=1, learning_rates=[3e-3], train={"learning_rate": 0.0})
-    ran: list[str] = []
-
-    def runner(command: str, saved: Path, run_dir: Path) -> None:
-        ran.append(f"{run_dir.parent.name}/{run_dir.name}")
-        in_process(command, saved, run_dir)
-
-    manifest = iterate.run(branch, out, force=False, runner=runner)
-    assert ran == [f"round-{n}/{c}" for n in (2, 3) for c in PER_ROUND]
-    taken = [name for name in whole["identity"] if name.startswith(("round-0", "round-1"))]
-    assert {name: manifest["identity"][name] for name in taken} == {name: whole["identity"][name] for name in taken}
-    assert all((out / f"round-{n}").is_symlink() for n in (0, 1))
-    assert not (out / "round-2").is_symlink()
-    sampled = [store.read_manifest(run / "round-2/generate")["identity"]["policy"] for run in (source, out)]
-    assert sampled[0] == sampled[1]
-    assert adapters(out, 2) != adapters(source, 2)
-    assert manifest["totals"]["rounds"][:2] == whole["totals"]["rounds"][:2]
-    assert iterate.run(branch, out, force=False, runner=never) == manifest
-
-
-def test_a_branch_of_the_same_settings_is_the_same_run(
-    make: Make, three: tuple[Path, Manifest], tmp_path: Path
-) -> None:
-    source, _ = three
-    out = tmp_path / "out"
-    iterate.run(make(rounds=2, from_run=str(source), from_round=1), out, force=False, runner=in_process)
-    assert adapters(out, 1, 2) == adapters(source, 1, 2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"from_round": 7, "rounds": 9}, MissingInputError, "round-4 has no complete generate, build-pairs, train"),
-        ({"evaluate": {"max_tokens": 9}}, UsageError, "other settings than [evaluate]: max_tokens"),
-        ({"evaluate": {"reward": "short_sentence"}}, UsageError, "[evaluate]: reward"),
-        ({"train": {"tuning": "full"}}, UsageError, "another tuning than full"),
-    ],
-)
-def test_rounds_that_do_not_fit_are_not_taken(
-    make: Make,
-    three: tuple[Path, Manifest],
-    tmp_path: Path,
-    changes: dict[str, Any],
-    error: type[DataError],
-    message: str,
-) -> None:
-    source, _ = three
-    if changes.get("train"):
-        changes = {"train": {"tuning": "full", "lora_r": 16}}
-    config = make(**{"rounds": 3, "from_run": str(source), "from_round": 1, **changes})
-    with pytest.raises(error) as caught:
-        iterate.run(config, tmp_path / "out", force=False, runner=never)
-    assert message in caught.value.message
-    assert not (tmp_path / "out").exists()
-
-
-def test_rounds_of_another_model_are_not_taken(
-    make: Make, three: tuple[Path, Manifest], other_model: Path, tmp_path: Path
-) -> None:
-    source, _ = three
-    config = make(rounds=3, from_run=str(source), from_round=1).model_copy(update={"model": str(other_model)})
-    with pytest.raises(UsageError, match="give the model of that run"):
-        iterate.run(config, tmp_path / "out", force=False, runner=never)
-
-
 def test_rounds_have_prompts_of_their_own_and_replay_a_share_of_earlier_pairs(make: Make, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    config = make(prompts_per_round=2, replay=0.5, rounds=3, temperatures=[1.0, 0.5], betas=[2.0, 3.0])
+    sampling = {"max_tokens": 24, "num_samples": 4}
+    config = make(
+        prompts_per_round=2, replay=0.5, rounds=3, temperatures=[1.0, 0.5], betas=[2.0, 3.0], generate=sampling
+    )
     iterate.run(config, out, force=False, runner=in_process)
     prompts = [set(prompts_of(out / f"round-{n}/generate")) for n in (1, 2, 3)]
     assert [len(p) for p in prompts] == [2, 2, 2]

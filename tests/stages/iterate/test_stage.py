@@ -172,20 +172,6 @@ def test_a_step_that_lost_its_data_is_made_again(
     assert (tmp_path / "out/round-2/evaluate/evaluations/part-00000.parquet").exists()
 
 
-def test_the_summary_shows_a_row_per_round_and_paths_that_exist(finished: tuple[Path, Manifest]) -> None:
-    out, manifest = finished
-    lines = iterate.summary(manifest, out)
-    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
-    assert [row.removesuffix(" (best)") for row in rows] == ["round", "---", "start", "1", "2"]
-    assert any("1 held-out prompts" in line for line in lines)
-    text = "\n".join(lines)
-    assert "> Name a moss." in text
-    for word in ("metrics", "replay"):
-        line = next(x for x in lines if x.startswith(word))
-        path = next(w for w in line.split() if w.startswith(str(out)))
-        assert Path(path).exists(), line
-
-
 def test_a_run_without_prompts_is_refused(config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no prompts given for evaluate"):
         iterate.run(config(evaluate={}), tmp_path / "o", force=False, runner=never)

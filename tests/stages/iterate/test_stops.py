@@ -99,17 +99,27 @@ def test_a_longer_window_waits_for_as_many_rounds_in_a_row(rule: StopRule) -> No
     assert len(stop.why) == 3
 
 
-def test_the_error_of_a_paired_comparison_is_that_of_the_comparison() -> None:
+PAIRED = {"difference_low": 0.01, "difference_high": 0.03,
+          "mean_reward_difference_low": 0.01, "mean_reward_difference_high": 0.03}  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["sampled.pass", "greedy.mean_reward"])
+def test_the_error_of_a_paired_comparison_is_that_of_the_comparison(metric: str) -> None:
     """Paired, a gain of 0.02 is visible; from two intervals as wide as 0.08 it is not."""
-    paired = {"difference": 0.02, "difference_low": 0.01, "difference_high": 0.03}
-    comparisons = [{"baseline": "runs/x/round-0/evaluate", "sampled": paired, "greedy": paired}]
-    recorded = [evaluation(0.50), evaluation(0.52, comparisons=comparisons)]
+    wide = {"mean_reward_low": 0.46, "mean_reward_high": 0.54}
+    start, after = evaluation(0.50), evaluation(0.52)
+    for totals in (start, after):
+        for decoding in ("greedy", "sampled"):
+            totals[decoding] |= wide
     one_round = StopSettings(rules=("gain",), gain_rounds=1)
-    assert stops.check(Series(recorded, [built(0.6)], "sampled.mean_reward"), one_round) is None
-    assert stops.check(Series(recorded, [built(0.6)], "sampled.pass"), one_round) is not None
+    assert stops.check(Series([start, after], [built(0.6)], metric), one_round) is not None
+    after["comparisons"] = [{"baseline": f"runs/x/round-{n}/evaluate", "sampled": p, "greedy": p}
+                            for n, p in ((1, {}), (0, PAIRED))]  # fmt: skip
+    assert stops.check(Series([start, after], [built(0.6)], metric), one_round) is None
 
 
 def test_a_mean_reward_without_an_interval_says_nothing_about_a_gain() -> None:
+    """As in evaluations that were made before means had one."""
     flat = [evaluation(0.5)] * 4
     assert stops.check(Series(flat, [built(0.6)] * 3, "sampled.mean_reward"), StopSettings()) is None
 
