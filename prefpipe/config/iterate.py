@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import STRICT
+from prefpipe.config.base import ADDED, RUNTIME, STRICT
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
@@ -31,6 +31,8 @@ class IterateConfig(BaseModel):
     reference: Literal["previous", "base"] = "previous"
     """Reference model of a round: the policy that it starts from, whose log-probs come with its samples at no cost, or
     the base model (the policy with its adapter off)."""
+    report: Annotated[bool, ADDED, RUNTIME] = False
+    """Write OUT/report.html after every evaluation, so that the rounds can be watched."""
     generate: GenerateConfig = GenerateConfig()
     build_pairs: BuildPairsConfig = BuildPairsConfig()
     train: TrainConfig = TrainConfig()

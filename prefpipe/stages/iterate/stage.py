@@ -30,7 +30,7 @@ from prefpipe.config.shared import REWARD_CHOICES
 from prefpipe.errors import PrefpipeError, UsageError
 from prefpipe.ids import canonical_json
 from prefpipe.models import policy
-from prefpipe.runs import fsio, store
+from prefpipe.runs import fsio, page, store
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Evaluation, from_table
 
@@ -59,6 +59,8 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
     if not config.train.learning_rate:
         config = config.model_copy(update={"train": config.train.resolved})
         log.info(f"train.learning_rate = {config.train.learning_rate:g}: the default of tuning = {config.train.tuning}")
+    if config.report:
+        page.check_installed()
     with store.open_run(out, "iterate", config, _inputs(config), force=force) as run_dir:
         manifest = run_dir.manifest(lambda m: all(_is_unchanged(out / name, d) for name, d in m["identity"].items()))
         if manifest is not None:
@@ -70,10 +72,15 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
             saved = out / f"{step.name}.json"
             fsio.write_text(saved, canonical_json({"command": step.command, "config": dump(step.config)}) + "\n")
             (runner or run_process)(step.command, saved, out / step.name)
+            if config.report and step.command == "evaluate" and number < len(plan):
+                page.write(out)
         run_dir.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
         manifests = {step.name: store.read_manifest(out / step.name) for step in plan}
         rounds = [manifests[step.name]["totals"] for step in plan if step.command == "evaluate"]
-        return run_dir.finish({"rounds": rounds}, {name: m["digest"] for name, m in manifests.items()})
+        manifest = run_dir.finish({"rounds": rounds}, {name: m["digest"] for name, m in manifests.items()})
+        if config.report:
+            page.write(out)
+        return manifest
 
 
 def steps(config: IterateConfig, out: Path) -> Iterator[Step]:
