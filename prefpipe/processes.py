@@ -20,7 +20,7 @@ def python(module: str, *arguments: str) -> list[str]:
 def environment(path: list[str] | None = None) -> dict[str, str]:
     """The environment of this process, in which a module of prefpipe is found; `path` are the folders of modules to
     look in, by default those of PYTHONPATH."""
-    folders = path if path is not None else os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = path if path is not None else list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     if _ROOT not in map(os.path.realpath, [*folders, *site.getsitepackages()]):
         folders = [_ROOT, *folders]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}

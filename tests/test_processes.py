@@ -70,3 +70,11 @@ def test_folders_of_modules_that_a_user_named_are_kept(folder: Path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", f"/a:{folder}")
     assert processes.module_path() == [str(folder), "/elsewhere"]
     assert processes.environment(["/elsewhere"])["PYTHONPATH"].split(":")[-1] == "/elsewhere"
+
+
+def test_the_source_tree_is_found_without_a_pythonpath(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty PYTHONPATH names no folder: not the current one, which `-P` leaves out."""
+    monkeypatch.chdir(processes._ROOT)
+    monkeypatch.setattr(processes.site, "getsitepackages", list)
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert processes.environment()["PYTHONPATH"] == processes._ROOT

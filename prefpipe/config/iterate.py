@@ -68,6 +68,8 @@ class IterateConfig(BaseModel):
     """What starts train: auto (one process per visible GPU), none (one process), or a command in front of it, such as
     'torchrun --nproc_per_node 4' or 'srun -n 8'."""
     stop: StopSettings = StopSettings()
+    report: Annotated[bool, ADDED, RUNTIME] = False
+    """Write OUT/report.html after every evaluation, so that the rounds can be watched."""
     generate: GenerateConfig = GenerateConfig()
     build_pairs: BuildPairsConfig = BuildPairsConfig()
     train: TrainConfig = TrainConfig()

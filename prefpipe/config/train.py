@@ -211,6 +211,8 @@ class TrainConfig(LossSettings):
     """End the run with exit code 3 when a STOP rule of docs/diagnostics.md fires; the last checkpoint stays."""
     report_to: Annotated[tuple[Tracker, ...], RUNTIME] = ()
     """Trackers that get the metrics beside metrics.jsonl; local and offline unless their own settings say otherwise."""
+    report: Annotated[bool, ADDED, RUNTIME] = False
+    """Write OUT/report.html at every evaluation and at the end, so that the run can be watched."""
 
     @property
     def objective(self) -> Objective:

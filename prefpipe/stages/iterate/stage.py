@@ -29,7 +29,7 @@ from prefpipe.errors import DataError, PrefpipeError, UsageError
 from prefpipe.ids import canonical_json
 from prefpipe.inputs import files
 from prefpipe.models import policy
-from prefpipe.runs import fsio, links, saved_config, store, tables
+from prefpipe.runs import fsio, links, page, saved_config, store, tables
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, from_table
@@ -73,6 +73,8 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
     if not config.train.learning_rate and not config.learning_rates:
         config = config.model_copy(update={"train": config.train.resolved})
         log.info(f"train.learning_rate = {config.train.learning_rate:g}: the default of tuning = {config.train.tuning}")
+    if config.report:
+        page.check_installed()
     config = settled(config, out)
     taken = branch.digests(config)
     inputs = _inputs(config) | branch.identity(taken)
@@ -91,7 +93,10 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
         with Processes(config.launcher, keep=leaves_engine(config)) as processes:
             stop = _run_rounds(config, rounds, num_prompts, runner or processes)
         run_dir.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
-        return _finish(config, run_dir, rounds, stop)
+        manifest = _finish(config, run_dir, rounds, stop)
+        if config.report:
+            page.write(out)
+        return manifest
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
@@ -126,6 +131,8 @@ def _run_round(config: IterateConfig, rounds: _Rounds, number: int, known: Known
             return stops.without_pairs(number, ties)
         names.append(step.name)
     rounds.read(names)
+    if config.report and number < config.rounds:
+        page.write(rounds.out)
     return None
 
 

@@ -118,7 +118,7 @@ def _groups(run: Overview) -> list[Group]:
     columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "reward_gap"]
     columns += ["ref_chosen_logps", "ref_rejected_logps"]
     rows = overview.rows(run, "pairs", Pair, _MOST_ROWS, columns)
-    pairs = [row | {"margin": _margin(row)} for row in rows.rows]
+    pairs: list[dict[str, Any]] = [{**row, "margin": _margin(row)} for row in rows.rows]
     rated = sorted((row for row in pairs if is_number(row["reward_gap"])), key=lambda row: row["reward_gap"])
     known = sorted((row for row in pairs if row["margin"] is not None), key=lambda row: row["margin"])
     of_all = f" Of the first {number(len(pairs))} pairs." if len(pairs) < rows.total else ""

@@ -7,6 +7,7 @@ margin of 0, so that all losses share two axes.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -134,7 +135,7 @@ def _frame(which: str, start: Mapping[str, Any]) -> Chart:
         }
     )
     title = {"loss": "Loss", "pull": "Pull on the margin (gradient weight)"}[which]
-    unique = svg.replace("clip0", f"{which}-clip")
+    unique = re.sub(r"\bclip\d+", f"{which}-clip", svg)  # an id is one of the whole page
     return Chart(title, "relative to its value at a margin of 0", Markup(unique))
 
 

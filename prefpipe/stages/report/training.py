@@ -160,7 +160,7 @@ def _differences(run: str, histogram: object) -> Chart | None:
     if not isinstance(histogram, dict) or not histogram:
         return None
     values = [{"label": shown(name, 20), "count": count} for name, count in histogram.items() if is_number(count)]
-    total = sum(value["count"] for value in values)
+    total = sum(count for count in histogram.values() if is_number(count))
     says = ", ".join(f"{value['count']} {value['label']}" for value in values if value["count"])
     svg = charts.counts(values, "nats, absolute")
     title = f"Differences per token, {run}"

@@ -11,7 +11,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, Interrupted
 from prefpipe.forward import load
 from prefpipe.ids import sample_seed
-from prefpipe.runs import fsio
+from prefpipe.runs import fsio, page
 from prefpipe.runs.store import Run
 from prefpipe.stages.train import checkpoint, evaluation, interrupts, loop
 from prefpipe.stages.train.checkpoint import Checkpoint
@@ -96,6 +96,8 @@ def _run_steps(
             tensors = trainer.optimizer.state() if keep else None  # a collective call: every rank takes part
             if session.output:
                 _record(session.output, line, tensors, watch.state, config, best)
+                if config.report and "eval_loss" in line:
+                    page.write(session.output.out)
             watch.tell(step, alerts)
             advance(1, note(step))
             if signal_number:

@@ -30,7 +30,7 @@ from prefpipe.forward import load
 from prefpipe.forward.logps import SCORER_VERSION, TreeModel
 from prefpipe.models.policy import Policy
 from prefpipe.rows import what_helps, why_dropped
-from prefpipe.runs import store
+from prefpipe.runs import page, store
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, to_table
@@ -52,6 +52,8 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
     """Train a policy into `out` and return the manifest."""
     world = parallel.start()
     trackers.check_installed(config.report_to)
+    if config.report:
+        page.check_installed()
     if not config.learning_rate:
         config = config.resolved
         log.info(f"learning_rate = {config.learning_rate:g}: the default of tuning = {config.tuning}")
@@ -63,6 +65,8 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
         manifest = session.lead(Run.manifest)
         if manifest is None:
             manifest = _train(session, data, config)
+            if config.report and world.leads:
+                page.write(out)
     parallel.stop(world)  # after an error the process just ends: leaving the group would wait for the other ranks
     return manifest
 

@@ -244,7 +244,7 @@ def round_(value: float) -> float:
 
 
 def write_again(out: Path, shape: Shape = Shape()) -> None:
-    """Raise where a run of `iterate_run` is not what it was: not complete, or with other files than in its manifest."""
+    """Fail where a run of `iterate_run` is not what it was: not complete, or its manifest has other files."""
     with store.open_run(out, "iterate", config_of(shape), {"policy": "weights:0"}, force=False) as root:
         assert root.manifest() is not None
     for name in ("round-1/train", "round-2/evaluate"):

@@ -17,6 +17,7 @@ from tests.stages.report import browser, cases, hostile
 TEXTS = hostile.TEXTS
 
 
+pytestmark = pytest.mark.slow
 ACTIVE = {"img", "iframe", "object", "embed", "base", "form", "math", "video", "marquee", "image", "use"}
 
 

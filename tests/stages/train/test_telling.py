@@ -170,3 +170,16 @@ def test_settings_out_of_reach_are_alerts_of_step_0(tiny_model: Path, pairs: Pat
     (first, *_) = alerts(tmp_path / "t")
     assert (first["rule"], first["level"], first["step"]) == ("A16", "WARN", 0)
     assert "beta 0.001" in first["message"]
+
+
+def test_a_page_is_written_at_an_evaluation_and_at_the_end(tiny_model: Path, tmp_path: Path) -> None:
+    """It is there when the run is killed; it changes nothing of what the run makes."""
+    rows = data.with_reference(data.bare_pairs(12), tiny_model)
+    pairs = data.write_pairs(tmp_path / "p", rows)
+    watched = data.config(tiny_model, pairs, eval_split=0.4, num_train_epochs=1, report=True)
+    manifest = stage.run(watched, tmp_path / "watched", force=False)
+    text = (tmp_path / "watched/report.html").read_text()
+    assert "held-out pairs it prefers the chosen side" in text
+    assert "watched is running" not in text
+    plain = stage.run(watched.model_copy(update={"report": False}), tmp_path / "plain", force=False)
+    assert plain["digest"] == manifest["digest"]
