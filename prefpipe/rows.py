@@ -57,7 +57,7 @@ def _of_one(row: Completion | Label | KlBank) -> list[CompletionIds]:
 def _of_group(row: RankedGroup) -> list[CompletionIds]:
     masks = row.loss_masks or [None] * len(row.completion_ids)
     columns = zip(row.completion_ids, row.token_ids, masks, row.ids_digests, strict=True)
-    return [CompletionIds(key, row.prompt_token_ids, *of_completion) for key, *of_completion in columns]
+    return [CompletionIds(key, row.prompt_token_ids, ids, mask, digest) for key, ids, mask, digest in columns]
 
 
 _COMPLETIONS: dict[type, Callable[[Any], list[CompletionIds]]] = {
@@ -106,8 +106,8 @@ _SETTINGS = {
 def logps_of_other_ids(completion_ids: Sequence[str], source: object) -> IdentityError:
     """The error for log-probs with another digest than the completions of the same ids have."""
     return IdentityError(
-        f"{source}: the log-probs of {len(completion_ids)} completions were made for other token ids, or another loss "
-        f"mask (first: completion {completion_ids[0]})",
+        f"{source}: the log-probs of {len(completion_ids)} completions were made for other token ids (first: completion "
+        f"{completion_ids[0]}), or for others of them (loss_mask)",
         "score these completions again: prefpipe score --inputs DIR --out NEW",
     )
 

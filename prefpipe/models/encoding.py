@@ -51,7 +51,10 @@ class Rendered(NamedTuple):
         """The spans in the text without marks."""
         if not self.tokens:
             return self.spans
-        return [tuple(len(escape.unmarked(self.text[:i], self.tokens)) for i in span) for span in self.spans]
+        return [(self._plain_length(start), self._plain_length(end)) for start, end in self.spans]
+
+    def _plain_length(self, end: int) -> int:
+        return len(escape.unmarked(self.text[:end], self.tokens))
 
 
 def encode_prompt(

@@ -87,6 +87,13 @@ def test_scoring_equals_what_sampling_captured_and_shifts_without_the_adapter(en
         assert off[str(sample.sample_index)] == [v - 0.125 for v in sample.token_logps]
 
 
+def test_with_a_mask_the_values_are_those_of_the_scored_tokens(engine: Engine) -> None:
+    ids = [7, 8, 9, 10]
+    given_ = [ScoreRequest("all", [1], ids), ScoreRequest("some", [1], ids, [True, False, False, True])]
+    found = dict(engine.score(given_, adapter=True))
+    assert found["some"] == [found["all"][0], found["all"][3]]
+
+
 def test_requests_are_taken_one_by_one(engine: Engine) -> None:
     """A stream: the second request is not asked for before the first one is done."""
     taken: list[str] = []

@@ -4,8 +4,9 @@ The engines start one after the other, so fixtures gather what an engine gives a
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,14 @@ Logps = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Facts:
-    """What one engine gave: samples, the same requests again in reverse order, and scores of the first samples."""
+    """What one engine gave: samples, the same requests again in reverse order, and scores of the first samples, with
+    the adapter, without it, and of every other token."""
 
     first: Samples
     again: Samples
     scored: Logps
     base: Logps
+    masked: Logps
     scorer: str
 
 
@@ -76,6 +79,7 @@ def plain(settings: EngineSettings) -> Facts:
             again=collect(engine, reversed(given)),
             scored=dict(engine.score(to_score, adapter=True)),
             base=dict(engine.score(to_score, adapter=False)),
+            masked=dict(engine.score((replace(s, loss_mask=every_other(s.token_ids)) for s in to_score), adapter=True)),
             scorer=engine.scorer,
         )
 
@@ -98,6 +102,10 @@ def sequences(chat: Chat, samples: Samples) -> list[ScoreRequest]:
         for name, own in samples.items()
         for s in own
     ]
+
+
+def every_other(token_ids: Sequence[object]) -> list[bool]:
+    return [(len(token_ids) - 1 - place) % 2 == 0 for place in range(len(token_ids))]
 
 
 def collect(engine: Engine, given: Iterable[Request]) -> Samples:
@@ -162,6 +170,12 @@ def test_log_probs_are_raw_whatever_temperature_and_top_p(plain: Facts, settings
     assert distance(captured(plain.first), truth) < 1e-3
     assert distance(plain.scored, captured(plain.first)) < 1e-3
     assert distance(plain.base, plain.scored) < 1e-3
+
+
+def test_with_a_mask_the_values_are_those_of_the_scored_tokens(plain: Facts) -> None:
+    expected = {key: list(compress(values, every_other(values))) for key, values in plain.scored.items()}
+    assert plain.masked.keys() == expected.keys()
+    assert distance(plain.masked, expected) < 1e-4
 
 
 def test_the_scorer_names_engine_version_and_dtype(plain: Facts) -> None:

@@ -36,6 +36,38 @@ def test_every_construct_of_templates_renders_as_in_transformers(chat: Chat, tin
         assert render(replace(chat, template=TEMPLATES[construct]), messages, add_generation_prompt=False) == expected
 
 
+MARKED = (
+    "{% for m in messages %}[{% if m.role == 'assistant' %}{% generation %}{{ m.content }}!{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}]{% endfor %}"
+)
+
+
+def test_what_a_template_marks_is_told_by_its_characters() -> None:
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "tool", "assistant")]
+    text, spans = template.render_marked(MARKED, "today", turns, {}, add_generation_prompt=False)
+    assert text == "[u][a!][t][a!]"
+    assert [text[start:end] for start, end in spans] == ["a!", "a!"]
+    assert spans == [(4, 6), (11, 13)]
+    assert template.render(MARKED, "today", turns, {}, add_generation_prompt=False) == text
+
+
+def test_a_template_that_refuses_leaves_no_marks_behind() -> None:
+    """transformers keeps what it has marked so far with the compiled template, of which there is one."""
+    refusing = MARKED.replace("{{ m.content }}!", "{{ m.content }}{{ raise_exception('no') if m.content == 'x' }}!")
+    bad, good = ([{"role": "assistant", "content": content}] for content in ("x", "y"))
+    for _ in range(2):
+        with pytest.raises(RowFault, match="no"):
+            template.render_marked(refusing, "today", bad, {}, add_generation_prompt=False)
+        assert template.render_marked(refusing, "today", good, {}, add_generation_prompt=False) == ("[y!]", [(1, 3)])
+
+
+@pytest.mark.parametrize(
+    ("text", "marks"), [(MARKED, True), ("{%- generation -%}a{%- endgeneration -%}", True), ("{{ generation }}", False)]
+)
+def test_whether_a_template_marks_the_assistant(text: str, marks: bool) -> None:
+    assert template.marks_assistant(text) is marks
+
+
 def test_the_date_is_the_local_one(chat: Chat) -> None:
     text = render(replace(chat, template="{{ strftime_now('%Y') }}"), [USER], add_generation_prompt=False)
     assert text.isdigit()

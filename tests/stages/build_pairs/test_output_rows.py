@@ -70,6 +70,28 @@ def test_other_ids_are_refused() -> None:
         contents(stale).of(0)
 
 
+def test_the_text_of_several_turns_is_that_of_all_of_them() -> None:
+    """Two traces that end with the same words are no identical texts; one turn is compared without its reasoning."""
+    frame = COMPLETIONS.with_columns(
+        thinking=pl.Series(["before ", "<think></think>"]), loss_mask=pl.Series([[False, True], None])
+    )
+    made = Contents([frame], [pl.LazyFrame(REFERENCE)], [pl.LazyFrame(REFERENCE).clear()], [PROMPTS])
+    found = made.of(0).sort("completion_id")
+    assert found["text"].to_list() == ["before good", "bad"]
+    assert found["thinking"].to_list() == [None, "<think></think>"]
+
+
+def test_a_group_has_masks_where_one_of_its_completions_has() -> None:
+    ranked = pl.DataFrame(
+        {"prompt_id": ["p", "p"], "completion_id": ["c", "d"], "reward": [1.0, 0.0], "finish_reason": ["stop", "stop"]}
+    )
+    for mask, expected in (([False, True], [[False, True], [True, True]]), (None, None)):
+        frame = COMPLETIONS.with_columns(loss_mask=pl.Series([mask, None], dtype=pl.List(pl.Boolean)))
+        made = Contents([frame], [pl.LazyFrame(REFERENCE)], [pl.LazyFrame(REFERENCE).clear()], [PROMPTS])
+        rows = output_rows.group_rows(ranked, made.of(0), made.prompts_of(0))
+        assert output_rows.to_table(rows, RankedGroup)["loss_masks"].to_pylist() == [expected]
+
+
 def test_a_group_of_two_tokenizers_is_refused() -> None:
     other = COMPLETIONS.with_columns(prompt_token_ids=pl.Series([[1], [9]]))
     made = Contents([other], [pl.LazyFrame(REFERENCE)], [pl.LazyFrame(REFERENCE).clear()], [PROMPTS])
