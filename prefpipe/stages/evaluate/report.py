@@ -15,27 +15,12 @@ _ROWS = (
     *("distinct_2", "thinking"),
 )
 _OF_LOW_AND_HIGH = ("pass", "mean", "win_rate", "per_token", "difference")  # where nothing stands before low and high
-_WIDTH, _CELL = 14, 26
+_CELL = 26  # characters
 
 
 def summary(totals: Totals, out: Path) -> list[str]:
     """What the command prints when it is done."""
-    there = [d for d in DECODINGS if d in totals]
-    lines = [
-        f"{totals['prompts']} prompts rated in {out}",
-        _line("", there),
-        _line("pass", [_interval(totals[d], "pass", "low", "high", percent=True) for d in there]),
-    ]
-    of_k = dict.fromkeys(name for d in there for name in totals[d] if re.fullmatch(r"pass_at_(?!1$)\d+", name))
-    lines += [
-        _line(name.replace("pass_at_", "pass@").replace("_", " "), [_named(totals[d], name) for d in there])
-        for name in (*of_k, *_ROWS)
-        if name in of_k or any(totals[d].get(name) for d in there)
-    ]
-    lines += [
-        _line(f"reward {name}", [_interval(means[d], "mean", "low", "high") for d in there])
-        for name, means in list(totals.get("rewards", {}).items())[1:]
-    ]
+    lines = [f"{totals['prompts']} prompts rated in {out}", *_table(totals)]
     for comparison in totals.get("comparisons", ()):
         lines += _comparison(comparison)
     for guard in totals.get("guards", ()):
@@ -109,8 +94,22 @@ def _compared(comparison: Totals) -> Iterator[tuple[str, str | None, str | None,
         yield f"judge {judged['name']} at equal length", against, "greedy", judged.get("length_controlled", {})
 
 
-def _line(name: str, cells: Sequence[str]) -> str:
-    return f"  {name:<{_WIDTH}} {''.join(f'{cell:<{_CELL}}' for cell in cells)}".rstrip()
+def _table(totals: Totals) -> list[str]:
+    """The numbers of the answers, greedy beside sampled; those that are 0 in both are left out."""
+    there = [d for d in DECODINGS if d in totals]
+    table = [("", there), ("pass", [_interval(totals[d], "pass", "low", "high", percent=True) for d in there])]
+    of_k = dict.fromkeys(name for d in there for name in totals[d] if re.fullmatch(r"pass_at_(?!1$)\d+", name))
+    table += [
+        (name.replace("pass_at_", "pass@").replace("_", " "), [_named(totals[d], name) for d in there])
+        for name in (*of_k, *_ROWS)
+        if name in of_k or any(totals[d].get(name) for d in there)
+    ]
+    table += [
+        (f"reward {name}", [_interval(means[d], "mean", "low", "high") for d in there])
+        for name, means in list(totals.get("rewards", {}).items())[1:]
+    ]
+    width = max(len(name) for name, _ in table)
+    return [f"  {name:<{width}}  {''.join(f'{cell:<{_CELL}}' for cell in cells)}".rstrip() for name, cells in table]
 
 
 def _named(values: Totals, name: str) -> str:
