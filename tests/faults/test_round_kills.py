@@ -25,31 +25,37 @@ from tests.stages.iterate import cases
 ALL = "PREFPIPE_ALL_FAULTS" in os.environ
 NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (46, 10, 8) if ALL else (4, 1, 1)
 # Most passes through each point in a run that nothing disturbed, measured; a later fault is never reached.
-POINTS = {"write": 161, "fsync": 169, "rename": 147, "fsync_dir": 157, "append": 16}
+POINTS = {"write": 167, "fsync": 175, "rename": 153, "fsync_dir": 163, "append": 16}
 _MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe, and what its run has made that nothing disturbed."""
+    """A recipe, where it runs (a comparison names its directories), and what its run has made that nothing
+    disturbed."""
 
     recipe: Path
+    out: Path
     whole: dict[str, str]
 
 
-@pytest.fixture
-def place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
-        yield Path(folder)
-
-
 @pytest.fixture(scope="module")
-def case(forged: Forge, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(forged: Forge, tiny_model: Path) -> Iterator[Case]:
+    with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as name:
+        folder = Path(name)
+        recipe = write_recipe(tiny_model, folder)
+        done = run(forged, recipe, folder / "out")
+        assert done.code == 0, done.stderr
+        whole = digests(folder / "out")
+        shutil.rmtree(folder / "out")
+        yield Case(recipe, folder / "out", whole)
+
+
+def write_recipe(model: Path, folder: Path) -> Path:
     """Two rounds with schedules, prompts of their own and replay; a checkpoint after every step of training."""
-    folder = tmp_path_factory.mktemp("case")
     sampling = {"max_tokens": 24, "num_samples": 4, "shard_rows": 1}
     config = cases.config(
-        tiny_model,
+        model,
         cases.write_prompts(folder / "prompts.jsonl"),
         prompts_per_round=3,
         replay=1.0,
@@ -61,9 +67,7 @@ def case(forged: Forge, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
     )
     recipe = folder / "recipe.json"
     recipe.write_text(json.dumps(base.dump(config)))
-    done = run(forged, recipe, folder / "out")
-    assert done.code == 0, done.stderr
-    return Case(recipe, digests(folder / "out"))
+    return recipe
 
 
 def run(forged: Forge, recipe: Path, out: Path, **job: Any) -> Any:
@@ -81,7 +85,7 @@ def digests(out: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600 if ALL else 300)
-def test_rounds_cut_anywhere_and_run_again_have_the_same_digests(forged: Forge, case: Case, place: Path) -> None:
+def test_rounds_cut_anywhere_and_run_again_have_the_same_digests(forged: Forge, case: Case) -> None:
     source = random.Random(20_261_129)
     kills = 0
     for number in range(NUM_NAMED + NUM_TIMED + NUM_DOUBLE):
@@ -92,12 +96,12 @@ def test_rounds_cut_anywhere_and_run_again_have_the_same_digests(forged: Forge, 
                 point = source.choice(list(POINTS))
                 action = source.choice(["kill", "torn"] if point == "write" else ["kill"])
                 job = {"fault": f"{point}:{source.randint(1, POINTS[point])}:{action}"}
-            done = run(forged, case.recipe, place / "out", **job)
+            done = run(forged, case.recipe, case.out, **job)
             assert done.code in (0, -signal.SIGKILL, -signal.SIGALRM), (job, done.stderr)
             kills += done.code < 0
-        done = run(forged, case.recipe, place / "out")
+        done = run(forged, case.recipe, case.out)
         assert done.code == 0, (job, done.stderr)
-        assert digests(place / "out") == case.whole, job
-        assert not list((place / "out").rglob(".*.tmp")), job
-        shutil.rmtree(place / "out")
+        assert digests(case.out) == case.whole, job
+        assert not list((case.out).rglob(".*.tmp")), job
+        shutil.rmtree(case.out)
     assert kills >= (60 if ALL else 4)

@@ -9,6 +9,7 @@ import pytest
 from prefpipe.config import base
 from prefpipe.errors import PrefpipeError
 from prefpipe.runs import store
+from prefpipe.runs.store import Manifest
 from prefpipe.stages.iterate import runners
 from prefpipe.stages.iterate.plan import Step
 from prefpipe.stages.iterate.runners import Processes, launched, visible_gpus
@@ -85,6 +86,17 @@ def test_a_launcher_stands_in_front_of_train_and_of_nothing_else(saved: dict[str
     asked = (tmp_path / "asked").read_text().strip()
     arguments = f"train {tmp_path}/train.json --out {tmp_path}/t"
     assert asked == f"1 -n a b {sys.executable} -P -m prefpipe {arguments}"
+
+
+@pytest.mark.slow
+def test_torchrun_trains_a_step_on_two_ranks_as_one_process_does(three: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """The global batch is the same: the loss differs by rounding."""
+    alone = three[0] / "round-1"
+    with Processes("torchrun --standalone --nproc_per_node 2") as run:
+        run("train", alone / "train.json", tmp_path / "t")
+    totals = [store.read_manifest(out)["totals"] for out in (alone / "train", tmp_path / "t")]
+    assert totals[0]["steps"] == totals[1]["steps"]
+    assert totals[0]["last_step"]["loss"] == pytest.approx(totals[1]["last_step"]["loss"], rel=1e-4)
 
 
 def test_torchrun_is_that_of_this_python() -> None:
