@@ -85,7 +85,11 @@ def origin(subject: Subject) -> Origin:
     """Section 5, from manifests, configs and timing.jsonl."""
     runs = [run for run in subject.runs if run.state != "not started"]
     every = runs if subject.root in runs else [subject.root, *runs]
-    versions = {name: str(version) for run in every for name, version in (run.manifest.get("versions") or {}).items()}
+    versions = {
+        shown(name, 80): shown(version, 80)
+        for run in every
+        for name, version in (run.manifest.get("versions") or {}).items()
+    }
     makers = _makers(runs)
     return Origin(
         [_node(run, makers) for run in runs],
@@ -106,7 +110,7 @@ def _node(run: Overview, makers: Mapping[str, str]) -> Node:
     inputs = run.manifest.get("inputs") or {}
     read = [Link(shown(name, 80), shown(of, 160), makers.get(str(of), "")) for name, of in inputs.items()]
     made = [Link("policy", shown(_policy(run), 160), "")] if run.command == "train" and _policy(run) else []
-    return Node(shown(run.name, _LONGEST), run.state, str(run.manifest.get("digest", "")), read, made)
+    return Node(shown(run.name, _LONGEST), run.state, shown(run.manifest.get("digest", ""), 80), read, made)
 
 
 def _policy(run: Overview) -> str:
