@@ -93,7 +93,7 @@ def _levels(run: Overview) -> list[Level]:
     totals, name = run.totals, label(run)
     if isinstance(totals.get("levels"), dict):
         return [
-            _level(name, kind, level.get("in"), level.get("out"), level.get("dropped"))
+            _level(name, shown(kind, 80), level.get("in"), level.get("out"), level.get("dropped"))
             for kind, level in totals["levels"].items()
             if isinstance(level, dict)
         ]
@@ -230,7 +230,7 @@ def _sources(run: Overview) -> list[Source]:
         Source(
             f"{kind} of {label(run)}",
             shown(place, 300),
-            str(inputs.get(f"{kind}.{index}", "")),
+            shown(inputs.get(f"{kind}.{index}", ""), 80),
             number(weights[index]) if kind != "sft" and index < len(weights) else "",
         )
         for kind in ("pairs", "labels", "groups", "sft")

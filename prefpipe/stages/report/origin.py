@@ -31,15 +31,23 @@ _LONGEST = 300  # characters of a value
 
 
 @dataclass(frozen=True)
-class Node:
-    """A run in the lineage: what it read and what it made, as names with their digests."""
+class Link:
+    """Something that a run read or made: its name, its digest, and the run on this page that made it, if any."""
 
     name: str
-    command: str
+    digest: str
+    maker: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A run in the lineage: what it read and what it made."""
+
+    name: str
     state: str
     digest: str
-    read: Sequence[tuple[str, str]]
-    made: Sequence[tuple[str, str]]
+    read: Sequence[Link]
+    made: Sequence[Link]
 
 
 @dataclass(frozen=True)
@@ -77,26 +85,37 @@ def origin(subject: Subject) -> Origin:
     """Section 5, from manifests, configs and timing.jsonl."""
     runs = [run for run in subject.runs if run.state != "not started"]
     every = runs if subject.root in runs else [subject.root, *runs]
-    versions = {name: str(version) for run in every for name, version in (run.manifest.get("versions") or {}).items()}
+    versions = {
+        shown(name, 80): shown(version, 80)
+        for run in every
+        for name, version in (run.manifest.get("versions") or {}).items()
+    }
+    makers = _makers(runs)
     return Origin(
-        [_node(run) for run in runs],
+        [_node(run, makers) for run in runs],
         [_made(run) for run in every],
         sorted(versions.items()),
         [(shown(gap.where, _LONGEST), shown(gap.why, 500)) for gap in subject.gaps],
     )
 
 
-def _node(run: Overview) -> Node:
-    identity = run.manifest.get("identity") or {}
-    made = {name: value for name, value in identity.items() if isinstance(value, str)}
-    return Node(
-        shown(run.name, _LONGEST),
-        run.command,
-        run.state,
-        str(run.manifest.get("digest", "")),
-        [(shown(name, 80), shown(value, 120)) for name, value in (run.manifest.get("inputs") or {}).items()],
-        [(shown(name, 80), shown(value, 160)) for name, value in made.items()],
-    )
+def _makers(runs: Sequence[Overview]) -> dict[str, str]:
+    """The digest of every run, and the policy of every run of training -> the name of the run."""
+    found = {str(run.manifest["digest"]): run.name for run in runs if run.manifest.get("digest")}
+    policies = {_policy(run): run.name for run in runs if run.command == "train"}
+    return {digest: shown(name, _LONGEST) for digest, name in {**policies, **found}.items() if digest}
+
+
+def _node(run: Overview, makers: Mapping[str, str]) -> Node:
+    inputs = run.manifest.get("inputs") or {}
+    read = [Link(shown(name, 80), shown(of, 160), makers.get(str(of), "")) for name, of in inputs.items()]
+    made = [Link("policy", shown(_policy(run), 160), "")] if run.command == "train" and _policy(run) else []
+    return Node(shown(run.name, _LONGEST), run.state, shown(run.manifest.get("digest", ""), 80), read, made)
+
+
+def _policy(run: Overview) -> str:
+    """The identity of the policy of a complete run."""
+    return str((run.manifest.get("identity") or {}).get("policy") or "")
 
 
 def _made(run: Overview) -> Made:

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefpipe.runs import overview
 from prefpipe.runs.overview import Gap, Overview, Record
+from prefpipe.stages.report.texts import shown
 
 DASH = "\N{EN DASH}"
 _MOST_ROUNDS = 6  # side by side in a chart
@@ -50,7 +51,7 @@ def read(directory: Path) -> Subject:
 def label(run: Overview) -> str:
     """A run in a legend: its round, or its name."""
     if run.round is None:
-        return run.name
+        return shown(run.name, 120)
     return "start" if run.round == 0 else f"round {run.round}"
 
 
@@ -77,5 +78,6 @@ def table(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
                 inner = entry if isinstance(entry, dict) else {"": entry}
                 rows += [(key.rstrip("."), text) for key, text in table(inner, f"{prefix}{name}.{place}.")]
         else:
-            rows.append((f"{prefix}{name}", number(value, 4) if isinstance(value, float) else str(value)))
+            words = number(value, 4) if isinstance(value, float) else shown(value, 300)
+            rows.append((shown(f"{prefix}{name}", 120), words))
     return rows

@@ -12,6 +12,7 @@ from prefpipe.stages.report.subject import Subject, label, number, percent, tabl
 from prefpipe.stages.report.texts import shown
 
 Tone = Literal["good", "bad", "unclear"]
+_DECODINGS = ("greedy", "sampled")
 _GUARDS = ("guards", "perplexity", "kl", "rewards")  # of an evaluation, where it measured them
 _RESUMES = "run the same command again: it resumes"
 _WHAT = {
@@ -37,6 +38,18 @@ class Round:
     degenerate: str
     reward: str
     best: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers of two policies to the same prompts: what the newer one won, with its interval."""
+
+    baseline: str
+    decoding: str
+    counts: str
+    win_rate: str
+    interval: str
+    p_value: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class Verdict:
     stops: Sequence[Stop]
     alerts: Sequence[Alert]
     flags: Sequence[Flag]
-    comparisons: Sequence[tuple[str, str]]
+    comparisons: Sequence[Comparison]
     guards: Sequence[tuple[str, str]]
 
 
@@ -92,7 +105,7 @@ def verdict(subject: Subject) -> Verdict:
         _stops(subject),
         _alerts(subject),
         flags(subject),
-        [row for one in _list(newest, "comparisons") for row in table(one)],
+        [_comparison(one, name) for one in _list(newest, "comparisons") for name in _DECODINGS if one.get(name)],
         [row for name in _GUARDS if newest.get(name) for row in table({name: newest[name]})],
     )
 
@@ -141,7 +154,7 @@ def _compared(totals: Record, baseline: Overview) -> tuple[float, float, str] | 
     policy = (baseline.manifest.get("identity") or {}).get("policy")
     for entry in _list(totals, "comparisons"):
         found = entry.get("greedy") or entry.get("sampled")
-        if entry.get("baseline") not in (policy, baseline.name) or not isinstance(found, dict):
+        if entry.get("baseline") not in (policy, baseline.name, label(baseline)) or not isinstance(found, dict):
             continue
         low, high, rate = found.get("low"), found.get("high"), found.get("win_rate")
         if isinstance(low, float) and isinstance(high, float) and isinstance(rate, float):
@@ -151,6 +164,18 @@ def _compared(totals: Record, baseline: Overview) -> tuple[float, float, str] | 
                 f"its answers win {percent(rate)} of comparisons with the start ({percent(low)} to {percent(high)})",
             )
     return None
+
+
+def _comparison(entry: Record, decoding: str) -> Comparison:
+    found = entry[decoding] if isinstance(entry[decoding], dict) else {}
+    return Comparison(
+        shown(entry.get("baseline", ""), 120),
+        decoding,
+        " / ".join(number(found.get(key)) for key in ("win", "tie", "loss")),
+        percent(found.get("win_rate")),
+        _span(found),
+        number(found.get("p_value"), 2),
+    )
 
 
 def _of_training(run: Overview, steps: int) -> tuple[str, Tone]:
@@ -195,10 +220,11 @@ def _stops(subject: Subject) -> list[Stop]:
         words = [shown(stopped.get(key, "")) for key in ("rule", "reason", "advice")]
         found.append(Stop(f"stopped by {words[0]}", words[1], words[2]))
     for run in subject.runs if subject.root in subject.runs else (subject.root, *subject.runs):
+        name = shown(run.name, 300)
         if run.state == "running":
-            found.append(Stop(f"{run.name} is running", "a process holds it", "write the page again later"))
+            found.append(Stop(f"{name} is running", "a process holds it", "write the page again later"))
         elif run.state == "unfinished":
-            found.append(Stop(f"{run.name} is not complete", "it was stopped or killed", _RESUMES))
+            found.append(Stop(f"{name} is not complete", "it was stopped or killed", _RESUMES))
     waiting = [run.name for run in subject.runs if run.state == "not started"]
     if waiting and not isinstance(stopped, dict):
         found.append(Stop(f"{len(waiting)} steps are not started", ", ".join(waiting), ""))

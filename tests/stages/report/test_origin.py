@@ -12,9 +12,12 @@ from prefpipe.stages.report.subject import Subject, read
 def test_lineage_by_digest(subject: Subject) -> None:
     """What a step read is what the step before it made."""
     nodes = {node.name: node for node in origin(subject).nodes}
-    assert dict(nodes["round-1/build-pairs"].read)["completions.0"] == nodes["round-1/generate"].digest
-    assert dict(nodes["round-1/train"].read)["pairs.0"] == nodes["round-1/build-pairs"].digest
-    assert dict(nodes["round-2/train"].made)["policy"] == "weights:2"
+    read = {name: {link.name: (link.digest, link.maker) for link in node.read} for name, node in nodes.items()}
+    assert read["round-1/build-pairs"]["completions.0"] == (nodes["round-1/generate"].digest, "round-1/generate")
+    assert read["round-1/train"]["pairs.0"] == (nodes["round-1/build-pairs"].digest, "round-1/build-pairs")
+    assert read["round-2/generate"]["policy"] == ("weights:1", "round-1/train")
+    assert read["round-1/generate"]["policy"] == ("weights:0", "")
+    assert [link.digest for link in nodes["round-2/train"].made] == ["weights:2"]
     assert [node.state for node in nodes.values()] == ["complete"] * 9
 
 

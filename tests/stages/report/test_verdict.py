@@ -55,10 +55,15 @@ def test_a_comparison_with_the_start_decides_where_there_is_one(
     subject: Subject, low: float, high: float, tone: str
 ) -> None:
     """Prompt by prompt it says more than two intervals."""
-    entry = {"baseline": "weights:0", "prompts": 12, "greedy": {"win_rate": 0.6, "low": low, "high": high, "win": 5}}
+    entry = {
+        "baseline": "weights:0",
+        "prompts": 12,
+        "greedy": {"win_rate": 0.6, "low": low, "high": high, "win": 5, "tie": 4},
+    }
     found = verdict(with_totals(subject, evaluate={"comparisons": [entry], "kl": {"mean": 0.25}}))
     assert (found.tone, "win 60.0% of comparisons" in found.sentence) == (tone, True)
-    assert ("greedy.win", "5") in found.comparisons
+    (compared,) = found.comparisons
+    assert (compared.decoding, compared.counts, compared.win_rate) == ("greedy", "5 / 4 / \u2013", "60.0%")
     assert found.guards == [("kl.mean", "0.25")]
 
 
