@@ -106,8 +106,8 @@ _SETTINGS = {
 def logps_of_other_ids(completion_ids: Sequence[str], source: object) -> IdentityError:
     """The error for log-probs with another digest than the completions of the same ids have."""
     return IdentityError(
-        f"{source}: the log-probs of {len(completion_ids)} completions were made for other token ids (first: completion "
-        f"{completion_ids[0]}), or for others of them (loss_mask)",
+        f"{source}: the log-probs of {len(completion_ids)} completions were made for other token ids (first: "
+        f"completion {completion_ids[0]}), or for others of them (loss_mask)",
         "score these completions again: prefpipe score --inputs DIR --out NEW",
     )
 

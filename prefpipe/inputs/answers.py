@@ -37,19 +37,18 @@ def check_marks(chat: Chat, turns: Messages) -> None:
 
 
 def encode(chat: Chat, source: Rendered, turns: Messages) -> AnswerIds:
-    """A rendering of a prompt and an answer of these turns as token ids. Raises RowFault where it should mark the
-    assistant's part and does not, and where a control token cannot be written as plain text."""
-    if len(turns) == 1:
-        return AnswerIds(encode_rendered(chat, source))
-    if not source.spans:
-        raise _no_marks(turns)
-    return AnswerIds(*encode_with_mask(chat, source))
+    """A rendering of a prompt and an answer of these turns as token ids. Raises RowFault where a control token cannot
+    be written as plain text."""
+    return AnswerIds(encode_rendered(chat, source)) if len(turns) == 1 else AnswerIds(*encode_with_mask(chat, source))
 
 
-def behind_prompt(chat: Chat, whole: AnswerIds, prompt_length: int) -> AnswerIds:
+def behind_prompt(chat: Chat, whole: AnswerIds, prompt_length: int, turns: Messages) -> AnswerIds:
     """The ids behind the prompt, up to the end-of-sequence token of the last turn, which is scored whatever the marks
-    say. What the template adds behind it is no part of the answer. Raises RowFault for an answer without text."""
+    say. What the template adds behind it is no part of the answer. Raises RowFault for an answer without text, and for
+    one of several turns without a mark."""
     ids, mask = whole.ids[prompt_length:], None if whole.mask is None else whole.mask[prompt_length:]
+    if mask is not None and not any(mask):
+        raise _no_marks(turns)
     first = 0 if mask is None else last_turn(mask)  # an end-of-sequence token in front of it ends another turn
     last = max((i for i in range(first, len(ids)) if ids[i] in chat.eos_token_ids), default=None)
     while last and ids[last - 1] in chat.eos_token_ids:

@@ -144,9 +144,7 @@ def answer_turns(prompt: Messages, turns: Messages) -> Messages:
         raise RowFault("bad_roles", f"an answer starts with the assistant, not with {turns[0]['role']!r}")
     roles = [turn["role"] for turn in turns]
     if roles[-1] != "assistant" or not {"assistant", *ASKING}.issuperset(roles):
-        raise RowFault(
-            "bad_roles", f"an answer ends with the assistant, between its turns others reply; roles are {roles}"
-        )
+        raise RowFault("bad_roles", f"an answer ends with the assistant and holds no system message; roles are {roles}")
     if any(turn["role"] == "assistant" and not turn["content"].strip() and "extra" not in turn for turn in turns):
         raise RowFault("empty", "an answer without text")
     return turns
@@ -200,8 +198,8 @@ def _preference(row: Row) -> AnsweredPrompt:
 
 
 def _shared_turns(chosen: Messages, rejected: Messages) -> Messages:
-    """The turns that both conversations begin with: all but the last, or where tools answered the assistant in each of
-    them, up to the turn in which they part. Raises RowFault for others that part before their last turn."""
+    """The turns that both conversations begin with: all but the last; where they part earlier and only tools reply
+    behind that, those in front of the answer in which they part. Raises RowFault for any others."""
     if chosen[:-1] == rejected[:-1]:
         return chosen[:-1]
     pairs = zip(chosen[:-1], rejected[:-1], strict=False)

@@ -173,7 +173,7 @@ def tokenise(answered: AnsweredPrompt, chat: Chat, limits: Limits) -> Tokenised:
             check_characters(chat, text, limits.max_length)
     whole = [answers.encode(chat, text, t) for text, t in zip(texts, turns, strict=True)]
     shared = common_prefix([alone, *(w.ids for w in whole)])
-    found = [answers.behind_prompt(chat, w, shared) for w in whole]
+    found = [answers.behind_prompt(chat, w, shared, t) for w, t in zip(whole, turns, strict=True)]
     room = limits.max_length - shared
     cut = [len(answer.ids) > room for answer in found]
     if any(cut):

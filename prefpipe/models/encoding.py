@@ -175,7 +175,7 @@ def _render(
     if chat.template_kwargs:
         inputs = {**inputs, "chat_template_kwargs": {**chat.template_kwargs, **inputs.get("chat_template_kwargs", {})}}
     given = turns.for_template(messages, chat.shape)
-    return template.render_marked(
+    return template.render_with_spans(
         chat.template, chat.date, given, chat.named_tokens, inputs, add_generation_prompt=add_generation_prompt
     )
 

@@ -74,11 +74,11 @@ def render(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """The text of a conversation, as transformers' `apply_chat_template` gives it; see `render_marked`."""
-    return render_marked(template, date, messages, tokens, inputs, add_generation_prompt=add_generation_prompt)[0]
+    """The text of a conversation, as transformers' `apply_chat_template` gives it; see `render_with_spans`."""
+    return render_with_spans(template, date, messages, tokens, inputs, add_generation_prompt=add_generation_prompt)[0]
 
 
-def render_marked(
+def render_with_spans(
     template: str,
     date: str,
     messages: Sequence[Mapping[str, Any]],

@@ -74,7 +74,8 @@ def test_an_answer_of_one_turn_has_no_mask_and_its_ids_whatever_the_template_mar
 
 def test_without_marks_the_row_is_left_out_and_the_ledger_says_what_helps(chat: Chat, marked: Chat) -> None:
     """A template that has marks and writes none around these turns is no better."""
-    for template in (chat.template, MARKED.replace("m.role == 'assistant'", "m.role == 'nobody'")):
+    in_prompts = MARKED.replace("m.role == 'assistant'", "loop.index == 1")  # nothing of the answer
+    for template in (chat.template, MARKED.replace("m.role == 'assistant'", "m.role == 'nobody'"), in_prompts):
         with pytest.raises(RowFault, match=r"an answer of 3 turns.*--chat-template FILE; TRL") as fault:
             read(replace(marked, template=template), TRACE, Limits(rules=Rules(template_changes="allow")))
         assert fault.value.reason == "several_turns"

@@ -1,20 +1,30 @@
 """Text and token ids of conversations: those of transformers, and nothing that a text spells or a template drops."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prefpipe.errors import MissingInputError, RowFault
 from prefpipe.models import encoding, policy
 from prefpipe.models.chat import Chat, load_chat
-from prefpipe.models.encoding import Rules, encode, encode_prompt, encode_rendered, render, rendered
+from prefpipe.models.encoding import (
+    Rules,
+    encode,
+    encode_prompt,
+    encode_rendered,
+    encode_with_mask,
+    render,
+    rendered,
+)
 from prefpipe.schemas import Message
-from tests.models.cases import SHAPES, USER
+from tests.models.cases import SHAPES, USER, byte_level, legacy, pieces
 from tests.tiny import SPECIAL
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
@@ -203,3 +213,27 @@ def test_the_words_of_a_template_that_refuses_are_those_of_the_fault(chat: Chat)
     strict = replace(chat, template="{{ raise_exception('No system turns here.') }}")
     with pytest.raises(RowFault, match="No system turns here"):
         encode_prompt(strict, [USER], max_tokens=99, rules=Rules())
+
+
+MARKED = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("make", [byte_level, legacy, pieces])
+@pytest.mark.parametrize("content", ["No.", " two  words ", "x", "a b"])
+def test_the_marked_tokens_are_those_of_transformers(chat: Chat, make: Callable[[], Tokenizer], content: str) -> None:
+    """In tokenizers that add a space, join words or part them."""
+    turns = [Message(role=role, content=content) for role in ("user", "assistant", "tool", "assistant")]
+    changed = replace(chat, tokenizer=make(), template=MARKED, named_tokens={})
+    ids, mask = encode_with_mask(
+        changed, rendered(changed, turns, None, Rules("allow", "allow"), add_generation_prompt=False)
+    )
+    oracle = PreTrainedTokenizerFast(tokenizer_object=make())
+    theirs = oracle.apply_chat_template(
+        turns, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert ids == theirs["input_ids"]
+    assert mask == list(map(bool, theirs["assistant_masks"]))
+    assert 0 < sum(mask) < len(mask)

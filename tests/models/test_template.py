@@ -44,7 +44,7 @@ MARKED = (
 
 def test_what_a_template_marks_is_told_by_its_characters() -> None:
     turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "tool", "assistant")]
-    text, spans = template.render_marked(MARKED, "today", turns, {}, add_generation_prompt=False)
+    text, spans = template.render_with_spans(MARKED, "today", turns, {}, add_generation_prompt=False)
     assert text == "[u][a!][t][a!]"
     assert [text[start:end] for start, end in spans] == ["a!", "a!"]
     assert spans == [(4, 6), (11, 13)]
@@ -57,8 +57,11 @@ def test_a_template_that_refuses_leaves_no_marks_behind() -> None:
     bad, good = ([{"role": "assistant", "content": content}] for content in ("x", "y"))
     for _ in range(2):
         with pytest.raises(RowFault, match="no"):
-            template.render_marked(refusing, "today", bad, {}, add_generation_prompt=False)
-        assert template.render_marked(refusing, "today", good, {}, add_generation_prompt=False) == ("[y!]", [(1, 3)])
+            template.render_with_spans(refusing, "today", bad, {}, add_generation_prompt=False)
+        assert template.render_with_spans(refusing, "today", good, {}, add_generation_prompt=False) == (
+            "[y!]",
+            [(1, 3)],
+        )
 
 
 @pytest.mark.parametrize(
