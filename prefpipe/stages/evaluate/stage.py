@@ -23,10 +23,18 @@ from prefpipe.engines.base import Draw, Engine
 from prefpipe.errors import UsageError
 from prefpipe.ids import numbered_id
 from prefpipe.inference.sampling import SampledPrompt, SampledShard
-from prefpipe.inference.task import Task, answers_of, balances, prompt_key, read_task, run_shards, sampled_draws
+from prefpipe.inference.task import (
+    Task,
+    answers_of,
+    balances,
+    open_task,
+    prompt_key,
+    read_task,
+    run_shards,
+    sampled_draws,
+)
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import Scored
-from prefpipe.runs import store
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
 
@@ -38,8 +46,8 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample every prompt that has no committed shard yet, rate the answers, sum up."""
     if not config.reward:
         raise UsageError("no reward given: nothing says which answers pass", f"pass --reward NAME: {REWARD_CHOICES}")
-    task = read_task(config, [config.reward])
-    with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
+    read = read_task(config, [config.reward])
+    with open_task(out, "evaluate", config, read, force=force) as (output, task):
         manifest = output.manifest()
         if manifest is not None:
             return manifest
@@ -141,8 +149,8 @@ def _commit(config: EvaluateConfig, output: Run, task: Task, shard: SampledShard
     """Write one shard. The evaluations come last, so that a shard with them is whole."""
     scores = iter(rating.rate(answers_of(shard.sampled, config.reward_on), task.rewards[config.reward], config.reward))
     rows = [_row(config, task, prompt, i, next(scores)) for prompt in shard.sampled for i in range(len(prompt.said))]
-    output.write_part("dropped", Dropped, shard.index, to_table(Dropped, shard.dropped))
-    output.write_part(_DATASET, Evaluation, shard.index, to_table(Evaluation, rows))
+    output.write_part("dropped", Dropped, shard.index, to_table(Dropped, shard.dropped), shard.rows)
+    output.write_part(_DATASET, Evaluation, shard.index, to_table(Evaluation, rows), shard.rows)
 
 
 def _row(config: EvaluateConfig, task: Task, sampled: SampledPrompt, i: int, score: Scored) -> Evaluation:
