@@ -101,13 +101,15 @@ def shards(out: Path) -> set[Path]:
     return {*(part for part in recorded(out) if part.parent != out), *(f for f in files if not is_nested(out, f))}
 
 
-def recorded_values(out: Path, key: str) -> dict[int, set[Any]]:
-    """By the number of a shard, what the commit records of its files say under `key`; None where one says nothing."""
-    found: dict[int, set[Any]] = {}
+def recorded_values(out: Path, key: str) -> dict[int, set[str | None]]:
+    """By the number of a shard, the texts that the commit records of its files have under `key`; None where one has
+    none."""
+    found: dict[int, set[str | None]] = {}
     for part in recorded(out):
         number = part.stem.removeprefix("part-")
         if number.isdigit():
-            found.setdefault(int(number), set()).add(_record(part).get(key))
+            value = _record(part).get(key)
+            found.setdefault(int(number), set()).add(value if isinstance(value, str) else None)
     return found
 
 

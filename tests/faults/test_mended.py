@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.score import ScoreConfig
 from prefpipe.engines.fake import FakeEngine
@@ -18,6 +19,7 @@ from prefpipe.errors import DataError, UsageError
 from prefpipe.inputs import files
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
+from prefpipe.schemas import Pair
 from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.score import stage as score
 from tests.forge import Forge
@@ -220,6 +222,20 @@ def test_another_file_is_refused_and_nothing_moves(command: Command, tmp_path: P
     same_as_fresh(command, source, out)
 
 
+def test_a_file_that_did_not_change_may_stand_elsewhere(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under any spelling of its path: no shard is made again."""
+    monkeypatch.chdir(tmp_path)
+    source, out = write(tmp_path / "rows.jsonl", rows()), tmp_path / "run"
+    command(source, out)
+    before = shards(out)
+    for place in (Path("rows.jsonl"), write(tmp_path / "copy.jsonl", rows())):
+        interrupt(out, lambda record: "00002" not in record)
+        command(place, out)
+        assert stay(before, shards(out)) == {0, 1, 3, 4}
+
+
 def test_a_mended_file_may_stand_elsewhere(command: Command, tmp_path: Path) -> None:
     source, out = write(tmp_path / "rows.jsonl", rows()), tmp_path / "run"
     command(source, out)
@@ -311,6 +327,27 @@ def test_a_run_of_an_older_version_with_a_faulty_row_is_cut_as_it_was(tiny_model
         n: f for n, f in expected.items() if n != "dropped.parquet"
     }
     assert (out / "dropped.parquet").read_bytes() != ledger
+
+
+def test_a_run_beside_a_mended_file(tiny_model: Path, tmp_path: Path) -> None:
+    """The pairs of a run stand in front of those of a file that repeats one of them: they are not compared."""
+    pairs, made = write(tmp_path / "pairs.jsonl", rows()[:3]), tmp_path / "p"
+    common: dict[str, Any] = {"model": str(tiny_model), "engine": "fake", "shard_rows": 2, "check": 0}
+    score.run(ScoreConfig(inputs=(str(pairs),), **common), tmp_path / "s", force=False)
+    with store.open_run(made, "build-pairs", BuildPairsConfig(), {}, force=False) as built:
+        built.write_part("pairs", Pair, 0, store.read_dataset(tmp_path / "s", "pairs", Pair))
+        built.finish({}, {})
+    content = rows()[1:8]
+
+    def run(source: Path, out: Path) -> Manifest:
+        return score.run(ScoreConfig(inputs=(str(made), str(source)), **common), out, force=False)
+
+    source, out = write(tmp_path / "rows.jsonl", content), tmp_path / "run"
+    run(source, out)
+    interrupt(out, lambda record: "00002" not in record)
+    content[5:5] = [row(50), row(1)]
+    write(source, content)
+    same_as_fresh(run, source, out)
 
 
 def test_a_mended_run_of_ours_is_another_input(tiny_model: Path, tmp_path: Path) -> None:

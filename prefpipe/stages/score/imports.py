@@ -10,7 +10,7 @@ from pathlib import Path
 from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import RowFault
 from prefpipe.ids import IdSet
-from prefpipe.inputs import files, formats, tokenised
+from prefpipe.inputs import files, formats, hub, tokenised
 from prefpipe.inputs.files import ForeignRow
 from prefpipe.inputs.messages import to_json
 from prefpipe.inputs.tokenised import IMPORTED, Limits, Tokenised
@@ -55,12 +55,13 @@ def chunks(path: str | Path, size: int, columns: Mapping[str, str]) -> Iterator[
 def rows_digest(chunk: list[ForeignRow], source: str) -> str:
     """The digest of the rows of a shard, and of their places in the source, which ledger rows name."""
     hasher = hashlib.blake2b(digest_size=16)
+    prefix = source if hub.is_hub(source) else str(Path(source))  # as `files.rows` names it
     for where, row in chunk:
         try:
             text = repr(row)
         except RecursionError:  # its lists are too deep: the row goes to the ledger whatever it says
             text = ""
-        hasher.update(f"{where.removeprefix(source)}\n{len(text)}\n{text}\n".encode(errors="surrogatepass"))
+        hasher.update(f"{where.removeprefix(prefix)}\n{len(text)}\n{text}\n".encode(errors="surrogatepass"))
     return hasher.hexdigest()
 
 

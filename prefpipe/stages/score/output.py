@@ -67,7 +67,8 @@ def missing(shards: Iterable[OutputShard], run: Run, known: Known) -> Iterator[O
         if not run.has_shard(shard.datasets, shard.index, {ROWS: shard.rows[ROWS]}):
             yield shard
         elif all(commits.record_mismatch(run.part(*part), shard.rows) is None for part in shard.parts):
-            _remember(shard, run, known)
+            if "completions" in shard.datasets:  # of a file: rows of runs have no part in what repeats
+                _remember(shard, run, known)
         else:
             rows = shard.read()
             if _is_committed(rows, shard, run):
@@ -141,9 +142,9 @@ def balances(run: Run) -> Iterator[Balance]:
     of our runs, and one that an older version wrote, says not how many they were."""
     came_in = kept = dropped = 0
     for index, values in commits.recorded_values(run.out, _CAME_IN).items():
-        if None in values:
+        if not all(value is not None and value.isdigit() for value in values):
             continue
-        came_in += sum(map(int, values))
+        came_in += sum(map(int, filter(None, values)))
         datasets = {name for name in ("pairs", "completions", "labels", RATING_FOLDER) if index in run.parts(name)}
         keys = {name: _keys(run, name, index) for name in datasets}
         kept += len(keys["pairs"] if "pairs" in keys else {key for found in keys.values() for key in found})
