@@ -30,6 +30,7 @@ Call = Callable[..., Ended]
 # Modules that train whole runs or load a model in every test are slow as a whole.
 WHOLE_RUNS = (
     *("e2e/", "examples/", "proofs/test_addition.py", "proofs/test_tabular.py", "faults/test_damage.py"),
+    "faults/test_mended.py",
     *("forward/test_logps.py", "engines/test_transformers.py", "rewards/test_model.py"),
     *(
         "stages/iterate/test_stage.py",

@@ -22,7 +22,7 @@ def classifier(directory: Path, dtype: str, max_length: int, gpu_memory_utilizat
     vllm_process.prepare()
     import vllm
 
-    with vllm_process.quiet():
+    with vllm_process.starting():
         llm = vllm.LLM(
             model=str(directory),
             runner="pooling",

@@ -48,7 +48,7 @@ class VllmEngine:
             options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": _lora_rank(settings)}
         if on_cpu and self._adapter is not None:
             _score_with_the_base_head()
-        with vllm_process.quiet(), _usage_errors():
+        with vllm_process.starting(), _usage_errors():
             self._llm = vllm.LLM(
                 model=str(settings.policy.directory),
                 dtype=settings.dtype,  # pyright: ignore[reportArgumentType]  (checked by the config)

@@ -20,6 +20,7 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 def cuda_is_available() -> bool:
@@ -53,6 +54,21 @@ def free() -> None:
 
     cleanup_dist_env_and_memory()
     gc.collect()
+
+
+@contextlib.contextmanager
+def starting() -> Generator[None]:
+    """Start vLLM in here: quietly, and so that the workers that it starts take no file of the current folder for a
+    module of Python or of a package. Programs that are started later do as they are used to."""
+    kept = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        with quiet():
+            yield
+    finally:
+        del os.environ[_SAFE_PATH]
+        if kept is not None:
+            os.environ[_SAFE_PATH] = kept
 
 
 @contextlib.contextmanager

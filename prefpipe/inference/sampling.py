@@ -3,17 +3,19 @@
 A prompt is tokenised when the engine asks for the first one of its shard.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from prefpipe.engines.base import Draw, Engine, Request, Sample
 from prefpipe.errors import RowFault
+from prefpipe.ids import content_id
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.shards import Shard, through_engine
 from prefpipe.log import Advance
 from prefpipe.models.chat import Chat
 from prefpipe.models.thinking import Said
+from prefpipe.runs.resume import ROWS
 from prefpipe.schemas import Dropped, Prompt
 
 PromptShard = tuple[int, Sequence[Prompt]]  # number of a shard, its prompts
@@ -40,30 +42,39 @@ class SampledPrompt:
 
 @dataclass(frozen=True)
 class SampledShard:
-    """A whole shard: its prompts in their order with their samples, and the prompts that cannot be sampled."""
+    """A whole shard: its prompts in their order with their samples, the prompts that cannot be sampled, and the digest
+    of its prompts for its commit records."""
 
     index: int
     sampled: list[SampledPrompt]
     dropped: list[Dropped]
+    rows: Mapping[str, str]
 
 
 @dataclass
 class _EncodedShard:
     index: int
+    rows: Mapping[str, str]
     prompts: list[EncodedPrompt] = field(default_factory=list[EncodedPrompt])
     dropped: list[Dropped] = field(default_factory=list[Dropped])
 
 
-def cut(prompts: Iterable[Prompt], rows: int, wanted: set[int]) -> Iterator[PromptShard]:
-    """Prompts in numbered shards of `rows`, in their order; only the wanted ones, and one at a time in memory."""
-    source = iter(prompts)
+def cut(places: Iterable[Prompt | None], rows: int, wanted: Collection[int]) -> Iterator[PromptShard]:
+    """Prompts in numbered shards of `rows` places, in their order, without places that hold none; only the wanted
+    shards, and one at a time in memory."""
+    source = iter(places)
     for index in range(max(wanted, default=-1) + 1):
         shard = islice(source, rows)
         if index in wanted:
-            yield index, list(shard)
+            yield index, [prompt for prompt in shard if prompt is not None]
         else:
             for _ in shard:
                 pass
+
+
+def rows_of(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """The digest of the prompts of a shard: of all that its files depend on beside the settings."""
+    return {ROWS: content_id([(p.prompt_id, p.split, p.source, p.meta) for p in prompts])}
 
 
 def sample_shards(
@@ -93,12 +104,12 @@ def sample_shards(
 
     last = _last_suspect(missing, frozenset(inflight.suspects))
     for shard, samples in through_engine(shards(), generate, inflight, advance, last_suspect=last, things="prompts"):
-        yield SampledShard(shard.index, _with_texts(shard.prompts, samples, chat), shard.dropped)
+        yield SampledShard(shard.index, _with_texts(shard.prompts, samples, chat), shard.dropped, shard.rows)
 
 
-def _encoded(index: int, prompts: Iterable[Prompt], encode: Encode) -> _EncodedShard:
+def _encoded(index: int, prompts: Sequence[Prompt], encode: Encode) -> _EncodedShard:
     """A shard whose prompts are tokenised; those that cannot be sampled are set apart."""
-    shard = _EncodedShard(index)
+    shard = _EncodedShard(index, rows_of(prompts))
     for prompt in prompts:
         try:
             shard.prompts.append(EncodedPrompt(prompt, encode(prompt)))

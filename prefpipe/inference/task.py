@@ -3,19 +3,22 @@
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 from prefpipe import clock, log
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.score import ScoreConfig
 from prefpipe.engines.base import Draw, Engine, EngineSettings
 from prefpipe.errors import DataError, RowFault, UsageError
 from prefpipe.ids import IdSet, content_id, ids_digest, sample_seed
 from prefpipe.inference import sampling, warm
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
-from prefpipe.inputs import files
+from prefpipe.inputs import files, hub
 from prefpipe.inputs.prompts import Prompts, read_prompts
 from prefpipe.models.chat import Chat, load_chat, stop_ids
 from prefpipe.models.encoding import Rules, encode_prompt
@@ -24,8 +27,9 @@ from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, RewardOn, answer_of
 from prefpipe.rewards.rating import load_rewards
 from prefpipe.rows import what_helps, why_dropped
-from prefpipe.runs import fsio
+from prefpipe.runs import fsio, store
 from prefpipe.runs.manifests import Balance
+from prefpipe.runs.resume import ROWS, RowInputs
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Prompt, to_table
 
@@ -40,20 +44,26 @@ class Task:
     """What a run samples, with which policy, and how the completions are rated.
 
     prompts: the prompts of this run
+    of_all_parts: the prompts of the runs of all parts
     repeated: ledger rows of the prompts that the file has more than once
     policy: the model with its adapter
     chat: its tokenizer and chat template
     rewards: reward functions by name
     inputs: identity of each input, by name, for the fingerprint of the run
+    source: the file of the prompts, or the name of their dataset
+    read_state: the state of the file before it was read
     stop_token_ids: token ids that end a completion beside the model's own
     """
 
     prompts: Prompts
+    of_all_parts: Prompts
     repeated: list[Dropped]
     policy: Policy
     chat: Chat
     rewards: Mapping[str, RewardFunction]
     inputs: Mapping[str, str]
+    source: str
+    read_state: object
     stop_token_ids: tuple[int, ...] = ()
 
 
@@ -64,22 +74,50 @@ def read_task(config: Config, reward_names: Sequence[str]) -> Task:
     """
     if not config.prompts:
         raise UsageError("no prompts given", "pass --prompts FILE (JSONL or Parquet)")
+    state = files.state([config.prompts])
     prompts, repeated = read_prompts(config.prompts, config.split, config.limit, files.renames(config.column))
     policy = resolve(config.model, config.adapter)
-    chat = load_chat(
-        policy.directory,
-        config.chat_template,
-        config.template_date,
-        template_kwargs=config.chat_template_kwargs,
-        thinking_marks=config.thinking_marks,
-    )
+    chat = read_chat(config, policy)
     for notice in notices(chat):
         log.info(f"notice: {notice}")
     check_ends(chat)
     functions, reward_ids = load_rewards(reward_names, config.reward_settings)
     inputs = {"prompts": files.digest(config.prompts), "policy": policy.id, **chat.digests, **reward_ids}
     stops = tuple(sorted({*config.stop_token_ids, *stop_ids(chat, config.stop)}))
-    return Task(take_part(prompts, config.part), repeated, policy, chat, functions, inputs, stops)
+    part = take_part(prompts, config.part)
+    return Task(part, prompts, repeated, policy, chat, functions, inputs, config.prompts, state, stops)
+
+
+def read_chat(config: Config | ScoreConfig, policy: Policy) -> Chat:
+    """Tokenizer and chat template of a policy, as the settings want them; raises as `load_chat` does."""
+    return load_chat(
+        policy.directory,
+        config.chat_template,
+        config.template_date,
+        template_kwargs=config.chat_template_kwargs,
+        thinking_marks=config.thinking_marks,
+    )
+
+
+@contextmanager
+def open_task(out: Path, command: str, config: Config, task: Task, *, force: bool) -> Generator[tuple[Run, Task]]:
+    """Hold `out` for this task, see `open_run`; the task comes back as this run cuts its prompts into shards.
+
+    In an interrupted or complete run whose file was mended since, shards of the same prompts stay. A dataset of the hub
+    has no digest: its name belongs to the run.
+    """
+
+    def digests(saved: Mapping[str, Any]) -> Iterator[str]:
+        shards = sampling.cut(task.prompts.places(), *shards_of(task.prompts, saved))
+        return (sampling.rows_of(shard)[ROWS] for _, shard in shards)
+
+    by_row = RowInputs([] if hub.is_hub(config.prompts) else ["prompts"], digests)
+    # The size of the first start is saved: a mended file is cut as before.
+    config = config.model_copy(update={"shard_rows": config.shard_rows or _fitting_rows(len(task.prompts))})
+    with store.open_run(out, command, config, task.inputs, force=force, by_row=by_row) as run:
+        older = not run.records_rows
+        prompts = take_part(task.of_all_parts.without_places(), config.part) if older else task.prompts
+        yield run, replace(task, prompts=prompts)
 
 
 def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], draws: Draws, commit: Commit) -> int:
@@ -116,25 +154,30 @@ def sample_missing(
     fsio.make_dirs(run.out / folder)
     inflight = Inflight.load(run.out / folder)
     encode = encoder(task, config, inflight.killers)
-    rows = shard_rows(run, task)
-    count = math.ceil(len(task.prompts) / rows)
-    missing = {index for index in range(count) if not all(run.has_part(name, index) for name in datasets)}
+    rows, shards = shards_of(task.prompts, run.saved)
+    missing = {*shards} - _committed(run, task.prompts, datasets)
+
+    def read() -> Iterator[PromptShard]:
+        return sampling.cut(task.prompts.places(), rows, missing)
+
     if missing:
-        if len(missing) == count:
-            _check_any(run, sampling.cut(task.prompts, rows, missing), encode)
+        if len(missing) == len(shards):
+            _check_any(run, read(), encode)
         began = clock.monotonic()
-        expected = sum(min(rows, len(task.prompts) - index * rows) for index in missing)
+        expected = sum(min(rows, task.prompts.num_places - index * rows) for index in missing)
         tokens = 0
         engine = start()
         with inflight.recording(), log.progress("sampling", expected, "prompts") as advance:
-            for shard in sampling.sample_shards(
-                lambda: sampling.cut(task.prompts, rows, missing), encode, draws, engine, task.chat, inflight, advance
-            ):
+            for shard in sampling.sample_shards(read, encode, draws, engine, task.chat, inflight, advance):
                 tokens += sum(len(s.token_ids) for prompt in shard.sampled for s in prompt.samples)
                 commit(shard, engine)
         run.log_timing(event="sampled", tokens=tokens, seconds=round(clock.monotonic() - began, 3))
+    for name in datasets:
+        run.set_aside_from(name, len(shards))
+    if files.state([task.source]) != task.read_state:
+        raise files.changed(task.source)
     inflight.close()
-    return count
+    return len(shards)
 
 
 def longest_sequence(task: Task, config: Config) -> int:
@@ -142,9 +185,10 @@ def longest_sequence(task: Task, config: Config) -> int:
     return _longest_prompt(config, task.policy) + config.max_tokens
 
 
-def shard_rows(run: Run, task: Task) -> int:
-    """Prompts in a shard of a task."""
-    return run.saved["shard_rows"] or _fitting_rows(len(task.prompts))
+def shards_of(prompts: Prompts, saved: Mapping[str, Any]) -> tuple[int, range]:
+    """How many places a shard has, and the numbers of the shards. A run of an older version has saved no size."""
+    rows = saved["shard_rows"] or _fitting_rows(len(prompts))
+    return rows, range(math.ceil(prompts.num_places / rows))
 
 
 def gather_ledger(run: Run, num_prompts: int, before: Sequence[Dropped]) -> None:
@@ -173,7 +217,7 @@ def encoder(task: Task, config: Config, killers: Sequence[str] = ()) -> Encode:
     """A function that tokenises a prompt, or raises RowFault with the reason why it cannot be sampled. `killers` are
     the ids of prompts that killed the engine twice."""
     longest = _longest_prompt(config, task.policy)
-    rules = Rules(config.special_tokens_in_prompts, config.template_changes)
+    rules = Rules.of(config)
 
     def encode(prompt: Prompt) -> list[int]:
         if prompt.prompt_id in killers:
@@ -226,6 +270,14 @@ def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[An
         for prompt in sampled
         for said, sample in zip(prompt.said, prompt.samples, strict=True)
     ]
+
+
+def _committed(run: Run, prompts: Prompts, datasets: Sequence[str]) -> set[int]:
+    """The shards that have all `datasets`, of the prompts that stand there now."""
+    rows, shards = shards_of(prompts, run.saved)
+    started = {index for name in datasets for index in run.parts(name)} & {*shards}
+    found = sampling.cut(prompts.places() if started else [], rows, started)
+    return {index for index, shard in found if run.has_shard(datasets, index, sampling.rows_of(shard))}
 
 
 def _check_any(run: Run, shards: Iterable[PromptShard], encode: Encode) -> None:

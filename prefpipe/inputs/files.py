@@ -55,6 +55,19 @@ def digest(source: str | Path) -> str:
     return store.input_digest(path)
 
 
+def state(sources: Iterable[str | Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every local file in these sources, to see that none changes while a command
+    reads it. Of runs and of datasets of the hub nothing."""
+    paths = [local_path(str(source)) for source in sources if not hub.is_hub(source) and not is_run(source)]
+    found = [file for path in paths for file in (parts(path) if path.is_dir() else [path]) if file.is_file()]
+    return [(str(f), status.st_size, status.st_mtime_ns) for f in found for status in [f.stat()]]
+
+
+def changed(source: str | Path) -> DataError:
+    """The error for a file that another program changed while a command read it."""
+    return DataError(f"{source} changed while it was read", "run the same command again when nobody writes to it")
+
+
 def renames(columns: Iterable[str]) -> dict[str, str]:
     """Settings such as prompt=question as a table: a name of ours to a column of the file. Raises UsageError for one
     without `=`."""

@@ -1,46 +1,86 @@
 """The prompts of a file: all are checked once, then read one by one; memory does not grow with their number."""
 
+import json
+import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from prefpipe.errors import DataError, RowFault
-from prefpipe.inputs import formats, messages
+from prefpipe.inputs import files, formats, hub, messages
 from prefpipe.inputs.files import rows
 from prefpipe.inputs.tokenised import prompt_key
 from prefpipe.rows import why_dropped
 from prefpipe.schemas import Dropped, Prompt
 
 _READ = ("answer", "split", "source", "meta", "prompt_id")
+_KEPT, _FAULTY = 1, 2
+
+
+class _Copy:
+    """The prompts of a stream in a temporary file, so that the stream is read once."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115  (it lives as long as the copy)
+
+    def add(self, prompt: Prompt) -> None:
+        self._file.write(json.dumps(vars(prompt)).encode() + b"\n")
+
+    def __iter__(self) -> Iterator[Prompt]:
+        self._file.flush()
+        with Path(self._file.name).open("rb") as lines:
+            yield from (Prompt(**json.loads(line)) for line in lines)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a file that a run samples, read anew at every iteration.
+    """The prompts of a file that a run samples, read anew at every iteration, from a `copy` where there is one.
 
-    `kept` has a byte for every row of the file: 1 if its prompt is one of them.
+    `kept` has a byte for every row of the file: 1 if its prompt is one of them, 2 if the row is faulty. A faulty row
+    holds its place, so that the prompts keep theirs when it is mended; the other rows have none (0).
     """
 
     path: str | Path
     kept: bytes
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    copy: _Copy | None = None
 
     def __len__(self) -> int:
-        return sum(self.kept)
+        return self.kept.count(_KEPT)
 
     def __iter__(self) -> Iterator[Prompt]:
-        for keep, (_, row) in zip(self.kept, rows(self.path, self.columns), strict=True):
-            if keep:
-                yield _to_prompt(row)
+        return (prompt for prompt in self.places() if prompt is not None)
+
+    @property
+    def num_places(self) -> int:
+        """How many values `places` has."""
+        return len(self) + self.kept.count(_FAULTY)
+
+    def places(self) -> Iterator[Prompt | None]:
+        """The prompts in their order, None in the place of a faulty row. Raises DataError when the rows are
+        other ones than before."""
+        try:
+            if self.copy is not None:
+                yield from compress(self.copy, self.kept)
+                return
+            for place, (_, row) in zip(self.kept, rows(self.path, self.columns), strict=True):
+                if place:
+                    yield _to_prompt(row) if place == _KEPT else None
+        except (RowFault, ValueError) as error:
+            raise files.changed(self.path) from error
+
+    def without_places(self) -> "Prompts":
+        """These prompts, of which faulty rows hold no place: so runs of an older version cut them into shards."""
+        return replace(self, kept=self.kept.replace(bytes([_FAULTY]), bytes(1)))
 
     def part(self, number: int, count: int) -> "Prompts":
-        """Every `count`-th prompt, from the `number`-th (1 is the first)."""
-        places = [i for i, keep in enumerate(self.kept) if keep][number - 1 :: count]
-        kept = bytearray(len(self.kept))
-        for place in places:
-            kept[place] = 1
-        return Prompts(self.path, bytes(kept), self.columns)
+        """Every `count`-th place, from the `number`-th (1 is the first)."""
+        taken = bytearray(len(self.kept))
+        for place in [i for i, row in enumerate(self.kept) if row][number - 1 :: count]:
+            taken[place] = self.kept[place]
+        return replace(self, kept=bytes(taken))
 
 
 def read_prompts(
@@ -53,25 +93,29 @@ def read_prompts(
     repeated rows. Every row is checked now. Raises what `files.rows` raises, and DataError where no prompt is left.
     """
     columns = columns or {}
-    kept = bytearray()
+    copy = _Copy() if hub.is_hub(path) else None
+    found = bytearray()
     seen: set[str] = set()
     dropped: list[Dropped] = []
     splits: set[str] = set()
     for where, row in rows(path, columns):
-        kept.append(0)
+        found.append(0)
+        in_split = split in ("all", _split(row))
+        is_wanted = in_split and (not limit or len(seen) < limit)
         try:
             prompt = _to_prompt(row)
         except RowFault as fault:
             dropped.append(Dropped(where, fault.reason, fault.detail))
+            found[-1] = _FAULTY if is_wanted else 0
             continue
         splits.add(prompt.split)
-        if split not in ("all", prompt.split):
-            continue
-        if prompt.prompt_id in seen:
+        if in_split and prompt.prompt_id in seen:
             dropped.append(Dropped(prompt.prompt_id, "duplicate", f"{where} repeats an earlier prompt"))
-        elif not limit or len(seen) < limit:
+        elif is_wanted:
             seen.add(prompt.prompt_id)
-            kept[-1] = 1
+            found[-1] = _KEPT
+            if copy is not None:
+                copy.add(prompt)
     if not splits:
         raise DataError(f"{path} has no usable prompt: {why_dropped(dropped)}", "docs/datasets.md says what is read")
     if not seen:
@@ -79,7 +123,12 @@ def read_prompts(
             f"{path} has no prompt with split '{split}' (splits there: {', '.join(sorted(splits)) or 'none'})",
             "choose one with --split, or 'all'",
         )
-    return Prompts(path, bytes(kept), columns), dropped
+    kept = bytes(found) if copy is None else bytes([_KEPT]) * len(seen)
+    return Prompts(path, kept, columns, copy), dropped
+
+
+def _split(row: Mapping[str, Any]) -> str:
+    return str(row.get("split") or "train")
 
 
 def _to_prompt(row: Mapping[str, Any]) -> Prompt:
@@ -92,7 +141,7 @@ def _to_prompt(row: Mapping[str, Any]) -> Prompt:
         prompt_id=prompt_key(prompt, answer, inputs),
         messages=prompt,
         answer=answer,
-        split=str(row.get("split") or "train"),
+        split=_split(row),
         source=str(row.get("source") or ""),
         meta=messages.to_json(extra),
         template_inputs=inputs,

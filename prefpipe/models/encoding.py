@@ -6,7 +6,7 @@ A chat template is applied once, when a prompt enters the pipeline; from then on
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from prefpipe.errors import RowFault
 from prefpipe.models import escape, template, turns
@@ -16,6 +16,20 @@ from prefpipe.schemas import Message
 _CHARACTERS_PER_TOKEN = 16  # hardly a text has more on average: only then the longest token is looked up
 _SYSTEM = ("system", "developer")
 ASKING = ("user", "tool", "function", "ipython", "observation")  # roles that the assistant answers
+
+
+class RowSettings(Protocol):
+    """Settings of any class with these two fields; see `Rules`."""
+
+    @property
+    def special_tokens_in_prompts(self) -> str:
+        """What becomes of text that spells a control token."""
+        ...
+
+    @property
+    def template_changes(self) -> str:
+        """What becomes of text that the chat template changes."""
+        ...
 
 
 class Rules(NamedTuple):
@@ -28,6 +42,11 @@ class Rules(NamedTuple):
 
     control_tokens: str = "drop"
     template_changes: str = "drop"
+
+    @classmethod
+    def of(cls, settings: "RowSettings") -> "Rules":
+        """The rules that the settings of a command, or of a reward, name."""
+        return cls(settings.special_tokens_in_prompts, settings.template_changes)
 
 
 DROP = Rules()

@@ -58,7 +58,7 @@ def reward_model(settings: RewardModel) -> RewardFunction:
     chat = load_chat(directory, settings.chat_template, generates=False)
     label = find_label(directory, settings.label)
     longest = min(settings.max_length, context_length(directory) or settings.max_length)
-    rules = Rules(settings.special_tokens_in_prompts, settings.template_changes)
+    rules = Rules.of(settings)
     started = contextlib.ExitStack()
     logits_of = functools.cache(lambda: started.enter_context(_classifier(settings, directory, longest)))
 

@@ -15,6 +15,7 @@ from prefpipe.errors import DataError, MissingInputError
 from prefpipe.runs import fsio
 
 _PUBLISHED = ("adapter", "model", "merged")
+_OTHER = {"input_rows": "its rows are other ones in the input now", "input_before": "rows before it changed"}
 _REPORTS = ("metrics.jsonl", "parity.json", "data_report.json")
 
 
@@ -25,6 +26,11 @@ def commit(part: Path, row_type: type, rows: int, owner: Mapping[str, str]) -> N
     """
     record = {"dataset": row_type.__name__, **describe(part), "rows": rows, **owner}
     fsio.write_text(record_path(part), json.dumps(record) + "\n")
+
+
+def amend(part: Path, values: Mapping[str, str]) -> None:
+    """Change values in the commit record of a file."""
+    fsio.write_text(record_path(part), json.dumps({**_record(part), **values}) + "\n")
 
 
 def record_path(part: Path) -> Path:
@@ -59,15 +65,22 @@ def record_mismatch(part: Path, owner: Mapping[str, str], digest: str | None = N
 
     A damaged record describes no file. One of an older version has no name.
     """
+    record = _record(part)
+    if "blake3" not in record:
+        return "its commit record is damaged"
+    others = [key for key, value in owner.items() if record.get(key, value) != value]
+    if others:
+        return _OTHER.get(others[0], f"its commit record has another {others[0]}")
+    return None if digest in (None, record["blake3"]) else "it does not match its commit record"
+
+
+def _record(part: Path) -> dict[str, Any]:
+    """The commit record of a file; empty where it is damaged or lost."""
     try:
         record = reading.read_json(record_path(part))
-        committed_digest = record["blake3"]
-        others = [key for key, value in owner.items() if record.get(key, value) != value]
-    except (ValueError, KeyError, TypeError, AttributeError, MissingInputError, DataError):
-        return "its commit record is damaged"
-    if others:
-        return f"its commit record has another {others[0]}"
-    return None if digest in (None, committed_digest) else "it does not match its commit record"
+    except (ValueError, MissingInputError, DataError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def committed(out: Path) -> list[Path]:
@@ -80,6 +93,29 @@ def committed(out: Path) -> list[Path]:
 def recorded(out: Path) -> list[Path]:
     """Every file with a commit record, but for those of runs inside this one."""
     return [part for part in _parts(_files(out, frozenset())) if not is_nested(out, part)]
+
+
+def shards(out: Path) -> set[Path]:
+    """Every file of a shard, with a commit record or without, but for those of runs inside this one."""
+    files = (f for f in _files(out, frozenset()) if f.name.startswith("part-") and f.suffix == ".parquet")
+    return {*(part for part in recorded(out) if part.parent != out), *(f for f in files if not is_nested(out, f))}
+
+
+def recorded_values(out: Path, key: str) -> dict[int, set[str | None]]:
+    """By the number of a shard, the texts that the commit records of its files have under `key`; None where one has
+    none."""
+    found: dict[int, set[str | None]] = {}
+    for part in recorded(out):
+        number = part.stem.removeprefix("part-")
+        if number.isdigit():
+            found.setdefault(int(number), set()).add(recorded_value(part, key))
+    return found
+
+
+def recorded_value(part: Path, key: str) -> str | None:
+    """The text that the commit record of a file has under `key`; None where it has none."""
+    value = _record(part).get(key)
+    return value if isinstance(value, str) else None
 
 
 def is_nested(out: Path, path: Path) -> bool:

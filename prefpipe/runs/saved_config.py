@@ -1,7 +1,7 @@
 """The file config.json: what it holds, and how a resumed run knows that nobody changed it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,27 @@ NO_CONTENT = (".lock", ".owner", "quarantine")  # a directory that holds nothing
 START_OVER = "start over with --force (the old files move to its quarantine/)"
 
 
-def write(path: Path, command: str, config: BaseModel, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Write config.json with its seal and return what it holds."""
-    saved = manifests.sealed({"command": command, "config": dump(config), "identity": identity})
+def write(
+    path: Path,
+    command: str,
+    settings: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    by_row: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Write config.json with its seal and return what it holds. `by_row` names the parts of the identity that stand
+    apart, since the shards record the rows of these inputs; None where they record no rows."""
+    saved: dict[str, Any] = {"command": command, "config": settings}
+    saved["identity"] = {key: value for key, value in identity.items() if key not in (by_row or ())}
+    if by_row is not None:
+        saved["row_inputs"] = {key: identity[key] for key in by_row}
+    saved = manifests.sealed(saved)
     fsio.write_text(path, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
     return saved
+
+
+def identity(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings and inputs that config.json names; in a run of an older version they stand together."""
+    return {**saved["identity"], **saved.get("row_inputs", {})}
 
 
 def read(path: Path, *, force: bool) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 OUT/config.json                    first: the resolved settings, the identity of the run, and the digest of both
     NAME/part-00000.parquet        data of one shard
-    NAME/part-00000.ok.json        its commit record: rows, bytes, blake3, fingerprint, name; the shard counts now
+    NAME/part-00000.ok.json        its commit record: rows, bytes, blake3, fingerprint, name, and the digest of its
+                                   rows in the input; the shard counts now
     dropped.parquet                rows that did not go on, with their reason
     manifest.json                  last: every file with its digest; a run is complete when it exists and matches
     timing.jsonl                   times and rates, outside every digest
@@ -22,14 +23,14 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from prefpipe import clock, log, reading
-from prefpipe.config.base import result_fields, runtime_fields
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import content_id
-from prefpipe.runs import commits, fsio, manifests, saved_config, tables
+from prefpipe.runs import commits, fsio, manifests, resume, saved_config, tables
+from prefpipe.runs.resume import RowInputs
 from prefpipe.runs.storage import utf8_directory
-from prefpipe.schemas import VERSION
 
 Manifest = dict[str, Any]
+NO_ROWS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Run:
     """An output directory that this process holds.
 
     `inputs` maps each input to its digest. `saved` holds the settings of the first start, which a resumed run follows.
+    `fingerprint` is of settings and inputs; `shard_fingerprint` leaves out inputs whose rows the shards record, which
+    they do not (`records_rows`) in runs of an older version.
     """
 
     out: Path
@@ -44,6 +47,8 @@ class Run:
     fingerprint: str
     inputs: Mapping[str, str]
     saved: Mapping[str, Any]
+    shard_fingerprint: str
+    records_rows: bool = False
 
     def manifest(self, holds: Callable[[Manifest], bool] = lambda _manifest: True) -> Manifest | None:
         """The manifest of a complete run, with a line in the log; None while there is work to do.
@@ -60,7 +65,7 @@ class Run:
             self._quarantine(path)
             return None
         if manifest.get("fingerprint") != self.fingerprint:
-            log.warn(f"{path} is that of another run: it moves to quarantine/")
+            log.warn(f"{path} is that of other rows or of another run: it moves to quarantine/")
             self._quarantine(path)
             return None
         files = manifest["files"].items()
@@ -77,19 +82,18 @@ class Run:
         self._quarantine(path)
         return None
 
-    def has_part(self, dataset: str, index: int) -> bool:
-        """Whether a shard is committed by this run and intact. Any other moves to quarantine."""
-        part = self._part(dataset, index)
-        record = commits.record_path(part)
-        if not record.exists():
-            return False
-        wrong = commits.mismatch(part, self._owner(part))
-        if wrong is None:
-            return True
-        log.warn(f"{part}: {wrong}: it moves to quarantine/ and is made again")
-        self._quarantine(part)
-        self._quarantine(record)
-        return False
+    def has_shard(self, datasets: Iterable[str], index: int, rows: Mapping[str, str] = NO_ROWS) -> bool:
+        """Whether all datasets of a shard are committed by this run, intact, and of these rows (see `write_part`).
+        Others move to quarantine."""
+        parts = [self.part(name, index) for name in datasets]
+        there = [part for part in parts if commits.record_path(part).exists()]
+        found = {part: commits.mismatch(part, {**self._owner(part), **rows}) for part in there}
+        wrong = {part: why for part, why in found.items() if why is not None}
+        for part, why in [*wrong.items()][:1]:  # one line for the files of a shard
+            log.warn(f"{part}: {why}: it moves to quarantine/ and is made again")
+        for part in wrong:
+            self._set_aside(part)
+        return there == parts and not wrong
 
     def set_strangers_aside(self) -> None:
         """Move shards of other runs, and shards under another name, to quarantine: nobody asks for them by number."""
@@ -97,16 +101,35 @@ class Run:
             wrong = commits.record_mismatch(part, self._owner(part))
             if wrong is not None:
                 log.warn(f"{part}: {wrong}: it moves to quarantine/")
-                self._quarantine(part)
-                self._quarantine(commits.record_path(part))
+                self._set_aside(part)
 
-    def write_part(self, dataset: str, row_type: type, index: int, table: pa.Table) -> None:
-        """Write and commit one shard of a dataset. Raises DataError for rows that do not fit the row type."""
-        self._write(self._part(dataset, index), row_type, table)
+    def set_aside_from(self, dataset: str, number: int) -> None:
+        """Move the shards of a dataset from `number` on to quarantine: a mended input may have fewer."""
+        self._set_aside_all(self.part(dataset, index) for index in self.parts(dataset) if index >= number)
+
+    def set_others_aside(self, parts: Iterable[tuple[str, int]]) -> None:
+        """Move every shard but `parts`, (dataset, number), to quarantine: a mended input may have fewer."""
+        self._set_aside_all(sorted(commits.shards(self.out) - {self.part(*part) for part in parts}))
+
+    def _set_aside_all(self, parts: Iterable[Path]) -> None:
+        for part in parts:
+            log.warn(f"{part}: the input has no rows for it now: it moves to quarantine/")
+            self._set_aside(part)
+
+    def write_part(
+        self, dataset: str, row_type: type, index: int, table: pa.Table, rows: Mapping[str, str] = NO_ROWS
+    ) -> None:
+        """Write and commit one shard of a dataset; `rows` are digests of the rows of an input that it holds, by name.
+        Raises DataError for rows that do not fit the row type."""
+        path = self.part(dataset, index)
+        tables.write_table(path, row_type, table)
+        commits.commit(path, row_type, table.num_rows, {**self._owner(path), **rows})
 
     def write_dropped(self, row_type: type, table: pa.Table) -> None:
         """Write and commit the ledger: rows that did not go on, with their reasons."""
-        self._write(self.out / "dropped.parquet", row_type, table)
+        path = self.out / "dropped.parquet"
+        tables.write_table(path, row_type, table)
+        commits.commit(path, row_type, table.num_rows, self._owner(path))
 
     def gather_dropped(self, row_type: type, before: pa.Table) -> int:
         """Write the ledger from `before` and the `dropped` dataset. Returns the number of rows of the latter."""
@@ -116,7 +139,7 @@ class Run:
 
     def read_part(self, dataset: str, row_type: type, index: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of a committed shard, or some columns of them."""
-        return tables.read_table(self._part(dataset, index), row_type, columns)
+        return tables.read_table(self.part(dataset, index), row_type, columns)
 
     def parts(self, dataset: str) -> list[int]:
         """The numbers of the committed shards of a dataset."""
@@ -152,15 +175,12 @@ class Run:
         """Append a line to timing.jsonl: the time of day, and `values`."""
         fsio.append_line(self.out / "timing.jsonl", json.dumps({"at": clock.utc_now(), **values}))
 
-    def _part(self, dataset: str, index: int) -> Path:
+    def part(self, dataset: str, index: int) -> Path:
+        """The file of one shard of a dataset."""
         return self.out / dataset / f"part-{index:05d}.parquet"
 
-    def _write(self, path: Path, row_type: type, table: pa.Table) -> None:
-        tables.write_table(path, row_type, table)
-        commits.commit(path, row_type, table.num_rows, self._owner(path))
-
     def _owner(self, path: Path) -> dict[str, str]:
-        return {"fingerprint": self.fingerprint, "name": str(path.relative_to(self.out))}
+        return {"fingerprint": self.shard_fingerprint, "name": str(path.relative_to(self.out))}
 
     def _described(self, path: Path) -> dict[str, Any]:
         """Size and digest of a file for the manifest. Its commit record, where it has one, must say the same."""
@@ -172,46 +192,37 @@ class Run:
                 raise DataError(f"{path}: {wrong}", "run the same command again: the file is made again")
         return description
 
+    def _set_aside(self, part: Path) -> None:
+        self._quarantine(part)
+        self._quarantine(commits.record_path(part))
+
     def _quarantine(self, path: Path) -> None:
         if path.exists():
             fsio.move_aside(path, self.out / "quarantine")
 
 
 @contextmanager
-def open_run(out: Path, command: str, config: BaseModel, inputs: Mapping[str, str], *, force: bool) -> Generator[Run]:
+def open_run(
+    out: Path,
+    command: str,
+    config: BaseModel,
+    inputs: Mapping[str, str],
+    *,
+    force: bool,
+    by_row: RowInputs | None = None,
+) -> Generator[Run]:
     """Hold `out` for one run of `command`. `inputs` maps each input to the digest of its content.
 
     Raises UsageError when `out` belongs to other settings, inputs or another command; `force` moves its files to
-    quarantine/ instead. A run that left every row out is no reason: its file may be mended. Raises LockedError when
-    another process holds `out`.
+    quarantine/ instead. Of the inputs `by_row` the shards record the rows: one that was mended is no reason, nor is one
+    of which every row was left out. Raises LockedError when another process holds `out`.
     """
-    identity = {
-        "command": command,
-        "schema": VERSION,
-        **result_fields(config),
-        **{f"input:{k}": v for k, v in inputs.items()},
-    }
-    identity = json.loads(json.dumps(identity))
+    identity = resume.identity(command, config, inputs)
     with fsio.lock(out):
-        path = out / "config.json"
-        saved = saved_config.read(path, force=force)
-        if saved is None:
-            saved_config.refuse_foreign(out, force=force)
-        fsio.remove_leftovers(out)
-        if saved is not None and saved["identity"] != _as_then(saved["identity"], identity, config):
-            if not force and not saved_config.holds_ledger_alone(out):
-                raise saved_config.belongs_to_another(out, saved["identity"], identity)
-            saved = None
-        if force:
-            # config.json goes last: until then the directory is known as a run, and --force can be repeated.
-            for old in sorted(out.iterdir(), key=lambda p: p.name == "config.json"):
-                if old.name not in saved_config.NO_CONTENT:
-                    fsio.move_aside(old, out / "quarantine")
-            saved = None
-        if saved is None:
-            saved = saved_config.write(path, command, config, identity)
-        settings = saved_config.settings(path, type(config), saved["config"])
-        run = Run(out, command, content_id(saved["identity"]), inputs, settings)
+        saved = resume.prepare(out, command, config, identity, by_row, force=force)
+        settings = saved_config.settings(out / "config.json", type(config), saved["config"])
+        whole, own = content_id(saved_config.identity(saved)), content_id(saved["identity"])
+        run = Run(out, command, whole, inputs, settings, own, "row_inputs" in saved)
         run.set_strangers_aside()
         yield run
 
@@ -282,11 +293,6 @@ def read_file(
         raise MissingInputError(f"{run_dir} has no file '{name}'", "check which directory you passed")
     _check_digest(run_dir, manifest, name)
     return tables.read_table(run_dir / name, row_type, columns)
-
-
-def _as_then(then: Mapping[str, Any], now: Mapping[str, Any], config: BaseModel) -> dict[str, Any]:
-    """An identity with the settings that had a part in it when the run was started, and have none any more."""
-    return {**now, **{name: then[name] for name in runtime_fields(type(config)) if name in then}}
 
 
 def _check_digest(run_dir: Path, manifest: Manifest, name: str) -> None:

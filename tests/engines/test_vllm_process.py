@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,27 @@ def test_the_device_decides_what_bounds_the_cache(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     assert vllm_process.device_options(3, 0.5) == options
+
+
+@pytest.mark.parametrize("kept", [None, "0"])
+def test_a_worker_takes_no_file_of_the_current_folder_for_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str | None
+) -> None:
+    """As multiprocessing starts one; what is started later is as before."""
+    (tmp_path / "secrets.py").write_text("print('mine')")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    if kept is not None:
+        monkeypatch.setenv("PYTHONSAFEPATH", kept)
+
+    def worker() -> str:
+        command = [sys.executable, "-c", "import secrets; print(secrets.token_hex.__module__)"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+
+    with vllm_process.starting():
+        assert worker() == "secrets\n"
+    assert os.environ.get("PYTHONSAFEPATH") == kept
+    if kept is None:
+        assert worker() == "mine\n"
 
 
 QUIET = """

@@ -16,6 +16,7 @@ from prefpipe.schemas import Completion
 from prefpipe.stages.generate import stage
 from tests.conftest import ROOT
 from tests.forge import Forge
+from tests.runs.cases import older
 
 NUM_PROMPTS, NUM_SAMPLES = 6, 3
 
@@ -117,6 +118,8 @@ def test_shards_of_another_size_never_give_a_run(
     """In a run of an older version nothing tells that the size was edited; but its rows do not add up."""
     out = tmp_path / "run"
     shutil.copytree(cut / "cut", out)
+    if not sealed:
+        older(out)
     edit(out, lambda saved: saved["config"].update(shard_rows=rows), sealed=sealed)
     with pytest.raises(DataError, match="edited after the run" if sealed else "came in, but") as caught:
         stage.run(config, out, force=False)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
-from prefpipe.inputs.prompts import read_prompts
+from prefpipe.inputs import hub
+from prefpipe.inputs.prompts import Prompts, read_prompts
 from tests.conftest import ROOT, Write
 
 
@@ -185,3 +187,51 @@ def test_a_part_is_every_nth_of_the_prompts_that_are_kept(write: Write, number: 
     part = prompts.part(number, 3)
     assert [p.messages[0]["content"] for p in part] == ["0", "1", "3", "5", "6"][number - 1 :: 3]
     assert len(part) == len(list(part)) == len(list(part))
+
+
+def test_a_stream_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts are read again from a copy, as often as a run asks for them, and by parts."""
+    content = [{"prompt": f"Name {i}. ½", "answer": str(i), "level": i} for i in range(5)]
+    content[1:1] = [{"prompt": None}, {"prompt": "Other", "split": "test"}, content[0]]
+    asked: list[str] = []
+
+    def stream(source: str) -> Iterator[dict[str, Any]]:
+        asked.append(source)
+        return iter(content)
+
+    monkeypatch.setattr(hub, "rows", stream)
+    prompts, dropped = read_prompts("hf:o/n@v1", "train", 4)
+    assert [d.reason for d in dropped] == ["missing", "duplicate"]
+    first = list(prompts)
+    assert [(p.messages[0]["content"], p.answer, json.loads(p.meta)) for p in first] == [
+        (f"Name {i}. ½", str(i), {"level": i}) for i in range(4)
+    ]
+    assert list(zip(prompts, prompts, strict=True)) == list(zip(first, first, strict=True))
+    assert list(prompts.part(2, 2)) == first[1::2]
+    assert asked == ["hf:o/n@v1"]
+
+
+def test_a_faulty_row_holds_its_place(write: Write) -> None:
+    """One of another split, one beyond the limit and one that repeats another have none."""
+    rows = [{"prompt": "a"}, {"prompt": None}, {"prompt": None, "split": "test"}, {"prompt": "a"}, {"prompt": "b"}]
+    path = write(*rows, {"prompt": None}, {"prompt": "c"})
+
+    def places(prompts: Prompts) -> list[str | None]:
+        return [p and p.messages[0]["content"] for p in prompts.places()]
+
+    prompts, _ = read_prompts(path, "train", 0)
+    assert places(prompts) == ["a", None, "b", None, "c"]
+    assert (len(prompts), prompts.num_places) == (3, 5)
+    assert [places(prompts.part(i, 2)) for i in (1, 2)] == [["a", "b", "c"], [None, None]]
+    assert places(prompts.without_places()) == ["a", "b", "c"]
+    assert places(read_prompts(path, "train", 2)[0]) == ["a", None, "b"]
+
+
+@pytest.mark.parametrize("then", [[{"prompt": "a"}], [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}],
+                                  [{"prompt": None}, {"prompt": "b"}]])  # fmt: skip
+def test_a_file_that_changes_between_two_readings(write: Write, then: list[dict[str, Any]]) -> None:
+    path = write({"prompt": "a"}, {"prompt": "b"})
+    prompts, _ = read_prompts(path, "train", 0)
+    write(*then)
+    with pytest.raises(DataError, match="changed while it was read"):
+        list(prompts)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from prefpipe.config.generate import GenerateConfig
+from prefpipe.ids import content_id
 from prefpipe.runs import commits, manifests, store
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, Reward, to_table
@@ -35,7 +36,7 @@ def write(run: Run) -> Manifest:
     """What a stage does: the missing shards, then the manifest."""
     run.write_dropped(Dropped, to_table(Dropped, [Dropped("p9", "too_long", "9 tokens")]))
     for index in range(3):
-        if not run.has_part("rewards/r", index):
+        if not run.has_shard(["rewards/r"], index):
             run.write_part("rewards/r", Reward, index, rewards(index, index, 0.5, None))
     return run.finish({"rows": 9}, {"policy": "weights:0"})
 
@@ -52,6 +53,18 @@ def data_files(out: Path) -> dict[str, bytes]:
         for p in sorted(out.rglob("*"))
         if p.is_file() and p.relative_to(out).parts[0] not in skipped
     }
+
+
+def older(out: Path) -> None:
+    """A run as versions wrote it that recorded no rows: config.json and commit records know the input by its digest."""
+    path = out / "config.json"
+    saved = json.loads(path.read_text())
+    saved["identity"] |= saved.pop("row_inputs")
+    del saved["record_id"]
+    path.write_text(json.dumps(saved | {"record_id": content_id(saved)}))
+    for record in out.rglob("*.ok.json"):
+        kept = {k: v for k, v in json.loads(record.read_text()).items() if not k.startswith("input_")}
+        record.write_text(json.dumps(kept | {"fingerprint": content_id(saved["identity"])}))
 
 
 def flip(path: Path, position: int = -1, bit: int = 0) -> None:

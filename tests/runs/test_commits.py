@@ -24,8 +24,8 @@ def test_a_commit_record_describes_its_part(tmp_path: Path) -> None:
             "fingerprint": run.fingerprint,
             "name": "rewards/r/part-00007.parquet",
         }
-        assert run.has_part("rewards/r", 7)
-        assert not run.has_part("rewards/r", 6)
+        assert run.has_shard(["rewards/r"], 7)
+        assert not run.has_shard(["rewards/r"], 6)
 
 
 @pytest.mark.parametrize("record", ["{", "[]", "null", "{}", '{"blake3": 3}', '{"blake3": "0"}'])

@@ -89,7 +89,7 @@ def test_a_run_of_an_older_version_is_complete_and_resumes(cut: Path, tmp_path: 
     with opened(tmp_path / "done") as run:
         assert run.manifest() == manifest
     with opened(cut) as run:
-        assert run.has_part("rewards/r", 0)
+        assert run.has_shard(["rewards/r"], 0)
         assert write(run) == manifest
 
 
@@ -121,7 +121,7 @@ def test_a_shard_under_another_number_is_set_aside(cut: Path, tmp_path: Path) ->
 
 def test_a_shard_that_changes_while_the_run_works_is_not_in_the_manifest(cut: Path) -> None:
     with opened(cut) as run:
-        assert run.has_part("rewards/r", 0)
+        assert run.has_shard(["rewards/r"], 0)
         flip(cut / "rewards/r/part-00000.parquet", 9)
         with pytest.raises(DataError, match=r"part-00000\.parquet: it does not match its commit record"):
             run.finish({}, {})

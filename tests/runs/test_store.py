@@ -28,7 +28,7 @@ def test_a_part_without_record_is_not_committed_and_is_written_again(tmp_path: P
     with opened(tmp_path) as run:
         run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
         (tmp_path / "rewards/r/part-00000.ok.json").unlink()  # killed between the two renames
-        assert not run.has_part("rewards/r", 0)
+        assert not run.has_shard(["rewards/r"], 0)
         run.write_part("rewards/r", Reward, 0, rewards(0, 2.0))
         assert run.read_part("rewards/r", Reward, 0)["reward"].to_pylist() == [2.0]
 
@@ -66,7 +66,7 @@ def test_a_partial_run_resumes_with_what_it_has(tmp_path: Path) -> None:
     written = record.stat().st_mtime_ns
     with opened(tmp_path / "a") as run:
         assert run.manifest() is None
-        assert [run.has_part("rewards/r", i) for i in range(3)] == [False, True, False]
+        assert [run.has_shard(["rewards/r"], i) for i in range(3)] == [False, True, False]
         write(run)
     assert record.stat().st_mtime_ns == written
     complete(tmp_path / "b")
@@ -95,9 +95,9 @@ def test_a_damaged_commit_record_is_no_commit_record(tmp_path: Path, damage: str
         run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
         record = tmp_path / "rewards/r/part-00000.ok.json"
         record.write_bytes(damage.encode("latin-1"))
-        assert not run.has_part("rewards/r", 0)
+        assert not run.has_shard(["rewards/r"], 0)
         run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
-        assert run.has_part("rewards/r", 0)
+        assert run.has_shard(["rewards/r"], 0)
     assert record.name in [p.name for p in (tmp_path / "quarantine").iterdir()]
 
 
@@ -129,7 +129,7 @@ def test_what_was_damaged_twice_is_kept_twice(tmp_path: Path) -> None:
         with opened(tmp_path) as run:
             run.write_part("rewards/r", Reward, 0, rewards(0, 1.0))
             flip(part)
-            assert not run.has_part("rewards/r", 0)
+            assert not run.has_shard(["rewards/r"], 0)
     assert len(list((tmp_path / "quarantine").glob("part-00000.parquet*"))) == 2
 
 
@@ -228,7 +228,7 @@ def test_a_run_from_before_a_setting_was_added_is_complete_and_resumes(tmp_path:
     with opened(tmp_path / "cut", config=Older()) as run:
         run.write_part("rewards/r", Reward, 0, rewards(0, 0, 0.5, None))
     with opened(tmp_path / "cut", config=Younger()) as run:
-        assert run.has_part("rewards/r", 0)
+        assert run.has_shard(["rewards/r"], 0)
         assert write(run) == manifest
     with pytest.raises(UsageError, match="cut"), opened(tmp_path / "done", config=Younger(cut=3.0)):
         pass
@@ -240,7 +240,7 @@ def test_force_moves_everything_to_quarantine_and_starts_over(tmp_path: Path) ->
     other = CONFIG.model_copy(update={"num_samples": 4})
     with opened(tmp_path, other, force=True) as run:
         assert run.manifest() is None
-        assert not run.has_part("rewards/r", 0)
+        assert not run.has_shard(["rewards/r"], 0)
         write(run)
     moved = {str(p.relative_to(tmp_path / "quarantine")): p.read_bytes()
              for p in (tmp_path / "quarantine").rglob("*") if p.is_file()}  # fmt: skip

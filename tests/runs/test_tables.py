@@ -66,7 +66,7 @@ def test_the_gate_refuses(tmp_path: Path, case: str) -> None:
         with pytest.raises(DataError, match=words) as caught:
             run.write_part("d", row_type, 0, table)
         assert "part-00000.parquet" in caught.value.message
-        assert not run.has_part("d", 0)
+        assert not run.has_shard(["d"], 0)
     assert not (tmp_path / "d").exists()
 
 

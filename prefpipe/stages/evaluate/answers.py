@@ -12,7 +12,9 @@ from prefpipe.inference.sampling import SampledPrompt, SampledShard
 from prefpipe.inference.task import Start, Task
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import Answer, Scored, answer_of
+from prefpipe.runs import commits
 from prefpipe.runs.manifests import Balance
+from prefpipe.runs.resume import ROWS
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
 
@@ -47,12 +49,22 @@ class Answers:
         return [row for part in parts for row in from_table(Dropped, part)]
 
     def lacking(self, dataset: str) -> set[int]:
-        """The shards for which a dataset has no part."""
-        return {index for index in range(self.num_shards) if not self.run.has_part(dataset, index)}
+        """The shards for which a dataset has no part, or one of other answers."""
+        self.run.set_aside_from(dataset, self.num_shards)
+        return {
+            index for index in range(self.num_shards) if not self.run.has_shard([dataset], index, self.rows_of(index))
+        }
+
+    def rows_of(self, index: int) -> dict[str, str]:
+        """The digest of the prompts of a shard, for the commit records of what is computed from its answers. Shards of
+        an older version have none."""
+        digest = commits.recorded_value(self.run.part(self.folder + DATASET, index), ROWS)
+        return {} if digest is None else {ROWS: digest}
 
     def with_prompts(self, shards: set[int]) -> Iterator[tuple[int, list[tuple[Prompt, Evaluation]]]]:
         """(index, every answer with its prompt) of some shards."""
-        for index, prompts in sampling.cut(self.task.prompts, task.shard_rows(self.run, self.task), shards):
+        rows, _ = task.shards_of(self.task.prompts, self.run.saved)
+        for index, prompts in sampling.cut(self.task.prompts.places(), rows, shards):
             by_id = {prompt.prompt_id: prompt for prompt in prompts}
             yield index, [(by_id[row.prompt_id], row) for row in self.rows(index)]
 
@@ -104,8 +116,8 @@ def _commit(config: EvaluateConfig, run: Run, of: Task, folder: str, shard: Samp
     (name, function), *_ = of.rewards.items()
     scores = iter(rating.rate(task.answers_of(shard.sampled, config.reward_on), function, name))
     rows = [_row(config, of, prompt, i, next(scores)) for prompt in shard.sampled for i in range(len(prompt.said))]
-    run.write_part(f"{folder}dropped", Dropped, shard.index, to_table(Dropped, shard.dropped))
-    run.write_part(folder + DATASET, Evaluation, shard.index, to_table(Evaluation, rows))
+    run.write_part(f"{folder}dropped", Dropped, shard.index, to_table(Dropped, shard.dropped), shard.rows)
+    run.write_part(folder + DATASET, Evaluation, shard.index, to_table(Evaluation, rows), shard.rows)
 
 
 def _row(config: EvaluateConfig, of: Task, sampled: SampledPrompt, i: int, score: Scored) -> Evaluation:

@@ -38,9 +38,17 @@ def read(config: EvaluateConfig, of: Task) -> list[Guarded]:
     found: list[Guarded] = []
     for prompts_file, reward in (parse_guard(text, config.reward_settings) for text in config.guard):
         functions = of.rewards if reward in of.rewards else load_rewards([reward], config.reward_settings)[0]
+        state = files.state([prompts_file])
         prompts, repeated = read_prompts(prompts_file, config.guard_split, 0, files.renames(config.column))
-        prompts = task.take_part(prompts, config.part)
-        guarded = replace(of, prompts=prompts, repeated=repeated, rewards={reward: functions[reward]})
+        guarded = replace(
+            of,
+            prompts=task.take_part(prompts, config.part),
+            of_all_parts=prompts,
+            repeated=repeated,
+            rewards={reward: functions[reward]},
+            source=prompts_file,
+            read_state=state,
+        )
         identity = rewards.identity(reward, config.reward_settings)
         found.append(
             Guarded(prompts_file, reward, guarded, key(files.digest(prompts_file), config.guard_split, identity))

@@ -122,7 +122,15 @@ def _fill(config: EvaluateConfig, answers: Answers, target: Target, start: Start
         )
         for index, answered in answers.with_prompts(answers.lacking(target.dataset))
     )
-    scores.fill(answers.run, target.dataset, sequences, start, reference=target.id, adapter=target.name != "base")
+    scores.fill(
+        answers.run,
+        target.dataset,
+        sequences,
+        start,
+        reference=target.id,
+        adapter=target.name != "base",
+        rows_of=answers.rows_of,
+    )
 
 
 def _logps(answers: Answers, target: Target, index: int) -> dict[str, list[float]]:

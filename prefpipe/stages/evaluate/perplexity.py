@@ -46,7 +46,7 @@ def read(file: str, max_model_len: int) -> Text:
 def fill(run: Run, text: Text, of: Task, start: Start) -> None:
     """Score the text in windows, unless that is done. Raises DataError for a text that is too short, and as
     `reading` does."""
-    if run.has_part(text.dataset, 0):
+    if run.has_shard([text.dataset], 0):
         return
     requests = windows(encode(of.chat, reading.read_text(Path(text.file), _MOST_BYTES)), text.window)
     if not requests:

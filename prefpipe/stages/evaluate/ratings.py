@@ -21,7 +21,7 @@ def fill(config: EvaluateConfig, answers: Answers, name: str, function: RewardFu
             Reward(row.completion_id, name, score.reward, score.status, score.detail)
             for (_, row), score in zip(answered, scores, strict=True)
         ]
-        answers.run.write_part(dataset, Reward, index, to_table(Reward, rows))
+        answers.run.write_part(dataset, Reward, index, to_table(Reward, rows), answers.rows_of(index))
     return dataset
 
 

@@ -1,6 +1,6 @@
 """Log-probs of sequences by a policy, kept beside the answers: scored once, a shard at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from prefpipe import log
@@ -12,7 +12,7 @@ from prefpipe.inference.shards import Shard
 from prefpipe.inference.task import Start
 from prefpipe.rows import ref_logps
 from prefpipe.runs import fsio
-from prefpipe.runs.store import Run
+from prefpipe.runs.store import NO_ROWS, Run
 from prefpipe.schemas import RefLogps, to_table
 
 
@@ -24,9 +24,10 @@ def fill(
     *,
     reference: str,
     adapter: bool,
+    rows_of: Callable[[int], Mapping[str, str]] = lambda _index: NO_ROWS,
 ) -> None:
     """Score and commit the missing shards of a dataset of log-probs, given as (index, sequences) in rising order; no
-    engine starts for none. `reference` is the id of the policy that scores.
+    engine starts for none. `reference` is the id of the policy that scores; `rows_of` gives the digests of a shard.
 
     A sequence that killed the engine twice is left out.
     """
@@ -49,7 +50,7 @@ def fill(
         whole = scoring.score_shards(shards(), engine, inflight, advance, adapter=adapter)
         for (index, kept), values in whole:
             rows = [_row(request, values[request.completion_id], reference, engine.scorer) for request in kept]
-            run.write_part(dataset, RefLogps, index, to_table(RefLogps, rows))
+            run.write_part(dataset, RefLogps, index, to_table(RefLogps, rows), rows_of(index))
     inflight.close()
 
 

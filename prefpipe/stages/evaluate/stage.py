@@ -24,10 +24,18 @@ from prefpipe import log, rewards
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.shared import REWARD_CHOICES
 from prefpipe.errors import UsageError
-from prefpipe.inference.task import Start, Task, engine_on_demand, gather_ledger, longest_sequence, read_task
+from prefpipe.inference.task import (
+    Start,
+    Task,
+    engine_on_demand,
+    gather_ledger,
+    longest_sequence,
+    open_task,
+    read_task,
+)
 from prefpipe.rewards.base import RewardFunction
 from prefpipe.rewards.rating import load_rewards
-from prefpipe.runs import fsio, store
+from prefpipe.runs import fsio
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Measure, to_table
@@ -73,11 +81,11 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     if not config.reward:
         raise UsageError("no reward given: nothing says which answers pass", f"pass --reward NAME: {REWARD_CHOICES}")
     config = settled(config, out)
-    task = read_task(config, config.reward[:1])
-    beside = _read_beside(config, task, out)
+    read = read_task(config, config.reward[:1])
+    beside = _read_beside(config, read, out)
     guarded = [(guard.prompts, guard.task.prompts) for guard in beside.guards]
-    leaks.check(config.trained_on, [(config.prompts, task.prompts), *guarded])
-    with store.open_run(out, "evaluate", config, task.inputs, force=force) as output:
+    leaks.check(config.trained_on, [(config.prompts, read.prompts), *guarded])
+    with open_task(out, "evaluate", config, read, force=force) as (output, task):
         manifest = output.manifest(lambda m: m["identity"].get("beside", {}) == beside.identity)
         if manifest is not None:
             return manifest

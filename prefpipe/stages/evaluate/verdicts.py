@@ -89,7 +89,7 @@ def _fill(config: EvaluateConfig, answers: Answers, court: Court, baseline: Base
         if found and len(problems) == len(found):
             raise DataError(f"judge {court.name} failed on all {len(found)} pairs: {problems[0]}", "check its settings")
         rows = [_row(court.name, row, comparison) for (_, row), comparison in zip(met, found, strict=True)]
-        answers.run.write_part(dataset, Reward, index, to_table(Reward, rows))
+        answers.run.write_part(dataset, Reward, index, to_table(Reward, rows), answers.rows_of(index))
 
 
 def _read(answers: Answers, dataset: str, theirs: dict[Key, Other]) -> Iterator[tuple[Picks | None, int]]:

@@ -29,6 +29,7 @@ from prefpipe.inference.task import (
     answers_of,
     balances,
     engine_settings,
+    open_task,
     prompt_key,
     read_task,
     run_shards,
@@ -37,7 +38,6 @@ from prefpipe.inference.task import (
 from prefpipe.models import vocabulary
 from prefpipe.rewards import rating
 from prefpipe.rows import ref_logps
-from prefpipe.runs import store
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, among, from_table, to_table
@@ -48,8 +48,8 @@ R = TypeVar("R")
 def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample, score and rate every prompt that has no committed shard yet."""
     config = settled(config, out)
-    task = read_task(config, config.rewards)
-    with store.open_run(out, "generate", config, task.inputs, force=force) as output:
+    read = read_task(config, config.rewards)
+    with open_task(out, "generate", config, read, force=force) as (output, task):
         manifest = output.manifest()
         if manifest is not None:
             return manifest
@@ -96,7 +96,7 @@ def _commit(
     completions = [c for prompt in shard.sampled for c in _completions(config, task, prompt)]
 
     def write(dataset: str, row_type: type[R], rows: list[R]) -> None:
-        output.write_part(dataset, row_type, shard.index, to_table(row_type, rows))
+        output.write_part(dataset, row_type, shard.index, to_table(row_type, rows), shard.rows)
 
     write("dropped", Dropped, shard.dropped)
     write("prompts", Prompt, [prompt.encoded.prompt for prompt in shard.sampled])

@@ -1,5 +1,6 @@
 """Shards of foreign files as rows of ours, without the rows that repeat an earlier one, in whichever shard that is."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import RowFault
 from prefpipe.ids import IdSet
-from prefpipe.inputs import files, formats, tokenised
+from prefpipe.inputs import files, formats, hub, tokenised
 from prefpipe.inputs.files import ForeignRow
 from prefpipe.inputs.messages import to_json
 from prefpipe.inputs.tokenised import IMPORTED, Limits, Tokenised
@@ -30,6 +31,7 @@ class Imported:
     dropped: ledger rows of what is faulty or repeated
     used: by completion_id, every completion that these rows need, also one that an earlier shard has written
     prompt_of: by completion_id, the prompt that it answers, with the further columns of its row
+    came_in: of each row, what becomes a row of ours or of the ledger: a pair, an answer, or the row where it is faulty
     """
 
     prompts: list[Prompt] = field(default_factory=list[Prompt])
@@ -40,6 +42,7 @@ class Imported:
     dropped: list[Dropped] = field(default_factory=list[Dropped])
     used: dict[str, Completion] = field(default_factory=dict[str, Completion])
     prompt_of: dict[str, Prompt] = field(default_factory=dict[str, Prompt])
+    came_in: list[int] = field(default_factory=list[int])
 
 
 def chunks(path: str | Path, size: int, columns: Mapping[str, str]) -> Iterator[list[ForeignRow]]:
@@ -47,6 +50,19 @@ def chunks(path: str | Path, size: int, columns: Mapping[str, str]) -> Iterator[
     stream = files.rows(path, columns)
     while chunk := list(islice(stream, size)):
         yield chunk
+
+
+def rows_digest(chunk: list[ForeignRow], source: str) -> str:
+    """The digest of the rows of a shard, and of their places in the source, which ledger rows name."""
+    hasher = hashlib.blake2b(digest_size=16)
+    prefix = source if hub.is_hub(source) else str(Path(source))  # as `files.rows` names it
+    for where, row in chunk:
+        try:
+            text = repr(row)
+        except RecursionError:  # its lists are too deep: the row goes to the ledger whatever it says
+            text = ""
+        hasher.update(f"{where.removeprefix(prefix)}\n{len(text)}\n{text}\n".encode(errors="surrogatepass"))
+    return hasher.hexdigest()
 
 
 def import_rows(
@@ -69,7 +85,9 @@ def import_rows(
                 imported.pairs.append(pair)
         except RowFault as fault:
             imported.dropped.append(Dropped(where, fault.reason, fault.detail))
+            imported.came_in.append(1)
             continue
+        imported.came_in.append(1 if kind == "preference" else len(source.answers))
         prompt = _to_prompt(source, row)
         if known["prompts"].add(prompt.prompt_id):
             imported.prompts.append(prompt)

@@ -2,14 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import DataError
+from prefpipe.ids import content_id
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import RewardFunction
-from prefpipe.rows import ROW_TYPES, Logps, key_column, what_helps, why_dropped, with_ref_logps
+from prefpipe.rows import ROW_TYPES, Logps, key_column, key_of, what_helps, why_dropped, with_ref_logps
+from prefpipe.runs import commits
+from prefpipe.runs.manifests import Balance
+from prefpipe.runs.resume import ROWS
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Label, RefLogps, Reward, from_table, to_table
 from prefpipe.stages.score.imports import DESIRABLE, RATING_FOLDER, Known
@@ -18,39 +23,86 @@ from prefpipe.stages.score.sources import ENGINE_DIED, InputShard, ShardRows
 _KEYED: dict[str, type] = {**ROW_TYPES, RATING_FOLDER: Reward}
 
 
+_CAME_IN = "input_count"  # in a commit record: pairs, answers and faulty rows of a foreign file
+_BEFORE = "input_before"  # in a commit record: the digest of all rows in front of the shard
+
+
 @dataclass(frozen=True)
 class OutputShard:
-    """A shard of the run: its number, its datasets in the order in which they are written, and how to read its rows."""
+    """A shard of the run: its number, its datasets in the order in which they are written, how to read its rows, and,
+    for its commit records, the digests of its rows and of all in front of them."""
 
     index: int
     datasets: tuple[str, ...]
     read: Callable[[], ShardRows]
+    rows: Mapping[str, str]
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """(dataset, number) of its files."""
+        return [(name, self.index) for name in self.datasets]
 
 
 def numbered(shards: Iterable[InputShard], reward_names: Iterable[str], *, scored: bool) -> Iterator[OutputShard]:
     """The shards of all inputs as shards of the run, numbered in their order. `scored`: they get log-probs."""
     logps = ("ref_logps",) if scored else ()
     scores = (*logps, *map(rating.reward_folder, reward_names), "dropped")
+    before = ""
     for index, shard in enumerate(shards):
-        yield OutputShard(index, (*shard.datasets, *scores), shard.read)
+        rows = {ROWS: shard.digest, _BEFORE: before}
+        yield OutputShard(index, (*shard.datasets, *scores), shard.read, rows)
+        before = content_id(before, shard.digest)
 
 
 def missing(shards: Iterable[OutputShard], run: Run, known: Known) -> Iterator[OutputShard]:
-    """The shards without a commit. The keys of committed ones are added to `known` on the way, for the next ones."""
+    """The shards without a commit, or of other rows than the inputs have there now; at the end, shards for which the
+    inputs have no rows are set aside. The keys of committed ones are added to `known` on the way, for the next ones.
+
+    Which rows of a shard repeat an earlier one depends on all rows in front of it. Where these changed, a committed
+    shard is read again, and stays if it would be written with the same rows.
+    """
+    parts: set[tuple[str, int]] = set()
     for shard in shards:
-        if not all(run.has_part(name, shard.index) for name in shard.datasets):
+        parts.update(shard.parts)
+        if not run.has_shard(shard.datasets, shard.index, {ROWS: shard.rows[ROWS]}):
             yield shard
-        elif "completions" in shard.datasets:
-            _remember(shard, run, known)
+        elif all(commits.record_mismatch(run.part(*part), shard.rows) is None for part in shard.parts):
+            if "completions" in shard.datasets:  # of a file: rows of runs have no part in what repeats
+                _remember(shard, run, known)
+        else:
+            rows = shard.read()
+            if _is_committed(rows, shard, run):
+                for part in shard.parts:
+                    commits.amend(run.part(*part), shard.rows)
+            else:
+                run.has_shard(shard.datasets, shard.index, shard.rows)  # moves it aside
+                yield replace(shard, read=partial(_again, rows))
+    run.set_others_aside(parts)
+
+
+def _again(rows: ShardRows) -> ShardRows:
+    return rows
+
+
+def _is_committed(rows: ShardRows, shard: OutputShard, run: Run) -> bool:
+    """Whether a shard was written with the keys and the ledger of these rows, but for rows that killed the engine."""
+    dropped = from_table(Dropped, run.read_part("dropped", Dropped, shard.index))
+    lost = {row.id for row in dropped if row.reason == ENGINE_DIED}
+    if [row for row in dropped if row.reason != ENGINE_DIED] != rows.dropped:
+        return False
+    for dataset in _KEYED.keys() & {*shard.datasets}:
+        written = _keys(run, dataset, shard.index)
+        expected = map(key_of, rows.ratings if dataset == RATING_FOLDER else rows.rows[dataset])
+        if written != [key for key in expected if key not in lost]:
+            return False
+    return True
 
 
 def _remember(shard: OutputShard, run: Run, known: Known) -> None:
     dropped = from_table(Dropped, run.read_part("dropped", Dropped, shard.index))
     lost = [row.id for row in dropped if row.reason == ENGINE_DIED]
     for dataset in _KEYED.keys() & {*shard.datasets}:
-        column = key_column(_KEYED[dataset])
-        part = run.read_part(dataset, _KEYED[dataset], shard.index, [column])
-        for key in (*part[column].to_pylist(), *lost):
+        for key in (*_keys(run, dataset, shard.index), *lost):
             known[dataset].add(key)
     if "labels" in shard.datasets:
         labels = run.read_part("labels", Label, shard.index, ["completion_id", "label"])
@@ -71,9 +123,10 @@ def write(
     for name, function in rewards.items():
         tables[rating.reward_folder(name)] = (Reward, _rate(shard_rows, name, function))
     tables["dropped"] = (Dropped, shard_rows.dropped)
+    came_in = {} if shard_rows.came_in is None else {_CAME_IN: str(shard_rows.came_in)}
     for name in shard.datasets:
         row_type, rows = tables[name]
-        run.write_part(name, row_type, shard.index, to_table(row_type, rows))
+        run.write_part(name, row_type, shard.index, to_table(row_type, rows), {**shard.rows, **came_in})
 
 
 def _rate(shard_rows: ShardRows, name: str, function: RewardFunction) -> list[Reward]:
@@ -82,6 +135,29 @@ def _rate(shard_rows: ShardRows, name: str, function: RewardFunction) -> list[Re
         Reward(completion_id, name, score.reward, score.status, score.detail)
         for (completion_id, _), score in zip(shard_rows.answers, scores, strict=True)
     ]
+
+
+def balances(run: Run) -> Iterator[Balance]:
+    """What became of the pairs, answers and faulty rows of foreign files: each is kept or in the ledger. A shard of one
+    of our runs, and one that an older version wrote, says not how many they were."""
+    came_in = kept = dropped = 0
+    for index, values in commits.recorded_values(run.out, _CAME_IN).items():
+        if not all(value is not None and value.isdigit() for value in values):
+            continue
+        came_in += sum(map(int, filter(None, values)))
+        datasets = {name for name in ("pairs", "completions", "labels", RATING_FOLDER) if index in run.parts(name)}
+        keys = {name: _keys(run, name, index) for name in datasets}
+        kept += len(keys["pairs"] if "pairs" in keys else {key for found in keys.values() for key in found})
+        ledger = from_table(Dropped, run.read_part("dropped", Dropped, index))
+        # A pair is lost with one of its completions, which has a line as well.
+        lost = [row for row in ledger if row.reason == ENGINE_DIED and row.detail.endswith(row.id)]
+        dropped += len(ledger) - (len(lost) if "pairs" in keys else 0)
+    yield Balance("rows", came_in, kept, dropped)
+
+
+def _keys(run: Run, dataset: str, index: int) -> list[str]:
+    column = key_column(_KEYED[dataset])
+    return run.read_part(dataset, _KEYED[dataset], index, [column])[column].to_pylist()
 
 
 def totals(run: Run, reward_names: Iterable[str], *, may_be_empty: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from prefpipe import log
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, MissingInputError
-from prefpipe.ids import numbered_id
+from prefpipe.ids import content_id, numbered_id
 from prefpipe.inference.scoring import request_of
 from prefpipe.inputs import files, formats, hub
 from prefpipe.inputs.files import ForeignRow
@@ -42,6 +42,7 @@ class ShardRows:
     dropped: ledger rows of what is left out
     written_before: ids of the completions in `requests` that an earlier shard writes: they are scored for the pairs and
         labels of this shard, and their log-probs are not written again
+    came_in: how many pairs, answers and faulty rows of a foreign file, each of which is kept or in the ledger
     """
 
     rows: dict[str, list[Any]]
@@ -50,14 +51,17 @@ class ShardRows:
     ratings: list[Reward]
     dropped: list[Dropped]
     written_before: frozenset[str] = frozenset()
+    came_in: int | None = None
 
 
 @dataclass(frozen=True)
 class InputShard:
-    """A shard of an input: the datasets that it brings beside the scores, and the function that reads it."""
+    """A shard of an input: the datasets that it brings beside the scores, the function that reads it, and the digest of
+    its rows."""
 
     datasets: tuple[str, ...]
     read: Callable[[], ShardRows]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,9 @@ def _of_file(source: str, reader: Reader) -> Iterator[InputShard]:
             kind = formats.recognise(row, where)
             datasets += _ADDED.get(kind, ())
             datasets += (RATING_FOLDER,) if formats.has_ratings([row for _, row in chunk], kind) else ()
-        yield InputShard(datasets, partial(_import, chunk, kind, reader, with_ratings=RATING_FOLDER in datasets))
+        digest = content_id(kind, datasets, imports.rows_digest(chunk, source))
+        read = partial(_import, chunk, kind, reader, with_ratings=RATING_FOLDER in datasets)
+        yield InputShard(datasets, read, digest)
 
 
 def _of_run(source: Path, reader: Reader) -> Iterator[InputShard]:
@@ -156,7 +162,8 @@ def _of_run(source: Path, reader: Reader) -> Iterator[InputShard]:
     if "completions" in present:
         prompts = partial(_prompts, source, manifest, {})
         for name in store.part_names(source, manifest, "completions"):
-            yield InputShard((), partial(_completions, source, manifest, name, reader, prompts))
+            read = partial(_completions, source, manifest, name, reader, prompts)
+            yield InputShard((), read, content_id(manifest["digest"], name))
         return
     preferences = [name for name in PREFERENCES if name in present]
     if not preferences:
@@ -168,7 +175,8 @@ def _of_run(source: Path, reader: Reader) -> Iterator[InputShard]:
             table = store.read_file(source, manifest, name, PREFERENCES[dataset])
             for start in range(0, table.num_rows, reader.shard_rows):
                 rows = table.slice(start, reader.shard_rows)
-                yield InputShard((dataset,), partial(_preferences, source, dataset, rows, reader))
+                read = partial(_preferences, source, dataset, rows, reader)
+                yield InputShard((dataset,), read, content_id(manifest["digest"], name, start))
 
 
 def notice_other_chat(source: Path, chat: Chat) -> None:
@@ -198,6 +206,7 @@ def _import(chunk: list[ForeignRow], kind: str, reader: Reader, *, with_ratings:
         imported.ratings,
         imported.dropped,
         written_before,
+        sum(imported.came_in),
     )
 
 

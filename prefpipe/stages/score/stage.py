@@ -24,19 +24,20 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.errors import UsageError
 from prefpipe.ids import IdSet, ids_digest
-from prefpipe.inference import parity, scoring, warm
+from prefpipe.inference import parity, scoring, task, warm
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.shards import Shard
-from prefpipe.inputs import files
+from prefpipe.inputs import files, hub
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models import vocabulary
-from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.chat import Chat
 from prefpipe.models.encoding import Rules
 from prefpipe.models.notices import check_ends
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards import rating
 from prefpipe.rows import Logps, ref_logps
 from prefpipe.runs import store
+from prefpipe.runs.resume import ROWS, RowInputs
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Completion, Dropped, RefLogps, among, from_table, to_table
@@ -56,52 +57,42 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
     config = settled(config, out)
     policy = resolve(config.model, config.adapter)
     columns = files.renames(config.column)
-    for source in config.inputs:
-        if not files.is_run(source):
-            sources.check_format(source, columns)
-    chat = load_chat(
-        policy.directory,
-        config.chat_template,
-        config.template_date,
-        template_kwargs=config.chat_template_kwargs,
-        thinking_marks=config.thinking_marks,
-    )
+    foreign = [source for source in config.inputs if not files.is_run(source)]
+    state = files.state(foreign)
+    for source in foreign if force or not (out / "manifest.json").exists() else ():  # a complete run read them all
+        sources.check_format(source, columns)
+    chat = task.read_chat(config, policy)
     config = config.model_copy(update={"max_length": _longest(config, policy)})
     reference = policy.id if config.reference == "policy" else None
     rewards, reward_ids = rating.load_rewards(config.rewards, config.reward_settings)
     inputs = _identities(config.inputs, reference, chat, reward_ids)
-    with store.open_run(out, "score", config, inputs, force=force) as output:
+
+    def shards(saved: Mapping[str, Any], known: Known) -> Iterator[OutputShard]:
+        size, limits = saved["shard_rows"], _limits(config)
+        rates = bool(rewards)
+        reader = Reader(chat, limits, size, columns, config.reward_on, rates, known, config.share, config.seed)
+        return _shards(config, reader, list(rewards))
+
+    by_row = RowInputs(
+        _mendable(config.inputs), lambda saved: (s.rows[ROWS] for s in shards(saved, defaultdict(IdSet)))
+    )
+    with store.open_run(out, "score", config, inputs, force=force, by_row=by_row) as output:
         manifest = output.manifest()
         if manifest is not None:
             return manifest
         known: Known = defaultdict(IdSet)
-        reader = Reader(
-            chat,
-            _limits(config),
-            output.saved["shard_rows"],
-            columns,
-            config.reward_on,
-            bool(rewards),
-            known,
-            config.share,
-            config.seed,
-        )
+        missing = outputs.missing(shards(output.saved, known), output, known)
         settings = _engine_settings(config, policy, chat)
-        _fill(
-            outputs.missing(_shards(config, reader, list(rewards)), output, known),
-            config,
-            settings,
-            reference,
-            output,
-            partial(outputs.write, output, rewards),
-        )
+        _fill(missing, config, settings, reference, output, partial(outputs.write, output, rewards))
+        if files.state(foreign) != state:
+            raise files.changed(", ".join(foreign))
         output.gather_dropped(Dropped, to_table(Dropped, []))
         totals = outputs.totals(output, rewards, may_be_empty=config.share < 1)
         if config.check and reference:
-            totals["parity"] = _check(config, output, _shards(config, reader, list(rewards)), settings)
+            totals["parity"] = _check(config, output, shards(output.saved, known), settings)
             output.write_report("parity.json", totals["parity"])
         tokens = vocabulary.record(vocabulary.of_sources(config.inputs, chat.tokenizer))
-        return output.finish(totals, {"reference": reference, **tokens})
+        return output.finish(totals, {"reference": reference, **tokens}, outputs.balances(output))
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
@@ -142,9 +133,16 @@ def _identities(
     return identities
 
 
+def _mendable(inputs: Sequence[str]) -> list[str]:
+    """The names of the inputs that may change between two starts: files. A dataset of the hub has no digest, and beside
+    one no input may: its rows would have to be read once more to number the shards."""
+    if any(map(hub.is_hub, inputs)):
+        return []
+    return [f"inputs.{i}" for i, source in enumerate(inputs) if not files.is_run(source)]
+
+
 def _limits(config: ScoreConfig) -> Limits:
-    rules = Rules(config.special_tokens_in_prompts, config.template_changes)
-    return Limits(config.max_prompt_length, config.max_length, config.overlong, rules)
+    return Limits(config.max_prompt_length, config.max_length, config.overlong, Rules.of(config))
 
 
 def _engine_settings(config: ScoreConfig, policy: Policy, chat: Chat) -> EngineSettings:

@@ -23,8 +23,7 @@ def context_of(models: Sequence[Policy]) -> int | None:
 def limits(config: TrainConfig, context: int | None) -> Limits:
     """The limits of a row that is read from a file."""
     longest = config.max_length if context is None else min(config.max_length, context)
-    rules = Rules(config.special_tokens_in_prompts, config.template_changes)
-    return Limits(config.max_prompt_length, longest, config.overlong, rules)
+    return Limits(config.max_prompt_length, longest, config.overlong, Rules.of(config))
 
 
 def within(rows: list[T], context: int | None, dropped: list[Dropped]) -> list[T]:

@@ -17,6 +17,7 @@ from prefpipe.stages.score import output
 from prefpipe.stages.score.output import OutputShard
 from prefpipe.stages.score.sources import ENGINE_DIED, InputShard, ShardRows
 
+ROWS = {"input_rows": "digest"}
 A, B, LOST = (content_id(name) for name in ("a", "b", "lost"))
 
 
@@ -36,7 +37,7 @@ def logps(*completion_ids: str) -> dict[str, RefLogps]:
 
 
 def test_shards_of_all_inputs_are_numbered_and_get_the_datasets_of_their_scores() -> None:
-    inputs = [InputShard(names, shard_rows) for names in (("completions",), (), ("pairs",))]
+    inputs = [InputShard(names, shard_rows, "digest") for names in (("completions",), (), ("pairs",))]
     found = [(shard.index, shard.datasets) for shard in output.numbered(inputs, ["mine"], scored=True)]
     scores = ("ref_logps", "rewards/mine", "dropped")
     assert found == [(0, ("completions", *scores)), (1, scores), (2, ("pairs", *scores))]
@@ -46,7 +47,7 @@ def test_shards_of_all_inputs_are_numbered_and_get_the_datasets_of_their_scores(
 
 def written(run: Run) -> list[OutputShard]:
     """Two shards on disk; completion A of the first is needed by the second as well."""
-    shards = [OutputShard(i, ("completions", "ref_logps", "rewards/r", "dropped"), shard_rows) for i in range(2)]
+    shards = [OutputShard(i, ("completions", "ref_logps", "rewards/r", "dropped"), shard_rows, ROWS) for i in range(2)]
     rewards = {"r": lambda answers: [Scored(float(answer.text == A)) for answer in answers]}
     output.write(run, rewards, shards[0], shard_rows(A), logps(A))
     output.write(run, rewards, shards[1], shard_rows(A, B, written_before=frozenset([A])), logps(A, B))
@@ -73,7 +74,7 @@ def test_a_missing_shard_comes_back_when_the_keys_of_those_before_it_are_known(t
     """A completion that the engine died on counts as known: it does not come up again."""
     known = defaultdict[str, IdSet](IdSet)
     with store.open_run(tmp_path / "s", "score", ScoreConfig(), {}, force=False) as run:
-        shards = [*written(run), OutputShard(2, ("completions", "dropped"), shard_rows)]
+        shards = [*written(run), OutputShard(2, ("completions", "dropped"), shard_rows, ROWS)]
         assert [shard.index for shard in output.missing(shards, run, known)] == [2]
     assert [known["completions"].add(key) for key in (A, B, LOST, content_id("new"))] == [False, False, False, True]
 

@@ -19,7 +19,7 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.ids import ids_digest
-from prefpipe.inputs import tokenised
+from prefpipe.inputs import files, tokenised
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.models.chat import load_chat
 from prefpipe.models.policy import resolve
@@ -40,6 +40,7 @@ from prefpipe.schemas import (
 )
 from prefpipe.stages import build_pairs
 from prefpipe.stages.generate import stage as generate
+from prefpipe.stages.score import imports
 from prefpipe.stages.score import stage as score
 from prefpipe.stages.train import stage
 from prefpipe.stages.train.reference.values import read_ref_logps
@@ -431,3 +432,50 @@ def test_another_tokenizer_is_a_notice_for_ids_and_an_identity_for_text(
     assert cli(*common, "--inputs", path, "--out", tmp_path / "text").returncode == 0
     done = cli(*common, "--inputs", path, "--out", tmp_path / "text", "--chat-template", template)
     assert_refused(done, 2, "input:chat_template")
+
+
+LOST: dict[str, tuple[list[dict[str, Any]], str, str]] = {
+    # rows, a dataset that loses one of them, and what the balance says
+    "pairs": (PAIRS, "pairs", "7 rows came in, but 6 are kept and 0 dropped"),
+    "labels": ([{"prompt": p["prompt"], "completion": "Yes.", "label": True} for p in PAIRS], "labels",
+               "7 rows came in, but 6 are kept and 0 dropped"),
+    "answers": ([{"prompt": "Name birds.", "completions": ["An owl.", "A tit.", "An owl."]}, {"prompt": "Name one."}],
+                "completions", "4 rows came in, but 1 are kept and 2 dropped"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_row_that_is_neither_kept_nor_in_the_ledger_is_no_run(
+    tiny_model: Path, write: Write, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pair, answer and faulty row is accounted for; here reading loses one."""
+    content, dataset, said = LOST[name]
+    read = imports.import_rows
+    lossy = [True]
+
+    def losing(*given: Any, **named: Any) -> imports.Imported:
+        imported = read(*given, **named)
+        if lossy.pop() if lossy else False:
+            getattr(imported, dataset).pop()
+            if dataset == "labels":
+                imported.completions.pop()
+        return imported
+
+    monkeypatch.setattr(imports, "import_rows", losing)
+    with pytest.raises(DataError, match=said):
+        run(tiny_model, write(*content), tmp_path / "s", reference="none")
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    assert run(tiny_model, write(*content), tmp_path / "whole", reference="none")["files"]
+
+
+def test_a_complete_run_reads_no_row(
+    tiny_model: Path, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(*PAIRS)
+    manifest = run(tiny_model, source, tmp_path / "s")
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a row is read")
+
+    monkeypatch.setattr(files, "rows", refused)
+    assert run(tiny_model, source, tmp_path / "s") == manifest

@@ -43,7 +43,7 @@ def missing_ref_logps(
     missing = [row for row in rows if not has_ref_logps(row)]
     if not missing:
         return {}
-    if not session.lead(lambda run: run.has_part("ref_logps", 0)):
+    if not session.lead(lambda run: run.has_shard(["ref_logps"], 0)):
         log.info(f"{len(missing)} of {len(rows)} rows have no reference log-probs: they are scored once, now")
         world = session.world
         shares = world.gather(_score(missing[world.rank :: world.size], model, scorer, reference_id))

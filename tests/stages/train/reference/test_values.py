@@ -87,4 +87,4 @@ def test_nothing_missing_writes_nothing(tiny_model: Path, tmp_path: Path):
             )
             == {}
         )
-        assert not run.has_part("ref_logps", 0)
+        assert not run.has_shard(["ref_logps"], 0)
