@@ -1,6 +1,5 @@
 """The sampling that `generate` and `evaluate` share: prompts -> engine -> committed shards, nothing twice."""
 
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from prefpipe.engines.base import Draw, Engine, EngineSettings
 from prefpipe.errors import DataError, RowFault, UsageError
 from prefpipe.ids import IdSet, content_id, ids_digest, sample_seed
 from prefpipe.inference import sampling, warm
+from prefpipe.inference.cutting import fitting_rows, shards_of, take_part
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
 from prefpipe.inputs import files, hub
@@ -33,7 +33,6 @@ from prefpipe.runs.resume import ROWS, RowInputs
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Prompt, to_table
 
-_SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 16, 512
 Config = GenerateConfig | EvaluateConfig
 Start = Callable[[], Engine]  # the engine, which starts at the first call
 Commit = Callable[[SampledShard, Engine], None]  # writes a whole shard; the engine that sampled it still runs
@@ -113,7 +112,7 @@ def open_task(out: Path, command: str, config: Config, task: Task, *, force: boo
 
     by_row = RowInputs([] if hub.is_hub(config.prompts) else ["prompts"], digests)
     # The size of the first start is saved: a mended file is cut as before.
-    config = config.model_copy(update={"shard_rows": config.shard_rows or _fitting_rows(len(task.prompts))})
+    config = config.model_copy(update={"shard_rows": config.shard_rows or fitting_rows(len(task.prompts))})
     with store.open_run(out, command, config, task.inputs, force=force, by_row=by_row) as run:
         older = not run.records_rows
         prompts = take_part(task.of_all_parts.without_places(), config.part) if older else task.prompts
@@ -183,12 +182,6 @@ def sample_missing(
 def longest_sequence(task: Task, config: Config) -> int:
     """The most tokens that prompt and completion have together."""
     return _longest_prompt(config, task.policy) + config.max_tokens
-
-
-def shards_of(prompts: Prompts, saved: Mapping[str, Any]) -> tuple[int, range]:
-    """How many places a shard has, and the numbers of the shards. A run of an older version has saved no size."""
-    rows = saved["shard_rows"] or _fitting_rows(len(prompts))
-    return rows, range(math.ceil(prompts.num_places / rows))
 
 
 def gather_ledger(run: Run, num_prompts: int, before: Sequence[Dropped]) -> None:
@@ -294,19 +287,6 @@ def _check_any(run: Run, shards: Iterable[PromptShard], encode: Encode) -> None:
     run.write_dropped(Dropped, to_table(Dropped, dropped))
     hint = what_helps(dropped) or f"see {run.out}/dropped.parquet for every prompt"
     raise DataError(f"no prompt is left: {why_dropped(dropped)}", hint)
-
-
-def _fitting_rows(num_prompts: int) -> int:
-    """Prompts in a shard: enough that commits cost nothing, few enough that little is lost when a run is killed."""
-    return min(_MOST_ROWS, max(_FEWEST_ROWS, math.ceil(num_prompts / _SHARDS)))
-
-
-def take_part(prompts: Prompts, part: str) -> Prompts:
-    """The prompts of part I/N. Raises UsageError for a part that does not exist."""
-    number, _, count = part.partition("/")
-    if int(number) > int(count):
-        raise UsageError(f"part = '{part}': there are only {count} parts", "write I/N with I from 1 to N")
-    return prompts.part(int(number), int(count))
 
 
 def _longest_prompt(config: Config, policy: Policy) -> int:

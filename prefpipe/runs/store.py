@@ -2,8 +2,7 @@
 
 OUT/config.json                    first: the resolved settings, the identity of the run, and the digest of both
     NAME/part-00000.parquet        data of one shard
-    NAME/part-00000.ok.json        its commit record: rows, bytes, blake3, fingerprint, name, and the digest of its
-                                   rows in the input; the shard counts now
+    NAME/part-00000.ok.json        its commit record (`commits`): the shard counts now
     dropped.parquet                rows that did not go on, with their reason
     manifest.json                  last: every file with its digest; a run is complete when it exists and matches
     timing.jsonl                   times and rates, outside every digest
@@ -31,6 +30,7 @@ from prefpipe.runs.storage import utf8_directory
 
 Manifest = dict[str, Any]
 NO_ROWS: Mapping[str, str] = {}
+_NO_INPUT = "the input has no rows for it now"
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Run:
     """An output directory that this process holds.
 
     `inputs` maps each input to its digest. `saved` holds the settings of the first start, which a resumed run follows.
-    `fingerprint` is of settings and inputs; `shard_fingerprint` leaves out inputs whose rows the shards record, which
-    they do not (`records_rows`) in runs of an older version.
+    `fingerprint` is of settings and inputs; `shard_fingerprint` leaves out inputs whose rows the shards record, if they
+    do (`records_rows`).
     """
 
     out: Path
@@ -100,21 +100,17 @@ class Run:
         for part in [] if (self.out / "manifest.json").exists() else commits.recorded(self.out):
             wrong = commits.record_mismatch(part, self._owner(part))
             if wrong is not None:
-                log.warn(f"{part}: {wrong}: it moves to quarantine/")
-                self._set_aside(part)
+                self._set_aside(part, wrong)
 
     def set_aside_from(self, dataset: str, number: int) -> None:
         """Move the shards of a dataset from `number` on to quarantine: a mended input may have fewer."""
-        self._set_aside_all(self.part(dataset, index) for index in self.parts(dataset) if index >= number)
+        for index in (index for index in self.parts(dataset) if index >= number):
+            self._set_aside(self.part(dataset, index), _NO_INPUT)
 
     def set_others_aside(self, parts: Iterable[tuple[str, int]]) -> None:
         """Move every shard but `parts`, (dataset, number), to quarantine: a mended input may have fewer."""
-        self._set_aside_all(sorted(commits.shards(self.out) - {self.part(*part) for part in parts}))
-
-    def _set_aside_all(self, parts: Iterable[Path]) -> None:
-        for part in parts:
-            log.warn(f"{part}: the input has no rows for it now: it moves to quarantine/")
-            self._set_aside(part)
+        for part in sorted(commits.shards(self.out) - {self.part(*p) for p in parts}):
+            self._set_aside(part, _NO_INPUT)
 
     def write_part(
         self, dataset: str, row_type: type, index: int, table: pa.Table, rows: Mapping[str, str] = NO_ROWS
@@ -192,7 +188,9 @@ class Run:
                 raise DataError(f"{path}: {wrong}", "run the same command again: the file is made again")
         return description
 
-    def _set_aside(self, part: Path) -> None:
+    def _set_aside(self, part: Path, why: str = "") -> None:
+        if why:
+            log.warn(f"{part}: {why}: it moves to quarantine/")
         self._quarantine(part)
         self._quarantine(commits.record_path(part))
 

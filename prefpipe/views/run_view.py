@@ -10,7 +10,7 @@ from typing import Any
 
 from prefpipe import reading
 from prefpipe.errors import DataError
-from prefpipe.runs import commits, manifests, overview
+from prefpipe.runs import commits, manifests, overview, saved_config
 from prefpipe.runs.storage import utf8_directory
 
 _NOT_RUNS = ("quarantine", "checkpoints")
@@ -106,10 +106,10 @@ def _rows(path: Path, files: Sequence[str]) -> dict[str, int]:
 def _saved_inputs(path: Path) -> dict[str, str]:
     """The inputs of a run that is not complete."""
     try:
-        identity = manifests.read_json(path / "config.json").get("identity", {})
+        saved = saved_config.read(path / "config.json", force=True)
     except DataError:
         return {}
-    named = identity.items() if isinstance(identity, dict) else ()
+    named = saved_config.identity(saved).items() if saved is not None else ()
     return {name.removeprefix(_INPUT): str(digest) for name, digest in named if name.startswith(_INPUT)}
 
 

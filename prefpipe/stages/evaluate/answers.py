@@ -8,6 +8,7 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.engines.base import Draw, Engine
 from prefpipe.ids import content_id, numbered_id
 from prefpipe.inference import sampling, task
+from prefpipe.inference.cutting import shards_of
 from prefpipe.inference.sampling import SampledPrompt, SampledShard
 from prefpipe.inference.task import Start, Task
 from prefpipe.rewards import rating
@@ -63,7 +64,7 @@ class Answers:
 
     def with_prompts(self, shards: set[int]) -> Iterator[tuple[int, list[tuple[Prompt, Evaluation]]]]:
         """(index, every answer with its prompt) of some shards."""
-        rows, _ = task.shards_of(self.task.prompts, self.run.saved)
+        rows, _ = shards_of(self.task.prompts, self.run.saved)
         for index, prompts in sampling.cut(self.task.prompts.places(), rows, shards):
             by_id = {prompt.prompt_id: prompt for prompt in prompts}
             yield index, [(by_id[row.prompt_id], row) for row in self.rows(index)]

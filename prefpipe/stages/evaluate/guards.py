@@ -7,7 +7,7 @@ from typing import Any
 
 from prefpipe import log, rewards, statistics
 from prefpipe.config.evaluate import EvaluateConfig, parse_guard
-from prefpipe.inference import task
+from prefpipe.inference.cutting import take_part
 from prefpipe.inference.task import Start, Task
 from prefpipe.inputs import files
 from prefpipe.inputs.prompts import read_prompts
@@ -42,7 +42,7 @@ def read(config: EvaluateConfig, of: Task) -> list[Guarded]:
         prompts, repeated = read_prompts(prompts_file, config.guard_split, 0, files.renames(config.column))
         guarded = replace(
             of,
-            prompts=task.take_part(prompts, config.part),
+            prompts=take_part(prompts, config.part),
             of_all_parts=prompts,
             repeated=repeated,
             rewards={reward: functions[reward]},

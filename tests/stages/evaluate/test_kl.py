@@ -114,4 +114,4 @@ def _without_logps(settings: EvaluateConfig, out: Path) -> "kl.Answers":
                 object.__setattr__(row, "token_logps", None)
             return found
 
-    return Old(store.Run(out, "evaluate", "", {}, {"shard_rows": 2}), task, "", 1, 3)
+    return Old(store.Run(out, "evaluate", "", {}, {"shard_rows": 2}, ""), task, "", 1, 3)

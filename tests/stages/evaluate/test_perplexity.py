@@ -63,7 +63,7 @@ def test_a_text_that_became_less_likely_has_failed(
 
     monkeypatch.setattr(Baseline, "parts", better)
     of = perplexity.read(str(text), 2048)
-    run_dir = store.Run(tmp_path / "a", "evaluate", manifest["fingerprint"], {}, {})
+    run_dir = store.Run(tmp_path / "a", "evaluate", manifest["fingerprint"], {}, {}, "")
     ((drop),) = perplexity.totals(run_dir, of, [baseline])["drops"]
     assert drop["difference"] == pytest.approx(worse)
     assert drop["failed"] == failed

@@ -47,7 +47,7 @@ def test_a_sequence_that_kills_the_engine_is_left_out(settings: EvaluateConfig, 
         return Deadly(engine_settings(task, settings, 64))
 
     def fill(run: Run) -> None:
-        missing = [(index, requests) for index, requests in SEQUENCES if not run.has_part("kl/x", index)]
+        missing = [(index, requests) for index, requests in SEQUENCES if not run.has_shard(["kl/x"], index)]
         scores.fill(run, "kl/x", missing, start, reference="weights:a", adapter=False)
 
     with store.open_run(tmp_path / "e", "evaluate", settings, {}, force=False) as run:

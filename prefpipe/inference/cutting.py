@@ -1,0 +1,29 @@
+"""How the prompts of a file are cut: into parts for several processes, and into shards to commit one by one."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from prefpipe.errors import UsageError
+from prefpipe.inputs.prompts import Prompts
+
+_SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 16, 512
+
+
+def take_part(prompts: Prompts, part: str) -> Prompts:
+    """The prompts of part I/N. Raises UsageError for a part that does not exist."""
+    number, _, count = part.partition("/")
+    if int(number) > int(count):
+        raise UsageError(f"part = '{part}': there are only {count} parts", "write I/N with I from 1 to N")
+    return prompts.part(int(number), int(count))
+
+
+def shards_of(prompts: Prompts, saved: Mapping[str, Any]) -> tuple[int, range]:
+    """How many places a shard has, and the numbers of the shards. A run of an older version has saved no size."""
+    rows = saved["shard_rows"] or fitting_rows(len(prompts))
+    return rows, range(math.ceil(prompts.num_places / rows))
+
+
+def fitting_rows(num_prompts: int) -> int:
+    """Prompts in a shard: enough that commits cost nothing, few enough that little is lost when a run is killed."""
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, math.ceil(num_prompts / _SHARDS)))
