@@ -233,7 +233,7 @@ def test_the_fit_stays_finite_where_no_likelihood_has_a_maximum(outcomes: list[f
 def test_two_runs_of_one_policy_are_even_in_two_hundred_seeds(prompts: int, samples: int) -> None:
     """An A/A comparison: prompts differ in how often the policy passes. The interval holds 50 %, and p is above 0.05,
     in about 95 of 100 seeds; the exact test never fires more often than 5 %."""
-    inside = fired = 0
+    inside = fired = controlled = 0
     for seed in range(200):
         source = random.Random(seed)
         rates = [source.random() for _ in range(prompts)]
@@ -242,7 +242,11 @@ def test_two_runs_of_one_policy_are_even_in_two_hundred_seeds(prompts: int, samp
         found = s.win_rate([d / samples for d in differences])
         inside += found.low <= 0.5 <= found.high
         fired += s.sign_flip_p(differences) < 0.05
+        gaps = [source.gauss(0, 50) for _ in differences]
+        fit = s.length_controlled([(1 + d / samples) / 2 for d in differences], gaps)
+        controlled += fit.win_rate.low <= 0.5 <= fit.win_rate.high
     assert 182 <= inside <= 200, inside
+    assert 182 <= controlled <= 200, controlled
     assert fired <= 18, fired
 
 

@@ -122,7 +122,7 @@ def test_the_header_of_a_recipe_gives_purpose_and_command(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPE_CASES)
 def test_files_that_a_recipe_names_exist(path: Path) -> None:
-    for value in re.findall(r'"((?:data|stages)/[^"]+)"', path.read_text()):
+    for value in re.findall(r'"((?:data|stages)/[^":]+)[":]', path.read_text()):
         assert (ROOT / value).is_file(), value
 
 
