@@ -6,6 +6,7 @@ of its next step on stdin, so that what comes after an evaluation may depend on 
 
 import json
 import os
+import select
 import shlex
 import subprocess
 import sys
@@ -58,14 +59,13 @@ class Processes:
             )
         process = self._waiting
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
             print(
                 json.dumps({"saved": str(saved), "out": str(out), "keep": self._keep and command == "evaluate"}),
                 file=process.stdin,
                 flush=True,
             )
-            answer = process.stdout.readline()
+            answer = _answer(process)
         except BrokenPipeError:
             answer = ""
         except BaseException:
@@ -122,6 +122,16 @@ def visible_gpus(folder: Path = _GPUS) -> int:
         usable = devices.index("-1") if "-1" in devices else len(devices)  # CUDA stops reading at the first -1
         return len([device for device in devices[:usable] if device])
     return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def _answer(process: "subprocess.Popen[str]") -> str:
+    """The line with which it ends a step; nothing when it has ended itself. What it has started may live on and hold
+    its stdout open."""
+    assert process.stdout is not None
+    while not select.select([process.stdout], [], [], 1.0)[0]:
+        if process.poll() is not None:
+            return ""
+    return process.stdout.readline()
 
 
 def _wait(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> int:

@@ -60,7 +60,7 @@ def in_process(command: str, saved: Path, out: Path) -> None:
 class Inline:
     """In place of the processes of a run: every step runs in this one, so that a kill takes everything with it."""
 
-    def __init__(self, _launcher: str) -> None:
+    def __init__(self, _launcher: str, *, keep: bool) -> None:
         pass
 
     def __enter__(self) -> Runner:

@@ -1,6 +1,9 @@
 """A step is a process with its exit code; an evaluation and the sampling after it are one, with one engine."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -74,6 +77,19 @@ def test_a_killed_process_gives_the_shells_exit_code(tmp_path: Path) -> None:
     with Processes("sh -c 'kill -9 $$'") as run, pytest.raises(PrefpipeError) as caught:
         run("train", tmp_path / "train.json", tmp_path / "t")
     assert caught.value.exit_code == 128 + 9
+
+
+def test_a_process_that_ends_is_seen_although_another_holds_its_stdout(tmp_path: Path) -> None:
+    """As a worker of vLLM may, whose engine was killed."""
+    words = ["sh", "-c", "sleep 60 & echo $! >&2; exit 3"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        holder = int(process.stderr.readline())
+        try:
+            assert runners._answer(process) == ""
+            assert process.returncode == 3
+        finally:
+            os.kill(holder, signal.SIGKILL)
 
 
 def test_a_launcher_stands_in_front_of_train_and_of_nothing_else(saved: dict[str, Path], tmp_path: Path) -> None:
