@@ -25,6 +25,7 @@ _SOURCES = {  # command -> settings that name the runs it reads
     "train": ("pairs", "labels", "groups", "ref_logps"),
 }
 _LOG_BYTES = 1 << 30
+_MOST_ROUNDS = 1000  # a config that somebody edited may say anything
 Record = Mapping[str, Any]
 
 
@@ -103,9 +104,9 @@ def look(directory: Path, name: str = "") -> Overview:
 def rounds(root: Overview) -> Sequence[Overview]:
     """Every step of a run of `iterate` in order, those that it has not come to as well."""
     steps = [_step(root, 0, "evaluate")]
-    last = root.config.get("rounds")
-    count = last if isinstance(last, int) else 0
-    return [*steps, *(_step(root, number, command) for number in range(1, count + 1) for command in STEPS)]
+    wanted = root.config.get("rounds")
+    last = min(wanted, _MOST_ROUNDS) if isinstance(wanted, int) else 0
+    return [*steps, *(_step(root, number, command) for number in range(1, last + 1) for command in STEPS)]
 
 
 def sources(run: Overview) -> tuple[Sequence[Overview], Sequence[Gap]]:
