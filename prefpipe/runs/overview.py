@@ -26,6 +26,7 @@ _SOURCES = {  # command -> settings that name the runs it reads
     "train": ("pairs", "labels", "groups", "ref_logps"),
 }
 _LOG_BYTES = 1 << 30
+_MOST_ROUNDS = 1000  # a config that somebody edited may say anything
 Record = Mapping[str, Any]
 
 
@@ -105,7 +106,11 @@ def rounds(root: Overview) -> Sequence[Overview]:
     """Every step of a run of `iterate` in order; while it is not complete, those that it has not come to as well."""
     done, asked = root.totals.get("rounds"), root.config.get("rounds")
     last = len(done) - 1 if isinstance(done, list) else asked if isinstance(asked, int) else 0
-    return [_step(root, number, folder) for number in range(last + 1) for folder in _folders(root, number)]
+    return [
+        _step(root, number, folder)
+        for number in range(min(last, _MOST_ROUNDS) + 1)
+        for folder in _folders(root, number)
+    ]
 
 
 def _folders(root: Overview, number: int) -> Sequence[str]:

@@ -109,7 +109,8 @@ class Run:
 
     def set_others_aside(self, parts: Iterable[tuple[str, int]]) -> None:
         """Move every shard but `parts`, (dataset, number), to quarantine: a mended input may have fewer."""
-        for part in sorted(commits.shards(self.out) - {self.part(*p) for p in parts}):
+        kept = {self.part(*part) for part in parts}
+        for part in sorted(commits.shards(self.out) - kept):
             self._set_aside(part, _NO_INPUT)
 
     def write_part(

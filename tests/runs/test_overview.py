@@ -136,9 +136,12 @@ def test_the_steps_of_rounds(rounds: Path, tmp_path: Path) -> None:
     assert "config.json" in cut[-2].gaps[0].why
 
 
-def test_the_runs_that_a_run_was_made_from(rounds: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(rounds, copy)
+def test_an_absurd_number_of_rounds_is_no_endless_loop(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"command": "iterate", "config": {"rounds": 10**12}}))
+    assert len(overview.rounds(overview.look(tmp_path))) == 4001
+
+
+def test_the_runs_that_a_run_was_made_from(rounds: Path) -> None:
     found, gaps = overview.sources(overview.look(rounds / "round-1/train"))
     assert [run.command for run in found] == ["build-pairs", "generate"]
     assert gaps == []

@@ -73,11 +73,10 @@ def lines(
     series: Mapping[str, str],
     band: Values = (),
     marks: Values = (),
-    zero: bool = False,
 ) -> Markup:
     """Lines of rows {x, "value", "series", "kind"}, with the band of rows {x, "low", "high"} behind and red rules at
     the rows {x, "rule"}. `kind` is "training" or "held-out", which is dashed."""
-    scale: Spec = {"zero": zero, "nice": True}
+    scale: Spec = {"zero": False, "nice": True}
     y = {"field": "value", "type": "quantitative", "title": None, "scale": scale, "axis": {"format": "~g"}}
     kinds = sorted({str(row["kind"]) for row in values}, reverse=True)
     line: Spec = {

@@ -139,14 +139,15 @@ def _of_evaluations(evaluated: Sequence[Overview]) -> tuple[str, Tone]:
     if compared is not None:
         low, high, text = compared
         head += f"; {text}"
-        better, worse = low > 0.5, high < 0.5
+        better, worse, open_since = low > 0.5, high < 0.5, "one half lies in that interval"
     else:
         better, worse = last["low"] > first["high"], last["high"] < first["low"]
+        open_since = "the intervals overlap"
     if better:
         return f"{head}: it got better, beyond what chance explains.", "good"
     if worse:
         return f"{head}: it got worse.", "bad"
-    return f"{head}: the intervals overlap, so this is no proof of a change.", "unclear"
+    return f"{head}: {open_since}, so this is no proof of a change.", "unclear"
 
 
 def _compared(totals: Record, baseline: Overview) -> tuple[float, float, str] | None:
@@ -158,11 +159,7 @@ def _compared(totals: Record, baseline: Overview) -> tuple[float, float, str] | 
             continue
         low, high, rate = found.get("low"), found.get("high"), found.get("win_rate")
         if isinstance(low, float) and isinstance(high, float) and isinstance(rate, float):
-            return (
-                low,
-                high,
-                f"its answers win {percent(rate)} of comparisons with the start ({percent(low)} to {percent(high)})",
-            )
+            return low, high, f"its answers win {percent(rate)} of comparisons with the start ({_span(found)})"
     return None
 
 

@@ -62,6 +62,7 @@ def test_a_comparison_with_the_start_decides_where_there_is_one(
     }
     found = verdict(with_totals(subject, evaluate={"comparisons": [entry], "kl": {"mean": 0.25}}))
     assert (found.tone, "win 60.0% of comparisons" in found.sentence) == (tone, True)
+    assert ("one half lies in that interval" in found.sentence) is (tone == "unclear")
     (compared,) = found.comparisons
     assert (compared.decoding, compared.counts, compared.win_rate) == ("greedy", "5 / 4 / \u2013", "60.0%")
     assert found.guards == [("kl.mean", "0.25")]
