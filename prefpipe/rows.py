@@ -69,10 +69,10 @@ _COMPLETIONS: dict[type, Callable[[Any], list[CompletionIds]]] = {
 
 
 def check_ids(row: Any, source: object) -> None:
-    """Raise IdentityError when the token ids of a row have another digest than the row says. `source` is where
-    the row was read."""
+    """Raise IdentityError when the token ids of a row have another digest than the row says, or their mask another
+    length. `source` is where the row was read."""
     for key, prompt, ids, mask, digest in completions_of(row):
-        if ids_digest(prompt, ids, mask) != digest:
+        if ids_digest(prompt, ids, mask) != digest or (mask is not None and len(mask) != len(ids)):
             raise IdentityError(
                 f"{source}: the token ids of {key} do not match their digest (ids_digest)",
                 "the rows were edited or shuffled: make them again with the command that wrote them",

@@ -91,7 +91,9 @@ def test_ids_that_are_not_those_of_the_digest_are_refused(pair: Pair) -> None:
     chosen, rejected = (replace(pair, **{f"{side}_token_ids": [9, 2]}) for side in ("chosen", "rejected"))
     longer = replace(pair, prompt_token_ids=[*pair.prompt_token_ids, pair.chosen_token_ids[0]])
     masked = replace(pair, rejected_loss_mask=[False, *[True] * (len(pair.rejected_token_ids) - 1)])
-    for edited, key in ((chosen, "chosen"), (rejected, "rejected"), (longer, "chosen"), (masked, "rejected")):
+    short = replace(pair, chosen_loss_mask=[True])
+    cases = ((chosen, "chosen"), (rejected, "rejected"), (longer, "chosen"), (masked, "rejected"), (short, "chosen"))
+    for edited, key in cases:
         completion_id = getattr(pair, f"{key}_completion_id")
         with pytest.raises(IdentityError, match=f"runs/p: the token ids of {completion_id} do not match their digest"):
             rows.check_ids(edited, "runs/p")

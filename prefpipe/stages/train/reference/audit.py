@@ -69,14 +69,14 @@ def audit(rows: Sequence[TrainRow], count: int, score: Score, beta: float) -> Au
 
 def check_cached(row: TrainRow) -> None:
     """Raise IdentityError unless there is one cached log-prob per scored token, DataError when one is no
-    log-probability, or when the prompt or a completion has no token."""
+    log-probability, when the prompt has no token, or a completion none that is scored."""
     if not row.prompt_ids:
         raise DataError(f"row {row.row_id} has an empty prompt", "a completion is predicted from at least one token")
     for completion in row.completions:
         values = completion.ref_logps or ()
-        if not completion.token_ids:
+        if not completion.num_scored:
             raise DataError(
-                f"row {row.row_id}: completion {completion.completion_id} is empty",
+                f"row {row.row_id}: completion {completion.completion_id} is empty, or no token is scored",
                 "leave the row out: a completion ends at least with an end-of-sequence token",
             )
         if not all(map(math.isfinite, values)):

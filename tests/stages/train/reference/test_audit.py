@@ -89,6 +89,10 @@ def test_what_a_row_must_hold_before_it_is_scored_again():
         (replace(good, ref_chosen=(-1.0, 2e-3)), "row p000: .* is 0.002 nats"),
         (replace(good, rejected=(), ref_rejected=()), "row p000: completion r is empty"),
         (replace(good, rejected=(), ref_rejected=None), "row p000: completion r is empty"),
+        (
+            replace(good, rejected_mask=(False,) * len(good.rejected), ref_rejected=()),
+            "r is empty, or no token is scored",
+        ),
         (replace(good, prompt_ids=()), "row p000 has an empty prompt"),
     ):
         with pytest.raises(DataError, match=words):
