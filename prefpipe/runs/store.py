@@ -5,8 +5,7 @@ OUT/config.json                    first: the resolved settings, the identity of
     NAME/part-00000.ok.json        its commit record (`commits`): the shard counts now
     dropped.parquet                rows that did not go on, with their reason
     manifest.json                  last: every file with its digest; a run is complete when it exists and matches
-    timing.jsonl                   times and rates, outside every digest
-    quarantine/                    damaged or superseded files: moved, never deleted
+    timing.jsonl, quarantine/      times and rates, outside every digest; damaged or superseded files
 
 config.json may be passed as a recipe: the same command then makes the same run.
 """
@@ -109,8 +108,7 @@ class Run:
 
     def set_others_aside(self, parts: Iterable[tuple[str, int]]) -> None:
         """Move every shard but `parts`, (dataset, number), to quarantine: a mended input may have fewer."""
-        kept = {self.part(*part) for part in parts}
-        for part in sorted(commits.shards(self.out) - kept):
+        for part in sorted(commits.shards(self.out).difference(self.part(*part) for part in parts)):
             self._set_aside(part, _NO_INPUT)
 
     def write_part(

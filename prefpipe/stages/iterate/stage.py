@@ -187,7 +187,7 @@ def _save_rounds(config: IterateConfig, out: Path) -> None:
     path = out / "config.json"
     saved = saved_config.read(path, force=False)
     if saved is not None and saved["config"].get("rounds") != config.rounds:
-        saved_config.write(path, "iterate", config, saved["identity"])
+        saved_config.write(path, "iterate", dump(config), saved["identity"])
 
 
 def _inputs(config: IterateConfig) -> dict[str, str]:
