@@ -315,6 +315,26 @@ def test_an_added_setting_enters_the_fingerprint_once_it_has_another_value() -> 
     assert base.dump(Younger()) == {"seed": 0, "power": 2.0}
 
 
+class Asking(BaseModel):
+    model_config = base.STRICT
+    reward: Annotated[tuple[str, ...], base.FIRST] = ()
+    guard: Annotated[tuple[str, ...], base.ADDED, base.BESIDE] = ()
+
+
+class Rounds(BaseModel):
+    model_config = base.STRICT
+    evaluate: Asking = Asking()
+
+
+def test_what_is_asked_for_beside_the_answers_identifies_no_run_but_that_of_its_rounds() -> None:
+    """A list that was a text before counts by its first entry, as that text."""
+    assert base.result_fields(Asking()) == {"reward": ""}
+    asked = Asking(reward=("a", "b"), guard=("g",))
+    assert base.result_fields(asked) == {"reward": "a"}
+    assert base.result_fields(Rounds(evaluate=asked)) == {"evaluate.reward": "a", "evaluate.guard": ("g",)}
+    assert base.result_fields(Rounds()) == {"evaluate.reward": ""}
+
+
 class Headed(BaseModel):
     model_config = base.STRICT
     HEADINGS: ClassVar = ("Second", "First")
