@@ -64,6 +64,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         template_kwargs=config.chat_template_kwargs,
         thinking_marks=config.thinking_marks,
     )
+    sources.check_share(config.inputs, config.share)
     config = config.model_copy(update={"max_length": _longest(config, policy)})
     reference = policy.id if config.reference == "policy" else None
     rewards, reward_ids = rating.load_rewards(config.rewards, config.reward_settings)
