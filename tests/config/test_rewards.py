@@ -56,7 +56,7 @@ def test_names_of_rewards_are_checked_against_tables_and_kinds() -> None:
         GenerateConfig.model_validate({"reward_settings": tables, "rewards": ["mine", "math", "m:f"]}).rewards[0]
         == "mine"
     )
-    assert EvaluateConfig.model_validate({"reward_settings": tables, "reward": "mine"}).reward == "mine"
+    assert EvaluateConfig.model_validate({"reward_settings": tables, "reward": "mine"}).reward == ("mine",)
     with pytest.raises(ValidationError, match=r"no such reward \(did you mean 'mine'\?\)"):
         GenerateConfig.model_validate({"reward_settings": tables, "rewards": ["mien"]})
     with pytest.raises(ValidationError, match="1 validation error"):  # the table's own error is said alone

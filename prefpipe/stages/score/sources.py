@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from prefpipe import log
 from prefpipe.engines.base import ScoreRequest
-from prefpipe.errors import DataError, MissingInputError
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id, numbered_id
 from prefpipe.inference.scoring import request_of
 from prefpipe.inputs import files, formats, hub
@@ -141,6 +141,16 @@ def check_format(source: str, columns: Mapping[str, str]) -> None:
     if not hub.is_hub(source):
         for _ in rows:
             pass
+
+
+def check_share(inputs: Sequence[str], share: float) -> None:
+    """Raise UsageError when a share is asked for of anything but pairs, labels or groups of runs."""
+    for source in inputs if share < 1 else ():
+        if not files.is_run(source) or "completions" in store.datasets(store.read_manifest(Path(source))):
+            raise UsageError(
+                f"share = {share:g} is drawn from pairs, labels or groups of runs, and {source} is none",
+                "leave --share out, or give a run of build-pairs",
+            )
 
 
 def _of_file(source: str, reader: Reader) -> Iterator[InputShard]:

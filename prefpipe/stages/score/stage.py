@@ -62,6 +62,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
     for source in foreign if force or not (out / "manifest.json").exists() else ():  # a complete run read them all
         sources.check_format(source, columns)
     chat = task.read_chat(config, policy)
+    sources.check_share(config.inputs, config.share)
     config = config.model_copy(update={"max_length": _longest(config, policy)})
     reference = policy.id if config.reference == "policy" else None
     rewards, reward_ids = rating.load_rewards(config.rewards, config.reward_settings)

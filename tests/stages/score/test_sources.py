@@ -2,13 +2,15 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import ScoreRequest
-from prefpipe.errors import DataError, MissingInputError
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import IdSet
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.inputs.tokenised import NO_LIMITS, read_labels
@@ -16,8 +18,10 @@ from prefpipe.models.chat import load_chat
 from prefpipe.rewards.base import Answer
 from prefpipe.rows import key_of
 from prefpipe.schemas import Dropped, Label, RankedGroup, Reward
+from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.score import sources
 from prefpipe.stages.score.sources import Reader, ShardRows
+from tests.stages.train import data
 
 
 def reader(model: Path, rows: int) -> Reader:
@@ -38,6 +42,34 @@ def test_a_file_is_cut_into_shards_of_rows(tiny_model: Path, tmp_path: Path) -> 
     assert all(
         {s.completion_id for s in b.requests} == {c.completion_id for c in b.rows["completions"]} for b in batches
     )
+
+
+def test_a_share_of_a_run_is_drawn_by_ids_and_seed_whatever_the_shards(tiny_model: Path, tmp_path: Path) -> None:
+    run = data.write_pairs(tmp_path / "p", data.bare_pairs(120, num_prompts=60))
+
+    def drawn(share: float, seed: int, rows: int = 50) -> set[str]:
+        part = replace(reader(tiny_model, rows), share=share, seed=seed)
+        return {pair.pair_id for shard in sources.shards(str(run), part) for pair in shard.read().rows["pairs"]}
+
+    everything = drawn(1.0, 1)
+    assert len(everything) == 120
+    half = drawn(0.5, 1)
+    assert 40 <= len(half) <= 80  # binomial: 60 +- 3.7 standard deviations of 5.5
+    assert drawn(0.5, 1, rows=7) == half
+    assert drawn(0.25, 1) < half
+    assert drawn(0.5, 2) != half
+
+
+@pytest.mark.parametrize("kind", ["file", "completions"])
+def test_a_share_of_anything_else_is_refused(tmp_path: Path, tiny_model: Path, kind: str) -> None:
+    source = write(tmp_path / "p.jsonl", 3)
+    if kind == "completions":
+        sampled = GenerateConfig(model=str(tiny_model), prompts=str(source), engine="fake", check=0)
+        generate.run(sampled, tmp_path / "g", force=False)
+        source = tmp_path / "g"
+    sources.check_share([str(source)], 1.0)
+    with pytest.raises(UsageError, match=r"share = 0\.5 is drawn from pairs, labels or groups of runs"):
+        sources.check_share([str(source)], 0.5)
 
 
 def test_nothing_is_tokenised_before_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
