@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from prefpipe.runs import overview
@@ -96,6 +97,7 @@ def verdict(subject: Subject) -> Verdict:
     sentence, tone = _sentence(subject, evaluated)
     newest = evaluated[-1].totals if evaluated else {}
     best = _iterate_fact(subject.root, "best")
+    best = best.get("round") if isinstance(best, dict) else best
     return Verdict(
         _WHAT.get(subject.root.command, subject.root.command),
         sentence,
@@ -155,7 +157,8 @@ def _compared(totals: Record, baseline: Overview) -> tuple[float, float, str] | 
     policy = (baseline.manifest.get("identity") or {}).get("policy")
     for entry in _list(totals, "comparisons"):
         found = entry.get("greedy") or entry.get("sampled")
-        if entry.get("baseline") not in (policy, baseline.name, label(baseline)) or not isinstance(found, dict):
+        named = str(entry.get("baseline", ""))
+        if not (named == policy or Path(named).absolute() == baseline.path.absolute()) or not isinstance(found, dict):
             continue
         low, high, rate = found.get("low"), found.get("high"), found.get("win_rate")
         if isinstance(low, float) and isinstance(high, float) and isinstance(rate, float):
@@ -206,7 +209,8 @@ def _of_data(run: Overview) -> str:
         return f"{number(totals.get(kind))} {kind} from {number(totals.get('completions'))} completions; {warned}."
     if "completions" in totals:
         return f"{number(totals['completions'])} completions of {number(totals.get('prompts'))} prompts."
-    rows = ", ".join(f"{number(count)} {name}" for name, count in (totals.get("rows") or {}).items() if count)
+    counted = totals.get("rows")
+    rows = ", ".join(f"{number(n)} {name}" for name, n in counted.items() if n) if isinstance(counted, dict) else ""
     return f"{rows or 'Rewards'}, scored."
 
 
@@ -214,8 +218,9 @@ def _stops(subject: Subject) -> list[Stop]:
     found: list[Stop] = []
     stopped = _iterate_fact(subject.root, "stopped")
     if isinstance(stopped, dict):
-        words = [shown(stopped.get(key, "")) for key in ("rule", "reason", "advice")]
-        found.append(Stop(f"stopped by {words[0]}", words[1], words[2]))
+        why = stopped.get("reason", stopped.get("why", ""))
+        reason = shown("; ".join(map(str, why)) if isinstance(why, list) else why)
+        found.append(Stop(f"stopped by {shown(stopped.get('rule', ''))}", reason, shown(stopped.get("advice", ""))))
     for run in subject.runs if subject.root in subject.runs else (subject.root, *subject.runs):
         name = shown(run.name, 300)
         if run.state == "running":

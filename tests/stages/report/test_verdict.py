@@ -56,7 +56,7 @@ def test_a_comparison_with_the_start_decides_where_there_is_one(
 ) -> None:
     """Prompt by prompt it says more than two intervals."""
     entry = {
-        "baseline": "weights:0",
+        "baseline": str(subject.of("evaluate")[0].path),
         "prompts": 12,
         "greedy": {"win_rate": 0.6, "low": low, "high": high, "win": 5, "tie": 4},
     }
@@ -76,11 +76,12 @@ def test_alerts_newest_round_first(subject: Subject) -> None:
 
 
 def test_what_stopped_iterate_and_which_round_is_best(subject: Subject) -> None:
-    facts = {"stopped": {"rule": "S1", "reason": "no round got better", "advice": "take round 1"}, "best": 1}
-    root = replace(subject.root, manifest={**subject.root.manifest, **facts})
+    stop = {"rule": "S1", "round": 2, "why": ["no round", "got better"], "advice": "take round 1"}
+    totals = {**subject.root.totals, "stopped": stop, "best": {"round": 1, "metric": "pass", "value": 0.4}}
+    root = replace(subject.root, manifest={**subject.root.manifest, "totals": totals})
     found = verdict(replace(subject, root=root))
     assert [(stop.what, stop.reason, stop.advice) for stop in found.stops] == [
-        ("stopped by S1", "no round got better", "take round 1")
+        ("stopped by S1", "no round; got better", "take round 1")
     ]
     assert [row.name for row in found.rounds if row.best] == ["round 1"]
 
