@@ -252,9 +252,8 @@ def arrow_schema(row_type: type) -> pa.Schema:
 
 def to_table(row_type: type[R], rows: list[R]) -> pa.Table:
     """Rows of a type as an Arrow table with the schema of that type."""
-    names = [f.name for f in dataclasses.fields(row_type)]  # type: ignore[arg-type]  # R is always a dataclass here
     schema = arrow_schema(row_type)
-    columns = [pa.array([getattr(row, n) for row in rows], type=schema.field(n).type) for n in names]
+    columns = [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -298,6 +297,4 @@ def _data_type(hint: Any) -> pa.DataType:
         return MESSAGE
     if typing.get_origin(hint) is list:
         return pa.list_(pa.field("element", _data_type(typing.get_args(hint)[0]), nullable=False))
-    if typing.get_origin(hint) is Annotated:
-        return typing.get_args(hint)[1]
-    return _SCALARS[hint]
+    return typing.get_args(hint)[1] if typing.get_origin(hint) is Annotated else _SCALARS[hint]

@@ -17,6 +17,7 @@ from prefpipe.schemas import (
     Evaluation,
     KlBank,
     Label,
+    Measure,
     Message,
     Pair,
     Prompt,
@@ -25,7 +26,7 @@ from prefpipe.schemas import (
     Reward,
 )
 
-ROW_TYPES = (Prompt, Completion, RefLogps, Reward, Pair, Label, KlBank, RankedGroup, Evaluation, Dropped)
+ROW_TYPES = (Prompt, Completion, RefLogps, Reward, Pair, Label, KlBank, RankedGroup, Evaluation, Measure, Dropped)
 REFERENCE = {"ref_logps", "ref_token_logps", "reference", "scorer"}
 NULLABLE = {
     Prompt: {"answer", "template_inputs"},
@@ -47,7 +48,8 @@ NULLABLE = {
     Label: {"reward", "template_inputs", "loss_mask", *REFERENCE},
     KlBank: {"loss_mask", *REFERENCE},
     RankedGroup: {"template_inputs", "loss_masks", *REFERENCE},
-    Evaluation: {"reward", "detail", "thinking"},
+    Evaluation: {"reward", "detail", "thinking", "token_logps"},
+    Measure: {"against", "decoding", "low", "high"},
     Dropped: set[str](),
 }
 TEXT = st.text(st.characters(codec="utf-8"), max_size=10)

@@ -70,7 +70,7 @@ class EvaluateConfig(BaseModel):
     reward: Annotated[
         tuple[Annotated[str, AfterValidator(_no_sum), AfterValidator(shared.check_reward)], ...],
         FIRST,
-        BeforeValidator(_as_list),
+        BeforeValidator(_as_list, json_schema_input_type=str | tuple[str, ...]),
     ] = ()
     """Rewards of every answer, named as those of generate. The first decides whether an answer passes; there is no
     default. The others are reported beside it."""

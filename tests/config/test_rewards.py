@@ -19,7 +19,8 @@ from tests.conftest import ROOT
 def test_every_setting_is_documented_and_read_by_a_reward(kind: str) -> None:
     cls = KINDS[kind]
     assert cls.model_config == STRICT
-    code = "\n".join(p.read_text() for p in (ROOT / "prefpipe" / "rewards").glob("*.py"))
+    package = ROOT / "prefpipe"
+    code = "\n".join(p.read_text() for p in [*(package / "rewards").glob("*.py"), package / "models/encoding.py"])
     for name, field in fields(cls):
         if name != "kind":
             assert re.search(rf"settings\.{name}\b", code), f"{kind}.{name} is documented but never used"
