@@ -46,6 +46,7 @@ endif
 
 demo: setup  ## Two rounds on a real 135M model: about 10 minutes on 2 cores, the second time seconds
 	@$(BIN)/prefpipe iterate stages/iterate/demo.toml --out runs/demo
+	@$(BIN)/prefpipe report runs/demo
 
 test: setup check  ## The whole test suite
 	@$(PYTEST) $(ALL_CORES) -m "not vllm"

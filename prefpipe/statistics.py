@@ -41,7 +41,14 @@ class LengthControlled:
 
 def wilson(passed: Sequence[bool], z: float = Z) -> tuple[float, float]:
     """Wilson score interval of a share (Wilson 1927), 95 % by default."""
-    return _wilson(sum(passed) / len(passed), len(passed), z)
+    return wilson_of_share(sum(passed) / len(passed), len(passed), z)
+
+
+def wilson_of_share(share: float, count: float, z: float = Z) -> tuple[float, float]:
+    """As `wilson`, of a share of `count` answers."""
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, (middle - half) / (1 + z * z / count)), min(1.0, (middle + half) / (1 + z * z / count))
 
 
 def share(groups: Sequence[Sequence[float]]) -> Estimate:
@@ -54,7 +61,7 @@ def share(groups: Sequence[Sequence[float]]) -> Estimate:
     p = sum(map(sum, groups)) / sum(counts)
     variance = sum((sum(g) - p * len(g)) ** 2 for g in groups) / sum(counts) ** 2
     effective = p * (1 - p) / variance if variance > 0 else float(len(groups))
-    return Estimate(p, *_wilson(p, min(effective, float(sum(counts))), Z))
+    return Estimate(p, *wilson_of_share(p, min(effective, float(sum(counts)))))
 
 
 def mean(groups: Sequence[Sequence[float]]) -> Estimate:
@@ -151,12 +158,6 @@ def length_controlled(outcomes: Sequence[float], length_gaps: Sequence[float]) -
     half = Z * math.sqrt(_intercept_variance(rows, a, b))
     ends = a, a - half, a + half
     return LengthControlled(Estimate(*ends), Estimate(*map(_sigmoid, ends)), b)
-
-
-def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)
 
 
 def _rate(pairs: Sequence[tuple[float, int]]) -> float:

@@ -130,8 +130,9 @@ def overlaps(runs: Sequence[RunView]) -> list[Overlap]:
 
 
 def paired(first: RunView, other: RunView) -> list[Pairing]:
-    """Rewards of two runs on the prompts that both have, by reward and decoding, one mean for each prompt and run."""
-    means = [_means_by_prompt(run) for run in (first, other)]
+    """Rewards of two runs on the prompts that both have, by reward and decoding, one mean for each prompt and run. Of
+    rounds the evaluation of the best one counts."""
+    means = [_means_by_prompt(_rated(run)) for run in (first, other)]
     if any(frame is None for frame in means):
         return []
     joined = pl.DataFrame(means[0]).join(
@@ -154,6 +155,15 @@ def paired(first: RunView, other: RunView) -> list[Pairing]:
             )
         )
     return sorted(found, key=lambda p: (p.reward, p.decoding))
+
+
+def _rated(run: RunView) -> RunView:
+    """The run whose answers are rated: of `iterate`, when it is complete, the evaluation of its best round."""
+    rounds = run.totals.get("rounds", ())
+    if run.command != "iterate" or not rounds:
+        return run
+    best = run.totals.get("best") or {"round": len(rounds) - 1}  # a run of an older version names none
+    return run_view.view(run.path / f"round-{best['round']}" / "evaluate")
 
 
 def _means_by_prompt(run: RunView) -> pl.DataFrame | None:

@@ -94,7 +94,14 @@ def _evaluate(totals: Mapping[str, Any]) -> str:
 
 def _iterate(totals: Mapping[str, Any]) -> str:
     rates = " -> ".join(f"{r['greedy']['pass']:.1%}" for r in totals["rounds"])
-    return f"{len(totals['rounds']) - 1} rounds, greedy passed {rates}"
+    best, stopped = totals.get("best"), totals.get("stopped")
+    return ", ".join(
+        [
+            f"{len(totals['rounds']) - 1} rounds, greedy passed {rates}",
+            *([f"best round {best['round']}"] if best else []),
+            *([f"stopped by rule {stopped['rule']}"] if stopped else []),
+        ]
+    )
 
 
 def _counts(totals: Mapping[str, Any]) -> str:

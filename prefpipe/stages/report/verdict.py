@@ -1,6 +1,5 @@
 """What is this, and is it good? The verdict in a sentence, the rounds, what stopped the run, alerts."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from prefpipe.runs.overview import Overview, Record
 from prefpipe.stages.report.flags import Flag, flags
 from prefpipe.stages.report.subject import Subject, label, number, percent, table
 from prefpipe.stages.report.texts import shown
+from prefpipe.statistics import wilson_of_share
 
 Tone = Literal["good", "bad", "unclear"]
 _DECODINGS = ("greedy", "sampled")
@@ -112,13 +112,6 @@ def verdict(subject: Subject) -> Verdict:
     )
 
 
-def interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of `count` rows (Wilson 1927)."""
-    z = 1.959964
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, (middle - half) / (1 + z * z / count)), min(1.0, (middle + half) / (1 + z * z / count))
-
-
 def _sentence(subject: Subject, evaluated: Sequence[Overview]) -> tuple[str, Tone]:
     if evaluated:
         return _of_evaluations(evaluated)
@@ -188,7 +181,7 @@ def _of_training(run: Overview, steps: int) -> tuple[str, Tone]:
         return f"Training is at step {number(steps)}: it is not complete, and nothing is evaluated yet.", "unclear"
     head = f"Trained on {number(totals.get(kind))} {kind} in {number(totals.get('steps'))} steps"
     if isinstance(accuracy, float) and isinstance(held_out, int) and held_out > 0:
-        low, high = interval(accuracy, held_out)
+        low, high = wilson_of_share(accuracy, held_out)
         head += (
             f"; on {number(held_out)} held-out {kind} it prefers the chosen side in {percent(accuracy)} "
             f"(95 % interval {percent(low)} to {percent(high)})"

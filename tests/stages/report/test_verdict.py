@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefpipe.stages.report.subject import Subject, read
-from prefpipe.stages.report.verdict import interval, verdict
+from prefpipe.stages.report.verdict import verdict
 
 
 def with_totals(subject: Subject, **of_command: dict[str, Any]) -> Subject:
@@ -114,9 +114,3 @@ def test_data_alone(finished: Path) -> None:
     )
     assert verdict(read(finished / "round-1/generate")).sentence == "48 completions of 12 prompts."
     assert "nothing here says what it passed before" in verdict(read(finished / "round-0/evaluate")).sentence
-
-
-def test_wilson_by_hand() -> None:
-    """8 of 10: (0.490, 0.943), as in the tables."""
-    assert interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert interval(0.0, 5)[0] == 0.0
