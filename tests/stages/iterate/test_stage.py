@@ -246,4 +246,4 @@ def test_a_page_of_the_rounds_is_written_after_every_evaluation(
     assert [bool(text) for text in seen] == [False, True, True, True, True]
     assert "out is running" in seen[1]
     assert "out is running" not in (tmp_path / "out/report.html").read_text()
-    assert manifest["identity"]["round-1/evaluate"] == finished[1]["identity"]["round-1/evaluate"]
+    assert manifest["identity"]["round-1/train"] == finished[1]["identity"]["round-1/train"]

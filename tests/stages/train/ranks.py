@@ -28,7 +28,7 @@ def main(model_directory: Path, strategies: Sequence[str]) -> None:
     assert world.leads == (world.rank == 0)
     assert world.tell(f"from {world.rank}") == "from 0"
     assert world.gather(world.rank) == [0, 1]
-    directory = Run(Path("out"), "train", "", {}, {})
+    directory = Run(Path("out"), "train", "", {}, {}, "")
     assert Session(world, directory if world.leads else None).lead(lambda run: run.out) == Path("out")
     assert Session(world, None).lead(lambda run: run.out) is None
     assert parallel.sum_over_ranks({"a": 1.0 + world.rank} if world.rank else {}, world) == {"a": 2.0}
