@@ -22,9 +22,10 @@ _TAIL = 1 << 16  # bytes at the end of metrics.jsonl: some twenty lines
 class RunView:
     """A run directory as it is now.
 
-    `inputs` maps each input to the digest of its content, `rows` each dataset to its committed rows, and `totals` holds
-    the counts and metrics of a complete run. `last_step` is the newest line of metrics.jsonl, of `train` only.
-    `changed` is when a file of the run changed last, in seconds since the epoch. `problem` says what is damaged.
+    `inputs` maps each input to the digest of its content, `rows` each dataset to its committed rows. `files` are the
+    committed Parquet files, relative to `path`. `totals` holds the counts and metrics of a complete run. `last_step` is
+    the newest line of metrics.jsonl, of `train` only. `changed` is when a file of the run changed last, in seconds
+    since the epoch. `problem` says what is damaged.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class RunView:
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
     rows: Mapping[str, int] = field(default_factory=dict[str, int])
+    files: Sequence[str] = ()
     totals: Mapping[str, Any] = field(default_factory=dict[str, Any])
     digest: str = ""
     last_step: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -53,6 +55,7 @@ def view(path: Path) -> RunView:
         run.config,
         run.manifest.get("inputs") or _saved_inputs(path),
         _rows(path, run.files),
+        run.files,
         run.totals,
         str(run.manifest.get("digest", "")),
         _last_step(path / "metrics.jsonl"),
@@ -79,7 +82,7 @@ def below(root: Path) -> Iterator[RunView]:
 def parts(run: RunView, dataset: str) -> list[Path]:
     """The committed files of a dataset of a run, in order, by names that polars takes."""
     root = utf8_directory(run.path)
-    names = [n for n in overview.look(run.path).files if _dataset(n) == dataset]
+    names = [name for name in run.files if _dataset(name) == dataset]
     gathered = f"{dataset}.parquet"
     return [root / name for name in ([gathered] if gathered in names else sorted(names))]
 

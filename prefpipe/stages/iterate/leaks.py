@@ -7,6 +7,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import DataError, UsageError
 from prefpipe.ids import content_id
+from prefpipe.inference.cutting import take_part
 from prefpipe.inputs import files
 from prefpipe.inputs.prompts import Prompts, read_prompts
 from prefpipe.schemas import Prompt
@@ -46,8 +47,7 @@ def _held_out(table: EvaluateConfig) -> Iterator[Prompts]:
 
 def _prompts(source: str, split: str, limit: int, table: GenerateConfig | EvaluateConfig) -> Prompts:
     prompts, _ = read_prompts(source, split, limit, files.renames(table.column))
-    number, _, count = table.part.partition("/")
-    return prompts.part(int(number), int(count))
+    return take_part(prompts, table.part)
 
 
 def _key(prompt: Prompt) -> str:

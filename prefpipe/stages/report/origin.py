@@ -5,28 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
-
 from prefpipe.config import base
-from prefpipe.config.build_pairs import BuildPairsConfig
-from prefpipe.config.evaluate import EvaluateConfig
-from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.iterate import IterateConfig
-from prefpipe.config.score import ScoreConfig
-from prefpipe.config.train import TrainConfig
+from prefpipe.config.commands import CLASSES
 from prefpipe.runs import overview
 from prefpipe.runs.overview import Overview
 from prefpipe.stages.report.subject import Subject, label, number
 from prefpipe.stages.report.texts import shown
+from prefpipe.views.settings import flat
 
-_CLASSES: Mapping[str, type[BaseModel]] = {
-    "generate": GenerateConfig,
-    "score": ScoreConfig,
-    "build-pairs": BuildPairsConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "iterate": IterateConfig,
-}
 _LONGEST = 300  # characters of a value
 
 
@@ -132,22 +118,12 @@ def _made(run: Overview) -> Made:
 
 def _settings(run: Overview) -> list[Setting]:
     """The settings of a run; those that this version does not have are shown as changed."""
-    config_class = _CLASSES.get(run.command)
-    defaults = _flat(base.dump(config_class())) if config_class else {}
+    config_class = CLASSES.get(run.command)
+    defaults = flat(base.dump(config_class())) if config_class else {}
     return [
         Setting(shown(name, 120), _text(value), _text(defaults.get(name)), value != defaults.get(name))
-        for name, value in _flat(run.config).items()
+        for name, value in flat(run.config).items()
     ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def _text(value: object) -> str:
