@@ -1,13 +1,16 @@
 """Start a module of prefpipe in another Python, which takes no file of the current folder for a module of its own."""
 
+import ctypes
 import os
+import signal
 import site
 import sys
 import sysconfig
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ROOT = str(Path(__file__).resolve().parents[1])
 
 
@@ -24,6 +27,24 @@ def environment(path: list[str] | None = None) -> dict[str, str]:
     if _ROOT not in map(os.path.realpath, [*folders, *site.getsitepackages()]):
         folders = [_ROOT, *folders]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+def death_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
+    """A function for a child of this process to call first, as `preexec_fn` of `Popen` or by itself: when this process
+    ends, however it ends, the kernel sends the child the signal `number`. It holds across `exec`, on Linux.
+
+    The kernel goes by the thread that starts the child: start it from one that lives as long as the process.
+    """
+    parent = os.getpid()
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up here: a fork should do little
+
+    def call() -> None:
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(128 + number)
+
+    return call
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """A Python that prefpipe starts takes no file of the folder a user stands in for one of Python's own modules."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +80,44 @@ def test_the_source_tree_is_found_without_a_pythonpath(monkeypatch: pytest.Monke
     monkeypatch.setattr(processes.site, "getsitepackages", list)
     monkeypatch.setenv("PYTHONPATH", "")
     assert processes.environment()["PYTHONPATH"] == processes._ROOT
+
+
+_PARENT = """
+import signal, subprocess, sys
+from prefpipe import processes
+number = signal.Signals[sys.argv[1]]
+child = subprocess.Popen([sys.executable, "-c", sys.argv[2]], preexec_fn=processes.death_with_parent(number))
+child.wait()
+"""
+_CHILD = """
+import signal, sys, time
+def end(number, frame):
+    print("asked to end", flush=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("runs", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "said"), [("SIGTERM", "asked to end\n"), ("SIGKILL", "")])
+def test_a_child_ends_with_a_parent_that_is_killed(number: str, said: str) -> None:
+    """stdout closes when the child is gone, which alone holds it by then."""
+    words = [sys.executable, "-c", _PARENT, number, _CHILD]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=processes.environment()) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "runs\n"
+        parent.kill()
+        assert parent.stdout.read() == said
+
+
+def test_a_child_whose_parent_is_gone_already_ends_at_once() -> None:
+    call = processes.death_with_parent()
+    first = os.fork()
+    if first == 0:  # to its child it is not the process that `call` was made in
+        second = os.fork()
+        if second == 0:
+            call()
+            os._exit(0)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 128 + signal.SIGTERM

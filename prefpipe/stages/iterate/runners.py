@@ -1,7 +1,8 @@
 """How steps run: each in a process of its own, which frees its memory; an evaluation and the sampling after it in one.
 
 Both have the same policy, and the start of an engine is a large part of a short round. The process waits for the name
-of its next step on stdin, so that what comes after an evaluation may depend on its result.
+of its next step on stdin, so that what comes after an evaluation may depend on its result. No step outlives this
+process: when it is killed, the kernel sends the step a SIGTERM, and a launcher ends its ranks.
 """
 
 import json
@@ -55,7 +56,12 @@ class Processes:
         if self._waiting is None:
             words = processes.python("prefpipe", "steps")
             self._waiting = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=processes.environment()
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=processes.environment(),
+                preexec_fn=processes.death_with_parent(),
             )
         process = self._waiting
         assert process.stdin is not None
@@ -95,7 +101,7 @@ def run_process(command: str, saved: Path, out: Path, launcher: list[str] | None
     words = [*launcher, "-m", "prefpipe", *arguments] if launcher else processes.python("prefpipe", *arguments)
     # The processes of a launcher start without -P.
     environment = {**processes.environment(), **({"PYTHONSAFEPATH": "1"} if launcher else {})}
-    process = subprocess.Popen(words, stdout=sys.stderr, env=environment)
+    process = subprocess.Popen(words, stdout=sys.stderr, env=environment, preexec_fn=processes.death_with_parent())
     code = _wait(process)
     if code != 0:
         raise _failed(command, saved, out, code)

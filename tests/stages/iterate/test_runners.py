@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe import processes
 from prefpipe.config import base
 from prefpipe.errors import PrefpipeError
 from prefpipe.runs import store
@@ -77,6 +78,28 @@ def test_a_killed_process_gives_the_shells_exit_code(tmp_path: Path) -> None:
     with Processes("sh -c 'kill -9 $$'") as run, pytest.raises(PrefpipeError) as caught:
         run("train", tmp_path / "train.json", tmp_path / "t")
     assert caught.value.exit_code == 128 + 9
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from prefpipe import processes
+from prefpipe.stages.iterate.runners import Processes
+processes.python = lambda *words: ["sh", "-c", "echo runs >&2; exec sleep 60"]
+with Processes("sh -c 'echo runs >&2; exec sleep 60'") as run:
+    run(sys.argv[1], Path("saved.json"), Path("out"))
+"""
+
+
+@pytest.mark.parametrize("command", ["evaluate", "build-pairs", "train"])
+def test_a_step_ends_when_iterate_alone_is_killed(command: str) -> None:
+    """The steps that share a process, those that have one each, and a launcher. The step alone holds stderr by then."""
+    words = [sys.executable, "-c", _RUN, command]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=processes.environment()) as iterate:
+        assert iterate.stderr is not None
+        assert iterate.stderr.readline() == "runs\n"
+        iterate.kill()
+        assert iterate.stderr.read() == ""
 
 
 def test_a_process_that_ends_is_seen_although_another_holds_its_stdout(tmp_path: Path) -> None:
