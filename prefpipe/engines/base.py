@@ -44,6 +44,8 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.85
     # Tokens of one scoring pass.
     max_tokens_per_batch: int = 2048
+    # The largest rank of adapters that the engine may have to take later; 0 where none but that of the policy comes.
+    lora_rank: int = 0
 
     @property
     def stops(self) -> frozenset[int]:
@@ -138,6 +140,11 @@ class Engine(Protocol):
     def respond(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Response]]:
         """Each query with its answer, in the order in which answers finish. Raises UsageError for a query with a schema
         when the engine has no structured output."""
+        ...
+
+    def take(self, policy: Policy) -> bool:
+        """Go on with another policy of the same model, which differs in its adapter; what comes out is what a new
+        engine gives. False where this engine cannot, and is as it was. Nothing may be in work."""
         ...
 
     def __enter__(self) -> Self: ...

@@ -12,6 +12,7 @@ from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response
 from prefpipe.models import dialogue
 from prefpipe.models.chat import Chat
 from prefpipe.models.encoding import encode, render
+from prefpipe.models.policy import Policy
 
 _WORDS = (
     *("a", "the", "small", "large", "old", "new", "quiet", "bright", "tool", "animal"),
@@ -57,6 +58,10 @@ class FakeEngine:
             ids = encode(self._chat, json.dumps(_instance(query.schema, str(query.prompt_token_ids))))
             stops = len(ids) < self._max_tokens
             yield query, Response([*ids, self._end][: self._max_tokens], "stop" if stops else "length")
+
+    def take(self, policy: Policy) -> bool:  # noqa: ARG002  (nothing here depends on the policy)
+        """Any policy."""
+        return True
 
     def __enter__(self) -> Self:
         return self

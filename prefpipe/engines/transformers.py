@@ -24,6 +24,7 @@ from prefpipe.forward.logps import (
     score,
     settle_rows,
 )
+from prefpipe.models.policy import Policy
 
 _PROMPTS_PER_CHUNK = 64
 
@@ -44,12 +45,13 @@ class TransformersEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        policy: torch.nn.Module = load.load_model(settings.policy.directory, settings.dtype)
-        if settings.policy.adapter is not None:
-            policy = load.load_adapter(policy, settings.policy.adapter, trainable=False)
-        self._model = TreeModel(policy)
-        self._tested = 0  # tokens of the longest sequence for which the rows are known to be right
         self._eos = torch.tensor(sorted(settings.stops))
+        self._hold(load.load_model(settings.policy.directory, settings.dtype), settings.policy)
+
+    def _hold(self, model: torch.nn.Module, policy: Policy) -> None:
+        """Compute with a model and the adapter of a policy from now on."""
+        self._model = TreeModel(load.with_adapter(model, policy.adapter))
+        self._tested = 0  # tokens of the longest sequence for which the rows are known to be right
 
     @property
     def scorer(self) -> str:
@@ -96,6 +98,11 @@ class TransformersEngine:
             self._decode(rows)
             for row in rows:
                 yield waiting.pop(row.request.prompt_id), Response(row.token_ids, row.finish_reason)
+
+    def take(self, policy: Policy) -> bool:
+        """The weights of the model stay; the modules of the adapter are taken out, and those of the other put in."""
+        self._hold(self._model.policy, policy)
+        return True
 
     def _score(self, trees: list[Tree]) -> list[list[list[float]]]:
         longest = max(tree.longest_sequence for tree in trees)

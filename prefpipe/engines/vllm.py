@@ -16,6 +16,7 @@ from prefpipe.engines import vllm_process
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import DataError, UsageError
 from prefpipe.models import fingerprint
+from prefpipe.models.policy import Policy
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -31,23 +32,21 @@ class VllmEngine:
             if settings.tensor_parallel_size > 1:  # else every worker wants a NUMA node for itself
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
-        from vllm.lora.request import LoRARequest
 
         from prefpipe.forward.architecture import check_architecture
 
         check_architecture(settings.policy.directory)
         self._vllm = vllm
         self._settings = settings
-        self._adapter = None
+        self._adapter = _request(settings.policy)
+        self._lora_rank = max(settings.lora_rank, _rank(settings.policy))
         options = vllm_process.device_options(settings.kv_cache_mib, settings.gpu_memory_utilization)
-        if settings.policy.adapter is not None:
-            # The name carries the content: vLLM's prefix cache is keyed by name and path, not by weights.
-            name = f"adapter-{settings.policy.adapter_weights}"
-            self._adapter = LoRARequest(name, 1, str(settings.policy.adapter.absolute()))
+        if self._lora_rank:
             # Two slots: on CPU a request without an adapter reads the last slot, which must stay empty.
-            options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": _lora_rank(settings)}
-        if on_cpu and self._adapter is not None:
-            _score_with_the_base_head()
+            self._lora_rank = next(r for r in _LORA_RANKS if r >= self._lora_rank)
+            options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": self._lora_rank}
+            if on_cpu:
+                _score_with_the_base_head()
         with vllm_process.starting(), _usage_errors():
             self._llm = vllm.LLM(
                 model=str(settings.policy.directory),
@@ -131,6 +130,16 @@ class VllmEngine:
             (answer,) = output.outputs
             yield waiting.pop(key), Response(list(answer.token_ids), answer.finish_reason)
 
+    def take(self, policy: Policy) -> bool:
+        """The new adapter is read with the first request that names it. vLLM keeps the weights of an id that it knows,
+        so that the old adapter leaves first."""
+        if _rank(policy) > self._lora_rank:
+            return False
+        if self._adapter is not None:
+            self._engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = _request(policy)
+        return True
+
     def __enter__(self) -> Self:
         return self
 
@@ -193,20 +202,31 @@ def _to_sample(sample_index: int, output: Any) -> Sample:
     return Sample(sample_index, token_ids, [float(v) for v in output.logprobs.logprobs], output.finish_reason)
 
 
-def _lora_rank(settings: EngineSettings) -> int:
-    assert settings.policy.adapter is not None
-    config = fingerprint.read_json(settings.policy.adapter / "adapter_config.json")
+def _request(policy: Policy) -> Any:
+    """What goes with a request that is for the adapter of a policy; None without one. The name carries the content:
+    vLLM's prefix cache is keyed by name and path, not by weights."""
+    from vllm.lora.request import LoRARequest
+
+    if policy.adapter is None:
+        return None
+    return LoRARequest(f"adapter-{policy.adapter_weights}", 1, str(policy.adapter.absolute()))
+
+
+def _rank(policy: Policy) -> int:
+    """The largest rank of the adapter of a policy; 0 without one."""
+    if policy.adapter is None:
+        return 0
+    config = fingerprint.read_json(policy.adapter / "adapter_config.json")
     if "lm_head" in (config.get("target_modules") or ()) or config.get("modules_to_save"):
         raise UsageError(
-            f"adapter {settings.policy.adapter} changes the output head", "use an adapter of linear layers of the body"
+            f"adapter {policy.adapter} changes the output head", "use an adapter of linear layers of the body"
         )
-    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
-    return next(r for r in _LORA_RANKS if r >= rank)
+    return max([config["r"], *config.get("rank_pattern", {}).values()])
 
 
 def _score_with_the_base_head() -> None:
     """Make prompt log-probs with LoRA work in vLLM 0.32 on CPU: its head picks one adapter per sequence, where scoring
-    has many rows per sequence. No adapter here touches the head (`_lora_rank` refuses it): the base's head is exact."""
+    has many rows per sequence. No adapter here touches the head (`_rank` refuses it): the base's head is exact."""
     from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 
     def base_logits(self: Any, *args: Any, **kwargs: Any) -> Any:

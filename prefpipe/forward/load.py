@@ -170,6 +170,13 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
     return _check_head(adapted)
 
 
+def with_adapter(model: torch.nn.Module, directory: Path | None) -> torch.nn.Module:
+    """A loaded model, in place of the adapter that it may have with the one in a directory, or with none. Raises as
+    `load_adapter` does."""
+    base = cast(PreTrainedModel, model.unload() if isinstance(model, PeftModel) else model)
+    return base if directory is None else load_adapter(base, directory, trainable=False)
+
+
 def _check_head(model: PeftModel) -> PeftModel:
     """The model in eval mode. Raises UsageError for an adapter on the output head: the head is read as a plain matrix,
     so that every log-prob would leave such an adapter out."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -51,8 +52,12 @@ def engine(settings: EngineSettings) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter that changes the model: B is not zero."""
-    directory = tmp_path_factory.mktemp("adapter")
-    model = add_lora(load_model(tiny_model, "float32"), r=4, alpha=8, target_modules="all-linear", seed=0)
+    return write_adapter(tiny_model, tmp_path_factory.mktemp("adapter"), r=4)
+
+
+def write_adapter(base: Path, directory: Path, **changes: Any) -> Path:
+    options: dict[str, Any] = {"alpha": 8, "target_modules": "all-linear", "seed": 0, **changes}
+    model = add_lora(load_model(base, "float32"), **options)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -310,6 +315,28 @@ def test_the_adapter_changes_samples_and_can_be_switched_off(
     for name, own in found.items():
         for sample in own:
             assert sample.token_logps == pytest.approx(on[f"{name}/{sample.sample_index}"], abs=2e-5)
+
+
+def test_an_engine_that_takes_another_policy_gives_what_a_new_one_gives(
+    settings: EngineSettings, adapter: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """To an adapter, to one of another rank on other modules, to none, and back: bit by bit, with the adapter on and
+    off."""
+    other = write_adapter(tiny_model, tmp_path / "a", r=2, target_modules="q_proj,v_proj", seed=1)
+    policies = [resolve(str(tiny_model), name) for name in ("none", str(adapter), str(other), "none", str(adapter))]
+
+    def values(engine: Engine) -> tuple[dict[str, list[Sample]], list[dict[str, list[float]]]]:
+        found = sampled(engine, requests(*DRAWS))
+        return found, [dict(engine.score(sequences(found), adapter=on)) for on in (True, False)]
+
+    with engines.load("transformers", replace(settings, policy=policies[0])) as warm:
+        taken = [values(warm) for policy in policies if warm.take(policy)]
+    fresh = []
+    for policy in policies[:3]:
+        with engines.load("transformers", replace(settings, policy=policy)) as engine:
+            fresh.append(values(engine))
+    assert taken == [*fresh, *fresh[:2]]
+    assert fresh[0] != fresh[1] != fresh[2]
 
 
 def test_the_scorer_names_forward_and_dtype(engine: Engine) -> None:

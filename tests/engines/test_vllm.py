@@ -136,6 +136,23 @@ def distance(a: Logps, b: Logps) -> float:
     return max(abs(x - y) for key in a for x, y in zip(a[key], b[key], strict=True))
 
 
+def test_an_engine_that_takes_another_policy_gives_what_a_new_one_gives(
+    plain: Facts, adapted: Samples, settings: EngineSettings, tuned: EngineSettings
+) -> None:
+    """Room for adapters changes nothing without one; an adapter that does not fit into it is refused."""
+    given = requests(settings.chat)
+    with engines.load("vllm", replace(settings, lora_rank=4)) as engine:
+        without = collect(engine, given)
+        assert engine.take(tuned.policy)
+        with_it = collect(engine, given)
+        assert engine.take(settings.policy)
+        assert collect(engine, given) == without
+        assert engine.take(tuned.policy)
+        assert collect(engine, given) == with_it
+    assert without == plain.first
+    assert with_it == adapted
+
+
 def test_every_draw_comes_back_once(plain: Facts, settings: EngineSettings) -> None:
     assert set(plain.first) == {r.prompt_id for r in requests(settings.chat)}
     assert all([s.sample_index for s in own] == [0, 1, 2] for own in plain.first.values())

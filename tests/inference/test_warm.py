@@ -10,15 +10,26 @@ import pytest
 from prefpipe import engines
 from prefpipe.engines.base import EngineSettings
 from prefpipe.engines.fake import FakeEngine
+from prefpipe.errors import DataError
 from prefpipe.inference import warm
 from prefpipe.models.chat import Chat, load_chat
-from prefpipe.models.policy import resolve
+from prefpipe.models.policy import Policy, resolve
 
 started: list["Watched"] = []
 
 
 class Watched(FakeEngine):
-    """A fake engine that knows whether it is open."""
+    """A fake engine that knows whether it is open, and with which policy; `rank` is that of the adapters it takes."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.rank = settings.lora_rank
+        self.policy = settings.policy
+
+    def take(self, policy: Policy) -> bool:
+        assert not self.closed
+        self.policy = policy
+        return self.rank > 0
 
     def __enter__(self) -> "Watched":
         self.closed = False
@@ -90,6 +101,36 @@ def test_another_policy_is_another_engine(settings: EngineSettings, other_model:
             with warm.engine("fake", replace(settings, policy=model)):
                 pass
     assert len(started) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_another_adapter_is_taken_by_the_engine_that_runs_where_it_can(settings: EngineSettings, rank: int) -> None:
+    """Every step asks with no rank; the shelf knows what later steps bring."""
+    adapted = replace(settings.policy, adapter=Path("a"), adapter_weights="00")
+    with warm.shelf(lora_rank=rank) as shelf:
+        shelf.keep = True
+        for policy in (settings.policy, adapted, adapted, settings.policy):
+            with warm.engine("fake", replace(settings, policy=policy)) as engine:
+                assert isinstance(engine, Watched)
+                assert engine.policy == policy
+    assert len(started) == (1 if rank else 3)
+
+
+def test_an_engine_that_fails_to_take_an_adapter_is_closed(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> bool:
+        raise DataError("damaged", "")
+
+    monkeypatch.setattr(Watched, "take", fails)
+    with warm.shelf(lora_rank=8) as shelf:
+        shelf.keep = True
+        with warm.engine("fake", settings):
+            pass
+        adapted = replace(settings.policy, adapter_weights="00")
+        with pytest.raises(DataError), warm.engine("fake", replace(settings, policy=adapted)):
+            pass
+        assert started[0].closed
 
 
 def test_an_engine_whose_step_failed_is_not_kept(settings: EngineSettings) -> None:
