@@ -142,8 +142,8 @@ def show_config(
 def steps() -> None:
     """Run the steps that another process names on stdin, one line of JSON each, and answer with a line when it is done.
 
-    {"saved": CONFIG.json, "out": DIR, "keep": true} leaves the engine open for the next step. stdout has the answers
-    alone; what a step prints goes to stderr.
+    {"saved": CONFIG.json, "out": DIR, "keep": true, "lora_rank": 8} leaves the engine open for the next step, with room
+    for adapters of that rank. stdout has the answers alone; what a step prints goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -151,7 +151,8 @@ def steps() -> None:
     with warm.shelf() as shelf:
         for line in sys.stdin:
             step = json.loads(line)
-            saved, out, shelf.keep = Path(step["saved"]), Path(step["out"]), step["keep"]
+            saved, out = Path(step["saved"]), Path(step["out"])
+            shelf.keep, shelf.lora_rank = step["keep"], step["lora_rank"]
             config_class, module = STAGES[json.loads(saved.read_text(encoding="utf-8"))["command"]]
             _run_stage(module, base.load(config_class, saved, {}), out, force=False)
             gc.collect()  # a reward model of this step leaves the memory before that of the next one comes

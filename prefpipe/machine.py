@@ -1,10 +1,12 @@
-"""What this machine computes with: the number type that its hardware is fast at. No package of the GPU is imported."""
+"""What this machine computes with: the number type that its hardware is fast at, GPUs, free memory. No package of the
+GPU is imported."""
 
 import functools
+import os
 import subprocess
 from pathlib import Path
 
-_CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO, _MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 _CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})  # of x86 and, the last two, of ARM
 _NVIDIA, _AMD = Path("/dev/nvidiactl"), Path("/dev/kfd")
 _AMPERE = 8.0  # the first compute capability with bfloat16
@@ -25,6 +27,20 @@ def number_type() -> tuple[str, str]:
     if flags:
         return "bfloat16", f"this CPU computes it ({', '.join(sorted(flags))})"
     return "float32", "this CPU has no instructions for bfloat16"
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping by the kernel's estimate; None where it gives none."""
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def on_cpu() -> bool:
+    """Whether this machine computes on its CPU: it has no GPU, or CUDA_VISIBLE_DEVICES hides every one."""
+    return not (_AMD.exists() or _NVIDIA.exists()) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def _of_nvidia(capabilities: list[float]) -> tuple[str, str]:

@@ -59,3 +59,25 @@ def test_a_gpu_whose_tool_is_not_there_is_taken_for_a_new_one(tmp_path: Path, mo
 def test_a_gpu_of_amd_computes_bfloat16(tmp_path: Path) -> None:
     (tmp_path / "_AMD").touch()
     assert machine.number_type()[0] == "bfloat16"
+
+
+def test_available_memory_is_a_plausible_number_of_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    available = machine.available_memory()
+    assert available is not None
+    assert 10**7 < available < 10**14
+    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "absent")
+    assert machine.available_memory() is None
+
+
+@pytest.mark.parametrize("name", ["_NVIDIA", "_AMD"])
+def test_a_gpu_is_seen_by_its_device_unless_it_is_hidden(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.on_cpu()
+    (tmp_path / name).touch()
+    assert not machine.on_cpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert not machine.on_cpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.on_cpu()

@@ -67,6 +67,10 @@ class IterateConfig(BaseModel):
     launcher: Annotated[str, RUNTIME, Field(min_length=1)] = "auto"
     """What starts train: auto (one process per visible GPU), none (one process), or a command in front of it, such as
     'torchrun --nproc_per_node 4' or 'srun -n 8'."""
+    keep_engine: Annotated[Literal["auto", "always", "never"], ADDED, RUNTIME] = "auto"
+    """Whether one engine stays open through all rounds, while other steps run, and takes the adapter of every round:
+    auto (where no GPU is visible and the model is small beside the free memory), always, never. Training needs the
+    memory of a GPU: with always, generate and evaluate must leave it some (gpu_memory_utilization)."""
     stop: StopSettings = StopSettings()
     report: Annotated[bool, ADDED, RUNTIME] = False
     """Write OUT/report.html after every evaluation, so that the rounds can be watched."""

@@ -1,8 +1,9 @@
 """How steps run: each in a process of its own, which frees its memory; an evaluation and the sampling after it in one.
 
 Both have the same policy, and the start of an engine is a large part of a short round. The process waits for the name
-of its next step on stdin, so that what comes after an evaluation may depend on its result. No step outlives this
-process: when it is killed, the kernel sends the step a SIGTERM, and a launcher ends its ranks.
+of its next step on stdin, so that what comes after an evaluation may depend on its result. Where memory allows it, that
+process stays for all rounds with one engine, which takes the adapter of every round, and so does one that trains. No
+step outlives this process: when it is killed, the kernel sends the step a SIGTERM, and a launcher ends its ranks.
 """
 
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,22 +27,40 @@ _SHARED = ("evaluate", "generate")  # commands that run in one process when they
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
 
-class Processes:
-    """Runs steps; a `with` block ends the process that waits for the next one. `launcher` is the setting; `keep` says
-    whether an evaluation may leave its engine open."""
+@dataclass(frozen=True)
+class Engines:
+    """What stays open. `after_evaluation`: the engine of an evaluation, for the sampling behind it; `throughout`: one
+    engine for all rounds, also while other steps run, with room for adapters of `lora_rank`; `training`: a process that
+    trains, which would hold memory of a GPU."""
 
-    def __init__(self, launcher: str = "auto", *, keep: bool = True) -> None:
+    after_evaluation: bool = True
+    throughout: bool = False
+    training: bool = False
+    lora_rank: int = 0
+
+
+class Processes:
+    """Runs steps; a `with` block ends the processes that wait for the next one. `launcher` is the setting."""
+
+    def __init__(self, launcher: str = "auto", engines: Engines | None = None) -> None:
         self._launcher = launcher
-        self._keep = keep
-        self._waiting: subprocess.Popen[str] | None = None
+        self._engines = engines or Engines()
+        self._sampling = _Waiting()
+        self._training = _Waiting()
 
     def __call__(self, command: str, saved: Path, out: Path) -> None:
         """Run one step to its end. Raises an error with the exit code of the step."""
-        if command in _SHARED:
-            self._run_shared(command, saved, out)
+        stay, launcher = self._engines.throughout, launched(self._launcher) if command == "train" else []
+        if command in _SHARED or (stay and command != "train"):
+            keep = self._engines.after_evaluation if command == "evaluate" else stay
+            self._sampling.run(command, saved, out, keep=keep, lora_rank=self._engines.lora_rank)
+            return
+        if not stay:
+            self._sampling.end()
+        if command == "train" and self._engines.training and not launcher:
+            self._training.run(command, saved, out)
         else:
-            self._let_go()
-            run_process(command, saved, out, launched(self._launcher) if command == "train" else [])
+            run_process(command, saved, out, launcher)
 
     def __enter__(self) -> Self:
         return self
@@ -48,29 +68,32 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._let_go()
+        self._sampling.end()
+        self._training.end()
 
-    def _run_shared(self, command: str, saved: Path, out: Path) -> None:
-        """Name the step to the process that waits, or to a new one. Its engine is kept behind an evaluation: the
-        sampling of the next round has the same policy."""
-        if self._waiting is None:
-            words = processes.python("prefpipe", "steps")
-            self._waiting = subprocess.Popen(
-                words,
+
+class _Waiting:
+    """A process that runs the steps that it is told, one after the other; it starts with the first."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def run(self, command: str, saved: Path, out: Path, *, keep: bool = False, lora_rank: int = 0) -> None:
+        """Run a step. `keep`: its engine stays open for the next."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                processes.python("prefpipe", "steps"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=processes.environment(),
                 preexec_fn=processes.death_with_parent(),
             )
-        process = self._waiting
+        process = self.process
         assert process.stdin is not None
+        step = {"saved": str(saved), "out": str(out), "keep": keep, "lora_rank": lora_rank}
         try:
-            print(
-                json.dumps({"saved": str(saved), "out": str(out), "keep": self._keep and command == "evaluate"}),
-                file=process.stdin,
-                flush=True,
-            )
+            print(json.dumps(step), file=process.stdin, flush=True)
             answer = _answer(process)
         except BrokenPipeError:
             answer = ""
@@ -79,12 +102,12 @@ class Processes:
             raise
         if not answer:
             code = _wait(process)
-            self._let_go()
+            self.end()
             raise _failed(command, saved, out, code)
 
-    def _let_go(self) -> None:
-        """End the process that waits: its engine frees its memory."""
-        process, self._waiting = self._waiting, None
+    def end(self) -> None:
+        """End the process: its memory is free."""
+        process, self.process = self.process, None
         if process is None:
             return
         for pipe in (process.stdin, process.stdout):

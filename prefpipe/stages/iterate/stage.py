@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefpipe import clock, log
+from prefpipe import clock, log, machine
 from prefpipe.config.base import dump
 from prefpipe.config.iterate import FIXED, IterateConfig
 from prefpipe.config.reward_sum import parse
@@ -37,8 +37,11 @@ from prefpipe.stages.iterate import branch, leaks, stops
 from prefpipe.stages.iterate import summary as summaries
 from prefpipe.stages.iterate.best import best_round, value
 from prefpipe.stages.iterate.plan import Known, Step, leaves_engine, reference, steps, trained
-from prefpipe.stages.iterate.runners import Processes, Runner
+from prefpipe.stages.iterate.runners import Engines, Processes, Runner
 from prefpipe.stages.iterate.stops import Series, Stop
+
+# Copies of the weights that fit into the free memory beside an engine that stays: of training in float32, with room.
+_COPIES = 10
 
 
 @dataclass
@@ -90,7 +93,7 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
         start = clock.monotonic()
         rounds = _Rounds(out, config.metric_for_best_round)
         rounds.read(taken)
-        with Processes(config.launcher, keep=leaves_engine(config)) as processes:
+        with Processes(config.launcher, _engines(config)) as processes:
             stop = _run_rounds(config, rounds, num_prompts, runner or processes)
         run_dir.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
         manifest = _finish(config, run_dir, rounds, stop)
@@ -102,6 +105,18 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
 def summary(manifest: Manifest, out: Path) -> list[str]:
     """What the command prints when it is done."""
     return summaries.lines(manifest, out)
+
+
+def _engines(config: IterateConfig) -> Engines:
+    """Which engines stay open: one through all rounds where that is asked for, or where no GPU is visible and several
+    copies of the model fit into the free memory. A policy that is a model of its own is never taken by an engine."""
+    after, lora = leaves_engine(config), config.train.tuning == "lora"
+    throughout = config.keep_engine == "always"
+    if config.keep_engine == "auto" and lora:
+        weights = sum(path.stat().st_size for path in policy.resolve(config.model).directory.glob("*.safetensors"))
+        throughout = machine.on_cpu() and _COPIES * weights <= (machine.available_memory() or 0)
+    throughout = throughout and lora
+    return Engines(after, throughout, throughout and machine.on_cpu(), config.train.lora_r if throughout else 0)
 
 
 def _run_rounds(config: IterateConfig, rounds: _Rounds, num_prompts: int, runner: Runner) -> Stop | None:

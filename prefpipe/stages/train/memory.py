@@ -14,7 +14,7 @@ from typing import Literal, cast
 
 import torch
 
-from prefpipe import clock
+from prefpipe import clock, machine
 from prefpipe.forward import load
 from prefpipe.forward.head import chunk_bytes
 from prefpipe.forward.layout import Tree
@@ -142,7 +142,7 @@ def free_bytes(device: torch.device) -> float:
     """Bytes that can still be allocated: the GPU's free memory, or what the kernel calls available."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(process_memory.available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return float(machine.available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _take(trees: Sequence[Tree], tokens: int) -> list[Tree]:

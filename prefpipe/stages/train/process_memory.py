@@ -1,17 +1,8 @@
-"""The memory of this process and of the machine, as the kernel counts it."""
+"""The memory of this process, as the kernel counts it."""
 
 import ctypes
 import os
 from pathlib import Path
-
-
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping by the kernel's estimate; None where it gives none."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def resident_memory() -> int:

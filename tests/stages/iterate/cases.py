@@ -9,9 +9,10 @@ from typing import Any
 from prefpipe import cli as commands
 from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
+from prefpipe.inference import warm
 from prefpipe.stages.iterate import plan
 from prefpipe.stages.iterate.plan import Known, Step
-from prefpipe.stages.iterate.runners import Runner
+from prefpipe.stages.iterate.runners import Engines, Runner
 
 Make = Callable[..., IterateConfig]
 REWARD = "tests.e2e.letters:most_letters"
@@ -58,16 +59,24 @@ def in_process(command: str, saved: Path, out: Path) -> None:
 
 
 class Inline:
-    """In place of the processes of a run: every step runs in this one, so that a kill takes everything with it."""
+    """In place of the processes of a run: every step runs in this one, so that a kill takes everything with it. An
+    engine stays open as in theirs."""
 
-    def __init__(self, _launcher: str, *, keep: bool) -> None:
-        pass
+    def __init__(self, _launcher: str, engines: Engines) -> None:
+        self._engines = engines
+        self._shelf = warm.shelf(engines.lora_rank)
 
     def __enter__(self) -> Runner:
-        return in_process
+        shelf = self._shelf.__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        return None
+        def run(command: str, saved: Path, out: Path) -> None:
+            shelf.keep = self._engines.after_evaluation if command == "evaluate" else self._engines.throughout
+            in_process(command, saved, out)
+
+        return run
+
+    def __exit__(self, *error: Any) -> None:
+        self._shelf.__exit__(*error)
 
 
 def same(completions: list[Any], **_columns: Any) -> list[float]:

@@ -14,10 +14,10 @@ from prefpipe.config import base
 from prefpipe.errors import PrefpipeError
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
-from prefpipe.stages.iterate import runners
+from prefpipe.stages.iterate import runners, stage
 from prefpipe.stages.iterate.plan import Step
 from prefpipe.stages.iterate.runners import Processes, launched, visible_gpus
-from tests.stages.iterate.cases import config, in_process, planned, write_prompts
+from tests.stages.iterate.cases import Make, config, in_process, planned, write_prompts
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_two_steps_in_one_process_have_one_engine_and_the_digests_of_steps_alone
     with Processes() as run:
         for command, path in saved.items():
             run(command, path, tmp_path / "together" / command)
-        assert run._waiting is not None  # one process for both
+        assert run._sampling.process is not None  # one process for both
     together = capfd.readouterr()
     assert starts(together.err) == 1
     assert "engine fake is running already" in together.err
@@ -55,6 +55,18 @@ def test_two_steps_in_one_process_have_one_engine_and_the_digests_of_steps_alone
     for command in saved:
         digests = {store.read_manifest(tmp_path / way / command)["digest"] for way in ("together", "alone")}
         assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_one_engine_goes_through_all_rounds_and_every_digest_is_that_of_steps_alone(
+    make: Make, three: tuple[Path, Manifest], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes stay: one that samples and one that trains."""
+    manifest = stage.run(make(rounds=3, keep_engine="always"), tmp_path / "out", force=False)
+    assert starts(capfd.readouterr().err) == 1
+    alone = three[1]["identity"]
+    compared = [name for name in alone if not name.endswith("evaluate")]
+    assert {name: manifest["identity"][name] for name in compared} == {name: alone[name] for name in compared}
 
 
 @pytest.mark.slow
