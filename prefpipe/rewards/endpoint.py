@@ -1,36 +1,20 @@
-"""Questions to a language model behind an OpenAI-compatible endpoint: many at once, with retries.
-
-The API key comes from the environment. It is cut out of every text that leaves this module.
-"""
+"""Questions to a language model behind an OpenAI-compatible endpoint: many at once, with retries."""
 
 import asyncio
 import json
-import os
-import re
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import httpx
-
-from prefpipe import log
+from prefpipe import api_key, http, log
 from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
-from prefpipe.rewards import api_key
-from prefpipe.rewards.api_key import ApiKey
+from prefpipe.http import Answer, Link
 from prefpipe.schemas import Message
 
-_TRANSIENT = (408, 409, 429, 500, 502, 503, 504)  # the same request may succeed later
-_REFUSED = (401, 403, 404)  # it never will
+_REFUSED = (401, 403, 404)  # the same request never will succeed
 _FORMAT_UNKNOWN = (400, 406, 415, 422, 500, 501)  # what endpoints answer to a response_format that they do not know
 _LOOSER = {"json_schema": ("json_object", "none"), "json_object": ("none",), "none": ()}
-_LONGEST_PAUSE = 60.0
-_SHOWN = 300
-_MOST_BYTES = 16 << 20  # of an answer, unpacked
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")  # in small or capital letters
-_CERTIFICATES = ("ssl_cert_file", "ssl_cert_dir")
 
 
 @dataclass(frozen=True)
@@ -51,35 +35,13 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What came back: a status with its text, or why nothing did (status 0, with the reason). The key is cut out."""
-
-    status: int
-    text: str
-    retry_after: str | None = None
-    failure: Literal["", "late", "broken", "unreachable"] = ""
-
-
-@dataclass(frozen=True)
 class _Session:
     """What the questions of one call share. `accepted` is set once the endpoint has answered one in our format."""
 
-    client: httpx.AsyncClient
+    link: Link
     settings: Judge
-    key: ApiKey
     turns: asyncio.Semaphore
     accepted: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class _Bearer(httpx.Auth):
-    """Writes the key into the header of a request, and nowhere else."""
-
-    def __init__(self, key: ApiKey) -> None:
-        self._key = key
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response]:
-        request.headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
-        yield request
 
 
 def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
@@ -91,14 +53,8 @@ def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
     run then stops and can resume, instead of filling with missing rewards.
     """
     key = api_key.read(settings.api_key_env)
-    # In another thread: what the handler of a signal raises inside of a loop, asyncio may keep to itself.
-    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner, ThreadPoolExecutor(1) as pool:
-        loop = runner.get_loop()
-        asking = loop.create_task(_ask_all(settings, questions, key))
-        try:
-            return pool.submit(loop.run_until_complete, asking).result()
-        finally:
-            loop.call_soon_threadsafe(asking.cancel)
+    with http.loop_in_thread() as loop:
+        return asyncio.run_coroutine_threadsafe(_ask_all(settings, questions, key), loop).result()
 
 
 def body(settings: Judge, question: Question, structured: str) -> dict[str, Any]:
@@ -120,15 +76,10 @@ def body(settings: Judge, question: Question, structured: str) -> dict[str, Any]
     }
 
 
-def pause(settings: Judge, attempt: int, retry_after: str | None) -> float:
-    """Seconds before retry `attempt` (0 is the first): doubling, at least what Retry-After says, at most a minute."""
-    wanted = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else 0.0
-    return min(max(settings.backoff_seconds * 2**attempt, wanted), _LONGEST_PAUSE)
-
-
-async def _ask_all(settings: Judge, questions: Sequence[Question], key: ApiKey) -> list[Reply]:
-    async with _client(settings, key) as client:
-        session = _Session(client, settings, key, asyncio.Semaphore(settings.concurrency))
+async def _ask_all(settings: Judge, questions: Sequence[Question], key: api_key.ApiKey) -> list[Reply]:
+    link = http.link([settings.base_url], "base_url", key, settings.timeout_seconds, settings.concurrency)
+    async with link.client:
+        session = _Session(link, settings, asyncio.Semaphore(settings.concurrency))
         asked = [asyncio.create_task(_ask(session, question)) for question in questions]
         reached = log.remarks("judge", len(asked), "questions answered")
         try:
@@ -142,90 +93,24 @@ async def _ask_all(settings: Judge, questions: Sequence[Question], key: ApiKey) 
             await asyncio.gather(*asked, return_exceptions=True)
 
 
-def _client(settings: Judge, key: ApiKey) -> httpx.AsyncClient:
-    """A client without time limits: `_post` has one for everything. It follows no redirect."""
-    limits = httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
-    try:
-        httpx.URL(settings.base_url)
-    except httpx.InvalidURL as error:
-        raise _no_address(settings, error) from None
-    try:
-        return httpx.AsyncClient(timeout=None, limits=limits, auth=_Bearer(key) if key else None)
-    except OSError:
-        raise UsageError(f"the certificates that {_set(_CERTIFICATES)} names cannot be read", "mend it") from None
-    except (ValueError, ImportError, httpx.InvalidURL):
-        raise UsageError(
-            f"the address of the proxy in {_set(_PROXIES)} cannot be used",
-            "write it as http://HOST:PORT (socks5:// needs the package socksio); NO_PROXY takes names of hosts",
-        ) from None
-
-
-def _set(variables: Sequence[str]) -> str:
-    """Those of some environment variables that are set, as a list for a sentence."""
-    return ", ".join(name for name in os.environ if name.lower() in variables)
-
-
 async def _ask(session: _Session, question: Question) -> Reply:
     settings = session.settings
     async with session.turns:
         answer = await _post(session, question, settings.structured)
         for attempt in range(settings.retries):
-            if not _is_transient(answer):
+            if not answer.is_transient:
                 break
-            await asyncio.sleep(pause(settings, attempt, answer.retry_after))
+            await asyncio.sleep(http.pause(settings.backoff_seconds, attempt, answer.retry_after))
             answer = await _post(session, question, settings.structured)
-        return _reply(await _check_format(session, question, answer), settings, session.key)
+        return _reply(await _check_format(session, question, answer), session)
 
 
-async def _post(session: _Session, question: Question, structured: str) -> _Answer:
-    """The whole answer, unpacked, or why there is none."""
-    settings = session.settings
-    is_connected = False
-
-    async def follow(event: str, _details: object) -> None:
-        nonlocal is_connected
-        is_connected = is_connected or event.endswith("send_request_headers.started")
-
-    try:
-        async with asyncio.timeout(settings.timeout_seconds):
-            return await _receive(session, body(settings, question, structured), follow)
-    except TimeoutError:
-        if is_connected:
-            return _Answer(0, "no answer in time", failure="late")
-        return _Answer(0, f"no connection within {settings.timeout_seconds:g} s", failure="unreachable")
-    except httpx.TransportError as error:
-        is_reached = is_connected and not isinstance(error, httpx.ProxyError)
-        said = session.key.cut_out_of(str(error)) or type(error).__name__
-        return _Answer(0, said, failure="broken" if is_reached else "unreachable")
-    except httpx.DecodingError as error:
-        return _Answer(502, f"an answer that cannot be unpacked: {error}")
-    except (httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: parts of a host that are empty or too long
-        raise _no_address(settings, error) from None
+async def _post(session: _Session, question: Question, structured: str) -> Answer:
+    address = f"{session.settings.base_url}/chat/completions"
+    return await http.ask(session.link, address, body(session.settings, question, structured))
 
 
-async def _receive(session: _Session, request: dict[str, Any], follow: Callable[[str, object], Any]) -> _Answer:
-    """What the endpoint answers to a request; `follow` is called with the name of each step on the way."""
-    async with session.client.stream(
-        "POST",
-        f"{session.settings.base_url}/chat/completions",
-        content=json.dumps(request).encode(),
-        headers={"content-type": "application/json"},
-        extensions={"trace": follow},
-    ) as answer:
-        content = bytearray()
-        async for chunk in answer.aiter_bytes():
-            content += chunk
-            if len(content) > _MOST_BYTES:
-                return _Answer(502, f"an answer of more than {_MOST_BYTES:,} bytes")
-        said = session.key.cut_out_of(content.decode(errors="replace"))
-        return _Answer(answer.status_code, said, answer.headers.get("retry-after"))
-
-
-def _no_address(settings: Judge, error: Exception) -> UsageError:
-    return UsageError(f"base_url = '{settings.base_url}' is no address: {error}", "mend base_url")
-
-
-async def _check_format(session: _Session, question: Question, answer: _Answer) -> _Answer:
+async def _check_format(session: _Session, question: Question, answer: Answer) -> Answer:
     """The answer. Raises UsageError when the endpoint does not know the format of `structured`.
 
     Endpoints report that in different words, so it is found by experiment. As long as no question was accepted, one
@@ -242,7 +127,7 @@ async def _check_format(session: _Session, question: Question, answer: _Answer) 
             again = await _post(session, question, structured)
             if again.status == 200 or again.failure:
                 return again
-            said = again.text[:_SHOWN]
+            said = again.shown
             raise UsageError(
                 f'the judge at {session.settings.base_url} does not take structured = "{structured}": '
                 f"{again.status} {said}",
@@ -252,12 +137,8 @@ async def _check_format(session: _Session, question: Question, answer: _Answer) 
     return answer
 
 
-def _is_transient(answer: _Answer) -> bool:
-    return bool(answer.failure) or answer.status in _TRANSIENT
-
-
-def _reply(answer: _Answer, settings: Judge, key: ApiKey) -> Reply:
-    said = answer.text[:_SHOWN]
+def _reply(answer: Answer, session: _Session) -> Reply:
+    settings, key, said = session.settings, session.link.key, answer.shown
     if answer.failure == "late":
         return Reply(
             None, "timeout", f"no answer within {settings.timeout_seconds:g} s, asked {settings.retries + 1} times"
@@ -265,10 +146,9 @@ def _reply(answer: _Answer, settings: Judge, key: ApiKey) -> Reply:
     if answer.failure == "broken":
         return Reply(None, "crash", f"the answer breaks off: {said}")
     if answer.failure == "unreachable":
-        through = f", and NO_PROXY if {_set(_PROXIES)} is not meant for it" * bool(_set(_PROXIES))
         raise StorageError(
             f"the judge at {settings.base_url} cannot be reached: {said}",
-            f"start the endpoint, check base_url{through}; the same command resumes",
+            f"start the endpoint, check base_url{http.proxy_hint()}; the same command resumes",
         )
     _raise_if_refused(answer.status, said, settings, key)
     if answer.status != 200:
@@ -285,7 +165,7 @@ def _reply(answer: _Answer, settings: Judge, key: ApiKey) -> Reply:
     return Reply(key.cut_out_of(text.encode(errors="replace").decode()))  # half of a character fits into no file
 
 
-def _raise_if_refused(code: int, said: str, settings: Judge, key: ApiKey) -> None:
+def _raise_if_refused(code: int, said: str, settings: Judge, key: api_key.ApiKey) -> None:
     if code in _REFUSED:
         name = settings.api_key_env
         sent = f"with the key in {name}" if key else f"without a key ({name} is not set)"

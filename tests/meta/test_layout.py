@@ -11,8 +11,10 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "prefpipe"
 GROUND = {
+    "api_key",
     "cli",
     "flags",
+    "http",
     "processes",
     "reading",
     "terminal",

@@ -26,23 +26,36 @@ def completion(text: str | None, finish_reason: str = "stop") -> tuple[int, dict
 
 
 @contextmanager
-def serving(answer: Callable[[dict[str, Any]], tuple[int, Any]]) -> Generator[Endpoint]:
-    """`answer(request)` gives a status and a JSON value (or bytes, or (value, headers))."""
+def serving(answer: Callable[[dict[str, Any]], tuple[int, Any] | None]) -> Generator[Endpoint]:
+    """`answer(request)` gives a status and a JSON value (or bytes, or (value, headers)). The request is the JSON that was
+    sent, with its path and method. An answer None closes the connection without a word."""
     lock, under_way = threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_GET(self) -> None:
+            self.respond({})
+
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self.respond(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+        def respond(self, request: dict[str, Any]) -> None:
+            request |= {"path": self.path, "method": self.command}
             with lock:
-                endpoint.requests.append(request | {"path": self.path})
+                endpoint.requests.append(request)
                 endpoint.headers.append({k.lower(): v for k, v in self.headers.items()})
                 under_way[0] += 1
                 endpoint.busiest = max(endpoint.busiest, under_way[0])
-            status, value = answer(request)
-            with lock:
-                under_way[0] -= 1
+            try:
+                answered = answer(request)
+            finally:
+                with lock:
+                    under_way[0] -= 1
+            if answered is None:
+                self.close_connection = True
+                return
+            status, value = answered
             value, headers = value if isinstance(value, tuple) else (value, {})
             content = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)

@@ -11,7 +11,7 @@ import pytest
 
 from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
-from prefpipe.rewards.endpoint import Question, Reply, ask_all, body, pause
+from prefpipe.rewards.endpoint import Question, Reply, ask_all, body
 from tests.conftest import Cli
 from tests.rewards.server import completion, serving
 
@@ -215,17 +215,3 @@ def test_without_a_key_none_is_sent_and_redirects_are_not_followed() -> None:
 def test_answers_that_are_none(answer: tuple[int, Any], reply: Reply) -> None:
     with serving(in_turn(answer)) as endpoint:
         assert ask_all(settings(endpoint.base_url), QUESTIONS[:1]) == [reply]
-
-
-def test_pauses_double_and_heed_the_endpoint_up_to_a_minute() -> None:
-    chosen = Judge(backoff_seconds=0.5)
-    assert [pause(chosen, n, None) for n in range(4)] == [0.5, 1.0, 2.0, 4.0]
-    assert pause(chosen, 0, "7") == 7.0
-    assert pause(chosen, 9, None) == 60.0
-    assert pause(chosen, 0, "3600") == 60.0
-    assert pause(chosen, 0, "Wed, 21 Oct 2026 07:28:00 GMT") == 0.5
-
-
-@pytest.mark.parametrize("retry_after", ["²", "-1", "nan", "inf", "1e9", "9" * 400, "", "٣"])
-def test_odd_pauses_are_none(retry_after: str) -> None:
-    assert pause(Judge(backoff_seconds=0.5), 0, retry_after) == 0.5

@@ -15,8 +15,8 @@ from rich.traceback import Traceback
 
 from prefpipe.config.judge import Judge
 from prefpipe.errors import StorageError, UsageError
-from prefpipe.rewards import api_key
-from prefpipe.rewards.api_key import ApiKey
+from prefpipe import api_key
+from prefpipe.api_key import ApiKey
 from prefpipe.rewards.endpoint import Question, ask_all
 from tests.rewards.server import completion, serving
 
