@@ -229,7 +229,8 @@ def _attend(
     keys, values = (_joined(tensor, context) for tensor in (key, value))
     length, total = queries.shape[2], keys.shape[2]
     if rules.softcap is not None or rules.sinks is not None:
-        return _by_products(queries, keys, values, rules)
+        mask = rules.row.mask(length, total, 1, rules.window, queries.new_empty(0, dtype=torch.float32))
+        return by_products(queries, keys, values, mask, rules.scaling, rules.softcap, rules.sinks)
     if rules.repeats == 1 and length == total and (rules.window is None or total <= rules.window):
         return scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)
     # The query heads of one key/value group are stacked as extra rows. To repeat keys and values for them would copy
@@ -245,19 +246,27 @@ def _joined(tensor: torch.Tensor, context: list[slice]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _by_products(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Attention with capped scores (Gemma 2) or with a sink per head (gpt-oss); softmax in float32, as in the code of
-    these models."""
-    keys, values = (tensor.repeat_interleave(rules.repeats, dim=1) for tensor in (keys, values))
-    scale = rules.scaling if rules.scaling is not None else queries.shape[-1] ** -0.5
+def by_products(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention [B, H, R, E] with capped scores (Gemma 2) or with a sink per head (gpt-oss); softmax in float32, as in
+    the code of these models. queries [B, H, R, D], keys and values per key/value head, mask float32."""
+    repeats = queries.shape[1] // keys.shape[1]
+    keys, values = (tensor.repeat_interleave(repeats, dim=1) for tensor in (keys, values))
+    scale = scaling if scaling is not None else queries.shape[-1] ** -0.5
     scores = queries @ keys.transpose(2, 3) * scale
-    if rules.softcap is not None:
-        scores = rules.softcap * torch.tanh(scores / rules.softcap)
-    scores = scores.float()
-    scores = scores + rules.row.mask(scores.shape[2], scores.shape[3], 1, rules.window, scores)
-    if rules.sinks is None:
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float() + mask
+    if sinks is None:
         weights = scores.softmax(-1)
     else:
-        sinks = rules.sinks.float().reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
-        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+        columns = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat([scores, columns], dim=-1).softmax(-1)[..., :-1]
     return weights.to(values.dtype) @ values

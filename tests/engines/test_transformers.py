@@ -21,7 +21,8 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, Sample, ScoreRequest
-from prefpipe.engines.transformers import _batches, _draw, _Row
+from prefpipe.engines.drawing import draw
+from prefpipe.engines.equal_lengths import batches
 from prefpipe.errors import UsageError
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter, scorer_name
@@ -351,9 +352,9 @@ def draws_of(
 ) -> torch.Tensor:
     """Shares of the tokens in `number` draws."""
     settings = SimpleNamespace(top_p=top_p, top_k=top_k, min_p=min_p)
-    row = _Row(Request("", [], ()), Draw(0, 0, temperature), torch.Generator().manual_seed(0))
-    logps = torch.tensor(probabilities).log()
-    found = torch.stack([_draw(logps, row, settings) for _ in range(number)])
+    source = torch.Generator().manual_seed(0)
+    logits = torch.tensor(probabilities).log().unsqueeze(0)
+    found = torch.tensor([draw(logits, [temperature], [source], settings)[0] for _ in range(number)])
     return found.bincount(minlength=len(probabilities)) / number
 
 
@@ -429,8 +430,8 @@ def test_batches_hold_every_request_once_within_the_limit(shapes: list[tuple[int
         Request(str(i), [0] * length, tuple(Draw(k, 0, 1.0) for k in range(draws)))
         for i, (length, draws) in enumerate(shapes)
     ]
-    batches = list(_batches(given_, max_rows))
-    assert sorted(r.prompt_id for b in batches for r in b) == sorted(r.prompt_id for r in given_)
-    for batch in batches:
+    found = list(batches(given_, max_rows))
+    assert sorted(r.prompt_id for b in found for r in b) == sorted(r.prompt_id for r in given_)
+    for batch in found:
         assert len({len(r.prompt_token_ids) for r in batch}) == 1
         assert len(batch) == 1 or sum(len(r.draws) for r in batch) <= max_rows
