@@ -45,8 +45,7 @@ endif
 	@rm -f $(VENV)/installed-* && touch $@
 
 demo: setup  ## Two rounds on a real 135M model: 10 to 20 minutes on 2 cores, the second time seconds
-	@$(BIN)/prefpipe iterate stages/iterate/demo.toml --out runs/demo
-	@$(BIN)/prefpipe report runs/demo
+	@$(BIN)/prefpipe demo
 
 test: setup check  ## The whole test suite
 	@$(PYTEST) $(ALL_CORES) -m "not vllm"

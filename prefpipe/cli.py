@@ -22,13 +22,17 @@ from pydantic import BaseModel
 from prefpipe import __version__, flags, log, terminal
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
+from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
+from prefpipe.shipped import commands as _recipe_commands
+from prefpipe.shipped import recipes
 from prefpipe.views import commands
 
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
     name: (cls, f"prefpipe.stages.{name.replace('-', '_')}.stage") for name, cls in CLASSES.items()
 }
+_START = "Start"
 _RECIPES = "Recipes"  # the heading of commands about settings in --help
 
 app = typer.Typer(
@@ -207,6 +211,17 @@ def _finished(run: Callable[..., dict[str, Any]], config: BaseModel, out: Path, 
         ) from error
 
 
+def _demo(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
+    if recipe is not None:
+        raise UsageError("demo has a recipe already", f"run yours with: prefpipe iterate {recipe} --out runs/NAME")
+    config, out = recipes.demo(settings), out or Path("runs/demo")
+    if dry_run:
+        terminal.show(json.dumps(base.dump(config), indent=2))
+        return
+    _run_stage(STAGES["iterate"][1], config, out, force=force)
+    write_report(str(out))
+
+
 def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
     if out is not None or force or dry_run:
         raise UsageError("plan writes nothing", "leave out --out, --force and --dry-run")
@@ -215,6 +230,12 @@ def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None,
         terminal.show(line)
 
 
+app.command(
+    "demo",
+    cls=flags.SettingsCommand,
+    help="Run two rounds on a real 135M model, and write the page about them: 10 to 20 minutes on 2 cores.",
+    rich_help_panel=_START,
+)(flags.command(IterateConfig, _demo))
 for _name, (_config, _module) in STAGES.items():
     _register(_name, _config, _module)
 app.command("config", rich_help_panel=_RECIPES)(show_config)
@@ -224,4 +245,5 @@ app.command(
     help="Predict memory, tokens, steps and time of a training run.",
     rich_help_panel=_RECIPES,
 )(flags.command(TrainConfig, _plan))
+_recipe_commands.register(app, _RECIPES)
 commands.register(app)
