@@ -23,7 +23,7 @@ from prefpipe import __version__, flags, log, terminal
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
+from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError, to_install
 from prefpipe.views import commands
 
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
@@ -86,8 +86,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 def _missing_package(error: ModuleNotFoundError) -> int:
     extras = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
-    commands = " or ".join(f"pip install 'prefpipe[{extra}]'" for extra in extras)
-    log.error(f"this command needs the package '{error.name}'", f"install it with: {commands}")
+    log.error(f"this command needs the package '{error.name}'", to_install(*extras))
     return MissingInputError.exit_code
 
 
