@@ -24,7 +24,7 @@ from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
+from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError, to_install
 from prefpipe.shipped import commands as _recipe_commands
 from prefpipe.shipped import recipes
 from prefpipe.views import commands
@@ -90,8 +90,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 def _missing_package(error: ModuleNotFoundError) -> int:
     extras = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
-    commands = " or ".join(f"pip install 'prefpipe[{extra}]'" for extra in extras)
-    log.error(f"this command needs the package '{error.name}'", f"install it with: {commands}")
+    log.error(f"this command needs the package '{error.name}'", to_install(*extras))
     return MissingInputError.exit_code
 
 

@@ -117,6 +117,11 @@ def sign_flip_p(differences: Sequence[int]) -> float:
     return min(1.0, math.fsum(p for total, p in outcomes.items() if abs(total) >= observed))
 
 
+def p_in_words(p: float, equals: str = "") -> str:
+    """A p value for people: two digits, "< 0.001" below that. `equals` stands before the digits: "= " in a sentence."""
+    return "< 0.001" if p < 0.001 else f"{equals}{p:.2g}"
+
+
 def pass_at_k(passed: int, total: int, k: int) -> float:
     """The probability that one of k of the `total` answers passes: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021,
     2107.03374, eq. 1; unbiased)."""

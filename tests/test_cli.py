@@ -16,6 +16,7 @@ import pytest
 from prefpipe import __version__
 from prefpipe.cli import STAGES
 from prefpipe.config import base
+from prefpipe.errors import to_install
 from prefpipe.runs import tables
 from prefpipe.schemas import Dropped
 from tests.cases import assert_refused
@@ -347,8 +348,8 @@ def test_verbose_shows_the_traceback_of_an_unexpected_error_only(cli: Cli, tmp_p
 @pytest.mark.parametrize(
     ("engine", "package", "install"),
     [
-        ("transformers", "torch", "pip install 'prefpipe[train]'"),
-        ("vllm", "vllm", "pip install 'prefpipe[cpu]' or pip install 'prefpipe[cuda]'"),
+        ("transformers", "torch", to_install("train")),
+        ("vllm", "vllm", to_install("cpu", "cuda")),
     ],
 )
 def test_a_missing_extra_names_the_install_line(
@@ -360,7 +361,7 @@ def test_a_missing_extra_names_the_install_line(
     done = subprocess.run(
         [sys.executable, "-c", block, *map(str, arguments)], cwd=ROOT, text=True, capture_output=True, check=False
     )
-    assert_refused(done, 66, f"needs the package '{package}'", f"install it with: {install}\n")
+    assert_refused(done, 66, f"needs the package '{package}'", f"{install}\n")
 
 
 def test_words_go_to_stderr_and_data_to_stdout(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from prefpipe.config.base import result_fields
 from prefpipe.config.rewards import Settings, settings_of
-from prefpipe.errors import MissingInputError
+from prefpipe.errors import MissingInputError, to_install
 from prefpipe.ids import canonical_json
 from prefpipe.rewards import function
 from prefpipe.rewards.base import RewardFunction
@@ -72,5 +72,5 @@ def _module(kind: str) -> Any:
     except ModuleNotFoundError as error:
         raise MissingInputError(
             f"reward {kind} needs the package '{error.name}'",
-            f"install it with: pip install 'prefpipe[{_EXTRAS.get(kind, 'rewards')}]'",
+            to_install(_EXTRAS.get(kind, "rewards")),
         ) from error

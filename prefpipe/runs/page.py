@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from prefpipe import log, processes
-from prefpipe.errors import MissingInputError
+from prefpipe.errors import MissingInputError, to_install
 
 _SECONDS = 300.0
 
@@ -16,9 +16,7 @@ _SECONDS = 300.0
 def check_installed() -> None:
     """Raise MissingInputError where the package that draws the charts is missing: before the run, not hours later."""
     if importlib.util.find_spec("vl_convert") is None:
-        raise MissingInputError(
-            "--report needs the package 'vl_convert'", "install it with: pip install 'prefpipe[report]'"
-        )
+        raise MissingInputError("--report needs the package 'vl_convert'", to_install("report"))
 
 
 def write(run_dir: Path) -> None:

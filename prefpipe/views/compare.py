@@ -206,7 +206,7 @@ def _pairing_line(pairing: Pairing) -> list[str]:
         f"{higher} / {equal} / {lower}",
         f"{win.value:.1%} [{win.low:.1%}, {win.high:.1%}]",
         f"{difference.value:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]",
-        f"{pairing.p_value:.2g}",
+        statistics.p_in_words(pairing.p_value),
     ]
 
 
@@ -216,12 +216,14 @@ def _is_number(value: object) -> bool:
 
 def _lines(values: dict[str, list[Any]]) -> Iterator[list[str]]:
     for name in list(values)[:_MOST]:
-        yield [name, *(_cell(value) for value in values[name])]
+        yield [name, *(_cell(name, value) for value in values[name])]
     if len(values) > _MOST:
         yield [f"... {len(values) - _MOST} more: --json", *("" for _ in next(iter(values.values())))]
 
 
-def _cell(value: object) -> str:
+def _cell(name: str, value: object) -> str:
     if value is None:
         return "-"
+    if name.endswith("p_value") and isinstance(value, float):
+        return statistics.p_in_words(value)
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe.errors import MissingInputError
+from prefpipe.errors import MissingInputError, to_install
 from prefpipe.runs import page
 from tests.runs.cases import opened, write
 
@@ -30,4 +30,4 @@ def test_a_missing_package_is_said_before_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(MissingInputError) as caught:
         page.check_installed()
-    assert "prefpipe[report]" in caught.value.hint
+    assert caught.value.hint == to_install("report")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefpipe import statistics
 from prefpipe.schemas import Measure
 from prefpipe.stages.evaluate.measures import DECODINGS
 
@@ -152,7 +153,7 @@ def _comparison(comparison: Totals) -> list[str]:
 def _tally(values: Totals) -> str:
     counts = f"{values['win']} won, {values['tie']} tied, {values['loss']} lost"
     rate = _interval(values, "win_rate", "low", "high", percent=True)
-    return f"{counts}, win rate {rate}, p = {values['p_value']:.2g}"
+    return f"{counts}, win rate {rate}, p {statistics.p_in_words(values['p_value'], '= ')}"
 
 
 def _drops(drops: Sequence[Totals], what: str) -> list[str]:

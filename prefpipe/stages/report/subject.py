@@ -8,6 +8,7 @@ from typing import Any
 from prefpipe.runs import overview
 from prefpipe.runs.overview import Gap, Overview, Record
 from prefpipe.stages.report.texts import shown
+from prefpipe.statistics import p_in_words
 
 DASH = "\N{EN DASH}"
 _MOST_ROUNDS = 6  # side by side in a chart
@@ -67,6 +68,11 @@ def percent(value: object) -> str:
     return f"{value:.1%}" if isinstance(value, int | float) and not isinstance(value, bool) else DASH
 
 
+def p_value(value: object) -> str:
+    """A p value for people; a dash for anything else."""
+    return p_in_words(value) if isinstance(value, int | float) and not isinstance(value, bool) else DASH
+
+
 def table(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested results as rows of a dotted name and a value in words."""
     rows: list[tuple[str, str]] = []
@@ -78,6 +84,11 @@ def table(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
                 inner = entry if isinstance(entry, dict) else {"": entry}
                 rows += [(key.rstrip("."), text) for key, text in table(inner, f"{prefix}{name}.{place}.")]
         else:
-            words = number(value, 4) if isinstance(value, float) else shown(value, 300)
-            rows.append((shown(f"{prefix}{name}", 120), words))
+            rows.append((shown(f"{prefix}{name}", 120), _in_words(name, value)))
     return rows
+
+
+def _in_words(name: str, value: object) -> str:
+    if name.endswith("p_value"):
+        return p_value(value)
+    return number(value, 4) if isinstance(value, float) else shown(value, 300)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from prefpipe.runs import overview
 from prefpipe.runs.overview import Overview, Record
 from prefpipe.stages.report.flags import Flag, flags
-from prefpipe.stages.report.subject import Subject, label, number, percent, table
+from prefpipe.stages.report.subject import Subject, label, number, p_value, percent, table
 from prefpipe.stages.report.texts import shown
 from prefpipe.statistics import wilson_of_share
 
@@ -167,7 +167,7 @@ def _comparison(entry: Record, decoding: str) -> Comparison:
         " / ".join(number(found.get(key)) for key in ("win", "tie", "loss")),
         percent(found.get("win_rate")),
         _span(found),
-        number(found.get("p_value"), 2),
+        p_value(found.get("p_value")),
     )
 
 

@@ -34,7 +34,8 @@ def test_shares() -> None:
 
 
 def test_nested_results_are_rows() -> None:
-    values = {"kl": {"mean": 0.25, "rows": 4}, "wins": [{"win": 3}, 2], "name": "x"}
+    values = {"kl": {"mean": 0.25, "rows": 4}, "wins": [{"win": 3}, 2], "name": "x", "difference_p_value": 1e-9}
     assert table(values) == [
         ("kl.mean", "0.25"), ("kl.rows", "4"), ("wins.0.win", "3"), ("wins.1", "2"), ("name", "x"),
+        ("difference_p_value", "< 0.001"),
     ]  # fmt: skip
