@@ -1,11 +1,12 @@
 """build-pairs at scale: selection beside the same rule in bare polars, pandas and HF datasets; then the whole stage.
 
-    python benchmarks/build_pairs.py [--quick] [--only NAME] --json FILE
+    python benchmarks/build_pairs.py [--quick] [--prompts N] [--workers N] [--only NAME] --json FILE
 
 Rows are generated: prompts with 8 candidates of about 100 tokens, rewards with ties, reference log-probs. Every
 measurement runs in a process of its own; times are wall-clock seconds, memory is the peak resident set of the process.
 The peers get the key columns (prompt_id, completion_id, reward, num_tokens, finish_reason) as one Parquet file, and so
-do we; HF datasets is measured on a twentieth of the prompts and scaled. `--quick` makes 1/50 of the rows.
+do we; HF datasets is measured on a twentieth of the prompts and scaled. `--quick` makes 1/50 of the rows, `--prompts`
+another number of them. `--workers` is the setting of build-pairs.
 """
 
 import argparse
@@ -31,6 +32,7 @@ PROMPTS, EACH, SHARD = 1_250_000, 8, 25_000
 QUICK, PART_OF_HF = 50, 20
 GOALS = {"selection": 10.0, "ratio": 1.5, "stage": 240.0, "memory": 6.0}
 ORDER = ["prompt_id", "reward", "completion_id"]
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 PEERS = ("ours", "polars", "pandas", "datasets")
 
 
@@ -38,6 +40,7 @@ def main() -> None:
     """Make the rows, measure, print one table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the rows")
+    parser.add_argument("--prompts", type=int, default=0, help=f"prompts with {EACH} candidates each")
     parser.add_argument("--only", choices=("selection", "stage"), help="one half of it")
     parser.add_argument("--keep", type=Path, help="make the rows here and leave them (about 12 GB), or use them again")
     parser.add_argument("--json", type=Path, required=True)
@@ -47,7 +50,7 @@ def main() -> None:
         name, folder = arguments.worker
         measure(WORKERS[name], Path(folder), arguments.json)
         return
-    num_prompts = PROMPTS // QUICK if arguments.quick else PROMPTS
+    num_prompts = arguments.prompts or (PROMPTS // QUICK if arguments.quick else PROMPTS)
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="prefpipe-"))
     try:
         if not (folder / "run" / "manifest.json").exists():
@@ -231,7 +234,7 @@ def make_rows(folder: Path, num_prompts: int) -> None:
     """A complete run of generate with random content, and the key columns in one file."""
     from prefpipe.config.generate import GenerateConfig
     from prefpipe.runs import store
-    from prefpipe.schemas import Completion, Prompt, RefLogps, Reward, arrow_schema
+    from prefpipe.schemas import Completion, Prompt, RefLogps, Reward
 
     source = np.random.default_rng(0)
     words = " ".join("".join(source.choice(list("abcdefghijklmnopqrstuvwxyz"), 4)) for _ in range(200_000)).encode()
@@ -246,19 +249,14 @@ def make_rows(folder: Path, num_prompts: int) -> None:
             constant = {
                 n: pa.array([v] * shard, pa.string()) for n, v in (("split", "train"), ("source", ""), ("meta", "{}"))
             }
-            schema = arrow_schema(Prompt)
-            table = {"prompt_id": prompts, "messages": pa.array(messages, schema.field("messages").type),
-                     "answer": pa.nulls(shard, pa.string()), **constant}  # fmt: skip
-            run.write_part("prompts", Prompt, number, pa.table(table, schema=schema))
+            columns = {"prompt_id": prompts, "messages": pa.array(messages, MESSAGES), **constant}
+            run.write_part("prompts", Prompt, number, _table(Prompt, columns))
             for dataset, row_type in (
                 ("ref_logps", RefLogps),
                 ("rewards/mine:reward", Reward),
                 ("completions", Completion),
             ):
-                names = arrow_schema(row_type).names
-                run.write_part(
-                    dataset, row_type, number, pa.table({n: rows[n] for n in names}, schema=arrow_schema(row_type))
-                )
+                run.write_part(dataset, row_type, number, _table(row_type, rows))
             keys.append(
                 pa.table({n: rows[n] for n in ("prompt_id", "completion_id", "reward", "num_tokens", "finish_reason")})
             )
@@ -313,6 +311,15 @@ def _ids(source: np.random.Generator, count: int) -> pa.Array:
     return pa.StringArray.from_buffers(
         count, pa.py_buffer(offsets), pa.py_buffer(source.bytes(16 * count).hex().encode())
     )
+
+
+def _table(row_type: type, columns: dict[str, pa.Array]) -> pa.Table:
+    """The columns of a row type; those that are not made are null."""
+    from prefpipe.schemas import arrow_schema
+
+    schema = arrow_schema(row_type)
+    count = len(next(iter(columns.values())))
+    return pa.table([columns.get(f.name, pa.nulls(count, f.type)) for f in schema], schema=schema)
 
 
 def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:

@@ -45,6 +45,9 @@ class ScoreConfig(BaseModel):
     column: shared.Column = ()
     dtype: shared.Dtype = "auto"
     seed: shared.Seed = 0
+    part: Annotated[str, ADDED, Field(pattern=shared.PART)] = "1/1"
+    """I/N: only every N-th shard of the inputs, from the I-th. One process per GPU takes its own part and --out;
+    `prefpipe gather` joins them."""
     shard_rows: Annotated[int, RUNTIME, Field(ge=1)] = 256
     """Rows of a foreign file in one shard: the unit of commit and of resume."""
     max_tokens_per_batch: shared.MaxTokensPerBatch = 2048

@@ -137,11 +137,13 @@ Stop = Annotated[
         "refused: they can end inside a token, and then the text and the token ids disagree."
     ),
 ]
+PART = r"^[1-9]\d*/[1-9]\d*$"
 Part = Annotated[
     str,
     Field(
-        pattern=r"^[1-9]\d*/[1-9]\d*$",
-        description="I/N: only every N-th prompt, from the I-th. One process per GPU takes its own part and --out.",
+        pattern=PART,
+        description="I/N: only every N-th prompt, from the I-th. One process per GPU takes its own part and --out; "
+        "`prefpipe gather` joins them.",
     ),
 ]
 TensorParallelSize = Annotated[int, RUNTIME, Field(ge=1, description="GPUs that share one model (vLLM only).")]

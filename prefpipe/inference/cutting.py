@@ -12,10 +12,15 @@ _SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 16, 512
 
 def take_part(prompts: Prompts, part: str) -> Prompts:
     """The prompts of part I/N. Raises UsageError for a part that does not exist."""
-    number, _, count = part.partition("/")
-    if int(number) > int(count):
+    return prompts.part(*part_of(part))
+
+
+def part_of(part: str) -> tuple[int, int]:
+    """(I, N) of a part I/N. Raises UsageError for a part that does not exist."""
+    number, count = map(int, part.split("/"))
+    if number > count:
         raise UsageError(f"part = '{part}': there are only {count} parts", "write I/N with I from 1 to N")
-    return prompts.part(int(number), int(count))
+    return number, count
 
 
 def shards_of(prompts: Prompts, saved: Mapping[str, Any]) -> tuple[int, range]:

@@ -15,4 +15,4 @@ def test_a_shard_is_neither_small_nor_large(prompts: int, rows: int) -> None:
 
 def test_a_part_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UsageError, match="there are only 2 parts"):
-        cutting.take_part(None, "3/2")  # type: ignore[arg-type]  # refused before the prompts are looked at
+        cutting.part_of("3/2")

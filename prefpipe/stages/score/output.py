@@ -54,6 +54,20 @@ def numbered(shards: Iterable[InputShard], reward_names: Iterable[str], *, score
         before = content_id(before, shard.digest)
 
 
+def of_part(shards: Iterable[OutputShard], number: int, count: int) -> Iterator[OutputShard]:
+    """Every `count`-th shard, from the `number`-th (1 is the first). Shards of files in front of one are read before
+    it: which of its rows repeat an earlier one is then the same as in a run of all parts."""
+    before: list[OutputShard] = []
+    for shard in shards:
+        if shard.index % count != number - 1:
+            before += [shard] if "completions" in shard.datasets else []
+            continue
+        for other in before:
+            other.read()
+        before.clear()
+        yield shard
+
+
 def missing(shards: Iterable[OutputShard], run: Run, known: Known) -> Iterator[OutputShard]:
     """The shards without a commit, or of other rows than the inputs have there now; at the end, shards for which the
     inputs have no rows are set aside. The keys of committed ones are added to `known` on the way, for the next ones.
@@ -162,7 +176,7 @@ def _keys(run: Run, dataset: str, index: int) -> list[str]:
 
 def totals(run: Run, reward_names: Iterable[str], *, may_be_empty: bool) -> dict[str, Any]:
     """Counts over all shards, read column by column: the same whether the run was interrupted or not. Raises DataError
-    when no row is left, unless a small share may hold none."""
+    when no row is left, unless a small share or a part may hold none."""
     rows = {name: _count(run, name, row_type) for name, row_type in ROW_TYPES.items() if name != "prompts"}
     rows["ref_logps"] = _count(run, "ref_logps", RefLogps)
     folders = {name: rating.reward_folder(name) for name in (*reward_names, IMPORTED_REWARD)}

@@ -13,7 +13,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.errors import UsageError
 from prefpipe.ids import IdSet, ids_digest
 from prefpipe.inference import parity, scoring, task, warm
+from prefpipe.inference.cutting import part_of
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.shards import Shard
 from prefpipe.inputs import files, hub
@@ -63,6 +64,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         sources.check_format(source, columns)
     chat = task.read_chat(config, policy)
     sources.check_share(config.inputs, config.share)
+    number, count = part_of(config.part)
     config = config.model_copy(update={"max_length": _longest(config, policy)})
     reference = policy.id if config.reference == "policy" else None
     rewards, reward_ids = rating.load_rewards(config.rewards, config.reward_settings)
@@ -82,15 +84,17 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         if manifest is not None:
             return manifest
         known: Known = defaultdict(IdSet)
-        missing = outputs.missing(shards(output.saved, known), output, known)
+        own = outputs.of_part(shards(output.saved, known), number, count)
+        missing = outputs.missing(own, output, known)
         settings = _engine_settings(config, policy, chat)
         _fill(missing, config, settings, reference, output, partial(outputs.write, output, rewards))
         if files.state(foreign) != state:
             raise files.changed(", ".join(foreign))
         output.gather_dropped(Dropped, to_table(Dropped, []))
-        totals = outputs.totals(output, rewards, may_be_empty=config.share < 1)
+        totals = outputs.totals(output, rewards, may_be_empty=config.share < 1 or count > 1)
         if config.check and reference:
-            totals["parity"] = _check(config, output, shards(output.saved, known), settings)
+            own = islice(shards(output.saved, known), number - 1, None, count)
+            totals["parity"] = _check(config, output, own, settings)
             output.write_report("parity.json", totals["parity"])
         tokens = vocabulary.record(vocabulary.of_sources(config.inputs, chat.tokenizer))
         return output.finish(totals, {"reference": reference, **tokens}, outputs.balances(output))
@@ -214,7 +218,7 @@ def _score(
     with (
         warm.engine(config.engine, settings) as engine,
         inflight.recording(),
-        log.progress("scoring", _expected(config.inputs), "rows") as advance,
+        log.progress("scoring", _expected(config), "rows") as advance,
     ):
         for (shard, rows), values in scoring.score_shards(requests(), engine, inflight, advance):
             write(shard, rows, _ref_logps(rows.requests, values, reference, engine.scorer))
@@ -222,13 +226,14 @@ def _score(
     return scored
 
 
-def _expected(inputs: Sequence[str]) -> float | None:
+def _expected(config: ScoreConfig) -> float | None:
     """Completions to score, for the progress bar; None unless every input is a run of generate, which counts them."""
-    if not all(Path(source).is_dir() for source in inputs):
+    if not all(Path(source).is_dir() for source in config.inputs):
         return None
-    manifests = [store.read_manifest(Path(source)) for source in inputs]
+    manifests = [store.read_manifest(Path(source)) for source in config.inputs]
     counted = all(manifest["command"] == "generate" for manifest in manifests)
-    return sum(manifest["totals"]["completions"] for manifest in manifests) if counted else None
+    _, count = part_of(config.part)
+    return sum(manifest["totals"]["completions"] for manifest in manifests) / count if counted else None
 
 
 def _ref_logps(requests: Sequence[ScoreRequest], values: scoring.Values, reference: str, scorer: str) -> Logps:

@@ -48,6 +48,7 @@ from tests.cases import assert_refused
 from tests.conftest import Cli
 
 Write = Callable[..., Path]
+SHARDS = ("prompts/", "completions/", "pairs/", "ref_logps/", "dropped/")
 PAIRS = [{"prompt": f"Name bird {i}.", "chosen": f"An owl {i}.", "rejected": "No."} for i in range(7)]
 
 
@@ -479,3 +480,39 @@ def test_a_complete_run_reads_no_row(
 
     monkeypatch.setattr(files, "rows", refused)
     assert run(tiny_model, source, tmp_path / "s") == manifest
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_shards_of_all_parts_are_those_of_one_run(
+    tiny_model: Path, write: Write, tmp_path: Path, count: int
+) -> None:
+    """Rows that repeat an earlier one, in whichever part, are left out as in one run."""
+    rows = write(*PAIRS, *PAIRS[2:4], {"prompt": "Odd", "chosen": 1}, {**PAIRS[0], "rejected": "Never."}, *PAIRS[:1])
+    config = ScoreConfig(model=str(tiny_model), inputs=(str(rows),), engine="fake", shard_rows=2)
+    whole = score.run(config, tmp_path / "whole", force=False)["files"]
+    parts = [config.model_copy(update={"part": f"{i}/{count}"}) for i in range(1, count + 1)]
+    manifests = [score.run(part, tmp_path / part.part.replace("/", "-"), force=False) for part in parts]
+    files = [{name: file for name, file in m["files"].items() if name.startswith(SHARDS)} for m in manifests]
+    assert {name: file for found in files for name, file in found.items()} == {
+        name: file for name, file in whole.items() if name.startswith(SHARDS)
+    }
+    assert sum(map(len, files)) == len({name for found in files for name in found})
+
+
+def test_a_part_goes_on_where_it_was_killed_and_may_hold_nothing(
+    generated: tuple[Path, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    run, _ = generated  # three shards
+    config = ScoreConfig(model=str(tiny_model), inputs=(str(run),), engine="fake", part="1/2")
+    whole = score.run(config, tmp_path / "a", force=False)
+    assert {name for name in whole["files"] if name.startswith("ref_logps/")} == {
+        "ref_logps/part-00000.parquet",
+        "ref_logps/part-00002.parquet",
+    }
+    for name in ("manifest.json", "ref_logps/part-00002.ok.json"):
+        (tmp_path / "a" / name).unlink()
+    assert score.run(config, tmp_path / "a", force=False)["digest"] == whole["digest"]
+    empty = score.run(config.model_copy(update={"part": "4/4"}), tmp_path / "b", force=False)
+    assert empty["totals"]["rows"]["ref_logps"] == 0
+    with pytest.raises(UsageError, match="part = '3/2': there are only 2 parts"):
+        score.run(config.model_copy(update={"part": "3/2"}), tmp_path / "c", force=False)
