@@ -120,6 +120,8 @@ class EvaluateConfig(BaseModel):
     """Number of the round that trained the policy; 0 is the policy before training."""
     shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
+    workers: shared.Workers = "auto"
+    cluster: shared.Cluster = ""
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512

@@ -50,6 +50,8 @@ class GenerateConfig(BaseModel):
     """Rows that the other engine (transformers for vllm, vllm for transformers) scores again, for parity.json."""
     shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
+    workers: shared.Workers = "auto"
+    cluster: shared.Cluster = ""
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512

@@ -52,6 +52,8 @@ class ScoreConfig(BaseModel):
     """Rows of a foreign file in one shard: the unit of commit and of resume."""
     max_tokens_per_batch: shared.MaxTokensPerBatch = 2048
     max_num_seqs: shared.MaxNumSeqs = 64
+    workers: shared.Workers = "auto"
+    cluster: shared.Cluster = ""
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512

@@ -146,6 +146,23 @@ Part = Annotated[
         "`prefpipe gather` joins them.",
     ),
 ]
+Workers = Annotated[
+    Literal["auto"] | Annotated[int, Field(ge=1)],
+    RUNTIME,
+    Field(
+        description="Engines that share the work, each in a process with its own GPUs; auto: one for each visible GPU "
+        "(over tensor_parallel_size), without a GPU one for each core where memory and work allow."
+    ),
+]
+Cluster = Annotated[
+    str,
+    RUNTIME,
+    Field(
+        pattern=r"^(ray(://\S+)?)?$",
+        description="Where the workers run: '' on this machine, ray on the Ray cluster of this machine, or "
+        "ray://HOST:PORT (docs/workers.md).",
+    ),
+]
 TensorParallelSize = Annotated[int, RUNTIME, Field(ge=1, description="GPUs that share one model (vLLM only).")]
 GpuMemoryUtilization = Annotated[
     float, RUNTIME, Field(gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")

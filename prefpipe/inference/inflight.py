@@ -4,6 +4,9 @@ OUT/inflight.log has a line when a request (by its key: that of a prompt to samp
 the engine, when it leaves the engine, and when an attempt starts or ends. Requests that were inside when the process or
 the engine died are suspects, and run alone the next time. An engine that fails on a suspect alone convicts it at once;
 a process that vanishes (which may have been anybody's kill -9) convicts it the second time.
+
+With several workers (see pool) the driver writes the log: a worker sends its lines, and the driver adds one for each
+request that was inside a worker which died.
 """
 
 from collections import Counter
@@ -22,6 +25,8 @@ _NAME = "inflight.log"
 _CONVICTED = 2
 # Charges against a request that ran alone, by how the attempt ended. A start that follows no end: the process vanished.
 _ENDS = {"stopped": 0, "start": 1, "died": _CONVICTED}
+# The same for a request inside a worker that ended while the driver went on.
+_LOST = {"vanished": 1, "failed": _CONVICTED}
 
 
 @dataclass
@@ -30,14 +35,15 @@ class Inflight:
 
     suspects: keys of requests that were inside at a death, in the order in which they entered
     killers: keys of requests that are convicted; they never run again in this directory
-    inside: keys of the requests that the engine works on now
+    inside: keys of the requests that the engine works on now, and whether each is alone
     """
 
     path: Path
     suspects: list[str]
     killers: list[str]
-    inside: dict[str, None] = field(default_factory=dict)
+    inside: dict[str, bool] = field(default_factory=dict)
     _log: Appender | None = None
+    _charges: Counter[str] = field(default_factory=Counter[str])
 
     @classmethod
     def load(cls, out: Path) -> "Inflight":
@@ -45,7 +51,12 @@ class Inflight:
         path = out / _NAME
         suspects, charges = _read(path)
         killers = [key for key, count in charges.items() if count >= _CONVICTED]
-        return cls(path, [key for key in suspects if key not in killers], killers)
+        return cls(path, [key for key in suspects if key not in killers], killers, _charges=charges)
+
+    @classmethod
+    def relayed(cls, log: Appender, suspects: Iterable[str]) -> "Inflight":
+        """The record of a worker, whose lines go to the driver: it has a driver that knows the earlier attempts."""
+        return cls(Path(_NAME), list(suspects), [], _log=log)
 
     @contextmanager
     def recording(self) -> Generator[None]:
@@ -62,13 +73,28 @@ class Inflight:
 
     def take(self, key: str, *, alone: bool) -> None:
         """A request enters the engine."""
-        self.inside[key] = None
+        self.inside[key] = alone
         self._write(f"{'alone' if alone else 'take'} {key}")
 
     def done(self, key: str) -> None:
         """A request leaves the engine."""
         self.inside.pop(key, None)
         self._write(f"done {key}")
+
+    def lost(self, keys: Iterable[str], how: str) -> list[str]:
+        """Requests were inside a worker that ended: it `vanished`, or its engine `failed`. Returns those that are
+        convicted by it."""
+        convicted: list[str] = []
+        for key in keys:
+            self._write(f"{how} {key}")
+            self._charges[key] += _LOST[how] * self.inside.pop(key)
+            if self._charges[key] >= _CONVICTED:
+                convicted.append(key)
+            elif key not in self.suspects:
+                self.suspects.append(key)
+        self.killers += convicted
+        self.suspects = [key for key in self.suspects if key not in convicted]
+        return convicted
 
     def entering(self, requests: Iterable[tuple[str, T]], *, alone: bool) -> Iterator[T]:
         """The requests of (key, request), each recorded when the engine takes it. An exception of what reads them is no
@@ -139,6 +165,9 @@ def _read(path: Path) -> tuple[dict[str, None], Counter[str]]:
             inside[key] = word == "alone"
         elif word == "done":
             inside.pop(key, None)
+        elif word in _LOST and key in inside:
+            suspects[key] = None
+            charges[key] += _LOST[word] * inside.pop(key)
         elif word == "killer":
             charges[key] = _CONVICTED
         elif word in _ENDS:

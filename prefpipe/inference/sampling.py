@@ -77,23 +77,31 @@ def rows_of(prompts: Iterable[Prompt]) -> dict[str, str]:
     return {ROWS: content_id([(p.prompt_id, p.split, p.source, p.meta) for p in prompts])}
 
 
+def last_suspect(shards: Iterable[PromptShard], suspects: Collection[str]) -> int:
+    """The number of the last shard with a prompt under suspicion, -1 if there is none."""
+    if not suspects:
+        return -1
+    return max((index for index, prompts in shards if any(p.prompt_id in suspects for p in prompts)), default=-1)
+
+
 def sample_shards(
-    missing: Callable[[], Iterable[PromptShard]],
+    prompt_shards: Iterable[PromptShard],
     encode: Encode,
     draws: Draws,
     engine: Engine,
     chat: Chat,
     inflight: Inflight,
     advance: Advance,
+    last_suspect: int = -1,
 ) -> Iterator[SampledShard]:
-    """Sample all prompts of the missing shards; every shard as soon as it is whole.
+    """Sample all prompts of some shards; every shard as soon as it is whole.
 
-    `missing` reads the shards anew at every call. In memory are the shards under way. Raises PrefpipeError when the
+    In memory are the shards under way, and at the start those up to `last_suspect`. Raises PrefpipeError when the
     engine fails, or ends without samples for a prompt.
     """
 
     def shards() -> Iterator[Shard[_EncodedShard, Request]]:
-        for index, prompts in missing():
+        for index, prompts in prompt_shards:
             shard = _encoded(index, prompts, encode)
             advance(len(shard.dropped))
             requests = (Request(p.prompt.prompt_id, p.token_ids, draws(p.prompt)) for p in shard.prompts)
@@ -102,8 +110,8 @@ def sample_shards(
     def generate(requests: Iterator[Request]) -> Iterator[tuple[str, list[Sample]]]:
         return ((request.prompt_id, samples) for request, samples in engine.generate(requests))
 
-    last = _last_suspect(missing, frozenset(inflight.suspects))
-    for shard, samples in through_engine(shards(), generate, inflight, advance, last_suspect=last, things="prompts"):
+    whole = through_engine(shards(), generate, inflight, advance, last_suspect=last_suspect, things="prompts")
+    for shard, samples in whole:
         yield SampledShard(shard.index, _with_texts(shard.prompts, samples, chat), shard.dropped, shard.rows)
 
 
@@ -116,14 +124,6 @@ def _encoded(index: int, prompts: Sequence[Prompt], encode: Encode) -> _EncodedS
         except RowFault as fault:
             shard.dropped.append(Dropped(prompt.prompt_id, fault.reason, fault.detail))
     return shard
-
-
-def _last_suspect(missing: Callable[[], Iterable[PromptShard]], suspects: frozenset[str]) -> int:
-    """The number of the last missing shard with a prompt under suspicion, -1 if there is none."""
-    if not suspects:
-        return -1
-    holding = (index for index, prompts in missing() if any(p.prompt_id in suspects for p in prompts))
-    return max(holding, default=-1)
 
 
 def _with_texts(prompts: Sequence[EncodedPrompt], samples: dict[str, list[Sample]], chat: Chat) -> list[SampledPrompt]:

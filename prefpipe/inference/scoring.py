@@ -1,5 +1,5 @@
 """Completions to an engine, and their log-probs back, shard by shard. A completion that crashes the engine twice is
-dropped by the caller: `killers` are their ids."""
+dropped by the caller."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ def request_of(completion: Completion) -> ScoreRequest:
 
 def shard_of(index: int, content: Content, requests: Sequence[ScoreRequest]) -> Shard[Content, ScoreRequest]:
     """A shard of completions. The key of each is INDEX/completion_id: two shards may hold the same completion."""
-    keyed = (replace(r, completion_id=f"{index}/{r.completion_id}") for r in requests)
+    keyed = (replace(r, completion_id=key_of(index, r.completion_id)) for r in requests)
     return Shard(index, content, {r.completion_id: r for r in keyed})
 
 
@@ -34,30 +34,35 @@ def score_shards(
     advance: Advance,
     *,
     adapter: bool = True,
+    last_suspect: int = -1,
 ) -> Iterator[tuple[Content, Values]]:
-    """Score the completions of all shards; (content, log-probs) of every shard that is whole.
+    """Score the completions of all shards; (content, log-probs) of every shard that is whole. Shards up to
+    `last_suspect` are read at once.
 
     Raises PrefpipeError when the engine fails, or ends without log-probs for a completion.
     """
-    last = max((_parts(key)[0] for key in inflight.suspects), default=-1)
     whole = through_engine(
         shards,
         lambda requests: engine.score(requests, adapter=adapter),
         inflight,
         advance,
-        last_suspect=last,
+        last_suspect=last_suspect,
         things="completions",
     )
     for content, values in whole:
-        yield content, {_parts(key)[1]: logps for key, logps in values.items()}
+        yield content, {completion_of(key): logps for key, logps in values.items()}
 
 
-def killers(inflight: Inflight) -> frozenset[str]:
-    """The completion_ids that killed the engine twice."""
-    return frozenset(_parts(key)[1] for key in inflight.killers)
+def last_suspect(inflight: Inflight) -> int:
+    """The number of the last shard with a completion under suspicion, -1 if there is none."""
+    return max((int(key.partition("/")[0]) for key in inflight.suspects), default=-1)
 
 
-def _parts(key: str) -> tuple[int, str]:
-    """(number of the shard, completion_id) of a key."""
-    index, _, completion_id = key.partition("/")
-    return int(index), completion_id
+def key_of(index: int, completion_id: str) -> str:
+    """The key of a completion of a shard."""
+    return f"{index}/{completion_id}"
+
+
+def completion_of(key: str) -> str:
+    """The completion_id of a key."""
+    return key.partition("/")[2]

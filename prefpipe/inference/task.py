@@ -1,23 +1,21 @@
-"""The sampling that `generate` and `evaluate` share: prompts -> engine -> committed shards, nothing twice."""
+"""What `generate` and `evaluate` sample, read and identified; filling does it."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prefpipe import clock, log
+from prefpipe import log
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.score import ScoreConfig
-from prefpipe.engines.base import Draw, Engine, EngineSettings
-from prefpipe.errors import DataError, RowFault, UsageError
+from prefpipe.engines.base import Draw, EngineSettings
+from prefpipe.errors import RowFault, UsageError
 from prefpipe.ids import IdSet, content_id, ids_digest, sample_seed
-from prefpipe.inference import sampling, warm
+from prefpipe.inference import sampling
 from prefpipe.inference.cutting import fitting_rows, shards_of, take_part
-from prefpipe.inference.inflight import Inflight
-from prefpipe.inference.sampling import Draws, Encode, EncodedPrompt, PromptShard, SampledPrompt, SampledShard
+from prefpipe.inference.sampling import Encode, EncodedPrompt, SampledPrompt
 from prefpipe.inputs import files, hub
 from prefpipe.inputs.prompts import Prompts, read_prompts
 from prefpipe.models.chat import Chat, load_chat, stop_ids
@@ -26,16 +24,13 @@ from prefpipe.models.notices import check_ends, notices
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, RewardOn, answer_of
 from prefpipe.rewards.rating import load_rewards
-from prefpipe.rows import what_helps, why_dropped
-from prefpipe.runs import fsio, store
+from prefpipe.runs import store
 from prefpipe.runs.manifests import Balance
 from prefpipe.runs.resume import ROWS, RowInputs
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Prompt, to_table
 
 Config = GenerateConfig | EvaluateConfig
-Start = Callable[[], Engine]  # the engine, which starts at the first call
-Commit = Callable[[SampledShard, Engine], None]  # writes a whole shard; the engine that sampled it still runs
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,11 @@ class Task:
     source: str
     read_state: object
     stop_token_ids: tuple[int, ...] = ()
+
+    def portable(self) -> "Task":
+        """The task without its prompts and rewards: what a worker needs to tokenise, and to make rows of samples."""
+        none = replace(self.prompts, kept=b"", copy=None)
+        return replace(self, prompts=none, of_all_parts=none, repeated=[], rewards={}, read_state=None)
 
 
 def read_task(config: Config, reward_names: Sequence[str]) -> Task:
@@ -119,66 +119,6 @@ def open_task(out: Path, command: str, config: Config, task: Task, *, force: boo
         yield run, replace(task, prompts=prompts)
 
 
-def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], draws: Draws, commit: Commit) -> int:
-    """Sample and commit every shard that lacks one of `datasets`, then the ledger. Returns the number of shards of the
-    run."""
-    with engine_on_demand(task, config) as start:
-        count = sample_missing(run, task, config, datasets, draws, commit, start)
-    gather_ledger(run, len(task.prompts), task.repeated)
-    return count
-
-
-@contextmanager
-def engine_on_demand(task: Task, config: Config) -> Generator[Start]:
-    """A function that starts the engine at its first call; the engine ends with the block."""
-    settings = engine_settings(task, config, longest_sequence(task, config))
-    with ExitStack() as stack:
-        yield cache(lambda: stack.enter_context(warm.engine(config.engine, settings)))
-
-
-def sample_missing(
-    run: Run,
-    task: Task,
-    config: Config,
-    datasets: Sequence[str],
-    draws: Draws,
-    commit: Commit,
-    start: Start,
-    folder: str = "",
-) -> int:
-    """Sample and commit every shard that lacks one of `datasets`. Returns the number of shards of the task.
-
-    `folder` of the run has the record of what is in the engine: a run of several tasks needs one for each.
-    """
-    fsio.make_dirs(run.out / folder)
-    inflight = Inflight.load(run.out / folder)
-    encode = encoder(task, config, inflight.killers)
-    rows, shards = shards_of(task.prompts, run.saved)
-    missing = {*shards} - _committed(run, task.prompts, datasets)
-
-    def read() -> Iterator[PromptShard]:
-        return sampling.cut(task.prompts.places(), rows, missing)
-
-    if missing:
-        if len(missing) == len(shards):
-            _check_any(run, read(), encode)
-        began = clock.monotonic()
-        expected = sum(min(rows, task.prompts.num_places - index * rows) for index in missing)
-        tokens = 0
-        engine = start()
-        with inflight.recording(), log.progress("sampling", expected, "prompts") as advance:
-            for shard in sampling.sample_shards(read, encode, draws, engine, task.chat, inflight, advance):
-                tokens += sum(len(s.token_ids) for prompt in shard.sampled for s in prompt.samples)
-                commit(shard, engine)
-        run.log_timing(event="sampled", tokens=tokens, seconds=round(clock.monotonic() - began, 3))
-    for name in datasets:
-        run.set_aside_from(name, len(shards))
-    if files.state([task.source]) != task.read_state:
-        raise files.changed(task.source)
-    inflight.close()
-    return len(shards)
-
-
 def longest_sequence(task: Task, config: Config) -> int:
     """The most tokens that prompt and completion have together."""
     return _longest_prompt(config, task.policy) + config.max_tokens
@@ -206,7 +146,7 @@ def balances(
     yield Balance("samples", num_kept * num_samples, rows)
 
 
-def encoder(task: Task, config: Config, killers: Sequence[str] = ()) -> Encode:
+def encoder(task: Task, config: Config, killers: Collection[str] = ()) -> Encode:
     """A function that tokenises a prompt, or raises RowFault with the reason why it cannot be sampled. `killers` are
     the ids of prompts that killed the engine twice."""
     longest = _longest_prompt(config, task.policy)
@@ -239,7 +179,7 @@ def engine_settings(task: Task, config: Config, max_model_len: int) -> EngineSet
     )
 
 
-def sampled_draws(config: Config, prompt: Prompt, indices: range) -> tuple[Draw, ...]:
+def sampled_draws(config: Config, indices: range, prompt: Prompt) -> tuple[Draw, ...]:
     """Completions to sample at the temperature of the run, one for every sample_index in `indices`."""
     return tuple(Draw(k, sample_seed(config.seed, prompt.prompt_id, k), config.temperature) for k in indices)
 
@@ -263,30 +203,6 @@ def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[An
         for prompt in sampled
         for said, sample in zip(prompt.said, prompt.samples, strict=True)
     ]
-
-
-def _committed(run: Run, prompts: Prompts, datasets: Sequence[str]) -> set[int]:
-    """The shards that have all `datasets`, of the prompts that stand there now."""
-    rows, shards = shards_of(prompts, run.saved)
-    started = {index for name in datasets for index in run.parts(name)} & {*shards}
-    found = sampling.cut(prompts.places() if started else [], rows, started)
-    return {index for index, shard in found if run.has_shard(datasets, index, sampling.rows_of(shard))}
-
-
-def _check_any(run: Run, shards: Iterable[PromptShard], encode: Encode) -> None:
-    """Raise DataError when no prompt can be sampled, before an engine starts for nothing; the ledger says why. The
-    first prompt that can ends the search."""
-    dropped: list[Dropped] = []
-    for prompt in (p for _, prompts in shards for p in prompts):
-        try:
-            encode(prompt)
-        except RowFault as fault:
-            dropped.append(Dropped(prompt.prompt_id, fault.reason, fault.detail))
-        else:
-            return
-    run.write_dropped(Dropped, to_table(Dropped, dropped))
-    hint = what_helps(dropped) or f"see {run.out}/dropped.parquet for every prompt"
-    raise DataError(f"no prompt is left: {why_dropped(dropped)}", hint)
 
 
 def _longest_prompt(config: Config, policy: Policy) -> int:

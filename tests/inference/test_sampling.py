@@ -39,8 +39,9 @@ def sample(
         return tokens_of(prompt)
 
     with inflight.recording():
+        last = sampling.last_suspect(missing, inflight.suspects)
         yield from sampling.sample_shards(
-            lambda: iter(missing), encode, draws, engine, chat, inflight, lambda amount, note="": None
+            iter(missing), encode, draws, engine, chat, inflight, lambda amount, note="": None, last
         )
 
 
@@ -130,7 +131,7 @@ def test_a_shard_is_tokenised_when_the_engine_asks_for_it(chat: Chat, tmp_path: 
     inflight = Inflight.load(tmp_path)
     with inflight.recording():
         shards = sampling.sample_shards(
-            lambda: sampling.cut(prompts(20), 2, set(range(10))),
+            sampling.cut(prompts(20), 2, set(range(10))),
             encode,
             lambda _prompt: DRAWS,
             engine,
@@ -158,7 +159,7 @@ def test_a_prompt_that_cannot_be_sampled_comes_back_with_its_shard(chat: Chat, t
     with inflight.recording():
         shards = list(
             sampling.sample_shards(
-                lambda: cut(prompts(6), 2),
+                cut(prompts(6), 2),
                 encode,
                 lambda _prompt: DRAWS,
                 shuffled(0, 3),

@@ -41,7 +41,8 @@ def shards(*sizes: int) -> list[Shard[int, ScoreRequest]]:
 def score(of: Iterable[Shard[int, ScoreRequest]], engine: ScriptedEngine, out: Path) -> list[tuple[int, Values]]:
     inflight = Inflight.load(out)
     with inflight.recording():
-        return list(scoring.score_shards(of, engine, inflight, lambda amount, note="": None))
+        last = scoring.last_suspect(inflight)
+        return list(scoring.score_shards(of, engine, inflight, lambda amount, note="": None, last_suspect=last))
 
 
 def test_the_same_completion_in_two_shards_is_scored_for_each(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_a_completion_that_kills_the_engine_twice_is_known_by_its_id(tmp_path: P
         with pytest.raises(PrefpipeError, match=f"the engine died while it worked on {count} completions") as caught:
             score(shards(2, 4, 2), scorer(poison="1/c2"), tmp_path)
         assert "these completions run first, one at a time" in caught.value.hint
-    assert scoring.killers(Inflight.load(tmp_path)) == {"c2"}
+    assert list(map(scoring.completion_of, Inflight.load(tmp_path).killers)) == ["c2"]
 
 
 def test_suspects_run_alone_and_first_with_the_shards_up_to_theirs(tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ from functools import partial
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.engines.base import Draw, Engine
 from prefpipe.ids import content_id, numbered_id
-from prefpipe.inference import sampling, task
+from prefpipe.inference import filling, sampling, task
 from prefpipe.inference.cutting import shards_of
+from prefpipe.inference.filling import Start
 from prefpipe.inference.sampling import SampledPrompt, SampledShard
-from prefpipe.inference.task import Start, Task
+from prefpipe.inference.task import Task
+from prefpipe.inference.works import Part, Rewards, part_of
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import Answer, Scored, answer_of
 from prefpipe.runs import commits
 from prefpipe.runs.manifests import Balance
 from prefpipe.runs.resume import ROWS
 from prefpipe.runs.store import Run
-from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table, to_table
+from prefpipe.schemas import Dropped, Evaluation, Prompt, from_table
 
 DATASET = "evaluations"
 _KEY_DIGITS = 16
@@ -79,22 +81,23 @@ class Answers:
 def sample(config: EvaluateConfig, run: Run, of: Task, start: Start, *, num_samples: int, folder: str = "") -> Answers:
     """Sample, rate and commit every shard of a task that is not there yet: a greedy answer to each prompt, and
     `num_samples` sampled ones."""
-    count = task.sample_missing(
+    rewards = Rewards(of.rewards, config.reward_settings)
+    count = filling.sample_missing(
         run,
         of,
         config,
         [f"{folder}dropped", folder + DATASET],
-        lambda prompt: draws(config, prompt, num_samples),
-        partial(_commit, config, run, of, folder),
+        partial(draws, config, num_samples),
+        partial(_parts, config, of.portable(), rewards, folder),
         start,
         folder,
     )
     return Answers(run, of, folder, count, num_samples + 1)
 
 
-def draws(config: EvaluateConfig, prompt: Prompt, num_samples: int) -> tuple[Draw, ...]:
+def draws(config: EvaluateConfig, num_samples: int, prompt: Prompt) -> tuple[Draw, ...]:
     """The completions to sample for a prompt: 0 is greedy, the others are sampled."""
-    return Draw(0, 0, 0.0), *task.sampled_draws(config, prompt, range(1, num_samples + 1))
+    return Draw(0, 0, 0.0), *task.sampled_draws(config, range(1, num_samples + 1), prompt)
 
 
 def key(*parts: str) -> str:
@@ -112,17 +115,23 @@ def to_rate(config: EvaluateConfig, of: Task, answered: Sequence[tuple[Prompt, E
     ]
 
 
-def _commit(config: EvaluateConfig, run: Run, of: Task, folder: str, shard: SampledShard, _engine: Engine) -> None:
-    """Write one shard. The evaluations come last, so that a shard with them is whole."""
-    (name, function), *_ = of.rewards.items()
+def _parts(
+    config: EvaluateConfig, of: Task, rewards: Rewards, folder: str, shard: SampledShard, _engine: Engine
+) -> list[Part]:
+    """The datasets of one shard. The evaluations come last, so that a shard with them is whole."""
+    (name, function), *_ = rewards.functions.items()
     scores = iter(rating.rate(task.answers_of(shard.sampled, config.reward_on), function, name))
-    rows = [_row(config, of, prompt, i, next(scores)) for prompt in shard.sampled for i in range(len(prompt.said))]
-    run.write_part(f"{folder}dropped", Dropped, shard.index, to_table(Dropped, shard.dropped), shard.rows)
-    run.write_part(folder + DATASET, Evaluation, shard.index, to_table(Evaluation, rows), shard.rows)
+    rows = [
+        _row(config, of, name, prompt, i, next(scores)) for prompt in shard.sampled for i in range(len(prompt.said))
+    ]
+    return [
+        part_of(f"{folder}dropped", Dropped, shard.dropped, shard.rows),
+        part_of(folder + DATASET, Evaluation, rows, shard.rows),
+    ]
 
 
-def _row(config: EvaluateConfig, of: Task, sampled: SampledPrompt, i: int, score: Scored) -> Evaluation:
-    """The row of sample i of a prompt, with its score."""
+def _row(config: EvaluateConfig, of: Task, name: str, sampled: SampledPrompt, i: int, score: Scored) -> Evaluation:
+    """The row of sample i of a prompt, with its score by the reward `name`."""
     sample, prompt = sampled.samples[i], sampled.encoded.prompt
     return Evaluation(
         completion_id=numbered_id(task.prompt_key(config, of, sampled.encoded), sample.sample_index),
@@ -135,7 +144,7 @@ def _row(config: EvaluateConfig, of: Task, sampled: SampledPrompt, i: int, score
         token_ids=sample.token_ids,
         finish_reason=sample.finish_reason,
         policy=of.policy.id,
-        name=next(iter(of.rewards)),
+        name=name,
         reward=score.reward,
         status=score.status,
         detail=score.detail,

@@ -8,7 +8,8 @@ from typing import Any
 from prefpipe import log, rewards, statistics
 from prefpipe.config.evaluate import EvaluateConfig, parse_guard
 from prefpipe.inference.cutting import take_part
-from prefpipe.inference.task import Start, Task
+from prefpipe.inference.filling import Start
+from prefpipe.inference.task import Task
 from prefpipe.inputs import files
 from prefpipe.inputs.prompts import read_prompts
 from prefpipe.rewards.rating import load_rewards

@@ -10,7 +10,8 @@ from prefpipe import log, statistics
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, IdentityError
-from prefpipe.inference.task import Start, Task, encoder, engine_on_demand
+from prefpipe.inference.filling import Start, engines_on_demand
+from prefpipe.inference.task import Task, encoder
 from prefpipe.models import vocabulary
 from prefpipe.models.policy import Policy, resolve
 from prefpipe.schemas import RefLogps
@@ -65,7 +66,7 @@ def fill_others(config: EvaluateConfig, answers: Answers, targets: Sequence[Targ
     """Score what is missing for every target that is another policy, each in an engine of its own."""
     for target in targets:
         if target.name != "base" and target.id != answers.task.policy.id:
-            with engine_on_demand(replace(answers.task, policy=target.policy), config) as start:
+            with engines_on_demand(replace(answers.task, policy=target.policy), config) as start:
                 _fill(config, answers, target, start)
 
 
@@ -111,6 +112,7 @@ def notice_other_distribution(config: EvaluateConfig) -> None:
 
 def _fill(config: EvaluateConfig, answers: Answers, target: Target, start: Start) -> None:
     encode = encoder(answers.task, config)
+    lacking = answers.lacking(target.dataset)
     sequences = (
         (
             index,
@@ -120,13 +122,13 @@ def _fill(config: EvaluateConfig, answers: Answers, target: Target, start: Start
                 if row.decoding == "sampled" and row.token_logps is not None
             ],
         )
-        for index, answered in answers.with_prompts(answers.lacking(target.dataset))
+        for index, answered in answers.with_prompts(lacking)
     )
     scores.fill(
         answers.run,
         target.dataset,
         sequences,
-        start,
+        lambda: start(len(lacking)),
         reference=target.id,
         adapter=target.name != "base",
         rows_of=answers.rows_of,

@@ -10,7 +10,8 @@ from prefpipe import log, reading, statistics
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError
 from prefpipe.ids import ids_digest
-from prefpipe.inference.task import Start, Task
+from prefpipe.inference.filling import Start
+from prefpipe.inference.task import Task
 from prefpipe.models.encoding import encode
 from prefpipe.runs.store import Run
 from prefpipe.schemas import RefLogps
@@ -51,7 +52,7 @@ def fill(run: Run, text: Text, of: Task, start: Start) -> None:
     requests = windows(encode(of.chat, reading.read_text(Path(text.file), _MOST_BYTES)), text.window)
     if not requests:
         raise DataError(f"perplexity_text = {text.file} has fewer than 2 tokens", "give a longer text")
-    scores.fill(run, text.dataset, [(0, requests)], start, reference=of.policy.id, adapter=True)
+    scores.fill(run, text.dataset, [(0, requests)], lambda: start(1), reference=of.policy.id, adapter=True)
 
 
 def windows(token_ids: Sequence[int], size: int) -> list[ScoreRequest]:

@@ -1,6 +1,7 @@
 """Log-probs of sequences by a policy, kept beside the answers: scored once, a shard at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 from prefpipe import log
@@ -8,19 +9,19 @@ from prefpipe.engines.base import ScoreRequest
 from prefpipe.ids import ids_digest
 from prefpipe.inference import scoring
 from prefpipe.inference.inflight import Inflight
-from prefpipe.inference.shards import Shard
-from prefpipe.inference.task import Start
+from prefpipe.inference.pool import Pool
+from prefpipe.inference.works import Part, Scoring, part_of, write
 from prefpipe.rows import ref_logps
 from prefpipe.runs import fsio
 from prefpipe.runs.store import NO_ROWS, Run
-from prefpipe.schemas import RefLogps, to_table
+from prefpipe.schemas import RefLogps
 
 
 def fill(
     run: Run,
     dataset: str,
     sequences: Iterable[tuple[int, Sequence[ScoreRequest]]],
-    start: Start,
+    start: Callable[[], Pool],
     *,
     reference: str,
     adapter: bool,
@@ -38,20 +39,33 @@ def fill(
     folder = run.out / dataset
     fsio.make_dirs(folder)
     inflight = Inflight.load(folder)
-    killers = scoring.killers(inflight)
-
-    def shards() -> Iterator[Shard[tuple[int, list[ScoreRequest]], ScoreRequest]]:
-        for index, requests in chain([first], source):
-            kept = [request for request in requests if request.completion_id not in killers]
-            yield scoring.shard_of(index, (index, kept), kept)
-
-    engine = start()
-    with inflight.recording(), log.progress("scoring", None, "sequences") as advance:
-        whole = scoring.score_shards(shards(), engine, inflight, advance, adapter=adapter)
-        for (index, kept), values in whole:
-            rows = [_row(request, values[request.completion_id], reference, engine.scorer) for request in kept]
-            run.write_part(dataset, RefLogps, index, to_table(RefLogps, rows), rows_of(index))
+    shards = ((index, (list(requests), rows_of(index))) for index, requests in chain([first], source))
+    work = Scoring(_without, _requests, partial(_parts, dataset, reference), adapter=adapter)
+    pool = start()
+    with log.progress("scoring", None, "sequences") as advance:
+        for shard in pool.run(work, shards, inflight, advance, scoring.last_suspect(inflight)):
+            write(run, shard)
     inflight.close()
+
+
+_Content = tuple[list[ScoreRequest], Mapping[str, str]]  # the sequences of a shard, and the digests of its rows
+
+
+def _without(content: _Content, killers: Collection[str]) -> _Content:
+    requests, rows = content
+    return [request for request in requests if request.completion_id not in killers], rows
+
+
+def _requests(content: _Content) -> list[ScoreRequest]:
+    return content[0]
+
+
+def _parts(
+    dataset: str, reference: str, _index: int, content: _Content, values: scoring.Values, scorer: str
+) -> list[Part]:
+    requests, digests = content
+    rows = [_row(request, values[request.completion_id], reference, scorer) for request in requests]
+    return [part_of(dataset, RefLogps, rows, digests)]
 
 
 def _row(request: ScoreRequest, logps: list[float], reference: str, scorer: str) -> RefLogps:

@@ -24,15 +24,8 @@ from prefpipe import log, rewards
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.shared import REWARD_CHOICES
 from prefpipe.errors import UsageError
-from prefpipe.inference.task import (
-    Start,
-    Task,
-    engine_on_demand,
-    gather_ledger,
-    longest_sequence,
-    open_task,
-    read_task,
-)
+from prefpipe.inference.filling import Start, engines_on_demand
+from prefpipe.inference.task import Task, gather_ledger, longest_sequence, open_task, read_task
 from prefpipe.rewards.base import RewardFunction
 from prefpipe.rewards.rating import load_rewards
 from prefpipe.runs import fsio
@@ -89,7 +82,7 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
         manifest = output.manifest(lambda m: m["identity"].get("beside", {}) == beside.identity)
         if manifest is not None:
             return manifest
-        with engine_on_demand(task, config) as start:
+        with engines_on_demand(task, config) as start:
             answered, guarded = _sample(config, output, task, beside, start)
         kl.fill_others(config, answered, beside.targets)
         datasets = {

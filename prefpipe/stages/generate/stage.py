@@ -22,6 +22,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.engines.base import Engine
 from prefpipe.ids import ids_digests, numbered_id
 from prefpipe.inference import parity
+from prefpipe.inference.filling import run_shards
 from prefpipe.inference.sampling import SampledPrompt, SampledShard
 from prefpipe.inference.scoring import request_of
 from prefpipe.inference.task import (
@@ -32,15 +33,15 @@ from prefpipe.inference.task import (
     open_task,
     prompt_key,
     read_task,
-    run_shards,
     sampled_draws,
 )
+from prefpipe.inference.works import Part, Rewards, part_of
 from prefpipe.models import vocabulary
 from prefpipe.rewards import rating
 from prefpipe.rows import ref_logps
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
-from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, among, from_table, to_table
+from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, among, from_table
 
 R = TypeVar("R")
 
@@ -59,8 +60,8 @@ def run(config: GenerateConfig, out: Path, *, force: bool) -> Manifest:
             task,
             config,
             _datasets(task, reference),
-            lambda prompt: sampled_draws(config, prompt, range(config.num_samples)),
-            partial(_commit, config, output, task, reference),
+            partial(sampled_draws, config, range(config.num_samples)),
+            partial(_parts, config, task.portable(), reference, Rewards(task.rewards, config.reward_settings)),
         )
         totals = _totals(output, num_shards, list(task.rewards))
         if config.check and reference:
@@ -89,32 +90,28 @@ def _datasets(task: Task, reference: str | None) -> list[str]:
     return ["dropped", "prompts", *logps, *map(rating.reward_folder, task.rewards), "completions"]
 
 
-def _commit(
-    config: GenerateConfig, output: Run, task: Task, reference: str | None, shard: SampledShard, engine: Engine
-) -> None:
-    """Write one shard. The completions come last, so that a shard with them is whole."""
+def _parts(
+    config: GenerateConfig, task: Task, reference: str | None, rewards: Rewards, shard: SampledShard, engine: Engine
+) -> list[Part]:
+    """The datasets of one shard. The completions come last, so that a shard with them is whole."""
     completions = [c for prompt in shard.sampled for c in _completions(config, task, prompt)]
-
-    def write(dataset: str, row_type: type[R], rows: list[R]) -> None:
-        output.write_part(dataset, row_type, shard.index, to_table(row_type, rows), shard.rows)
-
-    write("dropped", Dropped, shard.dropped)
-    write("prompts", Prompt, [prompt.encoded.prompt for prompt in shard.sampled])
+    parts = [
+        part_of("dropped", Dropped, shard.dropped, shard.rows),
+        part_of("prompts", Prompt, [prompt.encoded.prompt for prompt in shard.sampled], shard.rows),
+    ]
     if reference:
         logps = _token_logps(shard, completions, engine, captured=reference == task.policy.id)
-        rows = zip(completions, logps, strict=True)
-        scorer = engine.scorer
-        write(
-            "ref_logps",
-            RefLogps,
-            [ref_logps(c.completion_id, c.ids_digest, v, reference=reference, scorer=scorer) for c, v in rows],
-        )
-    answers = answers_of(shard.sampled, config.reward_on) if task.rewards else []
-    for name, function in task.rewards.items():
+        rows = [
+            ref_logps(c.completion_id, c.ids_digest, v, reference=reference, scorer=engine.scorer)
+            for c, v in zip(completions, logps, strict=True)
+        ]
+        parts.append(part_of("ref_logps", RefLogps, rows, shard.rows))
+    answers = answers_of(shard.sampled, config.reward_on) if rewards.functions else []
+    for name, function in rewards.functions.items():
         scores = zip(completions, rating.rate(answers, function, name), strict=True)
-        rewards = [Reward(c.completion_id, name, s.reward, s.status, s.detail) for c, s in scores]
-        write(rating.reward_folder(name), Reward, rewards)
-    write("completions", Completion, completions)
+        rated = [Reward(c.completion_id, name, s.reward, s.status, s.detail) for c, s in scores]
+        parts.append(part_of(rating.reward_folder(name), Reward, rated, shard.rows))
+    return [*parts, part_of("completions", Completion, completions, shard.rows)]
 
 
 def _completions(config: GenerateConfig, task: Task, sampled: SampledPrompt) -> Iterator[Completion]:

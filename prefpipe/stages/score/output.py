@@ -9,6 +9,7 @@ from typing import Any
 from prefpipe.config.shared import IMPORTED_REWARD
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id
+from prefpipe.inference.works import Part, part_of
 from prefpipe.rewards import rating
 from prefpipe.rewards.base import RewardFunction
 from prefpipe.rows import ROW_TYPES, Logps, key_column, key_of, what_helps, why_dropped, with_ref_logps
@@ -16,7 +17,7 @@ from prefpipe.runs import commits
 from prefpipe.runs.manifests import Balance
 from prefpipe.runs.resume import ROWS
 from prefpipe.runs.store import Run
-from prefpipe.schemas import Dropped, Label, RefLogps, Reward, from_table, to_table
+from prefpipe.schemas import Dropped, Label, RefLogps, Reward, from_table
 from prefpipe.stages.score.imports import DESIRABLE, RATING_FOLDER, Known
 from prefpipe.stages.score.sources import ENGINE_DIED, InputShard, ShardRows
 
@@ -36,6 +37,10 @@ class OutputShard:
     datasets: tuple[str, ...]
     read: Callable[[], ShardRows]
     rows: Mapping[str, str]
+
+    def holding(self, rows: ShardRows) -> "OutputShard":
+        """The shard with rows that were read."""
+        return replace(self, read=partial(_again, rows))
 
     @property
     def parts(self) -> list[tuple[str, int]]:
@@ -90,7 +95,7 @@ def missing(shards: Iterable[OutputShard], run: Run, known: Known) -> Iterator[O
                     commits.amend(run.part(*part), shard.rows)
             else:
                 run.has_shard(shard.datasets, shard.index, shard.rows)  # moves it aside
-                yield replace(shard, read=partial(_again, rows))
+                yield shard.holding(rows)
     run.set_others_aside(parts)
 
 
@@ -124,10 +129,8 @@ def _remember(shard: OutputShard, run: Run, known: Known) -> None:
             known[DESIRABLE].add(key)
 
 
-def write(
-    run: Run, rewards: Mapping[str, RewardFunction], shard: OutputShard, shard_rows: ShardRows, logps: Logps
-) -> None:
-    """Rate the answers of a shard and commit its datasets: rows with their log-probs, log-probs, rewards, ledger."""
+def parts(rewards: Mapping[str, RewardFunction], shard: OutputShard, shard_rows: ShardRows, logps: Logps) -> list[Part]:
+    """Rate the answers of a shard; its datasets: rows with their log-probs, log-probs, rewards, ledger."""
     tables: dict[str, tuple[type, list[Any]]] = {
         name: (ROW_TYPES[name], [with_ref_logps(row, logps) for row in rows]) for name, rows in shard_rows.rows.items()
     }
@@ -138,9 +141,7 @@ def write(
         tables[rating.reward_folder(name)] = (Reward, _rate(shard_rows, name, function))
     tables["dropped"] = (Dropped, shard_rows.dropped)
     came_in = {} if shard_rows.came_in is None else {_CAME_IN: str(shard_rows.came_in)}
-    for name in shard.datasets:
-        row_type, rows = tables[name]
-        run.write_part(name, row_type, shard.index, to_table(row_type, rows), {**shard.rows, **came_in})
+    return [part_of(name, *tables[name], {**shard.rows, **came_in}) for name in shard.datasets]
 
 
 def _rate(shard_rows: ShardRows, name: str, function: RewardFunction) -> list[Reward]:

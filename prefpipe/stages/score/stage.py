@@ -11,7 +11,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -24,10 +24,12 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.errors import UsageError
 from prefpipe.ids import IdSet, ids_digest
-from prefpipe.inference import parity, scoring, task, warm
+from prefpipe.inference import parity, scoring, task
 from prefpipe.inference.cutting import part_of
 from prefpipe.inference.inflight import Inflight
-from prefpipe.inference.shards import Shard
+from prefpipe.inference.pool import open_pool
+from prefpipe.inference.pool_size import Needs, Size, size_of
+from prefpipe.inference.works import Part, Rating, Rewards, Scoring, write
 from prefpipe.inputs import files, hub
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models import vocabulary
@@ -46,9 +48,7 @@ from prefpipe.stages.score import output as outputs
 from prefpipe.stages.score import sources
 from prefpipe.stages.score.imports import Known
 from prefpipe.stages.score.output import OutputShard
-from prefpipe.stages.score.sources import Reader, ShardRows
-
-Write = Callable[[OutputShard, ShardRows, Logps], None]
+from prefpipe.stages.score.sources import Reader
 
 
 def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
@@ -87,7 +87,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         own = outputs.of_part(shards(output.saved, known), number, count)
         missing = outputs.missing(own, output, known)
         settings = _engine_settings(config, policy, chat)
-        _fill(missing, config, settings, reference, output, partial(outputs.write, output, rewards))
+        _fill(missing, config, settings, reference, output, Rewards(rewards, config.reward_settings))
         if files.state(foreign) != state:
             raise files.changed(", ".join(foreign))
         output.gather_dropped(Dropped, to_table(Dropped, []))
@@ -178,52 +178,53 @@ def _fill(
     settings: EngineSettings,
     reference: str | None,
     output: Run,
-    write: Write,
+    rewards: Rewards,
 ) -> None:
     """Read, score, rate and commit the missing shards."""
     inflight = Inflight.load(output.out)
     first = next(missing, None)
     if first is not None:
         start = clock.monotonic()
-        shards = chain([first], missing)
-        rows = _score(shards, config, settings, reference, inflight, write) if reference else _rate(shards, write)
-        output.log_timing(event="scored", rows=rows, seconds=round(clock.monotonic() - start, 3))
+        finish = partial(_parts, reference, rewards)
+        work = Scoring(_without, _to_score, finish) if reference else Rating(finish)
+        with (
+            open_pool(
+                config.engine, settings if reference else None, _size(config, settings, scored=bool(reference))
+            ) as pool,
+            log.progress("scoring", _expected(config) if reference else None, "rows") as advance,
+        ):
+            contents = ((shard.index, shard.holding(shard.read())) for shard in chain([first], missing))
+            scored = 0
+            for shard in pool.run(work, contents, inflight, advance, scoring.last_suspect(inflight)):
+                write(output, shard)
+                scored += shard.count
+        output.log_timing(event="scored", rows=scored, seconds=round(clock.monotonic() - start, 3))
     inflight.close()
 
 
-def _rate(shards: Iterable[OutputShard], write: Write) -> int:
-    """Rate and commit shards without log-probs. Returns the number of completions scored: none."""
-    for shard in shards:
-        write(shard, shard.read(), {})
-    return 0
+def _size(config: ScoreConfig, settings: EngineSettings, *, scored: bool) -> Size:
+    """How many workers. Nobody knows how many shards a file has before it is read."""
+    runs = [store.read_manifest(Path(source)) for source in config.inputs if files.is_run(source)]
+    counted = len(runs) == len(config.inputs)
+    shards = sum(1 for run in runs for name in run["files"] if name.endswith(".parquet")) if counted else 1
+    needs = Needs(shards, config.tensor_parallel_size, config.kv_cache_mib << 20, config.dtype)
+    return size_of(config.workers, config.cluster, config.engine, settings.policy if scored else None, needs)
 
 
-def _score(
-    shards: Iterable[OutputShard],
-    config: ScoreConfig,
-    settings: EngineSettings,
-    reference: str,
-    inflight: Inflight,
-    write: Write,
-) -> int:
-    """Score, rate and commit shards. Returns the number of completions scored."""
-    killers = scoring.killers(inflight)
+def _without(shard: OutputShard, killers: Collection[str]) -> OutputShard:
+    return shard.holding(sources.without(shard.read(), killers))
 
-    def requests() -> Iterator[Shard[tuple[OutputShard, ShardRows], ScoreRequest]]:
-        for shard in shards:
-            rows = sources.without(shard.read(), killers)
-            yield scoring.shard_of(shard.index, (shard, rows), rows.requests)
 
-    scored = 0
-    with (
-        warm.engine(config.engine, settings) as engine,
-        inflight.recording(),
-        log.progress("scoring", _expected(config), "rows") as advance,
-    ):
-        for (shard, rows), values in scoring.score_shards(requests(), engine, inflight, advance):
-            write(shard, rows, _ref_logps(rows.requests, values, reference, engine.scorer))
-            scored += len(values)
-    return scored
+def _to_score(shard: OutputShard) -> Sequence[ScoreRequest]:
+    return shard.read().requests
+
+
+def _parts(
+    reference: str | None, rewards: Rewards, _index: int, shard: OutputShard, values: scoring.Values, scorer: str
+) -> list[Part]:
+    rows = shard.read()
+    logps = _ref_logps(rows.requests, values, reference, scorer) if reference else {}
+    return outputs.parts(rewards.functions, shard, rows, logps)
 
 
 def _expected(config: ScoreConfig) -> float | None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.ids import sample_seed
-from prefpipe.inference.task import engine_on_demand, read_task
+from prefpipe.inference.filling import engines_on_demand
+from prefpipe.inference.task import read_task
 from prefpipe.runs import store
 from prefpipe.schemas import Message, Prompt
 from prefpipe.stages.evaluate import answers
@@ -16,7 +17,7 @@ from tests.stages.evaluate.cases import config
 def test_greedy_is_drawn_first_then_the_samples() -> None:
     settings = EvaluateConfig(temperature=0.8, seed=4)
     prompt = Prompt("p", [Message(role="user", content="x")], None, "heldout", "", "{}")
-    found = answers.draws(settings, prompt, 3)
+    found = answers.draws(settings, 3, prompt)
     assert [(d.sample_index, d.temperature) for d in found] == [(0, 0.0), (1, 0.8), (2, 0.8), (3, 0.8)]
     assert [d.seed for d in found[1:]] == [sample_seed(4, "p", k) for k in (1, 2, 3)]
 
@@ -29,7 +30,7 @@ def test_committed_answers_meet_their_prompts_again(tiny_model: Path, write: Wri
     task = read_task(settings, settings.reward)
     with (
         store.open_run(tmp_path / "e", "evaluate", settings, task.inputs, force=False) as run,
-        engine_on_demand(task, settings) as start,
+        engines_on_demand(task, settings) as start,
     ):
         found = answers.sample(settings, run, task, start, num_samples=1)
         assert [row.reason for row in found.dropped()] == ["control_tokens"]

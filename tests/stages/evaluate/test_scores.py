@@ -9,6 +9,7 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.engines.fake import FakeEngine
 from prefpipe.errors import PrefpipeError
+from prefpipe.inference.pool import Inline
 from prefpipe.inference.task import engine_settings, read_task
 from prefpipe.runs import store
 from prefpipe.runs.store import Run
@@ -42,9 +43,9 @@ def test_a_sequence_that_kills_the_engine_is_left_out(settings: EvaluateConfig, 
     task = read_task(settings, settings.reward)
     started: list[int] = []
 
-    def start() -> Deadly:
+    def start() -> Inline:
         started.append(1)
-        return Deadly(engine_settings(task, settings, 64))
+        return Inline(Deadly(engine_settings(task, settings, 64)))
 
     def fill(run: Run) -> None:
         missing = [(index, requests) for index, requests in SEQUENCES if not run.has_shard(["kl/x"], index)]

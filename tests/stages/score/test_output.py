@@ -8,6 +8,7 @@ import pytest
 from prefpipe.config.score import ScoreConfig
 from prefpipe.errors import DataError
 from prefpipe.ids import IdSet, content_id
+from prefpipe.inference.works import Finished, write
 from prefpipe.rewards.base import Answer, Scored
 from prefpipe.rows import ref_logps
 from prefpipe.runs import store
@@ -49,8 +50,9 @@ def written(run: Run) -> list[OutputShard]:
     """Two shards on disk; completion A of the first is needed by the second as well."""
     shards = [OutputShard(i, ("completions", "ref_logps", "rewards/r", "dropped"), shard_rows, ROWS) for i in range(2)]
     rewards = {"r": lambda answers: [Scored(float(answer.text == A)) for answer in answers]}
-    output.write(run, rewards, shards[0], shard_rows(A), logps(A))
-    output.write(run, rewards, shards[1], shard_rows(A, B, written_before=frozenset([A])), logps(A, B))
+    second = shard_rows(A, B, written_before=frozenset([A]))
+    write(run, Finished(0, output.parts(rewards, shards[0], shard_rows(A), logps(A)), 1))
+    write(run, Finished(1, output.parts(rewards, shards[1], second, logps(A, B)), 2))
     return shards
 
 

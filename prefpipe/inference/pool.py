@@ -1,0 +1,321 @@
+"""Shards to workers and back: one engine in this process, or several in others.
+
+    with open_pool(name, settings, size) as pool:
+        for finished in pool.run(work, shards, inflight, advance):
+            ...  # the driver, which alone holds the run, commits it
+
+A worker takes the next shard while it works on one: its engine never runs dry. A worker that dies costs the shards that
+it had, which go to others; another one starts in its place. What was in its engine is recorded (see `inflight`).
+"""
+
+import pickle
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from prefpipe import clock, engines, log
+from prefpipe.engines.base import Engine, EngineSettings
+from prefpipe.errors import IdentityError, PrefpipeError
+from prefpipe.inference import warm
+from prefpipe.inference.inflight import Inflight
+from prefpipe.inference.pool_messages import (
+    Advanced,
+    Done,
+    Drain,
+    Drained,
+    Event,
+    Failed,
+    Gone,
+    Hello,
+    Line,
+    Ready,
+    Up,
+    versions,
+)
+from prefpipe.inference.pool_processes import Processes
+from prefpipe.inference.pool_size import Size, environments
+from prefpipe.inference.works import Finished, Lease, Work
+from prefpipe.log import Advance
+
+Shards = Iterator[tuple[int, Any]]  # (number, content) of every shard
+_LEASES = 2
+_READY_S = 3600.0  # a model of hundreds of GB comes over the network
+_TICK_S = 5.0
+
+
+class Pool(Protocol):
+    """Workers, one or several, with an engine each."""
+
+    def run(
+        self, work: Work, shards: Shards, inflight: Inflight, advance: Advance, last_suspect: int = -1
+    ) -> Iterator[Finished]:
+        """Every shard when it is whole, in any order. `last_suspect` is the number of the last shard with a suspect of
+        `inflight` (-1 for none): shards up to it are read at once. Raises PrefpipeError when work fails."""
+        ...
+
+
+class Backend(Protocol):
+    """Starts workers, by number, and carries messages."""
+
+    start_s: float  # in which a worker must be up
+
+    def start(self, number: int) -> None:
+        """Start a worker; one of the same number must be gone."""
+        ...
+
+    def send(self, number: int, message: Any) -> None:
+        """Send a message, without waiting for the worker."""
+        ...
+
+    def wait(self, timeout: float) -> list[tuple[int, Event]]:
+        """What workers have said, waiting at most `timeout` seconds. After `Gone` a worker is no more."""
+        ...
+
+    def stop(self, number: int) -> None:
+        """End a worker at once."""
+        ...
+
+    def close(self, *, gently: bool) -> None:
+        """End all workers; gently, they may free their engines first."""
+        ...
+
+
+@contextmanager
+def open_pool(name: str, settings: EngineSettings | None, size: Size) -> Generator[Pool]:
+    """Workers for the length of a `with` block; `settings` None for work that needs no engine."""
+    if size.cluster:
+        from prefpipe.inference import pool_ray
+
+        size = pool_ray.connect(size)
+        backend: Backend = pool_ray.Cluster(size)
+    elif size.workers > 1:
+        backend = Processes(environments(size))
+    elif settings is None:
+        yield Inline(None)
+        return
+    else:
+        with warm.engine(name, settings) as engine:
+            yield Inline(engine)
+        return
+    log.info(f"starting {size.workers} workers with engine {name}{f' on {size.cluster}' if size.cluster else ''}")
+    entry = engines.ENGINES[name] if settings else ""
+    gently = False
+    try:
+        yield Workers(backend, pickle.dumps(Hello(name, entry, settings)), size.workers)  # type: ignore[arg-type]
+        gently = True
+    finally:
+        backend.close(gently=gently)
+
+
+@dataclass(frozen=True)
+class Inline:
+    """One engine in this process."""
+
+    engine: Engine | None
+
+    def run(
+        self, work: Work, shards: Shards, inflight: Inflight, advance: Advance, last_suspect: int = -1
+    ) -> Iterator[Finished]:
+        """See `Pool`."""
+        leases = (Lease(index, content, killers=tuple(inflight.killers)) for index, content in shards)
+        with inflight.recording():
+            yield from work.run(leases, self.engine, inflight, advance, last_suspect)  # type: ignore[arg-type]
+
+
+@dataclass
+class _Worker:
+    """A worker as the driver knows it. `batch`: it has been sent shards since it was last drained."""
+
+    since: float
+    up: bool = False
+    ready: bool = False
+    batch: bool = False
+    drains: bool = False
+    engine_died: bool = False
+    leases: dict[int, Lease[Any]] = field(default_factory=dict[int, Lease[Any]])
+    inside: dict[str, None] = field(default_factory=dict[str, None])
+    advanced: float = 0.0
+
+
+@dataclass
+class _Queue:
+    """Shards that no worker has: those that came back, then those that nobody read yet."""
+
+    again: deque[Lease[Any]]
+    shards: Shards
+    inflight: Inflight
+    ended: bool = False
+
+    def take(self, *, alone: bool) -> Lease[Any] | None:
+        """The next shard; `alone`: its worker has no other, so that it may have suspects."""
+        found = next((lease for lease in self.again if alone or not lease.suspects), None)
+        if found is not None:
+            self.again.remove(found)
+        elif not self.ended:
+            shard = next(self.shards, None)
+            self.ended = shard is None
+            found = None if shard is None else Lease(*shard)
+        return found and replace(found, killers=tuple(self.inflight.killers))
+
+    def __bool__(self) -> bool:
+        return bool(self.again) or not self.ended
+
+
+class Workers:
+    """Workers of a backend. All must have equal identities (see `pool_messages.Ready`)."""
+
+    def __init__(self, backend: Backend, hello: bytes, count: int) -> None:
+        self._backend, self._hello = backend, hello
+        self._identity: dict[str, str] = versions()
+        self._work = b""
+        self._deaths = 0  # since anything came out of an engine
+        self._workers: dict[int, _Worker] = {}
+        for number in range(count):
+            self._start(number)
+
+    def run(
+        self, work: Work, shards: Shards, inflight: Inflight, advance: Advance, last_suspect: int = -1
+    ) -> Iterator[Finished]:
+        """See `Pool`."""
+        self._work = pickle.dumps(work)
+        for number, worker in self._workers.items():
+            if worker.ready:
+                self._backend.send(number, self._work)
+        queue = _Queue(deque(), shards, inflight)
+        while last_suspect >= 0 and (lease := queue.take(alone=True)):
+            queue.again.append(_suspected(lease, work, inflight))
+            last_suspect = -1 if lease.index >= last_suspect else last_suspect
+        with inflight.recording():
+            while queue or any(worker.leases for worker in self._workers.values()):
+                self._assign(queue)
+                for number, event in self._backend.wait(_TICK_S):
+                    yield from self._heard(number, event, queue, work, advance)
+                self._check_times()
+
+    def _start(self, number: int) -> None:
+        self._workers[number] = _Worker(clock.monotonic())
+        self._backend.start(number)
+
+    def _assign(self, queue: _Queue) -> None:
+        """Give every worker what it has room for. One without any shard left to take is told so, once."""
+        for number, worker in self._workers.items():
+            while worker.ready and not worker.drains and len(worker.leases) < _LEASES:
+                lease = queue.take(alone=not worker.batch)
+                if lease is not None:
+                    worker.leases[lease.index] = lease
+                    worker.batch = True
+                    self._backend.send(number, lease)
+                if worker.batch and (lease is None or lease.suspects):
+                    worker.drains = True
+                    self._backend.send(number, Drain())
+                if lease is None:
+                    break
+
+    def _heard(self, number: int, event: Event, queue: _Queue, work: Work, advance: Advance) -> Iterator[Finished]:
+        worker = self._workers[number]
+        match event:
+            case Line(text):
+                self._record(worker, text, queue.inflight)
+            case Advanced(amount):
+                worker.advanced += amount
+                advance(amount)
+            case Done(shard):
+                del worker.leases[shard.index]
+                yield shard
+            case Drained():
+                worker.batch = worker.drains = False
+                worker.advanced = 0.0
+            case Gone():
+                advance(-worker.advanced)
+                self._gone(number, event, queue, work)
+            case _:
+                self._starts(number, event)
+
+    def _starts(self, number: int, event: Event) -> None:
+        """A worker comes up, or fails."""
+        worker = self._workers[number]
+        match event:
+            case Up():
+                worker.up, worker.since = True, clock.monotonic()
+                self._backend.send(number, self._hello)
+            case Ready(identity):
+                self._check(identity)
+                worker.ready = True
+                self._backend.send(number, self._work)
+            case Failed(kind, message, hint):
+                if not worker.engine_died:
+                    raise kind(message, hint)
+                log.warn(f"worker {number}: {message}")
+            case _:
+                raise AssertionError(event)
+
+    def _record(self, worker: _Worker, text: str, inflight: Inflight) -> None:
+        """What entered and left the engine of a worker."""
+        word, _, key = text.partition(" ")
+        if word == "done":
+            worker.inside.pop(key, None)
+            inflight.done(key)
+            self._deaths = 0
+        elif word in ("take", "alone"):
+            worker.inside[key] = None
+            inflight.take(key, alone=word == "alone")
+        else:
+            worker.engine_died = True
+
+    def _gone(self, number: int, end: Gone, queue: _Queue, work: Work) -> None:
+        """A worker has ended: its shards go to others, and another worker starts. Raises PrefpipeError when workers die
+        and nothing comes out of any engine in between."""
+        worker, inflight = self._workers[number], queue.inflight
+        self._deaths += 1
+        convicted: list[str] = []
+        if end.blameless:
+            for key in worker.inside:
+                inflight.done(key)
+        else:
+            convicted = inflight.lost(worker.inside, "failed" if worker.engine_died else "vanished")
+        for key in convicted:
+            log.warn(f"{key} killed its worker when it ran alone, twice: it is left out")
+            self._deaths = 0
+        for lease in worker.leases.values():
+            queue.again.appendleft(_suspected(lease, work, inflight))
+        if self._deaths > len(self._workers) + 2 or not (worker.ready or end.blameless):
+            raise PrefpipeError(
+                f"worker {number} ended ({end.why}) "
+                + (f"and {self._deaths - 1} before it did" if worker.ready else "before its engine ran"),
+                "see what it said above; with --workers 1 the engine runs in the process of the command",
+            )
+        if not convicted:
+            log.warn(f"worker {number} ended ({end.why}): {len(worker.leases)} shards go to others")
+        self._start(number)
+
+    def _check(self, identity: dict[str, str]) -> None:
+        """Raise IdentityError for a worker that computes with something else than this process or the first worker."""
+        for name, value in identity.items():
+            expected = self._identity.setdefault(name, value)
+            if value != expected:
+                raise IdentityError(
+                    f"a worker has {name} {value}, and {expected} is that of the others",
+                    "install the same versions on every machine",
+                )
+
+    def _check_times(self) -> None:
+        """Go on without a worker that does not come up, as when the place of its machine stays empty. Raises
+        PrefpipeError when there is no other, and for an engine that does not start."""
+        for number, worker in [item for item in self._workers.items() if not item[1].ready]:
+            limit = _READY_S if worker.up else self._backend.start_s
+            if clock.monotonic() - worker.since <= limit:
+                continue
+            what = "its engine does not run" if worker.up else "it does not start"
+            if worker.up or not any(other.ready for other in self._workers.values()):
+                hint = "ask for fewer workers, or see what they wait for"
+                raise PrefpipeError(f"worker {number}: {what} after {limit:.0f} s", hint)
+            log.warn(f"worker {number}: {what} after {limit:.0f} s: the others go on without it")
+            self._backend.stop(number)
+            del self._workers[number]
+
+
+def _suspected(lease: Lease[Any], work: Work, inflight: Inflight) -> Lease[Any]:
+    """The lease with those of its keys that are under suspicion now."""
+    return replace(lease, suspects=frozenset(inflight.suspects).intersection(work.keys(lease)))

