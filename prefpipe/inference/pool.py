@@ -193,6 +193,7 @@ class Workers:
                 for number, event in self._backend.wait(_TICK_S):
                     yield from self._heard(number, event, queue, work, advance)
                 self._check_times()
+            self._assign(queue)  # nothing is left: those that wait for a shard are told so
 
     def _start(self, number: int) -> None:
         self._workers[number] = _Worker(clock.monotonic())

@@ -105,8 +105,10 @@ def _run(connection: Connection, inbox: Inbox, work: Work, first: Lease[Any], en
 
     def leases() -> Iterator[Lease[Any]]:
         yield first
-        while isinstance(lease := inbox.get(), Lease):
-            yield lease
+        while isinstance(message := inbox.get(), Lease):
+            yield message
+        if isinstance(message, Stop):
+            inbox.put(message)
 
     def advance(amount: float, note: str = "") -> None:  # noqa: ARG001  (the driver shows what it knows)
         connection.send(Advanced(amount))

@@ -76,6 +76,8 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     if leaf == "guard":
         guards = st.sampled_from(("a.jsonl:length", "hf:owner/name:my.module:function"))
         return st.lists(guards, min_size=1, max_size=2).map(tuple)
+    if leaf == "workers":
+        return st.sampled_from(("auto", 1, 8))
     if leaf == "judge":
         return st.just("")  # another value needs its table
     if leaf == "chat_template_kwargs":

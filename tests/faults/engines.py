@@ -17,12 +17,12 @@ def raises(settings: EngineSettings) -> ScriptedEngine:
     def die() -> NoReturn:
         raise RuntimeError("EngineDeadError: CUDA error: device-side assert triggered")
 
-    return _poisoned(settings, die)
+    return poisoned(settings, die)
 
 
 def vanishes(settings: EngineSettings) -> ScriptedEngine:
     """Takes the whole process with it, as the kernel does when memory is short."""
-    return _poisoned(settings, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return poisoned(settings, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def slow(settings: EngineSettings) -> ScriptedEngine:
@@ -36,7 +36,9 @@ def slow(settings: EngineSettings) -> ScriptedEngine:
     return replace(engine, sample=sample)
 
 
-def _poisoned(settings: EngineSettings, die: Callable[[], object]) -> ScriptedEngine:
+def poisoned(settings: EngineSettings, die: Callable[[], object]) -> ScriptedEngine:
+    """The fake engine with up to four requests inside, which calls `die` when one about poison enters."""
+
     def admit(work: Request | ScoreRequest) -> bool:
         answer = work.token_ids if isinstance(work, ScoreRequest) else []
         if "poison" in settings.chat.decode([*work.prompt_token_ids, *answer]):
