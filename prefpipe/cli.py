@@ -174,6 +174,20 @@ def write_report(
     terminal.show(f"report       {stage.run(base.local_path(directory, 'DIR'), target)}")
 
 
+@app.command("gather", rich_help_panel="Stages")
+def gather(
+    directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="The --out of every part, 1/N to N/N.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="The directory of the whole run.")],
+    force: Annotated[bool, typer.Option("--force", help=flags.FORCE)] = False,  # noqa: FBT002
+    verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: FBT002, ARG001
+) -> None:
+    """Join the runs of all parts (--part I/N) of generate or score into the run that the command makes without it."""
+    stage = importlib.import_module("prefpipe.stages.gather.stage")
+    target = base.local_path(out, "out")
+    command, config = stage.run([base.local_path(text, "DIR") for text in directories], target, force=force)
+    _run_stage(STAGES[command][1], config, target, force=False)
+
+
 def _register(name: str, config_class: type[BaseModel], module: str) -> None:
     def run(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
         config = base.load(config_class, recipe, settings)

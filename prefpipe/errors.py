@@ -27,6 +27,10 @@ class PrefpipeError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """An error of a worker process comes back whole."""
+        return type(self), (self.message, self.hint)
+
 
 class UsageError(PrefpipeError):
     """A bad flag, recipe, name or value, or an output directory that belongs to another config."""

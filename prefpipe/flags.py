@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from prefpipe.config.base import fields_under_headings, local_path
 
+FORCE = "Start over: what is in --out moves to its quarantine/ folder."
 VERBOSE = "Show the traceback of an unexpected error."
 OPERATIONS = ("out", "force", "dry_run", "verbose")  # options of every command that are no settings
 
@@ -117,7 +118,7 @@ def _recipe() -> inspect.Parameter:
 def _operations() -> list[inspect.Parameter]:
     options: dict[str, tuple[Any, Any, str]] = {
         "out": (str | None, None, "Directory of this run; the same command resumes it."),
-        "force": (bool, False, "Start over: what is in --out moves to its quarantine/ folder."),
+        "force": (bool, False, FORCE),
         "dry_run": (bool, False, "Print the resolved settings as JSON and stop."),
         "verbose": (bool, False, VERBOSE),
     }

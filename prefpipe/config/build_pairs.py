@@ -221,6 +221,8 @@ class BuildPairsConfig(BaseModel):
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     """beta that the training will use, for check D13 of the data report."""
+    workers: Annotated[int, RUNTIME, Field(ge=1)] = 1
+    """Processes that work on partitions of about 400,000 completions each; fewer completions are one partition."""
     strict: Annotated[bool, RUNTIME] = False
     """End with exit code 3 when a check of the data report warns; the run is complete all the same."""
 

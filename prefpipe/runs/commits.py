@@ -12,7 +12,7 @@ from typing import Any
 
 from prefpipe import reading
 from prefpipe.errors import DataError, MissingInputError
-from prefpipe.runs import fsio
+from prefpipe.runs import fsio, links
 
 _PUBLISHED = ("adapter", "model", "merged")
 _OTHER = {"input_rows": "its rows are other ones in the input now", "input_before": "rows before it changed"}
@@ -31,6 +31,23 @@ def commit(part: Path, row_type: type, rows: int, owner: Mapping[str, str]) -> N
 def amend(part: Path, values: Mapping[str, str]) -> None:
     """Change values in the commit record of a file."""
     fsio.write_text(record_path(part), json.dumps({**_record(part), **values}) + "\n")
+
+
+def adopt(source: Path, part: Path, digest: str, owner: Mapping[str, str]) -> None:
+    """Let `part` be the committed file `source` of another run, and commit it for `owner` with what its record says of
+    its rows. Raises DataError where the file has not this digest or not this record."""
+    wrong = record_mismatch(source, {}, digest)
+    if wrong is not None or not matches(source, digest):
+        raise DataError(
+            f"{source}: {wrong or 'it does not match its digest'}", "run the command of its directory again"
+        )
+    links.share(source, part)
+    fsio.write_text(record_path(part), json.dumps({**_record(source), **owner}) + "\n")
+
+
+def rows_of(part: Path) -> dict[str, str]:
+    """The digests of rows in the commit record of a file."""
+    return {key: value for key in _OTHER if (value := recorded_value(part, key)) is not None}
 
 
 def record_path(part: Path) -> Path:

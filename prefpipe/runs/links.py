@@ -1,6 +1,7 @@
-"""Links from a run directory to what it shares with others: the best policy, the rounds of another run."""
+"""What a run directory shares with others: the best policy, the rounds of another run, files that both have."""
 
 import os
+import shutil
 from pathlib import Path
 
 from prefpipe.errors import UsageError
@@ -16,17 +17,42 @@ def publish(path: Path, target: Path) -> None:
         return
     if not path.is_symlink() and os.path.lexists(path):
         raise UsageError(f"{path} is no link of this run", "move it away, or choose another --out")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
+    fsio.make_dirs(path.parent)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(words)
-        fsio.fault("rename")
-        temporary.replace(path)
-        fsio.sync_dir(path.parent)
+        _rename(temporary, path)
+
+
+def share(source: Path, path: Path) -> None:
+    """Let `path` be a second name of a file, so that it stays when the first is removed; a copy where the file system
+    has no such names, or has the file elsewhere. Files of runs are never changed in place."""
+    if path.exists() and path.samefile(source):
+        return
+    temporary = _temporary(path)
+    fsio.make_dirs(path.parent)
+    with storage_errors(path):
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source.resolve(), temporary)
+        except OSError:
+            fsio.write_atomic(path, lambda copy: shutil.copyfile(source, copy))
+        else:
+            _rename(temporary, path)
 
 
 def withdraw(path: Path) -> None:
     """Remove a link; none, or something that is no link, is left alone."""
     if path.is_symlink():
         fsio.remove(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    fsio.fault("rename")
+    temporary.replace(path)
+    fsio.sync_dir(path.parent)

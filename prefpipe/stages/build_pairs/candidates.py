@@ -6,11 +6,12 @@ on one partition at a time.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
-import polars.selectors as cs
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError
@@ -18,8 +19,18 @@ from prefpipe.runs import store
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Completion, Prompt, RefLogps, Reward
 from prefpipe.stages.build_pairs import reward_values, texts
-from prefpipe.stages.build_pairs.partitions import Files, file_and_row, partition_of, scan, split
+from prefpipe.stages.build_pairs.partitions import (
+    Files,
+    batches,
+    file_and_row,
+    partition_of,
+    parts_of,
+    scan,
+    sink,
+    split,
+)
 from prefpipe.stages.build_pairs.reward_values import Rewards
+from prefpipe.stages.build_pairs.tasks import Map
 
 LEDGER = {"id": pl.String, "reason": pl.String, "detail": pl.String}
 _ROWS_PER_PARTITION = 400_000
@@ -44,13 +55,14 @@ class Sources:
 @dataclass(frozen=True)
 class Workspace:
     """What the makers of pairs, labels and groups share: settings, input files, the run directory that they write to,
-    and how many partitions they put into which folder."""
+    how many partitions they put into which folder, and the `map` that works on them."""
 
     config: BuildPairsConfig
     sources: Sources
     run_dir: Run
     num_partitions: int
     folder: Path
+    run: Map = map
 
 
 def open_sources(config: BuildPairsConfig) -> Sources:
@@ -83,6 +95,8 @@ def thinking(sources: Sources) -> dict[str, float]:
     """How many completions of one turn begin with reasoning, and the means of their tokens in it and in all; empty for
     none."""
     tokens = pl.col("thinking_tokens")
+    if not scan(sources.completions, Completion).select((tokens > 0).any()).collect(engine="streaming").item():
+        return {}
     reasoned = scan(sources.completions, Completion).filter(tokens > 0, pl.col("loss_mask").is_null())
     length = pl.col("token_ids").list.len()
     found = reasoned.select(completions=pl.len(), mean_tokens=tokens.mean(), mean_of=length.mean())
@@ -90,33 +104,72 @@ def thinking(sources: Sources) -> dict[str, float]:
     return row if row["completions"] else {}
 
 
-def read(sources: Sources, config: BuildPairsConfig, count: int, folder: Path) -> list[pl.LazyFrame]:
-    """Key columns of every completion with its reward, in `count` partitions.
+def read(
+    sources: Sources, config: BuildPairsConfig, count: int, folder: Path, run: Map = map
+) -> tuple[list[pl.LazyFrame], Counter[str]]:
+    """Key columns of every completion with its reward, in `count` partitions of whole prompts; and how many completions
+    each part of the reward rates.
 
     Columns: prompt_id, completion_id, finish_reason, num_tokens, part.I (a reward, or null) and rated.I (whether the
-    inputs have a row for it), fault (the reason why its text is no candidate, or null), run. Raises DataError when one
-    completion has two different rewards of one name.
+    inputs have a row for it), fault (the reason why its text is no candidate, or null), run. Completions and rewards
+    are cut by completion first, so that a join sees one `count`-th of both. Raises DataError when one completion has
+    two different rewards of one name.
     """
-    completions = scan(sources.completions, Completion).select(
-        "prompt_id",
-        "completion_id",
-        "finish_reason",
-        "run",
-        num_tokens=_answer_tokens(),
-        fault=_fault(config),
-    )
-    for rewards in reward_values.frames(sources.rewards):
-        completions = completions.join(rewards, on="completion_id", how="left")
-    keys = completions.with_columns(cs.starts_with("rated.").fill_null(value=False), partition=partition_of(count))
-    return split([keys], count, folder)
+    by_completion = partition_of(count, "completion_id")
+    completions = [
+        scan(batch, Completion).select(
+            "prompt_id",
+            "completion_id",
+            "finish_reason",
+            "run",
+            num_tokens=_answer_tokens(),
+            fault=_fault(config),
+            partition=by_completion,
+        )
+        for batch in batches(sources.completions)
+    ]
+    keys = split(completions, count, folder / "completions", run)
+    rated = [
+        split(
+            [reward_values.read(batch).with_columns(partition=by_completion) for batch in batches(files)],
+            count,
+            folder / f"rewards.{number}",
+            run,
+        )
+        for number, files in enumerate(sources.rewards.files.values())
+    ]
+    of_partition = ([part[number] for part in rated] for number in range(count))
+    num_rewards = Counter[str]()
+    joined: list[pl.DataFrame] = []
+    join = partial(_join, sources.rewards, count, folder / "joined")
+    for frame, counts in run(join, range(count), keys, of_partition):
+        num_rewards.update(dict(zip(sources.rewards.files, counts, strict=True)))
+        joined.append(frame)
+    if count == 1:
+        return [joined[0].lazy()], num_rewards
+    return parts_of(joined[0].schema, count, folder / "joined"), num_rewards
+
+
+def _join(
+    rewards: Rewards, count: int, folder: Path, number: int, keys: pl.LazyFrame, rated: Sequence[pl.LazyFrame]
+) -> tuple[pl.DataFrame, list[int]]:
+    """One partition of completions with its rewards, see `reward_values.join`; of several partitions the rows are
+    written by prompt, and the frame has none."""
+    joined, counts = reward_values.join(keys.collect(), rated, rewards)
+    if count == 1:
+        return joined, counts
+    sink(joined.lazy().with_columns(partition=partition_of(count)), folder / str(number))
+    return joined.clear(), counts
 
 
 @dataclass(frozen=True)
 class CandidatePartition:
-    """One partition: its candidates, ledger rows of its other completions, and how many rows and prompts came in; for
-    the parts of the reward, how many completions have a row and no value, and the terms of the candidates."""
+    """One partition: its candidates and their number, ledger rows of its other completions, and how many rows and
+    prompts came in; for the parts of the reward, how many completions have a row and no value, and the terms of the
+    candidates."""
 
     candidates: pl.DataFrame
+    num_candidates: int
     ledger: pl.DataFrame
     num_in: int
     num_prompts: int
@@ -152,6 +205,7 @@ def select(
     kept = judged.filter(pl.col("reason").is_null())
     return CandidatePartition(
         kept.select("prompt_id", "completion_id", "reward", "finish_reason", "num_tokens"),
+        kept.height,
         ledger,
         keys.height,
         keys["prompt_id"].n_unique(),

@@ -1,10 +1,12 @@
 """Candidates -> ranked groups for listwise losses: distinct rewards, distinct texts, best first."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import polars as pl
 
 from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.runs.store import Run
 from prefpipe.schemas import RankedGroup
 from prefpipe.stages.build_pairs import filters, label_rules, output_rows, texts
 from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
@@ -41,30 +43,29 @@ def build(workspace: Workspace, candidates: Sequence[pl.DataFrame]) -> BuildResu
     """Write ranked groups, one part per partition, and say what became of the other completions."""
     judged = by_keys(pl.concat(candidates), workspace.config)
     useful = filters.kept(judged)
-    contents = output_rows.fetch(
-        workspace.sources,
-        useful.select("prompt_id", "completion_id"),
-        workspace.num_partitions,
-        workspace.folder,
-    )
-    ledgers = [label_rules.ledger(judged)]
-    num_groups = num_completions = number = 0
-    for partition, ranked in enumerate(cut(useful, workspace.num_partitions)):
-        content = contents.of(partition)
-        compared = by_content(
-            ranked.join(content.select("completion_id", "text"), on="completion_id", maintain_order="left")
-        )
-        ledgers.append(label_rules.ledger(compared))
-        kept = filters.kept(compared).drop("text")
-        if kept.is_empty():
-            continue
-        rows = output_rows.group_rows(kept, content, contents.prompts_of(partition))
-        workspace.run_dir.write_part("groups", RankedGroup, number, output_rows.to_table(rows, RankedGroup))
-        number, num_groups, num_completions = number + 1, num_groups + rows.height, num_completions + kept.height
-    ledger = pl.concat(ledgers)
+    contents = output_rows.fetch(workspace, useful.select("prompt_id", "completion_id"), "groups")
+    compared = [*workspace.run(_compared, cut(useful, workspace.num_partitions), contents)]
+    ledger = pl.concat([label_rules.ledger(judged), *map(label_rules.ledger, compared)])
+    kept = [(filters.kept(part), content) for part, content in zip(compared, contents, strict=True)]
+    filled = [(number, *part) for number, part in enumerate(part for part in kept if part[0].height)]
+    counts = [*workspace.run(partial(_write, workspace.run_dir), *zip(*filled, strict=True))] if filled else []
+    num_groups, num_completions = (sum(count[i] for count in counts) for i in (0, 1))
     level = Level(judged.height, num_completions, count_reasons(ledger))
     totals = {"groups": num_groups, "completions_in_groups": num_completions}
     return BuildResult({"ranked": level}, ledger, totals, pl.DataFrame(), pl.DataFrame())
+
+
+def _compared(ranked: pl.DataFrame, contents: output_rows.Contents) -> pl.DataFrame:
+    """`by_content` of one partition, without the texts."""
+    texts_of = contents.rows().select("completion_id", "text")
+    return by_content(ranked.join(texts_of, on="completion_id", maintain_order="left")).drop("text")
+
+
+def _write(run_dir: Run, number: int, kept: pl.DataFrame, contents: output_rows.Contents) -> tuple[int, int]:
+    """Write the groups of one partition. Returns the number of groups, and of completions in them."""
+    rows = output_rows.group_rows(kept, contents.rows(), contents.of_prompts())
+    run_dir.write_part("groups", RankedGroup, number, output_rows.to_table(rows, RankedGroup))
+    return rows.height, kept.height
 
 
 def _drop_single(judged: pl.DataFrame) -> pl.DataFrame:

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 import polars as pl
 
+from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.inputs import kl_bank
+from prefpipe.runs.store import Run
 from prefpipe.schemas import KlBank, Label, from_table, to_table
 from prefpipe.stages.build_pairs import filters, label_rules, output_rows, pairs, trl
 from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
@@ -30,15 +33,8 @@ def build(workspace: Workspace, candidates: Sequence[pl.DataFrame]) -> BuildResu
     else:
         judged = label_rules.by_reward(every, config)
     useful = filters.kept(judged)
-    contents = output_rows.fetch(
-        workspace.sources,
-        useful.select("prompt_id", "completion_id"),
-        workspace.num_partitions,
-        workspace.folder / "labels",
-    )
-    compared = pl.concat(
-        _by_content(part, contents.of(number)) for number, part in enumerate(cut(useful, workspace.num_partitions))
-    )
+    contents = output_rows.fetch(workspace, useful.select("prompt_id", "completion_id"), "labels")
+    compared = pl.concat(workspace.run(_by_content, cut(useful, workspace.num_partitions), contents))
     kept = output_rows.with_weights(filters.kept(compared), config)
     dropped = pl.concat([label_rules.ledger(judged), label_rules.ledger(compared)])
     levels["labels"] = Level(every.height, kept.height, count_reasons(dropped))
@@ -53,30 +49,40 @@ def build(workspace: Workspace, candidates: Sequence[pl.DataFrame]) -> BuildResu
     return BuildResult(levels, pl.concat([*ledgers, dropped]), totals, pl.DataFrame(), pl.DataFrame())
 
 
-def _by_content(labels: pl.DataFrame, contents: pl.DataFrame) -> pl.DataFrame:
-    with_text = labels.join(contents.select("completion_id", "text"), on="completion_id")
+def _by_content(labels: pl.DataFrame, contents: output_rows.Contents) -> pl.DataFrame:
+    with_text = labels.join(contents.rows().select("completion_id", "text"), on="completion_id")
     return label_rules.by_content(with_text).drop("text")
 
 
-def _write(workspace: Workspace, kept: pl.DataFrame, contents: output_rows.Contents) -> None:
-    config, run_dir = workspace.config, workspace.run_dir
+def _write(workspace: Workspace, kept: pl.DataFrame, contents: Sequence[output_rows.Contents]) -> None:
+    config = workspace.config
     # Enough prompts to use each about once in the bank; ids are hashes, so the lowest ones are a random choice.
     bank_prompts = kept["prompt_id"].unique().sort().head(max(2, 2 * config.kl_bank_rows))
-    bank_labels: list[Label] = []
     rich = config.format == "trl" and trl.is_rich(workspace.sources)
-    number = 0
-    for partition, part in enumerate(cut(kept, workspace.num_partitions)):
-        if part.is_empty():
-            continue
-        rows = output_rows.label_rows(part, contents.of(partition), contents.prompts_of(partition))
-        if config.format == "prefpipe":
-            run_dir.write_part("labels", Label, number, output_rows.to_table(rows, Label))
-            of_bank = rows.filter(pl.col("prompt_id").is_in(bank_prompts.implode()))
-            bank_labels += from_table(Label, output_rows.to_table(of_bank, Label))
-        else:
-            row_type, table = trl.labels(rows, config.format, rich=rich)
-            run_dir.write_part("trl", row_type, number, table)
-        number += 1
+    parts = zip(cut(kept, workspace.num_partitions), contents, strict=True)
+    filled = [(number, *part) for number, part in enumerate(p for p in parts if p[0].height)]
+    write = partial(_write_partition, config, workspace.run_dir, bank_prompts, rich)
+    bank_labels = [row for rows in workspace.run(write, *zip(*filled, strict=True)) for row in rows] if filled else []
     if bank_labels:
         bank = kl_bank.kl_bank(bank_labels, config.kl_bank_rows, config.seed)
-        run_dir.write_part("kl_bank", KlBank, 0, to_table(KlBank, bank))
+        workspace.run_dir.write_part("kl_bank", KlBank, 0, to_table(KlBank, bank))
+
+
+def _write_partition(
+    config: BuildPairsConfig,
+    run_dir: Run,
+    bank_prompts: pl.Series,
+    rich: bool,  # noqa: FBT001  (the arguments of a task have places)
+    number: int,
+    part: pl.DataFrame,
+    contents: output_rows.Contents,
+) -> list[Label]:
+    """Write the labels of one partition. Returns those of the prompts for the KL bank."""
+    rows = output_rows.label_rows(part, contents.rows(), contents.of_prompts())
+    if config.format != "prefpipe":
+        row_type, table = trl.labels(rows, config.format, rich=rich)
+        run_dir.write_part("trl", row_type, number, table)
+        return []
+    run_dir.write_part("labels", Label, number, output_rows.to_table(rows, Label))
+    of_bank = rows.filter(pl.col("prompt_id").is_in(bank_prompts.implode()))
+    return from_table(Label, output_rows.to_table(of_bank, Label))

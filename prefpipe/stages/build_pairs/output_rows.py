@@ -15,8 +15,10 @@ from prefpipe.config.build_pairs import RULES, BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id
 from prefpipe.rows import logps_of_other_ids, one_reference
+from prefpipe.runs import fsio
+from prefpipe.runs.storage import storage_errors
 from prefpipe.schemas import Completion, Label, Pair, Prompt, RankedGroup, RefLogps, arrow_schema
-from prefpipe.stages.build_pairs.candidates import Sources
+from prefpipe.stages.build_pairs.candidates import Workspace
 from prefpipe.stages.build_pairs.filters import SIDES
 from prefpipe.stages.build_pairs.partitions import Files, batches, partition_of, scan, split
 
@@ -25,25 +27,24 @@ _OF_CANDIDATES = ("prompt_id", "sample_index", "finish_reason")  # columns that 
 
 @dataclass(frozen=True)
 class Contents:
-    """Contents, reference and policy log-probs of the completions in use, and their prompts, by partition."""
+    """Contents, reference and policy log-probs of the completions in use, and their prompts, of one partition."""
 
-    completions: Sequence[pl.LazyFrame]
-    references: Sequence[pl.LazyFrame]
-    policies: Sequence[pl.LazyFrame]
-    prompts: Sequence[pl.LazyFrame]
+    completions: pl.LazyFrame
+    references: pl.LazyFrame
+    policies: pl.LazyFrame
+    prompts: pl.LazyFrame
 
-    def of(self, number: int) -> pl.DataFrame:
-        """One partition: completion_id, text, messages, thinking, prompt_token_ids, token_ids, loss_mask, ids_digest,
+    def rows(self) -> pl.DataFrame:
+        """By completion: completion_id, text, messages, thinking, prompt_token_ids, token_ids, loss_mask, ids_digest,
         policy; ref_logps, ref_token_logps, reference and scorer (null without reference log-probs); policy_logps (null
         without them). The text of several turns is that of all of them: they are the same when each turn is.
 
         Raises IdentityError when log-probs were made for other token ids.
         """
-        references = _one_per_completion(self.references[number])
-        policies = _one_per_completion(self.policies[number]).select("completion_id", policy_logps="ref_logps")
+        references = _one_per_completion(self.references)
+        policies = _one_per_completion(self.policies).select("completion_id", policy_logps="ref_logps")
         joined = (
-            self.completions[number]
-            .collect()
+            self.completions.collect()
             .unique("completion_id")
             .join(references, on="completion_id", how="left")
             .join(policies, on="completion_id", how="left")
@@ -57,36 +58,49 @@ class Contents:
             thinking=pl.when(pl.col("loss_mask").is_null()).then("thinking"),
         )
 
-    def prompts_of(self, number: int) -> pl.DataFrame:
-        """One partition: prompt_id, template_inputs, and its messages as `prompt`."""
-        return self.prompts[number].collect().unique("prompt_id")
+    def of_prompts(self) -> pl.DataFrame:
+        """By prompt: prompt_id, template_inputs, and its messages as `prompt`."""
+        return self.prompts.collect().unique("prompt_id")
 
 
-def fetch(sources: Sources, used: pl.DataFrame, count: int, folder: Path) -> Contents:
-    """Read the contents of `used` (prompt_id, completion_id) into `count` partitions, in `folder` if there are several.
+def fetch(workspace: Workspace, used: pl.DataFrame, name: str) -> list[Contents]:
+    """Read the contents of `used` (prompt_id, completion_id) by partition; several are in the folder `name`.
 
     Raises DataError when the runs hold log-probs of several references.
     """
+    sources, count, folder = workspace.sources, workspace.num_partitions, workspace.folder / name
     used = used.unique().with_columns(partition=partition_of(count))
-    wanted = used.lazy().select("completion_id", "partition")
+    wanted = _stored(used.select("completion_id", "partition"), count, folder / "used")
     columns = [name for name in arrow_schema(Completion).names if name not in _OF_CANDIDATES]
     completions = [scan(batch, Completion).select(columns) for batch in batches(sources.completions)]
     prompts = [
         scan(batch, Prompt).select("prompt_id", "template_inputs", prompt="messages")
         for batch in batches(sources.prompts)
     ]
-    used_prompts = used.lazy().select("prompt_id", "partition").unique()
+    used_prompts = _stored(used.select("prompt_id", "partition").unique(), count, folder / "used_prompts")
     references, policies = _references(sources.ref_logps), _references(sources.policy_logps)
 
     def matching(frames: Sequence[pl.LazyFrame], keys: pl.LazyFrame, key: str, name: str) -> list[pl.LazyFrame]:
-        return split([frame.join(keys, on=key) for frame in frames], count, folder / name)
+        return split([frame.join(keys, on=key) for frame in frames], count, folder / name, workspace.run)
 
-    return Contents(
-        completions=matching(completions, wanted, "completion_id", "completions"),
-        references=matching(references, wanted, "completion_id", "references"),
-        policies=matching(policies, wanted, "completion_id", "policies"),
-        prompts=matching(prompts, used_prompts, "prompt_id", "prompts"),
+    parts = zip(
+        matching(completions, wanted, "completion_id", "completions"),
+        matching(references, wanted, "completion_id", "references"),
+        matching(policies, wanted, "completion_id", "policies"),
+        matching(prompts, used_prompts, "prompt_id", "prompts"),
+        strict=True,
     )
+    return [Contents(*part) for part in parts]
+
+
+def _stored(keys: pl.DataFrame, count: int, path: Path) -> pl.LazyFrame:
+    """Keys for a join with batches of files; a file where there are several partitions, which every task reads."""
+    if count == 1:
+        return keys.lazy()
+    fsio.make_dirs(path.parent)
+    with storage_errors(path):
+        keys.write_ipc(path)
+    return pl.scan_ipc(path, glob=False)
 
 
 def sides(pairs: pl.DataFrame, contents: pl.DataFrame) -> pl.DataFrame:

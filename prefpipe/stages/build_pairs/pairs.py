@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import polars as pl
 
 from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig
 from prefpipe.errors import DataError
+from prefpipe.runs.store import Run
 from prefpipe.schemas import Pair
 from prefpipe.stages.build_pairs import data_measures, filters, output_rows, pair_rules, trl
 from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
@@ -27,12 +29,12 @@ class RulePairs:
 
 @dataclass(frozen=True)
 class FilteredPairs:
-    """Pairs that every filter keeps (key columns), with their contents; ledger rows and counts of the others."""
+    """Pairs that every filter keeps (key columns), with contents by partition; ledger rows and counts of the others."""
 
     pairs: pl.DataFrame
     ledger: pl.DataFrame
     levels: dict[str, Level]
-    contents: output_rows.Contents
+    contents: list[output_rows.Contents]
 
 
 def apply_rule(candidates: pl.DataFrame, config: BuildPairsConfig) -> RulePairs:
@@ -67,13 +69,9 @@ def filter_pairs(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> Filte
     pairs = pl.concat(r.pairs for r in rule_pairs)
     by_keys = filters.by_keys(pairs, config, filters.scale(pairs, config))
     useful = filters.kept(by_keys)
-    contents = output_rows.fetch(
-        workspace.sources, _completions_of(useful), workspace.num_partitions, workspace.folder / "pairs"
-    )
-    by_content = pl.concat(
-        _by_content(part, contents.of(number), config).select(*by_keys.columns, *_CONTENT_KEYS)
-        for number, part in enumerate(cut(useful, workspace.num_partitions))
-    )
+    contents = output_rows.fetch(workspace, _completions_of(useful), "pairs")
+    parts = cut(useful, workspace.num_partitions)
+    by_content = pl.concat(workspace.run(partial(_by_content, config, by_keys.columns), parts, contents))
     _check_logps(filters.kept(by_content), config)
     one_sided = filters.end_on_one_side(filters.kept(by_content))
     if one_sided:
@@ -93,24 +91,15 @@ def filter_pairs(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> Filte
 
 def build(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> BuildResult:
     """Write the pairs that the filters keep, one part per partition, and say what became of the others."""
-    config, run_dir = workspace.config, workspace.run_dir
+    config = workspace.config
     filtered = filter_pairs(workspace, rule_pairs)
     weighted = with_weights(filtered.pairs, config)
     rich = config.format == "trl" and trl.is_rich(workspace.sources)
-    facts: list[pl.DataFrame] = []
-    samples: list[pl.DataFrame] = []
-    for number, part in enumerate(cut(weighted, workspace.num_partitions)):
-        if part.is_empty():
-            continue
-        with_content = output_rows.sides(part, filtered.contents.of(number))
-        rows = output_rows.pair_rows(with_content, filtered.contents.prompts_of(number), config)
-        if config.format == "prefpipe":
-            run_dir.write_part("pairs", Pair, len(facts), output_rows.to_table(rows, Pair))
-        else:
-            row_type, table = trl.pairs(rows, config.format, rich=rich)
-            run_dir.write_part("trl", row_type, len(facts), table)
-        facts.append(data_measures.pair_facts(rows))
-        samples.append(data_measures.pair_sample(rows, weighted.height))
+    parts = zip(cut(weighted, workspace.num_partitions), filtered.contents, strict=True)
+    filled = [(number, *part) for number, part in enumerate(p for p in parts if p[0].height)]
+    write = partial(_write, config, workspace.run_dir, weighted.height, rich)
+    written = [*workspace.run(write, *zip(*filled, strict=True))] if filled else []
+    facts, samples = [made for made, _ in written], [sample for _, sample in written]
     totals = {
         "pairs": weighted.height,
         "prompts_with_pairs": weighted["prompt_id"].n_unique(),
@@ -121,6 +110,25 @@ def build(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> BuildResult:
     return BuildResult(filtered.levels, filtered.ledger, totals, pl.concat(facts) if facts else pl.DataFrame(), sample)
 
 
+def _write(
+    config: BuildPairsConfig,
+    run_dir: Run,
+    total: int,
+    rich: bool,  # noqa: FBT001  (the arguments of a task have places)
+    number: int,
+    part: pl.DataFrame,
+    contents: output_rows.Contents,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Write the pairs of one partition; their facts, and a sample of them among `total`, for the data report."""
+    rows = output_rows.pair_rows(output_rows.sides(part, contents.rows()), contents.of_prompts(), config)
+    if config.format == "prefpipe":
+        run_dir.write_part("pairs", Pair, number, output_rows.to_table(rows, Pair))
+    else:
+        row_type, table = trl.pairs(rows, config.format, rich=rich)
+        run_dir.write_part("trl", row_type, number, table)
+    return data_measures.pair_facts(rows), data_measures.pair_sample(rows, total)
+
+
 _CONTENT_KEYS = (  # what later filters read of the contents: log-probs, and the token that ends each side
     *(f"{side}_{name}" for side in SIDES for name in ("ref_logps", "policy_logps")),
     *(pl.col(f"{side}_token_ids").list.last().alias(f"{side}_last") for side in SIDES),
@@ -128,8 +136,12 @@ _CONTENT_KEYS = (  # what later filters read of the contents: log-probs, and the
 )
 
 
-def _by_content(pairs: pl.DataFrame, contents: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    return filters.by_content(output_rows.sides(pairs, contents), config)
+def _by_content(
+    config: BuildPairsConfig, columns: Sequence[str], pairs: pl.DataFrame, contents: output_rows.Contents
+) -> pl.DataFrame:
+    """These columns of the pairs of one partition with the reason of a filter by content, and what later filters
+    read."""
+    return filters.by_content(output_rows.sides(pairs, contents.rows()), config).select(*columns, *_CONTENT_KEYS)
 
 
 def _check_logps(pairs: pl.DataFrame, config: BuildPairsConfig) -> None:

@@ -1,13 +1,16 @@
 """Rows of several runs, cut into partitions of whole prompts, each small enough for the memory."""
 
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from prefpipe.runs import fsio
+from prefpipe.runs.storage import storage_errors
 from prefpipe.schemas import arrow_schema
+from prefpipe.stages.build_pairs.tasks import Map
 
 _BYTES_AT_ONCE = 512 << 20
 Files = Sequence[Sequence[Path]]  # of a dataset, by run
@@ -17,6 +20,7 @@ def scan(files: Files, row_type: type) -> pl.LazyFrame:
     """A dataset of several runs, with the number of its run in the column `run`. Columns that older files lack are
     null."""
     schema = pl.DataFrame(arrow_schema(row_type).empty_table()).schema
+    filled = [(number, paths) for number, paths in enumerate(files) if paths]
     return pl.concat(
         pl.scan_parquet(
             list(paths),
@@ -25,29 +29,37 @@ def scan(files: Files, row_type: type) -> pl.LazyFrame:
             cast_options=pl.ScanCastOptions(missing_struct_fields="insert"),
             glob=False,
         ).with_columns(run=pl.lit(number, pl.UInt16))
-        for number, paths in enumerate(files)
+        for number, paths in filled
     )
 
 
-def partition_of(count: int) -> pl.Expr:
-    """The partition of a row, by its prompt: 0 to count - 1."""
-    return (pl.col("prompt_id").hash(0) % count).cast(pl.UInt16)
+def partition_of(count: int, key: str = "prompt_id") -> pl.Expr:
+    """The partition of a row, by its prompt or another key: 0 to count - 1."""
+    return (pl.col(key).hash(0) % count).cast(pl.UInt16)
 
 
-def split(frames: Sequence[pl.LazyFrame], count: int, folder: Path) -> list[pl.LazyFrame]:
+def split(frames: Sequence[pl.LazyFrame], count: int, folder: Path, run: Map = map) -> list[pl.LazyFrame]:
     """Cut frames of the same columns by their column `partition` (0 to count - 1).
 
-    One partition is held in memory, several are files in `folder`. The frames are written one after the other, since
-    the partitioned sink of polars holds most of a frame in memory.
+    One partition is held in memory, several are files in `folder`. Each frame is written by a task, since the
+    partitioned sink of polars holds most of a frame in memory.
     """
     if count == 1:
         return [pl.concat(f.drop("partition").collect(engine="streaming") for f in frames).lazy()]
+    deque(run(sink, frames, (folder / str(number) for number in range(len(frames)))), maxlen=0)
+    return parts_of(frames[0].drop("partition").collect_schema(), count, folder)
+
+
+def sink(frame: pl.LazyFrame, folder: Path) -> None:
+    """Write a frame into files by its column `partition`."""
     fsio.make_dirs(folder)
-    schema = frames[0].drop("partition").collect_schema()
-    with fsio.storage_errors(folder):
-        for number, frame in enumerate(frames):
-            by = pl.PartitionBy(folder / str(number), key="partition", include_key=False)
-            frame.sink_ipc(by, compression="lz4", mkdir=True)
+    with storage_errors(folder):
+        by = pl.PartitionBy(folder, key="partition", include_key=False)
+        frame.sink_ipc(by, compression="lz4", mkdir=True)
+
+
+def parts_of(schema: Mapping[str, pl.DataType], count: int, folder: Path) -> list[pl.LazyFrame]:
+    """The partitions in the folders of `sink` inside `folder`."""
     parts = [sorted(folder.glob(f"*/partition={number}/*")) for number in range(count)]
     return [pl.scan_ipc(files, glob=False) if files else pl.LazyFrame(schema=schema) for files in parts]
 
@@ -59,16 +71,16 @@ def cut(frame: pl.DataFrame, count: int) -> list[pl.DataFrame]:
 
 
 def batches(files: Files) -> list[Files]:
-    """The files in batches of up to 512 MiB: what one pass may hold in memory."""
-    filled: list[list[Path]] = [[]]
+    """The files in batches of up to 512 MiB, by run: what one pass may hold in memory."""
+    filled: list[list[list[Path]]] = []
     size = 0
-    for path in itertools.chain(*files):
-        if filled[-1] and size + path.stat().st_size > _BYTES_AT_ONCE:
-            filled.append([])
+    for number, path in ((number, path) for number, paths in enumerate(files) for path in paths):
+        if not filled or size + path.stat().st_size > _BYTES_AT_ONCE:
+            filled.append([[] for _ in files])
             size = 0
-        filled[-1].append(path)
+        filled[-1][number].append(path)
         size += path.stat().st_size
-    return [[batch] for batch in filled]
+    return list(filled)
 
 
 def file_and_row(files: Files, wanted: pl.Expr) -> str:

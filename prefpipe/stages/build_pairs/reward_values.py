@@ -6,13 +6,14 @@ have a row for it. Its term, `term.I`, is what it adds to the sum.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
 
 import polars as pl
+import polars.selectors as cs
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.reward_sum import RewardSum, parse
@@ -59,15 +60,21 @@ def open_rewards(config: BuildPairsConfig) -> Rewards:
     return rewards if config.reward_scale != "run" else Rewards(total, files, "run", _moments(rewards))
 
 
-def frames(rewards: Rewards) -> list[pl.LazyFrame]:
-    """completion_id, part.I and rated.I (true) of every part, once per completion.
+def read(files: Files) -> pl.LazyFrame:
+    """completion_id and reward of a part."""
+    return scan(files, Reward).select("completion_id", "reward")
 
-    Raises DataError when two rewards of one completion differ.
-    """
-    return [
-        _once(files).rename({"reward": f"part.{number}", "rated": f"rated.{number}"})
-        for number, files in enumerate(rewards.files.values())
-    ]
+
+def join(keys: pl.DataFrame, rated: Sequence[pl.LazyFrame], rewards: Rewards) -> tuple[pl.DataFrame, list[int]]:
+    """`keys` with part.I (a reward, or null) and rated.I (whether there is a row for it), and how many completions each
+    part rates. `rated` comes from `read`, by part. Raises DataError when two rewards of one completion differ."""
+    counts: list[int] = []
+    for number, (frame, files) in enumerate(zip(rated, rewards.files.values(), strict=True)):
+        once = _once(frame, files).collect()
+        counts.append(once.height)
+        names = {"reward": f"part.{number}", "rated": f"rated.{number}"}
+        keys = keys.join(once.rename(names), on="completion_id", how="left")
+    return keys.with_columns(cs.starts_with("rated.").fill_null(value=False)), counts
 
 
 def with_reward(keys: pl.DataFrame, rewards: Rewards) -> pl.DataFrame:
@@ -121,10 +128,12 @@ def terms_of(candidates: pl.DataFrame, rewards: Rewards) -> pl.DataFrame:
     return candidates.select("prompt_id", "completion_id", *_terms(rewards)) if rewards.is_sum else pl.DataFrame()
 
 
-def check_match(rewards: Rewards, completions: Files, num_rated: Mapping[str, int]) -> None:
-    """Raise DataError when a part has more rows than the `num_rated` completions that it rates."""
+def check_match(
+    rewards: Rewards, completions: Files, num_rewards: Mapping[str, int], num_rated: Mapping[str, int]
+) -> None:
+    """Raise DataError when a part has more rows, `num_rewards`, than the `num_rated` completions that it rates."""
     for name, files in rewards.files.items():
-        total = int(_once(files).select(pl.len()).collect(engine="streaming").item())
+        total = num_rewards[name]
         if total == num_rated[name]:
             continue
         foreign = scan(files, Reward).join(scan(completions, Completion), on="completion_id", how="anti")
@@ -199,9 +208,9 @@ def _by_prompt(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.sort("prompt_id", "completion_id").with_columns(prompt=pl.col("prompt_id").rle_id())
 
 
-def _once(files: Files) -> pl.LazyFrame:
-    """completion_id, reward and rated (true), once per completion. Raises DataError when two rewards of one differ."""
-    rows = scan(files, Reward).select("completion_id", "reward")
+def _once(rows: pl.LazyFrame, files: Files) -> pl.LazyFrame:
+    """completion_id, reward and rated (true) of rows of these files, once per completion. Raises DataError when two
+    rewards of one differ."""
     if len(files) == 1:
         return rows.with_columns(rated=pl.lit(True))  # noqa: FBT003  (a column of true)
     once = rows.group_by("completion_id").agg(pl.col("reward").max(), low=pl.col("reward").min())
@@ -220,7 +229,11 @@ def _once(files: Files) -> pl.LazyFrame:
 def _moments(rewards: Rewards) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of each part, over the completions that have every part; from exact sums."""
     parts = _parts(rewards)
-    joined = reduce(lambda one, other: one.join(other, on="completion_id"), frames(rewards))
+    frames = [
+        _once(read(files), files).select("completion_id", pl.col("reward").alias(part))
+        for files, part in zip(rewards.files.values(), parts, strict=True)
+    ]
+    joined = reduce(lambda one, other: one.join(other, on="completion_id"), frames)
     finite = joined.filter(pl.all_horizontal(pl.col(p).is_finite() for p in parts)).select(parts)
     values = finite.collect(engine="streaming")
     found: dict[str, tuple[float, float]] = {}

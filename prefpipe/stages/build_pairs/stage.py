@@ -10,7 +10,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ from prefpipe.stages.build_pairs import (
     reward_values,
 )
 from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
-from prefpipe.stages.build_pairs.candidates import Workspace
+from prefpipe.stages.build_pairs.candidates import CandidatePartition, Sources, Workspace
 from prefpipe.stages.build_pairs.data_report import Check
 from prefpipe.stages.build_pairs.label_rules import balance
 from prefpipe.stages.build_pairs.reward_values import Spread
+from prefpipe.stages.build_pairs.tasks import tasks
 
 _INPUTS = ("completions", "reward_runs", "ref_logps", "policy_logps", "contamination")
 
@@ -64,9 +66,10 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
     with store.open_run(out, "build-pairs", config, digests, force=force) as run_dir:
         manifest = run_dir.manifest()
         if manifest is None:
-            with fsio.temporary_dir(out / "partitions") as folder:
-                sources = candidates.open_sources(config)
-                workspace = Workspace(config, sources, run_dir, sources.num_partitions, folder)
+            sources = candidates.open_sources(config)
+            count = sources.num_partitions
+            with fsio.temporary_dir(out / "partitions") as folder, tasks(min(config.workers, count)) as run_tasks:
+                workspace = Workspace(config, sources, run_dir, count, folder, run_tasks)
                 selection = _select(workspace)
                 result = _write_rows(workspace, selection)
                 levels = {"completions": selection.level, **result.levels}
@@ -111,18 +114,18 @@ def _select(workspace: Workspace) -> _Selection:
     terms: list[pl.DataFrame] = []
     num_rated, num_null = Counter[str](), Counter[str]()
     num_in = num_prompts = num_candidates = 0
-    for keys in candidates.read(sources, config, workspace.num_partitions, workspace.folder / "keys"):
-        part = candidates.select(keys.collect(), dropped_prompts, sources, config)
+    keys, num_rewards = candidates.read(
+        sources, config, workspace.num_partitions, workspace.folder / "keys", workspace.run
+    )
+    for part, of_rule in workspace.run(partial(_select_partition, dropped_prompts, sources, config), keys):
         num_rated, num_null = num_rated + part.num_rated, num_null + part.num_null
         num_in, num_prompts = num_in + part.num_in, num_prompts + part.num_prompts
-        num_candidates += part.candidates.height
+        num_candidates += part.num_candidates
         terms.append(part.terms)
         ledgers.append(part.ledger)
-        if config.output == "pairs":
-            rule_pairs.append(pairs.apply_rule(part.candidates, config))
-        else:
-            selected.append(part.candidates)
-    reward_values.check_match(sources.rewards, sources.completions, num_rated)
+        rule_pairs += of_rule
+        selected.append(part.candidates)
+    reward_values.check_match(sources.rewards, sources.completions, num_rewards, num_rated)
     ledger = pl.concat(ledgers)
     level = Level(num_in, num_candidates, count_reasons(ledger))
     spreads = reward_values.spreads(pl.concat(terms), sources.rewards, num_null) if sources.rewards.is_sum else []
@@ -130,6 +133,16 @@ def _select(workspace: Workspace) -> _Selection:
         if spread.missing:
             log.warn(f"{spread.missing} of {num_in} completions have no value of {spread.name}: they are left out")
     return _Selection(selected, rule_pairs, ledger, level, num_prompts, spreads)
+
+
+def _select_partition(
+    dropped_prompts: pl.DataFrame, sources: Sources, config: BuildPairsConfig, keys: pl.LazyFrame
+) -> tuple[CandidatePartition, list[pairs.RulePairs]]:
+    """One partition: its candidates; for pairs, what the rule makes of them, and no candidates."""
+    part = candidates.select(keys.collect(), dropped_prompts, sources, config)
+    if config.output != "pairs":
+        return part, []
+    return replace(part, candidates=part.candidates.clear()), [pairs.apply_rule(part.candidates, config)]
 
 
 def _write_rows(workspace: Workspace, selection: _Selection) -> BuildResult:

@@ -19,7 +19,7 @@ NONE = pl.DataFrame(schema=prompt_filters.SCHEMA)
 def selected(tmp_path: Path, rows: list[Row], **changes: Any) -> CandidatePartition:
     config = settings(run_of(tmp_path / "g", rows), **changes)
     sources = open_sources(config)
-    (keys,) = read(sources, config, 1, tmp_path / "keys")
+    (keys,), _ = read(sources, config, 1, tmp_path / "keys")
     return select(keys.collect(), NONE, sources, config)
 
 
@@ -56,7 +56,7 @@ def test_a_dropped_prompt_takes_its_completions_along(tmp_path: Path) -> None:
     rows = [Row("p", "a", 1.0), Row("p", "b", None), Row("q", "c", 1.0)]
     config = settings(run_of(tmp_path / "g", rows))
     sources = open_sources(config)
-    (keys,) = read(sources, config, 1, tmp_path / "keys")
+    (keys,), _ = read(sources, config, 1, tmp_path / "keys")
     faulty = pl.DataFrame([("p", "contaminated", "why")], schema=prompt_filters.SCHEMA, orient="row")
     found = select(keys.collect(), faulty, sources, config)
     assert sorted(found.ledger.rows()) == [

@@ -31,7 +31,7 @@ PROMPTS = pl.LazyFrame(
 
 def contents(references: pl.LazyFrame) -> Contents:
     empty = references.clear()
-    return Contents([COMPLETIONS], [references], [empty], [PROMPTS])
+    return Contents(COMPLETIONS, references, empty, PROMPTS)
 
 
 def of_both(references: pl.LazyFrame) -> pl.DataFrame:
@@ -41,8 +41,8 @@ def of_both(references: pl.LazyFrame) -> pl.DataFrame:
         "rejected_finish_reason": ["stop"],
     }  # fmt: skip
     made = contents(references)
-    with_content = output_rows.sides(pl.DataFrame(key), made.of(0))
-    return output_rows.pair_rows(with_content, made.prompts_of(0), BuildPairsConfig())
+    with_content = output_rows.sides(pl.DataFrame(key), made.rows())
+    return output_rows.pair_rows(with_content, made.of_prompts(), BuildPairsConfig())
 
 
 def test_of_two_scorers_the_first_by_name_wins_in_any_order() -> None:
@@ -67,7 +67,7 @@ def test_the_columns_are_those_of_the_dataset() -> None:
 def test_other_ids_are_refused() -> None:
     stale = pl.LazyFrame({**REFERENCE, "digest": ["dc", "dc", "old"]})
     with pytest.raises(IdentityError, match=r"log-probs of 1 completions .*first: completion d"):
-        contents(stale).of(0)
+        contents(stale).rows()
 
 
 def test_the_text_of_several_turns_is_that_of_all_of_them() -> None:
@@ -75,8 +75,8 @@ def test_the_text_of_several_turns_is_that_of_all_of_them() -> None:
     frame = COMPLETIONS.with_columns(
         thinking=pl.Series(["before ", "<think></think>"]), loss_mask=pl.Series([[False, True], None])
     )
-    made = Contents([frame], [pl.LazyFrame(REFERENCE)], [pl.LazyFrame(REFERENCE).clear()], [PROMPTS])
-    found = made.of(0).sort("completion_id")
+    made = Contents(frame, pl.LazyFrame(REFERENCE), pl.LazyFrame(REFERENCE).clear(), PROMPTS)
+    found = made.rows().sort("completion_id")
     assert found["text"].to_list() == ["before good", "bad"]
     assert found["thinking"].to_list() == [None, "<think></think>"]
 
@@ -87,19 +87,19 @@ def test_a_group_has_masks_where_one_of_its_completions_has() -> None:
     )
     for mask, expected in (([False, True], [[False, True], [True, True]]), (None, None)):
         frame = COMPLETIONS.with_columns(loss_mask=pl.Series([mask, None], dtype=pl.List(pl.Boolean)))
-        made = Contents([frame], [pl.LazyFrame(REFERENCE)], [pl.LazyFrame(REFERENCE).clear()], [PROMPTS])
-        rows = output_rows.group_rows(ranked, made.of(0), made.prompts_of(0))
+        made = Contents(frame, pl.LazyFrame(REFERENCE), pl.LazyFrame(REFERENCE).clear(), PROMPTS)
+        rows = output_rows.group_rows(ranked, made.rows(), made.of_prompts())
         assert output_rows.to_table(rows, RankedGroup)["loss_masks"].to_pylist() == [expected]
 
 
 def test_a_group_of_two_tokenizers_is_refused() -> None:
     other = COMPLETIONS.with_columns(prompt_token_ids=pl.Series([[1], [9]]))
-    made = Contents([other], [pl.LazyFrame(REFERENCE)], [pl.LazyFrame(REFERENCE).clear()], [PROMPTS])
+    made = Contents(other, pl.LazyFrame(REFERENCE), pl.LazyFrame(REFERENCE).clear(), PROMPTS)
     ranked = pl.DataFrame(
         {"prompt_id": ["p", "p"], "completion_id": ["c", "d"], "reward": [1.0, 0.0], "finish_reason": ["stop", "stop"]}
     )
     with pytest.raises(DataError, match="other token ids"):
-        output_rows.group_rows(ranked, made.of(0), made.prompts_of(0))
+        output_rows.group_rows(ranked, made.rows(), made.of_prompts())
     same = contents(pl.LazyFrame(REFERENCE))
-    table = output_rows.to_table(output_rows.group_rows(ranked, same.of(0), same.prompts_of(0)), RankedGroup)
+    table = output_rows.to_table(output_rows.group_rows(ranked, same.rows(), same.of_prompts()), RankedGroup)
     assert table.to_pylist()[0]["ref_logps"] == [-4.0, -6.0]

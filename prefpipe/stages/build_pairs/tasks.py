@@ -1,0 +1,74 @@
+"""Work on partitions in this process or in several: results come back in the order of the partitions."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+
+from prefpipe.errors import PrefpipeError
+
+R = TypeVar("R")
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class Map(Protocol):
+    """The builtin `map`, or one whose function, of a module, runs in other processes."""
+
+    def __call__(self, function: Callable[..., R], *arguments: Iterable[Any]) -> Iterator[R]:
+        """The results for every value of the arguments, in their order."""
+        ...
+
+
+@contextmanager
+def tasks(workers: int) -> Generator[Map]:
+    """A `map` over `workers` processes, which end with the block and with this process, however it ends; for one worker
+    the builtin. The cores are dealt out to the processes.
+
+    A map raises what its function raises, and PrefpipeError when a process dies.
+    """
+    if workers == 1:
+        yield map
+        return
+    threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    named = os.environ.get("POLARS_MAX_THREADS")
+    os.environ["POLARS_MAX_THREADS"] = named or threads  # a process reads it when it starts
+    others = {*multiprocessing.active_children()}
+    context = multiprocessing.get_context("spawn")  # the threads of polars do not survive a fork
+    pool = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), int(threads)))
+    try:
+        yield partial(_map, pool)
+    except BaseException:
+        for process in {*multiprocessing.active_children()} - others:
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if named is None:
+            del os.environ["POLARS_MAX_THREADS"]
+
+
+def _map(pool: ProcessPoolExecutor, function: Callable[..., R], *arguments: Iterable[Any]) -> Iterator[R]:
+    try:
+        yield from pool.map(function, *arguments)
+    except BrokenProcessPool as error:
+        raise PrefpipeError(
+            "a worker of build-pairs died, which usually means that the memory is full",
+            "run the same command again with fewer --workers",
+        ) from error
+
+
+def _begin(parent: int, threads: int) -> None:
+    """Ctrl-C goes to the parent alone, which ends its workers; they never outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    pa.set_cpu_count(threads)

@@ -1,0 +1,1 @@
+"""`prefpipe gather`: the runs of all parts as one run."""
