@@ -1,5 +1,8 @@
-"""What this machine computes with: the number type that its hardware is fast at. No package of the GPU is imported."""
+"""What this machine computes with: the number type that its hardware is fast at, and how it keeps memory. No package of
+the GPU is imported."""
 
+import contextlib
+import ctypes
 import functools
 import subprocess
 from pathlib import Path
@@ -49,3 +52,14 @@ def _cpu_flags() -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep memory that is freed. A step of sampling frees buffers of [sequences, vocabulary]; by chance
+    they went back to the system or not, and those that did were mapped again page by page in the next step
+    (docs/LOG.md)."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+        mallopt(trim_threshold, 512 << 20)

@@ -7,7 +7,7 @@ from typing import Self
 
 import torch
 
-from prefpipe import log
+from prefpipe import log, machine
 from prefpipe.engines import equal_lengths
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.engines.continuous import Batch
@@ -33,6 +33,8 @@ class TransformersEngine:
         if settings.policy.adapter is not None:
             policy = load.load_adapter(policy, settings.policy.adapter, trainable=False)
         self._model = TreeModel(policy)
+        if not torch.cuda.is_available():
+            machine.keep_freed_memory()
         self._tested = 0  # tokens of the longest sequence for which the rows are known to be right
 
     @property
