@@ -30,6 +30,11 @@ def number_type() -> tuple[str, str]:
     return "float32", "this CPU has no instructions for bfloat16"
 
 
+def named(dtype: str) -> str:
+    """A number type by its name; auto is that of this machine."""
+    return number_type()[0] if dtype == "auto" else dtype
+
+
 def _of_nvidia(capabilities: list[float]) -> tuple[str, str]:
     if capabilities and min(capabilities) < _AMPERE:
         return "float32", f"a GPU of compute capability {min(capabilities)} has no bfloat16; float16 may be faster"
