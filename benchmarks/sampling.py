@@ -1,10 +1,11 @@
 """Tokens per CPU second of the transformers engine, beside those of another version of it in the same process.
 
     git show COMMIT:prefpipe/engines/transformers.py > runs/older.py
-    python benchmarks/sampling.py --json FILE [--older runs/older.py] [--prompts 64] [--draws 4] [--max-tokens 64]
+    python benchmarks/sampling.py --json FILE [--older runs/older.py] [--prompts 64] [--draws 4]
 
-Prompts of the demo, which have different lengths; SmolLM2-135M in the number type of this machine; one thread. CPU time,
-because other work on the machine does not count into it. `decoding` leaves out the scoring pass behind the samples.
+Prompts of the demo, which have different lengths; SmolLM2-135M in the number type of this machine; one thread. CPU
+time, because other work on the machine does not count into it. Queries are sampled without the scoring pass behind
+samples.
 """
 
 import argparse
@@ -82,7 +83,8 @@ def measure(name: str, engine: Any, requests: list[Request]) -> dict[str, Any]:
     )
     return {
         "name": name, "prompts": len(requests), "draws": len(requests[0].draws), "tokens": tokens, "cpu_seconds": both,
-        "tokens_per_cpu_second": tokens / both, "queries_cpu_seconds": alone, "query_tokens_per_cpu_second": answered / alone,
+        "tokens_per_cpu_second": tokens / both, "queries_cpu_seconds": alone,
+        "query_tokens_per_cpu_second": answered / alone,
     }  # fmt: skip
 
 

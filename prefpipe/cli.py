@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from prefpipe import __version__, flags, log, terminal
+from prefpipe import __version__, flags, log, processes, terminal
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
 from prefpipe.config.iterate import IterateConfig
@@ -48,9 +48,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _stop)
-    # OpenMP threads that spin while they wait starve each other on a busy machine: vLLM is then 6 to 12 times slower
-    # (docs/LOG.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    processes.wait_passively()
     verbose = "--verbose" in sys.argv
     try:
         code = app(standalone_mode=False)

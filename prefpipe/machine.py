@@ -1,6 +1,8 @@
-"""What this machine computes with: the number type that its hardware is fast at, GPUs, free memory. No package of the
-GPU is imported."""
+"""What this machine computes with: the number type that its hardware is fast at, GPUs, memory and how it is kept. No
+package of the GPU is imported."""
 
+import contextlib
+import ctypes
 import functools
 import os
 import subprocess
@@ -43,6 +45,11 @@ def on_cpu() -> bool:
     return not (_AMD.exists() or _NVIDIA.exists()) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
+def named(dtype: str) -> str:
+    """A number type by its name; auto is that of this machine."""
+    return number_type()[0] if dtype == "auto" else dtype
+
+
 def _of_nvidia(capabilities: list[float]) -> tuple[str, str]:
     if capabilities and min(capabilities) < _AMPERE:
         return "float32", f"a GPU of compute capability {min(capabilities)} has no bfloat16; float16 may be faster"
@@ -65,3 +72,14 @@ def _cpu_flags() -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep memory that is freed. A step of sampling frees buffers of [sequences, vocabulary]; by chance
+    they went back to the system or not, and those that did were mapped again page by page in the next step
+    (docs/LOG.md)."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+        mallopt(trim_threshold, 512 << 20)

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# OpenMP threads that spin while they wait starve each other on a busy machine: vLLM is then 6 to 12 times slower
+# (docs/LOG.md). It is read when torch loads.
+_WAITING = {"OMP_WAIT_POLICY": "passive"}
 _ROOT = str(Path(__file__).resolve().parents[1])
 
 
@@ -21,12 +24,18 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def environment(path: list[str] | None = None) -> dict[str, str]:
-    """The environment of this process, in which a module of prefpipe is found; `path` are the folders of modules to
-    look in, by default those of PYTHONPATH."""
+    """The environment of this process, in which a module of prefpipe is found and threads sleep while they wait; `path`
+    are the folders of modules to look in, by default those of PYTHONPATH."""
     folders = path if path is not None else list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     if _ROOT not in map(os.path.realpath, [*folders, *site.getsitepackages()]):
         folders = [_ROOT, *folders]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    return {**_WAITING, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+def wait_passively() -> None:
+    """Threads of this process sleep while they wait, if the user has not said otherwise and torch is not loaded yet."""
+    for name, value in _WAITING.items():
+        os.environ.setdefault(name, value)
 
 
 def death_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:

@@ -13,8 +13,12 @@ GpuShare = Annotated[
     RUNTIME,
     Field(gt=0, le=1, description="vLLM: share of a GPU's memory; with that of other engines of the run at most 1."),
 ]
-
-
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    Field(
+        description="Number type of weights and compute; auto is bfloat16 where the hardware computes it, else float32."
+    ),
+]
 _LONG = re.compile("[A-Za-z0-9]{24,}")  # no word of a variable's name is as long
 
 
@@ -60,8 +64,7 @@ class Judge(BaseModel):
     """Address of the endpoint; /chat/completions is added."""
     model: str = "default"
     """Name of the model at the endpoint; for an engine its directory or hub id."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number type of weights and compute in an engine."""
+    dtype: Dtype = "auto"
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 4096
     """Longest question to a judge in an engine, in tokens; a longer one gets no verdict."""
     api_key_env: Annotated[str, RUNTIME, AfterValidator(_no_key)] = "OPENAI_API_KEY"

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_va
 
 from prefpipe.config import secrets
 from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
-from prefpipe.config.judge import GpuShare, Judge
+from prefpipe.config.judge import Dtype, GpuShare, Judge
 
 Unit = Literal["words", "characters", "tokens"]
 TimeoutSeconds = Annotated[float, Field(gt=0, description="Seconds for one completion; then its status is timeout.")]
@@ -197,8 +197,7 @@ class RewardModel(BaseModel):
     """What runs it: transformers (any such model), or vLLM's pooling (faster on a GPU, for the models it knows)."""
     label: str = ""
     """Name or number of the logit that is the reward; a model with a single logit needs none."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number type of weights and compute."""
+    dtype: Dtype = "auto"
     max_length: Annotated[int, Field(ge=1)] = 4096
     """Longest conversation, in tokens of prompt and completion. A longer one is not cut, it has no reward."""
     tokens_per_batch: Annotated[int, RUNTIME, Field(ge=1)] = 16384

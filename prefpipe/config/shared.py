@@ -102,12 +102,7 @@ Engine = Annotated[
     Literal["vllm", "transformers", "fake"],
     Field(description="What samples: vllm, transformers (slower, runs anywhere), fake (canned text, for tests)."),
 ]
-Dtype = Annotated[
-    Literal["auto", "bfloat16", "float16", "float32"],
-    Field(
-        description="Number type of weights and compute; auto is bfloat16 where the hardware computes it, else float32."
-    ),
-]
+Dtype = rewards.Dtype
 RewardSettings = rewards.RewardSettings
 SpecialTokens = rewards.SpecialTokens
 RewardName = Annotated[str, AfterValidator(check_reward)]  # a class declares reward_settings before such a field

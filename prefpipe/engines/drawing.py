@@ -48,21 +48,23 @@ def draw(
     sources: Sequence[torch.Generator],
     settings: EngineSettings,
 ) -> list[int]:
-    """Token ids [B] from float32 logits [B, V]: the largest where the temperature is 0, else a draw from the tokens
-    that min_p, top_k and top_p leave, applied in vLLM's order."""
+    """Token ids [B] from float32 logits [B, V], which are overwritten: the largest where the temperature is 0, else a
+    draw from the tokens that min_p, top_k and top_p leave, applied in vLLM's order."""
     if not any(temperatures):
         return logits.argmax(-1).tolist()
+    greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
+    best = logits.argmax(-1) if bool(greedy.any()) else None
     heat = torch.tensor([t or 1.0 for t in temperatures], device=logits.device).unsqueeze(1)
-    scaled = _kept(logits / heat, settings)
-    blocks = pad(scaled, (0, -scaled.shape[1] % _BLOCK), value=-torch.inf).unflatten(1, (-1, _BLOCK))
+    scaled = _kept(logits.div_(heat), settings)
+    missing = -scaled.shape[1] % _BLOCK
+    blocks = (pad(scaled, (0, missing), value=-torch.inf) if missing else scaled).unflatten(1, (-1, _BLOCK))
     noise = _gumbels(sources, temperatures, blocks.shape[1] + _BLOCK, logits.device)
-    mass = (blocks - scaled.amax(-1)[:, None, None]).exp().sum(-1).double()
+    mass = (blocks - scaled.amax(-1)[:, None, None]).exp_().sum(-1).double()
     rows = torch.arange(len(blocks), device=logits.device)
     block = (mass.log() + noise[:, :-_BLOCK]).argmax(-1)
     token = (blocks[rows, block].double() + noise[:, -_BLOCK:]).argmax(-1)
     drawn = block * _BLOCK + token
-    greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
-    return torch.where(greedy, logits.argmax(-1), drawn).tolist() if bool(greedy.any()) else drawn.tolist()
+    return (drawn if best is None else torch.where(greedy, best, drawn)).tolist()
 
 
 def _gumbels(

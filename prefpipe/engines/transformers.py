@@ -7,7 +7,7 @@ from typing import Self
 
 import torch
 
-from prefpipe import log
+from prefpipe import log, machine
 from prefpipe.engines import equal_lengths
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.engines.continuous import Batch
@@ -31,6 +31,8 @@ class TransformersEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._hold(load.load_model(settings.policy.directory, settings.dtype), settings.policy)
+        if not torch.cuda.is_available():
+            machine.keep_freed_memory()
 
     def _hold(self, model: torch.nn.Module, policy: Policy) -> None:
         """Compute with a model and the adapter of a policy from now on."""

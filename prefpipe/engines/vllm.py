@@ -3,7 +3,6 @@
 """The engine of vLLM: its request loop step by step, raw log-probs captured while sampling, the adapter per request."""
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
+from prefpipe import machine
 from prefpipe.engines import vllm_process
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import DataError, UsageError
@@ -28,7 +28,7 @@ class VllmEngine:
         vllm_process.prepare()
         on_cpu = not vllm_process.cuda_is_available()
         if on_cpu:
-            _keep_freed_memory()
+            machine.keep_freed_memory()
             if settings.tensor_parallel_size > 1:  # else every worker wants a NUMA node for itself
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
@@ -233,17 +233,6 @@ def _score_with_the_base_head() -> None:
         return self.base_layer._get_logits(*args, **kwargs)
 
     LogitsProcessorWithLoRA._get_logits = base_logits
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep memory that is freed. A step with log-probs frees buffers of [sequences, vocabulary]; by chance
-    they went back to the system or not, and those that did were mapped again page by page in the next step
-    (docs/LOG.md)."""
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    with contextlib.suppress(AttributeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
-        mallopt(trim_threshold, 512 << 20)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def logits(
     """
     columns = hidden.T
     raw = weight @ columns if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
-    return _ruled(raw.T.float(), rule)
+    return _ruled(raw.T.contiguous().float(), rule)
 
 
 def chunk_bytes(weight: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from prefpipe import machine
 from prefpipe.config.base import result_fields
 from prefpipe.config.rewards import Settings, settings_of
 from prefpipe.errors import MissingInputError, to_install
@@ -56,6 +57,8 @@ def identity(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> str:
         settings: BaseModel = settings_of(name, tables)
         values = result_fields(settings)
         kind = values.pop("kind")
+        if values.get("dtype") == "auto":  # behind an endpoint nothing is computed here, whatever this machine is
+            values["dtype"] = "bfloat16" if values.get("engine") == "endpoint" else machine.number_type()[0]
         module = _module(kind)
         values |= module.inputs(settings)
         return " ".join([f"{kind}-{module.VERSION}", *([canonical_json(values)] if values else [])])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefpipe import engines, log
+from prefpipe import engines, log, machine
 from prefpipe.config.judge import Judge
 from prefpipe.engines.base import Engine, EngineSettings, Query, Response
 from prefpipe.errors import RowFault, UsageError
@@ -126,13 +126,14 @@ def _longest_question(settings: Judge, directory: Path) -> int:
 
 def _start(settings: Judge, directory: Path, chat: Chat, longest: int) -> Engine:
     wanted = {"json_schema": "JSON Schema", "json_object": "JSON", "none": "in words only"}[settings.structured]
-    log.info(f"starting engine {settings.engine} for the judge ({directory.name}, {settings.dtype}, {wanted})")
+    dtype = machine.named(settings.dtype)
+    log.info(f"starting engine {settings.engine} for the judge ({directory.name}, {dtype}, {wanted})")
     return engines.load(
         settings.engine,
         EngineSettings(
             policy=resolve(_name(settings)),
             chat=chat,
-            dtype=settings.dtype,
+            dtype=dtype,
             top_p=1.0,
             max_tokens=settings.max_tokens,
             max_model_len=longest + settings.max_tokens,

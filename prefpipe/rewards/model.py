@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from prefpipe import log
+from prefpipe import log, machine
 from prefpipe.config.base import suggestion
 from prefpipe.config.rewards import RewardModel
 from prefpipe.engines import pooling
@@ -82,12 +82,13 @@ def reward_model(settings: RewardModel) -> RewardFunction:
 @contextlib.contextmanager
 def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generator[Callable[[list[Row]], Logits]]:
     """A function from rows to the logits of each, by the index of the row."""
+    dtype = machine.named(settings.dtype)
     if settings.engine == "vllm":
         check_architecture(directory, AutoModelForSequenceClassification)
         _check_classifier(directory)  # vLLM would make a classifier of any language model
-        log.info(f"starting vLLM for reward model {directory.name} ({settings.dtype})")
+        log.info(f"starting vLLM for reward model {directory.name} ({dtype})")
         pad_token_id = fingerprint.read_json(directory / "config.json").get("pad_token_id")
-        with pooling.classifier(directory, settings.dtype, longest, settings.gpu_memory_utilization) as classify:
+        with pooling.classifier(directory, dtype, longest, settings.gpu_memory_utilization) as classify:
 
             def at_once(rows: list[Row]) -> Logits:
                 values = classify([without_padding(pad_token_id, row.token_ids) for row in rows])
@@ -95,7 +96,7 @@ def _classifier(settings: RewardModel, directory: Path, longest: int) -> Generat
 
             yield at_once
         return
-    model = load(directory, settings.dtype)
+    model = load(directory, dtype)
 
     def by_batch(rows: list[Row]) -> Logits:
         by_index: Logits = {}

@@ -36,6 +36,14 @@ def _settled(config: C, saved: Mapping[str, Any], dtype: str) -> C:
         value, before = getattr(config, name), saved.get(name)
         if isinstance(value, BaseModel):
             changes[name] = _settled(value, before if isinstance(before, dict) else {}, dtype)
+        elif isinstance(value, dict):  # tables by name, such as those of rewards
+            there: Mapping[str, Any] = before if isinstance(before, dict) else {}
+            changes[name] = {
+                key: _settled(table, there[key] if isinstance(there.get(key), dict) else {}, dtype)
+                if isinstance(table, BaseModel)
+                else table
+                for key, table in value.items()
+            }
         elif name == "dtype" and value == _AUTO:
             changes[name] = before if isinstance(before, str) else dtype
     return config.model_copy(update=changes) if changes else config

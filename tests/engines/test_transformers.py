@@ -6,14 +6,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as limits
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, Qwen2MoeConfig
 
 from prefpipe import engines
@@ -21,8 +17,6 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.engines.base import Draw, Engine, EngineSettings, Query, Request, Sample, ScoreRequest
-from prefpipe.engines.drawing import draw
-from prefpipe.engines.equal_lengths import batches
 from prefpipe.errors import UsageError
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.load import adapter_tensors, add_lora, load_model, save_adapter, scorer_name
@@ -347,44 +341,6 @@ def test_the_scorer_names_forward_and_dtype(engine: Engine) -> None:
     assert engine.scorer.endswith("/float32")
 
 
-def draws_of(
-    probabilities: list[float], temperature: float, top_p: float, number: int, *, top_k: int = 0, min_p: float = 0.0
-) -> torch.Tensor:
-    """Shares of the tokens in `number` draws."""
-    settings = SimpleNamespace(top_p=top_p, top_k=top_k, min_p=min_p)
-    source = torch.Generator().manual_seed(0)
-    logits = torch.tensor(probabilities).log().unsqueeze(0)
-    found = torch.tensor([draw(logits, [temperature], [source], settings)[0] for _ in range(number)])
-    return found.bincount(minlength=len(probabilities)) / number
-
-
-def test_top_p_keeps_the_nucleus_only() -> None:
-    """0.5 + 0.3 reach 0.7 with the token that crosses it; renormalised that is 5/8 and 3/8.
-
-    4000 draws: the standard deviation of a share is below 0.008, so 0.04 are five of them.
-    """
-    shares = draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 0.7, 4000)
-    assert shares[[0, 2]].tolist() == [0, 0]
-    assert shares[[1, 3]].tolist() == pytest.approx([5 / 8, 3 / 8], abs=0.04)
-
-
-def test_top_k_keeps_the_likeliest_and_top_p_cuts_what_is_left() -> None:
-    """The two best are 0.5 and 0.3, renormalised 5/8 and 3/8; of these 0.6 keeps the first alone, as in vLLM."""
-    shares = draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000, top_k=2)
-    assert shares[[0, 2]].tolist() == [0, 0]
-    assert shares[[1, 3]].tolist() == pytest.approx([5 / 8, 3 / 8], abs=0.04)
-    assert draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 0.6, 100, top_k=2).tolist() == [0, 1, 0, 0]
-    assert draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000, top_k=99)[2] > 0.02
-
-
-def test_min_p_drops_what_is_too_unlikely_beside_the_best() -> None:
-    """0.5 * 0.5 = 0.25: 0.15 and 0.05 go. At temperature 1/2 shares are squared first: 0.09 < 0.25 * 0.5 goes too."""
-    shares = draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000, min_p=0.5)
-    assert shares[[0, 2]].tolist() == [0, 0]
-    assert shares[3] > 0.3
-    assert draws_of([0.15, 0.5, 0.05, 0.3], 0.5, 1.0, 200, min_p=0.5).tolist() == [0, 1, 0, 0]
-
-
 def test_stop_token_ids_end_a_completion_and_stay_in_it(settings: EngineSettings, engine: Engine) -> None:
     """The third token of a long sample, made a stop token: the same sample, cut after it."""
     found = sampled(engine, requests(*DRAWS))
@@ -394,44 +350,3 @@ def test_stop_token_ids_end_a_completion_and_stay_in_it(settings: EngineSettings
         ((_, [cut]),) = stopping.generate([Request(name, PROMPTS[name], (DRAWS[whole.sample_index],))])
     assert cut.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
     assert cut.finish_reason == "stop"
-
-
-def test_without_top_p_every_token_has_its_share() -> None:
-    assert draws_of([0.15, 0.5, 0.05, 0.3], 1.0, 1.0, 4000).tolist() == pytest.approx([0.15, 0.5, 0.05, 0.3], abs=0.04)
-
-
-def test_temperature_sharpens_before_top_p_cuts() -> None:
-    """Temperature 1/2 squares: 0.25, 0.09, 0.0225, 0.0025 of 0.365; the first has 0.685, so 0.6 keeps it alone.
-
-    At temperature 1 the first has 0.5 < 0.6 and the second is kept too.
-    """
-    assert draws_of([0.5, 0.3, 0.15, 0.05], 0.5, 0.6, 500).tolist() == [1, 0, 0, 0]
-    assert draws_of([0.5, 0.3, 0.15, 0.05], 1.0, 0.6, 500)[1] > 0.2
-    shares = draws_of([0.5, 0.3, 0.15, 0.05], 0.5, 1.0, 4000)
-    assert shares.tolist() == pytest.approx([0.685, 0.2466, 0.0616, 0.0068], abs=0.04)
-
-
-def test_greedy_takes_the_best_whatever_top_p_says() -> None:
-    assert draws_of([0.1, 0.2, 0.7], 0.0, 0.01, 20).tolist() == [0, 0, 1]
-
-
-def test_the_smallest_nucleus_is_the_best_token() -> None:
-    assert draws_of([0.1, 0.2, 0.7], 1.0, 1e-6, 50).tolist() == [0, 0, 1]
-
-
-@limits(deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), max_size=20),
-    st.integers(1, 8),
-)
-def test_batches_hold_every_request_once_within_the_limit(shapes: list[tuple[int, int]], max_rows: int) -> None:
-    """One length per batch; more rows than max_rows only when one request alone has more."""
-    given_ = [
-        Request(str(i), [0] * length, tuple(Draw(k, 0, 1.0) for k in range(draws)))
-        for i, (length, draws) in enumerate(shapes)
-    ]
-    found = list(batches(given_, max_rows))
-    assert sorted(r.prompt_id for b in found for r in b) == sorted(r.prompt_id for r in given_)
-    for batch in found:
-        assert len({len(r.prompt_token_ids) for r in batch}) == 1
-        assert len(batch) == 1 or sum(len(r.draws) for r in batch) <= max_rows
