@@ -43,8 +43,9 @@ def write_prompts(path: Path) -> Path:
         for name, sums in split().items()
         for s in sums
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return partial.rename(path)
 
 
 def closeness(completions: Sequence[list[dict[str, str]]], answer: Sequence[str], **_columns: object) -> list[float]:
