@@ -24,7 +24,7 @@ FAULTS := tests/faults tests/runs tests/stages/train/test_checkpoint.py tests/re
 # What a CPU without AVX-512 computes: kernels of torch, oneDNN and MKL round differently from kind to kind.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help setup demo test test-fast test-portable proofs faults zoo check fix bench lock clean
+.PHONY: help setup demo test test-fast test-portable proofs faults zoo check fix bench results lock clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ bench: setup  ## Measurements against public peers (about an hour, 12 GB of disk
 	@mkdir -p runs && for name in train_vs_trl plan_accuracy growth separate_rows generate build_pairs; do \
 	  $(BIN)/python benchmarks/$$name.py $(QUICK) --json runs/$$name.json || exit 1; \
 	done
+
+results: setup  ## What reference, loss, rounds and pair rule do to a small policy: docs/results (QUICK=--quick for a look)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py $(QUICK)
 
 lock:  ## Resolve both lock files again
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

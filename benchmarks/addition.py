@@ -1,21 +1,23 @@
 """A task with a verifier that two cores learn in seconds: `37+5=` is answered by `42`, character by character.
 
-A Llama of 47,000 weights is taught 600 of the 900 sums until it samples about half of the answers right. 400 of these
-are prompts to train on, 200 are for the choice of settings (`validation`), and the 300 others are held out. A model
-directory, a prompts file and a reward, for the commands of prefpipe.
+A Llama of 47,000 weights is taught 600 of the 900 sums, until a share of the answers that it would sample is right.
+400 of these are prompts to train on, 200 are for the choice of settings (`validation`), and the 300 others are held
+out. A model directory, a prompts file and a reward, for the commands of prefpipe.
 """
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 CHARACTERS = "0123456789+="
 END, PAD = "<end>", "<pad>"
 SUMS = tuple((a, b) for a in range(10, 100) for b in range(10))
 SPLITS = {"train": 400, "validation": 200, "heldout": 300}  # the first two are taught
-_BATCH, _RATE, _WARMUP = 64, 4e-3, 20
+_BATCH, _RATE, _WARMUP, _MOST_STEPS = 64, 4e-3, 20, 600
+_PROMPT = 5  # characters of every prompt
 _ZERO_AT = 10  # a number that is so far off has no reward
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -41,8 +43,9 @@ def write_prompts(path: Path) -> Path:
         for name, sums in split().items()
         for s in sums
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return partial.rename(path)
 
 
 def closeness(completions: Sequence[list[dict[str, str]]], answer: Sequence[str], **_columns: object) -> list[float]:
@@ -50,8 +53,10 @@ def closeness(completions: Sequence[list[dict[str, str]]], answer: Sequence[str]
     return [_close(c[-1]["content"], right) for c, right in zip(completions, answer, strict=True)]
 
 
-def teach(directory: Path, seed: int, steps: int) -> Path:
-    """Write a model that has learnt sums by cross entropy, unless it is there: weights and batches follow `seed`."""
+def teach(directory: Path, seed: int, right: float) -> Path:
+    """Write a model that has learnt sums by cross entropy, unless it is there: weights and batches follow `seed`. It is
+    looked at every ten steps, and done when the mean probability of the right answer to a validation prompt is at least
+    `right`: models of all seeds then start from about the same place."""
     if directory.exists():
         return directory
     import torch
@@ -67,15 +72,16 @@ def teach(directory: Path, seed: int, steps: int) -> Path:
             eos_token_id=end, pad_token_id=pad,
         )
     )  # fmt: skip
+    source, splits = random.Random(seed + 1), split()
+    taught, looked_at = splits["train"] + splits["validation"], _rows(splits["validation"])
     adamw = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    for step, (prompts, answers) in enumerate(_batches(seed, steps)):
+    for step in range(_MOST_STEPS):
+        if step % 10 == 0 and _probability(model, looked_at) >= right:
+            break
         adamw.param_groups[0]["lr"] = _RATE * min(1, (step + 1) / _WARMUP)
-        width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-        tokens = torch.tensor(
-            [p + a + [pad] * (width - len(p) - len(a)) for p, a in zip(prompts, answers, strict=True)]
-        )
+        tokens = torch.tensor(_rows(source.choices(taught, k=_BATCH)))
         targets = tokens.masked_fill(tokens == pad, -100)
-        targets[:, : len(prompts[0])] = -100  # every prompt has five characters
+        targets[:, :_PROMPT] = -100
         model(input_ids=tokens, labels=targets).loss.backward()
         adamw.step()
         adamw.zero_grad()
@@ -90,15 +96,23 @@ def _close(said: str, right: str) -> float:
     return max(0, _ZERO_AT - abs(int(said) - int(right))) / _ZERO_AT if is_number else 0.0
 
 
-def _batches(seed: int, steps: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    source, splits = random.Random(seed + 1), split()
-    sums = splits["train"] + splits["validation"]
-    for _ in range(steps):
-        batch = source.choices(sums, k=_BATCH)
-        yield (
-            [list(map(CHARACTERS.index, question(s))) for s in batch],
-            [[*map(CHARACTERS.index, str(sum(s))), len(CHARACTERS)] for s in batch],
-        )
+def _rows(sums: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Prompts with their right answers as token ids, padded to the longest."""
+    end, pad = len(CHARACTERS), len(CHARACTERS) + 1
+    rows = [[*map(CHARACTERS.index, f"{question(s)}{sum(s)}"), end] for s in sums]
+    return [row + [pad] * (max(map(len, rows)) - len(row)) for row in rows]
+
+
+def _probability(model: Any, rows: list[list[int]]) -> float:
+    """The mean probability of the answers, as whole sequences."""
+    import torch
+
+    tokens = torch.tensor(rows)
+    with torch.no_grad():
+        logps = model(input_ids=tokens).logits[:, _PROMPT - 1 : -1].log_softmax(-1)
+    answers = tokens[:, _PROMPT:]
+    of_tokens = logps.gather(-1, answers.unsqueeze(-1)).squeeze(-1).masked_fill(answers > len(CHARACTERS), 0.0)
+    return of_tokens.sum(-1).exp().mean().item()
 
 
 def _write_tokenizer(directory: Path) -> None:

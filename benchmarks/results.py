@@ -13,10 +13,9 @@ import json
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -27,14 +26,13 @@ import polars as pl
 
 from prefpipe import statistics
 from prefpipe.cli import STAGES
-from prefpipe.config import base
 from prefpipe.errors import PrefpipeError
 from prefpipe.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 REWARD = "addition:closeness"
 ENGINE = {"engine": "transformers", "dtype": "float32", "max_num_seqs": 2048}
-SAMPLING = {**ENGINE, "max_tokens": 5, "max_prompt_tokens": 16}
+SAMPLING = {**ENGINE, "max_tokens": 5, "max_prompt_tokens": 16, "shard_rows": 512}
 TRAINING = {
     "tuning": "full", "dtype": "float32", "train_batch_size": 16, "num_train_epochs": 2, "save_steps": 10_000,
     "max_tokens_per_micro_batch": 2048,
@@ -45,18 +43,18 @@ NLL = {"loss_type": ["sigmoid", "nll"], "loss_weights": [1.0, 1.0]}
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the experiments are. teaching: steps of cross entropy before anything else; trials: settings among
-    which each loss chooses."""
+    """How large the experiments are. right: share of right answers, of those sampled, at the start; trials: settings
+    among which each loss chooses."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    teaching: int = 210
-    prompts: int = 250
-    held_out: int = 300
+    right: float = 0.4
+    prompts: int = 150
+    held_out: int = 150
     rounds: int = 3
     trials: int = 4
 
 
-QUICK = Scale(seeds=(0,), teaching=100, prompts=60, held_out=20, rounds=2, trials=1)
+QUICK = Scale(seeds=(0,), right=0.08, prompts=60, held_out=20, rounds=2, trials=1)
 
 
 @dataclass
@@ -93,64 +91,48 @@ class Bench:
         """The lines of the table so far."""
         return list(self._arms.values())
 
-    def add(self, name: str, seed: int, evaluate: Callable[[], Path], settings: str = "") -> None:
-        """Evaluate an arm for a seed. What fails is kept with its message."""
+    @contextmanager
+    def arm(self, name: str, seed: int, settings: str = "") -> Generator[dict[int, Path]]:
+        """The evaluations of an arm, to put that of a seed in. What fails before is kept with its message."""
         arm = self._arms.setdefault(name, Arm(name, settings))
         try:
-            arm.evaluations[seed] = evaluate()
+            yield arm.evaluations
         except PrefpipeError as error:
             arm.failures[seed] = str(error)
 
     def start(self, seed: int) -> Path:
         """The policy before training."""
-        return addition.teach(self._shared / f"start-{self.scale.teaching}-{seed}", seed, self.scale.teaching)
+        return addition.teach(self._shared / f"start-{self.scale.right}-{seed}", seed, self.scale.right)
 
     def step(self, command: str, name: str, **settings: Any) -> Path:
         """Run a command; its run directory. Raises what the command raises."""
         config_class, module = STAGES[command]
-        more = {"runner": _run_saved} if command == "iterate" else {}
         print(f"  {self.out.name}/{name}", flush=True)
-        stage = importlib.import_module(module)
-        stage.run(config_class.model_validate(settings), self.out / name, force=False, **more)
+        importlib.import_module(module).run(config_class.model_validate(settings), self.out / name, force=False)
         return self.out / name
 
-    @property
-    def generating(self) -> dict[str, Any]:
-        """Settings of generate: eight answers to every prompt to train on."""
-        rows = {"prompts": str(self._prompts), "limit": self.scale.prompts, "num_samples": 8}
-        return {**SAMPLING, **rows, "rewards": [REWARD], "check": 0}
-
-    def evaluating(self, start: Path, split: str = "heldout") -> dict[str, Any]:
-        """Settings of evaluate: a greedy and two sampled answers, and the KL divergence to the start."""
-        rows = {"prompts": str(self._prompts), "split": split, "limit": self.scale.held_out}
-        return {**SAMPLING, **rows, "reward": [REWARD], "kl_to": [str(start)]}
-
     def generate(self, name: str, model: Path, seed: int) -> str:
-        """Answers to the prompts to train on, with log-probs of the policy that samples them."""
-        return str(self.step("generate", name, model=str(model), seed=seed, **self.generating))
+        """Eight answers to every prompt to train on, with log-probs of the policy that samples them."""
+        rows = {"prompts": str(self._prompts), "limit": self.scale.prompts, "num_samples": 8, "seed": seed}
+        return str(self.step("generate", name, model=str(model), rewards=[REWARD], check=0, **rows, **SAMPLING))
 
     def train(self, name: str, model: Path, **settings: Any) -> Path:
         """The model that training writes."""
         return self.step("train", name, model=str(model), **{**TRAINING, **settings}) / "model"
 
     def evaluate(self, name: str, model: Path, start: Path, split: str = "heldout") -> Path:
-        """The answers of a policy to the prompts of a split."""
-        return self.step("evaluate", name, model=str(model), **self.evaluating(start, split))
-
-
-def _run_saved(command: str, saved: Path, out: Path) -> None:
-    """Run a step of iterate in this process."""
-    config_class, module = STAGES[command]
-    importlib.import_module(module).run(base.load(config_class, saved, {}), out, force=False)
+        """A greedy and two sampled answers to the prompts of a split, and the KL divergence to the start."""
+        rows = {"prompts": str(self._prompts), "split": split, "limit": self.scale.held_out, "kl_to": [str(start)]}
+        return self.step("evaluate", name, model=str(model), reward=[REWARD], **rows, **SAMPLING)
 
 
 # Result 1
 
-ONE_NAT = {"loss_type": ["sigmoid"], "beta": 1.0, "learning_rate": 2e-4}
+ONE_NAT = {"loss_type": ["sigmoid"], "beta": 1.0, "learning_rate": 3e-4}
 
 
 def references(bench: Bench) -> None:
-    """DPO with beta 1 and learning rate 2e-4. Two policies learn from the same completions, one with the start as its
+    """DPO with beta 1 and learning rate 3e-4. Two policies learn from the same completions, one with the start as its
     reference in every round, one with the policy that the round starts from; each of the two samples the completions
     once. Log-probs of a reference are computed by `score`. The first round is the same for both."""
     for seed in bench.scale.seeds:
@@ -158,12 +140,14 @@ def references(bench: Bench) -> None:
         completions = bench.generate(f"seed-{seed}/1-generate", start, seed)
         pairs = bench.step("build-pairs", f"seed-{seed}/1-pairs", completions=[completions], **RIGHT_WRONG)
         first = bench.train(f"seed-{seed}/1-train", start, pairs=[str(pairs)], seed=seed, **ONE_NAT)
-        bench.add("start", seed, partial(bench.evaluate, f"seed-{seed}/0-evaluate", start, start))
-        bench.add("round 1", seed, partial(bench.evaluate, f"seed-{seed}/1-evaluate", first, start))
+        for line, model in (("start", start), ("round 1", first)):
+            with bench.arm(line, seed) as evaluations:
+                evaluations[seed] = bench.evaluate(f"seed-{seed}/{line.replace(' ', '-')}-evaluate", model, start)
         for sampler in ("previous", "fixed"):
             policies = {"previous": first, "fixed": first}
             for number in range(2, bench.scale.rounds + 1):
-                policies = _reference_round(bench, policies, sampler, seed, number)
+                if sampler in policies:
+                    policies = _reference_round(bench, policies, sampler, seed, number)
 
 
 def _reference_round(
@@ -177,13 +161,13 @@ def _reference_round(
     for reference, policy in policies.items():
         here = f"{folder}-{reference}"
         model = {"previous": policy, "fixed": start}[reference]
-        scored = bench.step("score", f"{here}-score", model=str(model), inputs=[str(pairs)], check=0, **ENGINE)
         other = {"reference_model": str(start)} if reference == "fixed" else {}
-        after[reference] = bench.train(
-            f"{here}-train", policy, pairs=[str(scored)], seed=seed + number, **other, **ONE_NAT
-        )
-        name = f"round {number}, {sampler} samples, {reference} reference"
-        bench.add(name, seed, partial(bench.evaluate, f"{here}-evaluate", after[reference], start))
+        with bench.arm(f"round {number}, {sampler} samples, {reference} reference", seed) as evaluations:
+            scored = bench.step("score", f"{here}-score", model=str(model), inputs=[str(pairs)], check=0, **ENGINE)
+            rows = {"pairs": [str(scored)], "seed": seed + number}
+            trained = bench.train(f"{here}-train", policy, **rows, **other, **ONE_NAT)
+            evaluations[seed] = bench.evaluate(f"{here}-evaluate", trained, start)
+            after[reference] = trained
     return after
 
 
@@ -206,7 +190,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any], tuple[float, float]]] = {
     "SimPO": ("pairs", {"loss_type": ["simpo"]}, (2.0, 5.0)),
     "ORPO": ("pairs", {"loss_type": ["orpo"]}, (0.3, 1.0)),
 }
-RATES = (3e-4, 1e-4)
+RATES = (3e-4, 1e-3)
 
 
 def losses(bench: Bench) -> None:
@@ -224,10 +208,11 @@ def losses(bench: Bench) -> None:
         best[loss] = max(passed, key=lambda trial: passed[trial])
     for seed in bench.scale.seeds:
         start, rows = bench.start(seed), _pairs_and_labels(bench, seed)
-        bench.add("start", seed, partial(bench.evaluate, f"seed-{seed}/start-evaluate", start, start))
+        with bench.arm("start", seed) as evaluations:
+            evaluations[seed] = bench.evaluate(f"seed-{seed}/start-evaluate", start, start)
         for loss, trial in best.items():
-            words = f"beta {trial[0]:g}, learning rate {trial[1]:g}"
-            bench.add(loss, seed, partial(_with_loss, bench, loss, trial, seed, rows, "heldout"), words)
+            with bench.arm(loss, seed, f"beta {trial[0]:g}, learning rate {trial[1]:g}") as evaluations:
+                evaluations[seed] = _with_loss(bench, loss, trial, seed, rows, "heldout")
 
 
 def _pairs_and_labels(bench: Bench, seed: int) -> dict[str, str]:
@@ -259,31 +244,36 @@ LOSS_HYPOTHESES = (
 
 # Result 3
 
-ROUND_ARMS: dict[str, dict[str, Any]] = {
-    "DPO": {"train": {"loss_type": ["sigmoid"]}},
-    "DPO + NLL": {"train": NLL},
-    "DPO + NLL, flipped labels": {
-        "train": NLL,
-        "build_pairs": {"reward": f"-1*{REWARD}", "correct_reward": -0.95},
-    },
+# Arm -> settings of train and of build-pairs. The reward of the flipped labels is the negative one.
+ROUND_ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "DPO": ({"loss_type": ["sigmoid"]}, {}),
+    "DPO + NLL": (NLL, {}),
+    "DPO + NLL, flipped labels": (NLL, {"reward": f"-1*{REWARD}", "correct_reward": -0.95}),
 }
 
 
 def rounds(bench: Bench) -> None:
-    """Rounds of `iterate`: pairs of a right and a wrong answer, the policy that samples as reference, learning rate
-    1e-4, and beta 0.1, which is TRL's default and asks answers of three tokens for ten nats."""
-    for seed, (name, changes) in product(bench.scale.seeds, ROUND_ARMS.items()):
-        start, folder = bench.start(seed), f"seed-{seed}/{name.replace(' ', '').replace(',', '-')}"
-        run = partial(
-            bench.step, "iterate", folder, model=str(start), rounds=bench.scale.rounds, stop={"rules": []},
-            generate={**bench.generating, "seed": seed},
-            build_pairs={**RIGHT_WRONG, **changes.get("build_pairs", {})},
-            train={**TRAINING, "beta": 0.1, "learning_rate": 1e-4, "seed": seed, **changes["train"]},
-            evaluate=bench.evaluating(start),
-        )  # fmt: skip
-        for number in range(bench.scale.rounds + 1):
-            line = f"round {number}, {name}" if number else "start"
-            bench.add(line, seed, lambda run=run, number=number: run() / f"round-{number}" / "evaluate")
+    """Rounds on pairs of a right and a wrong answer, each with the policy that samples as its reference; learning rate
+    3e-4, and beta 0.1, which is TRL's default and asks answers of three tokens for ten nats."""
+    for seed in bench.scale.seeds:
+        start = bench.start(seed)
+        with bench.arm("start", seed) as evaluations:
+            evaluations[seed] = bench.evaluate(f"seed-{seed}/start-evaluate", start, start)
+        first = bench.generate(f"seed-{seed}/1-generate", start, seed)
+        for name, (loss, labels) in ROUND_ARMS.items():
+            policy, slug = start, name.replace(" ", "").replace(",", "-")
+            for number in range(1, bench.scale.rounds + 1):
+                here = f"seed-{seed}/{number}-{slug}"
+                with bench.arm(f"round {number}, {name}", seed) as evaluations:
+                    samples = first if number == 1 else bench.generate(f"{here}-generate", policy, seed + 10 * number)
+                    pairs = bench.step(
+                        "build-pairs", f"{here}-pairs", completions=[samples], seed=number, **{**RIGHT_WRONG, **labels}
+                    )
+                    rows = {"pairs": [str(pairs)], "seed": seed + number, "beta": 0.1, "learning_rate": 3e-4}
+                    policy = bench.train(f"{here}-train", policy, **rows, **loss)
+                    evaluations[seed] = bench.evaluate(f"{here}-evaluate", policy, start)
+                if seed not in evaluations:
+                    break  # without this round there is no next one
 
 
 ROUND_HYPOTHESES = (
@@ -300,22 +290,21 @@ RULES: dict[str, dict[str, Any]] = {
     "best-random-worse": {},
     "all-above-gap": {"rule_gap": 0.3, "pairs_per_prompt": 0},
 }
-BETAS = (1.0, 0.3)
 
 
 def pair_rules(bench: Bench) -> None:
-    """One round of DPO at learning rate 2e-4, on as many pairs by each rule: drawn from those that it makes of the same
+    """One round of DPO with beta 1 and learning rate 3e-4, on as many pairs by each rule: drawn from those that it makes of the same
     completions. The reward is how close the number is, in tenths; all-above-gap takes gaps from 0.3 on."""
     for seed in bench.scale.seeds:
         start = bench.start(seed)
-        bench.add("start", seed, partial(bench.evaluate, f"seed-{seed}/start-evaluate", start, start))
+        with bench.arm("start", seed) as evaluations:
+            evaluations[seed] = bench.evaluate(f"seed-{seed}/start-evaluate", start, start)
         completions = bench.generate(f"seed-{seed}/generate", start, seed)
         files = _equal_pairs(bench, completions, seed)
-        for beta, (rule, file) in product(BETAS, files.items()):
-            here = f"seed-{seed}/{rule}-{beta:g}"
-            settings = {"loss_type": ["sigmoid"], "beta": beta, "learning_rate": 2e-4, "seed": seed}
-            model = bench.train(f"{here}-train", start, pairs=[str(file)], **settings)
-            bench.add(f"{rule}, beta {beta:g}", seed, partial(bench.evaluate, f"{here}-evaluate", model, start))
+        for rule, file in files.items():
+            with bench.arm(rule, seed) as evaluations:
+                model = bench.train(f"seed-{seed}/{rule}-train", start, pairs=[str(file)], seed=seed, **ONE_NAT)
+                evaluations[seed] = bench.evaluate(f"seed-{seed}/{rule}-evaluate", model, start)
 
 
 def _equal_pairs(bench: Bench, completions: str, seed: int) -> dict[str, Path]:
@@ -335,17 +324,10 @@ def _equal_pairs(bench: Bench, completions: str, seed: int) -> dict[str, Path]:
 
 
 RULE_HYPOTHESES = (
-    *(Hypothesis("closeness", f"{rule}, beta 1", 1, "start", "any rule helps") for rule in RULES),
-    *(
-        Hypothesis(
-            "kl", f"best-worst, beta {b:g}", 1, f"best-random-worse, beta {b:g}", "extremes exaggerate the reward"
-        )
-        for b in BETAS
-    ),
-    *(
-        Hypothesis("closeness", f"{rule}, beta 1", 0, "best-random-worse, beta 1", "the reward is without noise")
-        for rule in ("best-worst", "all-above-gap")
-    ),
+    *(Hypothesis("closeness", rule, 1, "start", "any rule helps") for rule in RULES),
+    Hypothesis("kl", "best-worst", 1, "best-random-worse", "extremes exaggerate the reward: the policy goes further"),
+    Hypothesis("closeness", "best-worst", 0, "best-random-worse", "this reward has no noise to exaggerate"),
+    Hypothesis("closeness", "all-above-gap", 0, "best-random-worse", "as many pairs teach as much"),
 )
 
 

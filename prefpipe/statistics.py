@@ -81,9 +81,10 @@ def ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
 
 def bootstrap(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     """95 % percentile interval of the mean over answers when whole prompts are resampled; deterministic."""
-    source = random.Random(0)
-    pairs = [(sum(group), len(group)) for group in groups]
-    rates = sorted(_rate(source.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
+    source, places = random.Random(0), range(len(groups))
+    total, count = [sum(group) for group in groups].__getitem__, list(map(len, groups)).__getitem__
+    drawn = (source.choices(places, k=len(groups)) for _ in range(_RESAMPLES))
+    rates = sorted(sum(map(total, d)) / sum(map(count, d)) for d in drawn)
     return rates[int(0.025 * _RESAMPLES)], rates[int(0.975 * _RESAMPLES) - 1]
 
 
@@ -163,10 +164,6 @@ def length_controlled(outcomes: Sequence[float], length_gaps: Sequence[float]) -
     half = Z * math.sqrt(_intercept_variance(rows, a, b))
     ends = a, a - half, a + half
     return LengthControlled(Estimate(*ends), Estimate(*map(_sigmoid, ends)), b)
-
-
-def _rate(pairs: Sequence[tuple[float, int]]) -> float:
-    return sum(total for total, _ in pairs) / sum(count for _, count in pairs)
 
 
 def _flips(size: int, count: int) -> dict[int, float]:

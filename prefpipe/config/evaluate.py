@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -80,8 +80,10 @@ class EvaluateConfig(BaseModel):
     """Run directories of evaluate to compare with, on the prompts that both have: wins, ties and losses, a p value, the
     difference with its interval, the win rate at equal length."""
     judge: Annotated[str, ADDED, BESIDE] = ""
-    """Name of a table in reward_settings with kind = "judge" and mode = "pairwise": it compares the greedy answers with
-    those of every baseline, in both orders."""
+    """Name of a table in reward_settings with kind = "judge" and mode = "pairwise": it compares the answers with those
+    of every baseline, in both orders."""
+    judge_on: Annotated[Literal["greedy", "sampled", "all"], ADDED, BESIDE] = "greedy"
+    """Answers that the judge compares: the greedy ones, the sampled ones (sample 1 with sample 1, ...), or all."""
     kl_to: Annotated[tuple[str, ...], ADDED, BESIDE] = ()
     """Policies whose log-probs of the sampled answers give the KL divergence to them: base (the model with the adapter
     off), a directory of an adapter on the same model, or another model."""
@@ -142,4 +144,6 @@ class EvaluateConfig(BaseModel):
                 f'judge = "{self.judge}" is no judge of pairs: write a table [reward_settings.{self.judge}] with '
                 'kind = "judge" and mode = "pairwise"'
             )
+        if not self.judge and self.judge_on != "greedy":
+            raise ValueError(f"judge_on = {self.judge_on} is read only with judge")
         return self

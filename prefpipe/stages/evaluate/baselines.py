@@ -74,14 +74,14 @@ class Baseline:
         """The prompts that it has answers to."""
         return {row["prompt_id"] for rows in self.parts(DATASET, Evaluation, ["prompt_id"]) for row in rows}
 
-    def greedy_texts(self, reward_on: RewardOn) -> dict[str, str]:
-        """Its greedy answers as rewards see them, by prompt."""
+    def texts(self, reward_on: RewardOn, *, greedy: bool) -> dict[Key, str]:
+        """Its greedy or its sampled answers as rewards see them."""
         columns = ["prompt_id", "sample_index", "text", "thinking"]
         return {
-            row["prompt_id"]: (row["thinking"] or "") + row["text"] if reward_on == "all" else row["text"]
+            (row["prompt_id"], row["sample_index"]): (row["thinking"] or "") * (reward_on == "all") + row["text"]
             for rows in self.parts(DATASET, Evaluation, columns)
             for row in rows
-            if row["sample_index"] == 0
+            if (row["sample_index"] == 0) == greedy
         }
 
     def _names(self, dataset: str) -> list[str]:

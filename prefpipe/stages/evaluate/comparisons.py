@@ -17,6 +17,8 @@ from prefpipe.stages.evaluate.answers import Answers
 from prefpipe.stages.evaluate.baselines import Baseline, Key, Other
 from prefpipe.statistics import Estimate, LengthControlled
 
+JUDGED = {"greedy": "judge", "sampled": "judge_sampled"}  # decoding -> where totals have what a judge said
+
 
 @dataclass(frozen=True, slots=True)
 class Met:

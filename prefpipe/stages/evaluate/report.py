@@ -7,6 +7,7 @@ from typing import Any
 
 from prefpipe import statistics
 from prefpipe.schemas import Measure
+from prefpipe.stages.evaluate.comparisons import JUDGED
 from prefpipe.stages.evaluate.measures import DECODINGS
 
 Totals = Mapping[str, Any]
@@ -90,9 +91,14 @@ def _compared(comparison: Totals) -> Iterator[tuple[str, str | None, str | None,
     for decoding in (d for d in DECODINGS if d in comparison):
         yield "comparison", against, decoding, comparison[decoding]
     yield "comparison at equal length", against, "greedy", comparison["length_controlled"]
-    if judged := comparison.get("judge"):
-        yield f"judge {judged['name']}", against, "greedy", judged
-        yield f"judge {judged['name']} at equal length", against, "greedy", judged.get("length_controlled", {})
+    for decoding, judged in _judged(comparison):
+        yield f"judge {judged['name']}", against, decoding, judged
+        yield f"judge {judged['name']} at equal length", against, decoding, judged.get("length_controlled", {})
+
+
+def _judged(comparison: Totals) -> Iterator[tuple[str, Totals]]:
+    """What a judge said of greedy and of sampled answers."""
+    yield from ((decoding, comparison[name]) for decoding, name in JUDGED.items() if name in comparison)
 
 
 def _table(totals: Totals) -> list[str]:
@@ -137,16 +143,16 @@ def _comparison(comparison: Totals) -> list[str]:
         lines.append(f"    {decoding}: {_tally(d)}; {change}{100 * d['difference_high']:+.1f}]")
     fit = _interval(comparison["length_controlled"], "win_rate", "win_rate_low", "win_rate_high", percent=True)
     lines.append(f"    greedy at equal length: win rate {fit}")
-    if judged := comparison.get("judge"):
+    for decoding, judged in _judged(comparison):
         bias = judged["order_bias"]
         counted = _tally(judged) if "win" in judged else "no verdict counts"
         lines.append(
-            f"    judge {judged['name']}: {counted}; {judged['inconsistent']} of {judged['judged']} changed with the "
-            f"order, the first was better in {bias['first']:.0%}"
+            f"    judge {judged['name']}, {decoding}: {counted}; {judged['inconsistent']} of {judged['judged']} "
+            f"changed with the order, the first was better in {bias['first']:.0%}"
         )
         if "length_controlled" in judged:
             fit = _interval(judged["length_controlled"], "win_rate", "win_rate_low", "win_rate_high", percent=True)
-            lines.append(f"    judge {judged['name']} at equal length: win rate {fit}")
+            lines.append(f"    judge {judged['name']}, {decoding}, at equal length: win rate {fit}")
     return lines
 
 

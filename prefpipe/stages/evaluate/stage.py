@@ -124,7 +124,7 @@ def _read_beside(config: EvaluateConfig, task: Task, out: Path) -> Beside:
     identity = {
         **{f"reward {name}": identities[name] for name in further},
         **{f"baseline {i} {b.directory}": b.manifest["digest"] for i, b in enumerate(compared)},
-        **({f"judge {court.name}": court.identity} if court else {}),
+        **(court.identities if court else {}),
         **{f"guard {i} {g.prompts}:{g.reward}": g.key for i, g in enumerate(guarded)},
         **{f"kl {i} {target.name}": target.id for i, target in enumerate(targets)},
         **({f"perplexity {text.file}": text.key} if text else {}),
@@ -157,7 +157,7 @@ def _totals(
     for baseline in beside.baselines:
         comparison = comparisons.totals(answered, baseline, config.pass_reward, answered.run.out)
         if beside.court is not None:
-            comparison["judge"] = verdicts.totals(answered, beside.court, baseline)
+            comparison |= verdicts.totals(answered, beside.court, baseline)
         totals.setdefault("comparisons", []).append(comparison)
     for guard, part in zip(beside.guards, guarded, strict=True):
         totals.setdefault("guards", []).append(guards.totals(guard, part, beside.baselines, config.pass_reward))

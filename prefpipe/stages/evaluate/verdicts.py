@@ -1,12 +1,15 @@
-"""A judge between the greedy answers of a policy and those of a baseline: verdicts/KEY has what it said.
+"""A judge between the answers of a policy and those of a baseline: verdicts/KEY has what it said of greedy answers,
+another one what it said of sampled ones.
 
 A row is a reward of our answer: 1 for winning in both orders, 0 for losing both, 0.5 for anything else. `detail` has
 the two verdicts: with ours shown first, then with theirs shown first.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 from prefpipe import rewards, statistics
 from prefpipe.config.evaluate import EvaluateConfig
@@ -18,12 +21,18 @@ from prefpipe.schemas import Evaluation, Reward, from_table, to_table
 from prefpipe.stages.evaluate import comparisons
 from prefpipe.stages.evaluate.answers import Answers, key, to_rate
 from prefpipe.stages.evaluate.baselines import Baseline, Key, Other
+from prefpipe.stages.evaluate.measures import DECODINGS
 
 _OUTCOMES = {("first", "second"): 1, ("second", "first"): -1, ("tie", "tie"): 0}  # verdicts that agree
 _SEPARATOR = ", "
 
 
-Picks = tuple[str, str]
+class _Verdict(NamedTuple):
+    """The two verdicts on a pair, None where one is missing, and how many characters ours is longer."""
+
+    prompt_id: str
+    picks: tuple[str, str] | None
+    longer: int
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,16 @@ class Court:
     settings: Judge
     identity: str
     ask: Ask
+    decodings: tuple[str, ...] = ("greedy",)
 
-    def dataset(self, baseline: Baseline) -> str:
+    @property
+    def identities(self) -> dict[str, str]:
+        """What its verdicts depend on beside the answers, for each decoding that it judges."""
+        return {f"judge {' '.join([self.name, *_beside_greedy(d)])}": self.identity for d in self.decodings}
+
+    def dataset(self, baseline: Baseline, decoding: str) -> str:
         """Where its verdicts on a baseline stand."""
-        return f"verdicts/{key(self.identity, baseline.answers_id)}"
+        return f"verdicts/{key(self.identity, baseline.answers_id, *_beside_greedy(decoding))}"
 
 
 def read(config: EvaluateConfig) -> Court | None:
@@ -45,45 +60,60 @@ def read(config: EvaluateConfig) -> Court | None:
     settings = config.reward_settings.get(config.judge)
     if not isinstance(settings, Judge):
         return None
-    return Court(config.judge, settings, rewards.identity(config.judge, config.reward_settings), judge.asker(settings))
+    identity = rewards.identity(config.judge, config.reward_settings)
+    decodings = DECODINGS if config.judge_on == "all" else (config.judge_on,)
+    return Court(config.judge, settings, identity, judge.asker(settings), decodings)
 
 
 def fill(config: EvaluateConfig, answers: Answers, court: Court, baselines: Sequence[Baseline]) -> None:
-    """Ask for every pair of greedy answers that is not judged yet, a shard at a time."""
-    for baseline in baselines:
-        _fill(config, answers, court, baseline)
+    """Ask for every pair of answers that is not judged yet, a shard at a time."""
+    for baseline, decoding in product(baselines, court.decodings):
+        _fill(config, answers, court, baseline, decoding)
 
 
 def totals(answers: Answers, court: Court, baseline: Baseline) -> dict[str, Any]:
-    """Wins, ties and losses by the judge, as by reward; only pairs with the same verdict in both orders count.
+    """Wins, ties and losses by the judge, as by reward, under the name of each decoding in comparisons.JUDGED."""
+    theirs = baseline.answers()
+    return {
+        comparisons.JUDGED[d]: _tally(court, list(_read(answers, court.dataset(baseline, d), theirs)))
+        for d in court.decodings
+    }
+
+
+def _tally(court: Court, rows: Sequence[_Verdict]) -> dict[str, Any]:
+    """Only pairs with the same verdict in both orders count. At equal length a prompt has the mean of its pairs.
 
     order_bias: how often the first answer was better, and how often the winner changed with the order.
     """
-    rows = list(_read(answers, court.dataset(baseline), baseline.answers()))
-    whole = [(picks, longer) for picks, longer in rows if picks is not None]
-    judged = [(_OUTCOMES[picks], longer) for picks, longer in whole if picks in _OUTCOMES]
+    whole = [(row, row.picks) for row in rows if row.picks is not None]
+    by_prompt: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for row, picks in whole:
+        if picks in _OUTCOMES:
+            by_prompt[row.prompt_id].append((_OUTCOMES[picks], row.longer))
+    judged = list(by_prompt.values())
     result: dict[str, Any] = {
         "name": court.name,
         "judged": len(rows),
-        "inconsistent": len(whole) - len(judged),
+        "inconsistent": len(whole) - sum(map(len, judged)),
         "without_verdict": len(rows) - len(whole),
-        "order_bias": judge.bias([Comparison(None, picks, None) for picks, _ in whole]),
+        "order_bias": judge.bias([Comparison(None, picks, None) for _, picks in whole]),
     }
     if judged:
-        fit = statistics.length_controlled([(1 + outcome) / 2 for outcome, _ in judged], [gap for _, gap in judged])
-        result |= comparisons.tally([[outcome] for outcome, _ in judged])
+        outcomes, gaps = ([_mean([pair[i] for pair in pairs]) for pairs in judged] for i in (0, 1))
+        fit = statistics.length_controlled([(1 + outcome) / 2 for outcome in outcomes], gaps)
+        result |= comparisons.tally([[outcome for outcome, _ in pairs] for pairs in judged])
         result["length_controlled"] = comparisons.describe(fit)
     return result
 
 
-def _fill(config: EvaluateConfig, answers: Answers, court: Court, baseline: Baseline) -> None:
-    dataset = court.dataset(baseline)
+def _fill(config: EvaluateConfig, answers: Answers, court: Court, baseline: Baseline, decoding: str) -> None:
+    dataset = court.dataset(baseline, decoding)
     missing = answers.lacking(dataset)
-    texts = baseline.greedy_texts(config.reward_on) if missing else {}
+    texts = baseline.texts(config.reward_on, greedy=decoding == "greedy") if missing else {}
     for index, answered in answers.with_prompts(missing):
-        met = [pair for pair in answered if pair[1].decoding == "greedy" and pair[1].prompt_id in texts]
+        met = [pair for pair in answered if _place(pair[1]) in texts]
         ours = to_rate(config, answers.task, met)
-        theirs = [replace(a, text=texts[row.prompt_id]) for a, (_, row) in zip(ours, met, strict=True)]
+        theirs = [replace(a, text=texts[_place(row)]) for a, (_, row) in zip(ours, met, strict=True)]
         found = judge.compare(court.settings, court.ask, ours, theirs)
         problems = [c.problem.detail for c in found if c.problem is not None and c.problem.status == "crash"]
         if found and len(problems) == len(found):
@@ -92,15 +122,27 @@ def _fill(config: EvaluateConfig, answers: Answers, court: Court, baseline: Base
         answers.run.write_part(dataset, Reward, index, to_table(Reward, rows), answers.rows_of(index))
 
 
-def _read(answers: Answers, dataset: str, theirs: dict[Key, Other]) -> Iterator[tuple[Picks | None, int]]:
-    """The two verdicts on every pair, None where one is missing, and how many characters ours is longer."""
+def _read(answers: Answers, dataset: str, theirs: dict[Key, Other]) -> Iterator[_Verdict]:
     for index in range(answers.num_shards):
         rows = {row.completion_id: row for row in answers.rows(index)}
         for said in from_table(Reward, answers.run.read_part(dataset, Reward, index)):
             ours = rows[said.completion_id]
             forth, _, back = (said.detail or "").partition(_SEPARATOR)
             picks = (forth, back) if said.status == "ok" else None
-            yield picks, len(ours.text) - theirs[ours.prompt_id, 0].characters
+            yield _Verdict(ours.prompt_id, picks, len(ours.text) - theirs[_place(ours)].characters)
+
+
+def _place(row: Evaluation) -> Key:
+    return row.prompt_id, row.sample_index
+
+
+def _beside_greedy(decoding: str) -> tuple[str, ...]:
+    """What tells verdicts on other answers from those on greedy ones, which were all there was once."""
+    return () if decoding == "greedy" else (decoding,)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _row(name: str, row: Evaluation, comparison: Comparison) -> Reward:

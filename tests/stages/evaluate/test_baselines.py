@@ -23,8 +23,10 @@ def test_a_baseline_is_read_as_it_was_written(tiny_model: Path, write: Write, tm
     assert {k: (o.reward, o.characters) for k, o in answers.items()} == {
         (r.prompt_id, r.sample_index): (r.reward, len(r.text)) for r in rows
     }
-    greedy = {r.prompt_id: r.text for r in rows if r.decoding == "greedy"}
-    assert found.greedy_texts("answer") == found.greedy_texts("all") == greedy
+    for decoding in ("greedy", "sampled"):
+        texts = {(r.prompt_id, r.sample_index): r.text for r in rows if r.decoding == decoding}
+        greedy = decoding == "greedy"
+        assert found.texts("answer", greedy=greedy) == found.texts("all", greedy=greedy) == texts
     assert (found.has("evaluations"), found.has("guards/x")) == (True, False)
 
 

@@ -12,9 +12,9 @@ from prefpipe.errors import UsageError
 from prefpipe.rewards import judge
 from prefpipe.rewards.endpoint import Question, Reply
 from prefpipe.runs import store
-from prefpipe.schemas import Reward
+from prefpipe.schemas import Measure, Reward
 from tests.conftest import Call, Write
-from tests.stages.evaluate.cases import PAIRWISE, config, prompts_file, rows_of, run, summary
+from tests.stages.evaluate.cases import PAIRWISE, config, estimates_hold, prompts_file, rows_of, run, summary
 
 Verdict = Callable[[str, str], str]
 
@@ -100,6 +100,40 @@ def test_verdicts_are_kept_and_belong_to_their_answers(
     run(config(tiny_model, Path(two.prompts), max_tokens=14), tmp_path / "c")
     run(two.model_copy(update={"baseline": (str(tmp_path / "c"),)}), tmp_path / "b")
     assert len(asked) == 10
+
+
+def test_sampled_answers_are_judged_too(two: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample k meets sample k. What was said of greedy answers is not asked again. The p value is that of prompts: the
+    two samples of a prompt are no two witnesses."""
+    asked: list[str] = []
+    monkeypatch.setattr(judge, "asker", asks(longer, asked))
+    (before,) = run(two, tmp_path / "b")["totals"]["comparisons"]
+    asked.clear()
+    on_all = two.model_copy(update={"judge_on": "all"})
+    (comparison,) = run(on_all, tmp_path / "b")["totals"]["comparisons"]
+    assert comparison["judge"] == before["judge"]
+    found = comparison["judge_sampled"]
+    rows = [
+        {(r.prompt_id, r.sample_index): r.text for r in rows_of(tmp_path / name) if r.decoding == "sampled"}
+        for name in ("a", "b")
+    ]
+    differ = [key for key, text in rows[1].items() if rows[0][key] != text]
+    assert len(asked) == 2 * len(differ)
+    expected = [(len(rows[1][key]) > len(rows[0][key])) - (len(rows[1][key]) < len(rows[0][key])) for key in rows[1]]
+    assert (found["judged"], found["win"], found["loss"]) == (10, expected.count(1), expected.count(-1))
+    assert found["p_value"] == comparison["judge"]["p_value"] == 2 / 32
+    assert estimates_hold(found) == []
+    assert f"judge pairs, sampled: {found['win']} won" in summary(tmp_path / "b")
+    measured = store.read_dataset(tmp_path / "b", "measures", Measure).to_pylist()
+    assert {row["decoding"] for row in measured if row["of"] == "judge pairs"} == {"greedy", "sampled"}
+    asked.clear()
+    (alone,) = run(two.model_copy(update={"judge_on": "sampled"}), tmp_path / "c")["totals"]["comparisons"]
+    assert ("judge" in alone, alone["judge_sampled"]["win"]) == (False, found["win"])
+
+
+def test_what_a_judge_compares_needs_a_judge() -> None:
+    with pytest.raises(ValueError, match="judge_on = all is read only with judge"):
+        EvaluateConfig(judge_on="all")
 
 
 def test_equal_answers_tie_without_a_question(
