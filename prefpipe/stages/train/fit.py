@@ -108,7 +108,7 @@ def _run_steps(
             if session.output:
                 _record(session.output, line, tensors, watch.state, config, best)
                 if config.report and "eval_loss" in line:
-                    page.write(session.output.out)
+                    page.renew(session.output.out)
             watch.tell(step, alerts)
             advance(1, note(step))
             if signal_number:
