@@ -1,15 +1,11 @@
-"""Row types, one frozen dataclass per dataset. The annotations decide the Arrow schema and which columns may be null.
-
-A column is declared here and nowhere else. docs/datasets.md lists the columns.
-"""
+"""Row types, one frozen dataclass per dataset: the annotations decide the Arrow schema and which columns may be null. A
+column is declared here and nowhere else. docs/datasets.md lists the columns."""
 
 import dataclasses
-import types
 import typing
 from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 
 class Message(TypedDict):
@@ -32,7 +28,7 @@ VERSION = 1  # of all row types together: CONTRIBUTING.md says when to raise it
 DATASET_KEY, VERSION_KEY = "prefpipe.dataset", "prefpipe.version"  # in the metadata of every file
 PLAIN_MESSAGE = pa.struct([pa.field(name, pa.string(), nullable=False) for name in ("role", "content")])
 MESSAGE = pa.struct([*PLAIN_MESSAGE, pa.field("extra", pa.string())])
-_SCALARS: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), Message: MESSAGE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +151,7 @@ class Label:
 @dataclasses.dataclass(frozen=True)
 class KlBank:
     """A prompt with the completion of another prompt: KTO's z0 is the mean log-ratio of such rows (2402.01306, eq. 8).
-
-    Key: bank_id = hash(prompt ids, completion ids). Fixed when labels are built, so that its reference is cacheable.
-    """
+    Key: bank_id = hash(prompt ids, completion ids). Fixed when labels are built, so that its reference is cacheable."""
 
     bank_id: str
     prompt_id: str
@@ -232,6 +226,18 @@ class Measure:
 
 
 @dataclasses.dataclass(frozen=True)
+class Margin:
+    """How much more than the reference the policy prefers the chosen side of a row: reward of chosen minus that of
+    rejected, beta * h. After `step` steps if `held_out`, else as step number `step`, counted from 1, read it."""
+
+    row_id: str
+    source: Int32
+    held_out: bool
+    step: Int32
+    margin: Float32
+
+
+@dataclasses.dataclass(frozen=True)
 class Dropped:
     """A row that did not go on, and why. `id` is a prompt_id, completion_id or pair, or the place in an input file."""
 
@@ -267,11 +273,6 @@ def from_table(row_type: type[R], table: pa.Table) -> list[R]:
     return [row_type(**row) for row in rows]
 
 
-def among(table: pa.Table, keys: pa.Array) -> pa.Table:
-    """The rows of a table whose completion_id is one of `keys`."""
-    return table.filter(pc.call_function("is_in", [table["completion_id"]], pc.SetLookupOptions(keys)))
-
-
 def _holds_messages(data_type: pa.DataType) -> bool:
     return data_type == MESSAGE or (pa.types.is_list(data_type) and _holds_messages(data_type.value_type))
 
@@ -286,15 +287,13 @@ def _drop_null_extra(value: Any) -> None:
 
 
 def _field(name: str, hint: Any) -> pa.Field:
-    nullable = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    nullable = type(None) in typing.get_args(hint)
     if nullable:
-        hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
     return pa.field(name, _data_type(hint), nullable=nullable)
 
 
 def _data_type(hint: Any) -> pa.DataType:
-    if hint is Message:
-        return MESSAGE
     if typing.get_origin(hint) is list:
         return pa.list_(pa.field("element", _data_type(typing.get_args(hint)[0]), nullable=False))
-    return typing.get_args(hint)[1] if typing.get_origin(hint) is Annotated else _SCALARS[hint]
+    return typing.get_args(hint)[1] if typing.get_origin(hint) is Annotated else _TYPES[hint]

@@ -17,6 +17,7 @@ from prefpipe.schemas import (
     Evaluation,
     KlBank,
     Label,
+    Margin,
     Measure,
     Message,
     Pair,
@@ -26,7 +27,20 @@ from prefpipe.schemas import (
     Reward,
 )
 
-ROW_TYPES = (Prompt, Completion, RefLogps, Reward, Pair, Label, KlBank, RankedGroup, Evaluation, Measure, Dropped)
+ROW_TYPES = (
+    Prompt,
+    Completion,
+    RefLogps,
+    Reward,
+    Pair,
+    Label,
+    KlBank,
+    RankedGroup,
+    Evaluation,
+    Measure,
+    Margin,
+    Dropped,
+)
 REFERENCE = {"ref_logps", "ref_token_logps", "reference", "scorer"}
 NULLABLE = {
     Prompt: {"answer", "template_inputs"},
@@ -50,6 +64,7 @@ NULLABLE = {
     RankedGroup: {"template_inputs", "loss_masks", *REFERENCE},
     Evaluation: {"reward", "detail", "thinking", "token_logps"},
     Measure: {"against", "decoding", "low", "high"},
+    Margin: set[str](),
     Dropped: set[str](),
 }
 TEXT = st.text(st.characters(codec="utf-8"), max_size=10)

@@ -5,9 +5,8 @@ what is missing or damaged.
 """
 
 import fcntl
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,6 @@ _SOURCES = {  # command -> settings that name the runs it reads
     "build-pairs": ("completions", "reward_runs", "ref_logps", "policy_logps"),
     "train": ("pairs", "labels", "groups", "ref_logps"),
 }
-_LOG_BYTES = 1 << 30
 _MOST_ROUNDS = 1000  # a config that somebody edited may say anything
 Record = Mapping[str, Any]
 
@@ -137,8 +135,16 @@ def sources(run: Overview) -> tuple[Sequence[Overview], Sequence[Gap]]:
     return list(found.values()), gaps
 
 
-def rows(run: Overview, dataset: str, row_type: type, limit: int, columns: Sequence[str] | None = None) -> Rows:
-    """The first `limit` rows of a dataset, from committed files in order; one that cannot be read is warned of."""
+def rows(
+    run: Overview,
+    dataset: str,
+    row_type: type,
+    limit: int,
+    columns: Sequence[str] | None = None,
+    ids: Collection[str] | None = None,
+) -> Rows:
+    """The first `limit` rows of a dataset, from committed files in order; one that cannot be read is warned of. With
+    `ids` only those that have one of them in the first of the `columns`."""
     names = sorted(name for name in run.files if name.startswith(f"{dataset}/"))
     found: list[dict[str, Any]] = []
     total = 0
@@ -152,6 +158,8 @@ def rows(run: Overview, dataset: str, row_type: type, limit: int, columns: Seque
         except PrefpipeError as error:
             log.warn(f"{error.message}: it is left out")
             continue
+        if ids is not None and columns:
+            table = tables.among(table, sorted(ids), columns[0])
         found += table.slice(0, limit - len(found)).to_pylist()
     return Rows(found, max(total, len(found)))
 
@@ -171,15 +179,6 @@ def ledger(run: Overview) -> Counter[str]:
         except PrefpipeError:
             continue
     return found
-
-
-def lines(run: Overview, name: str) -> Sequence[dict[str, Any]]:
-    """The objects of a log of JSON lines; one that was torn is left out. Empty when there is no such file."""
-    try:
-        text = reading.read_bytes(run.path / name, _LOG_BYTES).decode("utf-8", errors="replace")
-    except PrefpipeError:
-        return []
-    return [value for line in text.splitlines() if isinstance(value := _parsed(line), dict)]
 
 
 def report(run: Overview, name: str) -> Record:
@@ -281,10 +280,3 @@ def _round(name: str) -> int | None:
 
 def _texts(value: object) -> Sequence[str]:
     return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
-
-
-def _parsed(line: str) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None

@@ -5,7 +5,7 @@ OUT/config.json                    first: the resolved settings, the identity of
     NAME/part-00000.ok.json        its commit record (`commits`): the shard counts now
     dropped.parquet                rows that did not go on, with their reason
     manifest.json                  last: every file with its digest; a run is complete when it exists and matches
-    timing.jsonl, quarantine/      times and rates, outside every digest; damaged or superseded files
+    timing.jsonl, quarantine/      times, rates and memory, outside every digest; damaged or superseded files
 
 config.json may be passed as a recipe: the same command then makes the same run.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
-from prefpipe import clock, log, reading
+from prefpipe import clock, log, memory, reading
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import content_id
 from prefpipe.runs import commits, fsio, manifests, resume, saved_config, tables
@@ -167,8 +167,9 @@ class Run:
         return manifests.write(self.out / "manifest.json", content)
 
     def log_timing(self, **values: object) -> None:
-        """Append a line to timing.jsonl: the time of day, and `values`."""
-        fsio.append_line(self.out / "timing.jsonl", json.dumps({"at": clock.utc_now(), **values}))
+        """Append a line to timing.jsonl: the time of day, `values`, and the peak of the memory."""
+        line = {"at": clock.utc_now(), **values, **memory.peaks()}
+        fsio.append_line(self.out / "timing.jsonl", json.dumps(line))
 
     def part(self, dataset: str, index: int) -> Path:
         """The file of one shard of a dataset."""

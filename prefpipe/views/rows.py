@@ -1,30 +1,34 @@
 """The rows of a dataset of a run as a polars frame: filtered, ordered, cut, with what belongs beside them.
 
-Rows of `completions` get the turns of their prompt and one column for each reward of the run.
+Rows of `completions` get the turns of their prompt and one column for each reward of the run, `margins` the
+conversations of their pairs.
 """
 
 import re
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import polars as pl
 
 from prefpipe.config.base import suggestion
-from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.errors import MissingInputError, PrefpipeError, UsageError
 from prefpipe.views import run_view
 from prefpipe.views.run_view import RunView
 
 # The datasets that people come for, in that order; by which column a row is bad, the lower the worse.
-_MAIN = ("pairs", "labels", "groups", "evaluations", "completions", "ref_logps")
+_MAIN = ("pairs", "labels", "groups", "evaluations", "completions", "ref_logps", "margins")
 _WORST = {
     "pairs": "reward_gap",
     "labels": "reward",
     "evaluations": "reward",
     "ref_logps": "ref_logps",
     "kl_bank": "ref_logps",
+    "margins": "margin",
 }
 _REWARDS = "rewards/"
+_TEXTS = ("prompt", "chosen", "rejected")  # of a pair
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def scan(run: RunView, dataset: str) -> pl.LazyFrame:
             f"it has: {', '.join(run.rows) or 'none yet'}",
         )
     frame = _frame(run, dataset)
+    if dataset == "margins":
+        return _with_texts(run, frame)
     if dataset != "completions":
         return frame
     if "prompts" in run.rows:
@@ -109,6 +115,20 @@ def id_columns(schema: pl.Schema) -> list[str]:
 def _frame(run: RunView, dataset: str) -> pl.LazyFrame:
     files = run_view.parts(run, dataset)
     return pl.concat([pl.scan_parquet(file, glob=False) for file in files], how="diagonal_relaxed")
+
+
+def _with_texts(run: RunView, margins: pl.LazyFrame) -> pl.LazyFrame:
+    """Margins with the conversations of their pairs, as far as the runs that hold the pairs are still there."""
+    found: list[pl.LazyFrame] = []
+    for place in (*run.config.get("pairs", ()), *run.config.get("eval_pairs", ())):
+        with suppress(PrefpipeError, OSError, ValueError):  # a file from elsewhere, or gone
+            source = run_view.view(Path(place))
+            if "pairs" in source.rows:
+                found.append(_frame(source, "pairs").select(*_TEXTS, row_id="pair_id"))
+    if not found:
+        return margins
+    texts = pl.concat(found, how="vertical_relaxed").unique("row_id")
+    return margins.join(texts, on="row_id", how="left", maintain_order="left")
 
 
 @contextmanager

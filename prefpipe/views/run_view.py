@@ -1,6 +1,5 @@
 """A run directory as it is now: what `runs.overview` says of it, its committed rows, its size and its age."""
 
-import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,12 +9,11 @@ from typing import Any
 
 from prefpipe import reading
 from prefpipe.errors import DataError
-from prefpipe.runs import commits, manifests, overview, saved_config
+from prefpipe.runs import commits, logs, manifests, overview, saved_config
 from prefpipe.runs.storage import utf8_directory
 
 _NOT_RUNS = ("quarantine", "checkpoints")
 _INPUT = "input:"  # in front of the names of inputs in the identity of a run
-_TAIL = 1 << 16  # bytes at the end of metrics.jsonl: some twenty lines
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def view(path: Path) -> RunView:
         run.files,
         run.totals,
         str(run.manifest.get("digest", "")),
-        _last_step(path / "metrics.jsonl"),
+        next(reversed(logs.tail(path / "metrics.jsonl")), {}),
         size,
         changed,
         "; ".join(f"{gap.where}: {gap.why}" for gap in run.gaps),
@@ -114,21 +112,6 @@ def _saved_inputs(path: Path) -> dict[str, str]:
         return {}
     named = saved_config.identity(saved).items() if saved is not None else ()
     return {name.removeprefix(_INPUT): str(digest) for name, digest in named if name.startswith(_INPUT)}
-
-
-def _last_step(path: Path) -> dict[str, Any]:
-    """The newest whole line of metrics.jsonl."""
-    if not reading.is_there(path):
-        return {}
-    with reading.opened(path) as file, reading.reading(path):
-        file.seek(max(0, path.stat().st_size - _TAIL))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        with suppress(ValueError, RecursionError):  # the line that is being written, or the rest of a long one
-            parsed = json.loads(line)
-            if isinstance(parsed, dict):
-                return parsed
-    return {}
 
 
 def _on_disk(path: Path) -> tuple[int, float]:

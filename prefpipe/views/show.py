@@ -14,7 +14,8 @@ import polars as pl
 from rich.console import RenderableType
 
 from prefpipe.config.commands import CLASSES
-from prefpipe.views import drawing, facts, rows, run_view, settings
+from prefpipe.runs import logs
+from prefpipe.views import cost, drawing, facts, rows, run_view, settings
 from prefpipe.views.rows import Question
 from prefpipe.views.run_view import RunView
 
@@ -32,6 +33,7 @@ def overview(path: Path) -> Iterator[RenderableType]:
             "state": facts.state(run),
             "result": facts.headline(run),
             "size": drawing.size(run.bytes),
+            "cost": cost.of(path) or "not noted",
             "digest": run.digest or "none yet",
         }
     )
@@ -54,7 +56,9 @@ def overview(path: Path) -> Iterator[RenderableType]:
 def overview_json(path: Path) -> str:
     """What a run is, as JSON."""
     run = run_view.view(path)
-    return json.dumps(facts.as_json(run) | {"config": run.config, "inputs": run.inputs, "totals": run.totals}, indent=2)
+    timing = logs.tail(path / "timing.jsonl")
+    more = {"config": run.config, "inputs": run.inputs, "totals": run.totals, "timing": timing[-1] if timing else {}}
+    return json.dumps(facts.as_json(run) | more, indent=2)
 
 
 def of_rows(path: Path, question: Question) -> Iterator[RenderableType]:

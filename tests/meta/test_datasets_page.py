@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "datasets.md"
 FOLDERS = {
     "Prompt": "prompts/", "Completion": "completions/", "RefLogps": "ref_logps/", "Reward": "rewards/NAME/",
     "Pair": "pairs/", "Label": "labels/", "KlBank": "kl_bank/", "RankedGroup": "groups/", "Evaluation": "evaluations/",
-    "Measure": "measures/", "Dropped": "dropped.parquet",
+    "Measure": "measures/", "Margin": "margins/", "Dropped": "dropped.parquet",
 }  # fmt: skip
 
 

@@ -100,10 +100,13 @@ def test_the_ledger_is_counted_from_the_file_where_totals_have_none(run: Path) -
     assert overview.ledger(overview.look(run)) == {"too_long": 1}
 
 
-def test_a_torn_line_and_what_is_no_object_are_left_out(run: Path) -> None:
-    (run / "metrics.jsonl").write_text('{"step": 0}\n[1]\nnull\n{"step": 1, "lo')
-    assert overview.lines(overview.look(run), "metrics.jsonl") == [{"step": 0}]
-    assert overview.lines(overview.look(run), "timing.jsonl") == []
+def test_rows_by_their_ids(run: Path) -> None:
+    columns = ["completion_id", "reward"]
+    every = overview.rows(overview.look(run), "rewards/r", Reward, 100, columns).rows
+    wanted = [every[1]["completion_id"], every[-1]["completion_id"], "no such id"]
+    found = overview.rows(overview.look(run), "rewards/r", Reward, 100, columns, wanted)
+    assert found.rows == [every[1], every[-1]]
+    assert found.total == len(every)
 
 
 def test_alerts_of_a_run_that_goes_on_are_those_of_its_newest_checkpoint(run: Path) -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe.config.train import TrainConfig
 from prefpipe.errors import MissingInputError, UsageError
+from prefpipe.runs import store
+from prefpipe.schemas import Margin, to_table
 from prefpipe.views import rows, run_view
 from prefpipe.views.rows import Question
 from tests.views.conftest import LETTERS
@@ -46,6 +49,22 @@ def test_the_worst_rows_come_first(runs: Path) -> None:
     assert completions[LETTERS].to_list() == sorted(ask(runs / "g", limit=100)[1][LETTERS].to_list())[:3]
     with pytest.raises(UsageError, match="worst"):
         ask(runs / "g", dataset="prompts", worst=1)
+
+
+def test_margins_come_with_the_texts_of_their_pairs(runs: Path, tmp_path: Path) -> None:
+    _, pairs = ask(runs / "p", limit=100)
+    keys = [*pairs["pair_id"].to_list(), "of a file"]
+    margins = [Margin(key, 0, False, 3, 1.0 - number) for number, key in enumerate(keys)]
+    config = TrainConfig(pairs=[str(runs / "p"), str(tmp_path / "gone")])
+    with store.open_run(tmp_path / "t", "train", config, {}, force=False) as run:
+        run.write_part("margins", Margin, 0, to_table(Margin, margins))
+    name, worst = ask(tmp_path / "t", worst=2)
+    assert (name, worst["row_id"].to_list()) == ("margins", [*keys[::-1]][:2])
+    assert worst["chosen"].to_list() == [None, pairs["chosen"].to_list()[-1]]
+    shutil.rmtree(tmp_path / "t")
+    with store.open_run(tmp_path / "t", "train", TrainConfig(), {}, force=False) as run:
+        run.write_part("margins", Margin, 0, to_table(Margin, margins))
+    assert "chosen" not in ask(tmp_path / "t", worst=2)[1].columns
 
 
 def test_a_row_is_found_by_the_beginning_of_its_id_in_any_dataset(runs: Path) -> None:

@@ -1,6 +1,7 @@
 """What `show` says of the ledger, of runs inside a run, and of rows."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,14 @@ def drawn(capsys: pytest.CaptureFixture[str]) -> Drawn:
         return capsys.readouterr().out
 
     return draw
+
+
+def test_what_a_run_cost_is_shown(runs: Path, drawn: Drawn) -> None:
+    assert re.search(r"cost +\d+\.\d s, [\d,]+ tokens/s, \d+\.\d\d GiB of memory", drawn(show.overview(runs / "g")))
+    assert re.search(r"cost +not noted", drawn(show.overview(runs / "p")))
+    timing = json.loads(show.overview_json(runs / "g"))["timing"]
+    assert (timing["event"], timing["peak_memory_gib"] > 0) == ("sampled", True)
+    assert json.loads(show.overview_json(runs / "p"))["timing"] == {}
 
 
 def test_the_ledger_is_shown_by_reason(runs: Path, drawn: Drawn) -> None:

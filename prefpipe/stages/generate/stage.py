@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefpipe.config.generate import GenerateConfig
@@ -41,7 +40,8 @@ from prefpipe.rewards import rating
 from prefpipe.rows import ref_logps
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
-from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, among, from_table
+from prefpipe.runs.tables import among
+from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, from_table
 
 R = TypeVar("R")
 
@@ -168,7 +168,7 @@ def _check(config: GenerateConfig, output: Run, task: Task, reference: str, num_
     """Score random completions again with the other engine; only shards that hold one of them are read."""
     parts = [output.read_part("ref_logps", RefLogps, index, ["completion_id"]) for index in range(num_shards)]
     names = (name for part in parts for name in part["completion_id"].to_pylist())
-    picked = pa.array(sorted(parity.pick(names, config.check, config.seed)))
+    picked = sorted(parity.pick(names, config.check, config.seed))
 
     def read(dataset: str, row_type: type[R], index: int) -> list[R]:
         return from_table(row_type, among(output.read_part(dataset, row_type, index), picked))

@@ -10,7 +10,7 @@ from prefpipe.schemas import Evaluation, Pair, Prompt, Reward
 from prefpipe.stages.report import texts
 from prefpipe.stages.report.charts import is_number
 from prefpipe.stages.report.data import completion_rows, reward_names
-from prefpipe.stages.report.subject import Subject, label, number
+from prefpipe.stages.report.subject import Subject, label, margins, number
 from prefpipe.stages.report.texts import Span, conversation, shown
 
 BUDGET = 900_000  # characters of texts on the page
@@ -18,6 +18,9 @@ _MOST_PROMPTS = 300
 _MOST_PAIRS = 8  # of each kind
 _MOST_ROWS = 5_000
 _MOST_SAMPLES = 40
+_COLUMNS = ("pair_id", "prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "reward_gap",
+            "ref_chosen_logps", "ref_rejected_logps")  # fmt: skip
+_Margins = Mapping[str, Mapping[str, Any]]  # the row of the dataset `margins` by the id of its pair
 Change = Literal["better", "worse", "same"]
 
 
@@ -41,13 +44,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shown:
-    """A pair: both sides with their rewards, its gap, and the margin of the reference."""
+    """A pair: both sides with their rewards, and its gap, margin and reference margin in one line."""
 
     prompt: str
     chosen: Said
     rejected: Said
-    gap: str
-    margin: str
+    measures: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def answers(subject: Subject) -> Answers:
     evaluated = [run for run in subject.of("evaluate") if run.has("evaluations")]
     asked, total = _asked(evaluated[0], evaluated[-1]) if evaluated else ([], 0)
     built = [run for run in subject.of("build-pairs", "score") if run.has("pairs")]
-    groups = _groups(built[-1]) if built else []
+    learnt = {row["row_id"]: row for run in subject.of("train")[-1:] for row in margins(run)}
+    groups = [*_by_margin(built, learnt), *_others(built[-1], learnt)] if built else []
     sampled = [run for run in subject.of("generate", "score") if run.has("completions")]
     samples = _samples(sampled[-1]) if sampled and not (evaluated or built) else []
     kept = _within(asked, BUDGET)
@@ -113,39 +116,60 @@ def _greedy(run: Overview) -> dict[str, dict[str, Any]]:
     return {row["prompt_id"]: row for row in rows if row["decoding"] == "greedy"}
 
 
-def _groups(run: Overview) -> list[Group]:
+def _others(run: Overview, learnt: _Margins) -> list[Group]:
     """The pairs with the largest and the smallest gap, and those that the reference has most the wrong way round."""
-    columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "reward_gap"]
-    columns += ["ref_chosen_logps", "ref_rejected_logps"]
-    rows = overview.rows(run, "pairs", Pair, _MOST_ROWS, columns)
-    pairs: list[dict[str, Any]] = [{**row, "margin": _margin(row)} for row in rows.rows]
-    rated = sorted((row for row in pairs if is_number(row["reward_gap"])), key=lambda row: row["reward_gap"])
-    known = sorted((row for row in pairs if row["margin"] is not None), key=lambda row: row["margin"])
-    of_all = f" Of the first {number(len(pairs))} pairs." if len(pairs) < rows.total else ""
+    rows = overview.rows(run, "pairs", Pair, _MOST_ROWS, _COLUMNS)
+    rated = sorted((row for row in rows.rows if is_number(row["reward_gap"])), key=lambda row: row["reward_gap"])
+    known = sorted((row for row in rows.rows if _reference_margin(row) is not None), key=_reference_margin)
+    of_all = f" Of the first {number(len(rows.rows))} pairs." if len(rows.rows) < rows.total else ""
     wanted = (
         ("Largest gap", "The clearest lessons of the reward.", rated[::-1]),
         ("Smallest gap", "Nearly a tie: is chosen the better one?", rated),
         ("Most against the reference", "The reference finds rejected far likelier: the hardest lessons.", known),
-        *(() if rated or known else (("Pairs", "The first ones; they have no rewards.", pairs),)),
+        *(() if rated or known else (("Pairs", "The first ones; they have no rewards.", rows.rows),)),
     )
-    return [Group(title, note + of_all, [_pair(row) for row in of[:_MOST_PAIRS]]) for title, note, of in wanted if of]
+    return [_group(title, note + of_all, of, learnt) for title, note, of in wanted if of]
 
 
-def _margin(row: Mapping[str, Any]) -> float | None:
+def _by_margin(runs: Sequence[Overview], learnt: _Margins) -> list[Group]:
+    """The pairs with the largest, the smallest and the most negative margin of the policy, wherever they were built."""
+    ordered = sorted(learnt, key=lambda key: learnt[key]["margin"])
+    near = sorted(learnt, key=lambda key: abs(learnt[key]["margin"]))
+    against = [key for key in ordered if learnt[key]["margin"] < 0]
+    wanted = (
+        ("Largest margin", "What the policy has learnt best.", ordered[::-1][:_MOST_PAIRS]),
+        ("Smallest margin", "The policy is undecided: little is learnt, or nearly a tie.", near[:_MOST_PAIRS]),
+        ("Most negative margin", "The policy prefers rejected: not learnt, or a wrong label?", against[:_MOST_PAIRS]),
+    )
+    ids = {key for _, _, keys in wanted for key in keys}
+    found = {
+        row["pair_id"]: row for run in runs for row in overview.rows(run, "pairs", Pair, len(ids), _COLUMNS, ids).rows
+    }
+    groups = ((title, note, [found[key] for key in keys if key in found]) for title, note, keys in wanted)
+    return [_group(title, note, of, learnt) for title, note, of in groups if of]
+
+
+def _group(title: str, note: str, rows: Sequence[Mapping[str, Any]], learnt: _Margins) -> Group:
+    return Group(title, note, [_pair(row, learnt.get(row["pair_id"])) for row in rows[:_MOST_PAIRS]])
+
+
+def _reference_margin(row: Mapping[str, Any]) -> float | None:
     """Log-prob of chosen minus that of rejected under the reference, in nats."""
     chosen, rejected = row["ref_chosen_logps"], row["ref_rejected_logps"]
     return None if chosen is None or rejected is None else chosen - rejected
 
 
-def _pair(row: Mapping[str, Any]) -> Shown:
+def _pair(row: Mapping[str, Any], learnt: Mapping[str, Any] | None) -> Shown:
     chosen, rejected = conversation(row["chosen"]), conversation(row["rejected"])
     left, right = texts.difference(chosen, rejected)
+    measures = [f"reference margin {number(_reference_margin(row))} nats", f"reward gap {number(row['reward_gap'])}"]
+    if learnt is not None:
+        measures.append(f"margin {number(learnt['margin'])}{' (held out)' if learnt['held_out'] else ''}")
     return Shown(
         conversation(row["prompt"]),
         Said("chosen", left, number(row["chosen_reward"])),
         Said("rejected", right, number(row["rejected_reward"])),
-        number(row["reward_gap"]),
-        number(row["margin"]),
+        " · ".join(reversed(measures)),
     )
 
 

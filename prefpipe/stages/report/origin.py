@@ -3,14 +3,14 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
-from prefpipe.runs import overview
 from prefpipe.runs.overview import Overview
-from prefpipe.stages.report.subject import Subject, label, number
+from prefpipe.stages.report.subject import Subject, label
 from prefpipe.stages.report.texts import shown
+from prefpipe.views import cost
+from prefpipe.views.cost import Cost
 from prefpipe.views.settings import flat
 
 _LONGEST = 300  # characters of a value
@@ -48,12 +48,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Made:
-    """How one run was made: its settings, times and the command that makes it again."""
+    """How one run was made: its settings, what it cost, and the command that makes it again."""
 
     name: str
     settings: Sequence[Setting]
     changed: int
-    times: Sequence[str]
+    cost: Cost | None
     command: str
 
 
@@ -111,7 +111,7 @@ def _made(run: Overview) -> Made:
         label(run) if run.round is None else shown(run.name, _LONGEST),
         settings,
         sum(setting.changed for setting in settings),
-        [_in_words(line) for line in overview.lines(run, "timing.jsonl")[-3:]],
+        cost.of(run.path),
         shown(shlex.join(words), 1000),
     )
 
@@ -130,10 +130,3 @@ def _text(value: object) -> str:
     if isinstance(value, list):
         return shown(", ".join(map(str, value)) or "none", _LONGEST)
     return shown("none" if value in ("", None, {}) else value, _LONGEST)
-
-
-def _in_words(line: Mapping[str, Any]) -> str:
-    """A line of timing.jsonl."""
-    parts = [f"{shown(name, 60)} {number(value, 4) if not isinstance(value, str) else shown(value, 80)}"
-             for name, value in line.items() if isinstance(value, int | float | str)]  # fmt: skip
-    return ", ".join(parts)

@@ -18,13 +18,13 @@ from typing import Any
 from markupsafe import Markup
 
 from prefpipe.runs import overview
-from prefpipe.runs.overview import Overview, Record
+from prefpipe.runs.overview import Overview
 from prefpipe.schemas import RefLogps, Reward
 from prefpipe.stages.report import charts
 from prefpipe.stages.report.answers import prompt_texts
 from prefpipe.stages.report.charts import Chart, is_number
 from prefpipe.stages.report.data import completion_rows, reward_names
-from prefpipe.stages.report.subject import Subject, label, number
+from prefpipe.stages.report.subject import Subject, label, margins, number, percent
 from prefpipe.stages.report.texts import shown
 
 SIZE = (420, 220)  # pixels of a frame
@@ -33,6 +33,7 @@ FRAMES = {"loss": (-0.5, 3.0), "pull": (-1.0, 2.0)}  # the ends of the vertical 
 POLICY_BETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _MOST_PROMPTS = 12
 _MOST_ROWS = 4_000
+_MOST_MARGINS = 5_000  # in the histogram
 _LONGEST = 280
 
 
@@ -71,9 +72,9 @@ def playground(subject: Subject) -> Playground:
     """Section 6, from the newest run of training and the newest completions."""
     trained, sampled = subject.of("train"), subject.of("generate", "score")
     start = _start(trained[-1].config if trained else {})
-    margins = _margins(trained[-1], subject.metrics(trained[-1])) if trained else None
+    histogram = _margins(trained[-1]) if trained else None
     prompts, reward = _candidates(sampled[-1]) if sampled else ([], "")
-    return Playground({name: _frame(name, start) for name in FRAMES}, margins, start, POLICY_BETAS, prompts, reward)
+    return Playground({name: _frame(name, start) for name in FRAMES}, histogram, start, POLICY_BETAS, prompts, reward)
 
 
 @cache
@@ -139,27 +140,22 @@ def _frame(which: str, start: Mapping[str, Any]) -> Chart:
     return Chart(title, "relative to its value at a margin of 0", Markup(unique))
 
 
-def _margins(run: Overview, log: Sequence[Record]) -> Chart | None:
-    """The margins of the last tenth of the steps, in nats: of each step the 5 %, 50 % and 95 % quantile."""
-    beta = run.config.get("beta")
-    steps = [line for line in log if is_number(line.get("rewards/margins/p50"))]
-    if not steps or not isinstance(beta, float) or not beta:
+def _margins(run: Overview) -> Chart | None:
+    """The newest margins of the pairs of a run, in nats, those beyond the frame at its ends."""
+    rows, beta = margins(run), run.config.get("beta")
+    if not rows or not isinstance(beta, float) or not beta:
         return None
-    last = steps[-max(1, min(len(steps) // 10, 500)) :]
-    names = {"p05": "low (5 %)", "p50": "median", "p95": "high (95 %)"}
-    values = [
-        {"value": max(-REACH, min(REACH, line[f"rewards/margins/{key}"] / beta)), "series": name}
-        for line in last
-        for key, name in names.items()
-        if is_number(line.get(f"rewards/margins/{key}"))
-    ]
-    medians = sorted(row["value"] for row in values if row["series"] == "median")
-    series = dict(zip(names.values(), (charts.SECOND, charts.ACCENT, "var(--s3)"), strict=True))
-    svg = charts.histogram(
-        values, "margin h, nats", series=series, domain=(-REACH, REACH), size=(SIZE[0], SIZE[1] // 2)
-    )
-    says = f"median {number(medians[len(medians) // 2])} nats over the last {number(len(last))} steps of {label(run)}"
-    return Chart("Margins of this run", says, svg)
+    few = rows[:: -(-len(rows) // _MOST_MARGINS)]
+    names = {False: "trained on", True: "held out"}
+    values = [{"value": max(-REACH, min(REACH, row["margin"] / beta)), "series": names[row["held_out"]]} for row in few]
+    colours = dict(zip(names.values(), (charts.ACCENT, charts.SECOND), strict=True))
+    series = {name: colour for name, colour in colours.items() if any(row["series"] == name for row in values)}
+    size = (SIZE[0], SIZE[1] // 2)
+    svg = charts.histogram(values, "margin h, nats", series=series, domain=(-REACH, REACH), size=size)
+    nats = sorted(row["margin"] / beta for row in rows)
+    above = percent(sum(value > 0 for value in nats) / len(nats))
+    says = f"median {number(nats[len(nats) // 2])} nats, {above} above 0; {number(len(rows))} pairs of {label(run)}"
+    return Chart("Margins of this run's pairs", says, svg, "Where the curve above is flat, a pair teaches no more.")
 
 
 def _candidates(run: Overview) -> tuple[list[Candidates], str]:

@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefpipe.runs import overview
+from prefpipe.runs import logs, overview
 from prefpipe.runs.overview import Gap, Overview, Record
+from prefpipe.schemas import Margin
 from prefpipe.stages.report.texts import shown
 from prefpipe.statistics import p_in_words
 
 DASH = "\N{EN DASH}"
 _MOST_ROUNDS = 6  # side by side in a chart
+_MOST_MARGINS = 200_000
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,14 @@ def read(directory: Path) -> Subject:
     else:
         before, gaps = overview.sources(root)
         runs = [*reversed(before), root]
-    logs = {run.path: overview.lines(run, "metrics.jsonl") for run in runs if run.command == "train"}
-    return Subject(root, runs, [*gaps, *(gap for run in runs for gap in run.gaps)], logs)
+    metrics = {run.path: logs.lines(run.path / "metrics.jsonl") for run in runs if run.command == "train"}
+    return Subject(root, runs, [*gaps, *(gap for run in runs for gap in run.gaps)], metrics)
+
+
+def margins(run: Overview) -> Sequence[dict[str, Any]]:
+    """The margins of the pairs of a run of `train`; empty while it is not complete, and for one of an older version."""
+    columns = ["row_id", "held_out", "margin"]
+    return overview.rows(run, "margins", Margin, _MOST_MARGINS, columns).rows
 
 
 def label(run: Overview) -> str:

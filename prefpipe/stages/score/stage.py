@@ -17,8 +17,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from prefpipe import clock, log
 from prefpipe.config.score import ScoreConfig
 from prefpipe.engines.base import EngineSettings, ScoreRequest
@@ -43,7 +41,8 @@ from prefpipe.runs import store
 from prefpipe.runs.resume import ROWS, RowInputs
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
-from prefpipe.schemas import Completion, Dropped, RefLogps, among, from_table, to_table
+from prefpipe.runs.tables import among
+from prefpipe.schemas import Completion, Dropped, RefLogps, from_table, to_table
 from prefpipe.stages.score import output as outputs
 from prefpipe.stages.score import sources
 from prefpipe.stages.score.imports import Known
@@ -250,10 +249,9 @@ def _check(config: ScoreConfig, output: Run, shards: Iterable[OutputShard], sett
     """Score random completions again with the other engine."""
     ids = (key for part in outputs.column(output, "ref_logps", RefLogps, "completion_id") for key in part)
     picked = parity.pick(ids, config.check, config.seed)
-    keys = pa.array(sorted(picked))
     logps: dict[str, RefLogps] = {}
     for index in output.parts("ref_logps"):
-        rows = from_table(RefLogps, among(output.read_part("ref_logps", RefLogps, index), keys))
+        rows = from_table(RefLogps, among(output.read_part("ref_logps", RefLogps, index), sorted(picked)))
         logps |= {row.completion_id: row for row in rows}
     requests = {r.completion_id: r for shard in shards for r in _requests(shard, output) if r.completion_id in picked}
     cached = [parity.CachedLogps(requests[key], logps[key].token_logps) for key in sorted(picked)]

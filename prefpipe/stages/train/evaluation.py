@@ -16,7 +16,7 @@ from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_ref_logps
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.loss_batches import scores_prompt
 from prefpipe.stages.train.micro_batches import micro_batches
-from prefpipe.stages.train.tally import Tally, summarise
+from prefpipe.stages.train.tally import Summary, Tally, summarise
 
 R = TypeVar("R", bound=TrainRow)
 LOWER_IS_BETTER = ("eval_loss",)
@@ -40,8 +40,9 @@ def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R]
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> dict[str, float]:
-    """Loss and metrics of a training step over all `rows`, under `eval_` names; the same values on every rank.
+def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLabel]) -> Summary:
+    """Loss and metrics of a training step over all `rows`, under `eval_` names, and their margins; the same on every
+    rank.
 
     `bank` holds the mismatched rows of KTO's reference point. An evaluation reads every one of them, where a step draws
     some: two evaluations should differ by the policy alone.
@@ -54,9 +55,10 @@ def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLab
     for micro, counts in world.deal(micro_batches(rows, trainer.budget, score_prompt=scores_prompt(settings))):
         losses = loop.row_losses(trainer, micro, z0)
         if counts:
-            tally.add_rows({"loss": (losses.per_row, torch.ones_like(losses.per_row)), **losses.metrics})
-    values = summarise(tally, world) | ({"kto/z0": z0} if bank else {})
-    return {f"eval_{name}": value for name, value in values.items()}
+            tally.add_rows({"loss": (losses.per_row, torch.ones_like(losses.per_row)), **losses.metrics}, micro.rows)
+    found = summarise(tally, world)
+    values = found.values | ({"kto/z0": z0} if bank else {})
+    return Summary({f"eval_{name}": value for name, value in values.items()}, found.margins)
 
 
 def records(history: Sequence[Mapping[str, float]], metric: str) -> list[int]:

@@ -1,7 +1,7 @@
 """The loop over a whole run: from the newest checkpoint to the end or a stop, with evaluations, alerts, checkpoints."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,10 +17,12 @@ from prefpipe.stages.train import checkpoint, evaluation, interrupts, loop
 from prefpipe.stages.train.checkpoint import Checkpoint
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.loop import StepMetrics, Steps, Trainer
+from prefpipe.stages.train.margins import Margins
 from prefpipe.stages.train.monitor.diagnostics import Alert, Facts, State
 from prefpipe.stages.train.monitor.watch import Watch, note, watching
 from prefpipe.stages.train.optimizer import warmup_length
 from prefpipe.stages.train.session import Session
+from prefpipe.stages.train.tally import Key
 
 _METRICS = "metrics.jsonl"
 Line = dict[str, Any]  # of metrics.jsonl: the metrics of a step by name, those of an evaluation under eval_ names
@@ -34,19 +36,21 @@ def fit(
     *,
     exact: bool = False,
     audit_seconds: float | None = None,
-) -> tuple[dict[str, Any], Sequence[Alert]]:
+) -> tuple[dict[str, Any], Sequence[Alert], Margins]:
     """Run the loop; the model is left with the weights to save.
 
     `state` is what the alert rules know before step 0, `exact` whether every log-ratio must be 0 there, `audit_seconds`
     how long the audit took (for timing.jsonl). Returns facts for the manifest (the number of steps, the metrics of the
-    last one where a run directory holds them, the best evaluation where the settings ask for it) and the alerts of the
-    run.
+    last one where a run directory holds them, the best evaluation where the settings ask for it), the alerts of the
+    run, and the margins of its pairs.
     """
     config = trainer.config
     resumed = session.lead(_resumed)
+    margins = Margins(data.rows, data.eval_rows)
     first, metrics_bytes = (resumed.step, resumed.metrics_bytes) if resumed else (0, 0)
     if resumed is not None:
         trainer.optimizer.load_state(resumed.tensors)
+        margins.load_state(resumed.tensors)
         state = State.from_json(resumed.diagnostics or state.to_json())
         log.info(f"resuming after step {first}")
         del resumed  # its tensors are copied: a run of hours must not hold them
@@ -59,10 +63,10 @@ def fit(
     with watched as watch, log.progress("training", steps.num_steps, "steps") as advance:
         advance(first)
         running = _until_stop(trainer, steps, first, evaluations)
-        _run_steps(session, trainer, data, watch, running, evaluations, advance)
+        _run_steps(session, trainer, data, watch, running, (evaluations, margins), advance)
     last = session.lead(lambda run: _lines(run)[-1])
     results = {"steps": last["step"] + 1, "last_step": last} if last else {"steps": steps.num_steps, "last_step": {}}
-    return results | _take_best(session, trainer, evaluations), watch.state.alerts
+    return results | _take_best(session, trainer, evaluations), watch.state.alerts, margins
 
 
 def _run_steps(
@@ -71,10 +75,11 @@ def _run_steps(
     data: TrainingData,
     watch: Watch,
     running: Iterator[StepMetrics],
-    evaluations: list[Line],
+    history: tuple[list[Line], Margins],
     advance: log.Advance,
 ) -> None:
-    """Take every step; evaluate, save and report where it is due. An evaluation is added to `evaluations`."""
+    """Take every step; evaluate, save and report where it is due. Evaluations and margins are added to `history`."""
+    evaluations, margins = history
     world, config, total = trainer.world, trainer.config, watch.facts.num_steps
     with interrupts.noted() as signal_seen:
         for step in running:
@@ -82,22 +87,28 @@ def _run_steps(
             done = step.step + 1
             line: Line = {"step": step.step, **step.values}
             line |= {"skipped": step.skipped} if step.skipped else {}
+            margins.note(done, step.margins, held_out=False)
+            held_out: Mapping[Key, float] = {}
             if data.eval_rows and (done % config.eval_steps == 0 or done == total):
-                values = evaluation.evaluate(trainer, data.eval_rows, data.eval_bank)
-                line |= values
+                evaluated = evaluation.evaluate(trainer, data.eval_rows, data.eval_bank)
+                line |= evaluated.values
+                held_out = evaluated.margins
                 evaluations.append(dict(line))
-                watch.after_eval(step.step, values)
+                watch.after_eval(step.step, evaluated.values)
             signal_number = max(world.gather(signal_seen()))
             due = done % config.save_steps == 0 or done == total or signal_number
             best = (
                 evaluation.records(evaluations, config.metric_for_best_model) if config.load_best_model_at_end else []
             )
+            if not config.load_best_model_at_end or best[-1:] == [done]:  # those of the weights that are saved
+                margins.note(done, held_out, held_out=True)
             keep = (due or best[-1:] == [done] or _is_over(evaluations, config)) and watch.verdict is None
-            tensors = trainer.optimizer.state() if keep else None  # a collective call: every rank takes part
+            # A collective call: every rank takes part.
+            tensors = trainer.optimizer.state() | margins.state() if keep else None
             if session.output:
                 _record(session.output, line, tensors, watch.state, config, best)
                 if config.report and "eval_loss" in line:
-                    page.write(session.output.out)
+                    page.renew(session.output.out)
             watch.tell(step, alerts)
             advance(1, note(step))
             if signal_number:

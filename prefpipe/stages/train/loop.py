@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -27,14 +27,15 @@ from prefpipe.stages.train.micro_batches import (
 )
 from prefpipe.stages.train.optimizer import MasterOptimizer, learning_rate
 from prefpipe.stages.train.parallel import World, sum_over_ranks
-from prefpipe.stages.train.tally import Tally, summarise
+from prefpipe.stages.train.tally import Key, Summary, Tally, summarise
 
 _SMALLEST_BUDGET = 64
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step, numbered from 0; `values` are means over its rows under TRL's names.
+    """One optimizer step, numbered from 0; `values` are means over its rows under TRL's names, `margins` those of its
+    pairs before it moves the weights.
 
     When its loss or gradient is not finite, no weight moves: `skipped` then has the ids of its rows, and `values` the
     metrics that are finite.
@@ -44,6 +45,7 @@ class StepMetrics:
     num_rows: int
     values: dict[str, float]
     skipped: tuple[str, ...] = ()
+    margins: Mapping[Key, float] = field(default_factory=dict[Key, float])
 
 
 @dataclass
@@ -118,7 +120,8 @@ def _steps(
         batch = [rows[row] for row in batches[within]]
         drawn = [bank[i] for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]
         imitated = [sft[i] for i in mixing.sft_rows(len(sft), config.sft_batch_size, config.seed, step)]
-        values = _accumulate(trainer, batch, drawn, imitated, trainer.start_noise if step == 0 else None)
+        found = _accumulate(trainer, batch, drawn, imitated, trainer.start_noise if step == 0 else None)
+        values = found.values
         rate = learning_rate(
             step,
             total,
@@ -135,7 +138,7 @@ def _steps(
         values |= {"learning_rate": rate, "epoch": (step + 1) / per_epoch}
         shown = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         skipped = () if finite else tuple(row.row_id for row in (*batch, *imitated))
-        yield StepMetrics(step, len(batch), shown, skipped)
+        yield StepMetrics(step, len(batch), shown, skipped, found.margins)
 
 
 def _accumulate(
@@ -144,7 +147,7 @@ def _accumulate(
     bank: Sequence[TrainLabel],
     sft: Sequence[TrainLabel],
     noise: float | None,
-) -> dict[str, float]:
+) -> Summary:
     """Gradients of one global batch. When memory runs out, the budget falls to half of the largest micro-batch, and the
     same batch is computed again."""
     while True:
@@ -177,7 +180,7 @@ def _try_batch(
     bank: Sequence[TrainLabel],
     sft: Sequence[TrainLabel],
     noise: float | None,
-) -> dict[str, float]:
+) -> Summary:
     """Gradients and metrics of one global batch of G rows, and of T tokens to imitate. Every micro-batch adds its sum
     of losses divided by G, or its NLL divided by T, so that neither the cut into micro-batches nor the number of ranks
     changes the result."""
@@ -190,9 +193,10 @@ def _try_batch(
     for add_gradients, counts in trainer.world.deal(work):
         # A micro-batch that a rank repeats to keep step with the others goes into a tally that nobody reads.
         add_gradients(counts=counts, tally=tally if counts else Tally())
-    values = summarise(tally, trainer.world) | mixing.row_counts(batch, trainer.config)
+    found = summarise(tally, trainer.world)
+    values = found.values | mixing.row_counts(batch, trainer.config)
     values["tokens/scored_share"] = values.pop("tokens/scored") / values["tokens/unique"]
-    return {**values, "kto/z0": z0} if bank else values
+    return Summary({**values, "kto/z0": z0} if bank else values, found.margins)
 
 
 def _micro_batch(
@@ -206,7 +210,7 @@ def _micro_batch(
     """
     found = row_losses(trainer, micro, z0, noise)
     _backward(trainer, found.per_row.sum() / size * float(counts), found.layout, micro, tally)
-    tally.add_rows(found.metrics)
+    tally.add_rows(found.metrics, micro.rows)
     if noise is not None:
         start = registry.departure(trainer.config.objective, found.batch, noise)
         shares = found.weights / size

@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 import torch
 
 from prefpipe import log
@@ -33,7 +34,7 @@ from prefpipe.rows import what_helps, why_dropped
 from prefpipe.runs import page, store
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
-from prefpipe.schemas import Dropped, to_table
+from prefpipe.schemas import Dropped, Margin, to_table
 from prefpipe.stages.train import loading, mixing, outputs, parallel
 from prefpipe.stages.train.fit import fit
 from prefpipe.stages.train.inputs import TrainingData, prepare
@@ -95,10 +96,10 @@ def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifes
     start = start_of(data, config, audited)
     trainer = _trainer(session, model, data, config, tokens, start.noise)
     state = diagnostics.at_start(RULES, warnings)
-    results, alerts = fit(session, trainer, data, state, exact=start.exact, audit_seconds=audited.seconds)  # 7
+    results, alerts, margins = fit(session, trainer, data, state, exact=start.exact, audit_seconds=audited.seconds)  # 7
     results = {"audit": audited.report, **results, "alerts": [asdict(alert) for alert in alerts]}
     tensors = outputs.tensors_of(model, config)  # 8
-    manifest = session.lead(lambda run: _finish(run, data, model, tensors, config, results))
+    manifest = session.lead(lambda run: _finish(run, data, model, tensors, config, (results, margins.table())))
     return cast(Manifest, manifest)
 
 
@@ -186,13 +187,16 @@ def _finish(
     model: TreeModel,
     tensors: dict[str, torch.Tensor],
     config: TrainConfig,
-    results: dict[str, Any],
+    fitted: tuple[dict[str, Any], pa.Table],
 ) -> Manifest:
-    """Save the trained policy and the manifest."""
+    """Save the trained policy, the margins of its pairs, and the manifest."""
+    results, margins = fitted
     policy, count = data.policy, len(data.rows)
     identity = {"initial": policy.id, "reference": data.reference.id if data.reference else None}
     facts = {**results, **identity, "count": count, "kind": data.kind, "inputs": data.inputs}
     trained = outputs.save(run.out, model, tensors, policy, config, facts)
+    if margins.num_rows:
+        run.write_part("margins", Margin, 0, margins)
     totals = {data.kind: count, "dropped": len(data.dropped), **results}
     if data.eval_rows:
         totals[f"eval_{data.kind}"] = len(data.eval_rows)

@@ -10,40 +10,61 @@ from dataclasses import dataclass, field
 
 import torch
 
+from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.parallel import World
 
+Key = tuple[str, int]  # of a row: its id, and the number of its source
 QUANTILES = {"p05": 0.05, "p50": 0.50, "p95": 0.95}
-_WITH_QUANTILES = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+_MARGINS = "rewards/margins"
+_WITH_QUANTILES = ("rewards/chosen", "rewards/rejected", _MARGINS)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The metrics of a step by name, and the margin of each of its pairs (or groups) where there is a reference."""
+
+    values: dict[str, float]
+    margins: Mapping[Key, float]
 
 
 @dataclass
 class Tally:
-    """By name, totals over the step and values of the rows that count; both grow with every micro-batch."""
+    """By name, totals over the step and values of the rows that count, and the keys of all rows; they grow with every
+    micro-batch."""
 
     totals: dict[str, float] = field(default_factory=dict[str, float])
     rows: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    keys: list[Key] = field(default_factory=list[Key])
 
     def add_total(self, name: str, value: float) -> None:
         """Add to what is summed over the step, such as the loss and token counts."""
         self.totals[name] = self.totals.get(name, 0.0) + value
 
-    def add_rows(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Add name -> (values [B], which of them count [B]), in one transfer from the device."""
+    def add_rows(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]], of: Sequence[TrainRow]) -> None:
+        """Add name -> (values [B], which of them count [B]) of rows [B], in one transfer from the device."""
         if not metrics:
             return
+        self.keys += map(key_of, of)
         values, counted = (torch.stack([pair[i].float() for pair in metrics.values()]).tolist() for i in (0, 1))
         for name, of_rows, counts in zip(metrics, values, counted, strict=True):
             kept = [value for value, count in zip(of_rows, counts, strict=True) if count]
             self.rows.setdefault(name, []).extend(kept)
 
 
-def summarise(tally: Tally, world: World) -> dict[str, float]:
+def key_of(row: TrainRow) -> Key:
+    """The key of a row among all rows of a run."""
+    return row.row_id, row.source
+
+
+def summarise(tally: Tally, world: World) -> Summary:
     """Totals, means over the rows that count, and quantiles of the rewards; a name without rows is left out. A
     collective call: all ranks get the same."""
-    gathered = world.gather((tally.totals, tally.rows))
+    gathered = world.gather((tally.totals, tally.rows, tally.keys))
     totals: dict[str, float] = {}
     rows: dict[str, list[float]] = {}
-    for totals_of_rank, rows_of_rank in gathered:
+    margins: dict[Key, float] = {}
+    for totals_of_rank, rows_of_rank, keys in gathered:
+        margins |= zip(keys, rows_of_rank.get(_MARGINS, ()), strict=False)  # rewards without a reference have none
         for name, value in totals_of_rank.items():
             totals[name] = totals.get(name, 0.0) + value
         for name, values in rows_of_rank.items():
@@ -54,7 +75,7 @@ def summarise(tally: Tally, world: World) -> dict[str, float]:
             metrics[name] = _mean(values)
         if values and name in _WITH_QUANTILES:
             metrics |= {f"{name}/{label}": quantile(values, share) for label, share in QUANTILES.items()}
-    return metrics
+    return Summary(metrics, margins)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -14,7 +14,7 @@ from prefpipe.inference import parity
 from prefpipe.inference.parity import CachedLogps
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest, Run
-from prefpipe.schemas import Completion, Dropped, Evaluation, Pair, Prompt, RefLogps, Reward, to_table
+from prefpipe.schemas import Completion, Dropped, Evaluation, Margin, Pair, Prompt, RefLogps, Reward, to_table
 from prefpipe.stages.iterate import plan
 from prefpipe.stages.iterate.plan import Step
 
@@ -188,6 +188,10 @@ def _train(run: Run, round: int, shape: Shape) -> Manifest:
     lines = [metrics(step, shape.steps, round) for step in range(shape.steps)]
     (run.out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.write_dropped(Dropped, to_table(Dropped, []))
+    draw = random.Random(round)
+    keys = [content_id(round, number, "pair") for number in range(shape.pairs)]
+    margins = [Margin(key, 0, number % 6 == 5, shape.steps, draw.gauss(0.6, 0.8)) for number, key in enumerate(keys)]
+    run.write_part("margins", Margin, 0, to_table(Margin, margins))
     totals = {"pairs": shape.pairs, "eval_pairs": 20, "dropped": 0, "steps": shape.steps, "last_step": lines[-1]}
     identity = {"policy": f"weights:{round}", "initial": f"weights:{round - 1}", "reference": f"weights:{round - 1}"}
     return run.finish({**totals, "alerts": list(shape.alerts)}, identity)

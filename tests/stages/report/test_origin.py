@@ -1,5 +1,6 @@
 """What came from what, which settings were changed, and the command that makes a run again."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def test_the_command_replays_the_run(subject: Subject, finished: Path) -> None:
     config = finished / "round-1/train/config.json"
     assert shlex.split(made.command) == ["prefpipe", "train", str(config), "--out", "runs/replay"]
     assert base.load(TrainConfig, config, {}).learning_rate == 2e-4
-    assert any("seconds 12.5" in line for line in made.times)
+    assert made.cost is not None
+    assert made.cost.time == "12.5 s"
+    assert re.fullmatch(r"\d\.\d\d GiB", made.cost.memory)
 
 
 def test_versions_and_tables_of_iterate(subject: Subject) -> None:

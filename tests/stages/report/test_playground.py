@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefpipe.runs import overview
+from prefpipe.schemas import Margin
 from prefpipe.stages.report import playground
-from prefpipe.stages.report.subject import Subject, read
+from prefpipe.stages.report.subject import Subject, number, read
 
 
 def test_the_best_policy_by_hand() -> None:
@@ -51,8 +53,21 @@ def test_candidates_of_the_newest_completions(subject: Subject) -> None:
     rows = found.prompts[0].rows
     assert sum(row.reference for row in rows) == pytest.approx(1)
     assert all(len(row.best) == len(playground.POLICY_BETAS) for row in rows)
-    assert found.margins is not None
-    assert "nats over the last 4 steps of round 2" in found.margins.says
+
+
+def test_the_margins_of_the_pairs_are_a_histogram_in_nats(subject: Subject, finished: Path) -> None:
+    found = playground.playground(subject).margins
+    assert found is not None
+    rows = overview.rows(overview.look(finished / "round-2/train"), "margins", Margin, 100).rows
+    nats = sorted(row["margin"] / 0.1 for row in rows)
+    assert found.says.startswith(
+        f"median {number(nats[12])} nats, {sum(v > 0 for v in nats) / 24:.1%} above 0; 24 pairs"
+    )
+    assert "trained on" in found.svg
+    assert "held out" in found.svg
+    for config in ({}, {"beta": 0.0}):
+        run = replace(subject.runs[-2], config=config)
+        assert playground.playground(replace(subject, runs=[run])).margins is None
 
 
 def test_without_training_and_completions_the_curves_are_still_there(finished: Path) -> None:

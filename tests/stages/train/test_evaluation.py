@@ -16,7 +16,7 @@ from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, score
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.runs import fsio, store
-from prefpipe.schemas import Pair
+from prefpipe.schemas import Margin, Pair, from_table
 from prefpipe.stages.train import checkpoint, evaluation, loop, stage
 from prefpipe.stages.train.evaluation import is_stale, records, split_by_prompt
 from prefpipe.stages.train.inputs import prepare
@@ -54,9 +54,9 @@ def test_an_evaluation_is_the_loss_and_the_metrics_of_a_step_on_the_same_rows(ti
     for loss in ("sigmoid", "ipo", "simpo"):
         config = data.config(tiny_model, loss_type=(loss,), train_batch_size=7)
         trainer = data.trainer(data.policy(tiny_model), config)
-        found = evaluation.evaluate(trainer, rows, [])
+        found = evaluation.evaluate(trainer, rows, []).values
         trainer.budget = 40
-        assert evaluation.evaluate(trainer, rows, []) == pytest.approx(found, rel=1e-5, abs=1e-6)
+        assert evaluation.evaluate(trainer, rows, []).values == pytest.approx(found, rel=1e-5, abs=1e-6)
         step = next(loop.steps(trainer, rows, 0)).values
         assert {"eval_loss", "eval_logps/chosen", "eval_rewards/margins"} <= found.keys()
         for name, value in found.items():
@@ -157,6 +157,10 @@ def test_the_best_weights_are_kept(best: Path):
     for name, tensor in adapter.items():
         assert (state["master/policy." + name.replace(".weight", ".default.weight")] == tensor).all(), name
     assert len(list((best / "checkpoints").iterdir())) <= 3
+    held_out = [row for row in from_table(Margin, store.read_dataset(best, "margins", Margin)) if row.held_out]
+    assert {row.step for row in held_out} == {lowest[1]}
+    of_best = metrics(best)[lowest[1] - 1]["eval_rewards/margins"]
+    assert sum(row.margin for row in held_out) / len(held_out) == pytest.approx(of_best, rel=1e-6)
     assert "the best by eval_loss" in (best / "adapter" / "README.md").read_text()
 
 

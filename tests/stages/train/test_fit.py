@@ -27,15 +27,16 @@ def test_without_a_run_directory_nothing_is_written(tiny_model: Path, tmp_path: 
     config = data.config(tiny_model, num_train_epochs=1, train_batch_size=4)
     trainer = data.trainer(data.policy(tiny_model), config)
     before = sorted(tmp_path.rglob("*"))
-    results, alerts = fit(NOTHING_WRITTEN, trainer, training, diagnostics.at_start(RULES, ()))
+    results, alerts, margins = fit(NOTHING_WRITTEN, trainer, training, diagnostics.at_start(RULES, ()))
     assert results == {"steps": 3, "last_step": {}}
     assert list(alerts) == []
+    assert margins.table().num_rows == 10
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_warnings_of_the_start_are_alerts_of_the_run(tiny_model: Path, training: TrainingData):
     trainer = data.trainer(data.policy(tiny_model), data.config(tiny_model, train_batch_size=10))
-    _, alerts = fit(NOTHING_WRITTEN, trainer, training, diagnostics.at_start(RULES, [("A16", "beta is small")]))
+    _, alerts, _ = fit(NOTHING_WRITTEN, trainer, training, diagnostics.at_start(RULES, [("A16", "beta is small")]))
     assert [(alert.rule, alert.level) for alert in alerts] == [("A16", "WARN")]
 
 
@@ -47,6 +48,6 @@ def test_evaluations_stop_the_run_when_patience_is_over(tiny_model: Path, traini
     )  # fmt: skip
     held_out = replace(training, rows=training.rows[:8], eval_rows=training.rows[8:])
     trainer = data.trainer(data.policy(tiny_model), config)
-    results, _ = fit(NOTHING_WRITTEN, trainer, held_out, diagnostics.at_start(RULES, ()))
+    results, _, _ = fit(NOTHING_WRITTEN, trainer, held_out, diagnostics.at_start(RULES, ()))
     assert results["best"]["metric"] == "eval_loss"
     assert results["best"]["step"] < 20

@@ -18,7 +18,7 @@ from prefpipe.forward import load
 from prefpipe.forward.head import LogitRule
 from prefpipe.models import policy
 from prefpipe.runs import fsio, store, tables
-from prefpipe.schemas import Dropped, Pair, RefLogps, from_table
+from prefpipe.schemas import Dropped, Margin, Pair, RefLogps, from_table
 from prefpipe.stages.train import stage
 from tests.conftest import Cli
 from tests.stages.train import data
@@ -62,6 +62,11 @@ def test_a_run_holds_what_it_promises(tiny_model: Path, trained: Path):
     assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-4)
     assert lines[-1]["rewards/margins"] > 0.1
     assert lines[-1]["loss"] < lines[0]["loss"]
+    rows = from_table(Margin, store.read_dataset(trained, "margins", Margin))
+    assert len({row.row_id for row in rows}) == len(rows) == 10
+    assert {row.step for row in rows} == {4, 5, 6}  # of the second epoch
+    newest = [row.margin for row in rows if row.step == 6]
+    assert sum(newest) / len(newest) == pytest.approx(lines[-1]["rewards/margins"], rel=1e-6)
     base = policy.resolve(str(tiny_model)).id
     assert manifest["identity"]["reference"] == manifest["identity"]["initial"] == base
     assert manifest["identity"]["policy"] == policy.resolve(str(tiny_model), str(trained / "adapter")).id
