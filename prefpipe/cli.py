@@ -19,11 +19,12 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from prefpipe import __version__, flags, log, terminal
+from prefpipe import __version__, extras, flags, log, terminal
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.train import TrainConfig
+from prefpipe.doctor import command as doctors
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
 from prefpipe.shipped import commands as _recipe_commands
 from prefpipe.shipped import recipes
@@ -80,7 +81,10 @@ def _report(error: BaseException, *, verbose: bool) -> int:
         return StorageError.exit_code
     if verbose:
         traceback.print_exc()
-    log.error(f"unexpected {type(error).__name__}: {error}", "run again with --verbose and report the traceback")
+    log.error(
+        f"unexpected {type(error).__name__}: {error}",
+        "`prefpipe doctor` checks the installation; if it is whole, run again with --verbose and report the traceback",
+    )
     return 1
 
 
@@ -89,8 +93,8 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def _missing_package(error: ModuleNotFoundError) -> int:
-    extras = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
-    commands = " or ".join(f"pip install 'prefpipe[{extra}]'" for extra in extras)
+    parts = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
+    commands = " or ".join(extras.command(part) for part in parts)
     log.error(f"this command needs the package '{error.name}'", f"install it with: {commands}")
     return MissingInputError.exit_code
 
@@ -140,6 +144,14 @@ def show_config(
         return
     terminal.show(f"# prefpipe {command} RECIPE.toml --out DIR\n# {config_class.__doc__}\n")
     terminal.show(base.to_toml(config_class()))
+
+
+@app.command("doctor", rich_help_panel=_START)
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")] = False,  # noqa: FBT002
+) -> int:
+    """Check this installation: what works, and what to do about the rest. Exit code 1 where something is broken."""
+    return doctors.run(as_json=as_json)
 
 
 @app.command("steps", hidden=True)

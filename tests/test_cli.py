@@ -347,8 +347,8 @@ def test_verbose_shows_the_traceback_of_an_unexpected_error_only(cli: Cli, tmp_p
 @pytest.mark.parametrize(
     ("engine", "package", "install"),
     [
-        ("transformers", "torch", "pip install 'prefpipe[train]'"),
-        ("vllm", "vllm", "pip install 'prefpipe[cpu]' or pip install 'prefpipe[cuda]'"),
+        ("transformers", "torch", f"make -C {ROOT} setup"),
+        ("vllm", "vllm", f"make -C {ROOT} setup or make -C {ROOT} setup LOCK=cuda"),
     ],
 )
 def test_a_missing_extra_names_the_install_line(

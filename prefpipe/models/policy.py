@@ -12,7 +12,7 @@ from typing import Any
 
 import platformdirs
 
-from prefpipe import log, processes, reading
+from prefpipe import extras, log, processes, reading
 from prefpipe.errors import DataError, IdentityError, MissingInputError, StorageError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.models import fingerprint
@@ -219,9 +219,7 @@ def _directory(model: str) -> Path:
 
 def _download(hub_id: str) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise MissingInputError(
-            f"{hub_id} must be fetched from the hub", "install it with: pip install 'prefpipe[train]'"
-        )
+        raise MissingInputError(f"{hub_id} must be fetched from the hub", extras.hint("train"))
     from huggingface_hub import snapshot_download
 
     try:
@@ -242,9 +240,7 @@ def _unpack(name: str) -> Path:
         return target
     spec = importlib.util.find_spec(entry.package)
     if spec is None or spec.origin is None:
-        raise MissingInputError(
-            f"embedded:{name} needs the package {entry.package}", "install it with: pip install 'prefpipe[embedded]'"
-        )
+        raise MissingInputError(f"embedded:{name} needs the package {entry.package}", extras.hint("embedded"))
     source = Path(spec.origin).with_name(entry.file)
     if sha256(source.read_bytes()).hexdigest() != entry.sha256:
         raise DataError(f"{source} is damaged: its sha256 is not {entry.sha256}", "install the package again")
@@ -261,4 +257,4 @@ def _dequantize(source: Path, into: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=processes.environment())
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise DataError(f"cannot unpack {source}: {last}", "install it with: pip install 'prefpipe[train,embedded]'")
+        raise DataError(f"cannot unpack {source}: {last}", extras.hint("train", "embedded"))

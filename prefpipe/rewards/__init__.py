@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from prefpipe import extras
 from prefpipe.config.base import result_fields
 from prefpipe.config.rewards import Settings, settings_of
 from prefpipe.errors import MissingInputError
@@ -72,5 +73,5 @@ def _module(kind: str) -> Any:
     except ModuleNotFoundError as error:
         raise MissingInputError(
             f"reward {kind} needs the package '{error.name}'",
-            f"install it with: pip install 'prefpipe[{_EXTRAS.get(kind, 'rewards')}]'",
+            extras.hint(_EXTRAS.get(kind, "rewards")),
         ) from error

@@ -7,7 +7,7 @@ import importlib.util
 import subprocess
 from pathlib import Path
 
-from prefpipe import log, processes
+from prefpipe import extras, log, processes
 from prefpipe.errors import MissingInputError
 
 _SECONDS = 300.0
@@ -16,9 +16,7 @@ _SECONDS = 300.0
 def check_installed() -> None:
     """Raise MissingInputError where the package that draws the charts is missing: before the run, not hours later."""
     if importlib.util.find_spec("vl_convert") is None:
-        raise MissingInputError(
-            "--report needs the package 'vl_convert'", "install it with: pip install 'prefpipe[report]'"
-        )
+        raise MissingInputError("--report needs the package 'vl_convert'", extras.hint("report"))
 
 
 def write(run_dir: Path) -> None:

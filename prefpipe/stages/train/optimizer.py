@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from prefpipe import extras
 from prefpipe.errors import MissingInputError
 from prefpipe.stages.train.parallel import like, whole
 
@@ -112,9 +113,7 @@ def _make(optim: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise MissingInputError(
-            f"optim = {optim} needs the package bitsandbytes", "install it with: pip install 'prefpipe[bnb]'"
-        ) from error
+        raise MissingInputError(f"optim = {optim} needs the package bitsandbytes", extras.hint("bnb")) from error
     return getattr(bitsandbytes.optim, _BITSANDBYTES[optim])(groups, lr=0.0)
 
 

@@ -45,7 +45,7 @@ def check_installed(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise MissingInputError(
                 f"--report-to {name}: the package {name} is not installed",
-                f"install it: pip install {'mlflow-skinny' if name == 'mlflow' else name} (or 'prefpipe[track]')",
+                f"install it: pip install {'mlflow-skinny' if name == 'mlflow' else name}",
             )
 
 
