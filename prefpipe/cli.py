@@ -186,6 +186,20 @@ def write_report(
     terminal.show(f"report       {stage.run(base.local_path(directory, 'DIR'), target)}")
 
 
+@app.command("merge")
+def merge(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run of train, or of iterate for its best round.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="The merged model; a new or an empty directory.")],
+    model: Annotated[str, typer.Option(help="The base, if it is not where it was when the run started.")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: FBT002, ARG001
+) -> None:
+    """Merge the adapter of a run into the weights of its base: a model for tools that take no adapters."""
+    merging = importlib.import_module("prefpipe.stages.train.merging")
+    target = base.local_path(out, "out")
+    identity = merging.run(base.local_path(run_dir, "RUN"), target, model)
+    terminal.show(f"merged       {target}\n  {identity}")
+
+
 def _register(name: str, config_class: type[BaseModel], module: str) -> None:
     def run(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
         config = base.load(config_class, recipe, settings)

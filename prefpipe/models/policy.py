@@ -115,6 +115,13 @@ def adapter_base_record(weights: str, adapter_weights: str | None = None) -> str
     return json.dumps({"base": fingerprint.policy_id(weights, None), **digest}, indent=2) + "\n"
 
 
+def merged_record(base: str, adapter_weights: str, weights: str) -> str:
+    """The text of prefpipe.json in a merged model: the id that `resolve` gives it, and the base and the adapter that
+    its weights are the sum of."""
+    parts = {"base": fingerprint.policy_id(base, None), "adapter": adapter_weights}
+    return json.dumps({"policy": fingerprint.policy_id(weights, None), "merged_from": parts}, indent=2) + "\n"
+
+
 def _check_code(directory: Path, config: dict[str, Any]) -> None:
     """Refuse a model with code of its own before anything else reads its directory. Other models are looked at when
     they are loaded: transformers is slow to import, and not every command needs it."""
