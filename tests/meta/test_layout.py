@@ -28,7 +28,20 @@ GROUND = {
     "__init__",
     "__main__",
 }
-ROOMS = {"stages", "doctor", "shipped", "views", "inference", "rewards", "inputs", "engines", "forward", "models", "runs", "config"}
+ROOMS = {
+    "stages",
+    "doctor",
+    "shipped",
+    "views",
+    "inference",
+    "rewards",
+    "inputs",
+    "engines",
+    "forward",
+    "models",
+    "runs",
+    "config",
+}
 MOST_LINES = 300
 COMMANDS = (*STAGES, "report")  # report has no settings and no recipes
 FILES = sorted(PACKAGE.rglob("*.py"))
