@@ -5,13 +5,15 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LOCK ?= cpu
+# The lock that VENV was installed from, which every target keeps; cpu for a new one. Another lock needs another VENV.
+INSTALLED := $(patsubst $(VENV)/installed-%,%,$(firstword $(wildcard $(VENV)/installed-*)))
+LOCK ?= $(or $(INSTALLED),cpu)
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/$(LOCK).txt)
 # The CPU build of torch. Where this index cannot be reached pip warns and takes what it has.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# One line for every twenty packages: progress with and without a terminal.
+# One line for every twenty packages: progress with and without a terminal. "Processing" is a wheel on this machine.
 COUNT = awk -v total=$$(grep -c '^[a-z].*==' requirements/$(LOCK).txt) \
-  '/^(Collecting|Requirement already)/ { if (++n % 20 == 0 || n == total) print "  " n " of " total " packages" } \
+  '/^(Collecting|Processing|Requirement already)/ { if (++n % 20 == 0 || n == total) print "  " n " of " total " packages" } \
    /^Installing collected/ { print "  unpacking them" } /ERROR|error:/ { print } { fflush() }'
 # Plain progress lines and no colours when the output is not a terminal are chosen by prefpipe itself.
 export PYTHONUNBUFFERED := 1
@@ -32,6 +34,11 @@ help:  ## Show the targets
 setup: $(VENV)/installed-$(LOCK)  ## Install everything into .venv (LOCK=cuda for a GPU machine)
 
 $(VENV)/installed-$(LOCK): requirements/$(LOCK).txt pyproject.toml
+ifneq ($(or $(INSTALLED),$(LOCK)),$(LOCK))
+	@echo "error: $(VENV) was installed from requirements/$(INSTALLED).txt" >&2
+	@echo "hint: make $(MAKECMDGOALS) LOCK=$(LOCK) VENV=.venv-$(LOCK) makes another one beside it" >&2
+	@exit 2
+endif
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(LOCK),cpu)
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing $(TORCH), CPU build" && \
@@ -42,7 +49,7 @@ endif
 	@$(BIN)/python -m pip install --quiet --no-deps --retries 1 -r requirements/gym.txt 2>/dev/null || \
 	  echo "reasoning-gym is left out: one of its packages needs a C compiler and Python's headers"
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@rm -f $(VENV)/installed-* && touch $@
+	@touch $@
 
 demo: setup  ## Two rounds on a real 135M model: 10 to 20 minutes on 2 cores, the second time seconds
 	@$(BIN)/prefpipe demo

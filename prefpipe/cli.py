@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from prefpipe import __version__, flags, log, processes, terminal
+from prefpipe import __version__, extras, flags, log, processes, terminal
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError, to_install
+from prefpipe.doctor import command as doctors
+from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
 from prefpipe.shipped import commands as _recipe_commands
 from prefpipe.shipped import recipes
 from prefpipe.views import commands
@@ -78,7 +79,10 @@ def _report(error: BaseException, *, verbose: bool) -> int:
         return StorageError.exit_code
     if verbose:
         traceback.print_exc()
-    log.error(f"unexpected {type(error).__name__}: {error}", "run again with --verbose and report the traceback")
+    log.error(
+        f"unexpected {type(error).__name__}: {error}",
+        "`prefpipe doctor` checks the installation; if it is whole, run again with --verbose and report the traceback",
+    )
     return 1
 
 
@@ -87,8 +91,9 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def _missing_package(error: ModuleNotFoundError) -> int:
-    extras = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
-    log.error(f"this command needs the package '{error.name}'", to_install(*extras))
+    parts = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
+    commands = " or ".join(extras.command(part) for part in parts)
+    log.error(f"this command needs the package '{error.name}'", f"install it with: {commands}")
     return MissingInputError.exit_code
 
 
@@ -139,6 +144,14 @@ def show_config(
     terminal.show(base.to_toml(config_class()))
 
 
+@app.command("doctor", rich_help_panel=_START)
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")] = False,  # noqa: FBT002
+) -> int:
+    """Check this installation: what works, and what to do about the rest. Exit code 1 where something is broken."""
+    return doctors.run(as_json=as_json)
+
+
 @app.command("steps", hidden=True)
 def steps() -> None:
     """Run the steps that another process names on stdin, one line of JSON each, and answer with a line when it is done.
@@ -184,6 +197,20 @@ def gather(
     target = base.local_path(out, "out")
     command, config = stage.run([base.local_path(text, "DIR") for text in directories], target, force=force)
     _run_stage(STAGES[command][1], config, target, force=False)
+
+
+@app.command("merge")
+def merge(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run of train, or of iterate for its best round.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="The merged model; a new or an empty directory.")],
+    model: Annotated[str, typer.Option(help="The base, if it is not where it was when the run started.")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: FBT002, ARG001
+) -> None:
+    """Merge the adapter of a run into the weights of its base: a model for tools that take no adapters."""
+    merging = importlib.import_module("prefpipe.stages.train.merging")
+    target = base.local_path(out, "out")
+    identity = merging.run(base.local_path(run_dir, "RUN"), target, model)
+    terminal.show(f"merged       {target}\n  {identity}")
 
 
 def _register(name: str, config_class: type[BaseModel], module: str) -> None:

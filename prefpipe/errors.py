@@ -13,9 +13,6 @@ PrefpipeError                 1   anything else
 RowFault is not in the tree: it concerns one row, which goes to the ledger, and the command goes on.
 """
 
-import shlex
-from pathlib import Path
-
 
 class PrefpipeError(Exception):
     """`message` says what happened, with the value and the place; `hint` says what to do about it."""
@@ -72,16 +69,6 @@ class IdentityError(PrefpipeError):
     """A cached value, a run or an adapter belongs to another model than the one in use."""
 
     exit_code = 76
-
-
-def to_install(*extras: str) -> str:
-    """A hint: how to install one of some extras of prefpipe. No index of packages has it, so that the command names the
-    checkout that it runs from."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "pyproject.toml").is_file():
-        return f"install prefpipe again, with its extra {' or '.join(extras)}"
-    commands = [shlex.join(["pip", "install", "--editable", f"{root}[{extra}]"]) for extra in extras]
-    return f"install it with: {' or '.join(commands)}"
 
 
 class Interrupted(BaseException):

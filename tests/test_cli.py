@@ -16,7 +16,6 @@ import pytest
 from prefpipe import __version__
 from prefpipe.cli import STAGES
 from prefpipe.config import base
-from prefpipe.errors import to_install
 from prefpipe.runs import tables
 from prefpipe.schemas import Dropped
 from tests.cases import assert_refused
@@ -348,8 +347,8 @@ def test_verbose_shows_the_traceback_of_an_unexpected_error_only(cli: Cli, tmp_p
 @pytest.mark.parametrize(
     ("engine", "package", "install"),
     [
-        ("transformers", "torch", to_install("train")),
-        ("vllm", "vllm", to_install("cpu", "cuda")),
+        ("transformers", "torch", f"make -C {ROOT} setup"),
+        ("vllm", "vllm", f"make -C {ROOT} setup or make -C {ROOT} setup LOCK=cuda"),
     ],
 )
 def test_a_missing_extra_names_the_install_line(

@@ -17,8 +17,8 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from prefpipe import reading
-from prefpipe.errors import DataError, MissingInputError, UsageError, to_install
+from prefpipe import extras, reading
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.forward import attention, lora_targets
 from prefpipe.forward.architecture import reason
 from prefpipe.forward.logps import SCORER_VERSION, causal_model
@@ -75,7 +75,7 @@ def _without_dropout(model: M) -> M:
 
 def _four_bits(dtype: str, device: str) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingInputError("load_in_4bit needs the package bitsandbytes", to_install("bnb"))
+        raise MissingInputError("load_in_4bit needs the package bitsandbytes", extras.hint("bnb"))
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefpipe.errors import MissingInputError, UsageError, to_install
+from prefpipe import extras
+from prefpipe.errors import MissingInputError, UsageError
 
 _NAME = re.compile(r"hf:(?P<name>[^/@:]+/[^/@:]+)(@(?P<revision>[^:/]+))?(:(?P<config>[^/]+))?(/(?P<split>.+))?")
 _URL = re.compile(r"hf://datasets/[^/@]+/[^/@]+(@(?P<revision>[^/]+))?/.+")
@@ -55,7 +56,7 @@ def rows(source: str) -> Iterator[dict[str, Any]]:
         raise UsageError(f"{source} names no file of a dataset", _HOW)
     wanted = None if of_url else parse(source)
     if importlib.util.find_spec("datasets") is None:
-        raise MissingInputError(f"{source} is read by the package datasets", to_install("hub"))
+        raise MissingInputError(f"{source} is read by the package datasets", extras.hint("hub"))
     try:
         for row in _stream(source, wanted):
             yield without_nulls(row)

@@ -12,8 +12,8 @@ from typing import Any
 
 import platformdirs
 
-from prefpipe import log, processes, reading
-from prefpipe.errors import DataError, IdentityError, MissingInputError, StorageError, UsageError, to_install
+from prefpipe import extras, log, processes, reading
+from prefpipe.errors import DataError, IdentityError, MissingInputError, StorageError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.models import fingerprint
 from prefpipe.runs import fsio
@@ -113,6 +113,13 @@ def adapter_base_record(weights: str, adapter_weights: str | None = None) -> str
     `resolve` refuses another base and a damaged adapter."""
     digest = {"adapter": adapter_weights} if adapter_weights else {}
     return json.dumps({"base": fingerprint.policy_id(weights, None), **digest}, indent=2) + "\n"
+
+
+def merged_record(base: str, adapter_weights: str, weights: str) -> str:
+    """The text of prefpipe.json in a merged model: the id that `resolve` gives it, and the base and the adapter that
+    its weights are the sum of."""
+    parts = {"base": fingerprint.policy_id(base, None), "adapter": adapter_weights}
+    return json.dumps({"policy": fingerprint.policy_id(weights, None), "merged_from": parts}, indent=2) + "\n"
 
 
 def _check_code(directory: Path, config: dict[str, Any]) -> None:
@@ -219,7 +226,7 @@ def _directory(model: str) -> Path:
 
 def _download(hub_id: str) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise MissingInputError(f"{hub_id} must be fetched from the hub", to_install("train"))
+        raise MissingInputError(f"{hub_id} must be fetched from the hub", extras.hint("train"))
     from huggingface_hub import snapshot_download
 
     try:
@@ -240,7 +247,7 @@ def _unpack(name: str) -> Path:
         return target
     spec = importlib.util.find_spec(entry.package)
     if spec is None or spec.origin is None:
-        raise MissingInputError(f"embedded:{name} needs the package {entry.package}", to_install("embedded"))
+        raise MissingInputError(f"embedded:{name} needs the package {entry.package}", extras.hint("embedded"))
     source = Path(spec.origin).with_name(entry.file)
     if sha256(source.read_bytes()).hexdigest() != entry.sha256:
         raise DataError(f"{source} is damaged: its sha256 is not {entry.sha256}", "install the package again")
@@ -257,4 +264,4 @@ def _dequantize(source: Path, into: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=processes.environment())
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise DataError(f"cannot unpack {source}: {last}", to_install("train,embedded"))
+        raise DataError(f"cannot unpack {source}: {last}", extras.hint("train", "embedded"))

@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from prefpipe import machine
+from prefpipe import extras, machine
 from prefpipe.config.base import result_fields
 from prefpipe.config.rewards import Settings, settings_of
-from prefpipe.errors import MissingInputError, to_install
+from prefpipe.errors import MissingInputError
 from prefpipe.ids import canonical_json
 from prefpipe.rewards import function
 from prefpipe.rewards.base import RewardFunction
@@ -75,5 +75,5 @@ def _module(kind: str) -> Any:
     except ModuleNotFoundError as error:
         raise MissingInputError(
             f"reward {kind} needs the package '{error.name}'",
-            to_install(_EXTRAS.get(kind, "rewards")),
+            extras.hint(_EXTRAS.get(kind, "rewards")),
         ) from error

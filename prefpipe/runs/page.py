@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from prefpipe import log, processes
-from prefpipe.errors import MissingInputError, to_install
+from prefpipe import extras, log, processes
+from prefpipe.errors import MissingInputError
 
 _SECONDS = 300.0
 _LOWEST = 19  # of priorities
@@ -33,7 +33,7 @@ _writers: dict[Path, _Writer] = {}  # of this process, by the directory of the r
 def check_installed() -> None:
     """Raise MissingInputError where the package that draws the charts is missing: before the run, not hours later."""
     if importlib.util.find_spec("vl_convert") is None:
-        raise MissingInputError("--report needs the package 'vl_convert'", to_install("report"))
+        raise MissingInputError("--report needs the package 'vl_convert'", extras.hint("report"))
 
 
 def renew(run_dir: Path) -> None:

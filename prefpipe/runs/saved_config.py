@@ -82,7 +82,10 @@ def belongs_to_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]
     """The error for a directory that holds a run of other settings or inputs; it names those that differ."""
     keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
-    return UsageError(f"{out} belongs to another run: {listed}", f"choose another --out, or {START_OVER}")
+    hint = f"choose another --out, or {START_OVER}"
+    if keys == ["merge"] and new["merge"]:  # what comes after the training needs no other one
+        hint = f"leave out --merge; once the run is complete, `prefpipe merge {out} --out DIR` writes the merged model"
+    return UsageError(f"{out} belongs to another run: {listed}", hint)
 
 
 def refuse_foreign(out: Path, *, force: bool) -> None:

@@ -2,3 +2,7 @@
 
 `stages` and `data` here are links to the folders at the top of a checkout; a wheel holds the files in their place.
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent

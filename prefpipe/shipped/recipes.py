@@ -13,8 +13,8 @@ from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import UsageError
 from prefpipe.runs import fsio
+from prefpipe.shipped import ROOT
 
-ROOT = Path(__file__).parent
 _KEY = re.compile(r"# ([A-Z][a-z]+) {2,}(\S.*)")
 _MORE = re.compile(r"# {3,}(\S.*)")
 _COMMANDS = ("needs", "run")  # lines of a header that may hold commands, one each

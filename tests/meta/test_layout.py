@@ -21,6 +21,7 @@ GROUND = {
     "schemas",
     "statistics",
     "machine",
+    "extras",
     "rows",
     "errors",
     "ids",
@@ -31,6 +32,7 @@ GROUND = {
 }
 ROOMS = {
     "stages",
+    "doctor",
     "shipped",
     "views",
     "inference",

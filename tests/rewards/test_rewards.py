@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefpipe import reading, rewards
+from prefpipe import extras, reading, rewards
 from prefpipe.config import shared
 from prefpipe.config.rewards import KINDS, Math, ShortSentence
-from prefpipe.errors import MissingInputError, UsageError, to_install
+from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import text_rules
 from prefpipe.rewards.base import Answer
 from prefpipe.runs import store
@@ -202,7 +202,7 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "prefpipe.rewards.json_schema", raising=False)
     with pytest.raises(MissingInputError, match="needs the package 'jsonschema'") as caught:
         rewards.load("json_schema")
-    assert caught.value.hint == to_install("rewards")
+    assert caught.value.hint == extras.hint("rewards")
 
 
 @pytest.mark.parametrize("kind", sorted(set(rewards.REWARDS) - {"reward_model", "function"}))

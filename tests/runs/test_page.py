@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe import processes
-from prefpipe.errors import MissingInputError, to_install
+from prefpipe import extras, processes
+from prefpipe.errors import MissingInputError
 from prefpipe.runs import page
 from tests.runs.cases import opened, write
 
@@ -70,4 +70,4 @@ def test_a_missing_package_is_said_before_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(MissingInputError) as caught:
         page.check_installed()
-    assert caught.value.hint == to_install("report")
+    assert caught.value.hint == extras.hint("report")

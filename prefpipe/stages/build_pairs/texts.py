@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import polars as pl
 from rapidfuzz.distance import Levenshtein
 
-from prefpipe.errors import MissingInputError, UsageError, to_install
+from prefpipe import extras
+from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.rewards import text_rules
 
 CONTROL_TOKENS = (
@@ -65,7 +66,7 @@ def language_in(languages: Sequence[str]) -> Callable[[str], bool]:
         langid = importlib.import_module("py3langid.langid")
     except ModuleNotFoundError as error:
         raise MissingInputError(
-            "the filter by language needs the package 'py3langid'", to_install("rewards")
+            "the filter by language needs the package 'py3langid'", extras.hint("rewards")
         ) from error
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=False)
     unknown = sorted(set(languages) - set(identifier.labels))

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from prefpipe.errors import MissingInputError, to_install
+from prefpipe import extras
+from prefpipe.errors import MissingInputError
 from prefpipe.stages.train.parallel import like, whole
 
 _BITSANDBYTES = {
@@ -112,7 +113,7 @@ def _make(optim: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise MissingInputError(f"optim = {optim} needs the package bitsandbytes", to_install("bnb")) from error
+        raise MissingInputError(f"optim = {optim} needs the package bitsandbytes", extras.hint("bnb")) from error
     return getattr(bitsandbytes.optim, _BITSANDBYTES[optim])(groups, lr=0.0)
 
 

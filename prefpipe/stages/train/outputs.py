@@ -11,7 +11,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.forward import load
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.models import fingerprint
-from prefpipe.models.policy import Policy, adapter_base_record
+from prefpipe.models.policy import Policy, adapter_base_record, merged_record
 from prefpipe.runs import fsio
 from prefpipe.stages.train import parallel
 
@@ -66,7 +66,7 @@ def save(
 
     fsio.publish_dir(target, fill, out / "quarantine")
     if config.merge:
-        _merge(out, policy, config, facts)
+        publish_merged(out / "merged", out / "adapter", policy, config, facts, out / "quarantine")
     if config.tuning == "full":
         return fingerprint.policy_id(fingerprint.weights_digest(target), None)
     return fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(target))
@@ -77,18 +77,21 @@ def base_name(policy: Policy, config: TrainConfig) -> str:
     return str(policy.directory) if config.model.startswith("embedded:") else config.model
 
 
-def _merge(out: Path, policy: Policy, config: TrainConfig, facts: Mapping[str, Any]) -> None:
-    """Publish OUT/merged: the base plus the saved adapter. The base is read again, on the CPU: in memory it may be
-    sharded or in 4 bits."""
-    target = out / "merged"
+def publish_merged(
+    target: Path, adapter: Path, policy: Policy, config: TrainConfig, facts: Mapping[str, Any], aside: Path | None
+) -> None:
+    """Publish a whole model: the base of `policy` plus a saved adapter, whose digest `policy` has. The base is read
+    again, on the CPU: in memory it may be sharded or in 4 bits. `aside` is as in `fsio.publish_dir`."""
     log.info("merging the adapter into the model")
-    whole = load.merged(load.load_model(policy.directory, config.dtype, device="cpu"), out / "adapter")
+    whole = load.merged(load.load_model(policy.directory, config.dtype, device="cpu"), adapter)
 
     def fill(into: Path) -> None:
         load.save_model(whole, load.model_tensors(whole), into, policy.directory, config.chat_template)
         (into / "README.md").write_text(card("merged", base_name(policy, config), config, facts), encoding="utf-8")
+        record = merged_record(policy.weights, fingerprint.adapter_digest(adapter), fingerprint.weights_digest(into))
+        (into / "prefpipe.json").write_text(record, encoding="utf-8")
 
-    fsio.publish_dir(target, fill, out / "quarantine")
+    fsio.publish_dir(target, fill, aside)
 
 
 def card(name: str, base: str, config: TrainConfig, facts: Mapping[str, Any]) -> str:

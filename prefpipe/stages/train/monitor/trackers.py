@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefpipe.errors import MissingInputError, to_install
+from prefpipe.errors import MissingInputError
 
 _PROJECT = "prefpipe"
 Track = Callable[[int, Mapping[str, float]], None]
@@ -45,7 +45,7 @@ def check_installed(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise MissingInputError(
                 f"--report-to {name}: the package {name} is not installed",
-                f"pip install {'mlflow-skinny' if name == 'mlflow' else name}; all of them: {to_install('track')}",
+                f"install it: pip install {'mlflow-skinny' if name == 'mlflow' else name}",
             )
 
 

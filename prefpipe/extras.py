@@ -1,0 +1,36 @@
+"""How to install a part of prefpipe into this installation. Nothing but Python itself is imported."""
+
+import json
+import shlex
+from importlib import metadata
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
+_OF_MAKE = {"train", "cpu", "cuda", "embedded", "rewards", "math", "report", "dev"}  # what requirements/*.txt hold
+
+
+def command(*extras: str, root: Path = _ROOT) -> str:
+    """The command that installs these extras: `make setup` in a checkout whose locks hold them, else pip with the
+    place that this installation came from. The bare name is used only for one that came from an index by that name."""
+    names = ",".join(extras)
+    if (root / "pyproject.toml").is_file():
+        if _OF_MAKE.issuperset(extras):
+            return f"make -C {shlex.quote(str(root))} setup" + (" LOCK=cuda" if "cuda" in extras else "")
+        return f"pip install -e {shlex.quote(f'{root}[{names}]')}"
+    origin = _origin()
+    return "pip install " + shlex.quote(f"prefpipe[{names}]" + (f" @ {origin}" if origin else ""))
+
+
+def hint(*extras: str) -> str:
+    """The hint of an error for a package that is not installed."""
+    return f"install it with: {command(*extras)}"
+
+
+def _origin() -> str:
+    """The address that this installation came from; empty where an index gave it by its name."""
+    try:
+        record = json.loads(metadata.distribution("prefpipe").read_text("direct_url.json") or "{}")
+        version_control = record.get("vcs_info", {}).get("vcs")
+        return f"{version_control}+{record['url']}" if version_control else str(record.get("url", ""))
+    except (metadata.PackageNotFoundError, ValueError, AttributeError, KeyError):
+        return ""
