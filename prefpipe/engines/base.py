@@ -44,6 +44,10 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.85
     # Tokens of one scoring pass.
     max_tokens_per_batch: int = 2048
+    # The servers of an engine behind a URL, the environment variable with their key, and the limit of one request.
+    base_urls: tuple[str, ...] = ()
+    api_key_env: str = ""
+    timeout_seconds: float = 600.0
 
     @property
     def stops(self) -> frozenset[int]:

@@ -33,6 +33,7 @@ RUNTIME = {
     *("gradient_checkpointing", "save_total_limit", "report_to", "report"),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
     *("rounds", "launcher", *StopSettings.model_fields),
+    *("base_urls", "api_key_env", "timeout_seconds"),
 }
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
@@ -78,6 +79,10 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         return st.lists(guards, min_size=1, max_size=2).map(tuple)
     if leaf == "judge":
         return st.just("")  # another value needs its table
+    if leaf == "api_key_env":
+        return st.sampled_from(("VLLM_API_KEY", "MY_KEY"))
+    if leaf == "base_urls":
+        return st.just(("http://a:8000", "https://[::1]/v1"))
     if leaf == "chat_template_kwargs":
         return st.sampled_from(("{}", '{"enable_thinking": false}'))
     if leaf == "reward_settings":
@@ -133,6 +138,10 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
             "build_pairs.output": LOSSES[found.get("train.loss_type", ("sigmoid",))[0]].kind,
             "build_pairs.format": "prefpipe",
         }
+    for prefix in [name[: -len("engine")] for name in known if name.endswith("engine")]:
+        found.pop(f"{prefix}base_urls", None)
+        if found.get(f"{prefix}engine") == "server":
+            found[f"{prefix}base_urls"] = draw(values("base_urls", known[f"{prefix}base_urls"]))
     if cls is ScoreConfig and not found.get("rewards"):
         found.pop("reference", None)  # with neither, there is nothing to do for runs
     if cls in (IterateConfig, BuildPairsConfig):
