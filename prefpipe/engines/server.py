@@ -161,7 +161,7 @@ class ServerEngine:
         try:
             epoch = self._trust.prove(server, adapter=adapter)
         except StorageError:
-            if all(other.is_resting for other in self._pool.servers):
+            if all(other.failures for other in self._pool.servers):
                 raise
             log.warn(f"the server at {server.url} is gone: what it gave since the last check is asked for elsewhere")
             run.again += [item for item, _, _ in held]
@@ -196,9 +196,7 @@ class ServerEngine:
 
     def _one_build(self) -> str:
         """Look at every server. Raises UsageError where they differ: the values of a run have one scorer."""
-        policy, longest = self._settings.policy, self._settings.max_model_len
-        for server in self._pool.servers:
-            self._pool.wait(self._pool.look(server, policy, longest))
+        self._pool.look_at_all(self._settings.policy, self._settings.max_model_len)
         builds = {s.url: s.place.build for s in self._pool.servers if s.place is not None}
         if len(set(builds.values())) > 1:
             found = ", ".join(f"{url} is {build}" for url, build in builds.items())

@@ -7,11 +7,11 @@ from typing import Any
 
 from prefpipe import http
 from prefpipe.engines.server_protocols import PROTOCOLS, Wire
-from prefpipe.errors import PrefpipeError, UsageError
+from prefpipe.errors import UsageError
 from prefpipe.http import Answer, Link
 from prefpipe.models.policy import Policy
 
-Refuse = Callable[[str, Answer], PrefpipeError]  # the error for an answer of a server, by its URL
+Refuse = Callable[[str, Answer], Exception]  # the error for an answer of a server, by its URL
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from prefpipe import api_key, http
 from prefpipe.engines.base import ScoreRequest
 from prefpipe.engines.server_place import Place, json_of, look
-from prefpipe.errors import PrefpipeError, StorageError, UsageError
+from prefpipe.errors import StorageError, UsageError
 from prefpipe.http import Answer
 from prefpipe.models.policy import Policy
 
@@ -34,6 +34,7 @@ class Server:
 
     load: how many; adapter: whether they are to the adapter or to the base
     losses: how often its connection was lost; it may be another process after each
+    failures: in a row; while there is another server, it gets nothing before `rests_until` (time of the loop)
     place: what it was the last time somebody looked, after `known_losses` losses
     """
 
@@ -41,10 +42,16 @@ class Server:
     load: int = 0
     adapter: bool = True
     losses: int = 0
-    is_resting: bool = False
+    failures: int = 0
+    rests_until: float = 0.0
     place: Place | None = None
     known_losses: int = -1
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def note(self, now: float, *, is_well: bool) -> None:
+        """Keep how a request came out."""
+        self.failures = 0 if is_well else self.failures + 1
+        self.rests_until = 0.0 if is_well else now + http.pause(BACKOFF_SECONDS, self.failures, None)
 
     @property
     def is_known(self) -> bool:
@@ -85,6 +92,14 @@ class Answered:
     reply: Any
 
 
+class _Failed(Exception):
+    """A server failed while somebody looked at it."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.shown)
+        self.answer = answer
+
+
 class Pool:
     """Servers that hold one policy. Leaving the `with` block ends what is under way."""
 
@@ -116,7 +131,15 @@ class Pool:
         finally:
             running.cancel()
 
-    async def look(self, server: Server, policy: Policy, longest: int) -> None:
+    def look_at_all(self, policy: Policy, longest: int) -> None:
+        """Find out what every server is. Raises StorageError for one that is not there."""
+        for server in self.servers:
+            try:
+                self.wait(self._look(server, policy, longest))
+            except _Failed as failed:
+                raise self._unanswered(server, failed.answer) from None
+
+    async def _look(self, server: Server, policy: Policy, longest: int) -> None:
         """Find out what a server is, unless that is known, and see that it has the adapter of the policy."""
         async with server.looking:
             if server.is_known:
@@ -158,17 +181,17 @@ class Pool:
     async def _ask_once(self, server: Server, job: Job, policy: Policy, longest: int) -> Answered | Answer:
         losses = server.losses
         try:
-            await self.look(server, policy, longest)
-        except StorageError as error:
-            server.is_resting = True
-            return Answer(0, error.message, failure="unreachable")
+            await self._look(server, policy, longest)
+        except _Failed as failed:
+            server.note(self._loop.time(), is_well=False)
+            return failed.answer
         place = server.place
         assert place is not None
         url, size = server.url + place.wire.path, _SMALLEST + _BYTES_PER_TOKEN * job.tokens
         answer = await http.ask(self._link, url, job.body(place), most_bytes=size)
         if answer.failure in ("broken", "unreachable") and losses == server.losses:  # one loss, whoever sees it
             server.losses += 1
-        server.is_resting = answer.is_transient
+        server.note(self._loop.time(), is_well=not answer.is_transient)
         if answer.is_transient:
             return answer
         if answer.status != 200:
@@ -178,15 +201,16 @@ class Pool:
     async def _enter(self, only: Server | None, *, adapter: bool) -> Server:
         """A place at a server. Requests to the adapter and to the base do not meet: vLLM on a CPU dies of log-probs of
         both in one batch, and all requests with it."""
-        candidates = [only] if only else self.servers
 
         def free() -> list[Server]:
+            awake = [s for s in self.servers if s.rests_until <= self._loop.time()]
             limit = self.window + bool(only)  # a canary does not wait for the others
+            candidates = [only] if only else awake or self.servers
             return [s for s in candidates if s.load == 0 or (s.load < limit and s.adapter == adapter)]
 
         async with self._changed:
             await self._changed.wait_for(free)
-            server = min(free(), key=lambda s: (s.is_resting, s.load))
+            server = min(free(), key=lambda s: s.load)
             server.load += 1
             server.adapter = adapter
             return server
@@ -196,13 +220,10 @@ class Pool:
             server.load -= 1
             self._changed.notify_all()
 
-    def _refuse(self, url: str, answer: Answer) -> PrefpipeError:
+    def _refuse(self, url: str, answer: Answer) -> Exception:
         """The error for an answer that is no reply."""
-        if answer.failure or answer.is_transient:
-            return StorageError(
-                f"the server at {url} cannot be reached: {answer.shown}",
-                f"start it, check base_urls{http.proxy_hint()}; the same command resumes",
-            )
+        if answer.is_transient:
+            return _Failed(answer)
         if answer.status in _REFUSED:
             sent = f"the key in {self._key_variable}" if self._link.key else f"no key ({self._key_variable} is not set)"
             return UsageError(
@@ -214,7 +235,8 @@ class Pool:
             "check that it serves this model with this context (docs/servers.md has the command that starts one)",
         )
 
-    def _unanswered(self, server: Server, answer: Answer) -> PrefpipeError:
+    def _unanswered(self, server: Server, answer: Answer) -> StorageError:
+        """The error for a server that does not answer, however often it is asked."""
         if answer.failure == "late":
             return StorageError(
                 f"the server at {server.url} gave no answer within {self._link.timeout_seconds:g} s, asked "
@@ -226,7 +248,10 @@ class Pool:
                 f"the server at {server.url} fails: {answer.status} {answer.shown}",
                 "look at its log; the same command resumes when it is mended",
             )
-        return self._refuse(server.url, answer)
+        return StorageError(
+            f"the server at {server.url} cannot be reached: {answer.shown}",
+            f"start it, check base_urls{http.proxy_hint()}; the same command resumes",
+        )
 
 
 def score_job(sequence: ScoreRequest, *, adapter: bool) -> Job:

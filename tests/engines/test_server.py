@@ -189,9 +189,7 @@ def test_a_swap_in_the_middle_of_scoring_is_found(tiny_model: Path, other_model:
             dict(engine.score(given, adapter=True))
 
 
-def test_an_adapter_goes_by_its_name_and_never_meets_its_base(
-    tiny_model: Path, tiny_adapter: Path, chat: Chat
-) -> None:
+def test_an_adapter_goes_by_its_name_and_never_meets_its_base(tiny_model: Path, tiny_adapter: Path, chat: Chat) -> None:
     """One batch of both kills vLLM on a CPU."""
     standin = Standin(tiny_model, adapter=tiny_adapter)
     wanted = settings(tiny_model, adapter=str(tiny_adapter))
@@ -302,6 +300,9 @@ def test_an_error_of_the_rows_is_theirs(tiny_model: Path, chat: Chat) -> None:
         yield from requests(chat, 2)
         raise PrefpipeError("no more rows", "")
 
-    with running(Standin(tiny_model)) as there, engines.load("server", settings(tiny_model, there.base_url)) as engine:
-        with pytest.raises(PrefpipeError, match="no more rows"):
-            collect(engine, rows())
+    with (
+        running(Standin(tiny_model)) as there,
+        engines.load("server", settings(tiny_model, there.base_url)) as engine,
+        pytest.raises(PrefpipeError, match="no more rows"),
+    ):
+        collect(engine, rows())

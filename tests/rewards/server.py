@@ -27,7 +27,7 @@ def completion(text: str | None, finish_reason: str = "stop") -> tuple[int, dict
 
 @contextmanager
 def serving(answer: Callable[[dict[str, Any]], tuple[int, Any] | None]) -> Generator[Endpoint]:
-    """`answer(request)` gives a status and a JSON value (or bytes, or (value, headers)), or None to close the connection
+    """`answer(request)` gives a status and a JSON value (or bytes, or (value, headers)); None closes the connection
     without a word. The request is the JSON that was sent, with its path and method."""
     lock, under_way = threading.Lock(), [0]
 
