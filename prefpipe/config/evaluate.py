@@ -66,6 +66,9 @@ class EvaluateConfig(BaseModel):
     split: shared.Split = "heldout"
     limit: shared.Limit = 0
     engine: shared.Engine = "vllm"
+    base_urls: shared.BaseUrls = ()
+    api_key_env: shared.ApiKeyEnv = "VLLM_API_KEY"
+    timeout_seconds: shared.TimeoutSeconds = 600.0
     reward_settings: shared.RewardSettings = {}
     reward: Annotated[
         tuple[Annotated[str, AfterValidator(_no_sum), AfterValidator(shared.check_reward)], ...],
@@ -127,6 +130,11 @@ class EvaluateConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
+
+    @model_validator(mode="after")
+    def _names_its_servers(self) -> Self:
+        shared.check_servers(self.engine, self.base_urls)
+        return self
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:

@@ -20,6 +20,9 @@ class GenerateConfig(BaseModel):
     split: shared.Split = "train"
     limit: shared.Limit = 0
     engine: shared.Engine = "vllm"
+    base_urls: shared.BaseUrls = ()
+    api_key_env: shared.ApiKeyEnv = "VLLM_API_KEY"
+    timeout_seconds: shared.TimeoutSeconds = 600.0
     reference: Literal["policy", "base", "none"] = "policy"
     """Whose log-probs to cache as those of the reference: the policy that samples (captured while sampling, at no
     cost), the base model (one more pass with the adapter off), or none."""
@@ -55,6 +58,11 @@ class GenerateConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
+
+    @model_validator(mode="after")
+    def _names_its_servers(self) -> Self:
+        shared.check_servers(self.engine, self.base_urls)
+        return self
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:

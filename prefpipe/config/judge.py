@@ -22,7 +22,7 @@ Dtype = Annotated[
 _LONG = re.compile("[A-Za-z0-9]{24,}")  # no word of a variable's name is as long
 
 
-def _address(url: str) -> str:
+def address(url: str) -> str:
     """An address without a slash at its end. Raises ValueError for one that no request can go to, or with a secret."""
     if not url.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
@@ -38,7 +38,8 @@ def _address(url: str) -> str:
     return url.rstrip("/")
 
 
-def _no_key(name: str) -> str:
+def variable(name: str) -> str:
+    """The name of an environment variable. Raises ValueError for what looks like the key itself."""
     looks_like_one = re.match("(sk|pk|gsk|hf|xai|key)_", name) or _LONG.search(name)
     if looks_like_one or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError("must be the name of an environment variable, not the key: set the variable, and name it here")
@@ -60,14 +61,14 @@ class Judge(BaseModel):
     engine: Literal["endpoint", "vllm", "transformers", "fake"] = "endpoint"
     """Where the judge runs: behind base_url, or in an engine on this machine (model is then a directory or hub id).
     fake returns arbitrary verdicts, for dry runs."""
-    base_url: Annotated[str, PATH, REMOTE, AfterValidator(_address)] = "http://localhost:8000/v1"
+    base_url: Annotated[str, PATH, REMOTE, AfterValidator(address)] = "http://localhost:8000/v1"
     """Address of the endpoint; /chat/completions is added."""
     model: str = "default"
     """Name of the model at the endpoint; for an engine its directory or hub id."""
     dtype: Dtype = "auto"
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 4096
     """Longest question to a judge in an engine, in tokens; a longer one gets no verdict."""
-    api_key_env: Annotated[str, RUNTIME, AfterValidator(_no_key)] = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, RUNTIME, AfterValidator(variable)] = "OPENAI_API_KEY"
     """Environment variable that holds the API key; if it is not set, no key is sent. The key is written nowhere."""
     criteria: str = "Correctness comes first, then usefulness to the user, then clarity. Length is no merit."
     """What the judge is asked to look at."""

@@ -23,6 +23,9 @@ class ScoreConfig(BaseModel):
     reference: Literal["policy", "none"] = "policy"
     """Whose log-probs to add: those of the model with its adapter, or none (rewards only; no model is loaded)."""
     engine: shared.Engine = "vllm"
+    base_urls: shared.BaseUrls = ()
+    api_key_env: shared.ApiKeyEnv = "VLLM_API_KEY"
+    timeout_seconds: shared.TimeoutSeconds = 600.0
     reward_settings: shared.RewardSettings = {}
     rewards: shared.Rewards = ()
     share: Annotated[float, ADDED, Field(gt=0, le=1)] = 1.0
@@ -57,6 +60,11 @@ class ScoreConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
+
+    @model_validator(mode="after")
+    def _names_its_servers(self) -> Self:
+        shared.check_servers(self.engine, self.base_urls)
+        return self
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:

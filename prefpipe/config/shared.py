@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from prefpipe.config import rewards
+from prefpipe.config import judge, rewards
 from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, suggestion
 
 DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
@@ -99,8 +99,30 @@ Prompts = Annotated[
 Split = Annotated[str, Field(description="Value of the `split` column whose prompts to use; 'all' for every prompt.")]
 Limit = Annotated[int, Field(ge=0, description="Use only the first so many prompts of the split; 0 for every prompt.")]
 Engine = Annotated[
-    Literal["vllm", "transformers", "fake"],
-    Field(description="What samples: vllm, transformers (slower, runs anywhere), fake (canned text, for tests)."),
+    Literal["vllm", "transformers", "server", "fake"],
+    Field(
+        description="What samples: vllm, transformers (slower, runs anywhere), server (vLLM or SGLang behind "
+        "base_urls), fake (canned text, for tests)."
+    ),
+]
+BaseUrls = Annotated[
+    tuple[Annotated[str, AfterValidator(judge.address)], ...],
+    RUNTIME,
+    Field(description="engine = server: addresses of servers that hold this model, such as http://localhost:8000."),
+]
+ApiKeyEnv = Annotated[
+    str,
+    RUNTIME,
+    AfterValidator(judge.variable),
+    Field(
+        description="engine = server: environment variable that holds the key of the servers; if it is not set, no key "
+        "is sent. The key is written nowhere."
+    ),
+]
+TimeoutSeconds = Annotated[
+    float,
+    RUNTIME,
+    Field(gt=0, description="engine = server: seconds for one completion, from the request to its last byte."),
 ]
 Dtype = rewards.Dtype
 RewardSettings = rewards.RewardSettings
@@ -171,7 +193,17 @@ ShardRows = Annotated[
     RUNTIME,
     Field(ge=0, description="Prompts in one shard, the unit of commit and of resume; 0: about 64 shards of 16 to 512."),
 ]
-MaxNumSeqs = Annotated[int, RUNTIME, Field(ge=1, description="Sequences that the engine works on at once.")]
+MaxNumSeqs = Annotated[
+    int, RUNTIME, Field(ge=1, description="Sequences that the engine works on at once; at each of several servers.")
+]
 KvCacheMib = Annotated[
     int, RUNTIME, Field(ge=16, description="Size of vLLM's KV cache on CPU, in MiB (a GPU takes its free memory).")
 ]
+
+
+def check_servers(engine: str, base_urls: tuple[str, ...]) -> None:
+    """Raise ValueError for servers without the engine that asks them, and the other way round."""
+    if engine == "server" and not base_urls:
+        raise ValueError('engine = "server" needs base_urls: the address of a server that holds this model')
+    if base_urls and engine != "server":
+        raise ValueError(f'base_urls is read by engine = "server", and engine is "{engine}"')

@@ -7,6 +7,7 @@ from prefpipe.engines.base import Engine, EngineSettings
 ENGINES = {
     "vllm": "prefpipe.engines.vllm:VllmEngine",
     "transformers": "prefpipe.engines.transformers:TransformersEngine",
+    "server": "prefpipe.engines.server:ServerEngine",
     "fake": "prefpipe.engines.fake:FakeEngine",
 }
 

@@ -46,6 +46,10 @@ class EngineSettings:
     max_tokens_per_batch: int = 2048
     # The largest rank of adapters that the engine may have to take later; 0 where none but that of the policy comes.
     lora_rank: int = 0
+    # The servers of an engine behind a URL, the environment variable with their key, and the limit of one request.
+    base_urls: tuple[str, ...] = ()
+    api_key_env: str = ""
+    timeout_seconds: float = 600.0
 
     @property
     def stops(self) -> frozenset[int]:

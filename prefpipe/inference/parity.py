@@ -12,7 +12,7 @@ from prefpipe import engines, log
 from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.forward.agreement import LENGTH_BUCKETS, absolute_limit, signed_limit
 
-OTHER = {"vllm": "transformers", "transformers": "vllm", "fake": "fake"}
+OTHER = {"vllm": "transformers", "transformers": "vllm", "server": "transformers", "fake": "fake"}
 _BETA = 0.1
 _DECADES = ("1e-5", "1e-4", "1e-3", "0.01", "0.1", "1")  # nats
 

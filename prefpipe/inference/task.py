@@ -176,6 +176,9 @@ def engine_settings(task: Task, config: Config, max_model_len: int) -> EngineSet
         stop_token_ids=task.stop_token_ids,
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        base_urls=config.base_urls,
+        api_key_env=config.api_key_env,
+        timeout_seconds=config.timeout_seconds,
     )
 
 

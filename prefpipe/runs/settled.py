@@ -23,27 +23,33 @@ def settled(config: C, out: Path | None = None) -> C:
             saved = (saved_config.read(out / "config.json", force=True) or {}).get("config", {})
         except DataError:  # `open_run` says what is wrong with it
             saved = {}
-    dtype, reason = machine.number_type()
-    settings = _settled(config, saved, dtype)
+    settings = _settled(config, saved)
     if settings != config and not saved:
-        log.info(f"dtype = {dtype}: {reason}")
+        log.info("dtype = {}: {}".format(*_number_type(config)))
     return settings
 
 
-def _settled(config: C, saved: Mapping[str, Any], dtype: str) -> C:
+def _settled(config: C, saved: Mapping[str, Any]) -> C:
     changes: dict[str, Any] = {}
     for name in type(config).model_fields:
         value, before = getattr(config, name), saved.get(name)
         if isinstance(value, BaseModel):
-            changes[name] = _settled(value, before if isinstance(before, dict) else {}, dtype)
+            changes[name] = _settled(value, before if isinstance(before, dict) else {})
         elif isinstance(value, dict):  # tables by name, such as those of rewards
             there: Mapping[str, Any] = before if isinstance(before, dict) else {}
             changes[name] = {
-                key: _settled(table, there[key] if isinstance(there.get(key), dict) else {}, dtype)
+                key: _settled(table, there[key] if isinstance(there.get(key), dict) else {})
                 if isinstance(table, BaseModel)
                 else table
                 for key, table in value.items()
             }
         elif name == "dtype" and value == _AUTO:
-            changes[name] = before if isinstance(before, str) else dtype
+            changes[name] = before if isinstance(before, str) else _number_type(config)[0]
     return config.model_copy(update=changes) if changes else config
+
+
+def _number_type(config: BaseModel) -> tuple[str, str]:
+    """The number type for a command, and why. This machine says nothing about one behind a URL."""
+    if getattr(config, "engine", None) == "server":
+        return "bfloat16", "servers are taken to compute in it; set dtype if yours do not"
+    return machine.number_type()

@@ -33,6 +33,7 @@ RUNTIME = {
     *("gradient_checkpointing", "save_total_limit", "report_to", "report"),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
     *("rounds", "launcher", "workers", "cluster", *StopSettings.model_fields),
+    *("base_urls", "api_key_env", "timeout_seconds"),
 }
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
@@ -57,6 +58,13 @@ OWNED = {
         "evaluate.round",
     ),
 }  # `iterate` sets these itself
+SOME = {
+    "workers": ("auto", 1, 8),
+    "judge": ("",),  # another value needs its table
+    "api_key_env": ("VLLM_API_KEY", "MY_KEY"),
+    "base_urls": (("http://a:8000", "https://[::1]/v1"),),
+    "chat_template_kwargs": ("{}", '{"enable_thinking": false}'),
+}
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=12)
 
 
@@ -76,12 +84,8 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     if leaf == "guard":
         guards = st.sampled_from(("a.jsonl:length", "hf:owner/name:my.module:function"))
         return st.lists(guards, min_size=1, max_size=2).map(tuple)
-    if leaf == "workers":
-        return st.sampled_from(("auto", 1, 8))
-    if leaf == "judge":
-        return st.just("")  # another value needs its table
-    if leaf == "chat_template_kwargs":
-        return st.sampled_from(("{}", '{"enable_thinking": false}'))
+    if leaf in SOME:
+        return st.sampled_from(SOME[leaf])
     if leaf == "reward_settings":
         table = st.fixed_dictionaries({"kind": st.just("length"), "min": st.integers(0, 9), "unit": st.just("tokens")})
         return st.dictionaries(st.sampled_from(("mine", "length", "b-2")), table, max_size=2)
@@ -135,6 +139,10 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
             "build_pairs.output": LOSSES[found.get("train.loss_type", ("sigmoid",))[0]].kind,
             "build_pairs.format": "prefpipe",
         }
+    for prefix in [name[: -len("engine")] for name in known if name.endswith("engine")]:
+        found.pop(f"{prefix}base_urls", None)
+        if found.get(f"{prefix}engine") == "server":
+            found[f"{prefix}base_urls"] = draw(values("base_urls", known[f"{prefix}base_urls"]))
     if cls is ScoreConfig and not found.get("rewards"):
         found.pop("reference", None)  # with neither, there is nothing to do for runs
     if cls in (IterateConfig, BuildPairsConfig):
@@ -479,7 +487,8 @@ def test_all_errors_come_at_once_with_file_name_and_suggestion() -> None:
     assert message.count("recipe.toml: ") == 4
     assert "unknown setting 'num_sampels' (did you mean 'num_samples'?)" in message
     assert (
-        "engine = 'transfomers' is not one of 'vllm', 'transformers', 'fake' (did you mean 'transformers'?)" in message
+        "engine = 'transfomers' is not one of 'vllm', 'transformers', 'server', 'fake' (did you mean 'transformers'?)"
+        in message
     )
     assert "temperature = 3: Input should be less than or equal to 2" in message
     assert "seed = 'x': " in message
@@ -614,3 +623,18 @@ def test_command_names_are_those_of_the_command_line() -> None:
 def test_suggestion() -> None:
     assert base.suggestion("trian", ["train", "generate"]) == " (did you mean 'train'?)"
     assert base.suggestion("zzz", ["train", "generate"]) == ""
+
+
+@pytest.mark.parametrize("cls", [GenerateConfig, ScoreConfig, EvaluateConfig])
+def test_servers_go_with_the_engine_that_asks_them(cls: Any) -> None:
+    far = load(cls, 'engine = "server"\nbase_urls = ["http://a:8000/v1/", "http://b:8000"]')
+    assert far.base_urls == ("http://a:8000/v1", "http://b:8000")
+    assert "base_urls" not in base.result_fields(far)
+    for text, words in [
+        ('engine = "server"', 'engine = "server" needs base_urls'),
+        ('base_urls = ["http://a:8000"]', 'base_urls is read by engine = "server"'),
+        ('engine = "server"\nbase_urls = ["a:8000"]', "must start with http"),
+        ('engine = "server"\nbase_urls = ["http://a"]\napi_key_env = "sk-1234567890"', "must be the name of an envi"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            load(cls, text)

@@ -27,8 +27,8 @@ def completion(text: str | None, finish_reason: str = "stop") -> tuple[int, dict
 
 @contextmanager
 def serving(answer: Callable[[dict[str, Any]], tuple[int, Any] | None]) -> Generator[Endpoint]:
-    """`answer(request)` gives a status and a JSON value (or bytes, or (value, headers)). The request is the JSON that was
-    sent, with its path and method. An answer None closes the connection without a word."""
+    """`answer(request)` gives a status and a JSON value (or bytes, or (value, headers)); None closes the connection
+    without a word. The request is the JSON that was sent, with its path and method."""
     lock, under_way = threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,8 +61,9 @@ def serving(answer: Callable[[dict[str, Any]], tuple[int, Any] | None]) -> Gener
             self.send_response(status)
             for name, text in {"content-length": str(len(content)), **headers}.items():
                 self.send_header(name, text)
-            self.end_headers()
-            self.wfile.write(content)
+            with suppress(OSError):  # nobody waits any more
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

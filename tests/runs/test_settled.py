@@ -26,6 +26,17 @@ def test_auto_is_that_of_the_machine_in_every_table(
     assert f"dtype = {dtype}: of this test" in capsys.readouterr().err
 
 
+def test_a_server_is_taken_to_compute_in_bfloat16_whatever_this_machine_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on(monkeypatch, "float32")
+    far = GenerateConfig(engine="server", base_urls=("http://there:8000",))
+    assert settled(far).dtype == "bfloat16"
+    assert "dtype = bfloat16: servers are taken to compute in it" in capsys.readouterr().err
+    rounds = settled(IterateConfig(generate=far))
+    assert (rounds.generate.dtype, rounds.evaluate.dtype) == ("bfloat16", "float32")
+
+
 def test_a_number_type_that_is_named_is_kept_and_nothing_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,17 @@ from prefpipe.config.score import ScoreConfig
 
 # What a step that scores has in common with the step that samples.
 _SHARED = (
-    *("engine", "chat_template", "template_date", "chat_template_kwargs", "template_changes", "thinking_marks"),
+    *(
+        "engine",
+        "base_urls",
+        "api_key_env",
+        "timeout_seconds",
+        "chat_template",
+        "template_date",
+        "chat_template_kwargs",
+        "template_changes",
+        "thinking_marks",
+    ),
     *("dtype", "check", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_mib"),
 )
 

@@ -162,6 +162,9 @@ def _engine_settings(config: ScoreConfig, policy: Policy, chat: Chat) -> EngineS
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_tokens_per_batch=config.max_tokens_per_batch,
+        base_urls=config.base_urls,
+        api_key_env=config.api_key_env,
+        timeout_seconds=config.timeout_seconds,
     )
 
 
