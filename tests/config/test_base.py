@@ -32,7 +32,7 @@ RUNTIME = {
     *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
     *("gradient_checkpointing", "save_total_limit", "report_to", "report"),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
-    *("rounds", "launcher", *StopSettings.model_fields),
+    *("rounds", "launcher", "keep_engine", *StopSettings.model_fields),
 }
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
@@ -76,6 +76,8 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     if leaf == "guard":
         guards = st.sampled_from(("a.jsonl:length", "hf:owner/name:my.module:function"))
         return st.lists(guards, min_size=1, max_size=2).map(tuple)
+    if leaf == "guard_pass_reward":
+        return st.lists(st.floats(-9, 9), max_size=1).map(tuple)  # more need as many guards
     if leaf == "judge":
         return st.just("")  # another value needs its table
     if leaf == "chat_template_kwargs":
