@@ -93,6 +93,9 @@ class EvaluateConfig(BaseModel):
     guard: Annotated[tuple[Annotated[str, AfterValidator(_check_guard)], ...], ADDED, BESIDE] = ()
     """FILE:REWARD: other prompts with a reward of their own, answered greedily. A pass rate below that of a baseline by
     more than its interval is a failure."""
+    guard_pass_reward: Annotated[tuple[float, ...], ADDED, BESIDE] = ()
+    """An answer to a guard passes when its reward is at least this: one value for all guards, or one for each; without
+    any, pass_reward."""
     guard_split: Annotated[str, ADDED, BESIDE] = "all"
     """Value of the `split` column of the guards whose prompts to use; 'all' for every prompt."""
     perplexity_text: Annotated[str, ADDED, BESIDE, PATH] = ""
@@ -131,6 +134,26 @@ class EvaluateConfig(BaseModel):
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
 
+    @property
+    def guards(self) -> list[Guard]:
+        """The guards in two parts."""
+        return [parse_guard(text, self.reward_settings) for text in self.guard]
+
+    @property
+    def guard_pass_rewards(self) -> list[float]:
+        """The reward from which on an answer passes, for each guard."""
+        values = self.guard_pass_reward or (self.pass_reward,)
+        return list(values) * len(self.guard) if len(values) == 1 else list(values)
+
+    @model_validator(mode="after")
+    def _guards_have_a_threshold_each(self) -> Self:
+        if len(self.guard_pass_reward) not in (0, 1, len(self.guard)):
+            raise ValueError(
+                f"guard_pass_reward has {len(self.guard_pass_reward)} values for {len(self.guard)} guards: give one, "
+                "or one for each"
+            )
+        return self
+
     @model_validator(mode="after")
     def _names_its_servers(self) -> Self:
         shared.check_servers(self.engine, self.base_urls)
@@ -139,7 +162,7 @@ class EvaluateConfig(BaseModel):
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
         share = self.gpu_memory_utilization if self.engine == "vllm" else None
-        guards = [parse_guard(text, self.reward_settings).reward for text in self.guard]
+        guards = [guard.reward for guard in self.guards]
         check_gpu_memory(share, (*self.reward[:1], *guards), self.reward_settings)
         check_gpu_memory(None, (*self.reward, *guards, self.judge), self.reward_settings)
         return self

@@ -50,6 +50,9 @@ class IterateConfig(BaseModel):
     computed again where the reference is another one by now."""
     prompts_per_round: Annotated[int, ADDED, Field(ge=0)] = 0
     """Prompts of a round, which no other round has; 0 gives every round all of them."""
+    repeat_prompts: Annotated[bool, ADDED] = False
+    """With prompts_per_round: when every prompt had its turn, deal the same prompts again, for new samples. Without it
+    too few prompts for the rounds are an error."""
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = ()
     """Learning rate of each round in place of train.learning_rate; rounds after the last one keep the last value."""
     betas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], ADDED] = ()
@@ -59,14 +62,17 @@ class IterateConfig(BaseModel):
     metric_for_best_round: Annotated[Metric, ADDED] = "sampled.pass"
     """What decides which round is the best, and what it gains: a share that passes, or a mean reward, of the greedy or
     the sampled answers. Of equal rounds the earlier one is the best."""
+    evaluate_every: Annotated[int, ADDED, Field(ge=1)] = 1
+    """Rounds from one evaluation to the next; the policy before training and that of the last round have one in any
+    case. Only rounds that were evaluated can be the best, and rules look at these."""
     from_run: Annotated[str, PATH] = ""
     """Directory of another run of iterate: its rounds up to from_round are linked into OUT, and rounds go on behind
     them with the settings of this one."""
     from_round: Annotated[int, ADDED, Field(ge=0)] = 0
     """Last round that is taken from from_run; 0 takes its evaluation before training."""
     launcher: Annotated[str, RUNTIME, Field(min_length=1)] = "auto"
-    """What starts train: auto (one process per visible GPU), none (one process), or a command in front of it, such as
-    'torchrun --nproc_per_node 4' or 'srun -n 8'."""
+    """What starts train: auto (one process per visible GPU), none (one process), or a command in front of it that
+    names the ranks, such as 'torchrun --nproc_per_node 4', or srun in front of torchrun."""
     keep_engine: Annotated[Literal["auto", "always", "never"], ADDED, RUNTIME] = "auto"
     """Whether one engine stays open through all rounds, while other steps run, and takes the adapter of every round:
     auto (where no GPU is visible and the model is small beside the free memory), always, never. Training needs the
@@ -144,6 +150,8 @@ class IterateConfig(BaseModel):
             yield f"reference = {self.reference} is read by none of {', '.join(self.train.loss_type)}"
         if self.prompts_per_round and self.generate.part != "1/1":
             yield f"prompts_per_round cuts the prompts itself: leave out part = {self.generate.part} in [generate]"
+        if self.repeat_prompts and not self.prompts_per_round:
+            yield "repeat_prompts is read with prompts_per_round: without it every round has all prompts"
         if self.from_round and not self.from_run:
             yield f"from_round = {self.from_round} is a round of from_run: name its directory"
         if self.from_run and self.from_round >= self.rounds:

@@ -59,10 +59,25 @@ def read(path: Path) -> dict[str, Any]:
 def digest(manifest: Mapping[str, Any]) -> str:
     """The identity of a run as an input of other runs: its settings, inputs, results and the bytes of its files.
 
-    Versions have no part in it.
+    Versions have no part in it, nor has where other runs lie (`places`).
     """
     files = {name: file["blake3"] for name, file in manifest["files"].items()}
     return content_id(manifest.get("fingerprint"), manifest.get("totals"), manifest.get("identity"), files)
+
+
+def placed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The totals as people read them: every text that stands for another run, by its digest, is its directory."""
+    found = manifest.get("places")
+    places: Mapping[str, str] = found if isinstance(found, dict) else {}
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: shown(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [shown(inner) for inner in value]
+        return places.get(value, value) if isinstance(value, str) else value
+
+    return shown(manifest.get("totals") or {})
 
 
 def read_json(path: Path) -> dict[str, Any]:

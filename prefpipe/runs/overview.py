@@ -54,7 +54,7 @@ class Overview:
     @property
     def totals(self) -> Record:
         """Counts and results; empty while the run is not complete."""
-        return self.manifest.get("totals") or {}
+        return manifests.placed(self.manifest)
 
     def has(self, dataset: str) -> bool:
         """Whether a committed file of this dataset is there."""
@@ -103,18 +103,17 @@ def look(directory: Path, name: str = "") -> Overview:
 def rounds(root: Overview) -> Sequence[Overview]:
     """Every step of a run of `iterate` in order; while it is not complete, those that it has not come to as well."""
     done, asked = root.totals.get("rounds"), root.config.get("rounds")
-    last = len(done) - 1 if isinstance(done, list) else asked if isinstance(asked, int) else 0
-    return [
-        _step(root, number, folder)
-        for number in range(min(last, _MOST_ROUNDS) + 1)
-        for folder in _folders(root, number)
-    ]
+    evaluated = done[-1] if isinstance(done, list) and done and isinstance(done[-1], dict) else {}
+    numbers = (evaluated.get("round"), asked)
+    last = min(next((number for number in numbers if isinstance(number, int)), 0), _MOST_ROUNDS)
+    return [_step(root, number, folder) for number in range(last + 1) for folder in _folders(root, number, last)]
 
 
-def _folders(root: Overview, number: int) -> Sequence[str]:
-    """The steps of a round by their folders."""
-    here = root.path / f"round-{number}"
-    return [s for s in STEPS if s not in _SOME or (here / s).is_dir()] if number else STEPS[-1:]
+def _folders(root: Overview, number: int, last: int) -> Sequence[str]:
+    """The steps of a round by their folders. Not every round has an evaluation."""
+    here, every = root.path / f"round-{number}", root.config.get("evaluate_every")
+    skipped = {STEPS[-1]} if number != last and isinstance(every, int) and every > 0 and number % every else set[str]()
+    return [s for s in STEPS if s not in (*_SOME, *skipped) or (here / s).is_dir()] if number else STEPS[-1:]
 
 
 def sources(run: Overview) -> tuple[Sequence[Overview], Sequence[Gap]]:

@@ -146,12 +146,17 @@ class Run:
         fsio.write_text(self.out / name, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
     def finish(
-        self, totals: Mapping[str, Any], identity: Mapping[str, Any], balances: Iterable[manifests.Balance] = ()
+        self,
+        totals: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        balances: Iterable[manifests.Balance] = (),
+        places: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Write the manifest of every committed file. The run is complete from here on.
 
-        `totals` are counts and metrics, `identity` names the models that took part. Raises DataError when a balance
-        does not add up, or a file is not the one that was committed.
+        `totals` are counts and metrics, `identity` names the models that took part, `places` has the directories of
+        other runs by the digests that name them in `totals` (`manifests.placed`). Raises DataError when a balance does
+        not add up, or a file is not the one that was committed.
         """
         for balance in balances:
             balance.check(self.out)
@@ -162,6 +167,7 @@ class Run:
             "inputs": dict(self.inputs),
             "identity": dict(identity),
             "totals": dict(totals),
+            **({"places": dict(places)} if places else {}),
             "files": files,
         }
         return manifests.write(self.out / "manifest.json", content)

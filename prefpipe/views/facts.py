@@ -97,7 +97,7 @@ def _iterate(totals: Mapping[str, Any]) -> str:
     best, stopped = totals.get("best"), totals.get("stopped")
     return ", ".join(
         [
-            f"{len(totals['rounds']) - 1} rounds, greedy passed {rates}",
+            f"{totals['rounds'][-1]['round']} rounds, greedy passed {rates}",
             *([f"best round {best['round']}"] if best else []),
             *([f"stopped by rule {stopped['rule']}"] if stopped else []),
         ]

@@ -32,7 +32,7 @@ RUNTIME = {
     *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
     *("gradient_checkpointing", "save_total_limit", "report_to", "report"),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
-    *("rounds", "launcher", "workers", "cluster", *StopSettings.model_fields),
+    *("rounds", "launcher", "keep_engine", "workers", "cluster", *StopSettings.model_fields),
     *("base_urls", "api_key_env", "timeout_seconds"),
 }
 PATHS = {
@@ -86,6 +86,8 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         return st.lists(guards, min_size=1, max_size=2).map(tuple)
     if leaf in SOME:
         return st.sampled_from(SOME[leaf])
+    if leaf == "guard_pass_reward":
+        return st.lists(st.floats(-9, 9), max_size=1).map(tuple)  # more need as many guards
     if leaf == "reward_settings":
         table = st.fixed_dictionaries({"kind": st.just("length"), "min": st.integers(0, 9), "unit": st.just("tokens")})
         return st.dictionaries(st.sampled_from(("mine", "length", "b-2")), table, max_size=2)

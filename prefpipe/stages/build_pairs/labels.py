@@ -10,7 +10,7 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.inputs import kl_bank
 from prefpipe.runs.store import Run
-from prefpipe.schemas import KlBank, Label, from_table, to_table
+from prefpipe.schemas import Dropped, KlBank, Label, from_table, to_table
 from prefpipe.stages.build_pairs import filters, label_rules, output_rows, pairs, trl
 from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
 from prefpipe.stages.build_pairs.candidates import Workspace
@@ -40,12 +40,13 @@ def build(workspace: Workspace, candidates: Sequence[pl.DataFrame]) -> BuildResu
     levels["labels"] = Level(every.height, kept.height, count_reasons(dropped))
     balance = label_rules.balance(int(kept["label"].sum()), int((~kept["label"]).sum()))
     if kept.height and not (balance.desirable and balance.undesirable):
-        raise DataError(
-            f"all {kept.height} labels are {'desirable' if balance.desirable else 'undesirable'}: KTO needs both",
-            "choose another --label-rule or --label-threshold",
-        )
+        only = f"all {kept.height} labels are {'desirable' if balance.desirable else 'undesirable'}"
+        alike = kept.select(id="completion_id", reason=pl.lit("one_class"), detail=pl.lit(only))
+        workspace.run_dir.write_dropped(Dropped, pl.concat([*ledgers, dropped, alike]).to_arrow())
+        raise DataError(f"{only}: KTO needs both", "choose another --label-rule or --label-threshold")
     _write(workspace, kept, contents)
-    totals = {"labels": kept.height, **asdict(balance)}
+    classes = kept.group_by("prompt_id").agg(pl.col("label").n_unique())["label"]
+    totals = {"labels": kept.height, "mixed_prompts": int((classes > 1).sum()), **asdict(balance)}
     return BuildResult(levels, pl.concat([*ledgers, dropped]), totals, pl.DataFrame(), pl.DataFrame())
 
 

@@ -43,6 +43,11 @@ class Baseline:
         return Path(self.directory)
 
     @property
+    def id(self) -> str:
+        """Its digest, which names it in totals: where it lies is no part of a result."""
+        return self.manifest["digest"]
+
+    @property
     def policy(self) -> str:
         """The id of its policy."""
         return self.manifest["identity"]["policy"]

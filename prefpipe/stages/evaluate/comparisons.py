@@ -48,7 +48,8 @@ def totals(answers: Answers, baseline: Baseline, pass_reward: float, out: Path) 
     greedy = by_decoding["greedy"]
     controlled = statistics.length_controlled([(1 + p.outcome) / 2 for p in greedy], [p.longer for p in greedy])
     return {
-        "baseline": baseline.directory,
+        "baseline": baseline.id,
+        "round": baseline.manifest["totals"]["round"],
         "policy": baseline.policy,
         "prompts": len({pair.prompt_id for pair in met}),
         **({"differs": differs} if differs else {}),

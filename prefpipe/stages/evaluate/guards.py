@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prefpipe import log, rewards, statistics
-from prefpipe.config.evaluate import EvaluateConfig, parse_guard
+from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.inference.cutting import take_part
 from prefpipe.inference.filling import Start
 from prefpipe.inference.task import Task
@@ -21,23 +21,30 @@ from prefpipe.stages.evaluate.baselines import Baseline
 
 @dataclass(frozen=True)
 class Guarded:
-    """A guard: its file and reward as the user wrote them, what is sampled, and what stands for its content."""
+    """A guard: its file and reward as the user wrote them, what is sampled, what stands for its content, and the
+    reward from which on an answer passes."""
 
     prompts: str
     reward: str
     task: Task
     key: str
+    pass_reward: float
 
     @property
     def folder(self) -> str:
         """Where its datasets stand."""
         return f"guards/{self.key}/"
 
+    def identity(self, config: EvaluateConfig) -> str:
+        """What its numbers depend on, beside the answers to it."""
+        own = "" if self.pass_reward == config.pass_reward else f" from {self.pass_reward!r} on"
+        return self.key + own
+
 
 def read(config: EvaluateConfig, of: Task) -> list[Guarded]:
     """The guards of a run, with their prompts. Raises what `read_prompts` and `load_rewards` raise."""
     found: list[Guarded] = []
-    for prompts_file, reward in (parse_guard(text, config.reward_settings) for text in config.guard):
+    for (prompts_file, reward), pass_reward in zip(config.guards, config.guard_pass_rewards, strict=True):
         functions = of.rewards if reward in of.rewards else load_rewards([reward], config.reward_settings)[0]
         state = files.state([prompts_file])
         prompts, repeated = read_prompts(prompts_file, config.guard_split, 0, files.renames(config.column))
@@ -51,9 +58,8 @@ def read(config: EvaluateConfig, of: Task) -> list[Guarded]:
             read_state=state,
         )
         identity = rewards.identity(reward, config.reward_settings)
-        found.append(
-            Guarded(prompts_file, reward, guarded, key(files.digest(prompts_file), config.guard_split, identity))
-        )
+        content = key(files.digest(prompts_file), config.guard_split, identity)
+        found.append(Guarded(prompts_file, reward, guarded, content, pass_reward))
     return found
 
 
@@ -62,13 +68,13 @@ def fill(config: EvaluateConfig, run: Run, guards: Sequence[Guarded], start: Sta
     return [answers.sample(config, run, guard.task, start, num_samples=0, folder=guard.folder) for guard in guards]
 
 
-def totals(guard: Guarded, of: Answers, baselines: Sequence[Baseline], pass_reward: float) -> dict[str, Any]:
+def totals(guard: Guarded, of: Answers, baselines: Sequence[Baseline]) -> dict[str, Any]:
     """The pass rate on a guard, its mean reward, and the drop against every baseline that has the guard.
 
     A drop has failed when the interval of the difference (ours - theirs) lies below 0.
     """
     rows = [row for shard in of.shards() for row in shard]
-    passed = [measures.passes(row.reward, pass_reward) for row in rows]
+    passed = [measures.passes(row.reward, guard.pass_reward) for row in rows]
     low, high = statistics.wilson(passed)
     by_prompt: dict[str, list[float | None]] = defaultdict(list)
     for row in rows:
@@ -81,7 +87,7 @@ def totals(guard: Guarded, of: Answers, baselines: Sequence[Baseline], pass_rewa
             log.warn(f"baseline {baseline.directory} has no guard {guard.prompts}:{guard.reward} to compare with")
             continue
         difference = statistics.paired(
-            [measures.passes(m.ours, pass_reward) - measures.passes(m.theirs, pass_reward) for m in met]
+            [measures.passes(m.ours, guard.pass_reward) - measures.passes(m.theirs, guard.pass_reward) for m in met]
         )
         drops.append(drop(baseline, difference, failed=difference.high < 0))
     return {
@@ -100,7 +106,7 @@ def totals(guard: Guarded, of: Answers, baselines: Sequence[Baseline], pass_rewa
 def drop(baseline: Baseline, difference: statistics.Estimate, *, failed: bool) -> dict[str, Any]:
     """A difference to a baseline as totals have it."""
     return {
-        "baseline": baseline.directory,
+        "baseline": baseline.id,
         "difference": difference.value,
         "low": difference.low,
         "high": difference.high,

@@ -41,12 +41,18 @@ def summary(totals: Totals, out: Path) -> list[str]:
     return lines
 
 
-def failures(totals: Totals) -> list[str]:
-    """The guards and the text on which the policy got worse than a baseline by more than the interval."""
+def failures(totals: Totals, places: Mapping[str, str]) -> list[str]:
+    """The guards and the text on which the policy got worse than a baseline by more than the interval. `places`: the
+    directories of the baselines by the texts that stand for them."""
     guarded = [(f"guard {guard['prompts']}:{guard['reward']}", guard["drops"]) for guard in totals.get("guards", ())]
     if text := totals.get("perplexity"):
         guarded.append((f"text {text['text']}", text["drops"]))
-    return [f"{name} against {drop['baseline']}" for name, drops in guarded for drop in drops if drop["failed"]]
+    return [
+        f"{name} against {places.get(drop['baseline'], drop['baseline'])}"
+        for name, drops in guarded
+        for drop in drops
+        if drop["failed"]
+    ]
 
 
 def rows(totals: Totals, policy: str) -> Iterator[Measure]:

@@ -28,7 +28,7 @@ from prefpipe.inference.filling import Start, engines_on_demand
 from prefpipe.inference.task import Task, gather_ledger, longest_sequence, open_task, read_task
 from prefpipe.rewards.base import RewardFunction
 from prefpipe.rewards.rating import load_rewards
-from prefpipe.runs import fsio
+from prefpipe.runs import fsio, manifests
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Measure, to_table
@@ -68,6 +68,11 @@ class Beside:
     rewards: dict[str, RewardFunction]
     identity: dict[str, str]
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Where each baseline lies."""
+        return {baseline.id: baseline.directory for baseline in self.baselines}
+
 
 def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
     """Sample every prompt that has no committed shard yet, rate the answers, compute what is asked for, sum up."""
@@ -97,12 +102,12 @@ def run(config: EvaluateConfig, out: Path, *, force: bool) -> Manifest:
         output.write_part(_MEASURES, Measure, 0, table)
         identity = {"policy": task.policy.id, **({"beside": beside.identity} if beside.identity else {})}
         balances = chain.from_iterable(part.balances() for part in (answered, *guarded))
-        return output.finish(totals, identity, balances)
+        return output.finish(totals, identity, balances, beside.places)
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:
     """What the command prints when it is done."""
-    return report.summary(manifest["totals"], out)
+    return report.summary(manifests.placed(manifest), out)
 
 
 def _read_beside(config: EvaluateConfig, task: Task, out: Path) -> Beside:
@@ -123,9 +128,9 @@ def _read_beside(config: EvaluateConfig, task: Task, out: Path) -> Beside:
         log.warn(f"judge {court.name} has nothing to compare with: give a baseline")
     identity = {
         **{f"reward {name}": identities[name] for name in further},
-        **{f"baseline {i} {b.directory}": b.manifest["digest"] for i, b in enumerate(compared)},
+        **{f"baseline {i}": b.id for i, b in enumerate(compared)},
         **(court.identities if court else {}),
-        **{f"guard {i} {g.prompts}:{g.reward}": g.key for i, g in enumerate(guarded)},
+        **{f"guard {i} {g.prompts}:{g.reward}": g.identity(config) for i, g in enumerate(guarded)},
         **{f"kl {i} {target.name}": target.id for i, target in enumerate(targets)},
         **({f"perplexity {text.file}": text.key} if text else {}),
         **benchmarks.identity(out),
@@ -160,13 +165,13 @@ def _totals(
             comparison |= verdicts.totals(answered, beside.court, baseline)
         totals.setdefault("comparisons", []).append(comparison)
     for guard, part in zip(beside.guards, guarded, strict=True):
-        totals.setdefault("guards", []).append(guards.totals(guard, part, beside.baselines, config.pass_reward))
+        totals.setdefault("guards", []).append(guards.totals(guard, part, beside.baselines))
     if beside.text is not None:
         totals["perplexity"] = perplexity.totals(answered.run, beside.text, beside.baselines)
     if beside.targets:
         totals["kl"] = [kl.totals(answered, target) for target in beside.targets]
     if found := benchmarks.totals(answered.run.out):
         totals["benchmarks"] = found
-    for failure in report.failures(totals):
+    for failure in report.failures(totals, beside.places):
         log.warn(f"the policy got worse: {failure}")
     return totals

@@ -21,8 +21,8 @@ def guard_failed(totals: Totals) -> list[str]:
     return [str(name) for name, guard in guards if any(drop.get("failed") for drop in guard.get("drops") or [])]
 
 
-def best_round(rounds: Sequence[Totals], metric: str) -> int:
-    """The round (0: before training) with the highest value among those that passed their guards; the earliest of equal
-    ones."""
-    passed = [number for number, totals in enumerate(rounds) if not guard_failed(totals)] or [0]
-    return max(passed, key=lambda number: (value(rounds[number], metric), -number))
+def best_place(evaluations: Sequence[Totals], metric: str) -> int:
+    """The place of the evaluation (0: before training) with the highest value among those that passed their guards; the
+    earliest of equal ones."""
+    passed = [place for place, totals in enumerate(evaluations) if not guard_failed(totals)] or [0]
+    return max(passed, key=lambda place: (value(evaluations[place], metric), -place))

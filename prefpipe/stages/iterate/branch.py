@@ -29,7 +29,8 @@ def digests(config: IterateConfig) -> dict[str, str]:
     found: dict[str, str] = {}
     for number in range(config.from_round + 1):
         folder = source / f"round-{number}"
-        needed = ("evaluate",) if number == 0 else ("generate", "build-pairs", "train", "evaluate")
+        evaluates = number % config.evaluate_every == 0
+        needed = (*(() if number == 0 else ("generate", "build-pairs", "train")), *(("evaluate",) if evaluates else ()))
         lacking = [step for step in needed if not (folder / step / "manifest.json").exists()]
         if lacking:
             raise MissingInputError(f"{folder} has no complete {', '.join(lacking)}", _HINT)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from prefpipe.config.evaluate import EvaluateConfig, parse_guard
+from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import DataError, UsageError
@@ -28,12 +28,13 @@ def check(config: IterateConfig) -> int:
             f"{len(shared)} of {len(held_out)} prompts of [evaluate] are trained on too (prompt_id {shown})",
             "take them out of one of the files, or choose other splits in [generate] and [evaluate]",
         )
-    needed = config.rounds * config.prompts_per_round
+    different = 1 if config.repeat_prompts else config.rounds
+    needed = different * config.prompts_per_round
     if needed > len(training):
         raise UsageError(
-            f"{config.rounds} rounds of {config.prompts_per_round} prompts need {needed}, [generate] has "
-            f"{len(training)}",
-            f"lower prompts_per_round to {len(training) // config.rounds}, or rounds, or give more prompts",
+            f"{different} rounds of {config.prompts_per_round} prompts need {needed}, [generate] has {len(training)}",
+            f"lower prompts_per_round to {len(training) // different}, or rounds, give more prompts, or set "
+            "repeat_prompts",
         )
     return len(training)
 
@@ -41,8 +42,8 @@ def check(config: IterateConfig) -> int:
 def _held_out(table: EvaluateConfig) -> Iterator[Prompts]:
     """The prompts to evaluate on, and those of every guard."""
     yield _prompts(table.prompts, table.split, table.limit, table)
-    for text in table.guard:
-        yield _prompts(parse_guard(text, table.reward_settings).prompts, table.guard_split, 0, table)
+    for guard in table.guards:
+        yield _prompts(guard.prompts, table.guard_split, 0, table)
 
 
 def _prompts(source: str, split: str, limit: int, table: GenerateConfig | EvaluateConfig) -> Prompts:

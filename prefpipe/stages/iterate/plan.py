@@ -52,10 +52,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known before a round: the best round so far, and how many prompts [generate] has."""
+    """What is known before a round: the best and the last round that were evaluated so far, how many prompts [generate]
+    has, and whether this round is evaluated."""
 
     best: int = 0
+    evaluated: int = 0
     num_prompts: int = 0
+    evaluates: bool = True
 
 
 def steps(config: IterateConfig, out: Path, number: int, known: Known) -> Iterator[Step]:
@@ -66,15 +69,21 @@ def steps(config: IterateConfig, out: Path, number: int, known: Known) -> Iterat
     """
     if number > 0:
         yield from _training(config, out, number, known)
+    if known.evaluates:
+        yield evaluation(config, out, number, known)
+
+
+def evaluation(config: IterateConfig, out: Path, number: int, known: Known) -> Step:
+    """The step that evaluates the policy of a round."""
     policy = vars(trained(config, out, number))
-    compared = {"baseline": baselines(config, out, number, known.best), "round": number}
-    yield Step(number, "evaluate", config.evaluate.model_copy(update={**policy, **compared}))
+    compared = {"baseline": baselines(config, out, number, known), "round": number}
+    return Step(number, "evaluate", config.evaluate.model_copy(update={**policy, **compared}))
 
 
-def baselines(config: IterateConfig, out: Path, number: int, best: int) -> tuple[str, ...]:
-    """What the evaluation of a round is compared with: the start, the best round so far and the round before, then what
-    the table names."""
-    earlier = dict.fromkeys((0, best, number - 1)) if number else ()
+def baselines(config: IterateConfig, out: Path, number: int, known: Known) -> tuple[str, ...]:
+    """What the evaluation of a round is compared with: the start, the best round so far and the one evaluated before,
+    then what the table names."""
+    earlier = dict.fromkeys((0, known.best, known.evaluated)) if number else ()
     return (*(str(out / f"round-{n}" / "evaluate") for n in earlier), *config.evaluate.baseline)
 
 
@@ -178,9 +187,9 @@ def _scoring(config: IterateConfig, ref: Model, inputs: Sequence[str], number: i
 
 
 def _part(config: IterateConfig, number: int, num_prompts: int) -> dict[str, Any]:
-    """The prompts of a round: every N-th of the first N * prompts_per_round, so that no two rounds share one, and a run
-    with more rounds has the same first ones."""
+    """The prompts of a round: every N-th of the first N * prompts_per_round, so that no two of N rounds share one, and
+    a run with more rounds has the same first ones."""
     if not config.prompts_per_round:
         return {}
     parts = num_prompts // config.prompts_per_round
-    return {"limit": parts * config.prompts_per_round, "part": f"{number}/{parts}"}
+    return {"limit": parts * config.prompts_per_round, "part": f"{(number - 1) % parts + 1}/{parts}"}

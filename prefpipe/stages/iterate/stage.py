@@ -17,17 +17,19 @@ A step that is complete says so and does nothing; a killed one resumes where it 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from prefpipe import clock, log, machine
+from prefpipe.config import base
 from prefpipe.config.base import dump
 from prefpipe.config.iterate import FIXED, IterateConfig
 from prefpipe.config.reward_sum import parse
 from prefpipe.config.shared import REWARD_CHOICES
 from prefpipe.errors import DataError, PrefpipeError, UsageError
 from prefpipe.ids import canonical_json
-from prefpipe.inputs import files
+from prefpipe.inputs import files, hub
 from prefpipe.models import policy
 from prefpipe.runs import fsio, links, page, saved_config, store, tables
 from prefpipe.runs.settled import settled
@@ -35,8 +37,8 @@ from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, from_table
 from prefpipe.stages.iterate import branch, leaks, stops
 from prefpipe.stages.iterate import summary as summaries
-from prefpipe.stages.iterate.best import best_round, value
-from prefpipe.stages.iterate.plan import Known, Step, leaves_engine, reference, steps, trained
+from prefpipe.stages.iterate.best import Totals, best_place, value
+from prefpipe.stages.iterate.plan import Known, Step, evaluation, leaves_engine, reference, steps, trained
 from prefpipe.stages.iterate.runners import Engines, Processes, Runner
 from prefpipe.stages.iterate.stops import Series, Stop
 
@@ -46,7 +48,7 @@ _COPIES = 10
 
 @dataclass
 class _Rounds:
-    """What the rounds so far have made: manifests by step, totals of evaluate by round, of build-pairs from round 1."""
+    """What the rounds so far have made: manifests by step, totals of evaluate, of build-pairs by round from 1."""
 
     out: Path
     metric: str
@@ -62,9 +64,15 @@ class _Rounds:
         return Series(self.totals("evaluate"), self.totals("build-pairs"), self.metric)
 
     @property
-    def best(self) -> int:
-        """The best round so far."""
-        return best_round(self.series.evaluations, self.metric)
+    def best(self) -> Totals:
+        """The evaluation of the best round so far."""
+        evaluations = self.totals("evaluate")
+        return evaluations[best_place(evaluations, self.metric)]
+
+    @property
+    def evaluated(self) -> int:
+        """The last round that was evaluated."""
+        return int(self.totals("evaluate")[-1]["round"])
 
     def read(self, names: Iterable[str]) -> None:
         """Add steps that are complete, by their names."""
@@ -122,42 +130,65 @@ def _engines(config: IterateConfig) -> Engines:
 def _run_rounds(config: IterateConfig, rounds: _Rounds, num_prompts: int, runner: Runner) -> Stop | None:
     """Run the rounds one by one, until the last or until a rule says stop."""
     for number in range(config.from_round + 1 if config.from_run else 0, config.rounds + 1):
-        known = Known(rounds.best if number else 0, num_prompts)
+        known = _known(config, rounds, number, num_prompts)
         stop = _run_round(config, rounds, number, known, runner)
         # A round that is there counts, whatever the rules say by now.
-        if stop is None and not (rounds.out / f"round-{number + 1}" / "evaluate" / "manifest.json").exists():
+        later = range(number + 1, config.rounds + 1)
+        if stop is None and known.evaluates and not any(_is_evaluated(rounds.out, n) for n in later):
             stop = stops.check(rounds.series, config.stop)
+        elif stop is not None and rounds.evaluated < stop.round:  # the last policy is a result
+            last = _known(config, rounds, stop.round, num_prompts)
+            _run_steps(config, rounds, [evaluation(config, rounds.out, stop.round, last)], runner)
         if stop is not None:
             log.warn(f"stopped after round {stop.round} by rule {stop.rule}: {'; '.join(stop.why)}")
             return stop
     return None
 
 
+def _known(config: IterateConfig, rounds: _Rounds, number: int, num_prompts: int) -> Known:
+    """What is known before a round. One that was the last before there were to be more stays evaluated."""
+    evaluates = number % config.evaluate_every == 0 or number == config.rounds or _is_evaluated(rounds.out, number)
+    if number == 0:
+        return Known(num_prompts=num_prompts)
+    return Known(rounds.best["round"], rounds.evaluated, num_prompts, evaluates)
+
+
+def _is_evaluated(out: Path, number: int) -> bool:
+    return (out / f"round-{number}" / "evaluate" / "manifest.json").exists()
+
+
 def _run_round(config: IterateConfig, rounds: _Rounds, number: int, known: Known, runner: Runner) -> Stop | None:
     """Run the steps of a round. Returns why the rounds end before it, where no prompt gives anything to train on."""
-    names: list[str] = []
-    for step in steps(config, rounds.out, number, known):
-        try:
-            _run_step(step, config.rounds, rounds.out, runner)
-        except PrefpipeError as error:
-            ties = _ties(rounds.out / step.name) if error.exit_code == DataError.exit_code else {}
-            if not ties or number == 1 or "mixed" not in config.stop.rules:
-                raise
-            return stops.without_pairs(number, ties)
-        names.append(step.name)
-    rounds.read(names)
-    if config.report and number < config.rounds:
+    try:
+        _run_steps(config, rounds, steps(config, rounds.out, number, known), runner)
+    except PrefpipeError as error:
+        built = rounds.out / f"round-{number}" / "build-pairs"
+        ties = _ties(built) if error.exit_code == DataError.exit_code else {}
+        if not ties or number == 1 or "mixed" not in config.stop.rules:
+            raise
+        return stops.without_pairs(number, ties)
+    if config.report and known.evaluates and number < config.rounds:
         page.write(rounds.out)
     return None
 
 
+def _run_steps(config: IterateConfig, rounds: _Rounds, steps: Iterable[Step], runner: Runner) -> None:
+    """Run steps of one round, and read them when all of them are there."""
+    names: list[str] = []
+    for step in steps:
+        _run_step(step, config.rounds, rounds.out, runner)
+        names.append(step.name)
+    rounds.read(names)
+
+
 def _ties(run_dir: Path) -> dict[str, int]:
-    """Why the prompts of a run of build-pairs gave no row, by its ledger; empty where it did not end for ties."""
+    """Why the prompts of a run of build-pairs gave no row, by its ledger; empty where it did not end for outcomes that
+    are alike."""
     ledger = run_dir / "dropped.parquet"
-    if run_dir.name != "build-pairs" or not ledger.exists():
+    if (run_dir / "manifest.json").exists() or not ledger.exists():
         return {}
     reasons = Counter(row.reason for row in from_table(Dropped, tables.read_table(ledger, Dropped)))
-    return dict(reasons) if reasons["tie"] else {}
+    return dict(reasons) if reasons["tie"] or reasons["one_class"] else {}
 
 
 def _run_step(step: Step, last: int, out: Path, runner: Runner) -> None:
@@ -169,18 +200,19 @@ def _run_step(step: Step, last: int, out: Path, runner: Runner) -> None:
 
 def _finish(config: IterateConfig, run_dir: Run, rounds: _Rounds, stop: Stop | None) -> Manifest:
     """Link the best policy and write the manifest."""
-    evaluations, number, out = rounds.totals("evaluate"), rounds.best, run_dir.out
+    best_of_all, out = rounds.best, run_dir.out
+    number = best_of_all["round"]
     if number:
         best = trained(config, out, number)
         links.publish(out / "best", Path(best.model if best.adapter == "none" else best.adapter))
     else:
         links.withdraw(out / "best")
     totals = {
-        "rounds": evaluations,
+        "rounds": rounds.totals("evaluate"),
         "best": {
             "round": number,
             "metric": config.metric_for_best_round,
-            "value": value(evaluations[number], config.metric_for_best_round),
+            "value": value(best_of_all, config.metric_for_best_round),
         },
         "stopped": asdict(stop) if stop else None,
     }
@@ -194,7 +226,7 @@ def _holds(config: IterateConfig, out: Path, manifest: Manifest) -> bool:
         return False
     rounds = _Rounds(out, config.metric_for_best_round)
     rounds.read(manifest["identity"])
-    return len(rounds.totals("evaluate")) > config.rounds or stops.check(rounds.series, config.stop) is not None
+    return rounds.evaluated >= config.rounds or stops.check(rounds.series, config.stop) is not None
 
 
 def _save_rounds(config: IterateConfig, out: Path) -> None:
@@ -223,10 +255,29 @@ def _inputs(config: IterateConfig) -> dict[str, str]:
         "generate.prompts": files.digest(config.generate.prompts),
         "evaluate.prompts": files.digest(config.evaluate.prompts),
     }
+    inputs |= _contents(config)
     if config.reference.startswith(FIXED):
         fixed = reference(config, Path(), 1, 0)
         inputs["reference"] = policy.resolve(fixed.model, fixed.adapter).id
     return inputs
+
+
+def _contents(config: IterateConfig) -> dict[str, str]:
+    """What stands for the content of every other file, run and dataset that the tables name, by the setting: the
+    fingerprint has no path."""
+    named: list[tuple[str, object]] = [
+        (f"evaluate.guard {number}", guard.prompts) for number, guard in enumerate(config.evaluate.guards)
+    ]
+    for name, setting in base.fields(IterateConfig):
+        value = reduce(getattr, name.split("."), config)
+        if base.PATH in setting.metadata and "." in name and not name.endswith(".prompts") and value != setting.default:
+            several = isinstance(value, tuple)
+            named += [(f"{name} {number}", text) for number, text in enumerate(value)] if several else [(name, value)]
+    return {
+        name: files.digest(text)
+        for name, text in named
+        if isinstance(text, str) and (hub.is_hub(text) or Path(text).exists())
+    }
 
 
 def _is_unchanged(run_dir: Path, digest: str) -> bool:

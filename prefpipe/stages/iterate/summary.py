@@ -9,6 +9,7 @@ from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Evaluation, from_table
 
 _NUM_PROMPTS_SHOWN = 3
+_NUM_ROUNDS_SHOWN = 5
 _WIDTH = 110  # characters of an answer
 _COLUMNS = (("mean_words", ".1f"), ("degenerate", ".1%"), ("mean_reward", ".3f"))  # of the table: total, format
 
@@ -17,7 +18,7 @@ def lines(manifest: Manifest, out: Path) -> list[str]:
     """The results round by round, some answers of each round, the paths of the files, and what to run next."""
     totals = manifest["totals"]
     rounds = totals["rounds"]
-    last = out / f"round-{len(rounds) - 1}"
+    last = out / f"round-{rounds[-1]['round']}"
     best = totals.get("best")  # a run of an older version names none
     chosen = out / f"round-{best['round']}" if best else last
     trained_on = next(name for name in ("pairs", "labels", "groups") if (last / "build-pairs" / name).is_dir())
@@ -28,14 +29,14 @@ def lines(manifest: Manifest, out: Path) -> list[str]:
         *([_best(best)] if best else []),
         *_stopped(totals.get("stopped")),
         "",
-        *_answers(out, len(rounds)),
+        *_answers(out, _shown(rounds, best["round"] if best else 0)),
         *_policy(out, chosen),
         f"{trained_on:<12} {last}/build-pairs/{trained_on}/*.parquet",
         f"completions  {last}/generate/completions/*.parquet, ref_logps/, rewards/",
         f"answers      {out}/round-*/evaluate/evaluations/*.parquet",
         f"metrics      {last}/train/metrics.jsonl",
         f"replay       prefpipe train {last}/train.json --out runs/replay",
-        *([] if totals.get("stopped") else [f"more rounds  the same command with --rounds {len(rounds)}"]),
+        *([] if totals.get("stopped") else [f"more rounds  the same command with --rounds {rounds[-1]['round'] + 1}"]),
         "next         prefpipe config iterate > mine.toml   (put your model, prompts and rewards in)",
         "             prefpipe iterate mine.toml --out runs/mine",
     ]
@@ -70,7 +71,8 @@ def _policy(out: Path, chosen: Path) -> list[str]:
 def _table(rounds: list[dict[str, Any]], best: int | None) -> list[str]:
     head = ["round", "greedy pass [95 %]", "sampled pass [95 %]", "mean words", "degenerate", "mean reward"]
     rows = [head, ["---"] * len(head)]
-    for number, totals in enumerate(rounds):
+    for totals in rounds:
+        number = totals["round"]
         greedy, sampled = totals["greedy"], totals["sampled"]
         rows.append(
             [
@@ -85,13 +87,19 @@ def _table(rounds: list[dict[str, Any]], best: int | None) -> list[str]:
     return [*shown, "", f"{count} held-out prompts; the last three columns are greedy / sampled answers."]
 
 
-def _answers(out: Path, num_rounds: int) -> list[str]:
-    """The greedy answers of every round to the first prompts."""
-    by_round = [_greedy_answers(out / f"round-{n}/evaluate") for n in range(num_rounds)]
+def _shown(rounds: list[dict[str, Any]], best: int) -> list[int]:
+    """The rounds whose answers are shown: every one, or of many the start, the best and the last."""
+    numbers = [int(totals["round"]) for totals in rounds]
+    return numbers if len(numbers) <= _NUM_ROUNDS_SHOWN else sorted({0, best, numbers[-1]})
+
+
+def _answers(out: Path, numbers: list[int]) -> list[str]:
+    """The greedy answers of some rounds to the first prompts."""
+    by_round = {number: _greedy_answers(out / f"round-{number}/evaluate") for number in numbers}
     shown: list[str] = []
     for prompt_id in list(by_round[0])[:_NUM_PROMPTS_SHOWN]:
         shown.append(f"> {by_round[0][prompt_id].messages[-1]['content']}")
-        for number, answers in enumerate(by_round):
+        for number, answers in by_round.items():
             name = "start" if number == 0 else f"round {number}"
             shown.append(f"  {name:<8} {textwrap.shorten(answers[prompt_id].text, _WIDTH, placeholder=' ...')}")
         shown.append("")

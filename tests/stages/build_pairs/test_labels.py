@@ -1,5 +1,6 @@
 """Labels and their KL bank on disk."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,19 @@ def test_labels_from_pairs_say_what_became_of_the_rest(tmp_path: Path) -> None:
     assert {d.reason for d in ledger_of(tmp_path / "o")} == {"unused"}
 
 
+def test_prompts_with_labels_of_both_classes_are_counted(tmp_path: Path) -> None:
+    """From 2 on: p0 has two of each, p1 one desirable answer, p2 none."""
+    run = run_of(tmp_path / "g", [*ROWS[:4], ROWS[7], *ROWS[8:10]])
+    totals = build(tmp_path / "o", run, output="labels", label_rule="threshold", label_threshold=2.0)["totals"]
+    assert (totals["prompts"], totals["labels"], totals["mixed_prompts"]) == (3, 7, 1)
+
+
 def test_thumbs_need_both_kinds(tmp_path: Path) -> None:
     run = run_of(tmp_path / "g", [r for r in ROWS if r.reward])
     with pytest.raises(DataError, match="all 18 labels are desirable: KTO needs both"):
         build(tmp_path / "o", run, output="labels", label_rule="thumbs")
     assert not (tmp_path / "o" / "manifest.json").exists()
+    assert Counter(d.reason for d in ledger_of(tmp_path / "o")) == {"one_class": 18}
 
 
 def test_one_prompt_has_no_bank(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from prefpipe.errors import DataError, UsageError
+from prefpipe.runs import store
 from prefpipe.schemas import Evaluation
 from prefpipe.stages.evaluate.baselines import Other
 from prefpipe.stages.evaluate.comparisons import Met, compare, meet, tally
@@ -60,8 +62,10 @@ def test_a_run_against_another_seed_of_the_same_policy(
     assert call(*common, "--out", tmp_path / "a").code == 0
     done = call(*common, "--seed", "5", "--baseline", tmp_path / "a", "--out", tmp_path / "b")
     assert done.code == 0, done.stderr
-    (found,) = json.loads((tmp_path / "b" / "manifest.json").read_text())["totals"]["comparisons"]
-    assert (found["baseline"], found["prompts"]) == (str(tmp_path / "a"), 30)
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    (found,) = manifest["totals"]["comparisons"]
+    assert (found["baseline"], found["prompts"]) == (store.read_manifest(tmp_path / "a")["digest"], 30)
+    assert manifest["places"] == {found["baseline"]: str(tmp_path / "a")}
     assert found["policy"] == rows_of(tmp_path / "a")[0].policy
     assert "differs" not in found
     assert (found["greedy"]["tie"], found["greedy"]["win_rate"], found["greedy"]["p_value"]) == (30, 0.5, 1.0)
@@ -123,6 +127,20 @@ def test_only_shared_prompts_are_compared(
     with pytest.raises(DataError, match=r"shares no prompt with this evaluation \(4 there, 3 here\)"):
         run(config(tiny_model, other, baseline=(str(tmp_path / "a"),)), tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_where_a_baseline_lies_is_no_part_of_the_digest(tiny_model: Path, write: Write, tmp_path: Path) -> None:
+    """The same baseline in two places, compared by two runs; people see the place of theirs."""
+    path = prompts_file(write, 3)
+    run(config(tiny_model, path), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "moved" / "a")
+    found = [
+        run(config(tiny_model, path, seed=1, baseline=(str(directory),)), tmp_path / name)
+        for name, directory in (("b", tmp_path / "a"), ("c", tmp_path / "moved/a"))
+    ]
+    assert found[0]["digest"] == found[1]["digest"]
+    assert str(tmp_path) not in json.dumps(found[0]["totals"])
+    assert f"against {tmp_path}/moved/a, 3 prompts" in summary(tmp_path / "c")
 
 
 def test_a_baseline_by_another_reward_is_refused(tiny_model: Path, write: Write, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_drop_beyond_its_interval_has_failed(call: Call, tiny_model: Path, wri
         ((drop,),) = (
             guard["drops"] for guard in json.loads((tmp_path / out / "manifest.json").read_text())["totals"]["guards"]
         )
-        assert drop["baseline"] == str(tmp_path / "a")
+        assert drop["baseline"] == json.loads((tmp_path / "a/manifest.json").read_text())["digest"]
         assert drop["failed"] == failed
         assert (drop["high"] < 0) == failed
         assert (f"the policy got worse: guard {other}:long against {tmp_path / 'a'}" in done.stderr) == failed
@@ -90,3 +90,21 @@ def test_a_baseline_without_the_guard_is_said(
         (found,) = run(settings, tmp_path / reward)["totals"]["guards"]
         assert len(found["drops"]) == compared
         assert ("to compare with" in capsys.readouterr().err) == (not compared)
+
+
+def test_a_guard_has_a_threshold_of_its_own(tiny_model: Path, write: Write, tmp_path: Path) -> None:
+    """One for all guards, or one for each; without any that of the reward that decides. Nothing is sampled again."""
+    path = prompts_file(write, 6)
+    common = {"guard": (f"{path}:length", f"{path}:repetition"), "pass_reward": 0.9}
+    found: dict[tuple[float, ...], list[float]] = {}
+    for thresholds in ((), (1.5,), (1.5, 0.5), (0.9,)):
+        totals = run(config(tiny_model, path, **common, guard_pass_reward=thresholds), tmp_path / "e")["totals"]
+        found[thresholds] = [guard["pass"] for guard in totals["guards"]]
+        assert [guard["mean_reward"] for guard in totals["guards"]] == [1.0, 1.0]
+    assert found == {(): [1.0, 1.0], (1.5,): [0.0, 0.0], (1.5, 0.5): [0.0, 1.0], (0.9,): [1.0, 1.0]}
+    assert len([*(tmp_path / "e").glob("guards/*/evaluations/*.parquet")]) == 6  # two guards, three shards each
+
+
+def test_thresholds_are_one_or_as_many_as_guards() -> None:
+    with pytest.raises(ValueError, match="guard_pass_reward has 2 values for 1 guards"):
+        EvaluateConfig(guard=("a.jsonl:length",), guard_pass_reward=(0.5, 0.5))

@@ -40,7 +40,7 @@ def test_the_text_is_scored_once_and_compared(
     assert found["drops"] == []
     settings = config(tiny_model, path, seed=1, perplexity_text=str(text), baseline=(str(tmp_path / "a"),))
     (drop,) = run(settings, tmp_path / "b")["totals"]["perplexity"]["drops"]
-    assert drop == {"baseline": str(tmp_path / "a"), "difference": 0.0, "low": 0.0, "high": 0.0, "failed": False}
+    assert drop == {"baseline": first["digest"], "difference": 0.0, "low": 0.0, "high": 0.0, "failed": False}
     text.write_text("Another text that is short.")
     (tmp_path / "none").mkdir()
     assert run(settings, tmp_path / "b")["totals"]["perplexity"]["drops"] == []

@@ -51,7 +51,7 @@ def test_every_number_is_a_row_with_its_interval(everything: dict[str, Any], tmp
     rows = from_table(Measure, store.read_dataset(tmp_path / "b", "measures", Measure))
     totals = copy.deepcopy(everything["totals"])
     for comparison in totals["comparisons"]:
-        del comparison["prompts"], comparison["judge"]["order_bias"], comparison["differs"]
+        del comparison["prompts"], comparison["round"], comparison["judge"]["order_bias"], comparison["differs"]
     del totals["prompts"], totals["round"]
     assert len(rows) == numbers(totals)
     keys = [(r.of, r.against, r.decoding, r.name) for r in rows]
@@ -74,7 +74,7 @@ def test_every_number_is_a_row_with_its_interval(everything: dict[str, Any], tmp
     greedy = everything["totals"]["greedy"]
     passed = found["answers", None, "greedy", "pass"]
     assert (passed.value, passed.low, passed.high) == (greedy["pass"], greedy["low"], greedy["high"])
-    compared = found["comparison", str(tmp_path / "a"), "sampled", "win_rate"]
+    compared = found["comparison", store.read_manifest(tmp_path / "a")["digest"], "sampled", "win_rate"]
     assert compared.value == everything["totals"]["comparisons"][0]["sampled"]["win_rate"]
     assert found["kl per_token", "base", "sampled", "k3"].high is not None
 
@@ -92,10 +92,10 @@ def test_totals_of_an_older_version_are_shown_as_they_are() -> None:
     text = "\n".join(report.summary(OLD, Path("out")))
     assert "50.0% [10.0%, 90.0%]" in text
     assert "12.0" in text
-    assert report.failures(OLD) == []
+    assert report.failures(OLD, {}) == []
 
 
 def test_failures_name_the_guard_and_the_baseline() -> None:
     drops = [{"baseline": "a", "failed": True}, {"baseline": "b", "failed": False}]
     totals = {"guards": [{"prompts": "p", "reward": "r", "drops": drops}], "perplexity": {"text": "t", "drops": drops}}
-    assert report.failures(totals) == ["guard p:r against a", "text t against a"]
+    assert report.failures(totals, {"a": "runs/a"}) == ["guard p:r against runs/a", "text t against runs/a"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from prefpipe.stages.iterate.best import best_round, guard_failed, value
+from prefpipe.stages.iterate.best import best_place, guard_failed, value
 
 
 def evaluation(passed: float, **more: Any) -> dict[str, Any]:
@@ -18,20 +18,20 @@ FAILED = [{"prompts": "chat.jsonl", "reward": "r", "pass": 0.1, "drops": [{"base
     ("passed", "best"), [([0.1, 0.4, 0.3], 1), ([0.5, 0.4], 0), ([0.2, 0.4, 0.4], 1), ([0.2, 0.2], 0), ([0.3], 0)]
 )
 def test_the_last_round_is_not_the_best_by_being_last(passed: list[float], best: int) -> None:
-    assert best_round([evaluation(p) for p in passed], "sampled.pass") == best
+    assert best_place([evaluation(p) for p in passed], "sampled.pass") == best
 
 
 def test_another_metric_may_decide_otherwise() -> None:
     rounds = [evaluation(0.1), evaluation(0.4), evaluation(0.3)]
-    assert best_round(rounds, "greedy.pass") == 0
+    assert best_place(rounds, "greedy.pass") == 0
     assert value(rounds[1], "greedy.pass") == 0.6
     assert value(rounds[1], "sampled.mean_reward") == 2.0
 
 
 def test_a_round_whose_guard_failed_is_not_the_best() -> None:
     rounds = [evaluation(0.1), evaluation(0.4), evaluation(0.9, guards=FAILED)]
-    assert best_round(rounds, "sampled.pass") == 1
-    assert best_round([evaluation(0.1, guards=FAILED)], "sampled.pass") == 0
+    assert best_place(rounds, "sampled.pass") == 1
+    assert best_place([evaluation(0.1, guards=FAILED)], "sampled.pass") == 0
     assert guard_failed(rounds[2]) == ["chat.jsonl"]
 
 

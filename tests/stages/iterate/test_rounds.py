@@ -168,6 +168,39 @@ def test_a_round_without_a_pair_ends_the_rounds_before_it(
         iterate.run(make(rounds=3, generate=both), out, force=False, runner=without_pairs)
 
 
+def evaluated(manifest: Manifest) -> list[int]:
+    return [totals["round"] for totals in manifest["totals"]["rounds"]]
+
+
+def test_every_second_round_is_evaluated_and_the_last_one(
+    make: Make, tmp_path: Path, three: tuple[Path, Manifest]
+) -> None:
+    """Training is what it is with an evaluation of every round. The last round stays evaluated when others follow."""
+    out, passed = tmp_path / "out", (0.1, 0.9, 0.5, 0.4, 0.3)
+    manifest = iterate.run(make(rounds=3, evaluate_every=2), out, force=False, runner=Recorded(*passed))
+    assert evaluated(manifest) == [0, 2, 3]
+    assert manifest["totals"]["best"]["round"] == 2
+    assert manifest["identity"]["round-3/train"] == three[1]["identity"]["round-3/train"]
+    compared = json.loads((out / "round-3/evaluate.json").read_text())["config"]["baseline"]
+    assert compared == [str(out / f"round-{n}/evaluate") for n in (0, 2)]
+    shown = "\n".join(iterate.summary(manifest, out))
+    assert "| 2 (best) |" in shown
+    assert "with --rounds 4" in shown
+    assert iterate.run(make(rounds=3, evaluate_every=2), out, force=False, runner=never) == manifest
+    longer = iterate.run(make(rounds=4, evaluate_every=2), out, force=False, runner=Recorded(*passed))
+    assert evaluated(longer) == [0, 2, 3, 4]
+    branched = make(rounds=2, evaluate_every=2, from_run=str(out), from_round=1)
+    assert evaluated(iterate.run(branched, tmp_path / "b", force=False, runner=in_process)) == [0, 2]
+
+
+def test_the_last_policy_is_evaluated_where_a_round_has_nothing_to_train_on(make: Make, tmp_path: Path) -> None:
+    both = {"rewards": [cases.REWARD, "tests.stages.iterate.cases:same"]}
+    out, config = tmp_path / "out", make(rounds=5, evaluate_every=5, stop={"rules": ["mixed"]}, generate=both)
+    manifest = iterate.run(config, out, force=False, runner=without_pairs)
+    assert evaluated(manifest) == [0, 1]
+    assert iterate.run(config, out, force=False, runner=without_pairs) == manifest
+
+
 def test_rules_see_what_a_real_evaluation_counts(make: Make, tmp_path: Path) -> None:
     """The base of the fake engine has other log-probs than a policy with an adapter: a divergence from round 1 on."""
     out = tmp_path / "out"
@@ -177,7 +210,7 @@ def test_rules_see_what_a_real_evaluation_counts(make: Make, tmp_path: Path) -> 
     assert "nats from base, cap 0.1" in manifest["totals"]["stopped"]["why"][0]
     assert manifest["totals"]["rounds"][0]["kl"][0]["per_sequence"]["k1"] == 0
     (comparison,) = manifest["totals"]["rounds"][1]["comparisons"]
-    assert comparison["baseline"] == str(out / "round-0/evaluate")
+    assert (comparison["baseline"], comparison["round"]) == (manifest["identity"]["round-0/evaluate"], 0)
 
 
 def test_a_leak_is_refused_before_anything_is_written(make: Make, tmp_path: Path) -> None:

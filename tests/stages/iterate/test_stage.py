@@ -113,11 +113,8 @@ def test_step_0_loss_of_every_round_is_ln_2(finished: tuple[Path, Manifest]) -> 
 
 
 def results(manifest: Manifest) -> dict[str, object]:
-    """What a run in another directory has as well. An evaluation names the directories that it compares with."""
-    identity = {name: digest for name, digest in manifest["identity"].items() if not name.endswith("evaluate")}
-    return identity | {
-        str(number): (totals["greedy"], totals["sampled"]) for number, totals in enumerate(manifest["totals"]["rounds"])
-    }
+    """What a run in another directory has as well: nothing names a directory."""
+    return {"digest": manifest["digest"], **manifest["identity"], "totals": manifest["totals"]}
 
 
 def test_every_step_can_be_replayed_from_its_saved_config(
@@ -186,6 +183,23 @@ def test_a_run_without_prompts_is_refused(config: MakeConfig, tmp_path: Path) ->
     with pytest.raises(MissingInputError, match="absent"):
         iterate.run(config(generate=absent), tmp_path / "o", force=False, runner=never)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("kind", ["guard", "perplexity_text", "chat_template", "baseline"])
+def test_the_content_of_every_file_that_a_table_names_belongs_to_the_run(
+    config: MakeConfig, finished: tuple[Path, Manifest], tmp_path: Path, kind: str
+) -> None:
+    """As it stands in another place it is the same; with another content it is not, under the same name."""
+    tables = config().evaluate.model_dump()
+    found: list[dict[str, str]] = []
+    for folder, content in (("a", "one"), ("b", "one"), ("b", "two")):
+        path = tmp_path / folder / "file.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"prompt": content}) + "\n")
+        value: object = {"guard": [f"{path}:length"], "baseline": [str(path)]}.get(kind, str(path))
+        found.append(iterate._inputs(config(evaluate={**tables, kind: value})))
+    assert found[0] == found[1] != found[2]
+    assert found[0].keys() - iterate._inputs(config()).keys() in ({f"evaluate.{kind}"}, {f"evaluate.{kind} 0"})
 
 
 def test_one_round_through_the_command_line(cli: Cli, config: MakeConfig, tmp_path: Path) -> None:

@@ -62,9 +62,14 @@ CASES = [
 ]  # fmt: skip
 
 
+def of(evaluations: list[dict[str, Any]], built: list[dict[str, Any]], metric: str, every: int = 1) -> Series:
+    """Evaluations of every so many rounds."""
+    return Series([{**totals, "round": every * place} for place, totals in enumerate(evaluations)], built, metric)
+
+
 def series(evaluations: list[dict[str, Any]], mixed: float = 0.6) -> Series:
     built_rounds = [built(0.6)] * (len(evaluations) - 2) + [built(mixed)]
-    return Series(evaluations, built_rounds if len(evaluations) > 1 else [], "sampled.pass")
+    return of(evaluations, built_rounds if len(evaluations) > 1 else [], "sampled.pass")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.rule}-{number}" for number, case in enumerate(CASES)])
@@ -90,11 +95,11 @@ def test_a_longer_window_waits_for_as_many_rounds_in_a_row(rule: StopRule) -> No
     case = next(case for case in CASES if case.rule == rule)
     longer = StopSettings.model_validate({"rules": [rule], f"{rule}_rounds": StopSettings().gain_rounds + 1})
     recorded, shares = list(case.fires), [built(0.6)] * (len(case.fires) - 2) + [built(case.mixed[0])]
-    assert stops.check(Series(recorded, shares, "sampled.pass"), longer) is None
+    assert stops.check(of(recorded, shares, "sampled.pass"), longer) is None
     for _ in range(longer.gain_rounds + 1):
         recorded.append(recorded[-1])
         shares.append(shares[-1])
-    stop = stops.check(Series(recorded, shares, "sampled.pass"), longer)
+    stop = stops.check(of(recorded, shares, "sampled.pass"), longer)
     assert stop is not None
     assert len(stop.why) == 3
 
@@ -103,25 +108,42 @@ PAIRED = {"difference_low": 0.01, "difference_high": 0.03,
           "mean_reward_difference_low": 0.01, "mean_reward_difference_high": 0.03}  # fmt: skip
 
 
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("metric", ["sampled.pass", "greedy.mean_reward"])
-def test_the_error_of_a_paired_comparison_is_that_of_the_comparison(metric: str) -> None:
-    """Paired, a gain of 0.02 is visible; from two intervals as wide as 0.08 it is not."""
+def test_the_error_of_a_paired_comparison_is_that_of_the_comparison(metric: str, older: bool) -> None:
+    """Paired, a gain of 0.02 is visible; from two intervals as wide as 0.08 it is not. An older version named the
+    directory of the baseline."""
     wide = {"mean_reward_low": 0.46, "mean_reward_high": 0.54}
     start, after = evaluation(0.50), evaluation(0.52)
     for totals in (start, after):
         for decoding in ("greedy", "sampled"):
             totals[decoding] |= wide
     one_round = StopSettings(rules=("gain",), gain_rounds=1)
-    assert stops.check(Series([start, after], [built(0.6)], metric), one_round) is not None
-    after["comparisons"] = [{"baseline": f"runs/x/round-{n}/evaluate", "sampled": p, "greedy": p}
-                            for n, p in ((1, {}), (0, PAIRED))]  # fmt: skip
-    assert stops.check(Series([start, after], [built(0.6)], metric), one_round) is None
+    assert stops.check(of([start, after], [built(0.6)], metric), one_round) is not None
+    after["comparisons"] = [
+        {**({"baseline": f"runs/x/round-{n}/evaluate"} if older else {"baseline": "ab", "round": n}), "sampled": p,
+         "greedy": p} for n, p in ((1, {}), (0, PAIRED))
+    ]  # fmt: skip
+    assert stops.check(of([start, after], [built(0.6)], metric), one_round) is None
 
 
 def test_a_mean_reward_without_an_interval_says_nothing_about_a_gain() -> None:
     """As in evaluations that were made before means had one."""
     flat = [evaluation(0.5)] * 4
-    assert stops.check(Series(flat, [built(0.6)] * 3, "sampled.mean_reward"), StopSettings()) is None
+    assert stops.check(of(flat, [built(0.6)] * 3, "sampled.mean_reward"), StopSettings()) is None
+
+
+def test_rules_look_at_evaluated_rounds_and_at_all_that_was_built_since_the_one_before() -> None:
+    """Evaluations after rounds 0, 2 and 4: of the prompts of rounds 3 and 4 together 20 % are mixed, then fewer."""
+    flat = [evaluation(0.5)] * 3
+    stop = stops.check(of(flat, [built(0.6)] * 4, "sampled.pass", every=2), StopSettings(rules=("gain",)))
+    assert stop is not None
+    assert (stop.round, [line.partition(":")[0] for line in stop.why]) == (4, ["round 2", "round 4"])
+    assert stop.why[1].startswith("round 4: sampled.pass +0 over round 0")
+    rule = StopSettings(rules=("mixed",))
+    for last, fires in ((0.4, False), (0.38, True)):
+        shares = [built(0.0), built(0.9), built(0.0), built(last)]
+        assert (stops.check(of(flat, shares, "sampled.pass", every=2), rule) is not None) == fires
 
 
 @pytest.mark.parametrize(
@@ -130,8 +152,10 @@ def test_a_mean_reward_without_an_interval_says_nothing_about_a_gain() -> None:
         (built(0.25), 0.25),
         ({"groups": 10, "prompts": 40}, 0.25),
         ({"labels": 10, "prompts": 40, "levels": {"labels": {"in": 9, "out": 9}}}, None),
+        ({"labels": 10, "mixed_prompts": 2, "prompts": 40, "levels": {"labels": {"in": 9, "out": 9}}}, 0.05),
+        ({"labels": 10, "mixed_prompts": 0, "prompts": 40, "levels": {}}, 0.0),
         ({"levels": {"prompts": {"in": 0, "out": 0}}}, None),
     ],
 )
-def test_the_share_of_mixed_prompts_is_that_of_pairs_and_groups(totals: dict[str, Any], share: float | None) -> None:
-    assert stops.mixed_share(totals) == share
+def test_the_share_of_mixed_prompts_is_that_of_every_output(totals: dict[str, Any], share: float | None) -> None:
+    assert stops.mixed_share([totals]) == share
