@@ -4,8 +4,9 @@
         for finished in pool.run(work, shards, inflight, advance):
             ...  # the driver, which alone holds the run, commits it
 
-A worker takes the next shard while it works on one: its engine never runs dry. A worker that dies costs the shards that
-it had, which go to others; another one starts in its place. What was in its engine is recorded (see `inflight`).
+A worker always has one shard more than its engine has begun with: the engine never runs dry. A worker that dies costs
+the shards that it had, which go to others; another one starts in its place. What was in its engine is recorded (see
+`inflight`).
 """
 
 import pickle
@@ -31,6 +32,7 @@ from prefpipe.inference.pool_messages import (
     Hello,
     Line,
     Ready,
+    Took,
     Up,
     versions,
 )
@@ -40,7 +42,6 @@ from prefpipe.inference.works import Finished, Lease, Work
 from prefpipe.log import Advance
 
 Shards = Iterator[tuple[int, Any]]  # (number, content) of every shard
-_LEASES = 2
 _READY_S = 3600.0  # a model of hundreds of GB comes over the network
 _TICK_S = 5.0
 
@@ -126,17 +127,19 @@ class Inline:
 
 @dataclass
 class _Worker:
-    """A worker as the driver knows it. `batch`: it has been sent shards since it was last drained."""
+    """A worker as the driver knows it. `batch`: it has been sent shards since it was last drained; `untaken`: one of
+    them is not begun."""
 
     since: float
     up: bool = False
     ready: bool = False
     batch: bool = False
+    untaken: bool = False
     drains: bool = False
     engine_died: bool = False
     leases: dict[int, Lease[Any]] = field(default_factory=dict[int, Lease[Any]])
     inside: dict[str, None] = field(default_factory=dict[str, None])
-    advanced: float = 0.0
+    advanced: float = 0.0  # of shards that are not whole
 
 
 @dataclass
@@ -200,34 +203,35 @@ class Workers:
         self._backend.start(number)
 
     def _assign(self, queue: _Queue) -> None:
-        """Give every worker what it has room for. One without any shard left to take is told so, once."""
+        """Give every worker the next shard. One for which there is none is told so, once."""
         for number, worker in self._workers.items():
-            while worker.ready and not worker.drains and len(worker.leases) < _LEASES:
-                lease = queue.take(alone=not worker.batch)
-                if lease is not None:
-                    worker.leases[lease.index] = lease
-                    worker.batch = True
-                    self._backend.send(number, lease)
-                if worker.batch and (lease is None or lease.suspects):
-                    worker.drains = True
-                    self._backend.send(number, Drain())
-                if lease is None:
-                    break
+            if not worker.ready or worker.untaken or worker.drains:
+                continue
+            lease = queue.take(alone=not worker.batch)
+            if lease is not None:
+                worker.leases[lease.index] = lease
+                worker.batch = worker.untaken = True
+                self._backend.send(number, lease)
+            if worker.batch and (lease is None or lease.suspects):
+                worker.drains = True
+                self._backend.send(number, Drain())
 
     def _heard(self, number: int, event: Event, queue: _Queue, work: Work, advance: Advance) -> Iterator[Finished]:
         worker = self._workers[number]
         match event:
             case Line(text):
                 self._record(worker, text, queue.inflight)
+            case Took():
+                worker.untaken = False
             case Advanced(amount):
                 worker.advanced += amount
                 advance(amount)
             case Done(shard):
-                del worker.leases[shard.index]
+                lease = worker.leases.pop(shard.index)
+                worker.advanced = max(0.0, worker.advanced - len(work.keys(lease)))
                 yield shard
             case Drained():
                 worker.batch = worker.drains = False
-                worker.advanced = 0.0
             case Gone():
                 advance(-worker.advanced)
                 self._gone(number, event, queue, work)

@@ -32,6 +32,7 @@ from prefpipe.inference.pool_messages import (
     Line,
     Ready,
     Stop,
+    Took,
     Up,
     versions,
 )
@@ -104,10 +105,12 @@ def _run(connection: Connection, inbox: Inbox, work: Work, first: Lease[Any], en
     """Shards through the engine, from the first one to the next `Drain`."""
 
     def leases() -> Iterator[Lease[Any]]:
-        yield first
-        while isinstance(message := inbox.get(), Lease):
+        message: Any = first
+        while isinstance(message, Lease):
+            connection.send(Took())
             yield message
-        if isinstance(message, Stop):
+            message = inbox.get()
+        if isinstance(message, Stop):  # for the one that reads after this batch
             inbox.put(message)
 
     def advance(amount: float, note: str = "") -> None:  # noqa: ARG001  (the driver shows what it knows)

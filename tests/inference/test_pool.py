@@ -105,7 +105,7 @@ def rows_of(path: Path, rows: list[dict[str, str]]) -> Path:
 def test_the_other_commands_write_the_same_bytes_with_workers(
     config: GenerateConfig, use: Any, tmp_path: Path, command: str
 ) -> None:
-    """Guards, log-probs of another policy and of a text, completions that repeat in another shard; a worker dies in
+    """Guards, log-probs of a text, completions that repeat in another shard; a worker dies in
     each."""
     pairs = [{"prompt": f"Bird {i}?", "chosen": f"Owl {i}.", "rejected": f"No {i}."} for i in range(7)]
     pairs.append({**pairs[0], "chosen": "An owl."})
@@ -116,11 +116,18 @@ def test_the_other_commands_write_the_same_bytes_with_workers(
     beside = {"guard": (f"{config.prompts}:length",), "guard_split": "all", "perplexity_text": str(text)}
     source = {"inputs": (str(rows_of(tmp_path / "pairs.jsonl", pairs)),), "rewards": ("short_sentence",)}
     module, made_of = {
-        "evaluate": (evaluate, EvaluateConfig(**sampled, **beside, reward=("short_sentence",), kl_to=("base",))),
+        "evaluate": (
+            evaluate,
+            EvaluateConfig(
+                **sampled,
+                **beside,
+                reward=("short_sentence",),
+            ),
+        ),
         "score": (score, ScoreConfig(**common, **source, check=3)),
         "rate": (score, ScoreConfig(**common, **source, reference="none")),
     }[command]
-    started = use(lambda life, count: life == 1 and count == 6)
+    started = use(lambda life, count: life == 1 and count == 3)
     for workers, name in ((1, "one"), (3, "three")):
         module.run(made_of.model_copy(update={"workers": workers}), tmp_path / name, force=False)
     assert started[0].lives == 4
@@ -146,8 +153,8 @@ def test_workers_that_die_cost_nothing_but_time(
 def test_a_run_goes_on_with_another_number_of_workers(
     config: GenerateConfig, expected: dict[str, bytes], use: Any, tmp_path: Path
 ) -> None:
-    """The first command ends because every worker dies before it has done anything."""
-    use(lambda _life, count: count > 12)
+    """The first command ends because workers die that have done nothing yet, one after the other."""
+    use(lambda life, count: count > (12 if life <= 3 else 2))
     with pytest.raises(PrefpipeError, match=r"worker \d ended \(SIGKILL\)"):
         made(config, tmp_path / "g", 3)
     written = list((tmp_path / "g" / "completions").glob("*.ok.json"))
@@ -173,6 +180,22 @@ def test_a_prompt_that_kills_workers_is_convicted_and_the_run_ends_well(
     assert sorted(reasons) == ["control_tokens", "engine_died"]
     assert started[0].lives == 2 + deaths
     assert len(Inflight.load(tmp_path / "g").killers) == 1  # on record: it never runs again in this directory
+
+
+def test_an_engine_may_hold_more_than_two_shards(
+    config: GenerateConfig, expected: dict[str, bytes], use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes requests until it is full before the first of them leaves."""
+    monkeypatch.setitem(engines.ENGINES, "fake", f"{__name__}:large")
+    use()
+    assert made(config, tmp_path / "g", 2) == expected
+
+
+def large(settings: Any) -> Any:
+    """The fake engine with room for more prompts than the run has."""
+    engine = poisoned(settings, lambda: None)
+    engine.in_flight = NUM_PROMPTS + 1
+    return engine
 
 
 def test_the_death_of_a_machine_charges_nobody(
@@ -221,7 +244,7 @@ SCORERS: Iterator[str] = iter(())
 
 def named(settings: Any) -> Any:
     """A fake engine whose scorer is the next name."""
-    engine = poisoned(settings, lambda: None)
+    engine = large(settings)
     engine.scorer = next(SCORERS)
     return engine
 
