@@ -72,3 +72,8 @@ def engine(name: str, settings: EngineSettings) -> Generator[Engine]:
         yield running
         if place and place.keep:
             place.asked, place.engine, place.closing = asked, running, stack.pop_all()
+
+
+def has_shelf() -> bool:
+    """Whether an engine of this process goes on from step to step."""
+    return bool(_shelves)

@@ -71,6 +71,7 @@ def test_without_a_gpu_auto_is_bounded_by_cores_memory_and_work(
     monkeypatch.setattr(pool_size, "free_memory", lambda: 10 * GIB)
     assert size_of("auto", "", "transformers", policy, needs()).workers == 3
     assert size_of(5, "", "transformers", policy, needs()).workers == 5
+    assert size_of("auto", "", "transformers", policy, Needs(64, 1, GIB, "float32", kept=True)).workers == 1
 
 
 def test_the_fake_engine_and_work_without_an_engine_have_one_unless_more_are_asked_for(policy: Policy) -> None:
