@@ -281,7 +281,7 @@ class Workers:
         else:
             convicted = inflight.lost(worker.inside, "failed" if worker.engine_died else "vanished")
         for key in convicted:
-            log.warn(f"{key} killed its worker when it ran alone, twice: it is left out")
+            log.warn(f"{key} killed its worker when it ran alone: it is left out")
             self._deaths = 0
         for lease in worker.leases.values():
             queue.again.appendleft(_suspected(lease, work, inflight))
