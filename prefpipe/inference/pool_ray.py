@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportMissingImports=false
 # ray ships incomplete types.
 """Workers on the machines of a Ray cluster.
 
@@ -7,7 +7,7 @@ messages. So a worker is the same program everywhere, its death is told from tha
 said is lost with it. Ray restarts and repeats nothing: the driver does, which knows what was in an engine.
 """
 
-# pyright: basic
+# pyright: basic, reportMissingImports=false
 import contextlib
 import os
 from typing import Any

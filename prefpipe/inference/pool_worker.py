@@ -14,7 +14,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -84,7 +84,7 @@ def _serve(connection: Connection, inbox: Inbox) -> None:
 
 
 @contextlib.contextmanager
-def _engine(hello: Hello) -> Iterator[tuple[Any, dict[str, str]]]:
+def _engine(hello: Hello) -> Generator[tuple[Any, dict[str, str]]]:
     """(engine, what must be equal in every worker). The files of the policy are read and digested here."""
     if not hello.entry:
         yield None, versions()

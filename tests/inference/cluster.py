@@ -19,6 +19,7 @@ from typing import Any
 from prefpipe import engines
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import UsageError
+from prefpipe.inference import pool_ray
 from prefpipe.stages.generate import stage as generate
 
 ADDRESS = "127.0.0.1:6399"
@@ -65,6 +66,7 @@ def when(out: Path, act: Any) -> threading.Thread:
 
 def main() -> None:
     model, prompts, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    pool_ray.Cluster.start_s = 200.0
     temporary = ("--temp-dir", str(folder / "ray"))
     start_node(*HEAD, *temporary)
     second = start_node("--address", ADDRESS)
