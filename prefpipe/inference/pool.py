@@ -13,7 +13,7 @@ import pickle
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefpipe import clock, engines, log
@@ -21,6 +21,7 @@ from prefpipe.engines.base import Engine, EngineSettings
 from prefpipe.errors import IdentityError, PrefpipeError
 from prefpipe.inference import warm
 from prefpipe.inference.inflight import Inflight
+from prefpipe.inference.pool_leases import Queue, Worker, suspected
 from prefpipe.inference.pool_messages import (
     Advanced,
     Done,
@@ -125,47 +126,6 @@ class Inline:
             yield from work.run(leases, self.engine, inflight, advance, last_suspect)  # type: ignore[arg-type]
 
 
-@dataclass
-class _Worker:
-    """A worker as the driver knows it. `batch`: it has been sent shards since it was last drained; `untaken`: one of
-    them is not begun."""
-
-    since: float
-    up: bool = False
-    ready: bool = False
-    batch: bool = False
-    untaken: bool = False
-    drains: bool = False
-    engine_died: bool = False
-    leases: dict[int, Lease[Any]] = field(default_factory=dict[int, Lease[Any]])
-    inside: dict[str, None] = field(default_factory=dict[str, None])
-    advanced: float = 0.0  # of shards that are not whole
-
-
-@dataclass
-class _Queue:
-    """Shards that no worker has: those that came back, then those that nobody read yet."""
-
-    again: deque[Lease[Any]]
-    shards: Shards
-    inflight: Inflight
-    ended: bool = False
-
-    def take(self, *, alone: bool) -> Lease[Any] | None:
-        """The next shard; `alone`: its worker has no other, so that it may have suspects."""
-        found = next((lease for lease in self.again if alone or not lease.suspects), None)
-        if found is not None:
-            self.again.remove(found)
-        elif not self.ended:
-            shard = next(self.shards, None)
-            self.ended = shard is None
-            found = None if shard is None else Lease(*shard)
-        return found and replace(found, killers=tuple(self.inflight.killers))
-
-    def __bool__(self) -> bool:
-        return bool(self.again) or not self.ended
-
-
 class Workers:
     """Workers of a backend. All must have equal identities (see `pool_messages.Ready`)."""
 
@@ -174,7 +134,7 @@ class Workers:
         self._identity: dict[str, str] = versions()
         self._work = b""
         self._deaths = 0  # since anything came out of an engine
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, Worker] = {}
         for number in range(count):
             self._start(number)
 
@@ -186,9 +146,9 @@ class Workers:
         for number, worker in self._workers.items():
             if worker.ready:
                 self._backend.send(number, self._work)
-        queue = _Queue(deque(), shards, inflight)
+        queue = Queue(deque(), shards, inflight)
         while last_suspect >= 0 and (lease := queue.take(alone=True)):
-            queue.again.append(_suspected(lease, work, inflight))
+            queue.again.append(suspected(lease, work, inflight))
             last_suspect = -1 if lease.index >= last_suspect else last_suspect
         with inflight.recording():
             while queue or any(worker.leases for worker in self._workers.values()):
@@ -199,10 +159,10 @@ class Workers:
             self._assign(queue)  # nothing is left: those that wait for a shard are told so
 
     def _start(self, number: int) -> None:
-        self._workers[number] = _Worker(clock.monotonic())
+        self._workers[number] = Worker(clock.monotonic())
         self._backend.start(number)
 
-    def _assign(self, queue: _Queue) -> None:
+    def _assign(self, queue: Queue) -> None:
         """Give every worker the next shard. One for which there is none is told so, once."""
         for number, worker in self._workers.items():
             if not worker.ready or worker.untaken or worker.drains:
@@ -216,7 +176,7 @@ class Workers:
                 worker.drains = True
                 self._backend.send(number, Drain())
 
-    def _heard(self, number: int, event: Event, queue: _Queue, work: Work, advance: Advance) -> Iterator[Finished]:
+    def _heard(self, number: int, event: Event, queue: Queue, work: Work, advance: Advance) -> Iterator[Finished]:
         worker = self._workers[number]
         match event:
             case Line(text):
@@ -256,7 +216,7 @@ class Workers:
             case _:
                 raise AssertionError(event)
 
-    def _record(self, worker: _Worker, text: str, inflight: Inflight) -> None:
+    def _record(self, worker: Worker, text: str, inflight: Inflight) -> None:
         """What entered and left the engine of a worker."""
         word, _, key = text.partition(" ")
         if word == "done":
@@ -269,7 +229,7 @@ class Workers:
         else:
             worker.engine_died = True
 
-    def _gone(self, number: int, end: Gone, queue: _Queue, work: Work) -> None:
+    def _gone(self, number: int, end: Gone, queue: Queue, work: Work) -> None:
         """A worker has ended: its shards go to others, and another worker starts. Raises PrefpipeError when workers die
         and nothing comes out of any engine in between."""
         worker, inflight = self._workers[number], queue.inflight
@@ -284,7 +244,7 @@ class Workers:
             log.warn(f"{key} killed its worker when it ran alone: it is left out")
             self._deaths = 0
         for lease in worker.leases.values():
-            queue.again.appendleft(_suspected(lease, work, inflight))
+            queue.again.appendleft(suspected(lease, work, inflight))
         if self._deaths > len(self._workers) + 2 or not (worker.ready or end.blameless):
             raise PrefpipeError(
                 f"worker {number} ended ({end.why}) "
@@ -319,8 +279,3 @@ class Workers:
             log.warn(f"worker {number}: {what} after {limit:.0f} s: the others go on without it")
             self._backend.stop(number)
             del self._workers[number]
-
-
-def _suspected(lease: Lease[Any], work: Work, inflight: Inflight) -> Lease[Any]:
-    """The lease with those of its keys that are under suspicion now."""
-    return replace(lease, suspects=frozenset(inflight.suspects).intersection(work.keys(lease)))

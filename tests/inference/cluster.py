@@ -69,7 +69,7 @@ def main() -> None:
     pool_ray.Cluster.start_s = 200.0
     temporary = ("--temp-dir", str(folder / "ray"))
     start_node(*HEAD, *temporary)
-    second = start_node("--address", ADDRESS)
+    second = start_node("--address", ADDRESS, "--node-ip-address=127.0.0.2")  # the driver joins the first one
     config = GenerateConfig(
         model=model, prompts=prompts, engine="fake", num_samples=2, rewards=("short_sentence",), shard_rows=4,
         workers=2, cluster=f"ray://{ADDRESS}",
