@@ -87,7 +87,7 @@ fix: setup  ## Format and fix what can be fixed
 	done
 
 bench: setup  ## Measurements against public peers (about an hour, 12 GB of disk; QUICK=--quick for a look)
-	@mkdir -p runs && for name in train_vs_trl plan_accuracy growth separate_rows generate build_pairs; do \
+	@mkdir -p runs && for name in train_vs_trl plan_accuracy growth separate_rows generate build_pairs scale; do \
 	  $(BIN)/python benchmarks/$$name.py $(QUICK) --json runs/$$name.json || exit 1; \
 	done
 

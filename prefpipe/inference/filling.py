@@ -7,7 +7,7 @@ from functools import partial
 from prefpipe import clock, log
 from prefpipe.engines.base import Engine
 from prefpipe.errors import DataError, RowFault
-from prefpipe.inference import sampling
+from prefpipe.inference import sampling, warm
 from prefpipe.inference.cutting import shards_of
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.pool import Pool, open_pool
@@ -44,7 +44,8 @@ def engines_on_demand(task: Task, config: Config) -> Generator[Start]:
 
         def start(shards: int) -> Pool:
             if not started:
-                needs = Needs(shards, config.tensor_parallel_size, config.kv_cache_mib << 20, config.dtype)
+                cache, kept = config.kv_cache_mib << 20, warm.has_shelf()
+                needs = Needs(shards, config.tensor_parallel_size, cache, config.dtype, kept)
                 size = size_of(config.workers, config.cluster, config.engine, task.policy, needs)
                 started.append(stack.enter_context(open_pool(config.engine, settings, size)))
             return started[0]

@@ -4,15 +4,16 @@
         for finished in pool.run(work, shards, inflight, advance):
             ...  # the driver, which alone holds the run, commits it
 
-A worker takes the next shard while it works on one: its engine never runs dry. A worker that dies costs the shards that
-it had, which go to others; another one starts in its place. What was in its engine is recorded (see `inflight`).
+A worker always has one shard more than its engine has begun with: the engine never runs dry. A worker that dies costs
+the shards that it had, which go to others; another one starts in its place. What was in its engine is recorded (see
+`inflight`).
 """
 
 import pickle
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefpipe import clock, engines, log
@@ -20,6 +21,7 @@ from prefpipe.engines.base import Engine, EngineSettings
 from prefpipe.errors import IdentityError, PrefpipeError
 from prefpipe.inference import warm
 from prefpipe.inference.inflight import Inflight
+from prefpipe.inference.pool_leases import Queue, Worker, suspected
 from prefpipe.inference.pool_messages import (
     Advanced,
     Done,
@@ -31,6 +33,7 @@ from prefpipe.inference.pool_messages import (
     Hello,
     Line,
     Ready,
+    Took,
     Up,
     versions,
 )
@@ -40,7 +43,6 @@ from prefpipe.inference.works import Finished, Lease, Work
 from prefpipe.log import Advance
 
 Shards = Iterator[tuple[int, Any]]  # (number, content) of every shard
-_LEASES = 2
 _READY_S = 3600.0  # a model of hundreds of GB comes over the network
 _TICK_S = 5.0
 
@@ -124,45 +126,6 @@ class Inline:
             yield from work.run(leases, self.engine, inflight, advance, last_suspect)  # type: ignore[arg-type]
 
 
-@dataclass
-class _Worker:
-    """A worker as the driver knows it. `batch`: it has been sent shards since it was last drained."""
-
-    since: float
-    up: bool = False
-    ready: bool = False
-    batch: bool = False
-    drains: bool = False
-    engine_died: bool = False
-    leases: dict[int, Lease[Any]] = field(default_factory=dict[int, Lease[Any]])
-    inside: dict[str, None] = field(default_factory=dict[str, None])
-    advanced: float = 0.0
-
-
-@dataclass
-class _Queue:
-    """Shards that no worker has: those that came back, then those that nobody read yet."""
-
-    again: deque[Lease[Any]]
-    shards: Shards
-    inflight: Inflight
-    ended: bool = False
-
-    def take(self, *, alone: bool) -> Lease[Any] | None:
-        """The next shard; `alone`: its worker has no other, so that it may have suspects."""
-        found = next((lease for lease in self.again if alone or not lease.suspects), None)
-        if found is not None:
-            self.again.remove(found)
-        elif not self.ended:
-            shard = next(self.shards, None)
-            self.ended = shard is None
-            found = None if shard is None else Lease(*shard)
-        return found and replace(found, killers=tuple(self.inflight.killers))
-
-    def __bool__(self) -> bool:
-        return bool(self.again) or not self.ended
-
-
 class Workers:
     """Workers of a backend. All must have equal identities (see `pool_messages.Ready`)."""
 
@@ -171,7 +134,7 @@ class Workers:
         self._identity: dict[str, str] = versions()
         self._work = b""
         self._deaths = 0  # since anything came out of an engine
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, Worker] = {}
         for number in range(count):
             self._start(number)
 
@@ -183,9 +146,9 @@ class Workers:
         for number, worker in self._workers.items():
             if worker.ready:
                 self._backend.send(number, self._work)
-        queue = _Queue(deque(), shards, inflight)
+        queue = Queue(deque(), shards, inflight)
         while last_suspect >= 0 and (lease := queue.take(alone=True)):
-            queue.again.append(_suspected(lease, work, inflight))
+            queue.again.append(suspected(lease, work, inflight))
             last_suspect = -1 if lease.index >= last_suspect else last_suspect
         with inflight.recording():
             while queue or any(worker.leases for worker in self._workers.values()):
@@ -196,38 +159,39 @@ class Workers:
             self._assign(queue)  # nothing is left: those that wait for a shard are told so
 
     def _start(self, number: int) -> None:
-        self._workers[number] = _Worker(clock.monotonic())
+        self._workers[number] = Worker(clock.monotonic())
         self._backend.start(number)
 
-    def _assign(self, queue: _Queue) -> None:
-        """Give every worker what it has room for. One without any shard left to take is told so, once."""
+    def _assign(self, queue: Queue) -> None:
+        """Give every worker the next shard. One for which there is none is told so, once."""
         for number, worker in self._workers.items():
-            while worker.ready and not worker.drains and len(worker.leases) < _LEASES:
-                lease = queue.take(alone=not worker.batch)
-                if lease is not None:
-                    worker.leases[lease.index] = lease
-                    worker.batch = True
-                    self._backend.send(number, lease)
-                if worker.batch and (lease is None or lease.suspects):
-                    worker.drains = True
-                    self._backend.send(number, Drain())
-                if lease is None:
-                    break
+            if not worker.ready or worker.untaken or worker.drains:
+                continue
+            lease = queue.take(alone=not worker.batch)
+            if lease is not None:
+                worker.leases[lease.index] = lease
+                worker.batch = worker.untaken = True
+                self._backend.send(number, lease)
+            if worker.batch and (lease is None or lease.suspects):
+                worker.drains = True
+                self._backend.send(number, Drain())
 
-    def _heard(self, number: int, event: Event, queue: _Queue, work: Work, advance: Advance) -> Iterator[Finished]:
+    def _heard(self, number: int, event: Event, queue: Queue, work: Work, advance: Advance) -> Iterator[Finished]:
         worker = self._workers[number]
         match event:
             case Line(text):
                 self._record(worker, text, queue.inflight)
+            case Took():
+                worker.untaken = False
             case Advanced(amount):
                 worker.advanced += amount
                 advance(amount)
             case Done(shard):
-                del worker.leases[shard.index]
+                lease = worker.leases.pop(shard.index)
+                worker.advanced = max(0.0, worker.advanced - len(work.keys(lease)))
                 yield shard
             case Drained():
                 worker.batch = worker.drains = False
-                worker.advanced = 0.0
             case Gone():
                 advance(-worker.advanced)
                 self._gone(number, event, queue, work)
@@ -252,7 +216,7 @@ class Workers:
             case _:
                 raise AssertionError(event)
 
-    def _record(self, worker: _Worker, text: str, inflight: Inflight) -> None:
+    def _record(self, worker: Worker, text: str, inflight: Inflight) -> None:
         """What entered and left the engine of a worker."""
         word, _, key = text.partition(" ")
         if word == "done":
@@ -265,7 +229,7 @@ class Workers:
         else:
             worker.engine_died = True
 
-    def _gone(self, number: int, end: Gone, queue: _Queue, work: Work) -> None:
+    def _gone(self, number: int, end: Gone, queue: Queue, work: Work) -> None:
         """A worker has ended: its shards go to others, and another worker starts. Raises PrefpipeError when workers die
         and nothing comes out of any engine in between."""
         worker, inflight = self._workers[number], queue.inflight
@@ -277,10 +241,10 @@ class Workers:
         else:
             convicted = inflight.lost(worker.inside, "failed" if worker.engine_died else "vanished")
         for key in convicted:
-            log.warn(f"{key} killed its worker when it ran alone, twice: it is left out")
+            log.warn(f"{key} killed its worker when it ran alone: it is left out")
             self._deaths = 0
         for lease in worker.leases.values():
-            queue.again.appendleft(_suspected(lease, work, inflight))
+            queue.again.appendleft(suspected(lease, work, inflight))
         if self._deaths > len(self._workers) + 2 or not (worker.ready or end.blameless):
             raise PrefpipeError(
                 f"worker {number} ended ({end.why}) "
@@ -315,8 +279,3 @@ class Workers:
             log.warn(f"worker {number}: {what} after {limit:.0f} s: the others go on without it")
             self._backend.stop(number)
             del self._workers[number]
-
-
-def _suspected(lease: Lease[Any], work: Work, inflight: Inflight) -> Lease[Any]:
-    """The lease with those of its keys that are under suspicion now."""
-    return replace(lease, suspects=frozenset(inflight.suspects).intersection(work.keys(lease)))

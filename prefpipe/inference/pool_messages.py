@@ -43,6 +43,12 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Took:
+    """A worker has begun with a shard, and has room for another one: an engine takes requests of as many shards as fit,
+    and waits for none to be whole."""
+
+
+@dataclass(frozen=True)
 class Line:
     """A line for the record of what is in the engine."""
 
@@ -86,7 +92,7 @@ class Gone:
     blameless: bool = False
 
 
-Event = Up | Ready | Line | Advanced | Done | Drained | Failed | Gone
+Event = Up | Ready | Took | Line | Advanced | Done | Drained | Failed | Gone
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportMissingImports=false
 # ray ships incomplete types.
 """Workers on the machines of a Ray cluster.
 
@@ -7,7 +7,6 @@ messages. So a worker is the same program everywhere, its death is told from tha
 said is lost with it. Ray restarts and repeats nothing: the driver does, which knows what was in an engine.
 """
 
-# pyright: basic
 import contextlib
 import os
 from typing import Any
@@ -41,6 +40,7 @@ def connect(size: Size) -> Size:
     room = sum(_room(node, size.gpus_each) for node in nodes)
     what = f"{size.gpus_each} GPUs" if size.gpus_each else "a CPU"
     if room < max(1, size.workers):
+        ray.shutdown()
         raise UsageError(
             f"cluster = {size.cluster} has room for {room} workers with {what} each on one machine, and "
             f"{size.workers or 'at least 1'} are asked for",

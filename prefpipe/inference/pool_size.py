@@ -52,12 +52,13 @@ def size_of(asked: int | str, cluster: str, engine: str, policy: Policy | None, 
 @dataclass(frozen=True)
 class Needs:
     """What bounds the number of workers: shards that are to be made, GPUs for one engine, bytes of its cache on CPU,
-    and the number type of its weights."""
+    the number type of its weights, and whether one engine in this process serves the next step too (see `warm`)."""
 
     shards: int
     tensor_parallel_size: int
     cache_bytes: int
     dtype: str
+    kept: bool = False
 
 
 def environments(size: Size) -> list[dict[str, str]]:
@@ -95,7 +96,7 @@ def cores() -> int:
 
 def _on_cpus(policy: Policy, needs: Needs) -> int:
     """One worker for each core, as many as memory and work allow."""
-    if _AMD.exists():  # its GPUs are not told apart here
+    if _AMD.exists() or needs.kept:  # GPUs of AMD are not told apart here
         return 1
     files: Sequence[Path] = list(policy.directory.glob("*.safetensors"))
     weights = sum(file.stat().st_size for file in files) * (2 if needs.dtype == "float32" else 1)

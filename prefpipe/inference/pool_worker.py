@@ -14,7 +14,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,6 +32,7 @@ from prefpipe.inference.pool_messages import (
     Line,
     Ready,
     Stop,
+    Took,
     Up,
     versions,
 )
@@ -83,7 +84,7 @@ def _serve(connection: Connection, inbox: Inbox) -> None:
 
 
 @contextlib.contextmanager
-def _engine(hello: Hello) -> Iterator[tuple[Any, dict[str, str]]]:
+def _engine(hello: Hello) -> Generator[tuple[Any, dict[str, str]]]:
     """(engine, what must be equal in every worker). The files of the policy are read and digested here."""
     if not hello.entry:
         yield None, versions()
@@ -104,10 +105,12 @@ def _run(connection: Connection, inbox: Inbox, work: Work, first: Lease[Any], en
     """Shards through the engine, from the first one to the next `Drain`."""
 
     def leases() -> Iterator[Lease[Any]]:
-        yield first
-        while isinstance(message := inbox.get(), Lease):
+        message: Any = first
+        while isinstance(message, Lease):
+            connection.send(Took())
             yield message
-        if isinstance(message, Stop):
+            message = inbox.get()
+        if isinstance(message, Stop):  # for the one that reads after this batch
             inbox.put(message)
 
     def advance(amount: float, note: str = "") -> None:  # noqa: ARG001  (the driver shows what it knows)

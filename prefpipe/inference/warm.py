@@ -81,3 +81,8 @@ def engine(name: str, settings: EngineSettings) -> Generator[Engine]:
         yield running
         if place and place.keep:
             place.put(running, asked, policy, stack)
+
+
+def has_shelf() -> bool:
+    """Whether an engine of this process goes on from step to step."""
+    return bool(_shelves)

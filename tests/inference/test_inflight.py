@@ -28,6 +28,11 @@ CASES = {
     "alone, killed, then fine": (["start", "alone a", "start", "alone a", "done a"], ["a"], []),
     "alone, stopped twice": (["start", "alone a", "stopped", "start", "alone a", "stopped"], [], []),
     "never alone, killed often": (["start", "take a"] * 5, ["a"], []),
+    "a worker vanished with two inside": (["start", "take a", "take b", "vanished a", "done b"], ["a"], []),
+    "alone in a worker that vanished": (["start", "alone a", "vanished a", "stopped"], ["a"], []),
+    "alone in two workers that vanished": (["start", "alone a", "vanished a", "alone a", "vanished a"], [], ["a"]),
+    "alone in a worker whose engine failed": (["start", "alone a", "failed a"], [], ["a"]),
+    "a worker vanished, then the driver": (["start", "alone a", "vanished a", "alone a", "take b"], ["b"], ["a"]),
     "convicted long ago": (["killer a"], [], ["a"]),
 }
 
@@ -60,6 +65,20 @@ def test_what_is_recorded_is_read_back(tmp_path: Path) -> None:
     assert third.killers == ["b"]
     third.close()
     assert Inflight.load(tmp_path).killers == ["b"]
+
+
+def test_what_is_known_of_workers_at_once_is_what_the_log_says_later(tmp_path: Path) -> None:
+    """Two prompts in a worker that vanishes, then each alone in another one: the second dies with its prompt, twice."""
+    now = Inflight.load(tmp_path)
+    with now.recording():
+        for deaths in (["a", "b"], ["b"], ["b"]):
+            for key in deaths:
+                now.take(key, alone=len(deaths) == 1)
+            assert now.lost(deaths, "vanished") == (["b"] if now.killers else [])
+            later = Inflight.load(tmp_path)
+            assert (now.suspects, now.killers) == (later.suspects, later.killers)
+    assert (now.suspects, now.killers) == (["a"], ["b"])
+    assert not now.inside
 
 
 def failing(error: Exception) -> Iterator[int]:

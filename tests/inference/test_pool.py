@@ -2,7 +2,9 @@
 
 import json
 import queue
+import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Workers as threads; returns the backends that runs have started."""
     started: list[Threads] = []
 
-    def call(dies: Dies = lambda _life, _count: False, **options: Any) -> list[Threads]:
+    def call(dies: Dies = lambda _life, _number: False, **options: Any) -> list[Threads]:
         def backend(_environments: object) -> Threads:
             started.append(Threads(dies, **options))
             return started[-1]
@@ -105,7 +107,7 @@ def rows_of(path: Path, rows: list[dict[str, str]]) -> Path:
 def test_the_other_commands_write_the_same_bytes_with_workers(
     config: GenerateConfig, use: Any, tmp_path: Path, command: str
 ) -> None:
-    """Guards, log-probs of another policy and of a text, completions that repeat in another shard; a worker dies in
+    """Guards, log-probs of a text, completions that repeat in another shard; a worker dies in
     each."""
     pairs = [{"prompt": f"Bird {i}?", "chosen": f"Owl {i}.", "rejected": f"No {i}."} for i in range(7)]
     pairs.append({**pairs[0], "chosen": "An owl."})
@@ -116,18 +118,25 @@ def test_the_other_commands_write_the_same_bytes_with_workers(
     beside = {"guard": (f"{config.prompts}:length",), "guard_split": "all", "perplexity_text": str(text)}
     source = {"inputs": (str(rows_of(tmp_path / "pairs.jsonl", pairs)),), "rewards": ("short_sentence",)}
     module, made_of = {
-        "evaluate": (evaluate, EvaluateConfig(**sampled, **beside, reward=("short_sentence",), kl_to=("base",))),
+        "evaluate": (
+            evaluate,
+            EvaluateConfig(
+                **sampled,
+                **beside,
+                reward=("short_sentence",),
+            ),
+        ),
         "score": (score, ScoreConfig(**common, **source, check=3)),
         "rate": (score, ScoreConfig(**common, **source, reference="none")),
     }[command]
-    started = use(lambda life, count: life == 1 and count == 6)
+    started = use(lambda life, number: life == 1 and number == 3)
     for workers, name in ((1, "one"), (3, "three")):
         module.run(made_of.model_copy(update={"workers": workers}), tmp_path / name, force=False)
     assert started[0].lives == 4
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(2, 4), st.dictionaries(st.integers(1, 5), st.integers(3, 40), max_size=4), st.booleans())
 def test_workers_that_die_cost_nothing_but_time(
     config: GenerateConfig,
@@ -139,15 +148,15 @@ def test_workers_that_die_cost_nothing_but_time(
     blameless: bool,
 ) -> None:
     """Up to four of them, each somewhere in its work."""
-    use(lambda life, count: ends.get(life) == count, blameless=blameless)
+    use(lambda life, number: ends.get(life) == number, blameless=blameless)
     assert made(config, tmp_path_factory.mktemp("killed") / "g", workers) == expected
 
 
 def test_a_run_goes_on_with_another_number_of_workers(
     config: GenerateConfig, expected: dict[str, bytes], use: Any, tmp_path: Path
 ) -> None:
-    """The first command ends because every worker dies before it has done anything."""
-    use(lambda _life, count: count > 12)
+    """The first command ends because workers die that have done nothing yet, one after the other."""
+    use(lambda life, number: number > (12 if life <= 3 else 2))
     with pytest.raises(PrefpipeError, match=r"worker \d ended \(SIGKILL\)"):
         made(config, tmp_path / "g", 3)
     written = list((tmp_path / "g" / "completions").glob("*.ok.json"))
@@ -175,6 +184,22 @@ def test_a_prompt_that_kills_workers_is_convicted_and_the_run_ends_well(
     assert len(Inflight.load(tmp_path / "g").killers) == 1  # on record: it never runs again in this directory
 
 
+def test_an_engine_may_hold_more_than_two_shards(
+    config: GenerateConfig, expected: dict[str, bytes], use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes requests until it is full before the first of them leaves."""
+    monkeypatch.setitem(engines.ENGINES, "fake", f"{__name__}:large")
+    use()
+    assert made(config, tmp_path / "g", 2) == expected
+
+
+def large(settings: Any) -> Any:
+    """The fake engine with room for more prompts than the run has."""
+    engine = poisoned(settings, lambda: None)
+    engine.in_flight = NUM_PROMPTS + 1
+    return engine
+
+
 def test_the_death_of_a_machine_charges_nobody(
     config: GenerateConfig, use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +207,7 @@ def test_the_death_of_a_machine_charges_nobody(
     seen: list[list[str]] = []
     plain = Inflight.close
     monkeypatch.setattr(Inflight, "close", lambda self: (seen.append([*self.suspects, *self.killers]), plain(self))[1])
-    started = use(lambda life, count: life <= 2 and count == 8, blameless=True)
+    started = use(lambda life, number: life <= 2 and number == 8, blameless=True)
     made(config, tmp_path / "g", 2)
     assert started[0].lives == 4
     assert seen == [[]]
@@ -201,28 +226,32 @@ def test_a_worker_with_other_weights_is_refused(
 def test_workers_that_compute_with_different_things_are_refused(
     config: GenerateConfig, use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other packages than in the process of the command, or another scorer than that of the first worker."""
+    """Other packages than in the process of the command."""
     for versions in ({"torch": "0.1"}, {"prefpipe": "0.0.1"}):
         monkeypatch.setattr(pool_worker, "versions", lambda found=versions: found)
         use()
         with pytest.raises(IdentityError, match=r"a worker has \w+ 0\.\d"):
             made(config, tmp_path / "g", 2)
-    monkeypatch.undo()
-    scorers = iter(("one", "two"))
+
+
+def test_workers_with_different_scorers_are_refused(
+    config: GenerateConfig, use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(engines.ENGINES, "fake", f"{__name__}:named")
-    monkeypatch.setattr("tests.inference.test_pool.SCORERS", scorers)
-    monkeypatch.setattr(pool, "Processes", lambda _environments: Threads())
+    use()
     with pytest.raises(IdentityError, match="a worker has scorer"):
         made(config, tmp_path / "g", 2)
+    REFUSED.set()
 
 
-SCORERS: Iterator[str] = iter(())
+NAMES, REFUSED = count(), threading.Event()
 
 
 def named(settings: Any) -> Any:
-    """A fake engine whose scorer is the next name."""
-    engine = poisoned(settings, lambda: None)
-    engine.scorer = next(SCORERS)
+    """An engine with a name that no other has, which samples when the test is over."""
+    engine = large(settings)
+    engine.scorer = f"scorer {next(NAMES)}"
+    engine.sample = lambda _request: REFUSED.wait(10)
     return engine
 
 

@@ -1,0 +1,99 @@
+"""A Ray cluster of two nodes with a CPU each, and runs on it; a script for a network namespace of its own.
+
+    python -m tests.inference.cluster MODEL PROMPTS FOLDER
+
+Ray listens on every address without asking who comes: the namespace has only loopback. The script ends in the middle of
+a run, by kill -9. test_pool_ray looks at what it leaves in FOLDER.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from prefpipe import engines
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.errors import UsageError
+from prefpipe.inference import pool_ray
+from prefpipe.stages.generate import stage as generate
+
+ADDRESS = "127.0.0.1:6399"
+START = (sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=0",
+         "--disable-usage-stats", "--object-store-memory=100000000")  # fmt: skip
+HEAD = ("--head", "--include-dashboard=false", "--node-ip-address=127.0.0.1", "--port=6399")
+
+
+def start_node(*options: str) -> int:
+    """Start a node of the cluster. Returns the process id of its raylet."""
+    before = raylets()
+    subprocess.run(
+        [*START, *options], check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    (raylet,) = raylets() - before
+    return raylet
+
+
+def raylets() -> set[int]:
+    """The raylets of this namespace."""
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return {pid for pid in pids if b"/raylet\0" in command_of(pid)}
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def when(out: Path, act: Any) -> threading.Thread:
+    """Act as soon as a run has committed a shard."""
+
+    def watch() -> None:
+        while not list((out / "completions").glob("*.ok.json")):
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def main() -> None:
+    model, prompts, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    pool_ray.Cluster.start_s = 200.0
+    temporary = ("--temp-dir", str(folder / "ray"))
+    start_node(*HEAD, *temporary)
+    second = start_node("--address", ADDRESS, "--node-ip-address=127.0.0.2")  # the driver joins the first one
+    config = GenerateConfig(
+        model=model, prompts=prompts, engine="fake", num_samples=2, rewards=("short_sentence",), shard_rows=4,
+        workers=2, cluster=f"ray://{ADDRESS}",
+    )  # fmt: skip
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, changes: dict[str, Any]) -> None:
+        began = time.monotonic()
+        try:
+            generate.run(config.model_copy(update=changes), folder / name, force=False)
+        except UsageError as error:
+            (folder / f"{name}.error").write_text(error.message)
+        seconds[name] = time.monotonic() - began
+        (folder / "seconds.json").write_text(json.dumps(seconds))
+
+    timed("whole", {})
+    timed("too_many", {"workers": 3})
+    engines.ENGINES["fake"] = "tests.faults.engines:slow"
+    killing = when(folder / "node_dies", lambda: os.kill(second, signal.SIGKILL))
+    timed("node_dies", {})
+    killing.join()
+    when(folder / "driver_dies", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    timed("driver_dies", {"workers": 1})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Workers on two nodes of a Ray cluster: the same bytes, whatever ends in the middle of a run."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefpipe.config.generate import GenerateConfig
+from prefpipe.inference.inflight import Inflight
+from prefpipe.stages.generate import stage as generate
+from tests.conftest import ROOT
+
+NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+# When the driver is gone its workers must be gone too, within 20 s; the namespace would hide it by ending them.
+SCRIPT = """
+ip link set lo up
+{python} -m tests.inference.cluster "$@"
+echo driver $?
+for i in $(seq 200); do grep -qs [p]refpipe.inference.pool_worker /proc/[0-9]*/cmdline || exit 0; sleep 0.1; done
+exit 9
+"""
+OF_A_START = ("timing.jsonl", ".owner", "config.json")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in OF_A_START}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Tell me about bird {i}."}) + "\n" for i in range(40)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the runs on the cluster left; see `cluster`."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed (pip install 'prefpipe[cluster]')")
+    if not shutil.which("ip") or subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine grants no network namespace, and Ray listens on all addresses without one")
+    folder = tmp_path_factory.mktemp("ray")
+    script = SCRIPT.format(python=sys.executable)
+    done = subprocess.run(
+        [*NAMESPACE, "bash", "-c", script, "bash", str(tiny_model), str(prompts), str(folder)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=280,
+    )  # fmt: skip
+    assert "driver 137" in done.stdout, done.stderr  # 128 + SIGKILL
+    assert done.returncode == 0, "workers outlive their driver"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("inline") / "g"
+    generate.run(config(tiny_model, prompts), out, force=False)
+    return contents(out)
+
+
+def config(model: Path, prompts: Path) -> GenerateConfig:
+    rewards = ("short_sentence",)
+    return GenerateConfig(
+        model=str(model), prompts=str(prompts), engine="fake", num_samples=2, rewards=rewards, shard_rows=4
+    )
+
+
+@pytest.mark.slow
+def test_workers_on_two_nodes_write_the_same_bytes(cluster: Path, expected: dict[str, bytes]) -> None:
+    assert contents(cluster / "whole") == expected
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_too_small_is_an_error_within_a_minute(cluster: Path) -> None:
+    assert "has room for 2 workers with a CPU each on one machine, and 3" in (cluster / "too_many.error").read_text()
+    assert json.loads((cluster / "seconds.json").read_text())["too_many"] < 60
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_its_shards_and_charges_nobody(cluster: Path, expected: dict[str, bytes]) -> None:
+    """No key is on record as a killer, and no prompt is left out."""
+    assert contents(cluster / "node_dies") == expected
+
+
+@pytest.mark.slow
+def test_a_run_whose_driver_was_killed_goes_on_in_one_process(
+    cluster: Path, expected: dict[str, bytes], tiny_model: Path, prompts: Path
+) -> None:
+    out = cluster / "driver_dies"
+    assert not (out / "manifest.json").exists()
+    assert Inflight.load(out).suspects  # what was in the engines at the end
+    generate.run(config(tiny_model, prompts), out, force=False)
+    assert contents(out) == expected
