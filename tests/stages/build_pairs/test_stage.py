@@ -236,6 +236,19 @@ def test_rewards_and_references_from_runs_of_their_own(tmp_path: Path) -> None:
         build(tmp_path / "x", bare, reward_runs=(str(rated), str(bare)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "changes"), [(8, {}), (2, CALLS[3]), (2, {"output": "groups"})], ids=str)
+def test_workers_change_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, changes: dict[str, Any]
+) -> None:
+    """Five partitions in this process or in several: the same manifest."""
+    monkeypatch.setattr(candidates, "_ROWS_PER_PARTITION", 10)
+    monkeypatch.setattr(partitions, "_BYTES_AT_ONCE", 1)
+    runs = [run_of(tmp_path / f"h{n}", MANY[n::2], shards=2) for n in (0, 1)]
+    digests = [build(tmp_path / str(n), *runs, workers=n, **changes)["digest"] for n in (1, workers)]
+    assert digests[0] == digests[1]
+
+
 def test_a_completion_that_two_runs_hold_counts_once(tmp_path: Path) -> None:
     """Six completions rated 6 to 1: three pairs, (6, 1), (5, 2), (4, 3). Counted twice the best would meet itself."""
     rows = [Row("p", f"p{n}", float(n), f"text {n}") for n in range(1, 7)]
