@@ -44,6 +44,7 @@ class _Run:
     """The items of one call: those to ask for again, those at servers, and results that wait for a proof."""
 
     source: Iterator[_Item]
+    is_drained: bool = False
     again: list[_Item] = field(default_factory=list[_Item])
     inside: dict[int, "Future[None]"] = field(default_factory=dict[int, "Future[None]"])
     held: dict[str, list[tuple[_Item, Answered, Any]]] = field(default_factory=dict[str, Any])
@@ -53,7 +54,14 @@ class _Run:
 
     def next_item(self) -> _Item | None:
         """The next item to ask for."""
-        return self.again.pop() if self.again else next(self.source, None)
+        item = self.again.pop() if self.again else next(self.source, None)
+        self.is_drained = item is None
+        return item
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything has been asked for, and nothing is at a server."""
+        return self.is_drained and not self.inside and not self.again
 
 
 class ServerEngine:
@@ -131,9 +139,9 @@ class ServerEngine:
                     self._receive(run)
                 for server in self._pool.servers:
                     held = run.held.get(server.url, [])
-                    if len(held) >= _HELD * self._pool.window or (held and not run.inside):
+                    if len(held) >= _HELD * self._pool.window or (held and run.is_idle):
                         yield from self._released(run, server)
-                if not run.inside and not run.again:
+                if run.is_idle and not any(run.held.values()):
                     return
         finally:
             for future in run.inside.values():
