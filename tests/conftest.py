@@ -32,6 +32,7 @@ WHOLE_RUNS = (
     *("e2e/", "examples/", "proofs/test_addition.py", "proofs/test_tabular.py", "faults/test_damage.py"),
     "faults/test_mended.py",
     *("forward/test_logps.py", "engines/test_transformers.py", "rewards/test_model.py"),
+    *(f"engines/test_server{part}.py" for part in ("", "_place", "_pool", "_trust")),
     *(
         "stages/iterate/test_stage.py",
         "stages/iterate/test_rounds.py",

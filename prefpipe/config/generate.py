@@ -50,7 +50,7 @@ class GenerateConfig(BaseModel):
     seed: shared.Seed = 0
     part: shared.Part = "1/1"
     check: Annotated[int, Field(ge=0)] = 32
-    """Rows that the other engine (transformers for vllm, vllm for transformers) scores again, for parity.json."""
+    """Rows that another engine (vllm for transformers, transformers for the others) scores again, for parity.json."""
     shard_rows: shared.ShardRows = 0
     max_num_seqs: shared.MaxNumSeqs = 64
     workers: shared.Workers = "auto"

@@ -31,7 +31,7 @@ class ScoreConfig(BaseModel):
     share: Annotated[float, ADDED, Field(gt=0, le=1)] = 1.0
     """Use only this share of the pairs, labels or groups of runs, drawn by their ids and the seed."""
     check: Annotated[int, Field(ge=0)] = 32
-    """Rows that the other scorer (transformers for vllm, vllm for transformers) scores again, for parity.json."""
+    """Rows that another scorer (vllm for transformers, transformers for the others) scores again, for parity.json."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longest prompt and completion together, in tokens; never more than the model's context."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 1024

@@ -11,6 +11,7 @@ A server may be restarted, reconfigured or given other weights at any time. So r
 scored the canaries again as it did at the start, and those from before a lost connection are asked for again.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -44,8 +45,9 @@ class _Run:
     """The items of one call: those to ask for again, those at servers, and results that wait for a proof."""
 
     source: Iterator[_Item]
+    is_drained: bool = False
     again: list[_Item] = field(default_factory=list[_Item])
-    inside: dict[int, "Future[None]"] = field(default_factory=dict[int, "Future[None]"])
+    inside: dict[int, "Future[Answered]"] = field(default_factory=dict[int, "Future[Answered]"])
     held: dict[str, list[tuple[_Item, Answered, Any]]] = field(default_factory=dict[str, Any])
     arrived: "SimpleQueue[tuple[int, _Item, Answered | BaseException]]" = field(
         default_factory=SimpleQueue[tuple[int, _Item, Answered | BaseException]]
@@ -53,7 +55,14 @@ class _Run:
 
     def next_item(self) -> _Item | None:
         """The next item to ask for."""
-        return self.again.pop() if self.again else next(self.source, None)
+        item = self.again.pop() if self.again else next(self.source, None)
+        self.is_drained = item is None
+        return item
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything has been asked for, and nothing is at a server."""
+        return self.is_drained and not self.inside and not self.again
 
 
 class ServerEngine:
@@ -62,7 +71,7 @@ class ServerEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._pool = Pool(settings.base_urls, settings.api_key_env, settings.timeout_seconds, settings.max_num_seqs)
-        self._labels: set[str] = set()
+        self._labels: defaultdict[str, set[str]] = defaultdict(set)  # of weights, by URL
         try:
             self._build = self._one_build()
             self._trust = Trust(settings, self.scorer, self._ask)
@@ -131,9 +140,9 @@ class ServerEngine:
                     self._receive(run)
                 for server in self._pool.servers:
                     held = run.held.get(server.url, [])
-                    if len(held) >= _HELD * self._pool.window or (held and not run.inside):
+                    if len(held) >= _HELD * self._pool.window or (held and run.is_idle):
                         yield from self._released(run, server)
-                if not run.inside and not run.again:
+                if run.is_idle and not any(run.held.values()):
                     return
         finally:
             for future in run.inside.values():
@@ -142,7 +151,7 @@ class ServerEngine:
     def _send(self, run: _Run, item: _Item) -> None:
         number = id(item)
         future = self._pool.start(self._pool.ask(item.job, self._settings.policy, self._settings.max_model_len))
-        run.inside[number] = future  # type: ignore[assignment]  # of whatever it gives
+        run.inside[number] = future
         future.add_done_callback(partial(_arrive, run, item))
 
     def _receive(self, run: _Run) -> None:
@@ -176,7 +185,7 @@ class ServerEngine:
             value = item.job.read(answered.place, answered.reply)
             if item.sampling is not None:
                 check_end(value, item.sampling, self._settings.stops)
-                self._labels |= value.labels
+                self._labels[url] |= value.labels
         except Untrusted as error:
             raise DataError(
                 f"the server at {url} cannot be trusted: {error}",
@@ -187,9 +196,10 @@ class ServerEngine:
                 f"the server at {url} gives a reply of another form: {type(error).__name__} {error}",
                 f"it should speak {answered.place.protocol}; docs/servers.md names the versions",
             ) from None
-        if len(self._labels) > 1:
+        if len(self._labels[url]) > 1:
+            found = ", ".join(sorted(self._labels[url]))
             raise IdentityError(
-                f"the server at {url} changed its weights: its replies are labelled {', '.join(sorted(self._labels))}",
+                f"the server at {url} changed its weights: its replies are labelled {found}",
                 "start a server that keeps its weights; the same command resumes",
             )
         return value

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -98,7 +99,7 @@ class Shelf:
         """Another policy that a scorer gave just these values for."""
         for record in map(_read, self._files()):
             if record.get("policy") not in (None, other_than) and record["values"].get(scorer) == found:
-                return record["policy"]
+                return str(record["policy"])
         return None
 
     def keep(self, policy: str, scorer: str, found: Values) -> None:
@@ -113,7 +114,7 @@ class Shelf:
         return iter(sorted(self.folder.glob("*.json")))
 
 
-def _read(path: Path) -> Mapping[str, dict[str, Values]]:
+def _read(path: Path) -> Mapping[str, Any]:
     try:
         record = reading.read_json(path)
         return record if isinstance(record.get("values"), dict) else {}

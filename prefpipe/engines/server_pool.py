@@ -24,6 +24,7 @@ _RETRIES = 8  # about three minutes: as long as a server needs to start again
 _RETRIES_BESIDE_OTHERS = 2  # of what one server of several must answer
 _LATE_RETRIES = 1
 _REFUSED = (401, 403)
+_DYING = (500, 502)  # what vLLM answers when its engine dies, and a router before it
 _BYTES_PER_TOKEN = 1024  # of a reply with log-probs: 119 were seen, of both kinds of ids together
 _SMALLEST = 1 << 20
 
@@ -101,7 +102,7 @@ class _Failed(Exception):
 
 
 class Pool:
-    """Servers that hold one policy. Leaving the `with` block ends what is under way."""
+    """Servers that hold one policy."""
 
     def __init__(self, urls: Sequence[str], key_variable: str, timeout_seconds: float, window: int) -> None:
         self.servers = [Server(url.removesuffix("/v1")) for url in dict.fromkeys(urls)]
@@ -189,7 +190,8 @@ class Pool:
         assert place is not None
         url, size = server.url + place.wire.path, _SMALLEST + _BYTES_PER_TOKEN * job.tokens
         answer = await http.ask(self._link, url, job.body(place), most_bytes=size)
-        if answer.failure in ("broken", "unreachable") and losses == server.losses:  # one loss, whoever sees it
+        is_lost = answer.failure in ("broken", "unreachable") or answer.status in _DYING
+        if is_lost and losses == server.losses:  # one loss, whoever sees it
             server.losses += 1
         server.note(self._loop.time(), is_well=not answer.is_transient)
         if answer.is_transient:

@@ -1,7 +1,8 @@
 """A server for tests: it computes with a tiny model, speaks all three protocols, and lies when it is told to."""
 
+import dataclasses
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,17 @@ from typing import Any
 
 import torch
 
+from prefpipe.engines.base import Draw, Engine, EngineSettings, Sample, ScoreRequest
+from prefpipe.engines.base import Request as Prompt
 from prefpipe.forward import load
+from prefpipe.models.chat import Chat, load_chat
+from prefpipe.models.encoding import encode
+from prefpipe.models.policy import resolve
 from tests.rewards.server import Endpoint, serving
 
 PATHS = {"vllm-generate": "/inference/v1/generate", "vllm-completions": "/v1/completions", "sglang": "/generate"}
+MAX_TOKENS, WINDOW = 6, 3
+DRAWS = (Draw(0, 0, 0.0), Draw(1, 11, 1.0), Draw(2, 12, 0.7))
 Request = dict[str, Any]
 NOT_FOUND = (404, {"detail": "Not Found"})
 VERSIONS = {"vllm": "0.32.0", "sglang": "0.5.9"}
@@ -173,3 +181,32 @@ def running(standin: Standin) -> Generator[Endpoint]:
     with serving(standin.answer) as endpoint:
         endpoint.base_url = endpoint.base_url.removesuffix("/v1")
         yield endpoint
+
+
+def settings(model: Path, *urls: str, adapter: str = "none", **more: Any) -> EngineSettings:
+    made = EngineSettings(resolve(str(model), adapter), load_chat(model), "float32", 0.9, MAX_TOKENS, 256, WINDOW, 64)
+    return dataclasses.replace(
+        made, **{"base_urls": urls, "api_key_env": "VLLM_API_KEY", "timeout_seconds": 20.0, **more}
+    )
+
+
+def requests(chat: Chat, count: int = 5) -> list[Prompt]:
+    return [Prompt(f"p{n}", encode(chat, f"bird {n}" + "!" * n), DRAWS) for n in range(count)]
+
+
+def collect(engine: Engine, given: Iterator[Prompt] | list[Prompt]) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    for request, samples in engine.generate(given):
+        assert request.prompt_id not in found
+        found[request.prompt_id] = samples
+    return found
+
+
+def sequences(chat: Chat, samples: dict[str, list[Sample]]) -> list[ScoreRequest]:
+    prompts = {r.prompt_id: r.prompt_token_ids for r in requests(chat)}
+    return [ScoreRequest(f"{n}/{s.sample_index}", prompts[n], s.token_ids) for n, own in samples.items() for s in own]
+
+
+def distance(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
+    assert a.keys() == b.keys()
+    return max(abs(x - y) for key in a for x, y in zip(a[key], b[key], strict=True))

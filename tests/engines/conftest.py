@@ -1,0 +1,29 @@
+"""Surroundings of tests that ask servers."""
+
+from pathlib import Path
+
+import pytest
+
+from prefpipe.engines import server_pool
+from tests.tiny import make_adapter
+
+
+@pytest.fixture(scope="session")
+def kept_canaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's cache of these tests: canaries of a model are computed once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch, kept_canaries: Path) -> None:
+    """No proxy, no key, short pauses, and a cache that is not the user's."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept_canaries))
+    monkeypatch.setattr(server_pool, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that moves the tiny model."""
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "one", seed=3)
