@@ -59,3 +59,7 @@ def test_a_gpu_whose_tool_is_not_there_is_taken_for_a_new_one(tmp_path: Path, mo
 def test_a_gpu_of_amd_computes_bfloat16(tmp_path: Path) -> None:
     (tmp_path / "_AMD").touch()
     assert machine.number_type()[0] == "bfloat16"
+
+
+def test_auto_is_the_number_type_of_the_machine_and_a_name_is_kept() -> None:
+    assert [machine.named(dtype) for dtype in ("auto", "bfloat16", "float16")] == ["float32", "bfloat16", "float16"]

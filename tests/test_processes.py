@@ -1,5 +1,6 @@
 """A Python that prefpipe starts takes no file of the folder a user stands in for one of Python's own modules."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,29 @@ def test_the_source_tree_is_found_without_a_pythonpath(monkeypatch: pytest.Monke
     monkeypatch.setattr(processes.site, "getsitepackages", list)
     monkeypatch.setenv("PYTHONPATH", "")
     assert processes.environment()["PYTHONPATH"] == processes._ROOT
+
+
+@pytest.mark.parametrize(("before", "policy"), [(None, "passive"), ("active", "active")])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, policy: str
+) -> None:
+    """In this process and in those that it starts; nothing is read by OpenMP after torch is loaded."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if before:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    assert processes.environment()["OMP_WAIT_POLICY"] == policy
+    processes.wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == policy
+
+
+def test_the_command_line_says_how_threads_wait_before_torch_is_loaded() -> None:
+    """In a fresh process: when `wait_passively` runs, no module has brought torch yet."""
+    code = (
+        "import sys\nfrom prefpipe import cli, processes\n"
+        "def seen():\n    print('torch' in sys.modules)\n    raise SystemExit\n"
+        "processes.wait_passively = seen\ncli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=processes.environment()
+    )
+    assert done.stdout == "False\n"

@@ -213,6 +213,15 @@ def test_the_identity_holds_weights_and_template_and_no_path(directory: Path, tm
     assert of(copy) != of(directory)
 
 
+def test_auto_is_the_number_type_of_the_machine(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, str] = {}
+    for dtype in ("bfloat16", "float32"):
+        monkeypatch.setattr(machine, "number_type", lambda dtype=dtype: (dtype, ""))
+        found[dtype] = identity("rm", {"rm": RewardModel(model=str(directory))})
+        assert found[dtype] == identity("rm", {"rm": RewardModel(model=str(directory), dtype=dtype)})
+    assert found["bfloat16"] != found["float32"]
+
+
 def test_generate_with_a_reward_model(
     cli: Cli, tiny_model: Path, directory: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
