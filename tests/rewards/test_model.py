@@ -18,6 +18,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from prefpipe import machine
 from prefpipe.config.rewards import RewardModel
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.models.chat import load_chat
