@@ -51,7 +51,7 @@ endif
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup  ## Two rounds on a real 135M model: 10 to 20 minutes on 2 cores, the second time seconds
+demo: setup  ## Three rounds on a real 135M model, on 2 cores; the second time seconds
 	@$(BIN)/prefpipe demo
 
 test: setup check  ## The whole test suite

@@ -81,3 +81,7 @@ def test_a_gpu_is_seen_by_its_device_unless_it_is_hidden(
     assert not machine.on_cpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine.on_cpu()
+
+
+def test_auto_is_the_number_type_of_the_machine_and_a_name_is_kept() -> None:
+    assert [machine.named(dtype) for dtype in ("auto", "bfloat16", "float16")] == ["float32", "bfloat16", "float16"]

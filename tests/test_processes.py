@@ -121,3 +121,29 @@ def test_a_child_whose_parent_is_gone_already_ends_at_once() -> None:
             os._exit(0)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
     assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("before", "policy"), [(None, "passive"), ("active", "active")])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, policy: str
+) -> None:
+    """In this process and in those that it starts; nothing is read by OpenMP after torch is loaded."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if before:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    assert processes.environment()["OMP_WAIT_POLICY"] == policy
+    processes.wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == policy
+
+
+def test_the_command_line_says_how_threads_wait_before_torch_is_loaded() -> None:
+    """In a fresh process: when `wait_passively` runs, no module has brought torch yet."""
+    code = (
+        "import sys\nfrom prefpipe import cli, processes\n"
+        "def seen():\n    print('torch' in sys.modules)\n    raise SystemExit\n"
+        "processes.wait_passively = seen\ncli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=processes.environment()
+    )
+    assert done.stdout == "False\n"

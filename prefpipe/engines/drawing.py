@@ -52,8 +52,7 @@ def draw(
     draw from the tokens that min_p, top_k and top_p leave, applied in vLLM's order."""
     if not any(temperatures):
         return logits.argmax(-1).tolist()
-    greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
-    best = logits.argmax(-1) if bool(greedy.any()) else None
+    best = logits.argmax(-1) if 0 in temperatures else None
     heat = torch.tensor([t or 1.0 for t in temperatures], device=logits.device).unsqueeze(1)
     scaled = _kept(logits.div_(heat), settings)
     missing = -scaled.shape[1] % _BLOCK
@@ -64,7 +63,10 @@ def draw(
     block = (mass.log() + noise[:, :-_BLOCK]).argmax(-1)
     token = (blocks[rows, block].double() + noise[:, -_BLOCK:]).argmax(-1)
     drawn = block * _BLOCK + token
-    return (drawn if best is None else torch.where(greedy, best, drawn)).tolist()
+    if best is None:
+        return drawn.tolist()
+    greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
+    return torch.where(greedy, best, drawn).tolist()
 
 
 def _gumbels(

@@ -2,10 +2,11 @@
 position biases or masks of their own, whose rows must begin together. A prompt is computed once for all its draws."""
 
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from itertools import groupby
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from prefpipe.engines.base import EngineSettings, Request
 from prefpipe.engines.drawing import Completion, extend
@@ -29,20 +30,22 @@ def _decode(
     """Sample all completions to their end; those that have ended leave the batch and its cache."""
     causal = causal_model(policy)
     causal.set_attn_implementation(plain_attention(causal))
-    device = causal.device
-    cache = DynamicCache(config=causal.config)
-    ids = torch.tensor([request.prompt_token_ids for request in requests], device=device)
+    name = _cache_name(causal)
+    cache = DynamicCache(config=causal.config) if name else None
 
-    def logits() -> torch.Tensor:
-        return policy(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    def logits(rows: list[list[int]]) -> torch.Tensor:
+        options = {name: cache, "use_cache": True} if name else {"use_cache": False}
+        ids = torch.tensor(rows, device=causal.device)
+        return policy(input_ids=ids, logits_to_keep=1, **options).logits[:, -1].float()
 
-    def reorder(rows: list[int]) -> torch.Tensor:
-        numbers = torch.tensor(rows, device=device)
-        cache.reorder_cache(numbers)
+    def choose(rows: list[int]) -> torch.Tensor:
+        numbers = torch.tensor(rows, device=causal.device)
+        if cache is not None:
+            cache.reorder_cache(numbers)
         return numbers
 
-    prompts = logits()
-    behind = prompts[reorder([number for number, request in enumerate(requests) for _ in request.draws])]
+    prompts = logits([request.prompt_token_ids for request in requests])
+    behind = prompts[choose([number for number, request in enumerate(requests) for _ in request.draws])]
     while True:
         extend(completions, behind, settings)
         going = [number for number, completion in enumerate(completions) if not completion.finish_reason]
@@ -50,9 +53,16 @@ def _decode(
             return
         if len(going) < len(completions):
             completions = [completions[number] for number in going]
-            reorder(going)
-        ids = torch.tensor([[completion.token_ids[-1]] for completion in completions], device=device)
-        behind = logits()
+            choose(going)
+        behind = logits([c.token_ids[-1:] if name else c.request.prompt_token_ids + c.token_ids for c in completions])
+
+
+def _cache_name(causal: PreTrainedModel) -> str:
+    """The argument by which a model takes a cache; none where it has no cache or one of its kind (RWKV, xLSTM): such a
+    model computes whole rows again for every token."""
+    taken = signature(causal.forward).parameters
+    names = ("past_key_values",) if causal.config.model_type == "xlstm" else ("past_key_values", "cache_params")
+    return next((name for name in names if name in taken), "")
 
 
 def batches(requests: Iterable[Request], max_completions: int) -> Iterator[list[Request]]:

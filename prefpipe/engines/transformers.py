@@ -19,6 +19,7 @@ from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, extremes, score, se
 from prefpipe.models.policy import Policy
 
 _PROMPTS_PER_CHUNK = 64
+_TESTED_TOKENS = 16  # at the end of a long sequence: a window shows in each of them
 _Sampled = tuple[Request, list[Completion]]
 
 
@@ -87,10 +88,12 @@ class TransformersEngine:
     def _shares_rows(self, request: Request) -> bool:
         """Whether sequences as long as those of a request can lie in one row, by the architecture and by a test on one:
         attention windows that a model keeps to itself show in sequences that are longer than they are."""
-        prompt, most = request.prompt_token_ids, self._settings.max_tokens
-        if self._model.rows == "shared" and len(prompt) + most > self._tested:
-            longest = (prompt * (most // len(prompt) + 1))[:most]
-            self._settle([Tree(prompt, [longest, longest[:1]])])
+        prompt = request.prompt_token_ids
+        length = len(prompt) + self._settings.max_tokens
+        if self._model.rows == "shared" and length > self._tested:
+            longest = (prompt * (length // len(prompt) + 1))[:length]
+            end = longest[-min(_TESTED_TOKENS, length - 1) :]
+            self._settle([Tree(longest[: -len(end)], [end, end[:1]])])
         return self._model.rows == "shared"
 
     def take(self, policy: Policy) -> bool:

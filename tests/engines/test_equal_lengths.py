@@ -17,7 +17,7 @@ from prefpipe.models.policy import resolve
 from tests.zoo import runnable
 
 
-@pytest.mark.parametrize("name", ["lfm2", "mamba2"])
+@pytest.mark.parametrize("name", ["lfm2", "mamba2", "rwkv"])
 def test_a_recurrent_model_samples_each_prompt_as_if_it_were_alone(tmp_path: Path, name: str) -> None:
     """Prompts of two lengths, each with two greedy draws and a sampled one: greedy ones equal transformers' own, and a
     sampled one is the same without the others."""

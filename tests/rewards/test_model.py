@@ -18,6 +18,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from prefpipe import machine
 from prefpipe.config.rewards import RewardModel
 from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.models.chat import load_chat
@@ -211,6 +212,15 @@ def test_the_identity_holds_weights_and_template_and_no_path(directory: Path, tm
     assert of(directory, max_length=5) != of(directory)
     (copy / "chat_template.jinja").write_text(TEMPLATE + " ")
     assert of(copy) != of(directory)
+
+
+def test_auto_is_the_number_type_of_the_machine(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, str] = {}
+    for dtype in ("bfloat16", "float32"):
+        monkeypatch.setattr(machine, "number_type", lambda dtype=dtype: (dtype, ""))
+        found[dtype] = identity("rm", {"rm": RewardModel(model=str(directory))})
+        assert found[dtype] == identity("rm", {"rm": RewardModel(model=str(directory), dtype=dtype)})
+    assert found["bfloat16"] != found["float32"]
 
 
 def test_generate_with_a_reward_model(

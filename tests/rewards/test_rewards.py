@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefpipe import extras, reading, rewards
+from prefpipe import extras, machine, reading, rewards
 from prefpipe.config import shared
 from prefpipe.config.rewards import KINDS, Math, ShortSentence
 from prefpipe.errors import MissingInputError, UsageError
@@ -139,6 +139,18 @@ def test_a_wrapped_reward_is_identified_by_the_users_module(tmp_path: Path, monk
 
 def test_our_reward_is_identified_by_its_version() -> None:
     assert rewards.identity("short_sentence") == f"short_sentence-{text_rules.VERSION}"
+
+
+def test_the_number_type_of_a_judge_behind_an_endpoint_is_not_that_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What runs of earlier versions have stays, on any machine: nothing is computed here."""
+    found: set[str] = set()
+    for dtype in ("bfloat16", "float32"):
+        monkeypatch.setattr(machine, "number_type", lambda dtype=dtype: (dtype, ""))
+        found.add(rewards.identity("judge"))
+    assert len(found) == 1
+    assert '"dtype":"bfloat16"' in found.pop()
 
 
 def test_a_module_that_is_not_there() -> None:

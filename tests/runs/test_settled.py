@@ -37,6 +37,29 @@ def test_a_server_is_taken_to_compute_in_bfloat16_whatever_this_machine_does(
     assert (rounds.generate.dtype, rounds.evaluate.dtype) == ("bfloat16", "float32")
 
 
+def test_auto_in_a_table_of_rewards_is_that_of_the_machine_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Reward models and judges; a run that goes on keeps theirs, and a number type that is named stays."""
+    config = GenerateConfig(
+        reward_settings={
+            "rm": {"kind": "reward_model", "model": "m"},
+            "verdict": {"kind": "judge", "engine": "vllm", "model": "m", "dtype": "float16"},
+            "short": {"kind": "length", "max": 9},
+        }
+    )
+
+    def types(out: Path) -> list[str | None]:
+        tables = settled(config, out).reward_settings.values()
+        return [getattr(table, "dtype", None) for table in tables]
+
+    on(monkeypatch, "bfloat16")
+    assert types(tmp_path) == ["bfloat16", "float16", None]
+    with store.open_run(tmp_path, "generate", settled(config, tmp_path), {}, force=False):
+        pass
+    on(monkeypatch, "float32")
+    assert types(tmp_path) == ["bfloat16", "float16", None]
+    assert types(tmp_path / "other") == ["float32", "float16", None]
+
+
 def test_a_number_type_that_is_named_is_kept_and_nothing_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
