@@ -139,6 +139,14 @@ def test_scoring_takes_what_sampling_may_make() -> None:
     assert (steps["score"].engine, steps["score"].check) == ("transformers", 0)
 
 
+def test_scoring_uses_the_machine_as_sampling_does() -> None:
+    """Every setting that both have and that changes no result; a shard of prompts is none of rows."""
+    table = {"max_num_seqs": 7, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5, "kv_cache_mib": 99}
+    scoring = round_of(config(reference="fixed:x", generate={**table, "shard_rows": 3}), 1)["score"]
+    assert {name: getattr(scoring, name) for name in table} == table
+    assert scoring.shard_rows == type(scoring)().shard_rows
+
+
 def test_from_the_base_on_the_union_of_rounds_needs_no_new_log_probs() -> None:
     third = round_of(config(start="base", replay=1, reference="base"), 3)
     assert (third["generate"].adapter, third["train"].adapter) == ("out/round-2/train/adapter", "none")
