@@ -41,18 +41,22 @@ def main() -> None:
             curve = [{"samples": step * n, "accuracy": round(value, 4)} for n, value in enumerate(found)]
             seconds = round(time.process_time() - began, 1)
             runs.append({"way": way, "seed": seed, "rounds": count, "cpu_seconds": seconds, "curve": curve})
+            arguments.json.write_text(json.dumps(figures(runs), indent=1) + "\n")
             print(f"seed {seed}, {way}: {found[0]:.1%} -> {found[-1]:.1%} in {seconds} s of CPU", flush=True)
-    figures = {
+    lines = table(runs)
+    print("\n".join(lines))
+    if arguments.table:
+        arguments.table.write_text("\n".join([*_HEAD, *lines, ""]))
+
+
+def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the JSON holds; it is written after every run."""
+    return {
         "command": COMMAND,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "fresh_samples_per_point": 32 * len(SUMS),
         "runs": runs,
     }
-    arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
-    lines = table(runs)
-    print("\n".join(lines))
-    if arguments.table:
-        arguments.table.write_text("\n".join([*_HEAD, *lines, ""]))
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:

@@ -39,8 +39,8 @@ def test_three_rounds_with_a_verifier_raise_accuracy(taught: Taught):
 
 
 def test_many_small_rounds_reach_what_few_large_ones_reach_at_equal_samples(taught: Taught):
-    """Semi-online: ten rounds of ten sums against one round of a hundred, 1,600 samples each; 50 against 5 rounds stand
-    in docs/results/semi-online.md."""
+    """Semi-online: ten rounds of ten sums against one round of a hundred, 1,600 samples each; benchmarks/semi_online.py
+    compares 50 with 5."""
     (_, offline), small = rounds(taught, 1), rounds(taught, 10, parts=10)
     assert small[-1] >= taught.accuracy + 0.02
     assert small[-1] >= offline - 0.02
