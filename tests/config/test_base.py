@@ -179,6 +179,8 @@ def _keep_rounds_that_fit(found: dict[str, Any]) -> None:
         found.pop("reference", None)
     if "prompts_per_round" in found:
         found.pop("generate.part", None)
+    else:
+        found.pop("repeat_prompts", None)
     if "from_run" not in found:
         found.pop("from_round", None)
     found["rounds"] = found.get("rounds", 2) + found.get("from_round", 0)

@@ -1,7 +1,9 @@
 """`iterate` killed anywhere: in any write of any step, between steps, while it links and ends, while it recovers.
 
 The same command goes on to the digests of a run that nothing disturbed. Steps run inside the process that is killed, so
-that one kill takes them with it; the engine is the fake one, the training a real one in float32.
+that one kill takes them with it; the engine is the fake one, the training a real one in float32. Some kills hit an
+engine of transformers that goes through all rounds and takes the adapter of each; the run that nothing disturbed has a
+new engine for every step.
 """
 
 import json
@@ -24,6 +26,7 @@ from tests.stages.iterate import cases
 
 ALL = "PREFPIPE_ALL_FAULTS" in os.environ
 NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (46, 10, 8) if ALL else (4, 1, 1)
+NUM_WARM = 8 if ALL else 2
 # Most passes through each point in a run that nothing disturbed, measured; a later fault is never reached.
 POINTS = {"write": 167, "fsync": 175, "rename": 153, "fsync_dir": 163, "append": 16}
 _MEMORY = Path("/dev/shm")
@@ -51,9 +54,9 @@ def case(forged: Forge, tiny_model: Path) -> Iterator[Case]:
         yield Case(recipe, folder / "out", whole)
 
 
-def write_recipe(model: Path, folder: Path) -> Path:
+def write_recipe(model: Path, folder: Path, name: str = "recipe.json", **changes: Any) -> Path:
     """Two rounds with schedules, prompts of their own and replay; a checkpoint after every step of training."""
-    sampling = {"max_tokens": 24, "num_samples": 4, "shard_rows": 1}
+    sampling = {"max_tokens": 24, "num_samples": 4, "shard_rows": 1, "engine": changes.pop("engine", "fake")}
     config = cases.config(
         model,
         cases.write_prompts(folder / "prompts.jsonl"),
@@ -64,8 +67,9 @@ def write_recipe(model: Path, folder: Path) -> Path:
         generate=sampling,
         evaluate=sampling,
         train={"learning_rate": 0.0, "train_batch_size": 1, "save_steps": 1},
+        **changes,
     )
-    recipe = folder / "recipe.json"
+    recipe = folder / name
     recipe.write_text(json.dumps(base.dump(config)))
     return recipe
 
@@ -105,3 +109,27 @@ def test_rounds_cut_anywhere_and_run_again_have_the_same_digests(forged: Forge, 
         assert not list((case.out).rglob(".*.tmp")), job
         shutil.rmtree(case.out)
     assert kills >= (60 if ALL else 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600 if ALL else 300)
+def test_a_warm_engine_that_is_killed_leaves_what_new_engines_make(
+    forged: Forge, tiny_model: Path, tmp_path: Path
+) -> None:
+    cold = write_recipe(tiny_model, tmp_path, "cold.json", engine="transformers", keep_engine="never")
+    warm = write_recipe(tiny_model, tmp_path, "warm.json", engine="transformers", keep_engine="always")
+    done = run(forged, cold, tmp_path / "cold")
+    assert done.code == 0, done.stderr
+    starts = done.stderr.count("starting engine transformers")
+    source, out, kills = random.Random(7), tmp_path / "warm", 0
+    for _ in range(NUM_WARM):
+        done = run(forged, warm, out, fault=f"rename:{source.randint(40, POINTS['rename'])}:kill")
+        assert done.code in (0, -signal.SIGKILL), done.stderr
+        kills += done.code < 0
+        done = run(forged, warm, out)
+        assert done.code == 0, done.stderr
+        assert digests(out) == digests(tmp_path / "cold")
+        shutil.rmtree(out)
+    assert kills
+    done = run(forged, warm, out)
+    assert (done.stderr.count("starting engine transformers"), starts) == (1, 3)

@@ -7,23 +7,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from prefpipe.config.base import runtime_fields
+from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import FIXED, IterateConfig
 from prefpipe.config.score import ScoreConfig
 
-# What a step that scores has in common with the step that samples.
+# What a step that scores has in common with the step that samples: how text becomes ids, and with every setting that
+# cannot change a result what the machine is used for. Rows of a shard are prompts there and rows here.
 _SHARED = (
-    *(
-        "engine",
-        "base_urls",
-        "api_key_env",
-        "timeout_seconds",
-        "chat_template",
-        "template_date",
-        "chat_template_kwargs",
-        "template_changes",
-        "thinking_marks",
-    ),
-    *("dtype", "check", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_mib"),
+    *("engine", "chat_template", "chat_template_kwargs", "template_changes", "thinking_marks", "dtype", "check"),
+    *sorted({*runtime_fields(GenerateConfig)} & {*runtime_fields(ScoreConfig)} - {"shard_rows"}),
 )
 
 

@@ -129,14 +129,15 @@ def _engines(config: IterateConfig) -> Engines:
 
 def _run_rounds(config: IterateConfig, rounds: _Rounds, num_prompts: int, runner: Runner) -> Stop | None:
     """Run the rounds one by one, until the last or until a rule says stop."""
-    for number in range(config.from_round + 1 if config.from_run else 0, config.rounds + 1):
+    first = config.from_round + 1 if config.from_run else 0
+    for number in range(first, config.rounds + 1):
         known = _known(config, rounds, number, num_prompts)
         stop = _run_round(config, rounds, number, known, runner)
         # A round that is there counts, whatever the rules say by now.
         later = range(number + 1, config.rounds + 1)
         if stop is None and known.evaluates and not any(_is_evaluated(rounds.out, n) for n in later):
             stop = stops.check(rounds.series, config.stop)
-        elif stop is not None and rounds.evaluated < stop.round:  # the last policy is a result
+        elif stop is not None and rounds.evaluated < stop.round >= first:  # the last policy is a result
             last = _known(config, rounds, stop.round, num_prompts)
             _run_steps(config, rounds, [evaluation(config, rounds.out, stop.round, last)], runner)
         if stop is not None:

@@ -56,6 +56,14 @@ def test_rounds_need_as_many_prompts_as_they_take(tmp_path: Path, per_round: int
         leaks.check(wanted)
 
 
+def test_prompts_that_are_dealt_again_are_enough_for_any_number_of_rounds(tmp_path: Path) -> None:
+    again = {"prompts_per_round": 3, "repeat_prompts": True, "rounds": 50}
+    prompts = write_prompts(tmp_path / "p.jsonl")
+    assert leaks.check(config(Path("m"), prompts, **again)) == len(TOPICS)
+    with pytest.raises(UsageError, match="1 rounds of 7 prompts need 7"):
+        leaks.check(config(Path("m"), prompts, **{**again, "prompts_per_round": 7}))
+
+
 def test_the_held_out_prompts_of_the_demo_are_held_out() -> None:
     shipped = Path(__file__).resolve().parents[3] / "data" / "prompts.jsonl"
     assert leaks.check(config(Path("m"), shipped)) > 100

@@ -105,7 +105,8 @@ def test_a_fixed_reference_is_a_model_or_an_adapter_on_the_model(tmp_path: Path)
 
 def test_an_evaluation_is_compared_with_the_start_the_best_round_and_the_round_before() -> None:
     made = config(evaluate={"baseline": ["runs/other"]})
-    compared = [round_of(made, n, Known(best=best))["evaluate"].baseline for n, best in ((0, 0), (1, 0), (3, 1))]
+    known = (Known(), Known(), Known(best=1, evaluated=2))
+    compared = [round_of(made, n, known[place])["evaluate"].baseline for place, n in enumerate((0, 1, 3))]
     names = [tuple(directory.removesuffix("/evaluate") for directory in found) for found in compared]
     assert names == [
         ("runs/other",), ("out/round-0", "runs/other"), ("out/round-0", "out/round-1", "out/round-2", "runs/other")
@@ -126,12 +127,24 @@ def test_an_engine_is_left_open_unless_others_need_its_memory(table: dict[str, A
     assert plan.leaves_engine(config(evaluate=table)) is leaves
 
 
+def test_a_round_that_is_not_evaluated_has_no_such_step() -> None:
+    assert list(round_of(config(), 1, Known(evaluates=False))) == ["generate", "build-pairs", "train"]
+
+
 def test_scoring_takes_what_sampling_may_make() -> None:
     steps = round_of(
         config(reference="fixed:x", generate={"max_tokens": 3000, "engine": "transformers", "check": 0}), 1
     )
     assert steps["score"].max_length == 3000 + 1024
     assert (steps["score"].engine, steps["score"].check) == ("transformers", 0)
+
+
+def test_scoring_uses_the_machine_as_sampling_does() -> None:
+    """Every setting that both have and that changes no result; a shard of prompts is none of rows."""
+    table = {"max_num_seqs": 7, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5, "kv_cache_mib": 99}
+    scoring = round_of(config(reference="fixed:x", generate={**table, "shard_rows": 3}), 1)["score"]
+    assert {name: getattr(scoring, name) for name in table} == table
+    assert scoring.shard_rows == type(scoring)().shard_rows
 
 
 def test_from_the_base_on_the_union_of_rounds_needs_no_new_log_probs() -> None:
@@ -174,6 +187,14 @@ def test_schedules_go_by_round_and_keep_their_last_value() -> None:
     assert [s["train"].learning_rate for s in steps] == [3e-6, 2e-6, 2e-6]
     assert [s["train"].beta for s in steps] == [s["build-pairs"].beta for s in steps] == [0.1, 0.2, 0.2]
     assert [s["generate"].temperature for s in steps] == [0.7, 1.0, 1.0]
+
+
+def test_prompts_are_dealt_again_in_the_same_parts_with_other_seeds() -> None:
+    made = config(prompts_per_round=4, repeat_prompts=True, rounds=9)
+    tables = [round_of(made, number, Known(num_prompts=13))["generate"] for number in range(1, 8)]
+    assert [table.part for table in tables] == [f"{n}/3" for n in (1, 2, 3, 1, 2, 3, 1)]
+    assert len({table.seed for table in tables}) == 7
+    assert {table.limit for table in tables} == {12}
 
 
 @settings(deadline=None, max_examples=30)
