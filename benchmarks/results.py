@@ -54,7 +54,7 @@ class Scale:
     trials: int = 4
 
 
-QUICK = Scale(seeds=(0,), right=0.08, prompts=60, held_out=20, rounds=2, trials=1)
+QUICK = Scale(seeds=(0,), right=0.08, prompts=40, held_out=10, rounds=2, trials=1)
 
 
 @dataclass
@@ -293,8 +293,8 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def pair_rules(bench: Bench) -> None:
-    """One round of DPO with beta 1 and learning rate 3e-4, on as many pairs by each rule: drawn from those that it makes of the same
-    completions. The reward is how close the number is, in tenths; all-above-gap takes gaps from 0.3 on."""
+    """One round of DPO with beta 1 and learning rate 3e-4, on as many pairs by each rule: drawn from those that it
+    makes of the same completions. The reward is how close the number is, in tenths; all-above-gap takes gaps from 0.3 on."""
     for seed in bench.scale.seeds:
         start = bench.start(seed)
         with bench.arm("start", seed) as evaluations:
