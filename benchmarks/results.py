@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -431,7 +431,7 @@ def report(name: str, scale: Scale, arms: Sequence[Arm], seconds: float) -> dict
     return {
         "name": name,
         "title": experiment.title,
-        "command": f"python benchmarks/results.py {name}{' --quick' if scale == QUICK else ''}",
+        "command": _command(name, scale),
         "commit": _commit(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "cpu_seconds": round(seconds),
@@ -451,6 +451,12 @@ def _line(arm: Arm, measures: Sequence[str]) -> dict[str, Any]:
         if arm.evaluations
     }
     return {"name": arm.name, "settings": arm.settings, "failures": arm.failures, **found}
+
+
+def _command(name: str, scale: Scale) -> str:
+    usual = QUICK if scale.prompts == QUICK.prompts else Scale()
+    seeds = f" --seeds {' '.join(map(str, scale.seeds))}" if scale.seeds != usual.seeds else ""
+    return f"python benchmarks/results.py {name}{' --quick' if usual == QUICK else ''}{seeds}"
 
 
 def _commit() -> str:
@@ -556,13 +562,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--quick", action="store_true", help="one seed and few rows: a look at what would run")
+    parser.add_argument("--seeds", type=int, nargs="+", help="the draws of everything random (0 1 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "results")
     arguments = parser.parse_args()
+    scale = QUICK if arguments.quick else Scale()
+    if arguments.seeds:
+        scale = replace(scale, seeds=tuple(arguments.seeds))
     for name in arguments.names or EXPERIMENTS:
         if name not in EXPERIMENTS:
             parser.error(f"no experiment '{name}'; there are {', '.join(EXPERIMENTS)}")
-        found = run(name, QUICK if arguments.quick else Scale(), arguments.out, arguments.docs)
+        found = run(name, scale, arguments.out, arguments.docs)
         print(
             "\n".join(
                 f"{h['outcome']}: {h['measure']}, {h['arm']} {SIGNS[h['sign']]} {h['other']}"
