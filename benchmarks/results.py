@@ -314,7 +314,7 @@ def _equal_pairs(bench: Bench, completions: str, seed: int) -> dict[str, Path]:
             "build-pairs", f"seed-{seed}/{rule}", completions=[completions], reward=REWARD, rule=rule, seed=seed,
             gap_filter="none", format="trl", **settings,
         )  # fmt: skip
-        drawn[rule] = pl.read_parquet(run / "pairs" / "*.parquet", columns=["prompt", "chosen", "rejected"])
+        drawn[rule] = pl.read_parquet(run / "trl" / "*.parquet", columns=["prompt", "chosen", "rejected"])
     count = min(map(len, drawn.values()))
     files = {rule: bench.out / f"seed-{seed}" / f"{rule}.jsonl" for rule in drawn}
     for rule, pairs in drawn.items():
