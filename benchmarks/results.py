@@ -15,9 +15,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,18 +42,18 @@ NLL = {"loss_type": ["sigmoid", "nll"], "loss_weights": [1.0, 1.0]}
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the experiments are. right: share of right answers, of those sampled, at the start; trials: settings
-    among which each loss chooses."""
+    """How large the experiments are. right: share of right answers, of those sampled, at the start; trials: learning
+    rates among which each loss chooses."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     right: float = 0.4
     prompts: int = 150
     held_out: int = 150
     rounds: int = 3
-    trials: int = 4
+    trials: int = 2
 
 
-QUICK = Scale(seeds=(0,), right=0.08, prompts=60, held_out=20, rounds=2, trials=1)
+QUICK = Scale(seeds=(0,), right=0.08, prompts=40, held_out=10, rounds=2, trials=1)
 
 
 @dataclass
@@ -121,8 +120,9 @@ class Bench:
         return self.step("train", name, model=str(model), **{**TRAINING, **settings}) / "model"
 
     def evaluate(self, name: str, model: Path, start: Path, split: str = "heldout") -> Path:
-        """A greedy and two sampled answers to the prompts of a split, and the KL divergence to the start."""
-        rows = {"prompts": str(self._prompts), "split": split, "limit": self.scale.held_out, "kl_to": [str(start)]}
+        """A greedy and two sampled answers to the prompts of a split; of held-out ones also the KL to the start."""
+        rows = {"prompts": str(self._prompts), "split": split, "limit": self.scale.held_out}
+        rows |= {"kl_to": [str(start)]} if split == "heldout" else {}
         return self.step("evaluate", name, model=str(model), reward=[REWARD], **rows, **SAMPLING)
 
 
@@ -181,38 +181,38 @@ REFERENCES = tuple(
 
 # Result 2
 
-# Loss -> what it trains on, its settings, and two betas that its unit makes sensible for answers of three tokens.
-LOSSES: dict[str, tuple[str, dict[str, Any], tuple[float, float]]] = {
-    "DPO": ("pairs", {"loss_type": ["sigmoid"]}, (1.0, 0.3)),
-    "DPO + NLL": ("pairs", NLL, (1.0, 0.3)),
-    "IPO": ("pairs", {"loss_type": ["ipo"]}, (1.0, 0.25)),
-    "KTO": ("labels", {"loss_type": ["kto"], "train_batch_size": 2 * TRAINING["train_batch_size"]}, (1.0, 3.0)),
-    "SimPO": ("pairs", {"loss_type": ["simpo"]}, (2.0, 5.0)),
-    "ORPO": ("pairs", {"loss_type": ["orpo"]}, (0.3, 1.0)),
+# Loss -> what it trains on, and its settings, with a beta that its unit makes sensible for answers of three tokens.
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "DPO": ("pairs", {"loss_type": ["sigmoid"], "beta": 1.0}),
+    "DPO + NLL": ("pairs", {**NLL, "beta": 1.0}),
+    "IPO": ("pairs", {"loss_type": ["ipo"], "beta": 0.25}),
+    "KTO": ("labels", {"loss_type": ["kto"], "beta": 3.0, "train_batch_size": 2 * TRAINING["train_batch_size"]}),
+    "SimPO": ("pairs", {"loss_type": ["simpo"], "beta": 2.0}),
+    "ORPO": ("pairs", {"loss_type": ["orpo"], "beta": 0.3}),
 }
-RATES = (3e-4, 1e-3)
+RATES = (1e-4, 3e-4)
 
 
 def losses(bench: Bench) -> None:
-    """One round of each loss on the same completions in as many steps; KTO reads them as labels. Each loss has the best
-    of four settings, two values of beta by two learning rates, by right answers of a fourth policy to prompts of
-    the split `validation`; that policy and these prompts are in no line of the table."""
+    """One round of each loss on the same completions in as many steps; KTO reads them as labels. Each loss has the
+    better of two learning rates, by right answers of a fourth policy to prompts of the split `validation`; that policy
+    and these prompts are in no line of the table."""
     tuned_on = max(bench.scale.seeds) + 1
     rows = _pairs_and_labels(bench, tuned_on)
-    best: dict[str, tuple[float, float]] = {}
-    for loss, (_, _, betas) in LOSSES.items():
+    best: dict[str, float] = {}
+    for loss in LOSSES:
         passed = {
-            trial: _mean("sampled", [_with_loss(bench, loss, trial, tuned_on, rows, "validation")]).value
-            for trial in list(product(betas, RATES))[: bench.scale.trials]
+            rate: _mean("sampled", [_with_loss(bench, loss, rate, tuned_on, rows, "validation")]).value
+            for rate in RATES[: bench.scale.trials]
         }
-        best[loss] = max(passed, key=lambda trial: passed[trial])
+        best[loss] = max(passed, key=lambda rate: passed[rate])
     for seed in bench.scale.seeds:
         start, rows = bench.start(seed), _pairs_and_labels(bench, seed)
         with bench.arm("start", seed) as evaluations:
             evaluations[seed] = bench.evaluate(f"seed-{seed}/start-evaluate", start, start)
-        for loss, trial in best.items():
-            with bench.arm(loss, seed, f"beta {trial[0]:g}, learning rate {trial[1]:g}") as evaluations:
-                evaluations[seed] = _with_loss(bench, loss, trial, seed, rows, "heldout")
+        for loss, rate in best.items():
+            with bench.arm(loss, seed, f"beta {LOSSES[loss][1]['beta']:g}, learning rate {rate:g}") as evaluations:
+                evaluations[seed] = _with_loss(bench, loss, rate, seed, rows, "heldout")
 
 
 def _pairs_and_labels(bench: Bench, seed: int) -> dict[str, str]:
@@ -225,13 +225,11 @@ def _pairs_and_labels(bench: Bench, seed: int) -> dict[str, str]:
     }
 
 
-def _with_loss(
-    bench: Bench, loss: str, trial: tuple[float, float], seed: int, rows: Mapping[str, str], split: str
-) -> Path:
-    kind, settings, _ = LOSSES[loss]
-    here = f"seed-{seed}/{loss.replace(' ', '')}-{trial[0]:g}-{trial[1]:g}"
-    chosen = {kind: [rows[kind]], "beta": trial[0], "learning_rate": trial[1]}
-    model = bench.train(f"{here}-train", bench.start(seed), seed=seed, **settings, **chosen)
+def _with_loss(bench: Bench, loss: str, rate: float, seed: int, rows: Mapping[str, str], split: str) -> Path:
+    kind, settings = LOSSES[loss]
+    here = f"seed-{seed}/{loss.replace(' ', '')}-{rate:g}"
+    data = {kind: [rows[kind]], "seed": seed, "learning_rate": rate}
+    model = bench.train(f"{here}-train", bench.start(seed), **settings, **data)
     return bench.evaluate(f"{here}-{split}", model, bench.start(seed), split)
 
 
@@ -293,8 +291,9 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def pair_rules(bench: Bench) -> None:
-    """One round of DPO with beta 1 and learning rate 3e-4, on as many pairs by each rule: drawn from those that it makes of the same
-    completions. The reward is how close the number is, in tenths; all-above-gap takes gaps from 0.3 on."""
+    """One round of DPO with beta 1 and learning rate 3e-4, on as many pairs by each rule: drawn from those that it
+    makes of the same completions. The reward is how close the number is, in tenths; all-above-gap takes gaps from
+    0.3 on."""
     for seed in bench.scale.seeds:
         start = bench.start(seed)
         with bench.arm("start", seed) as evaluations:
@@ -315,7 +314,7 @@ def _equal_pairs(bench: Bench, completions: str, seed: int) -> dict[str, Path]:
             "build-pairs", f"seed-{seed}/{rule}", completions=[completions], reward=REWARD, rule=rule, seed=seed,
             gap_filter="none", format="trl", **settings,
         )  # fmt: skip
-        drawn[rule] = pl.read_parquet(run / "pairs" / "*.parquet", columns=["prompt", "chosen", "rejected"])
+        drawn[rule] = pl.read_parquet(run / "trl" / "*.parquet", columns=["prompt", "chosen", "rejected"])
     count = min(map(len, drawn.values()))
     files = {rule: bench.out / f"seed-{seed}" / f"{rule}.jsonl" for rule in drawn}
     for rule, pairs in drawn.items():
@@ -432,7 +431,7 @@ def report(name: str, scale: Scale, arms: Sequence[Arm], seconds: float) -> dict
     return {
         "name": name,
         "title": experiment.title,
-        "command": f"python benchmarks/results.py {name}{' --quick' if scale == QUICK else ''}",
+        "command": _command(name, scale),
         "commit": _commit(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "cpu_seconds": round(seconds),
@@ -452,6 +451,12 @@ def _line(arm: Arm, measures: Sequence[str]) -> dict[str, Any]:
         if arm.evaluations
     }
     return {"name": arm.name, "settings": arm.settings, "failures": arm.failures, **found}
+
+
+def _command(name: str, scale: Scale) -> str:
+    usual = QUICK if scale.prompts == QUICK.prompts else Scale()
+    seeds = f" --seeds {' '.join(map(str, scale.seeds))}" if scale.seeds != usual.seeds else ""
+    return f"python benchmarks/results.py {name}{' --quick' if usual == QUICK else ''}{seeds}"
 
 
 def _commit() -> str:
@@ -557,13 +562,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--quick", action="store_true", help="one seed and few rows: a look at what would run")
+    parser.add_argument("--seeds", type=int, nargs="+", help="the draws of everything random (0 1 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "results")
     arguments = parser.parse_args()
+    scale = QUICK if arguments.quick else Scale()
+    if arguments.seeds:
+        scale = replace(scale, seeds=tuple(arguments.seeds))
     for name in arguments.names or EXPERIMENTS:
         if name not in EXPERIMENTS:
             parser.error(f"no experiment '{name}'; there are {', '.join(EXPERIMENTS)}")
-        found = run(name, QUICK if arguments.quick else Scale(), arguments.out, arguments.docs)
+        found = run(name, scale, arguments.out, arguments.docs)
         print(
             "\n".join(
                 f"{h['outcome']}: {h['measure']}, {h['arm']} {SIGNS[h['sign']]} {h['other']}"
