@@ -14,6 +14,7 @@ Values = Sequence[Mapping[str, Any]]
 Spec = dict[str, Any]
 WIDTH, HEIGHT = 300, 150
 MOST_POINTS = 150  # of a line
+_FEW = 24  # points that are marked
 ACCENT, SECOND, MUTED, BAD = "var(--accent)", "var(--second)", "var(--muted)", "var(--bad)"
 SIDES = {"chosen": ACCENT, "rejected": SECOND}
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -77,7 +78,7 @@ def lines(
     """Lines of rows {x, "value", "series", "kind"}, with the band of rows {x, "low", "high"} behind and red rules at
     the rows {x, "rule"}. `kind` is "training" or "held-out", which is dashed."""
     scale: Spec = {"zero": False, "nice": True}
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": scale, "axis": {"format": "~g"}}
+    y = {"field": "value", "type": "quantitative", "title": None, "scale": scale, "axis": {"format": ".4~g"}}
     kinds = sorted({str(row["kind"]) for row in values}, reverse=True)
     line: Spec = {
         "data": {"values": list(values)},
@@ -105,6 +106,9 @@ def lines(
             }
         )
     layers.append(line)
+    if few := [row for row in values if row["kind"] == "held-out"][:_FEW]:  # a line of one point cannot be seen
+        dots = {"data": {"values": few}, "mark": {"type": "circle", "size": 22, "opacity": 1}}
+        layers.append({**dots, "encoding": {"x": _axis(x), "y": y, "color": _colours(series)}})
     if marks:
         layers += _rules(marks, x)
     return draw({"width": WIDTH, "height": HEIGHT, "layer": layers})
@@ -194,6 +198,40 @@ def flow(values: Values) -> Markup:
                 },
                 "order": {"field": "order", "type": "quantitative"},
             },
+        }
+    )
+
+
+def graph(nodes: Values, edges: Values, columns: Sequence[str], rows: Sequence[str]) -> Markup:
+    """Nodes {"column", "row", "state"} on a grid of columns and rows, and edges {"column", "row", "to_column",
+    "to_row"}. A single column has no name."""
+    head: Spec | None = {"orient": "top", "labelAngle": 0} if len(columns) > 1 else None
+    x, y = (
+        {"field": name, "type": "ordinal", "scale": {"type": "point", "domain": order}, "title": None, "axis": axis}
+        for name, order, axis in (("column", columns, head), ("row", rows, {"grid": False}))
+    )
+    line = {"x2": {"field": "to_column"}, "y2": {"field": "to_row"}}
+    colour = {"domain": ["complete", "running", "unfinished"], "range": [ACCENT, SECOND, BAD]}
+    return draw(
+        {
+            "width": {"step": 76},
+            "height": {"step": 36},
+            "layer": [
+                {
+                    "data": {"values": list(edges)},
+                    "mark": {"type": "rule", "color": "var(--s3)", "strokeWidth": 1.5},
+                    "encoding": {"x": x, "y": y, **line},
+                },
+                {
+                    "data": {"values": list(nodes)},
+                    "mark": {"type": "circle", "size": 110, "opacity": 1},
+                    "encoding": {
+                        "x": x,
+                        "y": y,
+                        "color": {"field": "state", "type": "nominal", "scale": colour, "legend": None},
+                    },
+                },
+            ],
         }
     )
 

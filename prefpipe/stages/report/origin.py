@@ -1,12 +1,15 @@
 """How was it made? What came from what by digest, settings that differ from their defaults, versions, commands."""
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
-from prefpipe.runs.overview import Overview
+from prefpipe.runs.overview import STEPS, Overview
+from prefpipe.stages.report import charts
+from prefpipe.stages.report.charts import Chart
 from prefpipe.stages.report.subject import Subject, label
 from prefpipe.stages.report.texts import shown
 from prefpipe.views import cost
@@ -62,6 +65,7 @@ class Origin:
     """Section 5 of the page."""
 
     nodes: Sequence[Node]
+    graph: Chart | None
     runs: Sequence[Made]
     versions: Sequence[tuple[str, str]]
     gaps: Sequence[tuple[str, str]]
@@ -77,8 +81,10 @@ def origin(subject: Subject) -> Origin:
         for name, version in (run.manifest.get("versions") or {}).items()
     }
     makers = _makers(runs)
+    nodes = [_node(run, makers) for run in runs]
     return Origin(
-        [_node(run, makers) for run in runs],
+        nodes,
+        _graph(runs, nodes),
         [_made(run) for run in every],
         sorted(versions.items()),
         [(shown(gap.where, _LONGEST), shown(gap.why, 500)) for gap in subject.gaps],
@@ -97,6 +103,28 @@ def _node(run: Overview, makers: Mapping[str, str]) -> Node:
     read = [Link(shown(name, 80), shown(of, 160), makers.get(str(of), "")) for name, of in inputs.items()]
     made = [Link("policy", shown(_policy(run), 160), "")] if run.command == "train" and _policy(run) else []
     return Node(shown(run.name, _LONGEST), run.state, shown(run.manifest.get("digest", ""), 80), read, made)
+
+
+def _graph(runs: Sequence[Overview], nodes: Sequence[Node]) -> Chart | None:
+    """The runs by command and round (or, without rounds, one after another), each joined to those that it read."""
+    if len(runs) < 2:
+        return None
+    seen = Counter[str]()
+    places: dict[str, dict[str, str]] = {}
+    for run, node in zip(runs, nodes, strict=True):
+        seen[run.command] += 1
+        column = str(seen[run.command]) if run.round is None else label(run)
+        places[node.name] = {"column": column, "row": run.command, "state": node.state}
+    edges = [
+        {**places[link.maker], "to_column": places[node.name]["column"], "to_row": places[node.name]["row"]}
+        for node in nodes
+        for link in node.read
+        if link.maker in places
+    ]
+    columns = list(dict.fromkeys(place["column"] for place in places.values()))
+    svg = charts.graph(list(places.values()), edges, columns, [step for step in STEPS if seen[step]])
+    says = f"{len(runs)} runs, joined where one read what another made"
+    return Chart("What came from what", says, svg, "The table below names them by their digests.")
 
 
 def _policy(run: Overview) -> str:

@@ -124,7 +124,9 @@ def _in_words(values: Sequence[Mapping[str, Any]], name: str) -> str:
     for row in values:
         if row["series"] == name:
             lines.setdefault("" if row["kind"] == "training" else f"{row['kind']} ", []).append(row["value"])
-    return "; ".join(f"{kind}{number(of[0])} to {number(of[-1])}" for kind, of in lines.items())
+    return "; ".join(
+        f"{kind}{number(of[0])}{f' to {number(of[-1])}' if len(of) > 1 else ''}" for kind, of in lines.items()
+    )
 
 
 def _marks(run: Overview, steps: int) -> list[dict[str, Any]]:

@@ -22,6 +22,20 @@ def test_lineage_by_digest(subject: Subject) -> None:
     assert [node.state for node in nodes.values()] == ["complete"] * 9
 
 
+def test_the_graph_joins_a_run_to_those_it_read(subject: Subject, finished: Path) -> None:
+    """Nine runs; generate to build-pairs to train to evaluate in both rounds, and train to the next generate."""
+    chart = origin(subject).graph
+    assert chart is not None
+    assert chart.says.startswith("9 runs")
+    edges, nodes = chart.svg.split("mark-rule role-mark")[1].split("mark-symbol")
+    assert edges.count("<line") == 7
+    assert nodes.count('fill="var(--accent)"') == 9
+    alone = origin(read(finished / "round-1/train")).graph
+    assert alone is not None
+    assert alone.says.startswith("3 runs")
+    assert origin(read(finished / "round-1/generate")).graph is None
+
+
 def test_settings_that_differ_are_marked(subject: Subject) -> None:
     (made,) = (one for one in origin(subject).runs if one.name == "round-1/train")
     changed = {one.name: (one.value, one.default) for one in made.settings if one.changed}

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,8 @@ from prefpipe.runs.overview import Gap
 from prefpipe.stages.report import origin, page, stage
 from prefpipe.stages.report.subject import read
 from tests.stages.report import browser, cases, hostile
+from tests.stages.report.browser import Browser
+from tests.stages.report.conftest import ALERTS
 
 TEXTS = hostile.TEXTS
 
@@ -61,9 +64,15 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser.running(tmp_path_factory.mktemp("profile")) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
 def good_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")
-    return stage.run(cases.iterate_run(folder / "run"), folder / "page.html")
+    return stage.run(cases.iterate_run(folder / "run", cases.Shape(alerts=ALERTS)), folder / "page.html")
 
 
 def test_there_are_sixty_texts_and_all_are_tried() -> None:
@@ -89,8 +98,8 @@ def test_hostile_text_is_text(hostile_page: Path) -> None:
 
 
 @browser.needs_browser
-def test_hostile_text_does_nothing_in_a_browser(hostile_page: Path, tmp_path: Path) -> None:
-    seen = browser.open_page(hostile_page, tmp_path)
+def test_hostile_text_does_nothing_in_a_browser(hostile_page: Path, chromium: Browser) -> None:
+    seen = chromium.see(hostile_page)
     assert seen.console == []
     assert seen.requests == []
     assert re.match(r'<!DOCTYPE html>\s*<html lang="en">', seen.dom)
@@ -98,25 +107,53 @@ def test_hostile_text_does_nothing_in_a_browser(hostile_page: Path, tmp_path: Pa
 
 
 @browser.needs_browser
-def test_a_browser_sees_what_a_careless_page_does(tmp_path: Path) -> None:
+def test_a_browser_sees_what_a_careless_page_does(tmp_path: Path, chromium: Browser) -> None:
     """The control: the same texts, not escaped and without a policy, run and ask."""
     careless = tmp_path / "careless.html"
     careless.write_text(f"<html lang='en'><body>{hostile.TEXTS[0]}{hostile.TEXTS[16]}</body></html>")
-    seen = browser.open_page(careless, tmp_path)
+    seen = chromium.see(careless)
     assert seen.console
     assert {url for url in seen.requests if "evil.example" in url} >= {"http://evil.example/f"}
     assert 'data-ran="1"' in seen.dom
 
 
 @browser.needs_browser
-def test_the_script_of_the_page_runs(good_page: Path, tmp_path: Path) -> None:
+def test_the_script_of_the_page_runs(good_page: Path, chromium: Browser) -> None:
     """Its digest stands in the policy: the filter counts, the sliders say their value, a line is drawn."""
-    seen = browser.open_page(good_page, tmp_path)
+    seen = chromium.see(good_page)
     assert (seen.console, seen.requests) == ([], [])
     assert re.search(r'id="count"[^>]*>12 of 12 shown, 12 in all<', seen.dom)
     assert re.search(r"<output>0\.1</output>", seen.dom)
     assert re.search(r'data-at-0="">0\.6931<', seen.dom)
     assert re.search(r'id="policy-beta-value">0\.1<', seen.dom)
+
+
+@browser.needs_browser
+@browser.needs_axe
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_everybody_can_use_the_page(good_page: Path, chromium: Browser, width: int, scheme: str) -> None:
+    assert chromium.findings(good_page, width, scheme) == []
+
+
+@browser.needs_browser
+@browser.needs_axe
+def test_axe_finds_what_a_careless_page_does(tmp_path: Path, chromium: Browser) -> None:
+    """The control: one text is pale in the dark alone, and a field has no label."""
+    careless = tmp_path / "careless.html"
+    style = ":root{color-scheme:light dark} body{background:#fff;color:#111}"
+    style += "@media (prefers-color-scheme:dark){body{background:#333}}"
+    careless.write_text(f"<html lang=en><title>x</title><style>{style}</style><body><p>text<p><input>")
+    light, dark = (chromium.findings(careless, 1280, scheme) for scheme in ("light", "dark"))
+    assert [one.split(":")[0] for one in light] == ["critical label"]
+    assert {one.split(":")[0] for one in dark} == {"serious color-contrast"}
+
+
+@browser.needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_as_wide_as_the_window(good_page: Path, chromium: Browser, width: int) -> None:
+    with chromium.open(good_page, width) as tab:
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
 
 
 def test_a_page_is_sound(good_page: Path) -> None:

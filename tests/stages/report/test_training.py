@@ -71,3 +71,11 @@ def test_no_training_is_no_error(finished: Path) -> None:
     assert (found.runs, found.seven, found.last) == ([], [], [])
     assert len(found.parity) == 1
     assert overview.alerts(read(finished / "round-1/build-pairs").root) == []
+
+
+def test_one_evaluation_is_one_number_and_a_dot(subject: Subject) -> None:
+    run = subject.runs[-2]
+    steps = [{"step": 0, "loss": 0.7}, {"step": 1, "loss": 0.5, "eval_loss": 0.625}]
+    chart = training.training(replace(subject, runs=[run], logs={run.path: steps})).seven[0]
+    assert chart.says == "0.7 to 0.5; held-out 0.625"
+    assert "mark-symbol role-mark" in chart.svg
