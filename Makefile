@@ -94,14 +94,15 @@ bench: setup  ## Measurements against public peers (about an hour, 12 GB of disk
 results: setup  ## What reference, loss, rounds and pair rule do to a small policy: docs/results (QUICK=--quick for a look)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py $(QUICK)
 
-lock:  ## Resolve both lock files again
+# uv does not read PyTorch's index from here: TORCH_WHEELS is a folder or a page with torch's CPU wheels.
+lock:  ## Resolve both lock files again (TORCH_WHEELS=PLACE of torch's CPU wheels)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@for lock in cpu cuda; do \
 	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra rewards --extra math --extra report --extra dev --extra $$lock \
 	    --override requirements/overrides-$$lock.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	    $(UV_OPTIONS) --no-emit-index-url --no-emit-find-links --annotation-style line --no-header \
-	    --output-file requirements/$$lock.txt && \
+	    $$([ $$lock != cpu ] || echo "$(TORCH_WHEELS:%=--find-links %)") $(UV_OPTIONS) \
+	    --no-emit-index-url --no-emit-find-links --annotation-style line --no-header --output-file requirements/$$lock.txt && \
 	  sed -i -e 's/+cpu//' -e "1i # Made by \`make lock\` from pyproject.toml and overrides-$$lock.txt (which says what is left out, and why)." \
 	    requirements/$$lock.txt; \
 	done

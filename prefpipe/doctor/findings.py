@@ -33,9 +33,9 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
 def lines(finding: Finding) -> list[str]:
     """The lines of one finding."""
     name = f"{finding.state.upper() if finding.state == 'fail' else finding.state:<7} {finding.name:<13} "
-    beside = {"subsequent_indent": " " * len(name), "break_on_hyphens": False, "break_long_words": False}
-    found = textwrap.wrap(finding.what, _WIDTH + len(name), initial_indent=name, **beside) or [name.rstrip()]
-    return found + [" " * len(name) + f"-> {part}" for part in finding.do.splitlines()]
+    text = textwrap.wrap(finding.what, _WIDTH, break_on_hyphens=False, break_long_words=False)
+    beside = [*text, *(f"-> {part}" for part in finding.do.splitlines())]
+    return [name + beside[0], *(" " * len(name) + line for line in beside[1:])]
 
 
 def summary(findings: Sequence[Finding]) -> str:

@@ -78,8 +78,8 @@ def _gpu(facts: dict[str, object]) -> Finding:
 def memory() -> Finding:
     """Memory of the machine, or of the container that this process is in."""
     sizes = [int(line.split()[1]) << 10 for line in _text(_MEMINFO).splitlines() if line.startswith("MemTotal")]
-    limit = _text(_CGROUP).strip()
-    total = min([*sizes, *([int(limit)] if limit.isdigit() else [])], default=0)
+    sizes += [int(limit) for limit in [_text(_CGROUP).strip()] if limit.isdigit()]
+    total = min(sizes) if sizes else 0
     if not total:
         return Finding("memory", "warn", "the system does not say how much there is")
     cores = len(os.sched_getaffinity(0))
@@ -101,9 +101,9 @@ def disk(folder: Path, name: str) -> Finding:
     except OSError as error:
         return Finding(name, "fail", f"{folder}: {error.strerror}", "check its permissions and the disk")
     what = f"{free / _GIB:.1f} GiB free for {folder}"
-    return Finding(
-        name, *(("ok", what) if free >= _LEAST_DISK else ("warn", what, "free some: 5 GiB are enough for the demo"))
-    )
+    if free < _LEAST_DISK:
+        return Finding(name, "warn", what, "free some: 5 GiB are enough for the demo")
+    return Finding(name, "ok", what)
 
 
 def hub(seconds: float = HUB_SECONDS) -> Finding:
