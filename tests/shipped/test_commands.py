@@ -7,6 +7,7 @@ import pytest
 
 from tests.cases import assert_refused
 from tests.conftest import Cli
+from tests.forge import Forge
 
 LETTERS = "tests.e2e.letters:most_letters"
 
@@ -36,16 +37,19 @@ def test_what_is_no_recipe_is_one_error(cli: Cli, tmp_path: Path, arguments: tup
 
 
 @pytest.mark.slow
-def test_the_demo_runs_in_an_empty_folder_and_again(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
-    """With the fake engine, one round, few prompts and a reward that random answers can earn."""
+def test_the_demo_runs_in_an_empty_folder_and_again(forged: Forge, tiny_model: Path, tmp_path: Path) -> None:
+    """With the fake engine, one round, few prompts and a reward that random answers can earn; a loss without reference,
+    since the log-probs of the fake engine are those of no model."""
     settings = ("--rounds", 1, "--model", tiny_model, "--generate.engine", "fake", "--evaluate.engine", "fake",
                 "--generate.limit", 4, "--evaluate.limit", 2, "--generate.rewards", LETTERS,
-                "--build-pairs.reward", LETTERS, "--evaluate.reward", LETTERS, "--generate.check", 0)  # fmt: skip
-    done = cli("demo", *settings, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+                "--build-pairs.reward", LETTERS, "--evaluate.reward", LETTERS, "--generate.check", 0,
+                "--train.loss-type", "nll", "--train.loss-weights", 1)  # fmt: skip
+    inline = "tests.stages.iterate.cases"
+    done = forged.run("demo", *settings, cwd=tmp_path, inline=inline)
+    assert done.code == 0, done.stderr
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"demo"}
     assert done.stdout.splitlines()[-1] == "report       runs/demo/report.html"
-    again = cli("demo", *settings, cwd=tmp_path)
+    again = forged.run("demo", *settings, cwd=tmp_path, inline=inline)
     assert "runs/demo is complete already" in again.stderr
 
 
