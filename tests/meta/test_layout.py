@@ -19,6 +19,7 @@ GROUND = {
     "schemas",
     "statistics",
     "machine",
+    "memory",
     "rows",
     "errors",
     "ids",
