@@ -260,8 +260,8 @@ def test_a_better_policy_wins_outside_of_the_interval() -> None:
 
 @pytest.mark.parametrize(
     ("p", "cell", "sentence"),
-    [(0.0, "< 0.001", "< 0.001"), (9.99e-4, "< 0.001", "< 0.001"), (1e-3, "0.001", "= 0.001"), (0.0478, "0.048", "= 0.048"),
-     (1.0, "1", "= 1")],
+    [(0.0, "< 0.001", "< 0.001"), (9.99e-4, "< 0.001", "< 0.001"), (1e-3, "0.001", "= 0.001"),
+     (0.0478, "0.048", "= 0.048"), (1.0, "1", "= 1")],
 )  # fmt: skip
 def test_a_p_value_is_never_shown_as_0(p: float, cell: str, sentence: str) -> None:
     assert (s.p_in_words(p), s.p_in_words(p, "= ")) == (cell, sentence)
