@@ -174,8 +174,7 @@ class Run:
 
     def log_timing(self, **values: object) -> None:
         """Append a line to timing.jsonl: the time of day, `values`, and the peak of the memory."""
-        line = {"at": clock.utc_now(), **values, **memory.peaks()}
-        fsio.append_line(self.out / "timing.jsonl", json.dumps(line))
+        fsio.append_line(self.out / "timing.jsonl", json.dumps({"at": clock.utc_now(), **values, **memory.peaks()}))
 
     def part(self, dataset: str, index: int) -> Path:
         """The file of one shard of a dataset."""

@@ -32,7 +32,7 @@ def of(run_dir: Path) -> Cost | None:
     if not lines:
         return None
     last = lines[-1]
-    return Cost(_duration(last.get("seconds")), *(_gib(last, kind) for kind in ("memory", "gpu_memory")), _pace(last))
+    return Cost(_duration(last.get("seconds")), _gib(last, "memory"), _gib(last, "gpu_memory"), _pace(last))
 
 
 def _duration(seconds: object) -> str:

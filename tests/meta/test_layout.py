@@ -22,6 +22,7 @@ GROUND = {
     "statistics",
     "machine",
     "extras",
+    "memory",
     "rows",
     "errors",
     "ids",

@@ -120,7 +120,10 @@ def _others(run: Overview, learnt: _Margins) -> list[Group]:
     """The pairs with the largest and the smallest gap, and those that the reference has most the wrong way round."""
     rows = overview.rows(run, "pairs", Pair, _MOST_ROWS, _COLUMNS)
     rated = sorted((row for row in rows.rows if is_number(row["reward_gap"])), key=lambda row: row["reward_gap"])
-    known = sorted((row for row in rows.rows if _reference_margin(row) is not None), key=_reference_margin)
+    margin_of = [
+        (margin, place) for place, row in enumerate(rows.rows) if (margin := _reference_margin(row)) is not None
+    ]
+    known = [rows.rows[place] for _, place in sorted(margin_of)]
     of_all = f" Of the first {number(len(rows.rows))} pairs." if len(rows.rows) < rows.total else ""
     wanted = (
         ("Largest gap", "The clearest lessons of the reward.", rated[::-1]),
