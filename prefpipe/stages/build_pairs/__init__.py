@@ -14,6 +14,7 @@ output_rows.py     texts, token ids and log-probs of the rows in use -> rows of 
 trl.py             the same rows as TRL reads them
 accounting.py      in = out + sum of reasons
 data_report.py     the checks D1-D15 before a training; data_measures.py and surface.py measure them
+tasks.py           a partition as a task, in this process or in several
 partitions.py      rows of several runs in partitions of whole prompts
 texts.py           measures of texts and token ids
 """

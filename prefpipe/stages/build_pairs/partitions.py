@@ -12,7 +12,7 @@ from prefpipe.runs.storage import storage_errors
 from prefpipe.schemas import arrow_schema
 from prefpipe.stages.build_pairs.tasks import Map
 
-_BYTES_AT_ONCE = 512 << 20
+_BYTES_AT_ONCE = 128 << 20
 Files = Sequence[Sequence[Path]]  # of a dataset, by run
 
 
@@ -71,7 +71,7 @@ def cut(frame: pl.DataFrame, count: int) -> list[pl.DataFrame]:
 
 
 def batches(files: Files) -> list[Files]:
-    """The files in batches of up to 512 MiB, by run: what one pass may hold in memory."""
+    """The files in batches of up to 128 MiB, by run: what one pass may hold in memory."""
     filled: list[list[list[Path]]] = []
     size = 0
     for number, path in ((number, path) for number, paths in enumerate(files) for path in paths):

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -19,12 +19,8 @@ R = TypeVar("R")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
-class Map(Protocol):
-    """The builtin `map`, or one whose function, of a module, runs in other processes."""
-
-    def __call__(self, function: Callable[..., R], *arguments: Iterable[Any]) -> Iterator[R]:
-        """The results for every value of the arguments, in their order."""
-        ...
+# The builtin `map`, or one whose function, of a module, runs in other processes.
+Map = Callable[..., Iterator[Any]]
 
 
 @contextmanager
