@@ -92,7 +92,7 @@ def test_a_swap_in_the_middle_of_scoring_is_found(tiny_model: Path, other_model:
 
 def test_a_server_that_leaves_the_adapter_out_is_refused(tiny_model: Path, tiny_adapter: Path) -> None:
     standin = Standin(tiny_model, adapter=tiny_adapter, lies={"no_adapter"})
-    with running(standin) as there, pytest.raises(IdentityError, match="just what it gives for (its base|weights:)"):
+    with running(standin) as there, pytest.raises(IdentityError, match=r"just what it gives for (its base|weights:)"):
         engines.load("server", settings(tiny_model, there.base_url, adapter=str(tiny_adapter)))
 
 
