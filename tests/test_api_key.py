@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 from rich.traceback import Traceback
 
-from prefpipe.config.judge import Judge
-from prefpipe.errors import StorageError, UsageError
 from prefpipe import api_key
 from prefpipe.api_key import ApiKey
+from prefpipe.config.judge import Judge
+from prefpipe.errors import StorageError, UsageError
 from prefpipe.rewards.endpoint import Question, ask_all
 from tests.rewards.server import completion, serving
 
