@@ -11,6 +11,9 @@ import pytest
 
 from prefpipe import engines
 from prefpipe.engines import server_canaries
+from prefpipe.engines.server_pool import Job, Server
+from prefpipe.engines.server_protocols import Said, Sampling
+from prefpipe.engines.server_trust import Trust
 from prefpipe.errors import DataError, IdentityError, StorageError
 from prefpipe.forward import load
 from prefpipe.models.chat import load_chat
@@ -89,7 +92,7 @@ def test_a_swap_in_the_middle_of_scoring_is_found(tiny_model: Path, other_model:
 
 def test_a_server_that_leaves_the_adapter_out_is_refused(tiny_model: Path, tiny_adapter: Path) -> None:
     standin = Standin(tiny_model, adapter=tiny_adapter, lies={"no_adapter"})
-    with running(standin) as there, pytest.raises(IdentityError, match="just what it gives for its base"):
+    with running(standin) as there, pytest.raises(IdentityError, match=r"just what it gives for (its base|weights:)"):
         engines.load("server", settings(tiny_model, there.base_url, adapter=str(tiny_adapter)))
 
 
@@ -141,15 +144,17 @@ def test_where_it_does_not_fit_the_first_server_is_believed_and_the_next_one_com
         engines.load("server", settings(other_model, there.base_url))
 
 
-def test_a_connection_that_never_lasts_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    standin = Standin(tiny_model)
-    with running(standin) as there, engines.load("server", settings(tiny_model, there.base_url)) as engine:
-        turns = Counter[str]()
+def test_a_connection_that_never_lasts_is_an_error(
+    fresh: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers rightly, and its connection is lost in every proof."""
+    monkeypatch.setattr(server_canaries, "_free_memory", lambda: 0)
 
-        def every_third(request: Any) -> Any:
-            turns[request["method"]] += request["method"] == "POST"
-            return None if request["method"] == "POST" and turns["POST"] % 3 == 0 else False
+    def ask(server: Server, job: Job, sampling: Sampling | None) -> Any:
+        server.losses += 1
+        return Said([2], [-1.0], "stop") if sampling else [-1.0] * (len(job.ids) - job.parts)
 
-        standin.refuse = every_third
-        with pytest.raises(StorageError, match="is lost again and again"):
-            collect(engine, requests(load_chat(tiny_model)))
+    trust = Trust(settings(tiny_model), "server:vllm-1/float32", ask)
+    with pytest.raises(StorageError, match="is lost again and again"):
+        trust.prove(Server("http://a"), adapter=True)
+    assert list(fresh.rglob("*.json"))
