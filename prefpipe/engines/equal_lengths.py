@@ -4,6 +4,7 @@ position biases or masks of their own, whose rows must begin together. A prompt 
 from collections.abc import Iterable, Iterator
 from inspect import signature
 from itertools import groupby
+from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -41,7 +42,7 @@ def _decode(
     def choose(rows: list[int]) -> torch.Tensor:
         numbers = torch.tensor(rows, device=causal.device)
         if cache is not None:
-            cache.reorder_cache(numbers)
+            cache.reorder_cache(cast(torch.LongTensor, numbers))
         return numbers
 
     prompts = logits([request.prompt_token_ids for request in requests])

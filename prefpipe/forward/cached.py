@@ -191,7 +191,8 @@ class CachedModel:
 
     def _states(self, ids: torch.Tensor, positions: torch.Tensor, cached_pass: _Pass) -> torch.Tensor:
         """Hidden states [T, width] of a row of tokens [T]."""
-        if self._causal.config._attn_implementation != NAME:  # between two passes somebody has scored
+        now = self._causal.config._attn_implementation  # pyright: ignore[reportPrivateUsage]  (no public name)
+        if now != NAME:  # between two passes somebody has scored
             self._causal.set_attn_implementation(NAME)
         body = decoder(self._causal)
         row = {"input_ids": ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}

@@ -350,3 +350,26 @@ def test_stop_token_ids_end_a_completion_and_stay_in_it(settings: EngineSettings
         ((_, [cut]),) = stopping.generate([Request(name, PROMPTS[name], (DRAWS[whole.sample_index],))])
     assert cut.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
     assert cut.finish_reason == "stop"
+
+
+def test_a_window_that_attention_is_not_told_of_ends_the_batch_of_all_lengths(
+    tmp_path: Path, settings: EngineSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen2-MoE keeps its window of 16 tokens to the mask. Completions of 20 tokens reach past it, so that prompts run
+    by their lengths from the start, and greedy ones equal those of transformers."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, use_sliding_window=True, sliding_window=16, max_window_layers=2,
+        initializer_range=0.3, eos_token_id=2,
+    )  # fmt: skip
+    directory = with_tokenizer(AutoModelForCausalLM.from_config(config), tmp_path / "m")
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    wanted = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=2, pad_token_id=0)
+    with engines.load("transformers", replace(settings, policy=resolve(str(directory)), max_tokens=20)) as running:
+        found = sampled(running, requests(Draw(0, 0, 0.0)))
+    assert capsys.readouterr().err.count("shared rows differ") == 1
+    for name, ids in PROMPTS.items():
+        expected = plain.generate(torch.tensor([ids]), generation_config=wanted)
+        assert found[name][0].token_ids == expected[0, len(ids) :].tolist()
