@@ -138,7 +138,8 @@ class Cluster:
         try:
             events: list[Event] = ray.get(ref)
         except RayError as error:
-            del self._actors[number]
+            with contextlib.suppress(RayError):  # its machine may be out of reach for a while only
+                ray.kill(self._actors.pop(number))
             log.info(f"worker {number}: {type(error).__name__}")
             return [Gone(f"its actor or machine is gone: {type(error).__name__}", blameless=True)]
         if events and isinstance(events[-1], Gone):
