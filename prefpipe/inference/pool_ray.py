@@ -9,6 +9,7 @@ said is lost with it. Ray restarts and repeats nothing: the driver does, which k
 
 import contextlib
 import os
+import signal
 from typing import Any
 
 import ray
@@ -30,12 +31,15 @@ def connect(size: Size) -> Size:
     for a cluster that is not there or too small: Ray would wait for ever."""
     address = size.cluster.removeprefix("ray").removeprefix("://") or "auto"
     if not ray.is_initialized():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(address, logging_level="error")
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UsageError(
                 f"cluster = {size.cluster}: {error}", "start Ray on this machine (ray start), or check the address"
             ) from error
+        for number, handler in handlers.items():  # Ray's own ends the process with another exit code
+            signal.signal(number, handler)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(_room(node, size.gpus_each) for node in nodes)
     what = f"{size.gpus_each} GPUs" if size.gpus_each else "a CPU"
@@ -138,7 +142,8 @@ class Cluster:
         try:
             events: list[Event] = ray.get(ref)
         except RayError as error:
-            del self._actors[number]
+            with contextlib.suppress(RayError):  # its machine may be out of reach for a while only
+                ray.kill(self._actors.pop(number))
             log.info(f"worker {number}: {type(error).__name__}")
             return [Gone(f"its actor or machine is gone: {type(error).__name__}", blameless=True)]
         if events and isinstance(events[-1], Gone):

@@ -20,6 +20,8 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.errors import DataError, IdentityError, PrefpipeError
 from prefpipe.inference import pool, pool_worker
 from prefpipe.inference.inflight import Inflight
+from prefpipe.runs import store
+from prefpipe.schemas import Completion, RefLogps
 from prefpipe.stages.evaluate import stage as evaluate
 from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.score import stage as score
@@ -96,6 +98,30 @@ def test_any_number_of_workers_writes_the_same_bytes(
     started = use()
     assert made(config, tmp_path / "g", workers) == expected
     assert started[0].lives == workers
+
+
+@pytest.mark.slow
+def test_workers_with_a_model_sample_the_same_rows_up_to_rounding(
+    config: GenerateConfig, use: Any, tmp_path: Path
+) -> None:
+    """Batches differ from one number of workers to the next: log-probs may differ in their last digits, and where two
+    tokens are as likely, so may a token."""
+    use()
+    real = config.model_copy(update={"engine": "transformers", "dtype": "float32", "max_tokens": 8, "check": 0})
+    tables: list[dict[str, tuple[list[int], list[float]]]] = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        made(real, out, workers)
+        completions = store.read_dataset(out, "completions", Completion).to_pylist()
+        logps = store.read_dataset(out, "ref_logps", RefLogps).to_pylist()
+        pairs = zip(completions, logps, strict=True)
+        tables.append({c["completion_id"]: (c["token_ids"], row["token_logps"]) for c, row in pairs})
+    one, two = tables
+    assert list(one) == list(two)
+    alike = [key for key in one if one[key][0] == two[key][0]]
+    assert len(alike) >= 0.9 * len(one)
+    for key in alike:
+        assert two[key][1] == pytest.approx(one[key][1], abs=1e-4)
 
 
 def rows_of(path: Path, rows: list[dict[str, str]]) -> Path:
