@@ -1,4 +1,4 @@
-"""Fifty small rounds against five large ones at equal samples (semi-online against offline), on a model that adds.
+"""Many small rounds against few large ones at equal samples (semi-online against offline), on a model that adds.
 
     python benchmarks/semi_online.py --json docs/results/semi-online.json --table docs/results/semi-online.md
 
@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.proofs.addition import SAMPLES, SUMS, rounds, taught_model
 
-LARGE, PARTS = 5, 10  # large rounds, and small ones in place of each
+PARTS = 10  # small rounds in place of a large one
 COMMAND = "python benchmarks/semi_online.py --json docs/results/semi-online.json --table docs/results/semi-online.md"
 
 
@@ -30,11 +30,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--large", type=int, default=5, help="large rounds; small ones are ten times as many")
     arguments = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         taught = taught_model(seed)
-        for way, count, parts in (("offline", LARGE, 1), ("semi-online", LARGE * PARTS, PARTS)):
+        for way, count, parts in (("offline", arguments.large, 1), ("semi-online", arguments.large * PARTS, PARTS)):
             began = time.process_time()
             found = rounds(taught, count, parts)
             step = SAMPLES * len(SUMS) // parts
@@ -46,13 +47,32 @@ def main() -> None:
     lines = table(runs)
     print("\n".join(lines))
     if arguments.table:
-        arguments.table.write_text("\n".join([*_HEAD, *lines, ""]))
+        arguments.table.write_text("\n".join([*head(runs), *lines, ""]))
+
+
+def command(runs: list[dict[str, Any]]) -> str:
+    """What makes these runs again."""
+    return f"{COMMAND} --seeds {len({run['seed'] for run in runs})} --large {runs[0]['rounds']}"
+
+
+def head(runs: list[dict[str, Any]]) -> list[str]:
+    """What stands above the table."""
+    large = runs[0]["rounds"]
+    return f"""# Semi-online: many small rounds against few large ones
+
+The addition model of `tests/proofs/addition.py` (47,000 weights), DPO + NLL, the previous policy as reference. Both
+ways sample equally often, 16 answers to a sum: large rounds ({large}) of 100 sums, or small ones ({large * PARTS}) of
+10. Each cell is the share of right answers among 3,200 fresh samples; the last column is semi-online minus offline in
+points, with the interval that the fresh samples leave. The curves are in [semi-online.json](semi-online.json).
+
+    {command(runs)}
+""".split("\n")
 
 
 def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the JSON holds; it is written after every run."""
     return {
-        "command": COMMAND,
+        "command": command(runs),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "fresh_samples_per_point": 32 * len(SUMS),
         "runs": runs,
@@ -79,16 +99,6 @@ def _difference(offline: list[float], small: list[float]) -> str:
     error = math.sqrt(sum(p * (1 - p) for p in (*offline, *small)) / (32 * len(SUMS))) / n
     return f"{100 * mean:+.1f} [{100 * (mean - 1.96 * error):+.1f}, {100 * (mean + 1.96 * error):+.1f}]"
 
-
-_HEAD = f"""# Semi-online: fifty small rounds against five large ones
-
-The addition model of `tests/proofs/addition.py` (47,000 weights), DPO + NLL, the previous policy as reference. Both
-ways sample equally often, 16 answers to a sum: 5 rounds of 100 sums, or 50 rounds of 10. Each cell is the share of
-right answers among 3,200 fresh samples; the last column is semi-online minus offline in points, over the seeds, with
-the interval that the fresh samples leave. The curves of every round are in [semi-online.json](semi-online.json).
-
-    {COMMAND}
-""".split("\n")
 
 if __name__ == "__main__":
     main()

@@ -175,8 +175,8 @@ def evaluated(manifest: Manifest) -> list[int]:
 def test_every_second_round_is_evaluated_and_the_last_one(
     make: Make, tmp_path: Path, three: tuple[Path, Manifest]
 ) -> None:
-    """Training is what it is with an evaluation of every round. The last round stays evaluated when others follow."""
-    out, passed = tmp_path / "out", (0.1, 0.9, 0.5, 0.4, 0.3)
+    """Training is what it is with an evaluation of every round."""
+    out, passed = tmp_path / "out", (0.1, 0.9, 0.5, 0.4)
     manifest = iterate.run(make(rounds=3, evaluate_every=2), out, force=False, runner=Recorded(*passed))
     assert evaluated(manifest) == [0, 2, 3]
     assert manifest["totals"]["best"]["round"] == 2
@@ -187,10 +187,14 @@ def test_every_second_round_is_evaluated_and_the_last_one(
     assert "| 2 (best) |" in shown
     assert "with --rounds 4" in shown
     assert iterate.run(make(rounds=3, evaluate_every=2), out, force=False, runner=never) == manifest
-    longer = iterate.run(make(rounds=4, evaluate_every=2), out, force=False, runner=Recorded(*passed))
-    assert evaluated(longer) == [0, 2, 3, 4]
     branched = make(rounds=2, evaluate_every=2, from_run=str(out), from_round=1)
     assert evaluated(iterate.run(branched, tmp_path / "b", force=False, runner=in_process)) == [0, 2]
+
+
+def test_a_last_round_stays_evaluated_when_others_follow(make: Make, tmp_path: Path) -> None:
+    for rounds, found in ((1, [0, 1]), (3, [0, 1, 3])):
+        made = make(rounds=rounds, evaluate_every=5)
+        assert evaluated(iterate.run(made, tmp_path / "out", force=False, runner=in_process)) == found
 
 
 def test_the_last_policy_is_evaluated_where_a_round_has_nothing_to_train_on(make: Make, tmp_path: Path) -> None:
