@@ -43,9 +43,10 @@ def write_prompts(path: Path) -> Path:
         for name, sums in split().items()
         for s in sums
     ]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return partial.rename(path)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if not path.exists() or path.read_text() != text:  # another experiment may read it
+        path.write_text(text)
+    return path
 
 
 def closeness(completions: Sequence[list[dict[str, str]]], answer: Sequence[str], **_columns: object) -> list[float]:

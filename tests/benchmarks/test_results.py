@@ -149,12 +149,28 @@ def test_a_sample_of_each_runs(
     assert {p: p.stat().st_mtime_ns for p in (out / name).rglob("*.parquet")} == before
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_the_command_of_a_page_gives_its_numbers(results: ModuleType) -> None:
+    """Of the seeds it names those that are not the usual ones."""
+    command = "python benchmarks/results.py losses"
+    found = [results.report("losses", scale, [], 0.0)["command"] for scale in (results.Scale(), results.QUICK)]
+    found.append(results.report("losses", results.replace(results.Scale(), seeds=(0, 4)), [], 0.0)["command"])
+    assert found == [command, f"{command} --quick", f"{command} --seeds 0 4"]
+
+
+PAGES = sorted(path.stem for path in DOCS.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_shows_the_raw_numbers_beside_it(results: ModuleType, name: str) -> None:
     """Nothing in a page was written by hand, and the index has its command."""
     found: dict[str, Any] = json.loads((DOCS / f"{name}.json").read_text())
     assert (DOCS / f"{name}.md").read_text() == results.page(found)
-    assert found["scale"]["seeds"] == [0, 1, 2]
     index = (DOCS / "README.md").read_text()
     assert f"({name}.md)" in index
     assert f"`{found['command']}`" in index
+
+
+def test_the_index_names_every_experiment(results: ModuleType) -> None:
+    index = (DOCS / "README.md").read_text()
+    assert PAGES
+    assert all(f"`python benchmarks/results.py {name}" in index for name in results.EXPERIMENTS)
