@@ -45,11 +45,13 @@ def death_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
     The kernel goes by the thread that starts the child: start it from one that lives as long as the process.
     """
     parent = os.getpid()
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up here: a fork should do little
+    kernel = ctypes.CDLL(None)
+    if has_prctl := sys.platform == "linux":
+        _ = kernel.prctl  # looked up here: a fork should do little
 
     def call() -> None:
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if has_prctl:
+            kernel.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
         if os.getppid() != parent:  # it ended before the call
             os._exit(128 + number)
 

@@ -27,6 +27,7 @@ from prefpipe.engines.server_pool import Answered, Job, Pool, Server, score_job
 from prefpipe.engines.server_protocols import Said, Sampling, Untrusted, check_end
 from prefpipe.engines.server_trust import Trust
 from prefpipe.errors import DataError, IdentityError, StorageError, UsageError
+from prefpipe.models.policy import Policy
 
 _HELD = 4  # windows of results that wait for one proof
 
@@ -118,6 +119,10 @@ class ServerEngine:
         items = (_Item(query, self._sample_job(query.prompt_token_ids, s), s) for query, s in sampled)
         for query, said in self._run(items):
             yield query, Response(said.token_ids, said.finish_reason)
+
+    def take(self, policy: Policy) -> bool:  # noqa: ARG002  (a new engine costs no start, and proves every server anew)
+        """None: another policy is proved from the start."""
+        return False
 
     def __enter__(self) -> Self:
         return self
