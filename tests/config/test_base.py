@@ -32,6 +32,7 @@ RUNTIME = {
     *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
     *("gradient_checkpointing", "save_total_limit", "report_to", "report"),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
+    "workers",
     *("rounds", "launcher", *StopSettings.model_fields),
 }
 PATHS = {
