@@ -175,6 +175,4 @@ class EvaluateConfig(BaseModel):
                 f'judge = "{self.judge}" is no judge of pairs: write a table [reward_settings.{self.judge}] with '
                 'kind = "judge" and mode = "pairwise"'
             )
-        if not self.judge and self.judge_on != "greedy":
-            raise ValueError(f"judge_on = {self.judge_on} is read only with judge")
         return self

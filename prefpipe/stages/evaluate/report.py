@@ -154,7 +154,7 @@ def _comparison(comparison: Totals) -> list[str]:
         counted = _tally(judged) if "win" in judged else "no verdict counts"
         lines.append(
             f"    judge {judged['name']}, {decoding}: {counted}; {judged['inconsistent']} of {judged['judged']} "
-            f"changed with the order, the first was better in {bias['first']:.0%}"
+            f"changed with order, the first better in {bias['first']:.0%}"
         )
         if "length_controlled" in judged:
             fit = _interval(judged["length_controlled"], "win_rate", "win_rate_low", "win_rate_high", percent=True)

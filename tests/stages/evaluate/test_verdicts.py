@@ -131,11 +131,6 @@ def test_sampled_answers_are_judged_too(two: EvaluateConfig, tmp_path: Path, mon
     assert ("judge" in alone, alone["judge_sampled"]["win"]) == (False, found["win"])
 
 
-def test_what_a_judge_compares_needs_a_judge() -> None:
-    with pytest.raises(ValueError, match="judge_on = all is read only with judge"):
-        EvaluateConfig(judge_on="all")
-
-
 def test_equal_answers_tie_without_a_question(
     tiny_model: Path, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +164,7 @@ def test_a_judge_on_the_command_line(
     assert call("evaluate", recipe, "--max-tokens", "12", "--out", tmp_path / "a").code == 0
     done = call("evaluate", recipe, "--judge", "pairs", "--baseline", tmp_path / "a", "--out", tmp_path / "b")
     assert done.code == 0, done.stderr
-    assert "of 8 changed with the order, the first was better in" in summary(tmp_path / "b")
+    assert "of 8 changed with order, the first better in" in summary(tmp_path / "b")
     assert "question" not in done.stderr
     done = call("evaluate", recipe, "--judge", "pairs", "--out", tmp_path / "c")
     assert (done.code, "has nothing to compare with: give a baseline" in done.stderr) == (0, True), done.stderr
