@@ -389,9 +389,9 @@ def judged(hypothesis: Hypothesis, arms: Mapping[str, Arm]) -> dict[str, Any]:
 def outcome(sign: int, difference: Estimate) -> str:
     """What the interval of a difference says about the sign that was expected."""
     found = (difference.low > 0) - (difference.high < 0)
-    if found == sign:
-        return "held"
-    return "not shown" if found == 0 else "a difference" if sign == 0 else "the opposite"
+    if sign == 0:
+        return "a difference" if found else "none shown"
+    return "held" if found == sign else "the opposite" if found else "not shown"
 
 
 # Pages

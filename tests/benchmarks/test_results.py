@@ -79,7 +79,7 @@ def test_no_held_out_sum_is_taught(addition: ModuleType) -> None:
     [
         *[(1, 0.1, 0.3, "held"), (1, -0.1, 0.3, "not shown"), (1, -0.3, -0.1, "the opposite")],
         *[(-1, -0.3, -0.1, "held"), (-1, -0.1, 0.3, "not shown"), (-1, 0.1, 0.3, "the opposite")],
-        *[(0, -0.1, 0.3, "held"), (0, 0.1, 0.3, "a difference"), (0, -0.3, -0.1, "a difference")],
+        *[(0, -0.1, 0.3, "none shown"), (0, 0.1, 0.3, "a difference"), (0, -0.3, -0.1, "a difference")],
     ],
 )
 def test_an_interval_decides_a_hypothesis(
@@ -136,7 +136,13 @@ def test_a_sample_of_each_runs(
     out = tmp_path_factory.getbasetemp() / "results"
     out.mkdir(exist_ok=True)
     found = results.run(name, results.QUICK, out, tmp_path)
-    assert {h["outcome"] for h in found["hypotheses"]} <= {"held", "not shown", "the opposite", "a difference"}
+    assert {h["outcome"] for h in found["hypotheses"]} <= {
+        "held",
+        "not shown",
+        "the opposite",
+        "none shown",
+        "a difference",
+    }
     assert [arm["failures"] for arm in found["arms"]] == [{}] * len(found["arms"])
     assert all(arm[measure]["low"] <= arm[measure]["high"] for arm in found["arms"] for measure in ("sampled", "kl"))
     assert found["arms"][0]["name"] == "start"
