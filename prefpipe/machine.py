@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 _CPUINFO, _MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+_CGROUP, _DEV = Path("/sys/fs/cgroup/memory.max"), Path("/dev")
 _CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})  # of x86 and, the last two, of ARM
 _NVIDIA, _AMD = Path("/dev/nvidiactl"), Path("/dev/kfd")
 _AMPERE = 8.0  # the first compute capability with bfloat16
@@ -31,13 +32,25 @@ def number_type() -> tuple[str, str]:
     return "float32", "this CPU has no instructions for bfloat16"
 
 
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping by the kernel's estimate; None where it gives none."""
+def available_memory() -> int:
+    """Bytes that this process may still take: the kernel's estimate of what can be had without swapping, or the limit
+    of its container where that is less."""
     try:
-        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _CGROUP.read_text(encoding="ascii").strip() if _CGROUP.exists() else "max"
+    return min(free, int(limit)) if limit.isdigit() else free
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The NVIDIA GPUs of this process, as CUDA_VISIBLE_DEVICES names them, or by number."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        gpus = [name.strip() for name in named.split(",")]
+        return tuple(gpus[: next((i for i, name in enumerate(gpus) if name in ("", "-1")), len(gpus))])
+    return tuple(str(i) for i in range(len([p for p in _DEV.glob("nvidia[0-9]*") if p.name[6:].isdigit()])))
 
 
 def on_cpu() -> bool:

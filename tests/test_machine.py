@@ -62,11 +62,29 @@ def test_a_gpu_of_amd_computes_bfloat16(tmp_path: Path) -> None:
 
 
 def test_available_memory_is_a_plausible_number_of_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    available = machine.available_memory()
-    assert available is not None
-    assert 10**7 < available < 10**14
+    assert 10**7 < machine.available_memory() < 10**14
     monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "absent")
-    assert machine.available_memory() is None
+    assert 10**7 < machine.available_memory() < 10**14
+
+
+def test_visible_gpus_are_those_that_the_environment_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for text, expected in (("2,3", ("2", "3")), ("", ()), ("-1", ()), ("0,-1,2", ("0",)), ("MIG-a", ("MIG-a",))):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+        assert machine.visible_gpus() == expected
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(machine, "_DEV", tmp_path)
+    for name in ("nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert machine.visible_gpus() == ("0", "1")
+
+
+def test_free_memory_is_less_where_a_container_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5000 kB\n")
+    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+    for text, expected in (("max\n", 5000 << 10), ("4096\n", 4096)):
+        (tmp_path / "limit").write_text(text)
+        monkeypatch.setattr(machine, "_CGROUP", tmp_path / "limit")
+        assert machine.available_memory() == expected
 
 
 @pytest.mark.parametrize("name", ["_NVIDIA", "_AMD"])

@@ -7,7 +7,6 @@ the first time (docs/decisions/0014-servers.md).
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import platformdirs
 
-from prefpipe import engines, log, reading
+from prefpipe import engines, log, machine, reading
 from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.errors import PrefpipeError, StorageError
 from prefpipe.forward.agreement import absolute_limit, signed_limit
@@ -128,7 +127,7 @@ def computed_here(
     """(scorer, values) of the policy by a forward pass on this machine; None where that is not possible."""
     directory = settings.policy.directory
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    if importlib.util.find_spec("transformers") is None or _FITS * size > _free_memory():
+    if importlib.util.find_spec("transformers") is None or _FITS * size > machine.available_memory():
         return None
     log.info(f"scoring {len(canaries)} canaries here, once, to know {directory.name} by its values")
     try:
@@ -143,8 +142,3 @@ def computed_here(
 def in_order(canaries: Sequence[ScoreRequest], scored: Mapping[str, Values]) -> Values:
     """The values of all canaries in a row."""
     return [value for canary in canaries for value in scored[canary.completion_id]]
-
-
-def _free_memory() -> int:
-    """Bytes that a process may take without pushing others out."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

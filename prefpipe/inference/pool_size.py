@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefpipe import machine
 from prefpipe.errors import UsageError
 from prefpipe.models.policy import Policy
 
 AUTO = "auto"
-_DEV, _AMD, _MEMINFO = Path("/dev"), Path("/dev/kfd"), Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
+_AMD = Path("/dev/kfd")
 _GIB = 1 << 30
 _BESIDE = 2 * _GIB  # what a process with torch and an engine is reckoned to hold beside weights and cache
 _FEWEST_SHARDS = 2  # on CPUs a worker for fewer is not worth the start of its engine
@@ -34,7 +34,7 @@ def size_of(asked: int | str, cluster: str, engine: str, policy: Policy | None, 
         return Size(count, cluster)
     if cluster:
         return Size(0 if asked == AUTO else int(asked), cluster, needs.tensor_parallel_size)
-    gpus = visible_gpus()
+    gpus = machine.visible_gpus()
     if not gpus:
         return Size(_on_cpus(policy, needs) if asked == AUTO else int(asked))
     each = needs.tensor_parallel_size
@@ -80,15 +80,6 @@ def environments(size: Size) -> list[dict[str, str]]:
     return [shared | gpus for gpus in own]
 
 
-def visible_gpus() -> tuple[str, ...]:
-    """The NVIDIA GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        gpus = [name.strip() for name in named.split(",")]
-        return tuple(gpus[: next((i for i, name in enumerate(gpus) if name in ("", "-1")), len(gpus))])
-    return tuple(str(i) for i in range(len([p for p in _DEV.glob("nvidia[0-9]*") if p.name[6:].isdigit()])))
-
-
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -101,12 +92,4 @@ def _on_cpus(policy: Policy, needs: Needs) -> int:
     files: Sequence[Path] = list(policy.directory.glob("*.safetensors"))
     weights = sum(file.stat().st_size for file in files) * (2 if needs.dtype == "float32" else 1)
     each = weights + needs.cache_bytes + _BESIDE
-    return max(1, min(cores(), free_memory() // each, needs.shards // _FEWEST_SHARDS))
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take."""
-    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) << 10
-    limit = _CGROUP.read_text().strip() if _CGROUP.exists() else "max"
-    return min(free, int(limit)) if limit.isdigit() else free
+    return max(1, min(cores(), machine.available_memory() // each, needs.shards // _FEWEST_SHARDS))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe import machine
 from prefpipe.engines import server_canaries
 from prefpipe.engines.server_canaries import Shelf, both_full, compare, sequences
 from prefpipe.forward import load
@@ -58,7 +59,7 @@ def test_values_are_kept_to_the_bit_and_damage_is_no_value(tmp_path: Path) -> No
 
 def test_a_policy_that_does_not_fit_is_not_computed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = settings(tiny_model)
-    monkeypatch.setattr(server_canaries, "_free_memory", lambda: 0)
+    monkeypatch.setattr(machine, "available_memory", lambda: 0)
     assert server_canaries.computed_here(sequences(wanted), wanted, adapter=True) is None
     monkeypatch.undo()
     found = server_canaries.computed_here(sequences(wanted), wanted, adapter=True)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefpipe import engines
-from prefpipe.engines import server_canaries
+from prefpipe import engines, machine
 from prefpipe.engines.server_pool import Job, Server
 from prefpipe.engines.server_protocols import Said, Sampling
 from prefpipe.engines.server_trust import Trust
@@ -127,7 +126,7 @@ def test_where_it_does_not_fit_the_first_server_is_believed_and_the_next_one_com
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(server_canaries, "_free_memory", lambda: 0)
+    monkeypatch.setattr(machine, "available_memory", lambda: 0)
     with running(Standin(tiny_model)) as there, engines.load("server", settings(tiny_model, there.base_url)):
         assert "is its claim: nothing is known from a forward pass here" in capsys.readouterr().err
     with (
@@ -148,7 +147,7 @@ def test_a_connection_that_never_lasts_is_an_error(
     fresh: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server answers rightly, and its connection is lost in every proof."""
-    monkeypatch.setattr(server_canaries, "_free_memory", lambda: 0)
+    monkeypatch.setattr(machine, "available_memory", lambda: 0)
 
     def ask(server: Server, job: Job, sampling: Sampling | None) -> Any:
         server.losses += 1

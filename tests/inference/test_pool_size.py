@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe import machine
 from prefpipe.errors import UsageError
 from prefpipe.inference import pool_size
 from prefpipe.inference.pool_size import Needs, Size, environments, size_of
@@ -19,11 +20,11 @@ def policy(tmp_path: Path) -> Policy:
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight cores, plenty of memory, no GPU."""
     monkeypatch.setattr(pool_size, "cores", lambda: 8)
-    monkeypatch.setattr(pool_size, "free_memory", lambda: 100 * GIB)
-    monkeypatch.setattr(pool_size, "visible_gpus", tuple)
+    monkeypatch.setattr(machine, "available_memory", lambda: 100 * GIB)
+    monkeypatch.setattr(machine, "visible_gpus", tuple)
     monkeypatch.setattr(pool_size, "_AMD", Path("/nothing/there"))
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
@@ -39,14 +40,14 @@ def needs(shards: int = 64, tensor_parallel_size: int = 1, cache: int = GIB) -> 
 def test_auto_is_one_for_each_visible_gpu_and_never_more_than_there_are_shards(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, gpus: int, each: int, shards: int, expected: int
 ) -> None:
-    monkeypatch.setattr(pool_size, "visible_gpus", lambda: tuple(f"GPU-{i}" for i in range(gpus)))
+    monkeypatch.setattr(machine, "visible_gpus", lambda: tuple(f"GPU-{i}" for i in range(gpus)))
     assert size_of("auto", "", "vllm", policy, needs(shards, each)).workers == expected
 
 
 def test_each_worker_gets_gpus_of_its_own_and_its_share_of_the_cores(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_size, "visible_gpus", lambda: ("4", "5", "6", "7"))
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ("4", "5", "6", "7"))
     found = environments(size_of("auto", "", "vllm", policy, needs(tensor_parallel_size=2)))
     assert [e["CUDA_VISIBLE_DEVICES"] for e in found] == ["4,5", "6,7"]
     assert [e["OMP_NUM_THREADS"] for e in found] == ["4", "4"]
@@ -55,7 +56,7 @@ def test_each_worker_gets_gpus_of_its_own_and_its_share_of_the_cores(
 
 
 def test_more_workers_than_the_gpus_allow_are_refused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_size, "visible_gpus", lambda: ("0", "1", "2"))
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ("0", "1", "2"))
     assert size_of(3, "", "vllm", policy, needs()).workers == 3
     with pytest.raises(UsageError, match="need 4 GPUs, and 3 are visible"):
         size_of(2, "", "vllm", policy, needs(tensor_parallel_size=2))
@@ -68,7 +69,7 @@ def test_without_a_gpu_auto_is_bounded_by_cores_memory_and_work(
     assert size_of("auto", "", "transformers", policy, needs()).workers == 8
     assert size_of("auto", "", "transformers", policy, needs(shards=7)).workers == 3
     assert size_of("auto", "", "transformers", policy, needs(shards=1)).workers == 1
-    monkeypatch.setattr(pool_size, "free_memory", lambda: 10 * GIB)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10 * GIB)
     assert size_of("auto", "", "transformers", policy, needs()).workers == 3
     assert size_of(5, "", "transformers", policy, needs()).workers == 5
     assert size_of("auto", "", "transformers", policy, Needs(64, 1, GIB, "float32", kept=True)).workers == 1
@@ -79,25 +80,3 @@ def test_the_fake_engine_and_work_without_an_engine_have_one_unless_more_are_ask
         assert size_of("auto", "", engine, of, needs()) == Size(1)
         assert size_of(3, "", engine, of, needs()) == Size(3)
     assert size_of("auto", "ray", "vllm", policy, needs(tensor_parallel_size=2)) == Size(0, "ray", 2)
-
-
-def test_visible_gpus_are_those_that_the_environment_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.undo()
-    for text, expected in (("2,3", ("2", "3")), ("", ()), ("-1", ()), ("0,-1,2", ("0",)), ("MIG-a", ("MIG-a",))):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
-        assert pool_size.visible_gpus() == expected
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(pool_size, "_DEV", tmp_path)
-    for name in ("nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    assert pool_size.visible_gpus() == ("0", "1")
-
-
-def test_free_memory_is_less_where_a_container_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.undo()
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5000 kB\n")
-    monkeypatch.setattr(pool_size, "_MEMINFO", tmp_path / "meminfo")
-    for text, expected in (("max\n", 5000 << 10), ("4096\n", 4096)):
-        (tmp_path / "limit").write_text(text)
-        monkeypatch.setattr(pool_size, "_CGROUP", tmp_path / "limit")
-        assert pool_size.free_memory() == expected

@@ -7,7 +7,6 @@ step outlives this process: when it is killed, the kernel sends the step a SIGTE
 """
 
 import json
-import os
 import select
 import shlex
 import subprocess
@@ -19,12 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from prefpipe import processes
+from prefpipe import machine, processes
 from prefpipe.errors import PrefpipeError
 
 Runner = Callable[[str, Path, Path], None]  # command, saved config, run directory
 _SHARED = ("evaluate", "generate")  # commands that run in one process when they follow each other
-_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def run_process(command: str, saved: Path, out: Path, launcher: list[str] | None
 def launched(launcher: str) -> list[str]:
     """The words in front of `-m prefpipe train`: [] for one process. torchrun is that of this Python."""
     if launcher == "auto":
-        gpus = visible_gpus()
+        gpus = len(machine.visible_gpus())
         launcher = f"torchrun --standalone --nproc_per_node {gpus}" if gpus > 1 else "none"
     if launcher == "none":
         return []
@@ -141,16 +139,6 @@ def launched(launcher: str) -> list[str]:
     if Path(first).name == "torchrun":
         return [sys.executable, "-P", "-m", "torch.distributed.run", *others]
     return [first, *others, sys.executable, "-P"]
-
-
-def visible_gpus(folder: Path = _GPUS) -> int:
-    """The number of NVIDIA GPUs that a process of this one may use: those in CUDA_VISIBLE_DEVICES, else all."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        devices = [device.strip() for device in named.split(",")]
-        usable = devices.index("-1") if "-1" in devices else len(devices)  # CUDA stops reading at the first -1
-        return len([device for device in devices[:usable] if device])
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def _answer(process: "subprocess.Popen[str]") -> str:

@@ -122,7 +122,7 @@ def _engines(config: IterateConfig) -> Engines:
     throughout = config.keep_engine == "always"
     if config.keep_engine == "auto" and lora:
         weights = sum(path.stat().st_size for path in policy.resolve(config.model).directory.glob("*.safetensors"))
-        throughout = machine.on_cpu() and _COPIES * weights <= (machine.available_memory() or 0)
+        throughout = machine.on_cpu() and _COPIES * weights <= machine.available_memory()
     throughout = throughout and lora
     return Engines(after, throughout, throughout and machine.on_cpu(), config.train.lora_r if throughout else 0)
 

@@ -7,7 +7,6 @@ The first is its lower bound, and takes its place where the system does not repo
 the tokens of a micro-batch.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -142,7 +141,7 @@ def free_bytes(device: torch.device) -> float:
     """Bytes that can still be allocated: the GPU's free memory, or what the kernel calls available."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(machine.available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return float(machine.available_memory())
 
 
 def _take(trees: Sequence[Tree], tokens: int) -> list[Tree]:
