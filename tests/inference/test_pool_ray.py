@@ -41,7 +41,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the runs on the cluster left; see `cluster`."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed (pip install 'prefpipe[cluster]')")
+        pytest.skip("ray is not installed (pip install -e '.[cluster]')")
     if not shutil.which("ip") or subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine grants no network namespace, and Ray listens on all addresses without one")
     folder = tmp_path_factory.mktemp("ray")
