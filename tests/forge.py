@@ -161,6 +161,7 @@ def _serve() -> None:
         for job in jobs:
             child = os.fork()
             if child == 0:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
                 try:
                     os._exit(_exit_code(job))
                 finally:

@@ -66,12 +66,12 @@ def test_help_shows_every_option_under_its_heading(command: str) -> None:
 
 def test_choices_and_kinds_are_shown() -> None:
     found = parameters("generate")
-    assert found["engine"].metavar == "vllm|transformers|fake"
+    assert found["engine"].metavar == "vllm|transformers|server|fake"
     assert found["num_samples"].metavar == "INT"
     assert found["temperature"].metavar == "FLOAT"
     assert found["rewards"].metavar == "TEXT..."
     assert parameters("train")["loss_type"].metavar == "TEXT..."
-    assert parameters("iterate")["generate__engine"].metavar == "vllm|transformers|fake"
+    assert parameters("iterate")["generate__engine"].metavar == "vllm|transformers|server|fake"
 
 
 def test_operations_are_no_settings() -> None:

@@ -139,12 +139,6 @@ class EvaluateConfig(BaseModel):
         """The guards in two parts."""
         return [parse_guard(text, self.reward_settings) for text in self.guard]
 
-    @property
-    def guard_pass_rewards(self) -> list[float]:
-        """The reward from which on an answer passes, for each guard."""
-        values = self.guard_pass_reward or (self.pass_reward,)
-        return list(values) * len(self.guard) if len(values) == 1 else list(values)
-
     @model_validator(mode="after")
     def _guards_have_a_threshold_each(self) -> Self:
         if len(self.guard_pass_reward) not in (0, 1, len(self.guard)):

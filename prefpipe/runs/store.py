@@ -28,6 +28,7 @@ from prefpipe.runs.resume import RowInputs
 from prefpipe.runs.storage import utf8_directory
 
 Manifest = dict[str, Any]
+Table = Mapping[str, Any]
 NO_ROWS: Mapping[str, str] = {}
 _NO_INPUT = "the input has no rows for it now"
 
@@ -146,18 +147,11 @@ class Run:
         fsio.write_text(self.out / name, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
     def finish(
-        self,
-        totals: Mapping[str, Any],
-        identity: Mapping[str, Any],
-        balances: Iterable[manifests.Balance] = (),
-        places: Mapping[str, str] | None = None,
+        self, totals: Table, identity: Table, balances: Iterable[manifests.Balance] = (), places: Table | None = None
     ) -> Manifest:
-        """Write the manifest of every committed file. The run is complete from here on.
-
-        `totals` are counts and metrics, `identity` names the models that took part, `places` has the directories of
-        other runs by the digests that name them in `totals` (`manifests.placed`). Raises DataError when a balance does
-        not add up, or a file is not the one that was committed.
-        """
+        """Write the manifest of every committed file: the run is complete. `totals` are counts and metrics, `identity`
+        names the models that took part, `places` has the directories of runs that `totals` name by digest. Raises
+        DataError when a balance does not add up, or a file is not the one that was committed."""
         for balance in balances:
             balance.check(self.out)
         files = {str(p.relative_to(self.out)): self._described(p) for p in commits.committed(self.out)}

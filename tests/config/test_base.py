@@ -59,7 +59,6 @@ OWNED = {
     ),
 }  # `iterate` sets these itself
 SOME = {
-    "workers": ("auto", 1, 8),
     "judge": ("",),  # another value needs its table
     "api_key_env": ("VLLM_API_KEY", "MY_KEY"),
     "base_urls": (("http://a:8000", "https://[::1]/v1"),),
@@ -84,6 +83,8 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     if leaf == "guard":
         guards = st.sampled_from(("a.jsonl:length", "hf:owner/name:my.module:function"))
         return st.lists(guards, min_size=1, max_size=2).map(tuple)
+    if leaf == "workers":
+        return st.sampled_from((1, 8) if field.annotation is int else ("auto", 1, 8))
     if leaf in SOME:
         return st.sampled_from(SOME[leaf])
     if leaf == "guard_pass_reward":

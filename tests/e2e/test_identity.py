@@ -116,6 +116,7 @@ def test_every_setting_of_generate_is_tried(sampling_fields: dict[str, tuple[lis
         "tensor_parallel_size",
         "gpu_memory_utilization",
         "template_date",
+        *("workers", "cluster", "base_urls", "api_key_env", "timeout_seconds"),
     }
     tried = {
         str(flag).removeprefix("--").replace("-", "_") for change, _ in sampling_fields.values() for flag in change[::2]

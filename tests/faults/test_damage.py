@@ -23,7 +23,13 @@ NAMES = {
     ],
     "build-pairs": ["dropped.parquet", "pairs/part-00000.parquet", "data_report.json", "manifest.json"],
     "train": [
-        *("dropped.parquet", "ref_logps/part-00000.parquet", "metrics.jsonl", "manifest.json"),
+        *(
+            "dropped.parquet",
+            "ref_logps/part-00000.parquet",
+            "margins/part-00000.parquet",
+            "metrics.jsonl",
+            "manifest.json",
+        ),
         *("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/prefpipe.json"),
     ],
 }

@@ -90,7 +90,7 @@ def test_rows_are_picked_by_hash_whatever_their_order() -> None:
 
 
 def test_every_engine_has_another_one() -> None:
-    assert set(parity.OTHER) == set(engines.ENGINES) == set(parity.OTHER.values())
+    assert set(parity.OTHER) == set(engines.ENGINES) >= set(parity.OTHER.values())
 
 
 def test_a_scorer_that_is_not_installed_is_said(

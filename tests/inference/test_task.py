@@ -93,7 +93,9 @@ def test_engine_settings_carry_every_setting_of_sampling(tiny_model: Path, promp
     )  # fmt: skip
     task = read_task(config, ())
     found = engine_settings(task, config, 42)
-    assert found == EngineSettings(task.policy, task.chat, "float32", 0.9, 12, 42, 3, 64, 7, 0.1, (9,), 2, 0.5)
+    assert found == EngineSettings(
+        task.policy, task.chat, "float32", 0.9, 12, 42, 3, 64, 7, 0.1, (9,), 2, 0.5, api_key_env="VLLM_API_KEY"
+    )
     assert found.stops == {2, 9}
 
 

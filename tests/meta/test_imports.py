@@ -15,7 +15,8 @@ from tests.conftest import ROOT
 
 HEAVY = ("torch", "vllm", "transformers", "peft", "polars", "pyarrow", "accelerate", "huggingface_hub", "tokenizers")
 TENSORS = ("torch", "vllm", "transformers", "peft", "accelerate", "safetensors")
-OPTIONAL = ("prefpipe.engines.vllm",)  # vllm is imported by tests that run it, alone
+# vllm is imported by tests that run it, alone; ray is in no lock.
+OPTIONAL = ("prefpipe.engines.vllm", "prefpipe.inference.pool_ray")
 LIST = """
 import sys
 from prefpipe.cli import main

@@ -15,7 +15,7 @@ LETTERS = "tests.e2e.letters:most_letters"
 def test_recipes_are_listed_for_people_and_for_programs(cli: Cli) -> None:
     done = cli("recipes")
     assert done.returncode == 0, done.stderr
-    assert "\niterate/demo\n  purpose   two rounds on a real model" in done.stdout
+    assert "\niterate/demo\n  purpose   three rounds on a real model" in done.stdout
     listed = {recipe["name"]: recipe for recipe in json.loads(cli("recipes", "--json").stdout)}
     assert listed["train/orpo"]["hardware"] in done.stdout.replace("\n            ", " ")
     assert listed["generate/rules"].keys() == {"name", "purpose", "hardware", "expected", "needs", "run"}

@@ -44,7 +44,9 @@ class Guarded:
 def read(config: EvaluateConfig, of: Task) -> list[Guarded]:
     """The guards of a run, with their prompts. Raises what `read_prompts` and `load_rewards` raise."""
     found: list[Guarded] = []
-    for (prompts_file, reward), pass_reward in zip(config.guards, config.guard_pass_rewards, strict=True):
+    given = config.guard_pass_reward or (config.pass_reward,)
+    thresholds = given * len(config.guard) if len(given) == 1 else given
+    for (prompts_file, reward), pass_reward in zip(config.guards, thresholds, strict=True):
         functions = of.rewards if reward in of.rewards else load_rewards([reward], config.reward_settings)[0]
         state = files.state([prompts_file])
         prompts, repeated = read_prompts(prompts_file, config.guard_split, 0, files.renames(config.column))

@@ -94,7 +94,7 @@ def adapters(out: Path, *rounds: int) -> list[bytes]:
     return [(out / f"round-{n}/train/adapter/adapter_model.safetensors").read_bytes() for n in rounds]
 
 
-def planned(config: IterateConfig, out: Path, known: Known | None = None) -> Iterator[Step]:
-    """The steps of all rounds."""
+def planned(config: IterateConfig, out: Path) -> Iterator[Step]:
+    """The steps of all rounds, of which each is evaluated."""
     for number in range(config.rounds + 1):
-        yield from plan.steps(config, out, number, known or Known())
+        yield from plan.steps(config, out, number, Known(evaluated=max(0, number - 1)))
