@@ -53,9 +53,14 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(i) for i in range(len([p for p in _DEV.glob("nvidia[0-9]*") if p.name[6:].isdigit()])))
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU of NVIDIA or AMD, hidden or not."""
+    return _AMD.exists() or _NVIDIA.exists()
+
+
 def on_cpu() -> bool:
     """Whether this machine computes on its CPU: it has no GPU, or CUDA_VISIBLE_DEVICES hides every one."""
-    return not (_AMD.exists() or _NVIDIA.exists()) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not has_gpu() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def named(dtype: str) -> str:

@@ -38,13 +38,14 @@ def wait_passively() -> None:
         os.environ.setdefault(name, value)
 
 
-def death_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
-    """A function for a child of this process to call first, as `preexec_fn` of `Popen` or by itself: when this process
-    ends, however it ends, the kernel sends the child the signal `number`. It holds across `exec`, on Linux.
+def death_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> Callable[[], None]:
+    """A function for a child to call first, as `preexec_fn` of `Popen` or by itself: when its parent (this process, or
+    the id that is given) ends, however it ends, the kernel sends the child the signal `number`. It holds across `exec`,
+    on Linux.
 
     The kernel goes by the thread that starts the child: start it from one that lives as long as the process.
     """
-    parent = os.getpid()
+    expected = os.getpid() if parent is None else parent
     kernel = ctypes.CDLL(None)
     if has_prctl := sys.platform == "linux":
         _ = kernel.prctl  # looked up here: a fork should do little
@@ -52,7 +53,7 @@ def death_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
     def call() -> None:
         if has_prctl:
             kernel.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the call
+        if os.getppid() != expected:  # it ended before the call
             os._exit(128 + number)
 
     return call

@@ -13,7 +13,6 @@ HUB_SECONDS = 5.0
 _GIB = 1 << 30
 _LEAST_MEMORY, _LEAST_DISK = 4 * _GIB, 5 * _GIB  # of the demo, with its engine and its checkpoints
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-_GPUS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 _SIZE = 64  # of the square matrices of ones whose product is looked at
 _TORCH = f"""
 import json, torch, warnings
@@ -66,7 +65,7 @@ def _gpu(facts: dict[str, object]) -> Finding:
     gpus = facts["gpus"]
     if isinstance(gpus, list) and gpus:
         return Finding("gpu", "ok", f"{len(gpus)} x {gpus[0]}, {int(str(facts['memory'])) / _GIB:.0f} GiB")
-    if not any(path.exists() for path in _GPUS):
+    if not machine.has_gpu():
         return Finding("gpu", "absent", "none on this machine: the CPU computes")
     if facts["built_for_gpus"]:
         return Finding(

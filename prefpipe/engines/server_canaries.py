@@ -20,6 +20,7 @@ from prefpipe.errors import PrefpipeError, StorageError
 from prefpipe.forward.agreement import absolute_limit, signed_limit
 from prefpipe.ids import content_id
 from prefpipe.models.encoding import encode, render
+from prefpipe.models.policy import weights_bytes
 from prefpipe.runs import fsio
 from prefpipe.schemas import Message
 
@@ -126,7 +127,7 @@ def computed_here(
 ) -> tuple[str, Values] | None:
     """(scorer, values) of the policy by a forward pass on this machine; None where that is not possible."""
     directory = settings.policy.directory
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    size = weights_bytes(directory)
     if importlib.util.find_spec("transformers") is None or _FITS * size > machine.available_memory():
         return None
     log.info(f"scoring {len(canaries)} canaries here, once, to know {directory.name} by its values")

@@ -102,10 +102,9 @@ def open_pool(name: str, settings: EngineSettings | None, size: Size) -> Generat
             yield Inline(engine)
         return
     log.info(f"starting {size.workers} workers with engine {name}{f' on {size.cluster}' if size.cluster else ''}")
-    entry = engines.ENGINES[name] if settings else ""
     gently = False
     try:
-        yield Workers(backend, pickle.dumps(Hello(name, entry, settings)), size.workers)  # type: ignore[arg-type]
+        yield Workers(backend, pickle.dumps(Hello(name, engines.ENGINES[name], settings)), size.workers)
         gently = True
     finally:
         backend.close(gently=gently)
@@ -123,6 +122,7 @@ class Inline:
         """See `Pool`."""
         leases = (Lease(index, content, killers=tuple(inflight.killers)) for index, content in shards)
         with inflight.recording():
+            # The engine is None for work that enters none.
             yield from work.run(leases, self.engine, inflight, advance, last_suspect)  # type: ignore[arg-type]
 
 

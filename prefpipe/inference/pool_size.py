@@ -1,13 +1,12 @@
 """How many workers a command starts, and what each of them gets of this machine."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefpipe import machine
 from prefpipe.errors import UsageError
-from prefpipe.models.policy import Policy
+from prefpipe.models.policy import Policy, weights_bytes
 
 AUTO = "auto"
 _AMD = Path("/dev/kfd")
@@ -89,7 +88,6 @@ def _on_cpus(policy: Policy, needs: Needs) -> int:
     """One worker for each core, as many as memory and work allow."""
     if _AMD.exists() or needs.kept:  # GPUs of AMD are not told apart here
         return 1
-    files: Sequence[Path] = list(policy.directory.glob("*.safetensors"))
-    weights = sum(file.stat().st_size for file in files) * (2 if needs.dtype == "float32" else 1)
+    weights = weights_bytes(policy.directory) * (2 if needs.dtype == "float32" else 1)
     each = weights + needs.cache_bytes + _BESIDE
     return max(1, min(cores(), machine.available_memory() // each, needs.shards // _FEWEST_SHARDS))

@@ -7,7 +7,6 @@ which ends with it. It ends when the driver does, however that ends.
 """
 
 import contextlib
-import ctypes
 import os
 import pickle
 import queue
@@ -19,7 +18,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from prefpipe import engines
+from prefpipe import engines, processes
 from prefpipe.engines.base import Engine
 from prefpipe.errors import IdentityError, MissingInputError, PrefpipeError, StorageError
 from prefpipe.inference.inflight import Inflight
@@ -39,7 +38,6 @@ from prefpipe.inference.pool_messages import (
 from prefpipe.inference.works import Lease, Work
 from prefpipe.models.policy import resolve
 
-_PR_SET_PDEATHSIG = 1
 Inbox = queue.SimpleQueue[Any]
 
 
@@ -47,9 +45,7 @@ def main() -> None:
     """Serve the driver until it says stop, or is gone."""
     socket, parent = int(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the signal was asked for
-        sys.exit(1)
+    processes.death_with_parent(signal.SIGKILL, parent)()
     connection = Connection(socket)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
@@ -86,7 +82,7 @@ def _serve(connection: Connection, inbox: Inbox) -> None:
 @contextlib.contextmanager
 def _engine(hello: Hello) -> Generator[tuple[Any, dict[str, str]]]:
     """(engine, what must be equal in every worker). The files of the policy are read and digested here."""
-    if not hello.entry:
+    if hello.settings is None:
         yield None, versions()
         return
     engines.ENGINES[hello.engine] = hello.entry

@@ -211,6 +211,11 @@ def _check_record(adapter: Path, weights: str, digest: str) -> None:
         )
 
 
+def weights_bytes(directory: Path) -> int:
+    """Bytes of the weights of a model as they lie on the disk."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
 def _directory(model: str) -> Path:
     if model.startswith("embedded:"):
         return _unpack(model.removeprefix("embedded:"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe import machine
 from prefpipe.doctor import hardware
 from tests.doctor.stand_ins import write
 
@@ -38,12 +39,12 @@ def states(folder: Path, *, cuda: str = "None", gpus: int = 0, value: int = 64) 
 
 
 def test_a_cpu_torch_on_a_machine_without_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "_GPUS", ())
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
     assert states(folder) == {"torch": "ok", "gpu": "absent", "number type": "ok"}
 
 
 def test_a_gpu_that_torch_uses_cannot_use_or_is_not_built_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "_GPUS", (folder,))
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
     assert states(folder, cuda="'13.0'", gpus=1)["gpu"] == "ok"
     assert states(folder, cuda="'13.0'")["gpu"] == "fail"
     assert states(folder)["gpu"] == "warn"

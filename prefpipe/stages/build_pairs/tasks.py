@@ -1,6 +1,5 @@
 """Work on partitions in this process or in several: results come back in the order of the partitions."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -13,10 +12,10 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from prefpipe import processes
 from prefpipe.errors import PrefpipeError
 
 R = TypeVar("R")
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 # The builtin `map`, or one whose function, of a module, runs in other processes.
@@ -64,7 +63,5 @@ def _map(pool: ProcessPoolExecutor, function: Callable[..., R], *arguments: Iter
 def _begin(parent: int, threads: int) -> None:
     """Ctrl-C goes to the parent alone, which ends its workers; they never outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    processes.death_with_parent(signal.SIGKILL, parent)()
     pa.set_cpu_count(threads)

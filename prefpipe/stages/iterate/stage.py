@@ -121,7 +121,7 @@ def _engines(config: IterateConfig) -> Engines:
     after, lora = leaves_engine(config), config.train.tuning == "lora"
     throughout = config.keep_engine == "always"
     if config.keep_engine == "auto" and lora:
-        weights = sum(path.stat().st_size for path in policy.resolve(config.model).directory.glob("*.safetensors"))
+        weights = policy.weights_bytes(policy.resolve(config.model).directory)
         throughout = machine.on_cpu() and _COPIES * weights <= machine.available_memory()
     throughout = throughout and lora
     return Engines(after, throughout, throughout and machine.on_cpu(), config.train.lora_r if throughout else 0)
