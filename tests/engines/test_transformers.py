@@ -176,11 +176,8 @@ def test_a_model_that_cannot_share_rows_generates_with_a_notice(
         assert found[name][int(index)].token_logps == pytest.approx(plain, abs=2e-5)
 
 
-def test_a_window_that_attention_is_not_told_of_shows_in_the_first_longer_sequence(
-    tmp_path: Path, settings: EngineSettings, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Qwen2-MoE keeps its window of 16 tokens to the mask. Sequences up to 12 tokens share a row and are right; the
-    first one of 30 comes in a later batch, and is computed in a row of its own."""
+def with_a_hidden_window(folder: Path) -> Path:
+    """A random Qwen2-MoE, which keeps its window of 16 tokens to the mask."""
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
         vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -188,7 +185,15 @@ def test_a_window_that_attention_is_not_told_of_shows_in_the_first_longer_sequen
         shared_expert_intermediate_size=16, use_sliding_window=True, sliding_window=16, max_window_layers=2,
         initializer_range=0.3, eos_token_id=2,
     )  # fmt: skip
-    directory = with_tokenizer(AutoModelForCausalLM.from_config(config), tmp_path / "m")
+    return with_tokenizer(AutoModelForCausalLM.from_config(config), folder)
+
+
+def test_a_window_that_attention_is_not_told_of_shows_in_the_first_longer_sequence(
+    tmp_path: Path, settings: EngineSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen2-MoE keeps its window of 16 tokens to the mask. Sequences up to 12 tokens share a row and are right; the
+    first one of 30 comes in a later batch, and is computed in a row of its own."""
+    directory = with_a_hidden_window(tmp_path / "m")
     short = [ScoreRequest(f"s{n}", [5] * 4, list(range(9, 9 + n))) for n in (3, 8)]
     long = [ScoreRequest(f"l{n}", list(range(20, 44)), list(range(9, 9 + n))) for n in (6, 2)]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -357,14 +362,7 @@ def test_a_window_that_attention_is_not_told_of_ends_the_batch_of_all_lengths(
 ) -> None:
     """Qwen2-MoE keeps its window of 16 tokens to the mask. Completions of 20 tokens reach past it, so that prompts run
     by their lengths from the start, and greedy ones equal those of transformers."""
-    torch.manual_seed(0)
-    config = Qwen2MoeConfig(
-        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16, use_sliding_window=True, sliding_window=16, max_window_layers=2,
-        initializer_range=0.3, eos_token_id=2,
-    )  # fmt: skip
-    directory = with_tokenizer(AutoModelForCausalLM.from_config(config), tmp_path / "m")
+    directory = with_a_hidden_window(tmp_path / "m")
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     wanted = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=2, pad_token_id=0)
     with engines.load("transformers", replace(settings, policy=resolve(str(directory)), max_tokens=20)) as running:

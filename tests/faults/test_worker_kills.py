@@ -1,6 +1,5 @@
 """Ends of real worker processes and of their driver: nothing is lost, and nothing is left running."""
 
-import json
 import os
 import signal
 import threading
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.forge import Ended, Forge
+from tests.inference.birds import contents, write_prompts
 
-OF_A_START = ("timing.jsonl", ".owner", "config.json")  # config.json names the number of workers
 WAIT_S = 120.0
 
 
@@ -24,9 +23,7 @@ def arguments(model: Path, prompts: Path, out: Path, workers: int) -> list[objec
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Tell me about bird {i}."}) + "\n" for i in range(40)))
-    return path
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "p.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +33,6 @@ def expected(
     out = tmp_path_factory.mktemp("inline") / "g"
     assert forged.run(*arguments(tiny_model, prompts, out, 1)).code == 0
     return contents(out)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in OF_A_START}
 
 
 def within(found: Callable[[], Any]) -> Any:

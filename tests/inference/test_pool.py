@@ -26,10 +26,10 @@ from prefpipe.stages.evaluate import stage as evaluate
 from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.score import stage as score
 from tests.faults.engines import poisoned
+from tests.inference.birds import contents
 from tests.inference.threads import Dies, Killed, Threads
 
 NUM_PROMPTS, SHARD_ROWS = 14, 2
-OF_A_START = ("timing.jsonl", ".owner", "config.json")  # config.json names the number of workers
 
 
 def vanishes(settings: Any) -> Any:
@@ -74,10 +74,6 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for thread in (t for backend in started for t in backend.threads):
         thread.join(timeout=20)
         assert not thread.is_alive()  # nothing is left running
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in OF_A_START}
 
 
 def made(config: GenerateConfig, out: Path, workers: int) -> dict[str, bytes]:

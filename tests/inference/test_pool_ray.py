@@ -13,6 +13,7 @@ from prefpipe.config.generate import GenerateConfig
 from prefpipe.inference.inflight import Inflight
 from prefpipe.stages.generate import stage as generate
 from tests.conftest import ROOT
+from tests.inference.birds import contents, write_prompts
 
 NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 # When the driver is gone its workers must be gone too, within 20 s; the namespace would hide it by ending them.
@@ -23,18 +24,11 @@ echo driver $?
 for i in $(seq 200); do grep -qs [p]refpipe.inference.pool_worker /proc/[0-9]*/cmdline || exit 0; sleep 0.1; done
 exit 9
 """
-OF_A_START = ("timing.jsonl", ".owner", "config.json")
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in OF_A_START}
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Tell me about bird {i}."}) + "\n" for i in range(40)))
-    return path
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "p.jsonl")
 
 
 @pytest.fixture(scope="module")
