@@ -27,7 +27,7 @@ from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.score import stage as score
 from tests.faults.engines import poisoned
 from tests.inference.birds import contents
-from tests.inference.threads import Dies, Killed, Threads
+from tests.inference.threads import Dies, Killed, Threads, first_to_say
 
 NUM_PROMPTS, SHARD_ROWS = 14, 2
 
@@ -151,7 +151,7 @@ def test_the_other_commands_write_the_same_bytes_with_workers(
         "score": (score, ScoreConfig(**common, **source, check=3)),
         "rate": (score, ScoreConfig(**common, **source, reference="none")),
     }[command]
-    started = use(lambda life, number: life == 1 and number == 3)
+    started = use(first_to_say(3))
     for workers, name in ((1, "one"), (3, "three")):
         module.run(made_of.model_copy(update={"workers": workers}), tmp_path / name, force=False)
     assert started[0].lives == 4
@@ -225,11 +225,11 @@ def large(settings: Any) -> Any:
 def test_the_death_of_a_machine_charges_nobody(
     config: GenerateConfig, use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of the workers ends while prompts are inside; the log of the run names no suspect."""
+    """Two workers end while prompts are inside; the log of the run names no suspect."""
     seen: list[list[str]] = []
     plain = Inflight.close
     monkeypatch.setattr(Inflight, "close", lambda self: (seen.append([*self.suspects, *self.killers]), plain(self))[1])
-    started = use(lambda life, number: life <= 2 and number == 8, blameless=True)
+    started = use(first_to_say(8, deaths=2), blameless=True)
     made(config, tmp_path / "g", 2)
     assert started[0].lives == 4
     assert seen == [[]]

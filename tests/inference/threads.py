@@ -1,5 +1,6 @@
 """Workers as threads of the test: the code of a worker without a process, which dies where the test wants it to."""
 
+import itertools
 import pickle
 import queue
 import threading
@@ -10,6 +11,13 @@ from prefpipe.inference import pool_worker
 from prefpipe.inference.pool_messages import Event, Gone, Stop, Up
 
 Dies = Callable[[int, int], bool]  # (life of the worker, number of its message) -> whether it dies before saying it
+
+
+def first_to_say(number: int, deaths: int = 1) -> Dies:
+    """The first `deaths` lives that come to their message of this number die before it. Which ones they are is the
+    luck of the threads: a worker may have no work left when it is ready."""
+    turns = itertools.count()
+    return lambda _life, count: count == number and next(turns) < deaths
 
 
 class Killed(BaseException):

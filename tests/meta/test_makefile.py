@@ -13,11 +13,17 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
-def dry_run(venv: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("LOCK", "VENV", "MAKEFLAGS")}
+def make(venv: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`make` as from a shell, also where these tests are run by `make test`, which hands itself down."""
+    handed_down = ("LOCK", "VENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    environment = {name: value for name, value in os.environ.items() if name not in handed_down}
     return subprocess.run(
-        ["make", "-n", f"VENV={venv}", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        ["make", f"VENV={venv}", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
+
+
+def dry_run(venv: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return make(venv, "-n", *words)
 
 
 def locks(venv: Path, *words: str) -> set[str]:
@@ -40,9 +46,7 @@ def test_an_environment_keeps_its_lock(tmp_path: Path, target: str) -> None:
 
 def test_another_lock_is_refused_and_nothing_removed(tmp_path: Path) -> None:
     (tmp_path / "installed-cuda").touch()
-    done = subprocess.run(
-        ["make", f"VENV={tmp_path}", "setup", "LOCK=cpu"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = make(tmp_path, "setup", "LOCK=cpu")
     assert done.returncode == 2
     assert f"error: {tmp_path} was installed from requirements/cuda.txt" in done.stderr
     assert "hint: make setup LOCK=cpu VENV=.venv-cpu" in done.stderr
