@@ -12,7 +12,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from prefpipe import machine
-from prefpipe.engines import vllm_process
+from prefpipe.engines import vllm_lora, vllm_process
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
 from prefpipe.errors import DataError, UsageError
 from prefpipe.models import fingerprint
@@ -42,11 +42,11 @@ class VllmEngine:
         self._lora_rank = max(settings.lora_rank, _rank(settings.policy))
         options = vllm_process.device_options(settings.kv_cache_mib, settings.gpu_memory_utilization)
         if self._lora_rank:
-            # Two slots: on CPU a request without an adapter reads the last slot, which must stay empty.
+            # Two slots: on CPU an embedding without an adapter reads the last slot, which must stay empty.
             self._lora_rank = next(r for r in _LORA_RANKS if r >= self._lora_rank)
             options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": self._lora_rank}
             if on_cpu:
-                _score_with_the_base_head()
+                vllm_lora.replace_cpu_code()
         with vllm_process.starting(), _usage_errors():
             self._llm = vllm.LLM(
                 model=str(settings.policy.directory),
@@ -222,17 +222,6 @@ def _rank(policy: Policy) -> int:
             f"adapter {policy.adapter} changes the output head", "use an adapter of linear layers of the body"
         )
     return max([config["r"], *config.get("rank_pattern", {}).values()])
-
-
-def _score_with_the_base_head() -> None:
-    """Make prompt log-probs with LoRA work in vLLM 0.32 on CPU: its head picks one adapter per sequence, where scoring
-    has many rows per sequence. No adapter here touches the head (`_rank` refuses it): the base's head is exact."""
-    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
-
-    def base_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.base_layer._get_logits(*args, **kwargs)
-
-    LogitsProcessorWithLoRA._get_logits = base_logits
 
 
 @contextlib.contextmanager
