@@ -14,7 +14,7 @@ import pytest
 from prefpipe import cli as command_line
 from prefpipe.models.chat import Chat, load_chat
 from tests.forge import ROOT, TRAIN, Ended, Forge, forge
-from tests.tiny import make_model
+from tests.tiny import make_adapter, make_model
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
@@ -77,6 +77,12 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a byte tokenizer and a ChatML template."""
     return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that moves the tiny model."""
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "one", seed=3)
 
 
 @pytest.fixture(scope="session")

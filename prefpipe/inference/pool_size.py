@@ -51,7 +51,8 @@ def size_of(asked: int | str, cluster: str, engine: str, policy: Policy | None, 
 @dataclass(frozen=True)
 class Needs:
     """What bounds the number of workers: shards that are to be made, GPUs for one engine, bytes of its cache on CPU,
-    the number type of its weights, and whether one engine in this process serves the next step too (see `warm`)."""
+    the number type of its weights, and whether the engines stay while other steps run, which need memory too (see
+    `warm`)."""
 
     shards: int
     tensor_parallel_size: int
@@ -86,8 +87,9 @@ def cores() -> int:
 
 def _on_cpus(policy: Policy, needs: Needs) -> int:
     """One worker for each core, as many as memory and work allow."""
-    if _AMD.exists() or needs.kept:  # GPUs of AMD are not told apart here
+    if _AMD.exists():  # GPUs of AMD are not told apart here
         return 1
     weights = weights_bytes(policy.directory) * (2 if needs.dtype == "float32" else 1)
     each = weights + needs.cache_bytes + _BESIDE
-    return max(1, min(cores(), machine.available_memory() // each, needs.shards // _FEWEST_SHARDS))
+    room = machine.available_memory() // (2 if needs.kept else 1)
+    return max(1, min(cores(), room // each, needs.shards // _FEWEST_SHARDS))

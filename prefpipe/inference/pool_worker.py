@@ -31,12 +31,14 @@ from prefpipe.inference.pool_messages import (
     Line,
     Ready,
     Stop,
+    Take,
+    Taken,
     Took,
     Up,
     versions,
 )
 from prefpipe.inference.works import Lease, Work
-from prefpipe.models.policy import resolve
+from prefpipe.models.policy import Policy, resolve
 
 Inbox = queue.SimpleQueue[Any]
 
@@ -77,6 +79,8 @@ def _serve(connection: Connection, inbox: Inbox) -> None:
             elif isinstance(message, Lease):
                 assert work is not None
                 _run(connection, inbox, work, message, engine)
+            elif isinstance(message, Take):
+                connection.send(Taken(engine.take(_here(message.policy))))
 
 
 @contextlib.contextmanager
@@ -86,15 +90,19 @@ def _engine(hello: Hello) -> Generator[tuple[Any, dict[str, str]]]:
         yield None, versions()
         return
     engines.ENGINES[hello.engine] = hello.entry
-    asked = hello.settings.policy
+    with engines.load(hello.engine, replace(hello.settings, policy=_here(hello.settings.policy))) as engine:
+        yield engine, versions() | {"scorer": engine.scorer}
+
+
+def _here(asked: Policy) -> Policy:
+    """The policy as the files of this machine have it. Raises IdentityError where they are others."""
     policy = resolve(str(asked.directory), str(asked.adapter) if asked.adapter else "none")
     if policy.id != asked.id:
         raise IdentityError(
             f"{asked.directory} is another model where a worker runs ({policy.id}; {asked.id} where the command runs)",
             "give every machine the same files at the same path",
         )
-    with engines.load(hello.engine, replace(hello.settings, policy=policy)) as engine:
-        yield engine, versions() | {"scorer": engine.scorer}
+    return policy
 
 
 def _run(connection: Connection, inbox: Inbox, work: Work, first: Lease[Any], engine: Engine) -> None:

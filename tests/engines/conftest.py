@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from prefpipe.engines import server_pool
-from tests.tiny import make_adapter
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +20,3 @@ def servers(monkeypatch: pytest.MonkeyPatch, kept_canaries: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept_canaries))
     monkeypatch.setattr(server_pool, "BACKOFF_SECONDS", 0.01)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-
-
-@pytest.fixture(scope="session")
-def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that moves the tiny model."""
-    return make_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "one", seed=3)

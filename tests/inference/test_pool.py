@@ -17,9 +17,11 @@ from prefpipe import engines
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.score import ScoreConfig
+from prefpipe.engines.fake import FakeEngine
 from prefpipe.errors import DataError, IdentityError, PrefpipeError
-from prefpipe.inference import pool, pool_worker
+from prefpipe.inference import pool, pool_driver, pool_worker, warm
 from prefpipe.inference.inflight import Inflight
+from prefpipe.inference.pool_messages import Gone
 from prefpipe.runs import store
 from prefpipe.schemas import Completion, RefLogps
 from prefpipe.stages.evaluate import stage as evaluate
@@ -287,7 +289,7 @@ def test_a_worker_that_does_not_come_up_is_an_error_in_time(
             self._inboxes[number] = queue.SimpleQueue()
 
     monkeypatch.setattr(pool, "Processes", lambda _environments: Silent())
-    monkeypatch.setattr(pool, "_TICK_S", 0.1)
+    monkeypatch.setattr(pool_driver, "_TICK_S", 0.1)
     with pytest.raises(PrefpipeError, match=r"worker 0: it does not start after 0 s"):
         made(config, tmp_path / "g", 2)
 
@@ -301,3 +303,40 @@ def test_an_error_of_a_worker_is_the_error_of_the_command(config: GenerateConfig
     wrong = config.model_copy(update={"rewards": (f"{__name__}:broken",)})
     with pytest.raises(DataError, match=r"failed on all 4 completions: .*no reward for 4"):
         made(wrong, tmp_path / "g", 2)
+
+
+@pytest.mark.parametrize(("takes", "starts"), [(True, 1), (False, 2)])
+def test_workers_go_on_in_the_next_step_with_its_adapter(
+    config: GenerateConfig,
+    expected: dict[str, bytes],
+    use: Any,
+    tmp_path: Path,
+    tiny_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    takes: bool,
+    starts: int,
+) -> None:
+    """Also in a step that asks for fewer; a death is a death in either step. Without `takes`, engines refuse."""
+    policies: list[str] = []
+    monkeypatch.setattr(FakeEngine, "take", lambda _, policy: (policies.append(policy.id), takes)[1])
+    started = use(first_to_say(12))
+    with warm.shelf(lora_rank=4) as shelf:
+        shelf.keep = True
+        assert made(config, tmp_path / "base", 3) == expected
+        assert made(config, tmp_path / "again", 2) == expected
+        assert not policies
+        made(config.model_copy(update={"adapter": str(tiny_adapter)}), tmp_path / "adapted", 2)
+    assert len(started) == starts
+    assert set(policies) == {store.read_manifest(tmp_path / "adapted")["identity"]["policy"]}
+
+
+def test_workers_of_which_one_died_between_two_steps_start_anew(
+    config: GenerateConfig, expected: dict[str, bytes], use: Any, tmp_path: Path, tiny_adapter: Path
+) -> None:
+    started = use()
+    with warm.shelf(lora_rank=4) as shelf:
+        shelf.keep = True
+        assert made(config, tmp_path / "base", 2) == expected
+        started[0].say(1, Gone("SIGKILL"))
+        made(config.model_copy(update={"adapter": str(tiny_adapter)}), tmp_path / "adapted", 2)
+    assert len(started) == 2

@@ -65,7 +65,8 @@ def test_more_workers_than_the_gpus_allow_are_refused(policy: Policy, monkeypatc
 def test_without_a_gpu_auto_is_bounded_by_cores_memory_and_work(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine is reckoned with its weights, its cache of 1 GiB and 2 GiB more: 10 GiB have room for three."""
+    """An engine is reckoned with its weights, its cache of 1 GiB and 2 GiB more: 10 GiB have room for three, or for one
+    where other steps run beside it."""
     assert size_of("auto", "", "transformers", policy, needs()).workers == 8
     assert size_of("auto", "", "transformers", policy, needs(shards=7)).workers == 3
     assert size_of("auto", "", "transformers", policy, needs(shards=1)).workers == 1

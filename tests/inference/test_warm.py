@@ -1,6 +1,7 @@
 """An engine goes on into the next step where that asks for the same, and closes in every other case."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from prefpipe.engines.base import EngineSettings
 from prefpipe.engines.fake import FakeEngine
 from prefpipe.errors import DataError
 from prefpipe.inference import warm
+from prefpipe.inference.pool import Inline, open_pool
+from prefpipe.inference.pool_size import Size
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.policy import Policy, resolve
 
@@ -54,13 +57,20 @@ def settings(tiny_model: Path, chat: Chat) -> EngineSettings:
     return EngineSettings(resolve(str(tiny_model)), chat, "float32", 1.0, 8, 64, 4, 16)
 
 
+@contextmanager
+def step(settings: EngineSettings, workers: int = 1) -> Generator[Any]:
+    """What a step does; its engine, or its pool of several workers."""
+    with open_pool("fake", settings, Size(workers)) as pool:
+        yield pool.engine if isinstance(pool, Inline) else pool
+
+
 def test_without_a_shelf_every_step_has_its_engine(
     settings: EngineSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        with warm.engine("fake", settings) as engine:
-            assert not engine.closed  # type: ignore[attr-defined]
-        assert engine.closed  # type: ignore[attr-defined]
+        with step(settings) as engine:
+            assert not engine.closed
+        assert engine.closed
     assert len(started) == 2
     assert capsys.readouterr().err.count("starting engine fake (tiny, float32)") == 2
 
@@ -68,14 +78,14 @@ def test_without_a_shelf_every_step_has_its_engine(
 def test_the_same_settings_take_the_engine_of_the_step_before(settings: EngineSettings, tiny_model: Path) -> None:
     with warm.shelf() as shelf:
         shelf.keep = True
-        with warm.engine("fake", settings):
+        with step(settings):
             pass
         shelf.keep = False
-        with warm.engine("fake", replace(settings, chat=load_chat(tiny_model))) as engine:  # read again, and equal
+        with step(replace(settings, chat=load_chat(tiny_model))) as engine:  # read again, and equal
             assert engine is started[0]
             assert not started[0].closed
         assert started[0].closed  # nothing is to come: its memory is free for what follows in this step
-        with warm.engine("fake", settings):
+        with step(settings):
             pass
     assert len(started) == 2
 
@@ -86,10 +96,10 @@ def test_the_same_settings_take_the_engine_of_the_step_before(settings: EngineSe
 def test_another_engine_closes_the_one_on_the_shelf_first(settings: EngineSettings, change: dict[str, Any]) -> None:
     with warm.shelf() as shelf:
         shelf.keep = True
-        with warm.engine("fake", settings):
+        with step(settings):
             pass
         assert not started[0].closed
-        with warm.engine("fake", replace(settings, **change)):
+        with step(replace(settings, **change)):
             assert started[0].closed
     assert len(started) == 2
 
@@ -98,7 +108,7 @@ def test_another_policy_is_another_engine(settings: EngineSettings, other_model:
     with warm.shelf() as shelf:
         shelf.keep = True
         for model in (settings.policy, resolve(str(other_model))):
-            with warm.engine("fake", replace(settings, policy=model)):
+            with step(replace(settings, policy=model)):
                 pass
     assert len(started) == 2
 
@@ -110,7 +120,7 @@ def test_another_adapter_is_taken_by_the_engine_that_runs_where_it_can(settings:
     with warm.shelf(lora_rank=rank) as shelf:
         shelf.keep = True
         for policy in (settings.policy, adapted, adapted, settings.policy):
-            with warm.engine("fake", replace(settings, policy=policy)) as engine:
+            with step(replace(settings, policy=policy)) as engine:
                 assert isinstance(engine, Watched)
                 assert engine.policy == policy
     assert len(started) == (1 if rank else 3)
@@ -125,10 +135,10 @@ def test_an_engine_that_fails_to_take_an_adapter_is_closed(
     monkeypatch.setattr(Watched, "take", fails)
     with warm.shelf(lora_rank=8) as shelf:
         shelf.keep = True
-        with warm.engine("fake", settings):
+        with step(settings):
             pass
         adapted = replace(settings.policy, adapter_weights="00")
-        with pytest.raises(DataError), warm.engine("fake", replace(settings, policy=adapted)):
+        with pytest.raises(DataError), step(replace(settings, policy=adapted)):
             pass
         assert started[0].closed
 
@@ -136,9 +146,9 @@ def test_an_engine_that_fails_to_take_an_adapter_is_closed(
 def test_an_engine_whose_step_failed_is_not_kept(settings: EngineSettings) -> None:
     with warm.shelf() as shelf:
         shelf.keep = True
-        with pytest.raises(RuntimeError, match="x"), warm.engine("fake", settings):
+        with pytest.raises(RuntimeError, match="x"), step(settings):
             raise RuntimeError("x")
         assert started[0].closed
-        with warm.engine("fake", settings):
+        with step(settings):
             pass
     assert len(started) == 2

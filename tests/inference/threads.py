@@ -81,6 +81,10 @@ class Threads:
             found.append(self._events.get())
         return found
 
+    def say(self, number: int, event: Event) -> None:
+        """Let a worker say something."""
+        self._events.put((number, event))
+
     def stop(self, number: int) -> None:
         self._inboxes.pop(number).put(Stop())
 

@@ -28,7 +28,7 @@ WITHOUT_MIRROR = {
     *("__main__.py", "forward/dequantize.py", "engines/base.py", "engines/pooling.py", "rewards/base.py"),
     "rewards/sandbox/__main__.py",  # a script: test_code_tests
     "inference/filling.py",  # inference/test_task.py
-    *(f"inference/pool_{name}.py" for name in ("messages", "worker", "leases")),  # inference/test_pool.py
+    *(f"inference/pool_{name}.py" for name in ("messages", "worker", "driver", "leases")),  # inference/test_pool.py
     "inference/pool_processes.py",  # faults/test_worker_kills.py
     *(f"config/{name}.py" for name in ("evaluate", "generate", "score", "shared", "stops")),  # config/test_base.py
 }
