@@ -102,7 +102,7 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
         rounds = _Rounds(out, config.metric_for_best_round)
         rounds.read(taken)
         with Processes(config.launcher, _engines(config)) as processes:
-            stop = _run_rounds(config, rounds, num_prompts, runner or processes)
+            stop = _run_rounds(config, rounds, num_prompts, _timed(runner or processes, run_dir))
         run_dir.log_timing(event="rounds", seconds=round(clock.monotonic() - start, 1))
         manifest = _finish(config, run_dir, rounds, stop)
         if config.report:
@@ -113,6 +113,18 @@ def run(config: IterateConfig, out: Path, *, force: bool, runner: Runner | None 
 def summary(manifest: Manifest, out: Path) -> list[str]:
     """What the command prints when it is done."""
     return summaries.lines(manifest, out)
+
+
+def _timed(runner: Runner, run_dir: Run) -> Runner:
+    """Runs steps and notes how long each took."""
+
+    def run(command: str, saved: Path, out: Path) -> None:
+        start = clock.monotonic()
+        runner(command, saved, out)
+        name = str(out.relative_to(run_dir.out))
+        run_dir.log_timing(event="step", step=name, seconds=round(clock.monotonic() - start, 1))
+
+    return run
 
 
 def _engines(config: IterateConfig) -> Engines:

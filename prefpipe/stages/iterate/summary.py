@@ -1,15 +1,17 @@
 """What `prefpipe iterate` prints at its end: the rounds, the best one, what stopped it, answers, and paths."""
 
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from prefpipe.runs import store
+from prefpipe.runs import logs, store
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Evaluation, from_table
 
 _NUM_PROMPTS_SHOWN = 3
 _NUM_ROUNDS_SHOWN = 5
+_STEPS = ("generate", "score", "build-pairs", "replay", "train", "evaluate")  # of a round, in their order
 _WIDTH = 110  # characters of an answer
 _COLUMNS = (("mean_words", ".1f"), ("degenerate", ".1%"), ("mean_reward", ".3f"))  # of the table: total, format
 
@@ -26,6 +28,7 @@ def lines(manifest: Manifest, out: Path) -> list[str]:
         "",
         *_table(rounds, best["round"] if best else None),
         "",
+        *_times(out, _shown(rounds, best["round"] if best else 0)),
         *([_best(best)] if best else []),
         *_stopped(totals.get("stopped")),
         "",
@@ -81,10 +84,32 @@ def _table(rounds: list[dict[str, Any]], best: int | None) -> list[str]:
                 *(f"{greedy[k]:{form}} / {sampled[k]:{form}}" for k, form in _COLUMNS),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    shown = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     count = rounds[0]["prompts"]
-    return [*shown, "", f"{count} held-out prompts; the last three columns are greedy / sampled answers."]
+    return [*_aligned(rows), "", f"{count} held-out prompts; the last three columns are greedy / sampled answers."]
+
+
+def _times(out: Path, numbers: list[int]) -> list[str]:
+    """How long the steps of some rounds took, and all of them; nothing where no step is noted, as in a run of an older
+    version. A step that was killed is noted when it has come to its end."""
+    seconds: Counter[tuple[str, str]] = Counter()
+    for line in logs.lines(out / "timing.jsonl"):
+        if line.get("event") == "step":
+            of, _, step = line["step"].partition("/")
+            seconds[of, step] += line["seconds"]
+    if not seconds:
+        return []
+    steps = [name for name in _STEPS if any(step == name for _, step in seconds)]
+    rows = [["seconds", *steps], ["---"] * (len(steps) + 1)]
+    for number in numbers:
+        of = f"round-{number}"
+        rows.append([str(number or "start"), *(f"{seconds[of, s]:.0f}" if (of, s) in seconds else "" for s in steps)])
+    rows.append(["all", *(f"{sum(t for (_, name), t in seconds.items() if name == s):.0f}" for s in steps)])
+    return [*_aligned(rows), ""]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
 
 
 def _shown(rounds: list[dict[str, Any]], best: int) -> list[int]:

@@ -1,5 +1,7 @@
 """The summary shows every round, which is the best, what stopped them, and paths that exist."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,35 @@ def test_other_paths_exist_and_answers_are_shown(three: tuple[Path, Manifest]) -
         line = next(line for line in text.splitlines() if line.startswith(word))
         path = next(part for part in line.split() if part.startswith(str(out)))
         assert Path(path).exists(), line
+
+
+def test_the_seconds_of_every_step_stand_in_a_table(three: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """A step that ran twice counts twice; a step of other rounds is an empty cell; a torn line counts nothing."""
+    out, manifest = three
+    head, _, *rows = _cells(shown(manifest, out), "seconds")
+    assert head == ["seconds", "generate", "build-pairs", "train", "evaluate"]
+    assert [row[0] for row in rows] == ["start", "1", "2", "3", "all"]
+    assert rows[0][1:4] == ["", "", ""]
+    assert all(cell.isdigit() for row in rows[1:] for cell in row[1:])
+    noted = {"round-0/evaluate": 7.4, "round-2/replay": 3, "round-2/train": 10, "round-1/train": 20.4}
+    lines = [{"event": "step", "step": step, "seconds": s} for step, s in (*noted.items(), ("round-2/train", 5))]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"event": "rounds", "seconds": 99}])
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy, symlinks=True)
+    (copy / "timing.jsonl").write_text(text + '{"event": "ste')
+    head, _, *rows = _cells(shown(manifest, copy), "seconds")
+    assert head == ["seconds", "replay", "train", "evaluate"]
+    assert rows == [
+        *(["start", "", "", "7"], ["1", "", "20", ""], ["2", "3", "15", ""], ["3", "", "", ""]),
+        ["all", "3", "35", "7"],
+    ]
+    (copy / "timing.jsonl").unlink()
+    assert "| seconds" not in shown(manifest, copy)
+
+
+def _cells(text: str, first: str) -> list[list[str]]:
+    """The table whose first cell is `first`."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} "))
+    end = next(i for i in range(start, len(lines)) if not lines[i])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
