@@ -1,30 +1,30 @@
 """Attention over token trees: a completion sees its trunk and itself, nothing of its siblings or of other trees.
 
 Registered with transformers under NAME; a model whose attention implementation is NAME takes `tree_row=` in its
-forward call. Three exact ways compute it: PyTorch's variable-length kernel (CUDA, 16 bits), SDPA tree by tree
-(everywhere else), and plain matrix products where the model caps its scores or has attention sinks, which neither
+forward call. Three exact ways compute it: PyTorch's variable-length kernel (`varlen`; CUDA, 16 bits), SDPA tree by
+tree (everywhere else), and plain matrix products where the model caps its scores or has attention sinks, which neither
 kernel supports.
 
 H = query heads, G = key/value heads, D = head size of queries and keys, E = head size of values (another one in
 DeepSeek's MLA, else D), T = tokens of the row, R = tokens of one tree or completion.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from prefpipe.errors import UsageError
+from prefpipe.forward import varlen
 from prefpipe.forward.layout import Span
 
 NAME = "prefpipe_tree"
-Kernel = Callable[..., Any]
+KERNEL = varlen.Kernel(varlen_attn)
 
 
 def register() -> None:
@@ -86,11 +86,13 @@ class Row:
     def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = tuple(spans)
         self._masks: dict[tuple[object, ...], torch.Tensor] = {}
+        self._plans: dict[torch.device, varlen.Plan] = {}
 
-    @cached_property
-    def plan(self) -> "_Plan":
-        """Offsets for the variable-length kernel."""
-        return _plan(self.spans)
+    def plan(self, device: torch.device) -> varlen.Plan:
+        """Offsets for the variable-length kernel, copied to a device once for all layers on it."""
+        if device not in self._plans:
+            self._plans[device] = varlen.plan(self.spans, device)
+        return self._plans[device]
 
     def mask(self, length: int, total: int, repeats: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """[repeats * length, total]: 0 where a query sees a key, -inf where not, in dtype and on device of `like`.
@@ -143,8 +145,9 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key [1, G, T, D], value [1, G, T, E] -> output [1, T, H, E]."""
     plain = softcap is None and s_aux is None
-    if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _fits_kernel(query, value):
-        return variable_length(query, key, value, tree_row, scaling, sliding_window, varlen_attn), None
+    by_kernel = plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    if by_kernel and KERNEL.takes(query, value, sliding_window):
+        return KERNEL(query, key, value, tree_row.plan(query.device), scaling, sliding_window), None
     rules = _Rules(tree_row, query.shape[1] // key.shape[1], scaling, sliding_window, softcap, s_aux)
     pieces: list[torch.Tensor] = []
     for span in tree_row.spans:
@@ -154,71 +157,6 @@ def tree_attention(
             if length:
                 pieces.append(_attend(query, key, value, [trunk, slice(start, start + length)], rules))
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the variable-length kernel takes heads of these sizes."""
-    return value.shape[3] <= query.shape[3] <= 256
-
-
-def variable_length(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    row: Row,
-    scaling: float | None,
-    window: int | None,
-    kernel: Kernel,
-) -> torch.Tensor:
-    """The same by one call of a variable-length kernel, [1, T, H, E]. Queries stay in place. The keys of a completion
-    are those of its trunk and its own, copied behind each other; the kernel aligns the causal mask at the end. It takes
-    one head size, so that smaller values get zeros at their end."""
-    plan = row.plan
-    device = query.device
-    rows = plan.key_rows.to(device)
-    size = value.shape[3]
-    if size < query.shape[3]:
-        value = pad(value, (0, query.shape[3] - size))
-    out = kernel(
-        query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1)[rows],
-        value[0].transpose(0, 1)[rows],
-        plan.query_offsets.to(device),
-        plan.key_offsets.to(device),
-        plan.longest_query,
-        plan.longest_key,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[..., :size].unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The sequences of the kernel, a trunk or a completion each: where their queries and keys begin, which rows the
-    keys are copied from, and the longest of each."""
-
-    query_offsets: torch.Tensor
-    key_offsets: torch.Tensor
-    key_rows: torch.Tensor
-    longest_query: int
-    longest_key: int
-
-
-def _plan(spans: tuple[Span, ...]) -> _Plan:
-    lengths: list[tuple[int, int]] = []
-    rows: list[int] = []
-    for span in spans:
-        trunk = range(span.start, span.start + span.trunk_length)
-        for start, length in ((span.start, span.trunk_length), *span.completions):
-            if length:
-                keys = [*trunk] if start == span.start else [*trunk, *range(start, start + length)]
-                rows += keys
-                lengths.append((length, len(keys)))
-    offsets = torch.tensor([(0, 0), *lengths]).cumsum(0).to(torch.int32)
-    longest_query, longest_key = (max(pair[i] for pair in lengths) for i in (0, 1))
-    return _Plan(offsets[:, 0].contiguous(), offsets[:, 1].contiguous(), torch.tensor(rows), longest_query, longest_key)
 
 
 def _attend(

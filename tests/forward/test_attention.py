@@ -1,7 +1,6 @@
 """Tree attention against scaled_dot_product_attention under an explicit mask of who sees whom."""
 
 import gc
-import itertools
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,24 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig
 
 from prefpipe.errors import UsageError
-from prefpipe.forward.attention import Row, check_positions, tree_attention, variable_length, why_not_shared
+from prefpipe.forward.attention import Row, check_positions, tree_attention, why_not_shared
 from prefpipe.forward.layout import Layout, Tree, flatten
-
-HEADS, GROUPS, SIZE = 6, 2, 8
-MODULE = torch.nn.Identity()
-WINDOWS = [None, 1, 4, 12, 1000]
-
-
-def trees(num_completions: int, shared: int = 0) -> list[Tree]:
-    """Three trees whose prompts and completions have different lengths, one of a single prompt token.
-
-    `shared` tokens are the same at the start of every completion; the first of them is nothing but those.
-    """
-    lengths = [3, 1, 7, 4, 2, 5, 9, 6]
-    completions = [[99] * shared + [number] * n for number, n in enumerate(lengths[:num_completions])]
-    if shared:
-        completions[0] = [99] * shared
-    return [Tree([0] * 5, completions), Tree([0], completions[::-1]), Tree([0] * 11, completions)]
+from tests.forward.rows import GROUPS, HEADS, MODULE, SIZE, WINDOWS, same_in_value_and_gradient, tensors, trees
 
 
 def visible(layout: Layout, window: int | None) -> torch.Tensor:
@@ -54,20 +38,6 @@ def visible(layout: Layout, window: int | None) -> torch.Tensor:
     return seen if window is None else seen & (ahead < window)
 
 
-def tensors(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, heads, count, SIZE) for heads in (HEADS, GROUPS, GROUPS)]
-    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-def same_in_value_and_gradient(found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    ours, theirs = (torch.autograd.grad(out, inputs, slope) for out in (found, expected))
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("shared", [0, 3])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("num_completions", [1, 2, 8])
@@ -81,57 +51,6 @@ def test_equals_masked_attention_in_value_and_gradient(num_completions: int, win
     expected = scaled_dot_product_attention(query, *wide, attn_mask=visible(layout, window), scale=0.2).transpose(1, 2)
     assert weights is None
     same_in_value_and_gradient(found, expected, inputs)
-
-
-def slow_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor, longest_query: int, longest_key: int, *, scale: float | None,
-    window_size: tuple[int, int], enable_gqa: bool,
-) -> torch.Tensor:  # fmt: skip
-    """What torch.nn.attention.varlen.varlen_attn promises, one row at a time: sequence s has the queries
-    query_offsets[s]:query_offsets[s + 1] and keys likewise; the causal mask is aligned at the end (bottom right);
-    window_size = (left, right) counts keys beside the own one, -1 is no limit."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    repeats = query.shape[1] // key.shape[1]
-    assert enable_gqa == (repeats > 1)
-    assert window_size[1] == 0
-    assert query_offsets.dtype == key_offsets.dtype == torch.int32
-    queries, keys = (list(itertools.pairwise(offsets.tolist())) for offsets in (query_offsets, key_offsets))
-    assert longest_query == max(b - a for a, b in queries)
-    assert longest_key == max(b - a for a, b in keys)
-    rows: list[torch.Tensor] = []
-    for (q_start, q_end), (k_start, k_end) in zip(queries, keys, strict=True):
-        for row in range(q_start, q_end):
-            own = k_end - (q_end - row)
-            first = k_start if window_size[0] < 0 else max(k_start, own - window_size[0])
-            k, v = (t[first : own + 1].repeat_interleave(repeats, dim=1) for t in (key, value))
-            weights = (torch.einsum("hd,khd->hk", query[row], k) * scale).softmax(-1)
-            rows.append(torch.einsum("hk,khd->hd", weights, v))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("shared", [0, 3])
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("num_completions", [1, 2, 8])
-def test_variable_length_equals_tree_attention(num_completions: int, window: int | None, shared: int):
-    """The plan for the CUDA kernel, with a slow kernel in its place; the default scale with one of the windows."""
-    layout = flatten(trees(num_completions, shared))
-    query, key, value = inputs = tensors(len(layout.input_ids))
-    scaling = 0.2 if window != 4 else None
-    found = variable_length(query, key, value, Row(layout.spans), scaling, window, slow_kernel)
-    expected, _ = tree_attention(
-        MODULE, query, key, value, None, tree_row=Row(layout.spans), scaling=scaling, sliding_window=window
-    )
-    same_in_value_and_gradient(found, expected, inputs)
-
-
-def test_variable_length_without_grouped_heads():
-    layout = flatten(trees(2))
-    query, key, value = tensors(len(layout.input_ids))
-    inputs = [query[:, :GROUPS], key, value]
-    found = variable_length(*inputs, Row(layout.spans), None, None, slow_kernel)
-    expected, _ = tree_attention(MODULE, *inputs, None, tree_row=Row(layout.spans))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scale_defaults_to_one_over_root_of_the_head_size():
