@@ -26,6 +26,7 @@ from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.doctor import command as doctors
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
+from prefpipe.exports import commands as _export_commands
 from prefpipe.shipped import commands as _recipe_commands
 from prefpipe.shipped import recipes
 from prefpipe.views import commands
@@ -285,3 +286,4 @@ app.command(
 )(flags.command(TrainConfig, _plan))
 _recipe_commands.register(app, _RECIPES)
 commands.register(app)
+_export_commands.register(app)

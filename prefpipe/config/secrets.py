@@ -23,9 +23,14 @@ def setting_with_key(settings: BaseModel) -> str | None:
     """The name of a setting whose text, or one of whose texts, holds what looks like a key of an API."""
     for name, value in settings:
         texts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(text, str) and _KEY.search(text) for text in texts):
+        if any(isinstance(text, str) and holds_key(text) for text in texts):
             return name
     return None
+
+
+def holds_key(text: str) -> bool:
+    """Whether a text holds what looks like a key of an API."""
+    return _KEY.search(text) is not None
 
 
 def masked(value: Any) -> Any:

@@ -44,6 +44,7 @@ ROOMS = {
     "models",
     "runs",
     "config",
+    "exports",
 }
 MOST_LINES = 300
 COMMANDS = (*STAGES, "gather", "report")  # these two have no settings and no recipes

@@ -12,7 +12,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.models import fingerprint, policy
 from prefpipe.models.policy import Policy
-from prefpipe.runs import commits, store
+from prefpipe.runs import store, trained
 from prefpipe.runs.store import Manifest
 from prefpipe.stages.train import outputs
 
@@ -27,7 +27,7 @@ def run(directory: Path, out: Path, model: str = "") -> str:
     Raises UsageError for a run without an adapter and for an `out` that holds something else, DataError for a damaged
     adapter, IdentityError for another base.
     """
-    run_dir = _run_of(directory)
+    run_dir, _ = trained.place_of(directory)
     manifest = store.read_manifest(run_dir)
     if manifest["command"] != "train":
         raise UsageError(
@@ -37,40 +37,22 @@ def run(directory: Path, out: Path, model: str = "") -> str:
     if config.tuning != "lora":
         raise UsageError(f"{run_dir} trained every weight: there is no adapter to merge", f"{run_dir}/model is whole")
     adapter = run_dir / "adapter"
-    _check_files(run_dir, manifest)
-    trained = policy.resolve(config.model, str(adapter))
-    if trained.id != manifest["identity"]["policy"]:
+    trained.check_files(run_dir, manifest, "adapter")
+    merged = policy.resolve(config.model, str(adapter))
+    if merged.id != manifest["identity"]["policy"]:
         raise IdentityError(
-            f"{run_dir} trained {manifest['identity']['policy']}, but adapter and model are {trained.id}",
+            f"{run_dir} trained {manifest['identity']['policy']}, but adapter and model are {merged.id}",
             "name the model that the run was started with: --model DIR",
         )
-    if _is_there(out, trained):
+    if _is_there(out, merged):
         log.info(f"{out} is complete already")
     else:
         facts = _facts(manifest, config)
-        outputs.publish_merged(out, adapter, trained, config, facts, None)
+        outputs.publish_merged(out, adapter, merged, config, facts, None)
     return policy.resolve(str(out)).id
 
 
-def _run_of(directory: Path) -> Path:
-    """The run that a directory is, that it is the adapter of, or that made the best policy of its rounds."""
-    best = directory / "best"
-    place = best if best.is_symlink() else directory
-    if (place / "adapter_config.json").is_file() or place == best:
-        return place.resolve().parent
-    return directory
-
-
-def _check_files(run_dir: Path, manifest: Manifest) -> None:
-    for name, described in manifest["files"].items():
-        if name.startswith("adapter/") and not commits.matches(run_dir / name, described["blake3"]):
-            raise DataError(
-                f"{run_dir / name} is damaged or missing: its bytes do not match the digest in the manifest",
-                f"run the command that made {run_dir} again: it saves the adapter anew",
-            )
-
-
-def _is_there(out: Path, trained: Policy) -> bool:
+def _is_there(out: Path, merged: Policy) -> bool:
     """Whether `out` holds this merged model. Raises UsageError where it holds something else."""
     if not out.exists() and not out.is_symlink():
         return False
@@ -83,7 +65,7 @@ def _is_there(out: Path, trained: Policy) -> bool:
         record = (out / "prefpipe.json").read_text(encoding="utf-8")
     except (DataError, MissingInputError, OSError, ValueError):
         weights, record = "", ""
-    if record != policy.merged_record(trained.weights, str(trained.adapter_weights), weights):
+    if record != policy.merged_record(merged.weights, str(merged.adapter_weights), weights):
         raise UsageError(f"{out} is not empty and is not this merged model", _OTHER_OUT)
     return True
 

@@ -1,0 +1,7 @@
+"""Ways out of a run: to the hub, and into files that other programs read. Nothing here runs unless a user asks for it.
+
+commands.py        the options of `push` and `export`
+parcel.py          the files of a run that go to a repository, checked
+cards.py           the card of a dataset; the name of a base model in a card; what a card must not show
+hub.py             the only sender: a repository and one commit
+"""

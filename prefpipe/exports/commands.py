@@ -1,0 +1,52 @@
+"""The command `push`: its options. What sends is imported when files are to be sent."""
+
+import importlib
+import re
+from typing import Annotated
+
+import typer
+
+from prefpipe import flags, log, terminal
+from prefpipe.config import base
+from prefpipe.errors import UsageError
+
+_TARGET = re.compile(r"hf:([\w-][\w.-]*/[\w-][\w.-]*)", re.ASCII)
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run of train or build-pairs, or of iterate for its best.")]
+
+
+def push(
+    run_dir: Run,
+    target: Annotated[str, typer.Argument(metavar="hf:OWNER/NAME", help="The repository on the hub.")],
+    *,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Only OWNER may see it.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that is there.")] = False,
+    base_model: Annotated[str, typer.Option(metavar="OWNER/NAME", help="The base of an adapter, on the hub.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: ARG001
+) -> None:
+    """Send an adapter, a model or pairs with their card to the hub, where --public or --private says so."""
+    found = _TARGET.fullmatch(target)
+    if found is None:
+        raise UsageError(f"{target} names no repository", "write hf:OWNER/NAME")
+    if public == private:
+        raise UsageError("say who may see it: --public or --private", "push sends nothing unless one of them is there")
+    parcel = importlib.import_module("prefpipe.exports.parcel").pack(base.local_path(run_dir, "RUN"), base_model)
+    size = importlib.import_module("prefpipe.views.drawing").size
+    show = terminal.show if dry_run else log.info
+    for item in parcel.items:
+        show(f"  {size(item.size):>8}  {item.name}")
+    show(
+        f"{len(parcel.items)} files, {size(parcel.size)}, to the {'private' if private else 'public'} {parcel.kind} "
+        f"repository {found[1]}"
+    )
+    if dry_run:
+        show("nothing was sent: leave out --dry-run to send it")
+        return
+    hub = importlib.import_module("prefpipe.exports.hub")
+    terminal.show(f"pushed       {hub.send(parcel, found[1], private=private, update=update)}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app, under one heading of its help."""
+    app.command(rich_help_panel="Share")(push)
