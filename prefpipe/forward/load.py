@@ -216,7 +216,8 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 def checkpoint_layers(model: torch.nn.Module) -> None:
     """Gradient checkpointing: from now on backward computes the activations of each decoder layer again."""
     for layer in decoder_layers(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if getattr(layer.forward, "func", None) is not checkpoint:  # a base that is trained on again has it already
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

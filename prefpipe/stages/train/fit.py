@@ -21,7 +21,7 @@ from prefpipe.stages.train.margins import Margins
 from prefpipe.stages.train.monitor.diagnostics import Alert, Facts, State
 from prefpipe.stages.train.monitor.watch import Watch, note, watching
 from prefpipe.stages.train.optimizer import warmup_length
-from prefpipe.stages.train.session import Session
+from prefpipe.stages.train.session import Paused, Session
 from prefpipe.stages.train.tally import Key
 
 _METRICS = "metrics.jsonl"
@@ -42,7 +42,7 @@ def fit(
     `state` is what the alert rules know before step 0, `exact` whether every log-ratio must be 0 there, `audit_seconds`
     how long the audit took (for timing.jsonl). Returns facts for the manifest (the number of steps, the metrics of the
     last one where a run directory holds them, the best evaluation where the settings ask for it), the alerts of the
-    run, and the margins of its pairs.
+    run, and the margins of its pairs. Raises Paused where the session ends before the run.
     """
     config = trainer.config
     resumed = session.lead(_resumed)
@@ -96,7 +96,8 @@ def _run_steps(
                 evaluations.append(dict(line))
                 watch.after_eval(step.step, evaluated.values)
             signal_number = max(world.gather(signal_seen()))
-            due = done % config.save_steps == 0 or done == total or signal_number
+            pauses = done == session.until and done < total
+            due = done % config.save_steps == 0 or done == total or pauses or signal_number
             best = (
                 evaluation.records(evaluations, config.metric_for_best_model) if config.load_best_model_at_end else []
             )
@@ -114,6 +115,8 @@ def _run_steps(
             if signal_number:
                 world.tell(None)  # no rank leaves before rank 0 has saved: torchrun would end it
                 raise Interrupted(signal_number)
+            if pauses and not _is_over(evaluations, config):
+                raise Paused
 
 
 def _until_stop(trainer: Trainer, steps: Steps, first: int, evaluations: Sequence[Line]) -> Iterator[StepMetrics]:

@@ -1,7 +1,7 @@
 """What a training run reads: pairs, labels or ranked groups of runs and files, checked. No model is loaded here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -135,6 +135,20 @@ def prepare(config: TrainConfig) -> TrainingData:
     )
 
 
+def for_settings(data: TrainingData, config: TrainConfig) -> TrainingData:
+    """The same rows for a run with other settings, which must leave the rows and the reference alone. `data` is as
+    `prepare` made it, with a reference if `config` needs one. Raises what `prepare` would raise for these settings."""
+    kind_of(config)
+    _check_columns(config.objective, [*data.rows, *data.eval_rows])
+    _check_order(config, data.rows)
+    if config.objective.needs("reference"):
+        return data
+    _named_reference(config, needs_reference=False)
+    _refuse_unread_values(config)
+    inputs = {name: digest for name, digest in data.inputs.items() if name != "reference"}
+    return replace(data, reference=None, on_reference=False, inputs=inputs)
+
+
 def _chat(policy: Policy, config: TrainConfig) -> Chat:
     """How the policy reads the rows of files; the log says when its answers have no end."""
     chat = load_chat(policy.directory, config.chat_template, template_kwargs=config.chat_template_kwargs)
@@ -188,7 +202,7 @@ def _parted(
 def _take_values(read: Read, config: TrainConfig, *, needs_reference: bool) -> None:
     """Give every row whose completions are all in the runs of --ref-logps the log-probs of these runs."""
     if not needs_reference:
-        raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
+        _refuse_unread_values(config)
     digests = {key: digest for row in (*read.rows, *read.bank) for key, *_, digest in completions_of(row)}
     values = read_ref_logps([Path(run) for run in config.ref_logps], digests)
     if not values:
@@ -198,6 +212,11 @@ def _take_values(read: Read, config: TrainConfig, *, needs_reference: bool) -> N
         )
     read.rows = [_with_values(row, values) for row in read.rows]
     read.bank = [_with_values(row, values) for row in read.bank]
+
+
+def _refuse_unread_values(config: TrainConfig) -> None:
+    if config.ref_logps:
+        raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
 
 
 def _with_values(row: T, values: Mapping[str, RefLogps]) -> T:

@@ -20,12 +20,13 @@ from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.micro_batches import tree_of
 
 
-def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
+def load_policy(policy: Policy, config: TrainConfig, base: PreTrainedModel | None = None) -> TreeModel:
     """The model to train: with every weight trainable, with a new adapter, or with the adapter that is trained on.
+    `base` is its base model, where it is loaded already.
 
     Raises UsageError where the settings ask for a load-balancing loss that the model does not have.
     """
-    model = _trainable(policy, config)
+    model = _trainable(policy, config, base or _load_base(policy, config))
     causal, coefficient = causal_model(model.policy), config.router_aux_loss_coef
     if lora_targets.on_parameters(causal) and (config.lora_dropout or config.distributed == "fsdp2"):
         raise UsageError(
@@ -39,8 +40,7 @@ def load_policy(policy: Policy, config: TrainConfig) -> TreeModel:
     return model
 
 
-def _trainable(policy: Policy, config: TrainConfig) -> TreeModel:
-    base = _load_base(policy, config)
+def _trainable(policy: Policy, config: TrainConfig, base: PreTrainedModel) -> TreeModel:
     if config.tuning == "full":
         load.train_all(base)
         return TreeModel(base)

@@ -16,7 +16,7 @@
 Under torchrun every rank takes every step; rank 0 alone reads and writes the run directory (`session`).
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,7 @@ from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, Margin, to_table
 from prefpipe.stages.train import loading, mixing, outputs, parallel
 from prefpipe.stages.train.fit import fit
-from prefpipe.stages.train.inputs import TrainingData, prepare
+from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.monitor import diagnostics, trackers
 from prefpipe.stages.train.monitor.alerts import RULES
@@ -45,12 +45,15 @@ from prefpipe.stages.train.optimizer import MasterOptimizer
 from prefpipe.stages.train.reference import audit, values
 from prefpipe.stages.train.reference.values import AuditResult
 from prefpipe.stages.train.session import Session
+from prefpipe.stages.train.sharing import Shared
 from prefpipe.stages.train.start import start_of
 from prefpipe.stages.train.targets import targets
 
 
-def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
-    """Train a policy into `out` and return the manifest."""
+def run(config: TrainConfig, out: Path, *, force: bool, shared: Shared | None = None, until: int = 0) -> Manifest:
+    """Train a policy into `out` and return the manifest. `shared` is what it has in common with runs before it in this
+    process; after `until` steps (0: never) it pauses with a checkpoint, and raises Paused."""
+    shared = shared or Shared()
     world = parallel.start()
     trackers.check_installed(config.report_to)
     if config.report:
@@ -59,20 +62,20 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
         config = config.resolved
         log.info(f"learning_rate = {config.learning_rate:g}: the default of tuning = {config.tuning}")
     config = settled(config, out)
-    data = prepare(config)  # 1
+    data = shared.rows_for(config)  # 1
     opened = store.open_run(out, "train", config, data.inputs, force=force) if world.leads else nullcontext(None)
     with opened as output:  # 2
-        session = Session(world, output)
+        session = Session(world, output, until)
         manifest = session.lead(Run.manifest)
         if manifest is None:
-            manifest = _train(session, data, config)
+            manifest = _train(session, data, config, shared)
             if config.report and world.leads:
                 page.write(out)
     parallel.stop(world)  # after an error the process just ends: leaving the group would wait for the other ranks
     return manifest
 
 
-def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifest:
+def _train(session: Session, data: TrainingData, config: TrainConfig, shared: Shared) -> Manifest:
     session.lead(lambda run: run.write_dropped(Dropped, to_table(Dropped, data.dropped)))
     if not data.rows:
         hint = what_helps(data.dropped) or "dropped.parquet in --out has every row and its reason"
@@ -82,17 +85,29 @@ def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifes
     warnings = _say_targets(data, config)
     audited = AuditResult()
     if data.reference and data.reference.model:
-        data, audited = _reference_first(session, data, data.reference.model, config)  # 4
-    model = loading.load_policy(data.policy, config)  # 5
-    _settle(model, data, config)
-    if data.reference and not data.reference.model:
-        data, audited = _with_ref_logps(session, data, model, config)  # 4
+        data, audited = _reference_first(session, data, data.reference.model, config, shared)  # 4
+    with shared.policy(data.policy, config) as model:  # 5
+        shared.settle(model, data, config)
+        if data.reference and not data.reference.model:
+            data, audited = _with_ref_logps(session, data, model, config, shared.reference)  # 4
+        return _train_policy(session, data, model, config, shared, audited, warnings)
+
+
+def _train_policy(
+    session: Session,
+    data: TrainingData,
+    model: TreeModel,
+    config: TrainConfig,
+    shared: Shared,
+    audited: AuditResult,
+    warnings: list[tuple[str, str]],
+) -> Manifest:
     if data.reference and data.reference.id != data.policy.id:
         log.info(
             "the reference is not the initial policy: log-ratios are not 0 before step 0, and the loss of step 0 is "
             "not its value at the reference (ln 2 for sigmoid)"
         )
-    tokens = session.world.tell(loading.fitting_tokens(model, [*data.rows, *data.sft], config))  # 6
+    tokens = session.world.tell(shared.fitting_tokens(model, data, config))  # 6
     start = start_of(data, config, audited)
     trainer = _trainer(session, model, data, config, tokens, start.noise)
     state = diagnostics.at_start(RULES, warnings)
@@ -120,36 +135,35 @@ def _say_targets(data: TrainingData, config: TrainConfig) -> list[tuple[str, str
 
 
 def _reference_first(
-    session: Session, data: TrainingData, reference: Policy, config: TrainConfig
+    session: Session, data: TrainingData, reference: Policy, config: TrainConfig, shared: Shared
 ) -> tuple[TrainingData, AuditResult]:
     """As `_with_ref_logps`, by a reference that is loaded for this alone, and freed."""
+    if shared.reference.audited is not None:
+        return _with_ref_logps(session, data, None, config, shared.reference)
     log.info("the reference is a model of its own: it is loaded first, to check its log-probs")
     model = loading.load_reference(reference, config)
-    _settle(model, data, config)
-    data, audited = _with_ref_logps(session, data, model, config)
+    loading.check_vocabulary(model, data.computed_rows)
+    loading.choose_rows(model, data.computed_rows, config.dtype)
+    data, audited = _with_ref_logps(session, data, model, config, shared.reference)
     del model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return data, audited
 
 
-def _settle(model: TreeModel, data: TrainingData, config: TrainConfig) -> None:
-    loading.check_vocabulary(model, data.computed_rows)
-    loading.choose_rows(model, data.computed_rows, config.dtype)
-
-
 def _with_ref_logps(
-    session: Session, data: TrainingData, model: TreeModel, config: TrainConfig
+    session: Session, data: TrainingData, model: TreeModel | None, config: TrainConfig, kept: values.Kept
 ) -> tuple[TrainingData, AuditResult]:
-    """The data with reference log-probs in every row, missing ones computed now by `model`, and the audit of them."""
+    """The data with reference log-probs in every row, missing ones computed now by `model`, and the audit of them.
+    None stands for a reference whose values are `kept`."""
     reference, policy = data.reference, data.policy
     assert reference is not None
     if not reference.at_hand:
         return data, values.not_audited(reference)
     scorer = load.scorer_name(config.dtype, in_4bit=config.load_in_4bit)
     # A new adapter changes nothing yet, but it costs time: it is off while the base is scored.
-    with load.adapter_off(model.policy, off=reference.id == policy.base_id):
-        ref_logps = values.missing_ref_logps(session, data.all_rows, model, scorer, reference.id)
+    with _adapter_off(model, off=reference.id == policy.base_id):
+        ref_logps = values.missing_ref_logps(session, data.all_rows, model, scorer, reference.id, kept)
     data = replace(
         data,
         rows=values.fill_missing(data.rows, ref_logps),
@@ -157,11 +171,13 @@ def _with_ref_logps(
         bank=values.fill_missing(data.bank, ref_logps),
     )
     scorers = data.scorers | ({scorer} if ref_logps else set[str]())
-    base_is_reference = reference.id == policy.base_id != policy.id
-    audited = values.audit_rows(
-        session.world, model, data.all_rows, scorers, config, base_is_reference=base_is_reference
-    )
+    with _adapter_off(model, off=reference.id == policy.base_id != policy.id):
+        audited = values.audit_rows(session.world, model, data.all_rows, scorers, config, kept)
     return data, audited
+
+
+def _adapter_off(model: TreeModel | None, *, off: bool) -> AbstractContextManager[None]:
+    return load.adapter_off(model.policy, off=off) if model is not None else nullcontext()
 
 
 def _trainer(

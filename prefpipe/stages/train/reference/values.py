@@ -3,7 +3,6 @@ rows proves that the reference gives these values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,20 +34,38 @@ class AuditResult:
     seconds: float | None = None
 
 
+@dataclass
+class Kept:
+    """What forward passes of the reference gave in this process, for runs over the same rows: log-probs of rows that
+    had none, and of the rows of the audit. `passes` counts the former. They are kept if runs `follow`."""
+
+    follow: bool = False
+    missing: Sequence[RefLogps] = ()
+    audited: list[list[list[float]]] | None = None
+    passes: int = 0
+
+
 def missing_ref_logps(
-    session: Session, rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference_id: str
+    session: Session, rows: Sequence[TrainRow], model: TreeModel | None, scorer: str, reference_id: str, kept: Kept
 ) -> dict[str, TokenLogps]:
     """Reference log-probs by completion id for every row that lacks some: computed once, on all ranks, and then read
-    from the run. `model` must compute as the reference does: that is for the caller to see to."""
+    from the run. `model` must compute as the reference does: that is for the caller to see to. It may be None where
+    `kept` has been filled."""
     missing = [row for row in rows if not has_ref_logps(row)]
     if not missing:
         return {}
     if not session.lead(lambda run: run.has_shard(["ref_logps"], 0)):
-        log.info(f"{len(missing)} of {len(rows)} rows have no reference log-probs: they are scored once, now")
-        world = session.world
-        shares = world.gather(_score(missing[world.rank :: world.size], model, scorer, reference_id))
-        session.lead(lambda run: _write(run, [logps for share in shares for logps in share]))
-    return session.lead(_read) or {}
+        scored = kept.missing
+        if not scored:
+            assert model is not None
+            log.info(f"{len(missing)} of {len(rows)} rows have no reference log-probs: they are scored once, now")
+            world = session.world
+            shares = world.gather(_score(missing[world.rank :: world.size], model, scorer, reference_id))
+            scored, kept.passes = [logps for share in shares for logps in share], kept.passes + 1
+        session.lead(lambda run: _write(run, scored))
+    rows_read = session.lead(_read) or []
+    kept.missing = rows_read if kept.follow else ()
+    return {row.completion_id: tuple(row.token_logps) for row in rows_read}
 
 
 def fill_missing(rows: Sequence[R], values: RefLogpsById) -> list[R]:
@@ -58,18 +75,25 @@ def fill_missing(rows: Sequence[R], values: RefLogpsById) -> list[R]:
 
 def audit_rows(
     world: World,
-    model: TreeModel,
+    model: TreeModel | None,
     rows: Sequence[TrainRow],
     scorers: set[str],
     config: TrainConfig,
-    *,
-    base_is_reference: bool,
+    kept: Kept,
 ) -> AuditResult:
     """Re-score rows by the reference and compare. Raises IdentityError when it does not give the cached log-probs,
-    which `scorers` computed."""
+    which `scorers` computed. `model` computes as the reference does, and may be None where `kept` has been filled."""
     start = clock.monotonic()
-    with load.adapter_off(model.policy, off=base_is_reference):
-        result = audit.audit(rows, config.audit_rows, partial(_score_together, model, world), config.beta)
+
+    def score_once(trees: Sequence[Tree]) -> list[list[list[float]]]:
+        if kept.audited is not None:
+            return kept.audited
+        assert model is not None
+        found = _score_together(model, world, trees)
+        kept.audited = found if kept.follow else None
+        return found
+
+    result = audit.audit(rows, config.audit_rows, score_once, config.beta)
     seconds = clock.monotonic() - start
     full = config.dtype == "float32" and all(s.endswith("/float32") for s in scorers) and not config.load_in_4bit
     audit.check(result, exact=scorers == {load.scorer_name("float32")} and full, full_precision=full)
@@ -119,9 +143,8 @@ def _write(run: Run, scored: Sequence[RefLogps]) -> None:
     run.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [by_id[key] for key in sorted(by_id)]))
 
 
-def _read(run: Run) -> dict[str, TokenLogps]:
-    rows = from_table(RefLogps, run.read_part("ref_logps", RefLogps, 0))
-    return {row.completion_id: tuple(row.token_logps) for row in rows}
+def _read(run: Run) -> list[RefLogps]:
+    return from_table(RefLogps, run.read_part("ref_logps", RefLogps, 0))
 
 
 def read_ref_logps(runs: Sequence[Path], digests: Mapping[str, str]) -> dict[str, RefLogps]:

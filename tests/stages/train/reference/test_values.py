@@ -15,6 +15,7 @@ from prefpipe.schemas import RefLogps, from_table
 from prefpipe.stages.train import examples as train_rows
 from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.reference import values
+from prefpipe.stages.train.reference.values import Kept
 from prefpipe.stages.train.session import Session
 from tests.stages.train import data
 
@@ -31,9 +32,13 @@ def test_values_of_every_kind_of_row_are_made_once_and_read_back(
     model = data.policy(tiny_model)
     mixed = [*train_rows.from_pairs([known[0], *bare[1:3]]), *train_rows.from_labels(data.labels_of(bare[3:]))]
     with store.open_run(tmp_path / "t", "train", TrainConfig(), {"x": "y"}, force=False) as run:
-        first = values.missing_ref_logps(Session(ALONE, run), mixed, model, load.scorer_name("float32"), "weights:x")
+        first = values.missing_ref_logps(
+            Session(ALONE, run), mixed, model, load.scorer_name("float32"), "weights:x", Kept()
+        )
         assert "4 of 5 rows have no reference log-probs" in capsys.readouterr().err
-        again = values.missing_ref_logps(Session(ALONE, run), mixed, model, load.scorer_name("float32"), "weights:x")
+        again = values.missing_ref_logps(
+            Session(ALONE, run), mixed, model, load.scorer_name("float32"), "weights:x", Kept()
+        )
         assert "scored once" not in capsys.readouterr().err
         rows = from_table(RefLogps, run.read_part("ref_logps", RefLogps, 0))
     assert first == again
@@ -66,7 +71,7 @@ def test_ranks_audit_a_share_each_and_find_the_same(tiny_model: Path):
     model, config, scorers = data.policy(tiny_model), data.config(tiny_model), {load.scorer_name("float32")}
 
     def audited(world: Any) -> dict[str, Any]:
-        found = values.audit_rows(world, model, known, scorers, config, base_is_reference=False)
+        found = values.audit_rows(world, model, known, scorers, config, Kept())
         return cast(dict[str, Any], found.report)
 
     shares: list[list[list[list[float]]]] = [[[[0.0]]] * 3, [[[0.0]]] * 2]
@@ -83,7 +88,7 @@ def test_nothing_missing_writes_nothing(tiny_model: Path, tmp_path: Path):
     with store.open_run(tmp_path / "t", "train", TrainConfig(), {"x": "y"}, force=False) as run:
         assert (
             values.missing_ref_logps(
-                Session(ALONE, run), known, data.policy(tiny_model), load.scorer_name("float32"), "weights:x"
+                Session(ALONE, run), known, data.policy(tiny_model), load.scorer_name("float32"), "weights:x", Kept()
             )
             == {}
         )
