@@ -34,7 +34,7 @@ def supervise(
                 why = "no time is left before the deadline"
                 record.take({"check": name, "kind": "end", "state": "left out", "why": why})
             return
-        reading, writing = os.pipe()
+        before, (reading, writing) = len(waiting), os.pipe()
         process = subprocess.Popen(command([*waiting], writing), pass_fds=[writing], start_new_session=True)
         os.close(writing)
         running, why = None, "the run was broken off"
@@ -43,10 +43,10 @@ def supervise(
         finally:
             os.close(reading)
             _end(process, hangs=bool(why))
-        if waiting:
-            name = running or next(iter(waiting))
+        why = why or f"its process ended with code {process.returncode}"
+        lost = [running] if running else [*waiting] if len(waiting) == before else []
+        for name in lost:  # a process that begins no check ends all of them: the next one would not either
             del waiting[name]
-            why = why or f"its process ended with code {process.returncode}"
             record.take({"check": name, "kind": "end", "state": "failed", "why": why})
 
 
@@ -61,10 +61,7 @@ def _listen(
     rest = b""
     while True:
         if not select.select([pipe], [], [], max(0.0, end - time.time()))[0]:
-            return (
-                running,
-                "it went on past its time and was killed" if running else "its process did not start in time",
-            )
+            return running, "it went on past its time and was killed" if running else "its process did not start"
         read = os.read(pipe, 1 << 16)
         if not read:
             return running, ""
@@ -76,9 +73,11 @@ def _listen(
                 running = event["check"]
                 end = min(time.time() + waiting[event["check"]].limit, until) + grace
             elif event["kind"] == "end":
-                waiting.pop(event["check"], None)
+                waiting.pop(event["check"])
                 running = None
                 end = min(time.time() + start, until + grace)
+        if not waiting:
+            return None, ""
 
 
 def _end(process: subprocess.Popen[bytes], *, hangs: bool) -> None:
