@@ -177,7 +177,7 @@ Cluster = Annotated[
     Field(
         pattern=r"^(ray(://\S+)?)?$",
         description="Where the workers run: '' on this machine, ray on the Ray cluster of this machine, or "
-        "ray://HOST:PORT (docs/workers.md).",
+        "ray://HOST:PORT (docs/guide/machines.md).",
     ),
 ]
 TensorParallelSize = Annotated[int, RUNTIME, Field(ge=1, description="GPUs that share one model (vLLM only).")]

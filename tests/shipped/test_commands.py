@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe import extras
 from tests.cases import assert_refused
 from tests.conftest import Cli
 from tests.forge import Forge
@@ -19,6 +20,13 @@ def test_recipes_are_listed_for_people_and_for_programs(cli: Cli) -> None:
     listed = {recipe["name"]: recipe for recipe in json.loads(cli("recipes", "--json").stdout)}
     assert listed["train/orpo"]["hardware"] in done.stdout.replace("\n            ", " ")
     assert listed["generate/rules"].keys() == {"name", "purpose", "hardware", "expected", "needs", "run"}
+
+
+def test_what_a_recipe_needs_is_said_with_the_command_of_this_installation(cli: Cli, tmp_path: Path) -> None:
+    lines = cli("recipes", "copy", "qlora", cwd=tmp_path).stdout.splitlines()
+    (needs,) = [line for line in lines if line.startswith("it needs     ")]
+    assert f"`{extras.command('bnb')}`; pairs.jsonl with" in needs
+    assert needs.removeprefix("it needs     ") in cli("recipes").stdout
 
 
 def test_a_copied_recipe_is_run_as_its_header_says(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:

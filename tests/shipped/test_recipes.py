@@ -1,6 +1,7 @@
 """The recipes of the package: what their headers say, and copies that work where they are copied to."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,19 @@ def test_a_header_says_what_it_is_for_on_what_and_how_to_run_it(name: str) -> No
     assert recipe.hardware
     assert re.match(rf"prefpipe {name.partition('/')[0]} stages/{name}\.toml ", recipe.command)
     assert "(" not in recipe.command
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_header_says_what_must_be_there_before(name: str) -> None:
+    """Runs and files that its first command reads and this package does not bring, and extras by their names."""
+    recipe = recipes.find(name)
+    words = recipe.command.split()
+    made = words[words.index("--out") + 1]
+    read = {word.removesuffix("/adapter") for word in words if re.match(r"runs/|\w+\.jsonl$", word)} - {made}
+    assert [word for word in read if word not in recipe.needs] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"the extra (\w+)", recipe.needs)) <= set(extras)
+    assert "pip install" not in recipe.needs
 
 
 def test_lines_that_go_on_belong_to_their_word() -> None:

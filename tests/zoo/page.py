@@ -46,6 +46,13 @@ start of every run, on its longest rows: windows of thousands of tokens show in 
 transformers builds no small model from the default config.
 
 `make zoo` makes all of this again and compares it with this page; `python -m tests.zoo.page` writes it.
+
+A model is loaded as transformers loads it, without code of its own: tokens, chat template and end of a completion by
+its tokenizer, every weight from its files. Whatever cannot be loaded whole is refused with the names and with what
+would help (exit 2, 65 or 66). Token ids were compared with those of transformers (`pytest tests/zoo`; the files of
+the models are not part of this repository, without them it compares the templates that come with TRL) for the
+tokenizers and templates of Llama 2, 3 and 4, Qwen 1.5 to 3, Mistral, Mixtral, Gemma 1, 2 and 4, Phi 2 and 3, DeepSeek
+R1, Falcon, GLM 4.1V, gpt-oss, OLMo 2, OPT, GPT-2, Pythia, BLOOM, SmolLM3, Command R, Zephyr, TinyLlama and others.
 """
 
 
