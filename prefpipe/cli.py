@@ -20,6 +20,7 @@ import typer
 from pydantic import BaseModel
 
 from prefpipe import __version__, extras, flags, log, processes, terminal
+from prefpipe.chat import commands as _chat_commands
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
 from prefpipe.config.iterate import IterateConfig
@@ -286,4 +287,5 @@ app.command(
 )(flags.command(TrainConfig, _plan))
 _recipe_commands.register(app, _RECIPES)
 commands.register(app)
+_chat_commands.register(app)
 _export_commands.register(app)

@@ -97,6 +97,15 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
+@pytest.fixture(scope="session")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `train` on the tiny model, with an adapter; its pairs are beside it, in `p`."""
+    from tests.stages.train import data  # noqa: PLC0415  (it brings torch)
+
+    root = tmp_path_factory.mktemp("trained")
+    return data.train(tiny_model, root / "p", root / "t")
+
+
 @pytest.fixture
 def prompts_file(tmp_path: Path) -> Path:
     """Six prompts for training and three held out."""

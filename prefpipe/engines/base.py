@@ -10,7 +10,7 @@ with the callers, so that every engine sees the same ids, log-probs of two engin
 (parity), and a new engine is one class. What answers a query has no log-probs: see `Response`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import compress
 from types import TracebackType
@@ -50,6 +50,8 @@ class EngineSettings:
     base_urls: tuple[str, ...] = ()
     api_key_env: str = ""
     timeout_seconds: float = 600.0
+    # Takes every token as it is sampled, where somebody reads along (the transformers engine).
+    heard: Callable[[int], object] | None = None
 
     @property
     def stops(self) -> frozenset[int]:

@@ -40,6 +40,8 @@ def extend(completions: Sequence[Completion], logits: torch.Tensor, settings: En
         completion.token_ids.append(token)
         full = len(completion.token_ids) == settings.max_tokens
         completion.finish_reason = "stop" if token in stops else "length" if full else ""
+        if settings.heard is not None:
+            settings.heard(token)
 
 
 def draw(

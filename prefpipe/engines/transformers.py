@@ -1,6 +1,8 @@
 """The engine that works wherever transformers does: batched sampling, and scoring by the forward pass of training."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import chain, groupby
 from types import TracebackType
 from typing import Self
@@ -95,6 +97,15 @@ class TransformersEngine:
             end = longest[-min(_TESTED_TOKENS, length - 1) :]
             self._settle([Tree(longest[: -len(end)], [end, end[:1]])])
         return self._model.rows == "shared"
+
+    def listen(self, heard: Callable[[int], object], max_tokens: int) -> None:
+        """From now on `heard` takes every token as it is sampled, and completions have at most so many. What it raises
+        ends the work; the engine goes on with the next one."""
+        self._settings = replace(self._settings, heard=heard, max_tokens=max_tokens)
+
+    def base(self) -> AbstractContextManager[None]:
+        """The model with the adapter off, for the length of a `with` block."""
+        return load.adapter_off(self._model.policy, off=True)
 
     def take(self, policy: Policy) -> bool:
         """The weights of the model stay; the modules of the adapter are taken out, and those of the other put in."""

@@ -3,5 +3,7 @@
 commands.py        the options of `push` and `export`
 parcel.py          the files of a run that go to a repository, checked
 cards.py           the card of a dataset; the name of a base model in a card; what a card must not show
+rows.py            pairs and labels as JSON lines for another trainer
+shapes.py          the shapes of those rows
 hub.py             the only sender: a repository and one commit
 """

@@ -1,4 +1,4 @@
-"""The command `push`: its options. What sends is imported when files are to be sent."""
+"""The commands `push` and `export`: their options. What works is imported by the command that needs it."""
 
 import importlib
 import re
@@ -11,6 +11,7 @@ from prefpipe.config import base
 from prefpipe.errors import UsageError
 
 _TARGET = re.compile(r"hf:([\w-][\w.-]*/[\w-][\w.-]*)", re.ASCII)
+FORMATS = ("axolotl", "llama-factory", "nemo-rl")
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run of train or build-pairs, or of iterate for its best.")]
 
 
@@ -47,6 +48,22 @@ def push(
     terminal.show(f"pushed       {hub.send(parcel, found[1], private=private, update=update)}")
 
 
+def export(
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help=f"One of: {', '.join(FORMATS)}.")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run of build-pairs.")],
+    *,
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new or an empty directory.")],
+    verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: ARG001
+) -> None:
+    """Write the rows of a run in the shape that another program reads."""
+    if form not in FORMATS:
+        raise UsageError(f"no format '{form}'{base.suggestion(form, FORMATS)}", f"formats are {', '.join(FORMATS)}")
+    directory, target = base.local_path(run_dir, "RUN"), base.local_path(out, "out")
+    count, dataset = importlib.import_module("prefpipe.exports.rows").export(form, directory, target)
+    terminal.show(f"exported     {count} {dataset} to {target}")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to an app, under one heading of its help."""
-    app.command(rich_help_panel="Share")(push)
+    for command in (push, export):
+        app.command(rich_help_panel="Share")(command)

@@ -1,4 +1,4 @@
-"""Runs to take out: an adapter under a local base, and pairs."""
+"""A run of pairs to take out, and a hub to take it to."""
 
 import socket
 from collections.abc import Iterator
@@ -7,19 +7,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from prefpipe.stages.train import stage
 from tests.exports.stand_in import TOKEN, Hub, hub
 from tests.stages.build_pairs.runs import Row, build, run_of
-from tests.stages.train import data
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `train` with an adapter."""
-    root = tmp_path_factory.mktemp("trained")
-    pairs = data.write_pairs(root / "p", data.bare_pairs(4))
-    stage.run(data.config(tiny_model, pairs), root / "t", force=False)
-    return root / "t"
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ ROOMS = {
     "runs",
     "config",
     "exports",
+    "chat",
 }
 MOST_LINES = 300
 COMMANDS = (*STAGES, "gather", "report")  # these two have no settings and no recipes

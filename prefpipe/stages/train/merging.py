@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import log
-from prefpipe.config import base
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.models import fingerprint, policy
 from prefpipe.models.policy import Policy
-from prefpipe.runs import store, trained
 from prefpipe.runs.store import Manifest
-from prefpipe.stages.train import outputs
+from prefpipe.stages.train import outputs, results
 
 _OTHER_OUT = "choose an empty or a new --out"
 
@@ -27,28 +25,17 @@ def run(directory: Path, out: Path, model: str = "") -> str:
     Raises UsageError for a run without an adapter and for an `out` that holds something else, DataError for a damaged
     adapter, IdentityError for another base.
     """
-    run_dir, _ = trained.place_of(directory)
-    manifest = store.read_manifest(run_dir)
-    if manifest["command"] != "train":
-        raise UsageError(
-            f"{run_dir} is a run of {manifest['command']}: it has no adapter", "name a run of `prefpipe train`"
-        )
-    config = base.load(TrainConfig, run_dir / "config.json", {"model": model} if model else {})
+    found = results.find(directory, model)
+    config = found.config
     if config.tuning != "lora":
-        raise UsageError(f"{run_dir} trained every weight: there is no adapter to merge", f"{run_dir}/model is whole")
-    adapter = run_dir / "adapter"
-    trained.check_files(run_dir, manifest, "adapter")
-    merged = policy.resolve(config.model, str(adapter))
-    if merged.id != manifest["identity"]["policy"]:
-        raise IdentityError(
-            f"{run_dir} trained {manifest['identity']['policy']}, but adapter and model are {merged.id}",
-            "name the model that the run was started with: --model DIR",
+        raise UsageError(
+            f"{found.run_dir} trained every weight: there is no adapter to merge", f"{found.run_dir}/model is whole"
         )
-    if _is_there(out, merged):
+    if _is_there(out, found.policy):
         log.info(f"{out} is complete already")
     else:
-        facts = _facts(manifest, config)
-        outputs.publish_merged(out, adapter, merged, config, facts, None)
+        facts = _facts(found.manifest, config)
+        outputs.publish_merged(out, found.run_dir / "adapter", found.policy, config, facts, None)
     return policy.resolve(str(out)).id
 
 

@@ -16,7 +16,7 @@ from prefpipe.ids import content_id, ids_digest
 from prefpipe.models.policy import resolve
 from prefpipe.runs import store
 from prefpipe.schemas import KlBank, Label, Pair, RankedGroup, to_table
-from prefpipe.stages.train import parallel
+from prefpipe.stages.train import parallel, stage
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.optimizer import MasterOptimizer
@@ -149,6 +149,12 @@ def config(model: Path, *pairs: Path, **changes: object) -> TrainConfig:
         "train_batch_size": 4, "num_train_epochs": 2, "lora_r": 4, "lora_alpha": 8, "save_steps": 1,
     }  # fmt: skip
     return TrainConfig.model_validate({**values, **changes})
+
+
+def train(model: Path, pairs: Path, out: Path) -> Path:
+    """A complete run of `train` on four pairs, which are written to `pairs`."""
+    stage.run(config(model, write_pairs(pairs, bare_pairs(4))), out, force=False)
+    return out
 
 
 def policy(model_directory: Path, dtype: str = "float32") -> TreeModel:

@@ -17,17 +17,10 @@ from tests.stages.train import data
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data.write_pairs(tmp_path_factory.mktemp("pairs") / "p", data.bare_pairs(4))
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with an adapter and no merged model."""
-    out = tmp_path_factory.mktemp("trained") / "t"
-    stage.run(data.config(tiny_model, pairs), out, force=False)
-    return out
+@pytest.fixture
+def pairs(trained: Path) -> Path:
+    """What the run was trained on."""
+    return trained.parent / "p"
 
 
 @pytest.fixture

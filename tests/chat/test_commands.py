@@ -1,0 +1,43 @@
+"""`chat` as a process: lines in a pipe, and Ctrl-C in the middle of an answer."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cases import assert_refused
+from tests.conftest import ROOT, Cli
+
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
+
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "prefpipe", "chat", *map(str, arguments)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_lines_of_a_pipe_are_answered_and_ctrl_c_ends_an_answer(trained: Path) -> None:
+    with start(trained, "--max", 900, "--temperature", 2) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("long\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "[base]\n"
+        process.stdout.read(20)  # the answer is going on
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate("/base\n/max 3\n/temperature 0\nagain\n/quit\nnever\n", timeout=120)
+        assert process.returncode == 0, err
+    said = err.splitlines()
+    at = said.index("stopped")
+    assert said[at + 1 :] == ["the base is silent", "max = 3", "temperature = 0"]
+    assert "[policy]" not in out  # neither behind what was stopped nor as the only voice
+
+
+def test_other_runs_are_one_error(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    assert_refused(cli("chat", trained.parent / "p"), 2, "is a run of build-pairs")
+    assert_refused(cli("chat", tmp_path), 66, "no complete run")
