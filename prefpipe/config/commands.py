@@ -7,6 +7,7 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.score import ScoreConfig
+from prefpipe.config.sweep import SweepConfig
 from prefpipe.config.train import TrainConfig
 
 CLASSES: dict[str, type[BaseModel]] = {
@@ -16,4 +17,5 @@ CLASSES: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "iterate": IterateConfig,
+    "sweep": SweepConfig,
 }

@@ -23,6 +23,7 @@ _SOURCES = {  # command -> settings that name the runs it reads
     "score": ("inputs",),
     "build-pairs": ("completions", "reward_runs", "ref_logps", "policy_logps"),
     "train": ("pairs", "labels", "groups", "ref_logps"),
+    "sweep": ("pairs", "labels", "groups", "ref_logps"),
 }
 _MOST_ROUNDS = 1000  # a config that somebody edited may say anything
 Record = Mapping[str, Any]

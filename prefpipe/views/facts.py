@@ -104,6 +104,14 @@ def _iterate(totals: Mapping[str, Any]) -> str:
     )
 
 
+def _sweep(totals: Mapping[str, Any]) -> str:
+    states = [variant["state"] for variant in totals["variants"]]
+    others = [f"{states.count(state)} {state}" for state in ("stopped", "failed") if state in states]
+    best = totals["best"]
+    interval = f"{best['value']:.4g} [{best['low']:.4g}, {best['high']:.4g}]"
+    return ", ".join([f"{len(states)} variants", *others, f"best {best['name']}, {best['metric']} {interval}"])
+
+
 def _counts(totals: Mapping[str, Any]) -> str:
     return ", ".join(f"{value:,} {name}" for name, value in totals.items() if isinstance(value, int))
 
@@ -114,4 +122,5 @@ _COMPLETE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "train": _train,
     "evaluate": _evaluate,
     "iterate": _iterate,
+    "sweep": _sweep,
 }

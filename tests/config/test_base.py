@@ -23,17 +23,19 @@ from prefpipe.config.iterate import SCHEDULES, IterateConfig
 from prefpipe.config.losses import LOSSES, MARGIN_SETTINGS, LossSettings
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.stops import StopSettings
+from prefpipe.config.sweep import SweepConfig
 from prefpipe.config.train import EVAL_ONLY, LORA_ONLY, NO_PARAMETERS, SFT_ONLY, TrainConfig
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 
-CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig)
+CLASSES = (GenerateConfig, ScoreConfig, BuildPairsConfig, TrainConfig, EvaluateConfig, IterateConfig, SweepConfig)
 RUNTIME = {
     *("distributed", "shard_rows", "max_num_seqs", "kv_cache_mib", "max_tokens_per_micro_batch", "save_steps"),
     *("gradient_checkpointing", "save_total_limit", "report_to", "report"),
     *("tensor_parallel_size", "gpu_memory_utilization", "max_tokens_per_batch", "template_date", "strict"),
     *("rounds", "launcher", "keep_engine", "workers", "cluster", *StopSettings.model_fields),
     *("base_urls", "api_key_env", "timeout_seconds"),
+    *("grid", "samples", "halving", "metric_for_best_variant", "evaluate"),
 }
 PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
@@ -62,6 +64,8 @@ SOME = {
     "judge": ("",),  # another value needs its table
     "api_key_env": ("VLLM_API_KEY", "MY_KEY"),
     "base_urls": (("http://a:8000", "https://[::1]/v1"),),
+    "grid": (("max_grad_norm=0.5,2.0",), ("max_grad_norm=0.5..2", "weight_decay=0,0.1")),
+    "halving": ((0.25,), (0.25, 0.5)),
     "chat_template_kwargs": ("{}", '{"enable_thinking": false}'),
 }
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=12)
@@ -148,6 +152,7 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
             found[f"{prefix}base_urls"] = draw(values("base_urls", known[f"{prefix}base_urls"]))
     if cls is ScoreConfig and not found.get("rewards"):
         found.pop("reference", None)  # with neither, there is nothing to do for runs
+    _keep_variants_that_fit(found)
     if cls in (IterateConfig, BuildPairsConfig):
         _keep_what_build_pairs_reads(found, "build_pairs." if cls is IterateConfig else "")
     return found
@@ -185,6 +190,16 @@ def _keep_rounds_that_fit(found: dict[str, Any]) -> None:
     if "from_run" not in found:
         found.pop("from_round", None)
     found["rounds"] = found.get("rounds", 2) + found.get("from_round", 0)
+
+
+def _keep_variants_that_fit(found: dict[str, Any]) -> None:
+    """As many draws as a range gives, none from a list; halving by held-out pairs."""
+    if any(".." in entry for entry in found.get("grid", ())):
+        found["samples"] = 1 + found.get("samples", 0) % 9
+    else:
+        found.pop("samples", None)
+    if "halving" in found:
+        found.pop("metric_for_best_variant", None)
 
 
 def _of_one_kind(losses: tuple[str, ...]) -> tuple[str, ...]:
@@ -313,6 +328,7 @@ def test_runs_that_were_made_before_keep_their_fingerprint(cls: type[BaseModel])
             TrainConfig: "793031056e87d31892b0e3d8c0d9824b",
             EvaluateConfig: "5e801b2ab4adb903f4ff430f71b1dac7",
             IterateConfig: "aee1d7f95f228412d6eb660f6f4aedc7",
+            SweepConfig: "793031056e87d31892b0e3d8c0d9824b",  # that of train: the rest is free
         }[cls]
     )
 

@@ -34,3 +34,10 @@ def test_totals_without_a_reward_or_with_older_keys_have_a_headline(runs: Path) 
     run = run_view.view(runs / "g")
     assert facts.headline(replace(run, totals={"prompts": 1, "completions": 2})) == "2 completions of 1 prompts"
     assert facts.headline(replace(run, command="score", totals={"rows": 3, "note": "x"})) == "3 rows"
+
+
+def test_a_sweep_says_its_best_variant_and_those_that_stopped(runs: Path) -> None:
+    best = {"name": "beta-0.1", "metric": "accuracy", "value": 0.75, "low": 0.5, "high": 0.9}
+    totals = {"variants": [{"state": "complete"}, {"state": "stopped"}, {"state": "stopped"}], "best": best}
+    run = replace(run_view.view(runs / "g"), command="sweep", totals=totals)
+    assert facts.headline(run) == "3 variants, 2 stopped, best beta-0.1, accuracy 0.75 [0.5, 0.9]"

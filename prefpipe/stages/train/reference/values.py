@@ -37,12 +37,13 @@ class AuditResult:
 @dataclass
 class Kept:
     """What forward passes of the reference gave in this process, for runs over the same rows: log-probs of rows that
-    had none, and of the rows of the audit. `passes` counts the former. They are kept if runs `follow`."""
+    had none, and of the rows of the audit. `passes` and `audits` count them. They are kept if runs `follow`."""
 
     follow: bool = False
     missing: Sequence[RefLogps] = ()
     audited: list[list[list[float]]] | None = None
     passes: int = 0
+    audits: int = 0
 
 
 def missing_ref_logps(
@@ -88,17 +89,20 @@ def audit_rows(
     def score_once(trees: Sequence[Tree]) -> list[list[list[float]]]:
         if kept.audited is not None:
             return kept.audited
+        kept.audits += 1
         assert model is not None
         found = _score_together(model, world, trees)
         kept.audited = found if kept.follow else None
         return found
 
+    before = kept.audits
     result = audit.audit(rows, config.audit_rows, score_once, config.beta)
     seconds = clock.monotonic() - start
     full = config.dtype == "float32" and all(s.endswith("/float32") for s in scorers) and not config.load_in_4bit
     audit.check(result, exact=scorers == {load.scorer_name("float32")} and full, full_precision=full)
+    how = "re-scored" if kept.audits > before else "compared with what was re-scored for the first run"
     log.info(
-        f"audit: {result.rows} rows re-scored, {result.signed_mean:+.4f} signed and {result.absolute_mean:.4f} "
+        f"audit: {result.rows} rows {how}, {result.signed_mean:+.4f} signed and {result.absolute_mean:.4f} "
         f"absolute nats per token, -log sigmoid(beta h) {result.loss:.4f} (ln 2 = 0.6931): the cache belongs to the "
         "reference"
     )

@@ -1,0 +1,1 @@
+"""`prefpipe sweep`: variants of a training run on the same rows, one reference and one base model."""

@@ -1,0 +1,106 @@
+"""Variants side by side: processes with a GPU each, which take the variants that no other one holds.
+
+    python -m prefpipe.stages.sweep.workers OUT UNTIL      in a process: train the variants of OUT, a sweep
+
+UNTIL is JSON: by name the step after which a variant pauses; the variants that it names are trained, no others. The
+last line of stdout is JSON of what the process did.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from prefpipe import log, machine, processes
+from prefpipe.config import base
+from prefpipe.config.grid import Variant
+from prefpipe.config.sweep import SweepConfig
+from prefpipe.errors import Interrupted, PrefpipeError, UsageError
+from prefpipe.inference.pool_size import Size, environments
+from prefpipe.runs.settled import settled
+from prefpipe.stages.sweep import training
+from prefpipe.stages.sweep.training import Trained
+from prefpipe.stages.train.inputs import prepare
+
+AUTO = "auto"
+
+
+def count(asked: int | str, num_variants: int) -> int:
+    """How many processes train at once. Raises UsageError for more than there are GPUs, where there are any."""
+    gpus = len(machine.visible_gpus())
+    if asked == AUTO:
+        return max(1, min(gpus, num_variants))
+    if gpus and int(asked) > gpus:
+        raise UsageError(f"workers = {asked}, and {gpus} GPUs are visible", "ask for fewer, or --workers auto")
+    return min(int(asked), num_variants)
+
+
+def run(out: Path, until: Mapping[str, int], number: int) -> Trained:
+    """Train the variants that `until` names in `number` processes, to its end or to its step. Raises the error of the
+    first process that failed, with its exit code."""
+    gpus = machine.visible_gpus()
+    own = environments(Size(number, gpus_each=1 if gpus else 0, gpus=gpus))
+    command = processes.python("prefpipe.stages.sweep.workers", str(out), json.dumps(dict(until)))
+    running = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**processes.environment(), **environment},
+            preexec_fn=processes.death_with_parent(),
+        )
+        for environment in own
+    ]
+    done = Trained()
+    try:
+        said = [process.communicate()[0] for process in running]
+    except BaseException:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise
+    for process, text in zip(running, said, strict=True):
+        if process.returncode:
+            code = process.returncode
+            failed = PrefpipeError(f"a worker ended with exit code {code}", "run the same command again: it resumes")
+            failed.exit_code = code if code > 0 else 128 - code
+            raise failed
+        done.add(Trained(**json.loads(text.splitlines()[-1])))
+    return done
+
+
+def reading(variants: Sequence[Variant]) -> Variant:
+    """The variant by whose settings the rows of all are read: one that needs the reference, if any does."""
+    return next((v for v in variants if v.config.objective.needs("reference")), variants[0])
+
+
+def work(out: Path, until: Mapping[str, int]) -> Trained:
+    """What a process does."""
+    config = settled(base.load(SweepConfig, out / "config.json", {}), out)
+    every = config.resolved_variants
+    named = [variant for variant in every if variant.name in until]
+    return training.train(named, out, prepare(reading(every).config), until, leave_busy=True)
+
+
+def main() -> int:
+    """Train, and say what was done. Returns the exit code."""
+    out, until = Path(sys.argv[1]), json.loads(sys.argv[2])
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        done = work(out, until)
+    except (PrefpipeError, Interrupted) as error:
+        log.error(error.message, error.hint)
+        return error.exit_code
+    answers.write(json.dumps(asdict(done)) + "\n")
+    answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
