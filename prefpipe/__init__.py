@@ -14,21 +14,8 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = [  # noqa: F822 (`__getattr__` has them)
-    "PrefpipeError",
-    "Run",
-    "build_pairs",
-    "evaluate",
-    "gather",
-    "generate",
-    "iterate",
-    "load",
-    "merge",
-    "plan",
-    "report",
-    "score",
-    "train",
-]
+_COMMANDS = ("build_pairs", "evaluate", "gather", "generate", "iterate", "merge", "plan", "report", "score", "train")
+__all__ = [*_COMMANDS, "PrefpipeError", "Run", "load"]  # type: ignore[reportUnsupportedDunderAll]  # the stub has them
 
 
 def __getattr__(name: str) -> Any:
