@@ -86,6 +86,7 @@ fix: setup  ## Format and fix what can be fixed
 	  $(BIN)/prefpipe config $$(basename $$(dirname $$schema)) --schema > $$schema || exit 1; \
 	done
 	@$(BIN)/python -m tests.meta.reference
+	@$(BIN)/python -m tests.meta.stub && $(BIN)/ruff format --quiet prefpipe/__init__.pyi
 
 bench: setup  ## Measurements against public peers (about an hour, 12 GB of disk; QUICK=--quick for a look)
 	@mkdir -p runs && for name in train_vs_trl plan_accuracy growth separate_rows generate build_pairs scale; do \

@@ -1,7 +1,4 @@
-"""The command line: parse the options, call one stage, print what it says. No logic.
-
-A stage and its heavy packages are imported by the command that runs it: `prefpipe --help` imports none of them.
-"""
+"""The command line: parse the options, make one call of `api.calls`, print what it says. No logic."""
 
 import gc
 import importlib
@@ -10,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -19,22 +16,20 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from prefpipe import __version__, extras, flags, log, processes, terminal
+from prefpipe import __version__, flags, log, processes, terminal
+from prefpipe.api import calls
+from prefpipe.api.calls import STAGES
 from prefpipe.chat import commands as _chat_commands
 from prefpipe.config import base
-from prefpipe.config.commands import CLASSES
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.doctor import command as doctors
-from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
+from prefpipe.errors import Interrupted, PrefpipeError, UsageError
 from prefpipe.exports import commands as _export_commands
 from prefpipe.shipped import commands as _recipe_commands
 from prefpipe.shipped import recipes
 from prefpipe.views import commands
 
-STAGES: dict[str, tuple[type[BaseModel], str]] = {
-    name: (cls, f"prefpipe.stages.{name.replace('-', '_')}.stage") for name, cls in CLASSES.items()
-}
 _START = "Start"
 _RECIPES = "Recipes"  # the heading of commands about settings in --help
 
@@ -73,12 +68,11 @@ def _report(error: BaseException, *, verbose: bool) -> int:
     if isinstance(error, PrefpipeError | Interrupted):
         log.error(error.message, error.hint)
         return error.exit_code
-    if isinstance(error, ModuleNotFoundError):
-        return _missing_package(error)
     if isinstance(error, OSError):
         terminal.forget(sys.stdout)
-        log.error(str(error), "check permissions and the disk, then run the same command again")
-        return StorageError.exit_code
+    if explained := calls.explained(error):
+        log.error(explained.message, explained.hint)
+        return explained.exit_code
     if verbose:
         traceback.print_exc()
     log.error(
@@ -90,13 +84,6 @@ def _report(error: BaseException, *, verbose: bool) -> int:
 
 def _stop(number: int, _frame: FrameType | None) -> None:
     raise Interrupted(number)
-
-
-def _missing_package(error: ModuleNotFoundError) -> int:
-    parts = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
-    commands = " or ".join(extras.command(part) for part in parts)
-    log.error(f"this command needs the package '{error.name}'", f"install it with: {commands}")
-    return MissingInputError.exit_code
 
 
 def _failed(code: int) -> int:
@@ -169,8 +156,8 @@ def steps() -> None:
             step = json.loads(line)
             saved, out = Path(step["saved"]), Path(step["out"])
             shelf.keep, shelf.lora_rank = step["keep"], step["lora_rank"]
-            config_class, module = STAGES[json.loads(saved.read_text(encoding="utf-8"))["command"]]
-            _run_stage(module, base.load(config_class, saved, {}), out, force=False)
+            command = json.loads(saved.read_text(encoding="utf-8"))["command"]
+            _run(command, calls.settings(command, saved, {}), out)
             gc.collect()  # a reward model of this step leaves the memory before that of the next one comes
             print(step["out"], file=answers, flush=True)
 
@@ -182,9 +169,8 @@ def write_report(
     verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: FBT002, ARG001
 ) -> None:
     """Write one HTML page about a run, or about all rounds of iterate."""
-    stage = importlib.import_module("prefpipe.stages.report.stage")
     target = base.local_path(out, "out") if out is not None else None
-    terminal.show(f"report       {stage.run(base.local_path(directory, 'DIR'), target)}")
+    terminal.show(f"report       {calls.report(base.local_path(directory, 'DIR'), target)}")
 
 
 @app.command("gather", rich_help_panel="Stages")
@@ -195,10 +181,8 @@ def gather(
     verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: FBT002, ARG001
 ) -> None:
     """Join the runs of all parts (--part I/N) of generate or score into the run that the command makes without it."""
-    stage = importlib.import_module("prefpipe.stages.gather.stage")
     target = base.local_path(out, "out")
-    command, config = stage.run([base.local_path(text, "DIR") for text in directories], target, force=force)
-    _run_stage(STAGES[command][1], config, target, force=False)
+    _say(*calls.gather([base.local_path(text, "DIR") for text in directories], target, force=force), target)
 
 
 @app.command("merge")
@@ -209,46 +193,32 @@ def merge(
     verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: FBT002, ARG001
 ) -> None:
     """Merge the adapter of a run into the weights of its base: a model for tools that take no adapters."""
-    merging = importlib.import_module("prefpipe.stages.train.merging")
     target = base.local_path(out, "out")
-    identity = merging.run(base.local_path(run_dir, "RUN"), target, model)
+    identity = calls.merge(base.local_path(run_dir, "RUN"), target, model)
     terminal.show(f"merged       {target}\n  {identity}")
 
 
-def _register(name: str, config_class: type[BaseModel], module: str) -> None:
+def _register(name: str, config_class: type[BaseModel]) -> None:
     def run(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
-        config = base.load(config_class, recipe, settings)
+        config = calls.settings(name, recipe, settings)
         if dry_run:
             terminal.show(json.dumps(base.dump(config), indent=2))
             return
         if out is None:
             raise UsageError("--out is missing", f"name the directory of the run: prefpipe {name} ... --out runs/NAME")
-        _run_stage(module, config, out, force=force)
+        _run(name, config, out, force=force)
 
     app.command(name, cls=flags.SettingsCommand, rich_help_panel="Stages")(flags.command(config_class, run))
 
 
-def _run_stage(module: str, config: BaseModel, out: Path, *, force: bool) -> None:
-    stage = importlib.import_module(module)
-    manifest = _finished(stage.run, config, out, force=force)
+def _run(command: str, config: BaseModel, out: Path, *, force: bool = False) -> None:
+    _say(command, calls.run(command, config, out, force=force), out)
+
+
+def _say(command: str, manifest: dict[str, Any], out: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
-        for line in stage.summary(manifest, out):
+        for line in calls.summary(command, manifest, out):
             terminal.show(line)
-
-
-def _finished(run: Callable[..., dict[str, Any]], config: BaseModel, out: Path, *, force: bool) -> dict[str, Any]:
-    """The manifest of a run. Exit code 0 is for a run that has one: whoever ends the command before fails."""
-    try:
-        return run(config, out, force=force)
-    except SystemExit as end:
-        raise PrefpipeError(
-            f"the command was ended from inside, with exit code {end.code}",
-            "a package that it uses called sys.exit; run the same command again with --verbose",
-        ) from end
-    except BrokenPipeError as error:
-        raise PrefpipeError(
-            "a process that the command talked to is gone", "run the same command again: it resumes"
-        ) from error
 
 
 def _demo(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
@@ -258,15 +228,14 @@ def _demo(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None,
     if dry_run:
         terminal.show(json.dumps(base.dump(config), indent=2))
         return
-    _run_stage(STAGES["iterate"][1], config, out, force=force)
+    _run("iterate", config, out, force=force)
     write_report(str(out))
 
 
 def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
     if out is not None or force or dry_run:
         raise UsageError("plan writes nothing", "leave out --out, --force and --dry-run")
-    plan = importlib.import_module("prefpipe.stages.train.plan")
-    for line in plan.run(base.load(TrainConfig, recipe, settings)):
+    for line in calls.plan(calls.settings("train", recipe, settings)):
         terminal.show(line)
 
 
@@ -276,8 +245,8 @@ app.command(
     help="Run three rounds on a real 135M model, and write the page about them: about 27 minutes on 2 cores.",
     rich_help_panel=_START,
 )(flags.command(IterateConfig, _demo))
-for _name, (_config, _module) in STAGES.items():
-    _register(_name, _config, _module)
+for _name, (_config, _) in STAGES.items():
+    _register(_name, _config)
 app.command("config", rich_help_panel=_RECIPES)(show_config)
 app.command(
     "plan",

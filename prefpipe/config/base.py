@@ -38,6 +38,7 @@ REMOTE = "remote"
 ADDED = "added"
 BESIDE = "beside"
 FIRST = "first"
+COMMAND_LINE = "command line"
 _RECIPE_BYTES = 1 << 20
 
 
@@ -51,10 +52,11 @@ class Heading:
 C = TypeVar("C", bound=BaseModel)
 
 
-def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any]) -> C:
+def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any], place: str = COMMAND_LINE) -> C:
     """A config from its defaults, a recipe (TOML, or the JSON that a run saved) and flags; the later one wins.
 
-    `flags` maps dotted field names to values. Raises UsageError with every problem at once, and as `read_recipe` does.
+    `flags` maps dotted field names to values, `place` is where they were written. Raises UsageError with every problem
+    at once, and as `read_recipe` does.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     for name, value in flags.items():
@@ -62,7 +64,7 @@ def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any]) -> C:
     try:
         return _with_local_paths(cls.model_validate(values))
     except ValidationError as error:
-        where = str(recipe) if recipe is not None else "command line"
+        where = str(recipe) if recipe is not None else place
         raise UsageError(
             "; ".join(f"{where}: {line}" for line in explain(cls, error)),
             f"`prefpipe config {command_name(cls)}` prints every setting with its default",

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from prefpipe import extras, machine
+from prefpipe import extras, machine, user_functions
 from prefpipe.config.base import result_fields
 from prefpipe.config.rewards import Settings, settings_of
 from prefpipe.errors import MissingInputError
@@ -43,7 +43,7 @@ def load(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> RewardFuncti
     if _has_kind(name, tables):
         settings = settings_of(name, tables)
         return getattr(_module(settings.kind), settings.kind)(settings)
-    user_function = function.find(name)
+    user_function = user_functions.find(name)
     return lambda answers: function.call(user_function, answers)
 
 
@@ -62,7 +62,7 @@ def identity(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> str:
         module = _module(kind)
         values |= module.inputs(settings)
         return " ".join([f"{kind}-{module.VERSION}", *([canonical_json(values)] if values else [])])
-    return function.digest(name)
+    return user_functions.digest(name)
 
 
 def _has_kind(name: str, tables: Mapping[str, Settings]) -> bool:

@@ -4,30 +4,21 @@ As a name in `rewards` it is called in this process, with every answer of a shar
 with one answer at a time, in a process that a time limit kills.
 """
 
-import importlib
 import json
 import math
 import numbers
-import os
-import posix
-import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from prefpipe import reading
 from prefpipe.config.rewards import Function
-from prefpipe.errors import Interrupted, MissingInputError, UsageError
+from prefpipe.errors import UsageError
 from prefpipe.models.turns import as_dict
-from prefpipe.processes import current_folder
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 from prefpipe.rewards.isolation import isolated
+from prefpipe.user_functions import STOPS, digest, find, never_ends
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
-_STOPS = (Interrupted, KeyboardInterrupt)  # no failures of the user's code
 _ARGUMENTS = {"prompts", "completions", "answer"}  # of every call, beside the further columns of the prompts
 
 
@@ -44,7 +35,7 @@ def function(settings: Function) -> RewardFunction:
     such function.
     """
     name = _named(settings)
-    find(name)
+    find(name, elsewhere=True)
     rate_all = isolated(
         f"{__name__}:rate",
         timeout_seconds=settings.timeout_seconds,
@@ -65,35 +56,6 @@ def rate(name: str, answer: dict[str, Any]) -> list[Any]:
     return [scored.reward, scored.status, scored.detail]
 
 
-def find(name: str) -> Callable[..., Any]:
-    """The function `module:function`. Raises MissingInputError or UsageError when there is none."""
-    module, _, attribute = name.partition(":")
-    try:
-        with current_folder(), _never_ends():
-            return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise MissingInputError(
-            f"reward {name}: no module '{error.name}'", "run from the folder that holds it"
-        ) from error
-    except AttributeError as error:
-        raise UsageError(f"reward {name}: {module} has no '{attribute}'", "check the name of the function") from error
-    except (SyntaxError, ValueError) as error:
-        raise UsageError(f"reward {name} cannot be imported: {error}", "write it as module:function") from error
-    except _STOPS:
-        raise
-    except BaseException as error:  # of the user's module, which may even call sys.exit
-        raise UsageError(
-            f"reward {name} cannot be imported: {type(error).__name__}: {error}", f"mend the module {module}"
-        ) from error
-
-
-def digest(name: str) -> str:
-    """The digest of the module that holds `module:function`; for a module without a file the name."""
-    find(name)
-    source = sys.modules[name.partition(":")[0]].__file__
-    return reading.file_digest(Path(source)) if source else name
-
-
 def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored]:
     """Scores by `function(prompts, completions, answer, COLUMN...)` as in TRL: lists of messages in, numbers out.
 
@@ -103,7 +65,7 @@ def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored
     metas = [json.loads(a.meta) for a in answers]
     columns = {name: [m.get(name) for m in metas] for name in sorted({n for m in metas for n in m} - _ARGUMENTS)}
     try:
-        with _never_ends():
+        with never_ends():
             values = function(
                 prompts=[[as_dict(m) for m in a.messages] for a in answers],
                 completions=[[{"role": "assistant", "content": a.text}] for a in answers],
@@ -111,35 +73,13 @@ def call(function: Callable[..., Any], answers: Sequence[Answer]) -> list[Scored
                 **columns,
             )
             values = list(values)
-    except _STOPS:
+    except STOPS:
         raise
     except BaseException as error:
         return [Scored(None, "crash", f"{type(error).__name__}: {error}")] * len(answers)
     if len(values) != len(answers):
         return [Scored(None, "crash", f"{len(values)} rewards for {len(answers)} completions")] * len(answers)
     return [_scored(value) for value in values]
-
-
-@contextmanager
-def _never_ends() -> Generator[None]:
-    """While a user's code runs, what would end the command or put another program in its place raises SystemExit: else
-    it could end with exit code 0 and no manifest. A child that the code forks ends by it as ever. Compiled code that
-    calls the C library itself is beyond this."""
-    process = os.getpid()
-    before = [(module, name, getattr(module, name)) for module in (os, posix) for name in ("_exit", "execv", "execve")]
-    for module, name, end in before:
-        setattr(module, name, partial(_refuse_to_end, process, name, end))
-    try:
-        yield
-    finally:
-        for module, name, end in before:
-            setattr(module, name, end)
-
-
-def _refuse_to_end(process: int, name: str, end: Callable[..., NoReturn], *arguments: Any) -> NoReturn:
-    if os.getpid() != process:
-        end(*arguments)
-    raise SystemExit(f"os.{name}({str(arguments[0])[:100] if arguments else ''})")
 
 
 def _scored(value: object) -> Scored:

@@ -86,16 +86,16 @@ def scan(run: RunView, dataset: str) -> pl.LazyFrame:
             f"{run.path} has no dataset '{dataset}'{suggestion(dataset, list(run.rows))}",
             f"it has: {', '.join(run.rows) or 'none yet'}",
         )
-    frame = _frame(run, dataset)
+    frame = plain(run, dataset)
     if dataset == "margins":
         return _with_texts(run, frame)
     if dataset != "completions":
         return frame
     if "prompts" in run.rows:
-        prompts = _frame(run, "prompts").select("prompt_id", prompt="messages").unique("prompt_id")
+        prompts = plain(run, "prompts").select("prompt_id", prompt="messages").unique("prompt_id")
         frame = frame.join(prompts, on="prompt_id", how="left", maintain_order="left")
     for name in reward_names(run):
-        rewards = _frame(run, _REWARDS + name).select("completion_id", pl.col("reward").alias(name))
+        rewards = plain(run, _REWARDS + name).select("completion_id", pl.col("reward").alias(name))
         frame = frame.join(rewards.unique("completion_id"), on="completion_id", how="left", maintain_order="left")
     return frame
 
@@ -112,7 +112,8 @@ def id_columns(schema: pl.Schema) -> list[str]:
     return [name for name in schema if name == "id" or name.endswith("_id")]
 
 
-def _frame(run: RunView, dataset: str) -> pl.LazyFrame:
+def plain(run: RunView, dataset: str) -> pl.LazyFrame:
+    """The committed rows of a dataset as they stand in its files."""
     files = run_view.parts(run, dataset)
     return pl.concat([pl.scan_parquet(file, glob=False) for file in files], how="diagonal_relaxed")
 
@@ -124,7 +125,7 @@ def _with_texts(run: RunView, margins: pl.LazyFrame) -> pl.LazyFrame:
         with suppress(PrefpipeError, OSError, ValueError):  # a file from elsewhere, or gone
             source = run_view.view(Path(place))
             if "pairs" in source.rows:
-                found.append(_frame(source, "pairs").select(*_TEXTS, row_id="pair_id"))
+                found.append(plain(source, "pairs").select(*_TEXTS, row_id="pair_id"))
     if not found:
         return margins
     texts = pl.concat(found, how="vertical_relaxed").unique("row_id")

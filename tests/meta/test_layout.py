@@ -13,6 +13,7 @@ PACKAGE = ROOT / "prefpipe"
 GROUND = {
     "api_key",
     "cli",
+    "user_functions",
     "flags",
     "http",
     "processes",
@@ -32,6 +33,7 @@ GROUND = {
     "__main__",
 }
 ROOMS = {
+    "api",
     "stages",
     "doctor",
     "shipped",
