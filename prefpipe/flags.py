@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand, TyperGroup
 
 from prefpipe.config.base import fields_under_headings, local_path
+from prefpipe.config.names import known
 
 FORCE = "Start over: what is in --out moves to its quarantine/ folder."
 VERBOSE = "Show the traceback of an unexpected error."
@@ -97,6 +98,8 @@ def _option(name: str, field: FieldInfo, heading: str) -> inspect.Parameter:
 
 def _metavar(field: FieldInfo) -> str:
     choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
+    if ours := known(field.metadata):
+        choices = [*ours, "MODULE:FUNCTION"]
     if choices:
         return "|".join(choices)
     kind: Any = field.annotation

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from prefpipe.config import shared
 from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
+from prefpipe.config.names import name_or_function
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -53,7 +54,7 @@ if TYPE_CHECKING:  # a type checker takes no names from a table
     RuleName = str
     SubsetName = str
 else:
-    RuleName = Literal[tuple(RULES)]
+    RuleName = name_or_function(tuple(RULES))
     SubsetName = Literal[tuple(SUBSETS)]
 
 _RULE_SETTINGS = tuple(sorted({name for rule in RULES.values() for name in rule.reads}))
@@ -97,13 +98,19 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+def weighed_by(rule: str) -> str:
+    """What counts the same with weight_by = rule; every pair with a function of the user."""
+    return RULES[rule].weigh_by if rule in RULES else "pair"
+
+
 def unread(values: Mapping[str, Any]) -> dict[str, str]:
     """The settings that no choice among `values` reads, each with the choices that would read it."""
     found: dict[str, str] = {}
     for choice, rows in READS.items():
         if choice in found:
             continue
-        for name in sorted({name for row in rows.values() for name in row} - set(rows[values[choice]])):
+        every = {name for row in rows.values() for name in row}
+        for name in sorted(every - set(rows.get(values[choice], every))):  # a function of the user may read all
             readers = " or ".join(value for value, row in rows.items() if name in row)
             found.setdefault(name, f"{choice} = {readers}")
     return found
@@ -137,7 +144,8 @@ class BuildPairsConfig(BaseModel):
     seed: shared.Seed = 0
 
     rule: RuleName = "best-random-worse"
-    """How completions of a prompt become pairs; docs/pair-rules.md gives formula, source and use of each rule."""
+    """How completions of a prompt become pairs; docs/pair-rules.md gives formula, source and use of each rule. Or a
+    function of yours, module:function."""
     pairs_per_prompt: Count = 1
     """Most pairs of one prompt; 0 for every pair that the rule makes."""
     rule_gap: Annotated[float, Field(ge=0)] = 0.5

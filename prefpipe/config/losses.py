@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from prefpipe.config import names as naming
 from prefpipe.config.base import ADDED, STRICT, Heading
 
 Kind = Literal["pairs", "labels", "groups"]
@@ -115,8 +116,18 @@ OTHER_NAMES = {  # what papers and other programs call a loss, where no name abo
 }
 if TYPE_CHECKING:
     LossName = str
-else:  # the names of the table are the words that a recipe may use
-    LossName = Literal[tuple(LOSSES)]
+else:  # the names of the table, and functions of users, are the words that a recipe may use
+    LossName = naming.name_or_function(tuple(LOSSES))
+
+
+def loss_of(name: str, rows: Kind = "pairs") -> Loss:
+    """What is known of a loss by its name. A user's function may read every setting and column; its target, of which
+    nothing is said, is not known."""
+    if name in LOSSES:
+        return LOSSES[name]
+    unread = ("use_weighting", *(setting for setting in LossSettings.model_fields if readers(setting) == ("kto",)))
+    settings = tuple(setting for setting in LossSettings.model_fields if setting not in unread)
+    return Loss(settings, rows, beta="no temperature", target="")
 
 
 def names(kind: Kind) -> tuple[str, ...]:
@@ -197,25 +208,30 @@ for _name, _info in LossSettings.model_fields.items():
 
 @dataclass(frozen=True)
 class Objective:
-    """The weighted sum of losses that a run minimises, and the settings that they read."""
+    """The weighted sum of losses that a run minimises, and the settings that they read. `rows` is the kind of rows for
+    functions of users, which take any."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     settings: LossSettings
+    rows: Kind = "pairs"
 
     @property
     def kind(self) -> Kind:
         """The rows that its losses train on: all of one kind, as `misfits` says."""
-        return LOSSES[self.names[0]].kind
+        for name in self.names:
+            if name in LOSSES:
+                return LOSSES[name].kind
+        return self.rows
 
     def needs(self, what: Need) -> bool:
         """Whether one of its losses reads this."""
-        return any(what in LOSSES[name].needs for name in self.names)
+        return any(what in loss_of(name).needs for name in self.names)
 
     def with_reference(self) -> "Objective":
         """The losses among them that read reference log-probs."""
-        kept = [(n, w) for n, w in zip(self.names, self.weights, strict=True) if "reference" in LOSSES[n].needs]
-        return Objective(tuple(n for n, _ in kept), tuple(w for _, w in kept), self.settings)
+        kept = [(n, w) for n, w in zip(self.names, self.weights, strict=True) if "reference" in loss_of(n).needs]
+        return Objective(tuple(n for n, _ in kept), tuple(w for _, w in kept), self.settings, self.rows)
 
 
 def misfits(objective: Objective) -> Iterator[str]:
@@ -225,15 +241,15 @@ def misfits(objective: Objective) -> Iterator[str]:
         yield f"{len(losses)} losses but {len(objective.weights)} loss_weights: give one each"
     if len(set(losses)) != len(losses):
         yield f"a loss twice in loss_type {losses}: give it once, with their weight"
-    if len({LOSSES[name].kind for name in losses}) > 1:
+    if len({LOSSES[name].kind for name in losses if name in LOSSES}) > 1:
         yield f"losses of different kinds of rows do not add up: {', '.join(losses)}"
-    read = {setting for name in losses for setting in LOSSES[name].reads}
+    read = {setting for name in losses for setting in loss_of(name, objective.kind).reads}
     for name in sorted(LossSettings.model_fields.keys() - read):
         value = getattr(settings, name)
         if value != LossSettings.model_fields[name].default:
             yield f"{name} = {value} is read by none of {', '.join(losses)} ({', '.join(readers(name))})"
     for loss in losses:
-        lacking = [item for item in LOSSES[loss].settings_above_0.items() if not getattr(settings, item[0]) > 0]
+        lacking = [item for item in loss_of(loss).settings_above_0.items() if not getattr(settings, item[0]) > 0]
         yield from (f"{loss} needs {name} above 0: {reason}" for name, reason in lacking)
     if read & set(MARGIN_SETTINGS):
         yield from _margin_misfits(settings)

@@ -117,8 +117,8 @@ class TrainConfig(LossSettings):
         Heading("Losses"),
         Field(
             min_length=1,
-            description=f"Losses to add up, under TRL's names where it has them: {', '.join(losses.LOSSES)}; sigmoid "
-            "is DPO, and docs/losses.md says which to choose.",
+            description=f"Losses to add up, under TRL's names where it has them: {', '.join(losses.LOSSES)}, or "
+            "functions of yours, module:function; sigmoid is DPO, and docs/losses.md says which to choose.",
         ),
     ] = ("sigmoid",)
     loss_weights: tuple[float, ...] = (1.0,)
@@ -218,7 +218,8 @@ class TrainConfig(LossSettings):
     def objective(self) -> Objective:
         """The losses, their weights and their settings."""
         values = {name: getattr(self, name) for name in LossSettings.model_fields}
-        return Objective(self.loss_type, self.loss_weights, LossSettings.model_construct(**values))
+        rows = "labels" if self.labels else "groups" if self.groups else "pairs"
+        return Objective(self.loss_type, self.loss_weights, LossSettings.model_construct(**values), rows)
 
     @property
     def resolved(self) -> "TrainConfig":

@@ -21,6 +21,7 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import SCHEDULES, IterateConfig
 from prefpipe.config.losses import LOSSES, MARGIN_SETTINGS, LossSettings
+from prefpipe.config.names import known
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.stops import StopSettings
 from prefpipe.config.sweep import SweepConfig
@@ -98,7 +99,8 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         return st.dictionaries(st.sampled_from(("mine", "length", "b-2")), table, max_size=2)
     if typing.get_origin(field.annotation) is tuple:
         kind = typing.get_args(field.annotation)[0]  # of an entry; it may have bounds of its own
-        bounds = list(kind.__metadata__[0].metadata) if typing.get_origin(kind) is Annotated else []
+        marks = kind.__metadata__ if typing.get_origin(kind) is Annotated else ()
+        bounds = list(marks) if known(marks) else list(marks[0].metadata) if marks else []
         return st.lists(
             _one(getattr(kind, "__origin__", kind) if bounds else kind, bounds), min_size=1, max_size=3
         ).map(tuple)
@@ -106,8 +108,8 @@ def values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
 
 
 def _one(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
-    if typing.get_origin(kind) is Literal:
-        return st.sampled_from(typing.get_args(kind))
+    if names := known(metadata) or (typing.get_args(kind) if typing.get_origin(kind) is Literal else ()):
+        return st.sampled_from(names)
     bounds: dict[str, Any] = {}
     for m in metadata:
         if isinstance(m, annotated_types.Ge | annotated_types.Gt):
@@ -129,14 +131,14 @@ def _one(kind: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
 @st.composite
 def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
     """Some settings of a class with legal values, by dotted name."""
-    known = {name: field for name, field in base.fields(cls) if cls is not IterateConfig or name not in OWNED}
-    names = draw(st.lists(st.sampled_from(sorted(known)), max_size=8, unique=True))
-    found = {name: draw(values(name, known[name])) for name in names}
-    for name in [n for n in known if n.endswith("loss_type") and (n in found or f"{n[:-4]}weights" in found)]:
+    there = {name: field for name, field in base.fields(cls) if cls is not IterateConfig or name not in OWNED}
+    names = draw(st.lists(st.sampled_from(sorted(there)), max_size=8, unique=True))
+    found = {name: draw(values(name, there[name])) for name in names}
+    for name in [n for n in there if n.endswith("loss_type") and (n in found or f"{n[:-4]}weights" in found)]:
         weights = f"{name[:-4]}weights"
-        losses = found[name] = _of_one_kind(found.get(name) or draw(values(name, known[name])))
+        losses = found[name] = _of_one_kind(found.get(name) or draw(values(name, there[name])))
         found[weights] = tuple(draw(st.floats(-9, 9)) for _ in losses)
-    for prefix in [name[: -len("loss_type")] for name in known if name.endswith("loss_type")]:
+    for prefix in [name[: -len("loss_type")] for name in there if name.endswith("loss_type")]:
         _keep_what_is_read(found, prefix)
         _keep_what_goes_together(found, prefix)
         _keep_one_weight_for_each_source(found, prefix)
@@ -146,10 +148,10 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
             "build_pairs.output": LOSSES[found.get("train.loss_type", ("sigmoid",))[0]].kind,
             "build_pairs.format": "prefpipe",
         }
-    for prefix in [name[: -len("engine")] for name in known if name.endswith("engine")]:
+    for prefix in [name[: -len("engine")] for name in there if name.endswith("engine")]:
         found.pop(f"{prefix}base_urls", None)
         if found.get(f"{prefix}engine") == "server":
-            found[f"{prefix}base_urls"] = draw(values("base_urls", known[f"{prefix}base_urls"]))
+            found[f"{prefix}base_urls"] = draw(values("base_urls", there[f"{prefix}base_urls"]))
     if cls is ScoreConfig and not found.get("rewards"):
         found.pop("reference", None)  # with neither, there is nothing to do for runs
     _keep_variants_that_fit(found)

@@ -6,6 +6,7 @@ import pytest
 
 from prefpipe.config import base
 from prefpipe.config.build_pairs import READS, RULES, SUBSETS, BuildPairsConfig, unread
+from prefpipe.config.names import known
 from prefpipe.errors import UsageError
 
 DEFAULTS = dict(BuildPairsConfig())
@@ -73,7 +74,8 @@ def test_problems_are_named_together() -> None:
 
 def test_a_row_for_every_value_of_a_choice_and_a_setting_for_every_name() -> None:
     for choice, rows in READS.items():
-        assert set(rows) == set(get_args(BuildPairsConfig.model_fields[choice].annotation)), choice
+        field = BuildPairsConfig.model_fields[choice]
+        assert set(rows) == set(get_args(field.annotation) or known(field.metadata)), choice
     assert {name for rows in READS.values() for row in rows.values() for name in row} <= set(DEFAULTS)
     assert set(READS["rule"]) == set(RULES)
     assert set(READS["subset"]) == set(SUBSETS)

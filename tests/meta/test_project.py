@@ -15,6 +15,7 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import SCHEDULES, IterateConfig
 from prefpipe.config.losses import LOSSES, LossSettings, readers
+from prefpipe.config.names import known
 from prefpipe.config.rewards import KINDS
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.stops import StopRule, StopSettings
@@ -58,7 +59,7 @@ def test_exceptions_from_the_mirror_exist() -> None:
 def test_registries_and_settings_name_the_same_things() -> None:
     assert set(shared.REWARD_NAMES) == set(REWARDS)
     (loss_choice, _) = get_args(TrainConfig.model_fields["loss_type"].annotation)
-    assert set(get_args(loss_choice)) == set(LOSSES)
+    assert set(known(loss_choice.__metadata__)) == set(LOSSES)
     for cls in (GenerateConfig, EvaluateConfig, ScoreConfig):
         assert set(get_args(cls.model_fields["engine"].annotation)) == set(ENGINES)
 

@@ -5,6 +5,7 @@ reward_values.py   the reward of a completion, from one column or a sum of sever
 prompt_filters.py  duplicate, near-duplicate and contaminated prompts
 candidates.py      completions joined with rewards, in partitions by prompt; completion filters
 pair_rules.py      candidates of a prompt -> pairs (docs/pair-rules.md)
+user_rules.py      the same by functions of users, checked
 filters.py         pairs -> kept, or dropped with one reason
 pairs.py           pair rule, filters, rows of pairs
 label_rules.py     candidates -> desirable or undesirable, class weights

@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from prefpipe.config.build_pairs import RULES, BuildPairsConfig
+from prefpipe.config.build_pairs import BuildPairsConfig, weighed_by
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id
 from prefpipe.rows import logps_of_other_ids, one_reference
@@ -234,7 +234,7 @@ def _mask() -> pl.Expr:
 
 def with_weights(frame: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
     """A column `weight` with mean 1: equal for every row, or with an equal sum for every prompt."""
-    of_rule = RULES[config.rule].weigh_by if config.output == "pairs" else "pair"
+    of_rule = weighed_by(config.rule) if config.output == "pairs" else "pair"
     weigh_by = of_rule if config.weight_by == "rule" else config.weight_by
     if weigh_by == "pair" or frame.is_empty():
         return frame.with_columns(weight=pl.lit(1.0))

@@ -10,7 +10,7 @@ from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig
 from prefpipe.errors import DataError
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Pair
-from prefpipe.stages.build_pairs import data_measures, filters, output_rows, pair_rules, trl
+from prefpipe.stages.build_pairs import data_measures, filters, output_rows, pair_rules, trl, user_rules
 from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
 from prefpipe.stages.build_pairs.candidates import LEDGER, Workspace
 from prefpipe.stages.build_pairs.filters import SIDES
@@ -40,7 +40,7 @@ class FilteredPairs:
 def apply_rule(candidates: pl.DataFrame, config: BuildPairsConfig) -> RulePairs:
     """Pairs of one partition. A prompt without a pair has its reason in the ledger: too_few, tie or no_pair."""
     ranked = pair_rules.rank(candidates)
-    pairs = pair_rules.pair_frame(ranked, pair_rules.find(config.rule)(ranked, config))
+    pairs = pair_rules.pair_frame(ranked, user_rules.find(config.rule)(ranked, config))
     without = ranked.spans.join(pairs.select("prompt_id").unique(), on="prompt_id", how="anti", maintain_order="left")
     reason = (
         pl.when(pl.col("count") < 2)

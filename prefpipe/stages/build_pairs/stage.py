@@ -33,6 +33,7 @@ from prefpipe.stages.build_pairs import (
     pairs,
     prompt_filters,
     reward_values,
+    user_rules,
 )
 from prefpipe.stages.build_pairs.accounting import BuildResult, Level, count_reasons
 from prefpipe.stages.build_pairs.candidates import CandidatePartition, Sources, Workspace
@@ -61,7 +62,7 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
     """Build the rows of `config.output` in `out`. Raises StrictError when `strict` is set and a check warns."""
     if not config.completions:
         raise UsageError("no completions given", "pass --completions DIR (a run of prefpipe generate or score)")
-    digests = _digests(config)
+    digests = _digests(config) | user_rules.inputs(config)
     reward_values.chosen_reward(config)  # a name that the inputs lack is refused before OUT is touched
     with store.open_run(out, "build-pairs", config, digests, force=force) as run_dir:
         manifest = run_dir.manifest()

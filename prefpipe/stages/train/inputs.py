@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from prefpipe import log
-from prefpipe.config.losses import LOSSES, Kind, Objective
+from prefpipe.config.losses import Kind, Objective, loss_of
 from prefpipe.config.train import UNAVAILABLE, TrainConfig
 from prefpipe.errors import DataError, UsageError
 from prefpipe.inputs import files
@@ -17,7 +17,7 @@ from prefpipe.models.policy import Policy, resolve
 from prefpipe.rows import check_ids, completions_of, key_of, one_reference, with_ref_logps
 from prefpipe.runs import store
 from prefpipe.schemas import Dropped, RefLogps
-from prefpipe.stages.train import examples, lengths, mixing, sources
+from prefpipe.stages.train import examples, lengths, mixing, sources, user_losses
 from prefpipe.stages.train.evaluation import split_by_prompt
 from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
 from prefpipe.stages.train.reference.identity import Named, Reference, settle_reference
@@ -91,6 +91,7 @@ def prepare(config: TrainConfig) -> TrainingData:
     named_sources = {name: list[str](getattr(config, name)) for name in (kind, _EVAL[kind], "sft")}
     given, held_out, _ = named_sources.values()
     inputs = {f"{name}.{i}": files.digest(s) for name in named_sources for i, s in enumerate(named_sources[name])}
+    inputs |= user_losses.inputs(config.objective)
     policy = resolve(config.model, config.adapter)
     runs = [Path(s) for s in (*given, *held_out) if files.is_run(s)]
     vocabulary.check(runs, policy.directory)
@@ -114,6 +115,7 @@ def prepare(config: TrainConfig) -> TrainingData:
     inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
     rows = sources.train_rows(kind, read)
     _check_columns(config.objective, rows)
+    user_losses.check(config.objective, rows)
     bank = examples.from_bank(read.bank)
     reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, named) if needs_reference else None
     inputs |= {"reference": _recorded(reference)} if reference and named else {}
@@ -228,14 +230,14 @@ def _check_columns(objective: Objective, rows: Sequence[TrainRow]) -> None:
     """Raise DataError when a loss reads a column that is null, or takes the logarithm of a value that has none."""
     pairs = [row for row in rows if isinstance(row, TrainPair)]
     for name in objective.names:
-        for column in LOSSES[name].needs:
+        for column in loss_of(name).needs:
             lacking = [row.pair_id for row in pairs if column in _COLUMNS and getattr(row, column) is None]
             if lacking:
                 raise DataError(
                     f"loss {name} reads {column}, which {len(lacking)} of {len(pairs)} pairs lack (first {lacking[0]})",
                     "build pairs that have it, or choose another loss: see docs/losses.md",
                 )
-        for column, advice in LOSSES[name].logarithm_of.items():
+        for column, advice in loss_of(name).logarithm_of.items():
             low = [row.pair_id for row in pairs if not (getattr(row, column) or 0.0) > 0]
             if low:
                 raise DataError(

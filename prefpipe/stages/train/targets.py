@@ -7,12 +7,12 @@ from typing import cast
 
 from prefpipe.config.losses import (
     CLASS_RATIO,
-    LOSSES,
     PROPOSED_CLASS_RATIO,
     LossSettings,
     Objective,
     class_weights,
     in_class_ratio,
+    loss_of,
 )
 from prefpipe.stages.train.examples import TrainLabel, TrainRow
 
@@ -67,7 +67,7 @@ def class_warnings(settings: LossSettings, rows: Sequence[TrainLabel]) -> list[s
 
 def _explain(name: str, settings: LossSettings, mean_tokens: float) -> list[str]:
     """The target of a loss, and where label smoothing stops it."""
-    loss, beta, smoothing = LOSSES[name], settings.beta, settings.label_smoothing
+    loss, beta, smoothing = loss_of(name), settings.beta, settings.label_smoothing
     if not loss.target:
         return []
     per_token = _is_per_token(name, settings)
@@ -81,7 +81,7 @@ def _explain(name: str, settings: LossSettings, mean_tokens: float) -> list[str]
 
 def _warn(name: str, settings: LossSettings, mean_tokens: float) -> list[str]:
     """A target that no policy reaches, or a beta below those that were published."""
-    loss, beta = LOSSES[name], settings.beta
+    loss, beta = loss_of(name), settings.beta
     if loss.beta == "no temperature":
         return []
     if loss.largest_target is not None:
@@ -99,7 +99,7 @@ def _warn(name: str, settings: LossSettings, mean_tokens: float) -> list[str]:
 
 def _is_per_token(name: str, settings: LossSettings) -> bool:
     """Whether beta multiplies log-probs per token."""
-    loss = LOSSES[name]
+    loss = loss_of(name)
     if loss.per_token_if is None:
         return loss.beta == "per nat per token"
     setting, value = loss.per_token_if

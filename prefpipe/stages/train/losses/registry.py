@@ -1,13 +1,18 @@
-"""From an objective to its value: the function of a loss by its name, the weighted sum, its distance from the start."""
+"""From an objective to its value: the function of a loss by its name, the weighted sum, its distance from the start.
+
+A name with a colon is a function of the user's, with the arguments and the value of the functions here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
+from prefpipe import user_functions
 from prefpipe.stages.train.losses import listwise, pairwise, unpaired
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch, PairBatch, RankBatch, at_reference
 
@@ -15,13 +20,26 @@ if TYPE_CHECKING:  # losses see tensors and numbers, and import no configuration
     from prefpipe.config.losses import LossSettings, Objective
 
 _MODULES: dict[type, ModuleType] = {PairBatch: pairwise, LabelBatch: unpaired, RankBatch: listwise}
+_of_users: dict[str, Callable[[LossBatch, LossSettings], torch.Tensor]] = {}
+
+
+def load(names: Iterable[str]) -> None:
+    """Find the functions of users among these losses, as they are now: a run never changes its loss on the way.
+
+    Raises UsageError or MissingInputError where there is no such function.
+    """
+    _of_users.update({name: user_functions.find(name, "loss") for name in names if ":" in name})
 
 
 def loss(name: str, batch: LossBatch, settings: LossSettings) -> torch.Tensor:
-    """The loss of every row, [B]: the function of this name in the module for batches of this kind.
+    """The loss of every row, [B]: the function of this name in the module for batches of this kind, or of the user.
 
     Raises ValueError when the batch lacks what the loss reads.
     """
+    if ":" in name:
+        if name not in _of_users:
+            load([name])
+        return _of_users[name](batch, settings)
     return getattr(_MODULES[type(batch)], name)(batch, settings)
 
 
