@@ -128,7 +128,7 @@ def _axis(name: str, text: str) -> Axis:
     return [value.split("+") for value in values] if several else values
 
 
-def _range(name: str, match: "re.Match[str]", annotation: object) -> Range:
+def _range(name: str, match: "re.Match[str]", annotation: Any) -> Range:
     if annotation not in (int, float):
         raise ValueError(f"{name} is no number: list its values")
     try:

@@ -49,12 +49,12 @@ def run(
     engines = Engines(throughout=bool(lora), lora_rank=max(lora, default=0))
     with Processes(engines=engines) as processes:
         step = runner or processes
-        policies = [(start(out), config.model, config.adapter)]
+        policies: list[tuple[Path, str, str]] = [(start(out), config.model, config.adapter)]
         for variant in variants:
             trained = out / FOLDER / variant.name
             full = variant.config.tuning == "full"
-            named = (str(trained / "model"), "none") if full else (config.model, str(trained / "adapter"))
-            policies.append((place(out, variant), *named))
+            model, adapter = (str(trained / "model"), "none") if full else (config.model, str(trained / "adapter"))
+            policies.append((place(out, variant), model, adapter))
         for number, (folder, model, adapter) in enumerate(policies):
             log.info(f"evaluation {number + 1}/{len(policies)}: {folder.name}")
             compared = (*((str(start(out)),) if number else ()), *table.baseline)

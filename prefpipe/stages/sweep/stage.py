@@ -120,7 +120,7 @@ def _train(
             v.name: [*rungs.pauses(config.halving, _num_steps(v, data), config.eval_steps), 0][place] for v in going_on
         }
         number = workers.count(config.workers, len(going_on))
-        step = training.train(going_on, out, data, last) if number == 1 else workers.run(out, last, number)
+        step = training.train(going_on, out, data, last) if number <= 1 else workers.run(out, last, number)
         done.add(step)
         if place < len(config.halving):
             metric = config.metric_for_best_variant

@@ -199,7 +199,10 @@ def test_a_variant_that_fails_is_named_and_the_others_go_on(tiny_model: Path, pa
     assert states == {"lora_target_modules-q_proj": "complete", "lora_target_modules-no_such_module": "failed"}
     assert "no_such_module" in next(r["why"] for r in manifest["totals"]["variants"] if r["state"] == "failed")
     with pytest.raises(DataError, match="no_such_module"):
-        stage.run(config(tiny_model, pairs, "lora_target_modules=no_such_module"), tmp_path / "none", force=False)
+        stage.run(
+            config(tiny_model, pairs, "lora_target_modules=no_such_module", halving=(0.5,), workers=2),
+            tmp_path / "none", force=False,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
