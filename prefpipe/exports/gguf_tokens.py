@@ -15,7 +15,7 @@ _MOST_BYTES = 512 << 20
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # The steps of a pre-tokenizer -> the name of the same in llama.cpp.
-_CUTS = {
+_CUTS: dict[tuple[str, ...], str] = {
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
     (_WORDS + r"\p{N}" + _REST, "bytes"): "qwen2",
