@@ -14,10 +14,8 @@ from prefpipe.schemas import VERSION
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _BASE = re.compile(r"^base_model: (.*)$", re.MULTILINE)
-# A place on a machine: /data/models/mine, ~/models, C:\models. A lone /name may be a word of a template.
-_PLACE = re.compile(
-    r"(?<![\w.:/<~-])(?:~?/[\w.+@-](?:[\w.+@ -]*[\w.+@-])?/[\w./+@-]*|~/[\w.+@-]+|[A-Za-z]:\\\w+)|file://\S*"
-)
+# A place on a machine: /data/models/mine, ~/models. A lone /name may be a word of a template.
+_PLACE = re.compile(r"(?<![\w.:/<~-])(?:~?/[\w.+@-](?:[\w.+@ -]*[\w.+@-])?/[\w./+@-]*|~/[\w.+@-]+)|file://\S*")
 
 
 def base_of(card: str) -> str:

@@ -11,7 +11,7 @@ from prefpipe.config import base
 from prefpipe.errors import UsageError
 
 _TARGET = re.compile(r"hf:([\w-][\w.-]*/[\w-][\w.-]*)", re.ASCII)
-FORMATS = ("axolotl", "llama-factory", "nemo-rl")
+FORMATS = ["gguf", "axolotl", "llama-factory", "nemo-rl"]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run of train or build-pairs, or of iterate for its best.")]
 
 
@@ -50,15 +50,22 @@ def push(
 
 def export(
     form: Annotated[str, typer.Argument(metavar="FORMAT", help=f"One of: {', '.join(FORMATS)}.")],
-    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run of build-pairs.")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="For gguf a run of train, else of build-pairs.")],
     *,
     out: Annotated[str, typer.Option(metavar="DIR", help="A new or an empty directory.")],
+    model: Annotated[str, typer.Option(help="gguf: the base, if it is not where it was when the run started.")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: ARG001
 ) -> None:
-    """Write the rows of a run in the shape that another program reads."""
+    """Write what a run made in the form that another program reads: its policy as GGUF, its rows for a trainer."""
     if form not in FORMATS:
         raise UsageError(f"no format '{form}'{base.suggestion(form, FORMATS)}", f"formats are {', '.join(FORMATS)}")
     directory, target = base.local_path(run_dir, "RUN"), base.local_path(out, "out")
+    if form == "gguf":
+        written = importlib.import_module("prefpipe.exports.gguf_model").export(directory, target, model)
+        terminal.show(f"exported     {written}")
+        return
+    if model:
+        raise UsageError(f"--model = {model}: {form} is made of rows", "leave it out")
     count, dataset = importlib.import_module("prefpipe.exports.rows").export(form, directory, target)
     terminal.show(f"exported     {count} {dataset} to {target}")
 

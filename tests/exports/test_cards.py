@@ -16,7 +16,6 @@ KEY = "hf_" + "a1B2c3D4e5" * 3
         "base: /srv/models/mine",
         '{"x": "/data/me/a b/c.json"}',
         "~/models/x",
-        "see C:\\models",
         "file:///srv/x",
         "(/a/b)",
     ],
@@ -45,6 +44,7 @@ def test_a_key_is_refused_and_not_shown() -> None:
         "{% if a %}</tool_call></b>{% endif %} and/or 1/2 w/o",
         "ratio a / b / c, ./x/y, reward mine:f",
         '{"base_model_name_or_path": "org/name"}',
+        '{"chat_template": "Q:\\nA:\\n/think or /no_think"}',
     ],
 )
 def test_other_texts_pass(text: str) -> None:
