@@ -235,6 +235,20 @@ def test_every_check_runs_on_tiny_sizes(card: Callable, bench: Any) -> None:
         assert name in names
 
 
+@pytest.mark.slow
+def test_the_command_writes_the_record_and_prints_the_table(card: Callable, tmp_path: Path, capfd: Any) -> None:
+    """One check in a process of its own; then a deadline at which no process is worth its start."""
+    path = tmp_path / "gpu.json"
+    assert card("gpu").main(["--json", str(path), "--tiny", "--only", "machine"]) == 0
+    (check,) = json.loads(path.read_text())["checks"]
+    assert (check["state"], [f["name"] for f in check["figures"]]) == ("done", ["matrix product", "copy"])
+    assert f"torch {torch.__version__}" in check["facts"]["versions"]
+    assert "0 of 0 goals met; 1 of 1 checks done." in capfd.readouterr().out
+    card("gpu").main(["--json", str(path), "--tiny", "--deadline", "4"])
+    assert {c["state"] for c in json.loads(path.read_text())["checks"]} == {"left out"}
+    assert "0 of 10 checks done." in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("wrong", ["window", "sibling"])
 def test_wrong_attention_misses_its_goal(card: Callable, bench: Any, wrong: str, monkeypatch: Any) -> None:
     kernels = card("card.kernels")
