@@ -63,7 +63,7 @@ class Sizes:
     # Rows of the head, and rows of one product with it.
     states: int
     chunks: tuple[int, ...]
-    # Steps of the small model, the two that TRL takes too before the others; of the large one; tokens of a scoring pass.
+    # Steps of the small model, the two of TRL before the others; of the large one; tokens of a scoring pass.
     cases: tuple[Case, ...]
     large_case: Case
     long: Case
