@@ -62,11 +62,7 @@ def attention(bench: Bench) -> Found:
     for heads in sizes.heads:
         for rule in _rules(sizes):
             inputs = _inputs(sizes, heads, len(layout.input_ids))
-            kernel = (
-                sizes.device.type == "cuda" and rule.cap is None and KERNEL.takes(inputs[0], inputs[2], rule.window)
-            )
-            plain = "plain products" if rule.cap else "SDPA tree by tree"
-            yield Fact(f"attention, {rule.named(heads)}", "variable-length kernel" if kernel else plain)
+            yield Fact(f"attention, {rule.named(heads)}", _way(rule, inputs))
             yield from _errors(rule.named(heads), rule.trees(layout), inputs, rule.products(layout, sizes.device))
     yield from _copies(sizes, layout)
 

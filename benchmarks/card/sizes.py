@@ -63,7 +63,7 @@ class Sizes:
     # Rows of the head, and rows of one product with it.
     states: int
     chunks: tuple[int, ...]
-    # Steps, of the first with and without checkpointing; those that TRL takes too come first.
+    # Steps of the small model, the two of TRL before the others; of the large one; tokens of a scoring pass.
     cases: tuple[Case, ...]
     large_case: Case
     long: Case
@@ -102,7 +102,7 @@ def tiny(device: torch.device) -> Sizes:
 
 @dataclass
 class Bench:
-    """The sizes, the moment at which all must be done, and what checks leave for those behind them."""
+    """The sizes, and what checks leave for those behind them."""
 
     sizes: Sizes
     # Operations a second that the card reaches in a matrix product, once it was measured.

@@ -13,6 +13,7 @@ from card.record import Record
 from card.worker import Check
 
 START = 90.0  # seconds that a process may take for its imports
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 GRACE = 15.0  # seconds after the limit of a check before its process is killed
 
 
@@ -35,7 +36,9 @@ def supervise(
                 record.take({"check": name, "kind": "end", "state": "left out", "why": why})
             return
         before, (reading, writing) = len(waiting), os.pipe()
-        process = subprocess.Popen(command([*waiting], writing), pass_fds=[writing], start_new_session=True)
+        process = subprocess.Popen(
+            command([*waiting], writing), pass_fds=[writing], start_new_session=True, env={**os.environ, **OFFLINE}
+        )
         os.close(writing)
         running, why = None, "the run was broken off"
         try:

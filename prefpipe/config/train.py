@@ -161,8 +161,8 @@ class TrainConfig(LossSettings):
     lora_target_modules: str = "all-linear"
     """Adapted modules: all-linear (without the head), or names joined by commas."""
     lora_target_parameters: Annotated[str, ADDED] = ""
-    """Adapted parameters that belong to no linear module, such as mlp.experts.gate_up_proj,mlp.experts.down_proj: names
-    or their ends, joined by commas; empty for none (target_parameters of peft)."""
+    """Adapted parameters that belong to no linear module: all-experts for the matrices of all stacked experts, or names
+    or their ends such as mlp.experts.gate_up_proj, joined by commas; empty for none (target_parameters of peft)."""
     router_aux_loss_coef: Annotated[float, ADDED, Field(ge=0)] = 0.0
     """For mixtures of experts: weight of the model's load-balancing loss (arXiv:2101.03961), a mean over
     completions that is added to the loss; rows of sft add none; 0 leaves it out."""

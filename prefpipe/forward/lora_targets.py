@@ -15,6 +15,9 @@ from prefpipe.errors import UsageError
 
 _ROUTER_CLASS = re.compile(r"Router|Top[kK]_?Gating")
 _LINEAR = (torch.nn.Linear, Conv1D)
+ALL_EXPERTS = "all-experts"  # of target_parameters
+_STACKED_DIMENSIONS = 3  # experts, rows, columns
+_BEFORE_LAYER = re.compile(r"^.*?\.\d+\.")  # of the name of a parameter, such as model.layers.3.
 
 
 def routers(model: PreTrainedModel) -> set[str]:
@@ -109,7 +112,10 @@ def modules_of(model: PreTrainedModel, target_modules: str) -> list[str] | str:
 
 
 def parameters_of(model: PreTrainedModel, target_parameters: str) -> list[str]:
-    """The parameters to adapt. Raises UsageError for a name that is none, or whose module takes adapters itself."""
+    """The parameters to adapt; `all-experts` stands for `experts_of`. Raises UsageError for a name that is none, or
+    whose module takes adapters itself, and for a model without stacked experts."""
+    if target_parameters == ALL_EXPERTS:
+        return experts_of(model)
     targets = [t.strip() for t in target_parameters.split(",") if t.strip()]
     free = stacked(model)
     for target in targets:
@@ -129,6 +135,24 @@ def parameters_of(model: PreTrainedModel, target_parameters: str) -> list[str]:
         routing = [name for name, module in modules.items() if _ROUTER_CLASS.search(type(module).__name__)]
         _warn_of_routers("lora_target_parameters", routing)
     return targets
+
+
+def experts_of(model: PreTrainedModel) -> list[str]:
+    """The matrices of stacked experts by their names inside a layer, without biases and routers. Raises UsageError for
+    a model that has none."""
+    found = {
+        _BEFORE_LAYER.sub("", name)
+        for name in stacked(model)
+        if "Experts" in type(model.get_submodule(name.rpartition(".")[0])).__name__
+        and model.get_parameter(name).dim() == _STACKED_DIMENSIONS
+    }
+    if not found:
+        linear = "its experts are linear modules: lora_target_modules takes their names, and all-linear all of them"
+        raise UsageError(
+            f"lora_target_parameters = {ALL_EXPERTS}: {model.config.model_type} has no stacked experts",
+            linear if has_experts(model) else "leave it out: it is for mixtures of experts such as Mixtral or gpt-oss",
+        )
+    return sorted(found)
 
 
 def stacked(model: PreTrainedModel) -> list[str]:

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -233,6 +234,34 @@ def test_every_check_runs_on_tiny_sizes(card: Callable, bench: Any) -> None:
         "packs of 128: of the card's matrix products", "checkpoint of the adapter: write", "chunks of 16",
     ):  # fmt: skip
         assert name in names
+
+
+def test_the_command_writes_the_record_and_prints_the_table(
+    card: Callable, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """One check by the command line that its process would get; then a deadline at which none is worth its start."""
+    gpu, path = card("gpu"), tmp_path / "gpu.json"
+    lines = ["--json", str(path), "--tiny"]
+
+    def here(record: Any, checks: Any, command: Any, until: float) -> None:
+        reading, writing = os.pipe()
+        _python, script, *arguments = command([check.name for check in checks], writing)
+        assert (script, until > time.time()) == (gpu.__file__, True)
+        gpu.main(arguments)
+        with os.fdopen(reading) as events:
+            for line in events:
+                record.take(json.loads(line))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "supervise", here)
+        assert gpu.main([*lines, "--only", "machine"]) == 0
+    (check,) = json.loads(path.read_text())["checks"]
+    assert (check["state"], [f["name"] for f in check["figures"]]) == ("done", ["matrix product", "copy"])
+    assert f"torch {torch.__version__}" in check["facts"]["versions"]
+    assert "0 of 0 goals met; 1 of 1 checks done." in capsys.readouterr().out
+    gpu.main([*lines, "--deadline", "4"])
+    assert {c["state"] for c in json.loads(path.read_text())["checks"]} == {"left out"}
+    assert f"0 of {len(gpu.CHECKS)} checks done." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", ["window", "sibling"])

@@ -1,23 +1,30 @@
 """Where a LoRA adapter goes in models with experts and in models with towers."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import ParamWrapper
 from transformers import (
+    AutoModelForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GptOssConfig,
     JambaConfig,
     JambaForCausalLM,
+    JetMoeConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
@@ -150,6 +157,75 @@ def test_experts_are_adapted_by_the_names_of_their_parameters(
     ):
         tree = TreeModel(again)
         torch.testing.assert_close(tree(tree.layout(trees)), values, rtol=1e-5, atol=1e-5)
+
+
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+TWO = ("gate_up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (lambda: MixtralConfig(**SMALL, **MIXTURE), [f"mlp.experts.{name}" for name in TWO]),
+        # Biases of experts are stacked too.
+        (lambda: GptOssConfig(**SMALL, **MIXTURE, head_dim=16), [f"mlp.experts.{name}" for name in TWO]),
+        # A layer without experts.
+        (
+            lambda: Qwen2MoeConfig(
+                **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0],
+                shared_expert_intermediate_size=16,
+            ),
+            [f"mlp.experts.{name}" for name in TWO],
+        ),
+        # A convolution beside the experts.
+        (
+            lambda: JambaConfig(
+                **SMALL, attn_layer_period=2, attn_layer_offset=1, num_experts=4, num_experts_per_tok=2, mamba_d_state=4
+            ),
+            [f"feed_forward.experts.{name}" for name in TWO],
+        ),
+        # Experts of attention.
+        (
+            lambda: JetMoeConfig(
+                **{k: v for k, v in SMALL.items() if k != "num_attention_heads"}, **MIXTURE, kv_channels=8
+            ),
+            [
+                f"{part}{name}.weight"
+                for part in ("mlp.", "self_attention.experts.")
+                for name in ("input_linear", "output_linear")
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_all_experts_are_the_stacked_matrices_of_any_mixture(
+    config: Callable[[], PretrainedConfig], names: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither routers nor biases; each gets a gradient."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config()).requires_grad_(requires_grad=False)
+    assert lora_targets.experts_of(model) == sorted(names)
+    matrices = sum(lora_targets.matches(name, names) for name, _ in model.named_parameters())
+    load.attention.register()
+    lora = load.add_lora(model, r=2, alpha=2, target_modules="all-linear", target_parameters="all-experts", seed=0)
+    assert "trains" not in capfd.readouterr().err
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    tree = TreeModel(lora, "single")
+    tree(tree.layout([Tree([5, 6, 7], [[8, 9], [10]])])).sum().backward()
+    adapters = [module for module in lora.modules() if isinstance(module, ParamWrapper)]
+    assert len(adapters) == matrices
+    for parameter in (p for module in adapters for p in (*module.lora_A.parameters(), *module.lora_B.parameters())):
+        assert parameter.grad is not None
+        assert parameter.grad.norm() > 0
+
+
+def test_a_model_without_stacked_experts_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="llama has no stacked experts"):
+        load.add_lora(
+            load.load_model(tiny_model, "float32"), r=2, alpha=2, target_modules="q_proj",
+            target_parameters="all-experts", seed=0,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
