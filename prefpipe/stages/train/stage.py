@@ -35,7 +35,7 @@ from prefpipe.runs import page, store
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, Margin, to_table
-from prefpipe.stages.train import loading, mixing, outputs, parallel
+from prefpipe.stages.train import loading, mapped, mixing, outputs, parallel, row_files
 from prefpipe.stages.train.fit import fit
 from prefpipe.stages.train.inputs import TrainingData, prepare
 from prefpipe.stages.train.loop import Trainer
@@ -68,6 +68,8 @@ def run(config: TrainConfig, out: Path, *, force: bool) -> Manifest:
             manifest = _train(session, data, config)
             if config.report and world.leads:
                 page.write(out)
+    if data.stored:
+        row_files.remove(data.stored)
     parallel.stop(world)  # after an error the process just ends: leaving the group would wait for the other ranks
     return manifest
 
@@ -92,7 +94,7 @@ def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifes
             "the reference is not the initial policy: log-ratios are not 0 before step 0, and the loss of step 0 is "
             "not its value at the reference (ln 2 for sigmoid)"
         )
-    tokens = session.world.tell(loading.fitting_tokens(model, [*data.rows, *data.sft], config))  # 6
+    tokens = session.world.tell(loading.fitting_tokens(model, mapped.chain(data.rows, data.sft), config))  # 6
     start = start_of(data, config, audited)
     trainer = _trainer(session, model, data, config, tokens, start.noise)
     state = diagnostics.at_start(RULES, warnings)
@@ -104,14 +106,13 @@ def _train(session: Session, data: TrainingData, config: TrainConfig) -> Manifes
 
 
 def _check_cache(data: TrainingData) -> None:
-    for row in data.all_rows:
-        audit.check_cached(row)
+    audit.check_all_cached(data.all_rows)
     audit.check_scorers(data.scorers, SCORER_VERSION)
 
 
 def _say_targets(data: TrainingData, config: TrainConfig) -> list[tuple[str, str]]:
     """Say what the losses aim at; returns the warnings under the names of their alert rules."""
-    aims = targets(config.objective, [data.rows[number] for number in mixing.epoch_rows(data.rows, config, 0)])
+    aims = targets(config.objective, mapped.select(data.rows, mixing.epoch_rows(data.rows, config, 0)))
     for line in (*aims.lines, *mixing.explain(data.rows, data.sft, config)):
         log.info(line)
     for line in (*aims.warnings, *aims.class_warnings):
@@ -152,9 +153,9 @@ def _with_ref_logps(
         ref_logps = values.missing_ref_logps(session, data.all_rows, model, scorer, reference.id)
     data = replace(
         data,
-        rows=values.fill_missing(data.rows, ref_logps),
-        eval_rows=values.fill_missing(data.eval_rows, ref_logps),
-        bank=values.fill_missing(data.bank, ref_logps),
+        rows=values.fill_missing(data.rows, ref_logps, data.stored),
+        eval_rows=values.fill_missing(data.eval_rows, ref_logps, data.stored),
+        bank=values.fill_missing(data.bank, ref_logps, data.stored),
     )
     scorers = data.scorers | ({scorer} if ref_logps else set[str]())
     base_is_reference = reference.id == policy.base_id != policy.id
