@@ -39,7 +39,7 @@ def ids_digest(
     the tokens that are scored; one that scores them all is the same as none.
     """
     hasher = _hasher(prompt_token_ids)
-    hasher.update(array("i", token_ids))
+    hasher.update(_bytes(token_ids))
     if loss_mask is not None and not all(loss_mask):
         hasher.update(array("i", [-1, *loss_mask]))  # no token id is negative
     return hasher.hexdigest()
@@ -50,7 +50,7 @@ def ids_digests(prompt_token_ids: Sequence[int], completions: Iterable[Sequence[
     prompt = _hasher(prompt_token_ids)
     for token_ids in completions:
         hasher = prompt.copy()
-        hasher.update(array("i", token_ids))
+        hasher.update(_bytes(token_ids))
         yield hasher.hexdigest()
 
 
@@ -61,8 +61,13 @@ def masked_id(*parts: object, loss_mask: Sequence[bool] | None) -> str:
 
 def _hasher(prompt_token_ids: Sequence[int]) -> "hashlib.blake2b":
     hasher = hashlib.blake2b(len(prompt_token_ids).to_bytes(8, "little"), digest_size=16)
-    hasher.update(array("i", prompt_token_ids))
+    hasher.update(_bytes(prompt_token_ids))
     return hasher
+
+
+def _bytes(token_ids: Sequence[int]) -> "array[int] | memoryview[int]":
+    """Token ids as integers of 32 bits; a memoryview holds such already."""
+    return token_ids if isinstance(token_ids, memoryview) else array("i", token_ids)
 
 
 class IdSet:

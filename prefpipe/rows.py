@@ -73,10 +73,15 @@ def check_ids(row: Any, source: object) -> None:
     length. `source` is where the row was read."""
     for key, prompt, ids, mask, digest in completions_of(row):
         if ids_digest(prompt, ids, mask) != digest or (mask is not None and len(mask) != len(ids)):
-            raise IdentityError(
-                f"{source}: the token ids of {key} do not match their digest (ids_digest)",
-                "the rows were edited or shuffled: make them again with the command that wrote them",
-            )
+            raise ids_of_another_digest(key, source)
+
+
+def ids_of_another_digest(key: str, source: object) -> IdentityError:
+    """The error for token ids of a completion that have another digest than their row says."""
+    return IdentityError(
+        f"{source}: the token ids of {key} do not match their digest (ids_digest)",
+        "the rows were edited or shuffled: make them again with the command that wrote them",
+    )
 
 
 def why_dropped(dropped: Sequence[Dropped]) -> str:

@@ -39,10 +39,12 @@ def write_table(path: Path, row_type: type, table: pa.Table) -> None:
 
 def read_table(path: Path, row_type: type, columns: list[str] | None = None) -> pa.Table:
     """The rows of a file, or some columns of them. Raises DataError as `check_schema` does, and for a damaged file."""
-    table = read_parquet(path)
-    _check_schema(table.schema, row_type, path)
-    table = _as_written_now(table, row_type)
-    return table.select(columns) if columns is not None else table
+    with _damage(path), utf8(path) as name, pq.ParquetFile(name, page_checksum_verification=True) as file:
+        schema = file.schema_arrow
+        _check_schema(schema, row_type, path)
+        wanted = None if columns is None else [column for column in columns if column in schema.names]
+        table = file.read(wanted)
+    return _as_written_now(table, row_type, columns)
 
 
 def among(table: pa.Table, keys: Sequence[str], column: str = "completion_id") -> pa.Table:
@@ -112,9 +114,11 @@ def _earlier(data_type: pa.DataType) -> pa.DataType:
     return PLAIN_MESSAGE if data_type == MESSAGE else data_type
 
 
-def _as_written_now(table: pa.Table, row_type: type) -> pa.Table:
-    """The table with the columns of today: those that it lacks are null."""
+def _as_written_now(table: pa.Table, row_type: type, columns: list[str] | None) -> pa.Table:
+    """The table with these columns, or all, as they are today: those that it lacks are null."""
     expected = arrow_schema(row_type)
+    if columns is not None:
+        expected = pa.schema([expected.field(name) for name in columns], metadata=expected.metadata)
     if table.schema.equals(expected):
         return table
     columns = [

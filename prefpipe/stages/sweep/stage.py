@@ -33,7 +33,7 @@ from prefpipe.stages.iterate.runners import Runner
 from prefpipe.stages.sweep import evaluations, results, rungs, table, training, workers
 from prefpipe.stages.sweep.results import Result
 from prefpipe.stages.sweep.training import FOLDER, Trained
-from prefpipe.stages.train import inputs, loop, mixing
+from prefpipe.stages.train import inputs, loop, mixing, row_files
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.tally import key_of
 
@@ -50,16 +50,18 @@ def run(config: SweepConfig, out: Path, *, force: bool, runner: Runner | None = 
     plan = {name: dump(config)[name] for name in _PLAN}
     with store.open_run(out, "sweep", config, data.inputs, force=force) as run_dir:  # 3
         manifest = run_dir.manifest(lambda manifest: _holds(out, manifest, plan))
-        if manifest is not None:
-            return manifest
-        _save_plan(config, out)
-        going_on, done = _train(config, variants, out, data)  # 4
-        _say(run_dir, done, len(variants))
-        complete = [v for v in going_on if (out / FOLDER / v.name / "manifest.json").exists()]
-        if evaluated is not None:
-            evaluations.run(config, evaluated, complete, out, runner)  # 5
-        found = _results(variants, out, data, done, evaluated=evaluated is not None)
-        return _finish(config, run_dir, found, plan)  # 6
+        if manifest is None:
+            _save_plan(config, out)
+            going_on, done = _train(config, variants, out, data)  # 4
+            _say(run_dir, done, len(variants))
+            complete = [v for v in going_on if (out / FOLDER / v.name / "manifest.json").exists()]
+            if evaluated is not None:
+                evaluations.run(config, evaluated, complete, out, runner)  # 5
+            found = _results(variants, out, data, done, evaluated=evaluated is not None)
+            manifest = _finish(config, run_dir, found, plan)  # 6
+    if data.stored:
+        row_files.remove(data.stored)
+    return manifest
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

@@ -17,7 +17,7 @@ from prefpipe.errors import (
     StorageError,
 )
 from prefpipe.runs import store
-from prefpipe.schemas import RefLogps, from_table
+from prefpipe.schemas import RefLogps
 from prefpipe.stages.train import stage
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.session import Paused
@@ -90,7 +90,7 @@ def _take_values(shared: Shared, variants: Sequence[Variant], out: Path) -> None
         if not (place / "manifest.json").exists():
             continue
         try:
-            shared.reference.missing = from_table(RefLogps, store.read_dataset(place, "ref_logps", RefLogps))
+            shared.reference.missing = store.read_dataset(place, "ref_logps", RefLogps)
         except PrefpipeError:  # it has none, or is damaged: the run itself says so
             continue
         return

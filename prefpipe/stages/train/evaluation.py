@@ -6,28 +6,27 @@ The history of evaluations is read back from metrics.jsonl, so that a resumed ru
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import torch
 
 from prefpipe.errors import DataError
-from prefpipe.stages.train import loop
-from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_ref_logps
+from prefpipe.stages.train import loop, mapped
+from prefpipe.stages.train.examples import TrainLabel, TrainRow
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.loss_batches import scores_prompt
 from prefpipe.stages.train.micro_batches import micro_batches
 from prefpipe.stages.train.tally import Summary, Tally, summarise
 
-R = TypeVar("R", bound=TrainRow)
 LOWER_IS_BETTER = ("eval_loss",)
 
 
-def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R], list[R]]:
+def split_by_prompt(rows: Sequence[TrainRow], share: float, seed: int) -> tuple[Sequence[TrainRow], Sequence[TrainRow]]:
     """Rows to train on and rows to evaluate on, by prompt: `share` of the prompts, rounded, drawn with `seed`.
 
     Raises DataError when that leaves no prompt to train on, or none to evaluate on.
     """
-    prompts = sorted({row.prompt_ids for row in rows})
+    keys = mapped.prompt_keys(rows)
+    prompts = sorted(set(keys))
     count = round(share * len(prompts))
     if not 0 < count < len(prompts):
         side = "to evaluate on" if count == 0 else "to train on"
@@ -35,8 +34,10 @@ def split_by_prompt(rows: Sequence[R], share: float, seed: int) -> tuple[list[R]
             f"eval_split = {share} of {len(prompts)} prompts leaves no prompt {side}",
             "change eval_split, or give the rows to evaluate on with --eval-pairs, --eval-labels or --eval-groups",
         )
-    held_out = set(random.Random(f"eval/{seed}").sample(prompts, count))
-    return [r for r in rows if r.prompt_ids not in held_out], [r for r in rows if r.prompt_ids in held_out]
+    drawn = set(random.Random(f"eval/{seed}").sample(prompts, count))
+    held_out = [key in drawn for key in keys]
+    training, others = ([n for n, out in enumerate(held_out) if out is side] for side in (False, True))
+    return mapped.select(rows, training), mapped.select(rows, others)
 
 
 @torch.no_grad()
@@ -47,8 +48,7 @@ def evaluate(trainer: Trainer, rows: Sequence[TrainRow], bank: Sequence[TrainLab
     `bank` holds the mismatched rows of KTO's reference point. An evaluation reads every one of them, where a step draws
     some: two evaluations should differ by the policy alone.
     """
-    if not all(map(has_ref_logps, rows)):
-        rows = [row.with_ref_logps(None) for row in rows]
+    rows = mapped.all_or_none(rows)
     settings, world = trainer.config.objective.settings, trainer.world
     z0 = loop.z0_of(trainer, bank) if bank else 0.0
     tally = Tally()

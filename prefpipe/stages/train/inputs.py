@@ -1,11 +1,15 @@
 """What a training run reads: pairs, labels or ranked groups of runs and files, checked. No model is loaded here."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, cast
 
-from prefpipe import log
+import numpy as np
+
+from prefpipe import clock, log
+from prefpipe.config.base import dump
 from prefpipe.config.losses import Kind, Objective, loss_of
 from prefpipe.config.train import UNAVAILABLE, TrainConfig
 from prefpipe.errors import DataError, UsageError
@@ -14,15 +18,17 @@ from prefpipe.models import vocabulary
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.notices import check_ends
 from prefpipe.models.policy import Policy, resolve
-from prefpipe.rows import check_ids, completions_of, key_of, one_reference, with_ref_logps
+from prefpipe.rows import one_reference
 from prefpipe.runs import store
-from prefpipe.schemas import Dropped, RefLogps
-from prefpipe.stages.train import examples, lengths, mixing, sources, user_losses
+from prefpipe.schemas import VERSION, Dropped, RefLogps
+from prefpipe.stages.train import lengths, mapped, mixing, row_files, sources, user_losses
 from prefpipe.stages.train.evaluation import split_by_prompt
-from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow, has_ref_logps
+from prefpipe.stages.train.examples import TrainLabel, TrainRow
+from prefpipe.stages.train.record_batches import Array, Batch
 from prefpipe.stages.train.reference.identity import Named, Reference, settle_reference
 from prefpipe.stages.train.reference.values import read_ref_logps
-from prefpipe.stages.train.sources import Read, Stored
+from prefpipe.stages.train.row_files import Facts
+from prefpipe.stages.train.sources import Sources
 
 _HOW = {
     "pairs": "pass --pairs DIR (a run of prefpipe build-pairs) or a .jsonl file with prompt, chosen, rejected",
@@ -31,7 +37,6 @@ _HOW = {
 }
 _EVAL = {"pairs": "eval_pairs", "labels": "eval_labels", "groups": "eval_groups"}
 _COLUMNS = ("preference_prob", "reward_gap")  # what a loss may need that a pair may lack
-T = TypeVar("T", bound=Stored)
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,9 @@ class TrainingData:
     # What the rows are: pairs, labels or groups.
     kind: Kind
     # The rows to train on.
-    rows: list[TrainRow]
+    rows: Sequence[TrainRow]
     # Mismatched rows for the reference point of KTO: those of the rows to train on, then those of --eval-labels.
-    bank: list[TrainLabel]
+    bank: Sequence[TrainLabel]
     # The ledger of input rows that could not be read, or that the model cannot take.
     dropped: list[Dropped]
     # The initial policy.
@@ -55,31 +60,33 @@ class TrainingData:
     # What the run is made from, by content: a run directory is resumed only with the same.
     inputs: dict[str, str]
     # The rows to evaluate on.
-    eval_rows: list[TrainRow] = field(default_factory=list[TrainRow])
+    eval_rows: Sequence[TrainRow] = ()
     # Whether every completion was sampled from the reference.
     on_reference: bool = False
     # How many rows at the end of the bank are those of --eval-labels.
     num_eval_bank: int = 0
     # The rows to imitate, beside the others; nothing reads reference log-probs of them.
-    sft: list[TrainLabel] = field(default_factory=list[TrainLabel])
+    sft: Sequence[TrainLabel] = ()
+    # Where the rows lie on this node.
+    stored: Path | None = None
 
     @property
-    def all_rows(self) -> list[TrainRow]:
+    def all_rows(self) -> Sequence[TrainRow]:
         """Every row whose completions need reference log-probs."""
-        return [*self.rows, *self.eval_rows, *self.bank]
+        return mapped.chain(self.rows, self.eval_rows, self.bank)
 
     @property
-    def computed_rows(self) -> list[TrainRow]:
+    def computed_rows(self) -> Sequence[TrainRow]:
         """Every row that the policy computes."""
-        return [*self.all_rows, *self.sft]
+        return mapped.chain(self.all_rows, self.sft)
 
     @property
-    def training_bank(self) -> list[TrainLabel]:
+    def training_bank(self) -> Sequence[TrainLabel]:
         """The mismatched rows that give a step its z0."""
         return self.bank[: len(self.bank) - self.num_eval_bank]
 
     @property
-    def eval_bank(self) -> list[TrainLabel]:
+    def eval_bank(self) -> Sequence[TrainLabel]:
         """The mismatched rows that give an evaluation its z0. With eval_split the rows to evaluate on come from the
         data that is trained on, and share its bank."""
         return self.bank[len(self.bank) - self.num_eval_bank :] if self.num_eval_bank else self.bank
@@ -98,42 +105,45 @@ def prepare(config: TrainConfig) -> TrainingData:
     chat = _chat(policy, config) if config.sft or len(runs) < len(given) + len(held_out) else None
     needs_reference = config.objective.needs("reference")
     named = _named_reference(config, needs_reference=needs_reference)
-    context = lengths.context_of([policy, *([named] if isinstance(named, Policy) else [])])
-    read = sources.read(given, kind, chat, config, context)
-    num_training, num_bank = len(read.rows), len(read.bank)
-    if not read.rows:
-        return TrainingData(kind, [], [], read.dropped, policy, None, set(), inputs | {"policy": policy.id})
-    if held_out:
-        sources.add_held_out(read, held_out, sources.read(held_out, kind, chat, config, context))
-    sft = sources.read_sft(config, chat, lengths.context_of([policy]), read.dropped)
-    lengths.warn(read.dropped, context)
-    for row in (*read.rows, *read.bank):
-        check_ids(row, f"row {key_of(row)}")
-    if config.ref_logps:
-        inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
-        _take_values(read, config, needs_reference=needs_reference)
+    context, own = (lengths.context_of(models) for models in (_models(policy, named), [policy]))
+    if not needs_reference:
+        _refuse_unread_values(config)
+    inputs |= {f"ref_logps.{i}": store.input_digest(Path(run)) for i, run in enumerate(config.ref_logps)}
     inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
-    rows = sources.train_rows(kind, read)
+
+    def write(folder: Path) -> Facts:
+        training, others = (sources.Sources(names, kind, chat, config, context) for names in (given, held_out))
+        read_sft = partial(sources.read_sft, config, chat, own)
+        return sources.write(folder, training, others, read_sft, _values(config, training, others))
+
+    stored = row_files.place(_identity(config, inputs, named, [context, own], chat))
+    found = row_files.opened(stored, write)
+    rows, bank, sft = (found.rows[name] for name in ("rows", "bank", "sft"))
+    dropped = [Dropped(*entry) for entry in found.facts["dropped"]]
+    if not len(rows):
+        return TrainingData(kind, [], [], dropped, policy, None, set(), inputs, stored=stored)
+    lengths.warn(dropped, context)
     _check_columns(config.objective, rows)
     user_losses.check(config.objective, rows)
-    bank = examples.from_bank(read.bank)
-    reference = _reference((*read.rows, *read.bank), [*rows, *bank], policy, named) if needs_reference else None
+    everything = mapped.chain(rows, bank)
+    reference = _reference(found.facts["reference"], everything, policy, named) if needs_reference else None
     inputs |= {"reference": _recorded(reference)} if reference and named else {}
-    training, eval_rows = _parted(rows, num_training, kind, config)
+    training, eval_rows = _parted(rows, found.facts["training"], kind, config)
     _check_order(config, training)
     return TrainingData(
         kind=kind,
         rows=training,
-        bank=bank,
-        dropped=read.dropped,
+        bank=cast("Sequence[TrainLabel]", bank),
+        dropped=dropped,
         policy=policy,
         reference=reference,
-        scorers={row.scorer for row in (*read.rows, *read.bank) if row.scorer is not None},
+        scorers=set(found.facts["scorer"]),
         inputs=inputs,
         eval_rows=eval_rows,
         on_reference=reference is not None and _sampled_by(given) == {reference.id},
-        num_eval_bank=len(bank) - num_bank,
-        sft=sft,
+        num_eval_bank=len(bank) - found.facts["bank"],
+        sft=cast("Sequence[TrainLabel]", sft),
+        stored=stored,
     )
 
 
@@ -141,7 +151,7 @@ def for_settings(data: TrainingData, config: TrainConfig) -> TrainingData:
     """The same rows for a run with other settings, which must leave the rows and the reference alone. `data` is as
     `prepare` made it, with a reference if `config` needs one. Raises what `prepare` would raise for these settings."""
     kind_of(config)
-    _check_columns(config.objective, [*data.rows, *data.eval_rows])
+    _check_columns(config.objective, mapped.chain(data.rows, data.eval_rows))
     _check_order(config, data.rows)
     if config.objective.needs("reference"):
         return data
@@ -149,6 +159,26 @@ def for_settings(data: TrainingData, config: TrainConfig) -> TrainingData:
     _refuse_unread_values(config)
     inputs = {name: digest for name, digest in data.inputs.items() if name != "reference"}
     return replace(data, reference=None, on_reference=False, inputs=inputs)
+
+
+def _models(policy: Policy, named: Named) -> list[Policy]:
+    """The models that must take every row."""
+    return [policy, *([named] if isinstance(named, Policy) else [])]
+
+
+def _identity(
+    config: TrainConfig, inputs: Mapping[str, str], named: Named, contexts: Sequence[int | None], chat: Chat | None
+) -> dict[str, Any]:
+    """All that the rows of a run depend on, apart from the code: more than is needed, rather than less. A template may
+    print the date."""
+    return {
+        "schema": VERSION,
+        "settings": dump(config),
+        "inputs": dict(inputs),
+        "reference": named.id if isinstance(named, Policy) else named,
+        "contexts": list(contexts),
+        "day": clock.local_time("%Y-%m-%d") if chat else None,
+    }
 
 
 def _chat(policy: Policy, config: TrainConfig) -> Chat:
@@ -189,31 +219,30 @@ def kind_of(config: TrainConfig) -> Kind:
 
 
 def _parted(
-    rows: list[TrainRow], num_training: int, kind: Kind, config: TrainConfig
-) -> tuple[list[TrainRow], list[TrainRow]]:
+    rows: Sequence[TrainRow], num_training: int, kind: Kind, config: TrainConfig
+) -> tuple[Sequence[TrainRow], Sequence[TrainRow]]:
     """Rows to train on and rows to evaluate on."""
     if config.eval_split:
         return split_by_prompt(rows, config.eval_split, config.seed)
     training, eval_rows = rows[:num_training], rows[num_training:]
-    shared = {row.prompt_ids for row in training} & {row.prompt_ids for row in eval_rows}
+    shared = set(mapped.prompt_keys(training)) & set(mapped.prompt_keys(eval_rows)) if len(eval_rows) else ()
     if shared:
         log.warn(f"{len(shared)} prompts of --eval-{kind} are trained on too: their metrics will look too good")
     return training, eval_rows
 
 
-def _take_values(read: Read, config: TrainConfig, *, needs_reference: bool) -> None:
-    """Give every row whose completions are all in the runs of --ref-logps the log-probs of these runs."""
-    if not needs_reference:
-        _refuse_unread_values(config)
-    digests = {key: digest for row in (*read.rows, *read.bank) for key, *_, digest in completions_of(row)}
+def _values(config: TrainConfig, *read: Sources) -> Mapping[str, RefLogps]:
+    """The log-probs in the runs of --ref-logps of the completions in the sources."""
+    if not config.ref_logps:
+        return {}
+    digests = {key: digest for given in read for key, digest in given.digests().items()}
     values = read_ref_logps([Path(run) for run in config.ref_logps], digests)
-    if not values:
+    if digests and not values:
         raise DataError(
             f"none of {len(digests)} completions has log-probs in {', '.join(config.ref_logps)}",
             "score these rows: prefpipe score --inputs DIR --out NEW",
         )
-    read.rows = [_with_values(row, values) for row in read.rows]
-    read.bank = [_with_values(row, values) for row in read.bank]
+    return values
 
 
 def _refuse_unread_values(config: TrainConfig) -> None:
@@ -221,28 +250,23 @@ def _refuse_unread_values(config: TrainConfig) -> None:
         raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
 
 
-def _with_values(row: T, values: Mapping[str, RefLogps]) -> T:
-    known = all(key in values for key, *_ in completions_of(row))
-    return with_ref_logps(row, values) if known else row
-
-
 def _check_columns(objective: Objective, rows: Sequence[TrainRow]) -> None:
     """Raise DataError when a loss reads a column that is null, or takes the logarithm of a value that has none."""
-    pairs = [row for row in rows if isinstance(row, TrainPair)]
-    for name in objective.names:
+    for name in objective.names if objective.kind == "pairs" else ():
         for column in loss_of(name).needs:
-            lacking = [row.pair_id for row in pairs if column in _COLUMNS and getattr(row, column) is None]
-            if lacking:
+            lacking = _places(rows, column, np.isnan) if column in _COLUMNS else []
+            if len(lacking):
                 raise DataError(
-                    f"loss {name} reads {column}, which {len(lacking)} of {len(pairs)} pairs lack (first {lacking[0]})",
+                    f"loss {name} reads {column}, which {len(lacking)} of {len(rows)} pairs lack (first "
+                    f"{rows[lacking[0]].row_id})",
                     "build pairs that have it, or choose another loss: see docs/losses.md",
                 )
         for column, advice in loss_of(name).logarithm_of.items():
-            low = [row.pair_id for row in pairs if not (getattr(row, column) or 0.0) > 0]
-            if low:
+            low = _places(rows, column, lambda values: ~(values > 0))
+            if len(low):
                 raise DataError(
                     f"loss {name} takes the logarithm of {column}, which is not above 0 in {len(low)} pairs (first "
-                    f"{low[0]})",
+                    f"{rows[low[0]].row_id})",
                     advice,
                 )
 
@@ -250,12 +274,18 @@ def _check_columns(objective: Objective, rows: Sequence[TrainRow]) -> None:
 def _check_order(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
     """Raise UsageError when rows are to be ordered by a reward_gap that they lack, or a source has no row to draw."""
     mixing.epoch_size(rows, config)
-    lacking = [row.row_id for row in rows if isinstance(row, TrainPair) and row.reward_gap is None]
-    if config.train_order == "hardness" and lacking:
+    lacking = _places(rows, "reward_gap", np.isnan) if config.train_order == "hardness" else []
+    if len(lacking):
         raise UsageError(
-            f"train_order = hardness: {len(lacking)} of {len(rows)} pairs have no reward_gap (first {lacking[0]})",
+            f"train_order = hardness: {len(lacking)} of {len(rows)} pairs have no reward_gap (first "
+            f"{rows[lacking[0]].row_id})",
             "train on pairs of prefpipe build-pairs, which have rewards, or leave --train-order out",
         )
+
+
+def _places(rows: Sequence[TrainRow], name: str, test: Callable[[Array], Array]) -> list[int]:
+    """The places of the rows whose number in a column passes a test; a missing one is NaN."""
+    return np.flatnonzero(test(mapped.column(rows, lambda batch: batch.numbers(name)))).tolist()
 
 
 def _named_reference(config: TrainConfig, *, needs_reference: bool) -> Named:
@@ -270,10 +300,11 @@ def _named_reference(config: TrainConfig, *, needs_reference: bool) -> Named:
     return resolve(model, config.reference_adapter)
 
 
-def _reference(stored: Sequence[Stored], rows: Sequence[TrainRow], policy: Policy, named: Named) -> Reference:
-    """The one reference of the rows. Raises DataError for rows of several, and as `settle_reference` does."""
-    reference_id = one_reference(row.reference for row in stored)
-    missing = sum(not has_ref_logps(row) for row in rows)
+def _reference(names: Sequence[str], rows: Sequence[TrainRow], policy: Policy, named: Named) -> Reference:
+    """The one reference of the rows, whose values are those of `names`. Raises DataError for several, and as
+    `settle_reference` does."""
+    reference_id = one_reference(names)
+    missing = int((~mapped.column(rows, Batch.has_refs)).sum())
     lacking = f"{missing} of {len(rows)} rows" if missing else None
     return settle_reference(reference_id, lacking, policy, named)
 

@@ -29,6 +29,13 @@ def limits(config: TrainConfig, context: int | None) -> Limits:
 def within(rows: list[T], context: int | None, dropped: list[Dropped]) -> list[T]:
     """The rows that `context` tokens hold; the others go to `dropped`. Beyond its context a model has no positions, or
     some that it was not trained on. Raises DataError when no row is left."""
+    kept = fitting(rows, context, dropped)
+    check_left(len(rows), len(kept), context)
+    return kept
+
+
+def fitting(rows: list[T], context: int | None, dropped: list[Dropped]) -> list[T]:
+    """As `within`, for a part of the rows: none may be left."""
     if context is None:
         return rows
     kept: list[T] = []
@@ -37,14 +44,23 @@ def within(rows: list[T], context: int | None, dropped: list[Dropped]) -> list[T
         if longest <= context:
             kept.append(row)
         else:
-            detail = f"{longest} tokens in prompt and completion, the model's context is {context}"
-            dropped.append(Dropped(key_of(row), "too_long", detail))
-    if rows and not kept:
+            dropped.append(too_long(key_of(row), longest, context))
+    return kept
+
+
+def too_long(key: str, longest: int, context: int) -> Dropped:
+    """The entry in the ledger of a row that the context does not hold."""
+    detail = f"{longest} tokens in prompt and completion, the model's context is {context}"
+    return Dropped(key, "too_long", detail)
+
+
+def check_left(read: int, kept: int, context: int | None) -> None:
+    """Raise DataError when none of the rows that were read is kept."""
+    if read and not kept:
         raise DataError(
-            f"no row is left: all {len(rows)} are longer than the model's context of {context} tokens",
+            f"no row is left: all {read} are longer than the model's context of {context} tokens",
             "train a model with a longer context, or make shorter rows",
         )
-    return kept
 
 
 def warn(dropped: Sequence[Dropped], context: int | None) -> None:

@@ -17,7 +17,9 @@ from prefpipe.models import embedding, vocabulary
 from prefpipe.models.policy import Policy
 from prefpipe.stages.train import memory
 from prefpipe.stages.train.examples import TrainRow
+from prefpipe.stages.train.mapped import column
 from prefpipe.stages.train.micro_batches import tree_of
+from prefpipe.stages.train.record_batches import Batch
 
 
 def load_policy(policy: Policy, config: TrainConfig, base: PreTrainedModel | None = None) -> TreeModel:
@@ -81,20 +83,20 @@ def check_vocabulary(model: TreeModel, rows: Sequence[TrainRow]) -> None:
     """Raise IdentityError for token ids that the model does not have, DataError where its tokenizer has them."""
     causal = causal_model(model.policy)
     size = cast(torch.nn.Embedding, causal.get_input_embeddings()).num_embeddings
-    for row in rows:
-        largest = max(max(ids, default=0) for ids in (row.prompt_ids, *(c.token_ids for c in row.completions)))
-        if largest >= size:
-            if _has_token(Path(str(causal.name_or_path)), largest):
-                raise DataError(
-                    f"{causal.name_or_path}: row {row.row_id} holds the token id {largest}, which the tokenizer of the "
-                    f"model has, but the model has {size} tokens: the others have no embedding",
-                    embedding.ADVICE,
-                )
-            raise IdentityError(
-                f"row {row.row_id} holds the token id {largest}, but the model has {size} tokens: the rows were "
-                "made with another tokenizer",
-                "train on the model that the rows were made for, or make the rows again with this model",
+    of_rows = column(rows, Batch.largest_id)
+    for place in (of_rows >= size).nonzero()[0][:1].tolist():
+        row, largest = rows[place], int(of_rows[place])
+        if _has_token(Path(str(causal.name_or_path)), largest):
+            raise DataError(
+                f"{causal.name_or_path}: row {row.row_id} holds the token id {largest}, which the tokenizer of the "
+                f"model has, but the model has {size} tokens: the others have no embedding",
+                embedding.ADVICE,
             )
+        raise IdentityError(
+            f"row {row.row_id} holds the token id {largest}, but the model has {size} tokens: the rows were "
+            "made with another tokenizer",
+            "train on the model that the rows were made for, or make the rows again with this model",
+        )
 
 
 def _has_token(directory: Path, number: int) -> bool:
@@ -107,7 +109,8 @@ def _has_token(directory: Path, number: int) -> bool:
 def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:
     """Compare token trees with transformers' own forward pass on rows of extreme lengths. Where they differ, every
     completion is computed in a row of its own from now on, with a warning."""
-    reason = settle_rows(model, extremes([tree_of(row) for row in rows]), dtype)
+    ends = sorted({int(column(rows, Batch.num_tokens).argmin()), int(column(rows, Batch.longest_sequence).argmax())})
+    reason = settle_rows(model, extremes([tree_of(rows[place]) for place in ends]), dtype)
     if reason is not None:
         words = ROWS_IN_WORDS[model.rows]
         log.warn(f"every completion is computed {words}; a pair costs up to twice its shared row: {reason}")
@@ -122,7 +125,7 @@ def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConf
     if budget and checkpointing != "auto":  # a probe has nothing to decide
         memory.checkpoint_if(model, on=checkpointing == "on")
         return budget
-    fitting = memory.fitting(model, [tree_of(row) for row in rows], checkpointing, budget)
+    fitting = memory.fitting(model, memory.probe_trees(rows), checkpointing, budget)
     if checkpointing == "auto" and fitting.checkpointing:
         log.warn(
             f"a row of {fitting.longest} tokens does not fit the free memory: gradient checkpointing is on, at half "

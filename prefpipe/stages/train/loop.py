@@ -13,8 +13,8 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward.layout import Layout
 from prefpipe.forward.logps import TreeModel, completion_logps
-from prefpipe.stages.train import mixing
-from prefpipe.stages.train.examples import TrainLabel, TrainRow, has_ref_logps
+from prefpipe.stages.train import mapped, mixing
+from prefpipe.stages.train.examples import TrainLabel, TrainRow
 from prefpipe.stages.train.loss_batches import scores_prompt, to_loss_batch
 from prefpipe.stages.train.losses import metrics, registry
 from prefpipe.stages.train.losses.batch import LabelBatch, LossBatch
@@ -96,8 +96,7 @@ def steps(
 
     `bank` holds the mismatched rows of KTO's reference point, with reference log-probs; `sft` the rows to imitate.
     """
-    if not all(map(has_ref_logps, rows)):
-        rows = [row.with_ref_logps(None) for row in rows]  # metrics of some rows would mislead
+    rows = mapped.all_or_none(rows)  # metrics of some rows would mislead
     total = num_steps(mixing.epoch_size(rows, trainer.config), trainer.config)
     return Steps(total, _steps(trainer, rows, first, total, bank, sft))
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import torch
 
 from prefpipe.schemas import Margin, to_table
+from prefpipe.stages.train import mapped
 from prefpipe.stages.train.examples import TrainRow
-from prefpipe.stages.train.tally import Key, key_of
+from prefpipe.stages.train.tally import Key
 
 _VALUES, _STEPS = "margins/values", "margins/steps"  # among the tensors of a checkpoint
 
@@ -20,7 +21,7 @@ class Margins:
 
     def __init__(self, rows: Sequence[TrainRow], held_out: Sequence[TrainRow]) -> None:
         sides = ((False, rows), (True, held_out))
-        keys = dict.fromkeys((key_of(row), is_held_out) for is_held_out, side in sides for row in side)
+        keys = dict.fromkeys((key, is_held_out) for is_held_out, side in sides if side for key in mapped.keys(side))
         self._places = {key: place for place, key in enumerate(keys)}
         self._values = torch.full((len(keys),), math.nan)
         self._steps = torch.zeros(len(keys), dtype=torch.int32)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import numpy as np
 import torch
 
 from prefpipe import clock, machine
@@ -19,6 +20,10 @@ from prefpipe.forward.head import chunk_bytes
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.stages.train import process_memory
+from prefpipe.stages.train.examples import TrainRow
+from prefpipe.stages.train.mapped import column
+from prefpipe.stages.train.micro_batches import tree_of
+from prefpipe.stages.train.record_batches import Batch
 
 _PROBE_TOKENS = 256
 _PASSES = 2  # the first shapes the heap as training will find it, the last is measured
@@ -142,6 +147,14 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(machine.available_memory())
+
+
+def probe_trees(rows: Sequence[TrainRow]) -> list[Tree]:
+    """The trees of rows that a probe needs: the first ones, up to the tokens of the larger probe, and the longest."""
+    tokens = column(rows, Batch.num_tokens)
+    enough = int(np.searchsorted(np.cumsum(tokens), 2 * _PROBE_TOKENS)) + 1
+    places = dict.fromkeys([*range(min(enough, len(rows))), int(tokens.argmax())])
+    return [tree_of(rows[place]) for place in places]
 
 
 def _take(trees: Sequence[Tree], tokens: int) -> list[Tree]:

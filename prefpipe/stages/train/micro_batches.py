@@ -7,7 +7,7 @@ never changes the result.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from prefpipe.forward.layout import Tree, tree_with_masks
@@ -25,7 +25,7 @@ class MicroBatch:
 
 
 def global_batches(
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Sequence[Hashable],
     batch_size: int,
     seed: int,
     epoch: int,

@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import cast
+
+import numpy as np
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import UsageError
-from prefpipe.stages.train.examples import TrainLabel, TrainPair, TrainRow
+from prefpipe.stages.train.examples import TrainLabel, TrainRow
+from prefpipe.stages.train.mapped import column, prompt_keys, select
 from prefpipe.stages.train.micro_batches import balanced_batches, global_batches
+from prefpipe.stages.train.record_batches import Batch
 
 
 def counts(sizes: Sequence[int], weights: Sequence[float], epoch_length: str) -> list[int]:
@@ -67,7 +70,7 @@ def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> 
     of their classes in every step; equal reward gaps keep the order of the rows. With source_weights these are the rows
     that the epoch draws."""
     numbers = epoch_rows(rows, config, epoch)
-    drawn = [rows[number] for number in numbers]
+    drawn = select(rows, numbers) if config.source_weights else rows
     return [[numbers[place] for place in batch] for batch in _batches(drawn, config, epoch)]
 
 
@@ -76,12 +79,11 @@ def _batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[
     if config.train_order == "given":
         order = range(len(rows))
     elif config.train_order == "hardness":
-        gaps = [pair.reward_gap or 0.0 for pair in cast("Sequence[TrainPair]", rows)]
-        order = sorted(range(len(rows)), key=lambda row: -gaps[row])
+        order = np.argsort(-np.nan_to_num(column(rows, Batch.gaps)), kind="stable").tolist()
     elif isinstance(rows[0], TrainLabel):
-        labels = [bool(row.desirable) for row in cast("Sequence[TrainLabel]", rows)]
+        labels = column(rows, Batch.desirable).tolist()
         return balanced_batches(labels, config.train_batch_size, config.seed, epoch)
-    prompts = [row.prompt_ids for row in rows]
+    prompts = prompt_keys(rows) if config.group_by_prompt else [()] * len(rows)
     together = config.group_by_prompt
     return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=together, fixed=order)
 
@@ -115,10 +117,10 @@ def sft_rows(size: int, count: int, seed: int, step: int) -> list[int]:
 
 
 def _by_source(rows: Sequence[TrainRow], config: TrainConfig) -> list[list[int]]:
-    numbers: list[list[int]] = [[] for _ in config.source_weights]
-    for number, row in enumerate(rows):
-        numbers[row.source].append(number)
-    return numbers
+    if not config.source_weights:
+        return []
+    sources = column(rows, Batch.sources)
+    return [np.flatnonzero(sources == source).tolist() for source in range(len(config.source_weights))]
 
 
 def _walk(size: int, start: int, count: int, name: str) -> list[int]:

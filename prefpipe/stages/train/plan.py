@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.runs.settled import settled
-from prefpipe.stages.train import loading, loop, memory, mixing
+from prefpipe.stages.train import loading, loop, mapped, memory, mixing
 from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.inputs import prepare
 from prefpipe.stages.train.loss_batches import scores_prompt
@@ -20,7 +20,7 @@ def run(config: TrainConfig) -> list[str]:
     data = prepare(config)
     model = loading.load_policy(data.policy, config)
     loading.choose_rows(model, data.computed_rows, config.dtype)
-    trees = [tree_of(row) for row in (*data.rows, *data.sft)]
+    trees = memory.probe_trees(mapped.chain(data.rows, data.sft))
     fitting = memory.fitting(model, trees, config.gradient_checkpointing, config.max_tokens_per_micro_batch)
     unique = unique_tokens(data.rows, config, fitting.tokens, data.sft)
     return _lines(config, data.kind, mixing.epoch_size(data.rows, config), len(data.sft), fitting, unique)

@@ -16,7 +16,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.forward import load
 from prefpipe.forward.logps import Rows, TreeModel
 from prefpipe.models.policy import Policy
-from prefpipe.stages.train import loading
+from prefpipe.stages.train import loading, mapped, row_files
 from prefpipe.stages.train.inputs import TrainingData, for_settings, prepare
 from prefpipe.stages.train.reference.values import Kept
 
@@ -40,6 +40,11 @@ class Shared:
     def rows_for(self, config: TrainConfig) -> TrainingData:
         """The rows of a run. Raises as `prepare` does."""
         return prepare(config) if self.data is None else for_settings(self.data, config)
+
+    def leave(self, data: TrainingData) -> None:
+        """After a run: its rows leave the disk of the node, unless other runs share them."""
+        if self.data is None and data.stored:
+            row_files.remove(data.stored)
 
     @contextmanager
     def policy(self, policy: Policy, config: TrainConfig) -> Generator[TreeModel]:
@@ -71,5 +76,5 @@ class Shared:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self._fitting is None or trained > self._fitting[0]:
             self.probes += 1
-            self._fitting = trained, loading.fitting_tokens(model, [*data.rows, *data.sft], config)
+            self._fitting = trained, loading.fitting_tokens(model, mapped.chain(data.rows, data.sft), config)
         return self._fitting[1]

@@ -35,7 +35,7 @@ from prefpipe.runs import page, store
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, Margin, to_table
-from prefpipe.stages.train import loading, mixing, outputs, parallel
+from prefpipe.stages.train import loading, mapped, mixing, outputs, parallel
 from prefpipe.stages.train.fit import fit
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.loop import Trainer
@@ -71,6 +71,7 @@ def run(config: TrainConfig, out: Path, *, force: bool, shared: Shared | None = 
             manifest = _train(session, data, config, shared)
             if config.report and world.leads:
                 page.write(out)
+    shared.leave(data)
     parallel.stop(world)  # after an error the process just ends: leaving the group would wait for the other ranks
     return manifest
 
@@ -119,14 +120,13 @@ def _train_policy(
 
 
 def _check_cache(data: TrainingData) -> None:
-    for row in data.all_rows:
-        audit.check_cached(row)
+    audit.check_all_cached(data.all_rows)
     audit.check_scorers(data.scorers, SCORER_VERSION)
 
 
 def _say_targets(data: TrainingData, config: TrainConfig) -> list[tuple[str, str]]:
     """Say what the losses aim at; returns the warnings under the names of their alert rules."""
-    aims = targets(config.objective, [data.rows[number] for number in mixing.epoch_rows(data.rows, config, 0)])
+    aims = targets(config.objective, mapped.select(data.rows, mixing.epoch_rows(data.rows, config, 0)))
     for line in (*aims.lines, *mixing.explain(data.rows, data.sft, config)):
         log.info(line)
     for line in (*aims.warnings, *aims.class_warnings):
@@ -166,9 +166,9 @@ def _with_ref_logps(
         ref_logps = values.missing_ref_logps(session, data.all_rows, model, scorer, reference.id, kept)
     data = replace(
         data,
-        rows=values.fill_missing(data.rows, ref_logps),
-        eval_rows=values.fill_missing(data.eval_rows, ref_logps),
-        bank=values.fill_missing(data.bank, ref_logps),
+        rows=values.fill_missing(data.rows, ref_logps, data.stored),
+        eval_rows=values.fill_missing(data.eval_rows, ref_logps, data.stored),
+        bank=values.fill_missing(data.bank, ref_logps, data.stored),
     )
     scorers = data.scorers | ({scorer} if ref_logps else set[str]())
     with _adapter_off(model, off=reference.id == policy.base_id != policy.id):

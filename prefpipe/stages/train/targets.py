@@ -15,6 +15,8 @@ from prefpipe.config.losses import (
     loss_of,
 )
 from prefpipe.stages.train.examples import TrainLabel, TrainRow
+from prefpipe.stages.train.mapped import column
+from prefpipe.stages.train.record_batches import Batch
 
 _SMALLEST_BETA = {
     "per nat": (0.005, "summed nats (published: 0.01 to 0.5)"),
@@ -33,8 +35,7 @@ class Targets:
 
 def targets(objective: Objective, rows: Sequence[TrainRow]) -> Targets:
     """The target of every loss in nats and in nats per token, at the mean completion length of `rows`."""
-    lengths = [completion.num_scored for row in rows for completion in row.completions]
-    mean_tokens = sum(lengths) / len(lengths)
+    mean_tokens = float(column(rows, Batch.num_scored).sum() / column(rows, Batch.num_completions).sum())
     lines = [line for name in objective.names for line in _explain(name, objective.settings, mean_tokens)]
     warnings = [line for name in objective.names for line in _warn(name, objective.settings, mean_tokens)]
     labels = cast("Sequence[TrainLabel]", rows) if isinstance(rows[0], TrainLabel) else ()
@@ -43,7 +44,7 @@ def targets(objective: Objective, rows: Sequence[TrainRow]) -> Targets:
 
 def class_warnings(settings: LossSettings, rows: Sequence[TrainLabel]) -> list[str]:
     """A class without rows, or class weights outside of KTO's ratio, with weights that keep it."""
-    desirable = sum(bool(row.desirable) for row in rows)
+    desirable = int(column(rows, Batch.desirable).sum())
     undesirable = len(rows) - desirable
     if not desirable or not undesirable:
         lacking = "undesirable" if desirable else "desirable"

@@ -5,14 +5,17 @@ The built-in losses are proven by tests; of these only what a call shows is know
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import methodcaller
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from prefpipe import log, user_functions
 from prefpipe.config.losses import LossSettings, Objective
 from prefpipe.config.names import is_function
 from prefpipe.errors import UsageError
+from prefpipe.stages.train import mapped
 from prefpipe.stages.train.examples import TrainCompletion, TrainGroup, TrainLabel, TrainPair, TrainRow
 from prefpipe.stages.train.loss_batches import scores_prompt
 from prefpipe.stages.train.losses import registry
@@ -54,8 +57,10 @@ def check(objective: Objective, rows: Sequence[TrainRow]) -> None:
 
 def _few(rows: Sequence[TrainRow]) -> list[TrainRow]:
     """The first rows, without the columns that a row somewhere lacks: a batch that holds it will lack them too."""
-    lacking = [column for column in _COLUMNS if any(getattr(row, column, 0.0) is None for row in rows)]
     few = list(rows[:_ROWS])
+    if not isinstance(few[0], TrainPair):
+        return few
+    lacking = [name for name in _COLUMNS if np.isnan(mapped.column(rows, methodcaller("numbers", name))).any()]
     return [replace(row, **dict.fromkeys(lacking)) for row in few if isinstance(row, TrainPair)] if lacking else few
 
 

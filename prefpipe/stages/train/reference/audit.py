@@ -8,15 +8,19 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
 
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward.agreement import KERNEL_NOISE, absolute_limit, signed_limit
 from prefpipe.forward.layout import Tree
 from prefpipe.stages.train.examples import TrainRow
+from prefpipe.stages.train.mapped import column, row_id
 from prefpipe.stages.train.micro_batches import tree_of
+from prefpipe.stages.train.record_batches import LARGEST_LOGP, Batch
 
 Score = Callable[[Sequence[Tree]], list[list[list[float]]]]  # token log-probs of every completion of every tree
-_ROUNDING = 1e-3  # nats: how far above 0 rounding moves a log-prob
 _EXACT_H = 1e-3  # nats: |h| of a row when the same fp32 forward computed both sides
 
 
@@ -67,6 +71,12 @@ def audit(rows: Sequence[TrainRow], count: int, score: Score, beta: float) -> Au
     )
 
 
+def check_all_cached(rows: Sequence[TrainRow]) -> None:
+    """`check_cached` of every row."""
+    for place in np.flatnonzero(column(rows, Batch.suspicious)).tolist():
+        check_cached(rows[place])
+
+
 def check_cached(row: TrainRow) -> None:
     """Raise IdentityError unless there is one cached log-prob per scored token, DataError when one is no
     log-probability, when the prompt has no token, or a completion none that is scored."""
@@ -84,7 +94,7 @@ def check_cached(row: TrainRow) -> None:
                 f"row {row.row_id}: a cached log-prob of completion {completion.completion_id} is not a finite number",
                 "make the values again with `prefpipe score`; a value is never replaced by a guess",
             )
-        if max(values, default=0.0) > _ROUNDING:
+        if max(values, default=0.0) > LARGEST_LOGP:
             raise DataError(
                 f"row {row.row_id}: a cached log-prob of completion {completion.completion_id} is {max(values):.4g} "
                 "nats; the logarithm of a probability is never above 0",
@@ -139,6 +149,13 @@ def check_scorers(scorers: Iterable[str], version: int) -> None:
 
 
 def _spread(rows: Sequence[TrainRow], count: int) -> list[TrainRow]:
-    ordered = sorted(rows, key=lambda row: (sum(len(a.token_ids) for a in row.completions), row.row_id))
-    taken = min(count, len(ordered))
-    return [ordered[round(i * (len(ordered) - 1) / max(1, taken - 1))] for i in range(taken)]
+    """Rows at even distances in the order of their tokens, rows of equally many by their ids."""
+    lengths = column(rows, Batch.completion_tokens)
+    ordered = np.sort(lengths)
+    taken = min(count, len(rows))
+    found: list[TrainRow] = []
+    for place in (round(i * (len(rows) - 1) / max(1, taken - 1)) for i in range(taken)):
+        alike = np.flatnonzero(lengths == ordered[place]).tolist()
+        by_id = sorted(alike, key=partial(row_id, rows)) if len(alike) > 1 else alike
+        found.append(rows[by_id[place - int(np.searchsorted(ordered, ordered[place]))]])
+    return found

@@ -4,7 +4,10 @@ rows proves that the reference gives these values."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import pyarrow as pa
 
 from prefpipe import clock, log
 from prefpipe.config.train import TrainConfig
@@ -16,12 +19,16 @@ from prefpipe.rows import logps_of_other_ids, one_reference, ref_logps
 from prefpipe.runs import store
 from prefpipe.runs.store import Run
 from prefpipe.schemas import RefLogps, from_table, to_table
-from prefpipe.stages.train.examples import RefLogpsById, TokenLogps, TrainRow, has_ref_logps
+from prefpipe.stages.train import row_files
+from prefpipe.stages.train.examples import RefLogpsById, TrainRow, has_ref_logps
+from prefpipe.stages.train.mapped import Rows, column, prompt_keys, select
 from prefpipe.stages.train.micro_batches import tree_of
 from prefpipe.stages.train.parallel import World
+from prefpipe.stages.train.record_batches import Batch
 from prefpipe.stages.train.reference import audit
 from prefpipe.stages.train.reference.identity import Reference
 from prefpipe.stages.train.session import Session
+from prefpipe.stages.train.token_logps import TokenLogpsById
 
 R = TypeVar("R", bound=TrainRow)
 
@@ -40,7 +47,7 @@ class Kept:
     had none, and of the rows of the audit. `passes` and `audits` count them. They are kept if runs `follow`."""
 
     follow: bool = False
-    missing: Sequence[RefLogps] = ()
+    missing: pa.Table | None = None
     audited: list[list[list[float]]] | None = None
     passes: int = 0
     audits: int = 0
@@ -48,29 +55,32 @@ class Kept:
 
 def missing_ref_logps(
     session: Session, rows: Sequence[TrainRow], model: TreeModel | None, scorer: str, reference_id: str, kept: Kept
-) -> dict[str, TokenLogps]:
+) -> RefLogpsById:
     """Reference log-probs by completion id for every row that lacks some: computed once, on all ranks, and then read
     from the run. `model` must compute as the reference does: that is for the caller to see to. It may be None where
     `kept` has been filled."""
-    missing = [row for row in rows if not has_ref_logps(row)]
-    if not missing:
+    missing = select(rows, np.flatnonzero(~column(rows, Batch.has_refs)))
+    if not len(missing):
         return {}
     if not session.lead(lambda run: run.has_shard(["ref_logps"], 0)):
         scored = kept.missing
-        if not scored:
+        if scored is None:
             assert model is not None
             log.info(f"{len(missing)} of {len(rows)} rows have no reference log-probs: they are scored once, now")
             world = session.world
-            shares = world.gather(_score(missing[world.rank :: world.size], model, scorer, reference_id))
-            scored, kept.passes = [logps for share in shares for logps in share], kept.passes + 1
+            own = _score(missing[world.rank :: world.size], model, scorer, reference_id)
+            scored, kept.passes = pa.concat_tables(world.gather(to_table(RefLogps, own))), kept.passes + 1
         session.lead(lambda run: _write(run, scored))
-    rows_read = session.lead(_read) or []
-    kept.missing = rows_read if kept.follow else ()
-    return {row.completion_id: tuple(row.token_logps) for row in rows_read}
+    if kept.follow:
+        kept.missing = session.lead(lambda run: run.read_part("ref_logps", RefLogps, 0))
+    return session.lead(_read) or {}
 
 
-def fill_missing(rows: Sequence[R], values: RefLogpsById) -> list[R]:
-    """Rows with `values` in place of missing reference log-probs."""
+def fill_missing(rows: Sequence[R], values: RefLogpsById, beside: Path | None = None) -> Sequence[R]:
+    """Rows with `values` in place of missing reference log-probs; views of a file `beside` which one with them goes."""
+    view: object = rows
+    if isinstance(view, Rows) and isinstance(values, TokenLogpsById) and beside is not None:
+        return cast("Sequence[R]", row_files.with_refs(view, values, beside))
     return [row if has_ref_logps(row) else row.with_ref_logps(values) for row in rows]
 
 
@@ -130,7 +140,8 @@ def _score_together(model: TreeModel, world: World, trees: Sequence[Tree]) -> li
 def _score(rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference_id: str) -> list[RefLogps]:
     """Reference log-probs of rows; those of one prompt are neighbours, so that the prompt is computed once."""
     scored: dict[str, RefLogps] = {}
-    ordered = sorted(rows, key=lambda row: row.prompt_ids)
+    prompts = prompt_keys(rows)
+    ordered = select(rows, sorted(range(len(rows)), key=prompts.__getitem__))
     with log.progress("reference log-probs", len(rows), "rows") as advance:
         for row, values in zip(ordered, score(model, map(tree_of, ordered)), strict=True):
             for completion, logps in zip(row.completions, values, strict=True):
@@ -142,13 +153,13 @@ def _score(rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference_id
     return list(scored.values())
 
 
-def _write(run: Run, scored: Sequence[RefLogps]) -> None:
-    by_id = {logps.completion_id: logps for logps in scored}
-    run.write_part("ref_logps", RefLogps, 0, to_table(RefLogps, [by_id[key] for key in sorted(by_id)]))
+def _write(run: Run, scored: pa.Table) -> None:
+    places = {key: place for place, key in enumerate(scored["completion_id"].to_pylist())}
+    run.write_part("ref_logps", RefLogps, 0, scored.take([places[key] for key in sorted(places)]))
 
 
-def _read(run: Run) -> list[RefLogps]:
-    return from_table(RefLogps, run.read_part("ref_logps", RefLogps, 0))
+def _read(run: Run) -> RefLogpsById:
+    return TokenLogpsById(run.read_part("ref_logps", RefLogps, 0, ["completion_id", "token_logps"]))
 
 
 def read_ref_logps(runs: Sequence[Path], digests: Mapping[str, str]) -> dict[str, RefLogps]:
