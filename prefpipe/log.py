@@ -1,5 +1,6 @@
 """Messages and progress on stderr. No other module writes there; stdout is for data."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -69,12 +70,12 @@ def _print(text: Text) -> None:
 def progress(description: str, total: float | None, unit: str) -> Generator[Advance]:
     """Show progress of `total` units, or of an unknown number (None).
 
-    On a terminal it is a bar with rate and ETA, elsewhere a line every few seconds.
+    On a terminal, and in a notebook with ipywidgets, it is a bar with rate and ETA, elsewhere a line every few seconds.
     """
     console = _console()
     if console.quiet:
         yield lambda amount, note="": None  # noqa: ARG005
-    elif console.is_terminal:
+    elif console.is_terminal or (console.is_jupyter and _has_widgets()):
         with _bar(console, unit) as bars:
             task = bars.add_task(description, total=total, note="")
             yield lambda amount, note="": bars.update(task, advance=amount, note=note)
@@ -119,6 +120,11 @@ def _bar(console: Console, unit: str) -> Progress:
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
+
+
+def _has_widgets() -> bool:
+    """Whether rich can draw bars in a notebook: without this package it shows nothing there but a warning."""
+    return importlib.util.find_spec("ipywidgets") is not None
 
 
 def _plain(description: str, total: float | None, unit: str) -> Iterator[Advance]:

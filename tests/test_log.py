@@ -1,7 +1,11 @@
 """Words go to stderr: two-line errors, and progress that says rate and remaining time without a terminal."""
 
+import builtins
 import re
+import sys
 from io import StringIO
+from types import ModuleType
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -89,3 +93,46 @@ def test_a_bar_shows_the_note_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_inside_comes_out(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError), log.progress("x", 1, "y"):
         raise ZeroDivisionError
+
+
+class ZMQInteractiveShell:
+    """Stands for IPython's shell in a notebook, by whose name rich knows one."""
+
+
+class Output:
+    """Stands for the widget into which rich draws a bar."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def clear_output(self, wait: bool) -> None: ...
+
+    def __enter__(self) -> None:
+        self.drawn += 1
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_has_bars_where_there_are_widgets(
+    widgets: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without them rich would show nothing: then it is lines."""
+    shown: list[Any] = []
+    shell = ZMQInteractiveShell()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    monkeypatch.setattr(log, "_has_widgets", lambda: widgets)
+    modules = {name: ModuleType(name) for name in ("IPython", "IPython.display", "ipywidgets")}
+    vars(modules["IPython.display"])["display"] = lambda *what, **_: shown.extend(what)
+    vars(modules["ipywidgets"])["Output"] = Output
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with log.progress("sampling", 2, "prompts") as advance:
+        advance(2)
+    bars = [one for one in shown if isinstance(one, Output)]
+    assert bool(bars) == widgets
+    if widgets:
+        assert bars[0].drawn
+    else:
+        assert any("sampling: 2/2 prompts" in str(vars(one) or one) for one in shown)
+    assert capfd.readouterr().out == ""

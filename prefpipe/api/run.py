@@ -125,14 +125,14 @@ class Run:
                 f"it has: {', '.join(self.datasets) or 'none yet'}",
             )
         found, root = run_view.parts(self._view, dataset), utf8_directory(self.path)
+        described = self.manifest["files"] if self.state == "complete" else {}
         for path in found:
             name = str(path.relative_to(root))
-            whole = self.state == "complete"
-            if (
-                not commits.matches(path, self.manifest["files"][name]["blake3"])
-                if whole
-                else commits.mismatch(path, {})
-            ):
+            if described:
+                is_intact = commits.matches(path, described[name]["blake3"])
+            else:
+                is_intact = commits.mismatch(path, {}) is None
+            if not is_intact:
                 raise DataError(f"{self.path / name} is damaged", "make the same call again: the file is made again")
         return found
 
