@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from prefpipe.errors import DataError, PrefpipeError, UsageError
 from prefpipe.forward import load
@@ -109,6 +111,29 @@ def test_checkpointing_is_put_on_a_base_once(tiny_model: Path) -> None:
     before = [layer.forward for layer in load.decoder_layers(model)]
     load.checkpoint_layers(model)
     assert [layer.forward for layer in load.decoder_layers(model)] == before
+
+
+def test_an_adapter_on_experts_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+    """On modules and on stacked parameters: the same object, the same weights, nothing trainable."""
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=264, hidden_size=16, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=1, num_key_value_heads=1, head_dim=16, num_experts=2, num_experts_per_tok=1,
+        )
+    ).save_pretrained(tmp_path)  # fmt: skip
+    base = load.load_model(tmp_path, "float32")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for seed in range(2):
+        adapted = load.add_lora(
+            base, r=2, alpha=4, target_modules="q_proj", target_parameters="mlp.experts.down_proj", seed=seed
+        )
+        assert any(p.requires_grad for p in adapted.parameters())
+        assert load.with_adapter(adapted, None) is base
+        after = base.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert not any(p.requires_grad for p in base.parameters())
 
 
 def test_rows_are_those_of_the_settings(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
