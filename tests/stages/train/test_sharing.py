@@ -1,6 +1,7 @@
 """Runs that share their rows and a base model are those that `train` makes alone, byte for byte; what they share is
 read, loaded, scored and probed once."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,13 @@ def test_an_adapter_on_experts_leaves_the_base_as_it_was(tmp_path: Path) -> None
 
 
 def test_rows_are_those_of_the_settings(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
-    """What `prepare` refuses is refused; a loss without reference has none."""
+    """What `prepare` refuses is refused; a loss without reference has none. The rows lie where the first run put
+    them."""
     shared = Shared(inputs.prepare(data.config(tiny_model, pairs)))
+    assert shared.data is not None
     assert shared.rows_for(data.config(tiny_model, pairs, beta=0.7)) is shared.data
     free = data.config(tiny_model, pairs, loss_type=("simpo",), beta=2.0)
-    assert shared.rows_for(free) == inputs.prepare(free)
+    assert shared.rows_for(free) == replace(inputs.prepare(free), stored=shared.data.stored)
     with pytest.raises(DataError, match="preference_prob"):
         shared.rows_for(data.config(tiny_model, pairs, loss_type=("soft",)))
     with pytest.raises(UsageError, match="trains on labels"):
