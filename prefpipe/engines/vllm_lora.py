@@ -11,8 +11,10 @@ def replace_cpu_code() -> None:
     from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    def add_lora_linear(self: Any, y: Any, x: Any, a: Any, b: Any, scale: float, widths: Any, **_: Any) -> None:
-        add_adapter(y, x, self.token_lora_indices, a, b, scale, widths)
+    def add_lora_linear(
+        self: Any, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any, **_: Any
+    ) -> None:
+        add_adapter(y, x, self.token_lora_indices, lora_a_stacked, lora_b_stacked, scale, output_slices)
 
     def base_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer._get_logits(*args, **kwargs)
