@@ -110,8 +110,9 @@ def draw_lora(model: PeftModel) -> None:
                 f"distributed = fsdp2 takes adapters on linear modules, and {name} is none",
                 "leave it out of lora_target_modules, or take distributed = ddp",
             )
-        dtype = layer.get_base_layer().weight.dtype
-        for a, b in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+        dtype: Any = layer.get_base_layer().weight.dtype
+        pairs: Any = zip(layer.lora_A.values(), layer.lora_B.values(), strict=True)
+        for a, b in pairs:
             # peft makes both matrices as torch does, which draws for each, and then draws A again.
             drawn, _ = (torch.nn.Linear(m.in_features, m.out_features, bias=False) for m in (a, b))
             torch.nn.init.kaiming_uniform_(drawn.weight, a=math.sqrt(5))

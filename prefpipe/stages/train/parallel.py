@@ -113,10 +113,11 @@ def cut(model: TreeModel, world: World, computes_in: torch.dtype) -> None:
     for layer in decoder_layers(model.policy):
         fully_shard(layer, mp_policy=policy)
     root = fully_shard(model, mp_policy=policy)
-    buffers = {(module, name): buffer for module in model.modules() for name, buffer in module._buffers.items()}
+    buffers = [(module, list(module.named_buffers(recurse=False))) for module in model.modules()]
     model.to_empty(device=device)
-    for (module, name), buffer in buffers.items():
-        module._buffers[name] = None if buffer is None else buffer.to(device)
+    for module, own in buffers:
+        for name, buffer in own:
+            setattr(module, name, buffer.to(device))
     for name, parameter in model.named_parameters():
         if name in adapters:
             shards.fill(parameter, adapters[name])
