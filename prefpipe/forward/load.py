@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from prefpipe import extras, reading
 from prefpipe.errors import DataError, MissingInputError, UsageError
-from prefpipe.forward import attention, lora_targets
+from prefpipe.forward import attention, lora_targets, on_meta
 from prefpipe.forward.architecture import reason
 from prefpipe.forward.logps import SCORER_VERSION, causal_model
 from prefpipe.forward.weights import DTYPES, integer_tensors, listed, read_model
@@ -60,6 +60,15 @@ def load_model(directory: Path, dtype: str, *, in_4bit: bool = False, device: st
     model.requires_grad_(requires_grad=False)
     if not in_4bit:
         torch.nn.Module.to(model, device=device)
+    return _without_dropout(model)
+
+
+def empty_model(directory: Path, dtype: str) -> PreTrainedModel:
+    """As `load_model`, without weights: every parameter is on the meta device (`on_meta`)."""
+    attention.register()
+    model = on_meta.empty_model(directory, dtype)
+    attention.check_positions(model.config)
+    model.requires_grad_(requires_grad=False)
     return _without_dropout(model)
 
 
@@ -108,13 +117,15 @@ def add_lora(
     seed: int,
     rslora: bool = False,
 ) -> PeftModel:
-    """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype.
+    """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype; on a model without weights it
+    is on the CPU, with the same values.
 
     `all-linear` leaves out the head, routers of experts, towers beside the text decoder and what Mamba's kernels read
     past an adapter. `target_parameters` names parameters of no linear module, such as stacked experts. Raises
     UsageError for modules and parameters that the model does not have.
     """
     torch.manual_seed(seed)
+    empty = next(model.parameters()).is_meta
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -125,17 +136,20 @@ def add_lora(
         task_type="CAUSAL_LM",
     )
     try:
-        return _check_head(get_peft_model(model, config, autocast_adapter_dtype=False))
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=empty)
     except ValueError as error:
         names = f"lora_target_modules = {target_modules!r}"
         names += f", lora_target_parameters = {target_parameters!r}" if target_parameters else ""
         raise UsageError(
             f"{names}: {error}", "name linear modules of this model, and parameters that no such has"
         ) from error
+    if empty:
+        on_meta.draw_lora(adapted)
+    return _check_head(adapted)
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
-    """A LoRA adapter from disk on a loaded model.
+    """A LoRA adapter from disk on a loaded model; on a model without weights the adapter is on the CPU.
 
     Raises DataError for an adapter that lacks matrices of its target modules, has some that fit no module of the model,
     or holds what is no finite float.
@@ -144,10 +158,13 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
     integers = integer_tensors([path])
     if integers:
         raise DataError(f"{path}: integers in place of floats in {listed(integers)}", _OTHER_ADAPTER)
+    first = next(model.parameters())
+    options: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": "cpu"} if first.is_meta else {}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
-            adapted = PeftModel.from_pretrained(model, directory, is_trainable=trainable, autocast_adapter_dtype=False)
+            options |= {"is_trainable": trainable, "autocast_adapter_dtype": False}
+            adapted = PeftModel.from_pretrained(model, directory, **options)
         tensors = load_peft_weights(
             str(directory), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None)
         )
@@ -165,6 +182,8 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise DataError(f"adapter {directory}: no finite numbers in {listed(broken)}", _OTHER_ADAPTER)
+    for parameter in adapted.parameters() if first.is_meta else ():
+        parameter.data = parameter.data.to(first.dtype)
     return _check_head(adapted)
 
 
@@ -255,6 +274,20 @@ def save_model(
     `model_tensors`, whole), config, and the tokenizer and chat template of `source`, or the template file
     `chat_template`."""
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True)
+    save_beside_weights(directory, source, chat_template)
+
+
+def save_config(model: PreTrainedModel, directory: Path, dtype: str) -> None:
+    """Write the config of a model as transformers does beside weights of this dtype."""
+    model.config.dtype = dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(str(directory))
+    if model.can_generate():
+        model.generation_config.save_pretrained(str(directory))
+
+
+def save_beside_weights(directory: Path, source: Path, chat_template: str) -> None:
+    """Write tokenizer and chat template of `source`, or the template file `chat_template`."""
     for pattern in _BESIDE_WEIGHTS:
         for file in source.glob(pattern):
             shutil.copyfile(file, directory / file.name)

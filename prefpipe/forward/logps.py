@@ -64,6 +64,14 @@ class TreeModel(torch.nn.Module):
             logps = torch.stack([logps, log_collisions(states, head.weight, rule, bias)[layout.entries]])
         return (logps, balance_losses(causal, router_logits, layout.spans)) if balance else logps
 
+    def plain(self, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+        """Log-probs of one completion [N], on the CPU, by a forward pass of transformers with full logits: it knows
+        nothing of trees, chunks of the head or spans."""
+        ids = torch.tensor([[*prompt, *completion]], device=causal_model(self.policy).device)
+        out = self.policy(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1)
+        logps = out.logits[0, -len(completion) - 1 : -1].float().log_softmax(-1)
+        return logps.gather(1, ids[0, len(prompt) :].unsqueeze(1)).squeeze(1).cpu()
+
     def layout(self, trees: Sequence[Tree]) -> Layout:
         """A layout of trees for this model; completions and tokens keep the order of `trees`."""
         return flatten(trees if self.rows == "shared" else separate(trees))
@@ -180,18 +188,14 @@ def _why_not(model: TreeModel, rows: Rows, trees: Sequence[Tree], dtype: str) ->
 
 @torch.no_grad()
 def self_test(model: TreeModel, trees: Sequence[Tree]) -> float:
-    """Largest |difference| of a token's log-prob (nats) between this forward pass and plain ones of transformers.
-
-    A plain pass computes one completion with full logits, by the model or its PEFT wrapper: it knows nothing of trees,
-    chunks of the head or spans.
-    """
+    """Largest |difference| of a token's log-prob (nats) between this forward pass and plain ones of transformers."""
     if model.rows == "separate":
         trees = [*trees, *map(_cut, trees)]
     ours = [torch.tensor(c) for tree in score(model, trees) for c in tree]
     causal = causal_model(model.policy)
     causal.set_attn_implementation(plain_attention(causal))
     try:
-        plain = [_plain_logps(model.policy, tree.prompt, c) for tree in trees for c in tree.completions]
+        plain = [model.plain(tree.prompt, c) for tree in trees for c in tree.completions]
     finally:
         model.set_rows(model.rows)
     return max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True))
@@ -202,13 +206,3 @@ def _cut(tree: Tree) -> Tree:
     longest = max(tree.completions, key=len)
     cut = max(1, (len(tree.prompt) + len(longest)) // 16)
     return Tree(tree.prompt, [longest[: max(1, len(longest) - cut)]])
-
-
-def _plain_logps(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
-    ids = torch.tensor([[*prompt, *completion]], device=causal_model(model).device)
-    kept = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1).logits[
-        0, -len(completion) - 1 : -1
-    ]
-    logps = kept.float().log_softmax(-1)
-    targets = ids[0, len(prompt) :]
-    return logps.gather(1, targets.unsqueeze(1)).squeeze(1).cpu()

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
     floats, for damaged files and for a quantisation whose package is absent. A classifier without weights for its head
     is a UsageError: it is a language model.
     """
-    config = check_architecture(directory, kind)
-    _check_index(directory)
-    attention = _attention(kind, config)
-    setattr(config, "_attn_implementation", attention)  # noqa: B010  (no public name; config.json may name a kernel)
+    config = read_config(kind, directory)
+    attention = config._attn_implementation  # pyright: ignore[reportPrivateUsage]  (no public name)
     transformers_logging.disable_progress_bar()
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it warns of is an error below
@@ -60,9 +58,27 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
         raise UsageError(f"{directory} cannot be loaded: {reason(error)}", "take another model") from error
     finally:
         transformers_logging.set_verbosity(before)
-    _check_report(directory, kind, report)
-    _check_floats(directory, model)
+    check_report(directory, kind, report)
+    check_floats(directory, model)
     return model
+
+
+def read_config(kind: Any, directory: Path) -> PreTrainedConfig:
+    """The config of a model of `kind`, with SDPA or eager attention. Raises what `check_architecture` raises, and
+    DataError for an index that does not say which file has which weights."""
+    config = check_architecture(directory, kind)
+    _check_index(directory)
+    attention = _attention(kind, config)
+    setattr(config, "_attn_implementation", attention)  # noqa: B010  (no public name; config.json may name a kernel)
+    return config
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that a model in safetensors is read from, as transformers chooses them."""
+    one, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if one.exists() or not reading.is_there(index):
+        return [one]
+    return [directory / name for name in sorted(set(reading.read_json(index)["weight_map"].values()))]
 
 
 def integer_tensors(files: Iterable[Path]) -> list[str]:
@@ -108,7 +124,9 @@ def _attention(kind: Any, config: PreTrainedConfig) -> str:
     return "sdpa" if all(getattr(each, "_supports_sdpa", False) for each in both) else "eager"
 
 
-def _check_report(directory: Path, kind: Any, report: dict[str, Any]) -> None:
+def check_report(directory: Path, kind: Any, report: Mapping[str, Any]) -> None:
+    """Raise for names in `missing_keys` and `unexpected_keys` and for (name, shape in the file, shape in the model) in
+    `mismatched_keys` of a report of transformers."""
     missing = sorted(report["missing_keys"])
     if missing and kind is AutoModelForSequenceClassification:
         raise UsageError(
@@ -128,7 +146,7 @@ def _check_report(directory: Path, kind: Any, report: dict[str, Any]) -> None:
         )
 
 
-def _check_floats(directory: Path, model: Any) -> None:
+def check_floats(directory: Path, model: Any) -> None:
     """Raise DataError for integers in place of weights; buffers (such as masks), and tensors that the architecture
     ignores, may be integers, and a quantised model's weights are."""
     if getattr(model, "hf_quantizer", None) is not None:

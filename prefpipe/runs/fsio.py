@@ -1,8 +1,8 @@
 """Every write, rename, fsync and lock of the package, with fault points for the crash tests.
 
 `PREFPIPE_FAULT="point:n:action"` makes a crash: the n-th call (from 1) that reaches `point` does `action`. Points are
-`write`, `fsync`, `rename`, `fsync_dir`, `append`. Actions are `kill` (SIGKILL to this process), `sigterm`, `enospc`,
-`eio`, and `torn` (half of the bytes reach the temporary file, then SIGKILL).
+`write`, `fsync`, `rename`, `fsync_dir`, `append`, and `pwrite` of `in_place`. Actions are `kill` (SIGKILL to this
+process), `sigterm`, `enospc`, `eio`, and `torn` (half of the bytes reach the temporary file, then SIGKILL).
 """
 
 import errno

@@ -1,6 +1,9 @@
 """Training checkpoints. Each is a directory that is complete or invisible; a run resumes only where digests match.
 
 They are those of the checkpoint, of the part of metrics.jsonl before it, and of the best weights so far.
+
+Tensors are whole in the files, whatever the number of ranks: each rank writes its rows in place and reads its rows
+back, so that any number of them goes on. With `world` the functions here are collective calls; rank 0 publishes.
 """
 
 import json
@@ -8,16 +11,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from prefpipe import log, reading
 from prefpipe.errors import DataError, MissingInputError
+from prefpipe.forward import tensor_files
+from prefpipe.forward.tensor_files import Stored
 from prefpipe.runs import commits, fsio, manifests
+from prefpipe.stages.train import shared_files
+from prefpipe.stages.train.parallel import ALONE, World
 
+FILE_BYTES = 4 << 30  # of tensors in a file: the digests of files are dealt out to the ranks
 _NAME = re.compile(r"step-\d{8,}")
+_FILE = re.compile(r"state(-\d+-of-\d+)?\.safetensors")
 _MOST_METRICS = 1 << 30  # bytes
 
 
@@ -33,24 +41,36 @@ class Checkpoint:
     # The size of metrics.jsonl at that moment, and the digest of its bytes.
     metrics_bytes: int
     metrics_digest: str
-    # The state of the optimizer, with the float32 weights.
-    tensors: dict[str, torch.Tensor]
+    # The state of the optimizer, with the float32 weights: in memory, or where it stands in a file.
+    tensors: Mapping[str, torch.Tensor | Stored]
     # What the alert rules remember, as JSON.
     diagnostics: dict[str, Any] | None = None
 
 
-def save(folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2, records: Sequence[int] = ()) -> None:
+def save(
+    folder: Path,
+    checkpoint: Checkpoint,
+    fingerprint: str,
+    limit: int = 2,
+    records: Sequence[int] = (),
+    world: World = ALONE,
+) -> None:
     """Publish a checkpoint, then remove all but the newest `limit` (by step number, never by time).
 
     `records` are the steps, in order, whose weights were the best so far. The last record before each kept checkpoint
     stays too: a run that resumes from that checkpoint may end with these weights.
     """
     target = _path(folder, checkpoint.step)
-    if target.exists():
+    if world.tell(target.exists()):
+        return
+    tensors = cast("Mapping[str, torch.Tensor]", checkpoint.tensors)
+    files = tensor_files.plan({n: (t.dtype, t.shape) for n, t in tensors.items()}, "state", FILE_BYTES)
+    if not world.leads:
+        shared_files.write(world, None, files, tensors)
         return
 
     def fill(into: Path) -> None:
-        save_file({k: v.contiguous() for k, v in checkpoint.tensors.items()}, into / "state.safetensors")
+        digests = shared_files.write(world, into, files, tensors)
         record = {
             "step": checkpoint.step,
             "metrics_bytes": checkpoint.metrics_bytes,
@@ -58,7 +78,7 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2,
             "best": records[-1] if records else checkpoint.step,
             "diagnostics": checkpoint.diagnostics,
             "fingerprint": fingerprint,
-            "blake3": reading.file_digest(into / "state.safetensors"),
+            "files": {file.name: digest for file, digest in zip(files, digests, strict=True)},
         }
         (into / "state.json").write_text(json.dumps(manifests.sealed(record)), encoding="utf-8")
 
@@ -71,33 +91,34 @@ def save(folder: Path, checkpoint: Checkpoint, fingerprint: str, limit: int = 2,
             fsio.remove_dir(old)
 
 
-def newest(folder: Path, fingerprint: str, metrics: Path) -> Checkpoint | None:
+def newest(folder: Path, fingerprint: str, metrics: Path, world: World = ALONE) -> Checkpoint | None:
     """The newest checkpoint of this run that can be trusted, with all that it stands on. Others that are met on the way
     move to quarantine/, with a copy of `metrics` (metrics.jsonl) where that is what they do not match."""
     aside = folder.parent / "quarantine"
     kept_aside = False
-    for path in reversed(_steps(folder)):
-        record = _verified(path)
+    for path in reversed(world.tell(_steps(folder))):
+        record = _verified(path, world)
         if record is None or record["fingerprint"] != fingerprint:
             wrong = "is damaged or of another run"
-        elif not _matches(metrics, record):
+        elif not world.tell(world.leads and _matches(metrics, record)):
             wrong = f"does not match {metrics.name}, which was changed"
-            if not kept_aside and metrics.is_file():
+            if world.leads and not kept_aside and metrics.is_file():
                 fsio.copy_aside(metrics, aside)
                 kept_aside = True
-        elif not _has_best(folder, record):
+        elif not _has_best(folder, record, world):
             wrong = "needs the best weights so far, which are damaged or missing"
         else:
             return _load(path, record)
         log.warn(f"checkpoint {path} {wrong}: it moves to quarantine/")
-        fsio.move_aside(path, aside)
+        if world.leads:
+            fsio.move_aside(path, aside)
     return None
 
 
-def at_step(folder: Path, step: int) -> Checkpoint:
+def at_step(folder: Path, step: int, world: World = ALONE) -> Checkpoint:
     """The checkpoint of a step. Raises DataError when it is damaged or gone."""
     path = _path(folder, step)
-    record = _verified(path)
+    record = _verified(path, world)
     if record is None:
         raise DataError(
             f"checkpoint {path}, the best one, is damaged or missing",
@@ -106,29 +127,47 @@ def at_step(folder: Path, step: int) -> Checkpoint:
     return _load(path, record)
 
 
-def _has_best(folder: Path, record: Mapping[str, Any]) -> bool:
+def _has_best(folder: Path, record: Mapping[str, Any], world: World) -> bool:
     best = record.get("best", record["step"])
-    return best == record["step"] or _verified(_path(folder, best)) is not None
+    return best == record["step"] or _verified(_path(folder, best), world) is not None
 
 
 def _load(path: Path, record: Mapping[str, Any]) -> Checkpoint:
+    tensors: dict[str, Stored] = {}
+    for name in _files(record):
+        tensors |= tensor_files.stored(path / name)
     return Checkpoint(
         record["step"],
         record["metrics_bytes"],
         record.get("metrics_blake3", ""),
-        load_file(path / "state.safetensors"),
+        tensors,
         record.get("diagnostics"),
     )
 
 
-def _verified(path: Path) -> dict[str, Any] | None:
-    """The record of a checkpoint, or None where the record or the tensors do not match their digests."""
+def _verified(path: Path, world: World) -> dict[str, Any] | None:
+    """The record of a checkpoint, or None where the record or the tensors do not match their digests. Each rank reads
+    its share of the files."""
+    record = world.tell(_record(path) if world.leads else None)
+    if record is None:
+        return None
+    own = list(_files(record).items())[world.rank :: world.size]
+    intact = world.together(lambda: all(commits.matches(path / name, digest) for name, digest in own))
+    return record if all(world.gather(intact)) else None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
     try:
         record = reading.read_json(path / "state.json")
-        intact = manifests.is_intact(record) and commits.matches(path / "state.safetensors", record["blake3"])
+        intact = manifests.is_intact(record) and all(map(_FILE.fullmatch, _files(record)))
     except (ValueError, KeyError, AttributeError, TypeError, DataError, MissingInputError):
         return None
     return record if intact else None
+
+
+def _files(record: Mapping[str, Any]) -> dict[str, str]:
+    """The files of tensors of a checkpoint with their digests; one of an older version has one, and no list."""
+    return record["files"] if "files" in record else {"state.safetensors": record["blake3"]}
 
 
 def _matches(metrics: Path, record: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -45,15 +46,14 @@ def fit(
     run, and the margins of its pairs. Raises Paused where the session ends before the run.
     """
     config = trainer.config
-    resumed = session.lead(_resumed)
+    resumed = _resumed(session)
     margins = Margins(data.rows, data.eval_rows)
     first, metrics_bytes = (resumed.step, resumed.metrics_bytes) if resumed else (0, 0)
     if resumed is not None:
-        trainer.optimizer.load_state(resumed.tensors)
+        _load(trainer, resumed)
         margins.load_state(resumed.tensors)
         state = State.from_json(resumed.diagnostics or state.to_json())
         log.info(f"resuming after step {first}")
-        del resumed  # its tensors are copied: a run of hours must not hold them
     session.lead(lambda run: fsio.truncate(run.out / _METRICS, metrics_bytes))
     evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
     steps = loop.steps(trainer, data.rows, first, data.training_bank, data.sft)
@@ -98,18 +98,15 @@ def _run_steps(
             signal_number = max(world.gather(signal_seen()))
             pauses = done == session.until and done < total
             due = done % config.save_steps == 0 or done == total or pauses or signal_number
-            best = (
-                evaluation.records(evaluations, config.metric_for_best_model) if config.load_best_model_at_end else []
-            )
+            best = _records(evaluations, config)
             if not config.load_best_model_at_end or best[-1:] == [done]:  # those of the weights that are saved
                 margins.note(done, held_out, held_out=True)
             keep = (due or best[-1:] == [done] or _is_over(evaluations, config)) and watch.verdict is None
-            # A collective call: every rank takes part.
-            tensors = trainer.optimizer.state() | margins.state() if keep else None
-            if session.output:
-                _record(session.output, line, tensors, watch.state, config, best)
-                if config.report and "eval_loss" in line:
-                    page.renew(session.output.out)
+            _note(session, line)
+            if keep:
+                _save(session, done, trainer.optimizer.state() | margins.state(), watch.state, config, best)
+            if session.output and config.report and "eval_loss" in line:
+                page.renew(session.output.out)
             watch.tell(step, alerts)
             advance(1, note(step))
             if signal_number:
@@ -117,6 +114,17 @@ def _run_steps(
                 raise Interrupted(signal_number)
             if pauses and not _is_over(evaluations, config):
                 raise Paused
+
+
+def _note(session: Session, line: Line) -> None:
+    """Append the metrics of a step."""
+    if session.output:
+        fsio.append_line(session.output.out / _METRICS, json.dumps(line))
+
+
+def _records(evaluations: Sequence[Line], config: TrainConfig) -> list[int]:
+    """The steps whose evaluation was the best so far, where the run asks for the best weights."""
+    return evaluation.records(evaluations, config.metric_for_best_model) if config.load_best_model_at_end else []
 
 
 def _until_stop(trainer: Trainer, steps: Steps, first: int, evaluations: Sequence[Line]) -> Iterator[StepMetrics]:
@@ -149,17 +157,32 @@ def _take_best(session: Session, trainer: Trainer, evaluations: Sequence[Line]) 
     step = best[-1]
     value = next(line[metric] for line in evaluations if line["step"] + 1 == step)
     if config.load_best_model_at_end and step != evaluations[-1]["step"] + 1:
-        saved = session.lead(lambda run: checkpoint.at_step(run.out / "checkpoints", step))
-        trainer.optimizer.load_state(cast(Checkpoint, saved).tensors)
+        folder = cast(Path, session.lead(_checkpoints))
+        _load(trainer, checkpoint.at_step(folder, step, session.world))
         log.info(f"the best evaluation was after step {step}: its weights are kept")
     return {"best": {"step": step, "metric": metric, "value": value}}
 
 
-def _resumed(run: Run) -> Checkpoint | None:
+def _resumed(session: Session) -> Checkpoint | None:
+    """The checkpoint to go on from; a collective call."""
+    place = session.lead(_place)
+    return None if place is None else checkpoint.newest(*place, session.world)
+
+
+def _load(trainer: Trainer, saved: Checkpoint) -> None:
+    """Take over weights and moments; each rank reads its rows."""
+    trainer.world.together(lambda: trainer.optimizer.load_state(saved.tensors))
+
+
+def _place(run: Run) -> tuple[Path, str, Path]:
     if reading.is_there(run.out / _METRICS) and not (run.out / _METRICS).is_file():
         log.warn(f"{run.out / _METRICS} is not a file: it moves to quarantine/")
         fsio.move_aside(run.out / _METRICS, run.out / "quarantine")
-    return checkpoint.newest(run.out / "checkpoints", run.fingerprint, run.out / _METRICS)
+    return _checkpoints(run), run.fingerprint, run.out / _METRICS
+
+
+def _checkpoints(run: Run) -> Path:
+    return run.out.absolute() / "checkpoints"
 
 
 def _lines(run: Run) -> list[Line]:
@@ -168,19 +191,23 @@ def _lines(run: Run) -> list[Line]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _record(
-    run: Run,
-    line: Line,
-    tensors: dict[str, torch.Tensor] | None,
+def _save(
+    session: Session,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
     state: State,
     config: TrainConfig,
     best: Sequence[int],
 ) -> None:
-    """Append the metrics of a step and, with tensors, save a checkpoint that vouches for them."""
-    metrics = run.out / _METRICS
-    fsio.append_line(metrics, json.dumps(line))
-    if tensors is not None:
+    """Save a checkpoint that vouches for the metrics of all steps before it; a collective call."""
+
+    def describe(run: Run) -> tuple[Path, int, str, str]:
+        metrics = run.out / _METRICS
         fsio.sync_file(metrics)
-        size, digest = metrics.stat().st_size, reading.file_digest(metrics)
-        done = Checkpoint(int(line["step"]) + 1, size, digest, tensors, state.to_json())
-        checkpoint.save(run.out / "checkpoints", done, run.fingerprint, config.save_total_limit, best)
+        return _checkpoints(run), metrics.stat().st_size, reading.file_digest(metrics), run.fingerprint
+
+    described = session.lead(describe)
+    if described is not None:
+        folder, size, digest, fingerprint = described
+        done = Checkpoint(step, size, digest, tensors, state.to_json())
+        checkpoint.save(folder, done, fingerprint, config.save_total_limit, best, session.world)

@@ -1,6 +1,6 @@
 """The model of a training run: loaded, compared with the rows, and fitted into the free memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -10,25 +10,30 @@ from transformers import PreTrainedModel
 from prefpipe import log
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, PrefpipeError, UsageError
-from prefpipe.forward import load, lora_targets
+from prefpipe.forward import load, lora_targets, on_meta, shards
 from prefpipe.forward.balance import check_balance
 from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, causal_model, extremes, settle_rows
+from prefpipe.forward.weights import DTYPES
 from prefpipe.models import embedding, vocabulary
 from prefpipe.models.policy import Policy
-from prefpipe.stages.train import memory
+from prefpipe.stages.train import memory, parallel
 from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.mapped import column
 from prefpipe.stages.train.micro_batches import tree_of
+from prefpipe.stages.train.parallel import ALONE, World
 from prefpipe.stages.train.record_batches import Batch
 
 
-def load_policy(policy: Policy, config: TrainConfig, base: PreTrainedModel | None = None) -> TreeModel:
+def load_policy(
+    policy: Policy, config: TrainConfig, world: World = ALONE, base: PreTrainedModel | None = None
+) -> TreeModel:
     """The model to train: with every weight trainable, with a new adapter, or with the adapter that is trained on.
-    `base` is its base model, where it is loaded already.
+    `base` is its base model, where it is loaded already. Where the ranks cut the model, each reads its rows of the
+    files and nothing else; a collective call then.
 
     Raises UsageError where the settings ask for a load-balancing loss that the model does not have.
     """
-    model = _trainable(policy, config, base or _load_base(policy, config))
+    model = _trainable(policy, config, world, base)
     causal, coefficient = causal_model(model.policy), config.router_aux_loss_coef
     if lora_targets.on_parameters(causal) and (config.lora_dropout or config.distributed == "fsdp2"):
         raise UsageError(
@@ -42,14 +47,14 @@ def load_policy(policy: Policy, config: TrainConfig, base: PreTrainedModel | Non
     return model
 
 
-def _trainable(policy: Policy, config: TrainConfig, base: PreTrainedModel) -> TreeModel:
-    if config.tuning == "full":
-        load.train_all(base)
-        return TreeModel(base)
-    if policy.adapter is not None:
-        return TreeModel(load.load_adapter(base, policy.adapter, trainable=True))
-    return TreeModel(
-        load.add_lora(
+def _trainable(policy: Policy, config: TrainConfig, world: World, base: PreTrainedModel | None) -> TreeModel:
+    def adapted(base: PreTrainedModel) -> torch.nn.Module:
+        if config.tuning == "full":
+            load.train_all(base)
+            return base
+        if policy.adapter is not None:
+            return load.load_adapter(base, policy.adapter, trainable=True)
+        return load.add_lora(
             base,
             r=config.lora_r,
             alpha=config.lora_alpha,
@@ -58,25 +63,57 @@ def _trainable(policy: Policy, config: TrainConfig, base: PreTrainedModel) -> Tr
             seed=config.seed,
             rslora=config.use_rslora,
         )
-    )
+
+    return _load(policy, config, world, adapted, base)
 
 
-def load_reference(reference: Policy, config: TrainConfig) -> TreeModel:
-    """A model that only computes log-probs."""
-    base = _load_base(reference, config)
-    return TreeModel(load.load_adapter(base, reference.adapter, trainable=False) if reference.adapter else base)
+def load_reference(reference: Policy, config: TrainConfig, world: World = ALONE) -> TreeModel:
+    """A model that only computes log-probs; cut as `load_policy` says."""
+
+    def adapted(base: PreTrainedModel) -> torch.nn.Module:
+        return load.load_adapter(base, reference.adapter, trainable=False) if reference.adapter else base
+
+    return _load(reference, config, world, adapted)
 
 
-def _load_base(policy: Policy, config: TrainConfig) -> PreTrainedModel:
+def _load(
+    policy: Policy,
+    config: TrainConfig,
+    world: World,
+    adapted: Callable[[PreTrainedModel], torch.nn.Module],
+    base: PreTrainedModel | None = None,
+) -> TreeModel:
+    """A model from its directory, with what `adapted` puts on it, on the ranks as the settings say. `base` is there
+    where it is loaded already and not cut."""
+    if base is not None:
+        return TreeModel(adapted(base))
     log.info(f"loading {policy.directory.name} ({config.dtype}{', 4 bits' if config.load_in_4bit else ''})")
-    base = load.load_model(policy.directory, config.dtype, in_4bit=config.load_in_4bit)
-    broken = [name for name, p in base.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+    if parallel.cuts(world, config.distributed):
+        model = world.together(lambda: _in_shards(policy, config, world, adapted))
+    else:
+        model = TreeModel(adapted(load.load_model(policy.directory, config.dtype, in_4bit=config.load_in_4bit)))
+    local = ((name, shards.local(p)) for name, p in model.named_parameters())
+    broken = [name for name, p in local if p.is_floating_point() and not bool(p.isfinite().all())]
+    broken = sorted({name for names in world.gather(broken) for name in names})
     if broken:
         raise DataError(
             f"{policy.directory}: {len(broken)} weights are not finite numbers in {config.dtype} (first {broken[0]})",
             "the model is damaged, or its weights need another --dtype",
         )
-    return base
+    return model
+
+
+def _in_shards(
+    policy: Policy, config: TrainConfig, world: World, adapted: Callable[[PreTrainedModel], torch.nn.Module]
+) -> TreeModel:
+    """As `_load`, cut over the ranks before a weight is read. Where every weight is trained, the shards are float32:
+    they are the optimizer's masters, and `config.dtype` is what layers are gathered and computed in."""
+    base = load.empty_model(policy.directory, "float32" if config.tuning == "full" else config.dtype)
+    where = on_meta.sources(policy.directory, base)
+    model = TreeModel(adapted(base))
+    parallel.cut(model, world, DTYPES[config.dtype])
+    on_meta.read((*base.named_parameters(), *base.named_buffers()), where)
+    return model
 
 
 def check_vocabulary(model: TreeModel, rows: Sequence[TrainRow]) -> None:
@@ -116,8 +153,9 @@ def choose_rows(model: TreeModel, rows: Sequence[TrainRow], dtype: str) -> None:
         log.warn(f"every completion is computed {words}; a pair costs up to twice its shared row: {reason}")
 
 
-def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConfig) -> int:
-    """Tokens of a micro-batch: the budget of the settings, or what the free memory allows, by a probe on the rows.
+def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConfig, world: World = ALONE) -> int:
+    """Tokens of a micro-batch: the budget of the settings, or what the free memory allows, by a probe on the rows; the
+    least of all ranks.
 
     Turns gradient checkpointing on where the settings ask for it, or where the longest row would not fit without it.
     """
@@ -125,7 +163,8 @@ def fitting_tokens(model: TreeModel, rows: Sequence[TrainRow], config: TrainConf
     if budget and checkpointing != "auto":  # a probe has nothing to decide
         memory.checkpoint_if(model, on=checkpointing == "on")
         return budget
-    fitting = memory.fitting(model, memory.probe_trees(rows), checkpointing, budget)
+    trees = memory.probe_trees(rows)
+    fitting = memory.fitting(model, trees, checkpointing, budget, lambda number: min(world.gather(number)))
     if checkpointing == "auto" and fitting.checkpointing:
         log.warn(
             f"a row of {fitting.longest} tokens does not fit the free memory: gradient checkpointing is on, at half "

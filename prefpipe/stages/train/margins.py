@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import torch
 
+from prefpipe.forward.shards import whole
+from prefpipe.forward.tensor_files import Stored
 from prefpipe.schemas import Margin, to_table
 from prefpipe.stages.train import mapped
 from prefpipe.stages.train.examples import TrainRow
@@ -37,10 +39,10 @@ class Margins:
         """The tensors that a checkpoint holds."""
         return {_VALUES: self._values, _STEPS: self._steps}
 
-    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, torch.Tensor | Stored]) -> None:
         """Go on from a `state`. The checkpoint of an older version has none: then only later steps are known."""
         if _VALUES in tensors:
-            self._values, self._steps = tensors[_VALUES].clone(), tensors[_STEPS].clone()
+            self._values, self._steps = whole(tensors[_VALUES]).clone(), whole(tensors[_STEPS]).clone()
 
     def table(self) -> pa.Table:
         """The rows of the dataset `margins`: of every pair whose margin is known, in the order of the run's rows."""

@@ -7,7 +7,7 @@ The first is its lower bound, and takes its place where the system does not repo
 the tokens of a micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -19,6 +19,7 @@ from prefpipe.forward import load
 from prefpipe.forward.head import chunk_bytes
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model
+from prefpipe.forward.shards import local
 from prefpipe.stages.train import process_memory
 from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.mapped import column
@@ -36,7 +37,8 @@ _LARGEST = {"cuda": 32768, "cpu": 768}  # on CPU more is not faster (docs/LOG.md
 class Footprint:
     """The cost of a step in bytes, and of a token in seconds."""
 
-    # The frozen weights; the trained ones with their gradients; the float32 masters, their gradients and moments.
+    # The frozen weights; the trained ones with their gradients; the moments, and float32 masters with their
+    # gradients where the weights are not float32.
     weights: int
     adapter: int
     optimizer: int
@@ -72,21 +74,26 @@ class Fitting:
 
 
 def fitting(
-    model: TreeModel, trees: Sequence[Tree], checkpointing: Literal["auto", "on", "off"], max_tokens: int
+    model: TreeModel,
+    trees: Sequence[Tree],
+    checkpointing: Literal["auto", "on", "off"],
+    max_tokens: int,
+    least: Callable[[int], int] = lambda number: number,
 ) -> Fitting:
     """Probe the model, with gradient checkpointing where it is on, or where the longest tree would not fit without it.
 
     `max_tokens` is the budget of the settings; 0 asks for the largest that fits. The model is left as it will train.
+    `least` makes one decision of those of all ranks: the least of a number that each has.
     """
     longest = max(tree.num_tokens for tree in trees)
     device = next(model.parameters()).device
     checkpoint_if(model, on=checkpointing == "on")
     footprint, free = measure(model, trees), free_bytes(device)
-    needed = checkpointing == "auto" and not fits(footprint, free, longest)
+    needed = checkpointing == "auto" and not least(fits(footprint, free, longest))
     if needed:
         checkpoint_if(model, on=True)
         footprint, free = measure(model, trees), free_bytes(device)
-    tokens = max_tokens or budget(footprint, device, free, longest)
+    tokens = max_tokens or least(budget(footprint, device, free, longest))
     return Fitting(tokens, needed or checkpointing == "on", footprint, longest)
 
 
@@ -98,7 +105,7 @@ def checkpoint_if(model: TreeModel, *, on: bool) -> None:
 
 def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
     """Run two probes made of the data's trees, the second twice as large, forward and backward. Leaves no gradient."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [local(p) for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trainable)
     head = chunk_bytes(cast(torch.nn.Linear, causal_model(model.policy).get_output_embeddings()).weight)
     small, large = _take(trees, _PROBE_TOKENS), _take(trees, 2 * _PROBE_TOKENS)
@@ -118,9 +125,10 @@ def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
     score_seconds = clock.monotonic() - begin
     process_memory.return_free_memory()  # or the kernel would not count it as free when the budget is chosen
     return Footprint(
-        weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        weights=sum(local(p).nbytes for p in model.parameters() if not p.requires_grad),
         adapter=2 * gradients,
-        optimizer=16 * sum(p.numel() for p in trainable),
+        # Two moments; of another dtype than float32 also a master and its gradient.
+        optimizer=sum((8 if p.dtype == torch.float32 else 16) * p.numel() for p in trainable),
         head=head,
         activations_fixed=max(0.0, bytes_large - slope * tokens_large),
         activations_per_token=slope,
@@ -197,20 +205,22 @@ def _peak(device: torch.device) -> int:
 
 def _kept(model: TreeModel, trees: Sequence[Tree]) -> tuple[int, float]:
     """Bytes that a forward pass keeps for backward, parameters aside, and seconds of both passes."""
-    of_model = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
+    of_model = {local(p).untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in of_model:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     layout = model.layout(trees)
     start = clock.monotonic()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         total = model(layout).sum()
-    bytes_kept = sum(kept.values())
+    # Layers that were gathered (FSDP2) have given their memory back by now, and an address may be taken again.
+    bytes_kept = sum(storage.nbytes() for storage in kept.values())
+    kept.clear()
     total.backward()
     for parameter in model.parameters():
         parameter.grad = None

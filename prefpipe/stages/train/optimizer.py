@@ -1,8 +1,8 @@
 """An optimizer on float32 master copies of low-precision weights, and the learning-rate schedule.
 
 A bf16 weight has 8 bits of mantissa, which round a relative update of 1e-5 away. The masters take the updates and
-gather the gradients of all micro-batches in float32; the model gets rounded copies of them. Sharded parameters (FSDP2)
-have sharded masters; `state` is always whole, so that a run may resume with another number of ranks.
+gather the gradients of all micro-batches in float32; the model gets rounded copies of them. A float32 weight is its
+own master. Sharded parameters (FSDP2) have sharded masters, and so has their `state`.
 """
 
 import importlib
@@ -14,7 +14,8 @@ import torch
 
 from prefpipe import extras
 from prefpipe.errors import MissingInputError
-from prefpipe.stages.train.parallel import like, whole
+from prefpipe.forward.shards import fill, whole
+from prefpipe.forward.tensor_files import Stored
 
 _BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit",
@@ -31,7 +32,7 @@ class MasterOptimizer:
 
     def __init__(self, model: torch.nn.Module, weight_decay: float, optim: str = "adamw_torch_fused") -> None:
         self._model = {_plain(n): p for n, p in model.named_parameters() if p.requires_grad}
-        self._master = {n: p.detach().float().clone().requires_grad_() for n, p in self._model.items()}
+        self._master = {n: _master(p) for n, p in self._model.items()}
         # Allocated once: during a step they would lie between its activations and fragment the heap.
         for master in self._master.values():
             master.grad = torch.zeros_like(master)
@@ -40,7 +41,7 @@ class MasterOptimizer:
     def gather_gradients(self) -> None:
         """Add the gradients of one micro-batch to those of the masters, and clear them."""
         for name, parameter in self._model.items():
-            if parameter.grad is None:
+            if parameter.grad is None or parameter is self._master[name]:
                 continue
             self._gradient(name).add_(parameter.grad)
             parameter.grad = None
@@ -53,8 +54,9 @@ class MasterOptimizer:
     def drop_gradients(self) -> None:
         """Clear the gradients of a step that is computed again or skipped."""
         self._optimizer.zero_grad(set_to_none=False)
-        for parameter in self._model.values():
-            parameter.grad = None
+        for name, parameter in self._model.items():
+            if parameter is not self._master[name]:
+                parameter.grad = None
 
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip the gradients, update the masters, copy them to the model. Returns the gradient norm before clipping;
@@ -67,31 +69,39 @@ class MasterOptimizer:
             self._optimizer.step()
             with torch.no_grad():
                 for name, parameter in self._model.items():
-                    parameter.copy_(self._master[name])
+                    if parameter is not self._master[name]:
+                        parameter.copy_(self._master[name])
         self._optimizer.zero_grad(set_to_none=False)
         return norm
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters and moments by name, as whole tensors; a collective call when they are sharded."""
+        """Masters and moments by name, none of them copied: sharded ones as their shards."""
         tensors: dict[str, torch.Tensor] = {}
         for name, master in self._master.items():
-            tensors[f"master/{name}"] = whole(master.detach())
+            tensors[f"master/{name}"] = master.detach()
             for key, value in self._optimizer.state[master].items():
-                # bitsandbytes counts steps in plain integers, and lets all parameters share its tables of levels.
-                tensors[f"{key}/{name}"] = whole(value).clone() if torch.is_tensor(value) else torch.tensor(value)
+                # bitsandbytes counts steps in plain integers.
+                tensors[f"{key}/{name}"] = value if torch.is_tensor(value) else torch.tensor(value)
         return tensors
 
-    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore a `state`, and the weights of the model with it."""
+    def load_state(self, tensors: Mapping[str, torch.Tensor | Stored]) -> None:
+        """Restore a `state`, and the weights of the model with it. Of tensors that are whole, in memory or in a file, a
+        rank takes its rows."""
         with torch.no_grad():
             for name, master in self._master.items():
-                master.copy_(like(tensors[f"master/{name}"], master))
-                self._model[name].copy_(master)
-                # In the order of `tensors` on every rank: `state` gathers these one by one, in collective calls.
+                fill(master, tensors[f"master/{name}"])
+                if self._model[name] is not master:
+                    self._model[name].copy_(master)
                 keys = [key for key, _, parameter in (k.partition("/") for k in tensors) if parameter == name]
                 self._optimizer.state[master] = {
                     key: _restored(tensors[f"{key}/{name}"], master) for key in keys if key != "master"
                 }
+
+
+def _master(parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().float().requires_grad_()
 
 
 def _groups(masters: Mapping[str, torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
@@ -117,13 +127,16 @@ def _make(optim: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer
     return getattr(bitsandbytes.optim, _BITSANDBYTES[optim])(groups, lr=0.0)
 
 
-def _restored(value: torch.Tensor, master: torch.Tensor) -> Any:
+def _restored(value: torch.Tensor | Stored, master: torch.Tensor) -> Any:
     """An entry of the optimizer's state: a plain integer, a tensor of another shape, or one sharded as its master."""
-    if value.dim() == 0 and not value.is_floating_point():
-        return int(value)
-    if value.shape != master.shape:  # step counts and tables; the fused kernel counts on the parameter's device
-        return value.to(master.device, copy=True)
-    return like(value, master)
+    if tuple(value.shape) == tuple(master.shape):
+        entry = torch.empty_like(master, dtype=value.dtype, requires_grad=False)
+        fill(entry, value)
+        return entry
+    small = whole(value)
+    if small.dim() == 0 and not small.is_floating_point():
+        return int(small)
+    return small.to(master.device, copy=True)  # step counts and tables; the fused kernel counts on its device
 
 
 def learning_rate(

@@ -1,20 +1,25 @@
 """The results of a training run: an adapter or a model, and on request a merged model, each with its model card."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.distributed.tensor import DTensor
 
 from prefpipe import __version__, log
 from prefpipe.config.train import TrainConfig
-from prefpipe.forward import load
+from prefpipe.forward import load, on_meta, tensor_files
 from prefpipe.forward.logps import TreeModel, causal_model
+from prefpipe.forward.weights import DTYPES
 from prefpipe.models import fingerprint
 from prefpipe.models.policy import Policy, adapter_base_record, merged_record
 from prefpipe.runs import fsio
-from prefpipe.stages.train import parallel
+from prefpipe.runs.store import Run
+from prefpipe.stages.train import parallel, shared_files
+from prefpipe.stages.train.session import Session
 
+FILE_BYTES = 5 * 10**9  # of tensors in a file of a saved model
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 _LOADERS = {
     "adapter": """from peft import PeftModel
@@ -33,43 +38,79 @@ def folder_of(config: TrainConfig) -> str:
     return "adapter" if config.tuning == "lora" else "model"
 
 
-def tensors_of(model: TreeModel, config: TrainConfig) -> dict[str, torch.Tensor]:
-    """The trained tensors by name, whole; a collective call."""
-    whole = parallel.whole_adapter if config.tuning == "lora" else parallel.whole_model
-    return whole(model.policy)
-
-
 def save(
-    out: Path,
-    model: TreeModel,
-    tensors: dict[str, torch.Tensor],
-    policy: Policy,
-    config: TrainConfig,
-    facts: Mapping[str, Any],
-) -> str:
-    """Publish the trained policy under `out` and return its identity. One that a killed run left there, which no
-    manifest vouches for, stays only where it is the same.
+    session: Session, model: TreeModel, policy: Policy, config: TrainConfig, facts: Mapping[str, Any]
+) -> str | None:
+    """Publish the trained policy in the run directory and return its identity, on every rank. One that a killed run
+    left there, which no manifest vouches for, stays only where it is the same. A collective call.
 
     `facts` are the contents of the model card beside the settings: counts, metrics, identities.
     """
-    target = out / folder_of(config)
     base = base_name(policy, config)
+    fill = (
+        _adapter_writer(model, policy, base)
+        if config.tuning == "lora"
+        else _model_writer(session, model, policy, config)
+    )
+    if not session.world.leads:
+        fill(None)
 
-    def fill(into: Path) -> None:
-        if config.tuning == "lora":
+    def publish(run: Run) -> str:
+        target = run.out / folder_of(config)
+
+        def fill_all(into: Path) -> None:
+            fill(into)
+            (into / "README.md").write_text(card(target.name, base, config, facts), encoding="utf-8")
+
+        fsio.publish_dir(target, fill_all, run.out / "quarantine")
+        if config.merge:
+            publish_merged(run.out / "merged", run.out / "adapter", policy, config, facts, run.out / "quarantine")
+        if config.tuning == "full":
+            return fingerprint.policy_id(fingerprint.weights_digest(target), None)
+        return fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(target))
+
+    return session.lead(publish)
+
+
+Writer = Callable[[Path | None], None]  # fills a folder; the part of ranks but 0 is called with None
+
+
+def _adapter_writer(model: TreeModel, policy: Policy, base: str) -> Writer:
+    tensors = parallel.whole_adapter(model.policy)  # gathered: an adapter is small
+
+    def fill(into: Path | None) -> None:
+        if into is not None:
             load.save_adapter(model.policy, tensors, into, base)
             record = adapter_base_record(policy.weights, fingerprint.adapter_digest(into))
             (into / "prefpipe.json").write_text(record, encoding="utf-8")
-        else:
-            load.save_model(causal_model(model.policy), tensors, into, policy.directory, config.chat_template)
-        (into / "README.md").write_text(card(target.name, base, config, facts), encoding="utf-8")
 
-    fsio.publish_dir(target, fill, out / "quarantine")
-    if config.merge:
-        publish_merged(out / "merged", out / "adapter", policy, config, facts, out / "quarantine")
-    if config.tuning == "full":
-        return fingerprint.policy_id(fingerprint.weights_digest(target), None)
-    return fingerprint.policy_id(policy.weights, fingerprint.adapter_digest(target))
+    return fill
+
+
+def _model_writer(session: Session, model: TreeModel, policy: Policy, config: TrainConfig) -> Writer:
+    """Of a model that the ranks cut, each writes its rows of it, under the names of the files that it came from."""
+    causal = causal_model(model.policy)
+    tensors = load.model_tensors(causal)
+
+    def fill_whole(into: Path | None) -> None:
+        if into is not None:
+            load.save_model(causal, tensors, into, policy.directory, config.chat_template)
+
+    def fill_in_place(into: Path | None) -> None:
+        where = on_meta.sources(policy.directory, load.empty_model(policy.directory, config.dtype))
+        named = {where[name].name if name in where else name: tensor for name, tensor in tensors.items()}
+        # Parameters are cut, and their shards float32; buffers are neither.
+        dtypes = {name: DTYPES[config.dtype] if isinstance(t, DTensor) else t.dtype for name, t in named.items()}
+        files = tensor_files.plan({n: (dtypes[n], t.shape) for n, t in named.items()}, "model", FILE_BYTES)
+        shared_files.write(session.world, into, files, named)
+        if into is not None:
+            load.save_config(causal, into, config.dtype)
+            load.save_beside_weights(into, policy.directory, config.chat_template)
+            if len(files) > 1:
+                index = tensor_files.index(files)
+                (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    return fill_in_place if parallel.cuts(session.world, config.distributed) else fill_whole
 
 
 def base_name(policy: Policy, config: TrainConfig) -> str:

@@ -6,17 +6,18 @@ every rank makes the same number of forward and backward calls, and no collectiv
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from prefpipe.forward.load import adapter_tensors, decoder_layers, model_tensors
+from prefpipe.errors import PrefpipeError
+from prefpipe.forward import shards
+from prefpipe.forward.load import adapter_tensors, decoder_layers
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.forward.lora_targets import may_skip_parameters
 
@@ -51,6 +52,19 @@ class World:
         dist.all_gather_object(box, value)
         return box
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns here, once all ranks have done theirs; where it fails on any of them, the first error is
+        raised on all. A collective call."""
+        result, error = None, None
+        try:
+            result = work()
+        except PrefpipeError as raised:
+            error = raised
+        first = next((found for found in self.gather(error) if found is not None), None)
+        if first is not None:
+            raise first
+        return cast(T, result)
+
     def deal(self, items: Sequence[T]) -> list[tuple[T, bool]]:
         """The items of this rank, and whether each counts: where items do not suffice, the first one fills up without
         counting. Equally many on every rank; `items` must not be empty."""
@@ -59,11 +73,14 @@ class World:
         return share + [(items[0], False)] * (rounds - len(share))
 
 
+ALONE = World(0, 1)
+
+
 def start() -> World:
     """Join the process group that torchrun describes in the environment, or be alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1)
+        return ALONE
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -77,42 +94,69 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: TreeModel, world: World, strategy: str) -> torch.nn.Module:
-    """The model as the ranks share it: replicated (ddp), or with the parameters of every layer cut (fsdp2)."""
-    if world.size == 1:
-        return model
-    if strategy == "ddp":
-        # Buffers are constants. Experts that no token chose, and towers beside the text, get no gradient.
-        skips = may_skip_parameters(causal_model(model.policy))
-        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips)
+def cuts(world: World, strategy: str) -> bool:
+    """Whether the ranks cut the model (fsdp2) instead of each holding it."""
+    return world.size > 1 and strategy == "fsdp2"
+
+
+def cut(model: TreeModel, world: World, computes_in: torch.dtype) -> None:
+    """Cut every parameter of a model without weights by rows over the ranks (FSDP2), and give this rank memory for its
+    rows. Those of adapters, which are whole on the CPU, are kept; all others, and no buffers, are left to be read.
+
+    Gradients are summed in float32. A forward pass without gradient leaves no layer gathered, or an optimizer would see
+    parameters of two kinds.
+    """
     model.agree = lambda passes: max(world.gather(passes))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    adapters = _to_meta(model)
+    policy = MixedPrecisionPolicy(param_dtype=computes_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(model.policy):
-        fully_shard(layer)
-    fully_shard(model)
-    return model
+        fully_shard(layer, mp_policy=policy)
+    root = fully_shard(model, mp_policy=policy)
+    buffers = [(module, list(module.named_buffers(recurse=False))) for module in model.modules()]
+    model.to_empty(device=device)
+    for module, own in buffers:
+        for name, buffer in own:
+            setattr(module, name, buffer.to(device))
+    for name, parameter in model.named_parameters():
+        if name in adapters:
+            shards.fill(parameter, adapters[name])
+    register_fsdp_forward_method(model, "plain")
+    gathered = model.plain
+
+    def plain(prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+        logps = gathered(prompt, completion)
+        root.reshard()
+        return logps
+
+    model.plain = plain
+    model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else root.reshard())
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor gathered from its shards (a collective call), or itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _to_meta(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Take the parameters that have memory out of a model; returns them by name."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                found[f"{prefix}.{name}"] = parameter.detach()
+                empty = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+                setattr(module, name, empty)
+    return found
+
+
+def wrap(model: TreeModel, world: World, strategy: str) -> torch.nn.Module:
+    """The model as the ranks share it: replicated (ddp), or as it was cut when it was loaded (fsdp2)."""
+    if world.size == 1 or strategy == "fsdp2":
+        return model
+    # Buffers are constants. Experts that no token chose, and towers beside the text, get no gradient.
+    skips = may_skip_parameters(causal_model(model.policy))
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=skips)
 
 
 def whole_adapter(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors, gathered where they are sharded; a collective call."""
-    return {name: whole(tensor) for name, tensor in adapter_tensors(policy).items()}
-
-
-def whole_model(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All of the model's tensors, gathered where they are sharded; a collective call."""
-    return {name: whole(tensor) for name, tensor in model_tensors(causal_model(policy)).items()}
-
-
-def like(tensor: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
-    """A copy of a whole tensor that every rank holds, sharded and placed as `template` is."""
-    if isinstance(template, DTensor):
-        copy = tensor.to(template.device, copy=True)
-        return distribute_tensor(copy, template.device_mesh, template.placements, src_data_rank=None)
-    return tensor.to(template.device, copy=True)
+    return {name: shards.whole(tensor) for name, tensor in adapter_tensors(policy).items()}
 
 
 def sum_over_ranks(values: dict[str, float], world: World) -> dict[str, float]:

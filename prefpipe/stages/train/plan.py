@@ -58,7 +58,7 @@ def _lines(
         "micro-batch": f"at most {tokens:,} tokens; the largest one holds {largest:,}",
         "weights": f"{footprint.weights / _GIB:.3f} GiB ({config.dtype})",
         "trained, gradients": f"{footprint.adapter / _GIB:.3f} GiB",
-        "optimizer": f"{footprint.optimizer / _GIB:.3f} GiB (fp32 masters, moments, gradients)",
+        "optimizer": f"{footprint.optimizer / _GIB:.3f} GiB (moments; fp32 masters of 16-bit weights)",
         "activations": f"{footprint.activations(largest) / _GIB:.3f} GiB "
         f"({footprint.activations_per_token / 1024:.0f} KiB per token)",
         "checkpointing": _checkpointing(config, fitting),

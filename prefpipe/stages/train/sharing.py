@@ -16,8 +16,9 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.forward import load
 from prefpipe.forward.logps import Rows, TreeModel
 from prefpipe.models.policy import Policy
-from prefpipe.stages.train import loading, mapped, row_files
+from prefpipe.stages.train import loading, mapped, parallel, row_files
 from prefpipe.stages.train.inputs import TrainingData, for_settings, prepare
+from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.reference.values import Kept
 
 
@@ -47,19 +48,20 @@ class Shared:
             row_files.remove(data.stored)
 
     @contextmanager
-    def policy(self, policy: Policy, config: TrainConfig) -> Generator[TreeModel]:
+    def policy(self, policy: Policy, config: TrainConfig, world: World) -> Generator[TreeModel]:
         """The model to train, on the base of the run before where it is there. Full fine-tuning changes every weight:
-        its model is loaded anew and not kept. Raises as `load_policy` does."""
+        its model is loaded anew and not kept, and so is one that ranks cut. Raises as `load_policy` does."""
         base, self._base = self._base, None
-        if config.tuning == "full":
+        stays = config.tuning == "lora" and not parallel.cuts(world, config.distributed)
+        if not stays:
             base = None
         self.loads += base is None
-        model = loading.load_policy(policy, config, base)
+        model = loading.load_policy(policy, config, world, base)
         del base
         try:
             yield model
         finally:
-            if self.data is not None and config.tuning == "lora":
+            if self.data is not None and stays:
                 self._base = cast(PreTrainedModel, load.with_adapter(model.policy, None))
 
     def settle(self, model: TreeModel, data: TrainingData, config: TrainConfig) -> None:
@@ -71,10 +73,10 @@ class Shared:
         loading.choose_rows(model, data.computed_rows, config.dtype)
         self._rows = model.rows
 
-    def fitting_tokens(self, model: TreeModel, data: TrainingData, config: TrainConfig) -> int:
+    def fitting_tokens(self, model: TreeModel, data: TrainingData, config: TrainConfig, world: World) -> int:
         """Tokens of a micro-batch, by the probe of the run before where no more is trained now than then."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self._fitting is None or trained > self._fitting[0]:
             self.probes += 1
-            self._fitting = trained, loading.fitting_tokens(model, mapped.chain(data.rows, data.sft), config)
+            self._fitting = trained, loading.fitting_tokens(model, mapped.chain(data.rows, data.sft), config, world)
         return self._fitting[1]

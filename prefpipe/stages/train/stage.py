@@ -16,6 +16,7 @@
 Under torchrun every rank takes every step; rank 0 alone reads and writes the run directory (`session`).
 """
 
+import gc
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from prefpipe.runs import page, store
 from prefpipe.runs.settled import settled
 from prefpipe.runs.store import Manifest, Run
 from prefpipe.schemas import Dropped, Margin, to_table
-from prefpipe.stages.train import loading, mapped, mixing, outputs, parallel
+from prefpipe.stages.train import loading, mapped, mixing, outputs, parallel, shared_files
 from prefpipe.stages.train.fit import fit
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.loop import Trainer
@@ -66,6 +67,7 @@ def run(config: TrainConfig, out: Path, *, force: bool, shared: Shared | None = 
     opened = store.open_run(out, "train", config, data.inputs, force=force) if world.leads else nullcontext(None)
     with opened as output:  # 2
         session = Session(world, output, until)
+        shared_files.check_directory(session)
         manifest = session.lead(Run.manifest)
         if manifest is None:
             manifest = _train(session, data, config, shared)
@@ -87,7 +89,7 @@ def _train(session: Session, data: TrainingData, config: TrainConfig, shared: Sh
     audited = AuditResult()
     if data.reference and data.reference.model:
         data, audited = _reference_first(session, data, data.reference.model, config, shared)  # 4
-    with shared.policy(data.policy, config) as model:  # 5
+    with shared.policy(data.policy, config, session.world) as model:  # 5
         shared.settle(model, data, config)
         if data.reference and not data.reference.model:
             data, audited = _with_ref_logps(session, data, model, config, shared.reference)  # 4
@@ -108,15 +110,13 @@ def _train_policy(
             "the reference is not the initial policy: log-ratios are not 0 before step 0, and the loss of step 0 is "
             "not its value at the reference (ln 2 for sigmoid)"
         )
-    tokens = session.world.tell(shared.fitting_tokens(model, data, config))  # 6
+    tokens = shared.fitting_tokens(model, data, config, session.world)  # 6
     start = start_of(data, config, audited)
     trainer = _trainer(session, model, data, config, tokens, start.noise)
     state = diagnostics.at_start(RULES, warnings)
     results, alerts, margins = fit(session, trainer, data, state, exact=start.exact, audit_seconds=audited.seconds)  # 7
     results = {"audit": audited.report, **results, "alerts": [asdict(alert) for alert in alerts]}
-    tensors = outputs.tensors_of(model, config)  # 8
-    manifest = session.lead(lambda run: _finish(run, data, model, tensors, config, (results, margins.table())))
-    return cast(Manifest, manifest)
+    return _finish(session, data, model, config, (results, margins.table()))  # 8
 
 
 def _check_cache(data: TrainingData) -> None:
@@ -141,11 +141,12 @@ def _reference_first(
     if shared.reference.audited is not None:
         return _with_ref_logps(session, data, None, config, shared.reference)
     log.info("the reference is a model of its own: it is loaded first, to check its log-probs")
-    model = loading.load_reference(reference, config)
+    model = loading.load_reference(reference, config, session.world)
     loading.check_vocabulary(model, data.computed_rows)
     loading.choose_rows(model, data.computed_rows, config.dtype)
     data, audited = _with_ref_logps(session, data, model, config, shared.reference)
     del model
+    gc.collect()  # FSDP2's modules hold each other in cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return data, audited
@@ -198,27 +199,30 @@ def _trainer(
 
 
 def _finish(
-    run: Run,
+    session: Session,
     data: TrainingData,
     model: TreeModel,
-    tensors: dict[str, torch.Tensor],
     config: TrainConfig,
     fitted: tuple[dict[str, Any], pa.Table],
 ) -> Manifest:
-    """Save the trained policy, the margins of its pairs, and the manifest."""
+    """Save the trained policy, the margins of its pairs, and the manifest; a collective call."""
     results, margins = fitted
     policy, count = data.policy, len(data.rows)
     identity = {"initial": policy.id, "reference": data.reference.id if data.reference else None}
     facts = {**results, **identity, "count": count, "kind": data.kind, "inputs": data.inputs}
-    trained = outputs.save(run.out, model, tensors, policy, config, facts)
-    if margins.num_rows:
-        run.write_part("margins", Margin, 0, margins)
+    trained = outputs.save(session, model, policy, config, facts)
     totals = {data.kind: count, "dropped": len(data.dropped), **results}
     if data.eval_rows:
         totals[f"eval_{data.kind}"] = len(data.eval_rows)
     if data.sft:
         totals["sft"] = len(data.sft)
-    return run.finish(totals, {"policy": trained, **identity})
+
+    def finish(run: Run) -> Manifest:
+        if margins.num_rows:
+            run.write_part("margins", Margin, 0, margins)
+        return run.finish(totals, {"policy": trained, **identity})
+
+    return cast(Manifest, session.lead(finish))
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

@@ -1,18 +1,25 @@
 """Run under torchrun by test_parallel: what only a process group of two can show. Every rank asserts; 0 is success."""
 
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from prefpipe import reading
+from prefpipe.errors import StorageError
+from prefpipe.forward import shards, tensor_files
 from prefpipe.forward.layout import flatten
 from prefpipe.forward.load import decoder_layers
 from prefpipe.forward.logps import Rows, TreeModel
 from prefpipe.models.policy import resolve
 from prefpipe.runs.store import Run
-from prefpipe.stages.train import loading, loop, parallel
+from prefpipe.stages.train import loading, loop, parallel, shared_files
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.micro_batches import tree_of
@@ -32,6 +39,7 @@ def main(model_directory: Path, strategies: Sequence[str]) -> None:
     assert Session(world, directory if world.leads else None).lead(lambda run: run.out) == Path("out")
     assert Session(world, None).lead(lambda run: run.out) is None
     assert parallel.sum_over_ranks({"a": 1.0 + world.rank} if world.rank else {}, world) == {"a": 2.0}
+    check_files(world)
     pairs = data.to_train_pairs(data.with_reference(data.bare_pairs(5), model_directory))
     for strategy in strategies:
         check_values(start(model_directory, strategy, world), data.trainer(data.policy(model_directory), CONFIG), pairs)
@@ -44,22 +52,52 @@ def main(model_directory: Path, strategies: Sequence[str]) -> None:
     parallel.stop(world)
 
 
+def check_files(world: World) -> None:
+    """Rows of two ranks in one file, also where a rank has fewer or none; an error of one is raised on both."""
+    wholes = {str(rows): torch.arange(rows * 2.0).reshape(rows, 2) for rows in (1, 2, 5)} | {"plain": torch.ones(3)}
+    mesh = init_device_mesh("cpu", (2,))
+    cut = {n: t if n == "plain" else distribute_tensor(t, mesh, [Shard(0)]) for n, t in wholes.items()}
+    files = tensor_files.plan({n: (t.dtype, t.shape) for n, t in wholes.items()}, "w", 32)
+    folder = Path(world.tell(tempfile.mkdtemp() if world.leads else ""))
+    digests = shared_files.write(world, folder if world.leads else None, files, cut)
+    assert digests == [reading.file_digest(folder / file.name) for file in files]
+    for stored in (tensor for file in files for tensor in tensor_files.stored(folder / file.name).items()):
+        name, tensor = stored
+        assert torch.equal(tensor.whole(), wholes[name])
+        again = torch.zeros_like(cut[name])
+        shards.fill(again, tensor)
+        assert torch.equal(shards.whole(again), wholes[name])
+    os.environ["PREFPIPE_FAULT"] = "pwrite:1:enospc" if world.rank else ""
+    try:
+        for file in files:
+            world.tell((folder / file.name).unlink() if world.leads else None)
+        shared_files.write(world, folder if world.leads else None, files, cut)
+    except StorageError as error:
+        assert "no space left" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError
+    del os.environ["PREFPIPE_FAULT"]
+    if world.leads:
+        shutil.rmtree(folder)
+
+
 CONFIG = data.config(Path(), train_batch_size=5, max_tokens_per_micro_batch=40, max_grad_norm=1e9)
 
 
-def policy(model_directory: Path, dtype: str, tuning: str) -> TreeModel:
+def policy(
+    model_directory: Path, dtype: str, tuning: str, strategy: str = "ddp", world: World = parallel.ALONE
+) -> TreeModel:
     """As a run starts: with a new adapter, or with every weight trained."""
-    if tuning == "lora":
-        return data.policy(model_directory, dtype)
-    settings = data.config(model_directory, dtype=dtype, tuning="full", lora_r=16, lora_alpha=32)
-    return loading.load_policy(resolve(str(model_directory)), settings)
+    settings: dict[str, object] = {"dtype": dtype, "distributed": strategy}
+    settings |= {"tuning": "full", "lora_r": 16, "lora_alpha": 32} if tuning == "full" else {}
+    return loading.load_policy(resolve(str(model_directory)), data.config(model_directory, **settings), world)
 
 
 def start(
     model_directory: Path, strategy: str, world: World, *, rows: Rows = "shared", dtype: str = "float32",
     tuning: str = "lora",
 ) -> Trainer:  # fmt: skip
-    model = policy(model_directory, dtype, tuning)
+    model = policy(model_directory, dtype, tuning, strategy, world)
     model.set_rows(rows)
     wrapped = parallel.wrap(model, world, strategy)
     started = Trainer(model, wrapped, MasterOptimizer(wrapped, 0.0), CONFIG, world, CONFIG.max_tokens_per_micro_batch)
@@ -106,20 +144,20 @@ def check_gradient(
 
 
 def moments(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([v.flatten() for k, v in sorted(trainer.optimizer.state().items()) if k.startswith("exp_avg/")])
+    state = sorted(trainer.optimizer.state().items())
+    return torch.cat([shards.whole(v).flatten() for k, v in state if k.startswith("exp_avg/")])
 
 
 def check_state(
     model_directory: Path, strategy: str, world: World, pairs: Sequence[TrainPair], dtype: str, tuning: str
 ) -> None:
-    """State is whole, named as in one process, equal on both ranks, and another wrapped model takes it over."""
+    """State is named as in one process, whole when gathered, and another model takes it over, cut alike or not."""
     names = {n for n, p in policy(model_directory, dtype, tuning).named_parameters() if p.requires_grad}
     started = start(model_directory, strategy, world, dtype=dtype, tuning=tuning)
     next(loop.steps(started, pairs, 0))
-    state = started.optimizer.state()
+    state = {key: shards.whole(tensor).clone() for key, tensor in started.optimizer.state().items()}
     assert {key.partition("/")[2] for key in state} == names
-    assert not any(isinstance(t, DTensor) for t in state.values())
-    own = trained(started, tuning)
+    own = trained(started)
     assert own.keys() == names
     assert all(torch.equal(state[f"master/{n}"].to(t.dtype), t) for n, t in own.items())
     assert all(bool(t.isfinite().all()) for t in state.values())
@@ -128,15 +166,15 @@ def check_state(
     fresh = start(model_directory, strategy, world, dtype=dtype, tuning=tuning)
     fresh.optimizer.load_state(world.tell(state))
     check_shards(fresh, strategy, tuning)
-    again = fresh.optimizer.state()
+    again = {key: shards.whole(tensor) for key, tensor in fresh.optimizer.state().items()}
     assert again.keys() == state.keys()
     assert all(torch.equal(again[k], state[k]) for k in state)
-    assert all(torch.equal(t, own[n]) for n, t in trained(fresh, tuning).items())
+    assert all(torch.equal(t, own[n]) for n, t in trained(fresh).items())
 
 
-def trained(trainer: Trainer, tuning: str) -> dict[str, torch.Tensor]:
-    whole = parallel.whole_adapter if tuning == "lora" else parallel.whole_model
-    return {f"policy.{n}": t.clone() for n, t in whole(trainer.model.policy).items()}
+def trained(trainer: Trainer) -> dict[str, torch.Tensor]:
+    parameters = trainer.model.named_parameters()
+    return {name: shards.whole(p.detach()).clone() for name, p in parameters if p.requires_grad}
 
 
 if __name__ == "__main__":

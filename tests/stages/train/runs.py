@@ -22,18 +22,21 @@ def torchrun(*arguments: object, fault: str = "") -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def two_ranks(forged: Forge, *arguments: object) -> Ended:
+def two_ranks(forged: Forge, *arguments: object, faults: tuple[str, str] = ("", "")) -> Ended:
     """`prefpipe ARGUMENTS` as two ranks without the start of three interpreters. They meet as under torchrun: at a
-    store that is open before they start, at a port that the system chose. The code of the one that failed, if any."""
+    store that is open before they start, at a port that the system chose. `faults` are armed on rank 0 and on rank 1.
+    The code of the one that failed, if any."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1",
-        "PREFPIPE_FAULT": "",
     }  # fmt: skip
     jobs = [
-        {"arguments": list(map(str, arguments)), "env": {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}}
-        for rank in range(2)
+        {
+            "arguments": list(map(str, arguments)),
+            "env": {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "PREFPIPE_FAULT": fault},
+        }
+        for rank, fault in enumerate(faults)
     ]
     ended = forged.run_together(jobs)
     return Ended(

@@ -39,7 +39,7 @@ def compare(world: World, directory: Path, settings: dict[str, Any], rows: Rows 
     pairs = data.to_train_pairs(data.with_reference(data.bare_pairs(5), directory))
     found = []
     for group in (world, World(0, 1)):
-        model = loading.load_policy(resolve(str(directory)), config)
+        model = loading.load_policy(resolve(str(directory)), config, group)
         model.set_rows(rows)
         wrapped = parallel.wrap(model, group, config.distributed)
         trainer = Trainer(model, wrapped, MasterOptimizer(wrapped, 0.0), config, group, 70)

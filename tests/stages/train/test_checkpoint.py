@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
+from safetensors.torch import load_file
 
 from prefpipe.errors import StorageError
+from prefpipe.forward.shards import whole
 from prefpipe.runs import fsio, manifests
 from prefpipe.stages.train import checkpoint
 from prefpipe.stages.train.checkpoint import Checkpoint, save
@@ -45,7 +47,7 @@ def same(found: Checkpoint | None, wanted: Checkpoint) -> bool:
         found is not None
         and (found.step, found.metrics_bytes) == (wanted.step, wanted.metrics_bytes)
         and found.tensors.keys() == wanted.tensors.keys()
-        and all(torch.equal(found.tensors[k], wanted.tensors[k]) for k in wanted.tensors)
+        and all(torch.equal(whole(found.tensors[k]), whole(wanted.tensors[k])) for k in wanted.tensors)
     )
 
 
@@ -72,7 +74,25 @@ def test_non_contiguous_tensors_are_saved(folder: Path):
     save(folder, replace(at(1), tensors={"w": wanted}), "f")
     found = newest(folder, "f")
     assert found is not None
-    assert torch.equal(found.tensors["w"], wanted)
+    assert torch.equal(whole(found.tensors["w"]), wanted)
+
+
+def test_a_state_in_several_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each with its digest; transformers' names; a bit of any of them counts."""
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 12)
+    kinds = (torch.int32, torch.bfloat16, torch.float64, torch.bool)
+    tensors = {f"w{i}": torch.arange(4).reshape(2, 2).to(kind) for i, kind in enumerate(kinds)}
+    wanted = replace(at(3), tensors={**tensors, "none": torch.zeros(0, 5), "step": torch.tensor(7)})
+    save(folder, at(1), "f")
+    save(folder, wanted, "f")
+    files = [name for name in names(folder / "step-00000003") if name != "state.json"]
+    assert len(files) == 4
+    assert files[0] == "state-00001-of-00004.safetensors"
+    assert same(newest(folder, "f"), wanted)
+    again = {k: v for file in files for k, v in load_file(folder / "step-00000003" / file).items()}
+    assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in wanted.tensors.items())
+    flip(folder / "step-00000003" / files[2])
+    assert same(newest(folder, "f"), at(1))
 
 
 def test_what_the_alert_rules_remember_comes_back(folder: Path):
@@ -246,7 +266,8 @@ def test_a_checkpoint_of_an_older_version_asks_for_a_line_for_every_step(
     save(folder, at(4), "f")
     state = folder / "step-00000004" / "state.json"
     record = json.loads(state.read_text())
-    for key in ("metrics_blake3", "best", "record_id"):
+    record["blake3"] = record["files"]["state.safetensors"]
+    for key in ("metrics_blake3", "best", "record_id", "files"):
         del record[key]
     state.write_text(json.dumps(manifests.sealed(record)))
     (folder.parent / "metrics.jsonl").write_text(change(METRICS.decode()))

@@ -1,7 +1,7 @@
 """Reference log-probs before step 0: missing ones are computed by the reference and kept in the run, then re-scoring
 rows proves that the reference gives these values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,7 +13,7 @@ from prefpipe import clock, log
 from prefpipe.config.train import TrainConfig
 from prefpipe.forward import load
 from prefpipe.forward.layout import Tree
-from prefpipe.forward.logps import TreeModel, score
+from prefpipe.forward.logps import SCORING_TOKENS, TreeModel, pack, score
 from prefpipe.ids import ids_digest
 from prefpipe.rows import logps_of_other_ids, one_reference, ref_logps
 from prefpipe.runs import store
@@ -68,7 +68,7 @@ def missing_ref_logps(
             assert model is not None
             log.info(f"{len(missing)} of {len(rows)} rows have no reference log-probs: they are scored once, now")
             world = session.world
-            own = _score(missing[world.rank :: world.size], model, scorer, reference_id)
+            own = _score(missing, world, model, scorer, reference_id)
             scored, kept.passes = pa.concat_tables(world.gather(to_table(RefLogps, own))), kept.passes + 1
         session.lead(lambda run: _write(run, scored))
     if kept.follow:
@@ -132,18 +132,32 @@ def not_audited(reference: Reference) -> AuditResult:
 def _score_together(model: TreeModel, world: World, trees: Sequence[Tree]) -> list[list[list[float]]]:
     """Token log-probs of every completion of every tree, on every rank: each rank computes a share, and all come to the
     same verdict."""
-    share = list(score(model, trees[world.rank :: world.size]))
+    share = list(_share_of(model, trees[world.rank :: world.size], trees[0]))
     shares = world.gather(share)
     return [shares[i % world.size][i // world.size] for i in range(len(trees))]
 
 
-def _score(rows: Sequence[TrainRow], model: TreeModel, scorer: str, reference_id: str) -> list[RefLogps]:
-    """Reference log-probs of rows; those of one prompt are neighbours, so that the prompt is computed once."""
+def _share_of(model: TreeModel, trees: Sequence[Tree], spare: Tree) -> Iterator[list[list[float]]]:
+    """As `score`, of the trees of this rank; where the model is cut over the ranks, all make equally many passes, some
+    of them over `spare`."""
+    packs = list(pack(trees, SCORING_TOKENS))
+    passes = model.agree(len(packs))
+    for packed in packs:
+        yield from score(model, packed)
+    for _ in range(passes - len(packs)):
+        list(score(model, [spare]))
+
+
+def _score(rows: Sequence[TrainRow], world: World, model: TreeModel, scorer: str, reference_id: str) -> list[RefLogps]:
+    """Reference log-probs of this rank's share of rows; those of one prompt are neighbours, so that the prompt is
+    computed once."""
     scored: dict[str, RefLogps] = {}
-    prompts = prompt_keys(rows)
-    ordered = select(rows, sorted(range(len(rows)), key=prompts.__getitem__))
-    with log.progress("reference log-probs", len(rows), "rows") as advance:
-        for row, values in zip(ordered, score(model, map(tree_of, ordered)), strict=True):
+    own = select(rows, range(world.rank, len(rows), world.size))
+    prompts = prompt_keys(own)
+    ordered = select(own, sorted(range(len(own)), key=prompts.__getitem__))
+    values_of = _share_of(model, list(map(tree_of, ordered)), tree_of(rows[0]))
+    with log.progress("reference log-probs", len(ordered), "rows") as advance:
+        for row, values in zip(ordered, values_of, strict=True):
             for completion, logps in zip(row.completions, values, strict=True):
                 digest = ids_digest(row.prompt_ids, completion.token_ids, completion.mask)
                 scored[completion.completion_id] = ref_logps(

@@ -1,0 +1,172 @@
+"""A model without weights, and where its files hold each of them: for ranks that read their shards and nothing else."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from prefpipe.errors import DataError, UsageError
+from prefpipe.forward import shards, tensor_files
+from prefpipe.forward.architecture import reason
+from prefpipe.forward.tensor_files import Stored
+from prefpipe.forward.weights import DTYPES, check_floats, check_report, listed, read_config, weight_files
+
+_WRAPPERS = (".base_layer", ".original_module")  # what peft adds to the name of a weight
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight is read from: its name in the file, and its bytes."""
+
+    name: str
+    stored: Stored
+
+
+def empty_model(directory: Path, dtype: str) -> PreTrainedModel:
+    """A causal language model whose parameters have shapes and no memory, tied as its config says; its buffers are
+    real. Raises as `weights.read_model`, and UsageError for a model that can only be loaded whole."""
+    config = read_config(AutoModelForCausalLM, directory)
+    if getattr(config, "quantization_config", None) is not None:
+        raise _only_whole(directory, "its weights are quantised, and no part of such a matrix stands alone")
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=DTYPES[dtype],
+                attn_implementation=config._attn_implementation,  # pyright: ignore[reportPrivateUsage]  (no public name)
+                trust_remote_code=False,
+            )
+        model.tie_weights()
+    except Exception as error:  # whatever its classes raise for the values of a config
+        raise UsageError(f"{directory} cannot be loaded: {reason(error)}", "take another model") from error
+    model.name_or_path = str(directory)
+    kept = model._get_dtype_plan(DTYPES[dtype])
+    wide = [name for name, _ in model.named_parameters() if any(part in name for part in kept)]
+    if wide:
+        raise _only_whole(directory, f"{listed(wide)} stay in float32 whatever the dtype")
+    return model
+
+
+def sources(directory: Path, model: PreTrainedModel) -> dict[str, Source]:
+    """Where each parameter and persistent buffer of an `empty_model` is read from, under each of its names.
+
+    Raises as `weights.read_model`; DataError for tied weights that differ, UsageError for weights that transformers
+    would convert.
+    """
+    found = {name: tensor for file in weight_files(directory) for name, tensor in tensor_files.stored(file).items()}
+    check_floats(directory, model)
+    tensors: Mapping[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    by_name, extra = _renamed(directory, model, found, tensors)
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    result: dict[str, Source] = {}
+    missing: set[str] = set()
+    for tied in names.values():
+        held = [by_name[name] for name in tied if name in by_name]
+        for other in held[1:]:
+            if not tensor_files.same_content(held[0].stored, other.stored):
+                raise DataError(
+                    f"{directory}: {held[0].name} and {other.name} differ, but config.json ties them",
+                    "set tie_word_embeddings to false in config.json",
+                )
+        result |= dict.fromkeys(tied, held[0]) if held else {}
+        missing |= set() if held else {tied[0]}
+    report = SimpleNamespace(missing_keys=set(missing), unexpected_keys=extra)
+    model._adjust_missing_and_unexpected_keys(report)  # pyright: ignore[reportPrivateUsage, reportArgumentType]  (no public name)
+    never_read = {name for name in missing if tensors[name].is_meta}
+    shapes = [
+        (source.name, source.stored.shape, tensors[name].shape)
+        for name, source in result.items()
+        if source.stored.shape != tuple(tensors[name].shape)
+    ]
+    check_report(
+        directory,
+        AutoModelForCausalLM,
+        {**vars(report), "missing_keys": report.missing_keys | never_read, "mismatched_keys": shapes},
+    )
+    return result
+
+
+def draw_lora(model: PeftModel) -> None:
+    """Give a new adapter on an `empty_model` its values, on the CPU: those that peft draws from torch's generator for a
+    model in memory, on every rank alike. Raises UsageError for an adapter on anything but linear modules."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if type(layer) is not LoraLinear:
+            raise UsageError(
+                f"distributed = fsdp2 takes adapters on linear modules, and {name} is none",
+                "leave it out of lora_target_modules, or take distributed = ddp",
+            )
+        dtype: Any = layer.get_base_layer().weight.dtype
+        pairs: Any = zip(layer.lora_A.values(), layer.lora_B.values(), strict=True)
+        for a, b in pairs:
+            # peft makes both matrices as torch does, which draws for each, and then draws A again.
+            drawn, _ = (torch.nn.Linear(m.in_features, m.out_features, bias=False) for m in (a, b))
+            torch.nn.init.kaiming_uniform_(drawn.weight, a=math.sqrt(5))
+            a.weight = torch.nn.Parameter(drawn.weight.detach().to(dtype))
+            b.weight = torch.nn.Parameter(torch.zeros(b.weight.shape, dtype=dtype))
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight before peft wrapped its module."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _renamed(
+    directory: Path, model: PreTrainedModel, found: Mapping[str, Stored], tensors: Mapping[str, Any]
+) -> tuple[dict[str, Source], set[str]]:
+    """The tensors of files by their names in the model, and the names of those that it does not have."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    prefix, known = model.base_model_prefix, dict(tensors)
+    by_name: dict[str, Source] = {}
+    converted: list[str] = []
+    extra: set[str] = set()
+    for key in sorted(found, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in tensors and key in tensors:
+            name, pattern = rename_source_key(key, [], [], prefix, known)
+        if pattern is not None:
+            converted.append(key)
+        elif name in tensors:
+            by_name[name] = Source(key, found[key])
+        else:
+            extra.add(key)
+    if converted:
+        raise _only_whole(
+            directory,
+            f"transformers converts {listed(converted)} while it reads them, such as experts that it stacks",
+            "; or save it once as this version of transformers has it in memory: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, save_original_format=False)",
+        )
+    return by_name, extra
+
+
+def _only_whole(directory: Path, why: str, way: str = "") -> UsageError:
+    return UsageError(
+        f"distributed = fsdp2 reads every rank its part of the files, which {directory.name} does not allow: {why}",
+        f"take distributed = ddp{way}",
+    )
+
+
+def read(parameters: Iterable[tuple[str, torch.Tensor]], where: Mapping[str, Source]) -> None:
+    """Fill parameters and buffers (shards, where they are sharded) from the files."""
+    for name, tensor in parameters:
+        if plain_name(name) in where:
+            shards.fill(tensor, where[plain_name(name)].stored)
