@@ -92,8 +92,8 @@ def _load(
         model = world.together(lambda: _in_shards(policy, config, world, adapted))
     else:
         model = TreeModel(adapted(load.load_model(policy.directory, config.dtype, in_4bit=config.load_in_4bit)))
-    local = ((name, shards.local(p)) for name, p in model.named_parameters())
-    broken = [name for name, p in local if p.is_floating_point() and not bool(p.isfinite().all())]
+    local = ((name, shards.local(p)) for name, p in causal_model(model.policy).named_parameters())
+    broken = [on_meta.plain_name(name) for name, p in local if p.is_floating_point() and not bool(p.isfinite().all())]
     broken = sorted({name for names in world.gather(broken) for name in names})
     if broken:
         raise DataError(

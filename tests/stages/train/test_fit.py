@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe.stages.train import stage
 from prefpipe.stages.train.fit import fit
-from prefpipe.stages.train.inputs import TrainingData
+from prefpipe.stages.train.inputs import TrainingData, prepare
 from prefpipe.stages.train.monitor import diagnostics
 from prefpipe.stages.train.monitor.alerts import RULES
 from prefpipe.stages.train.parallel import World
@@ -20,7 +19,7 @@ NOTHING_WRITTEN = Session(World(0, 1), None)
 @pytest.fixture
 def training(tiny_model: Path, tmp_path: Path) -> TrainingData:
     rows = data.with_reference(data.bare_pairs(10), tiny_model)
-    return stage.prepare(data.config(tiny_model, data.write_pairs(tmp_path / "p", rows)))
+    return prepare(data.config(tiny_model, data.write_pairs(tmp_path / "p", rows)))
 
 
 def test_without_a_run_directory_nothing_is_written(tiny_model: Path, tmp_path: Path, training: TrainingData):
