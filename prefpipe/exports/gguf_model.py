@@ -1,7 +1,7 @@
 """`prefpipe export gguf RUN --out DIR`: the policy of a run as one file for llama.cpp and what is built on it.
 
-Names of tensors, their order inside heads and the fields of the header are those of GGUF (github.com/ggml-org/ggml,
-docs/gguf.md), written by the package gguf. Numbers keep their type; norms and biases are float32, as llama.cpp wants.
+Names of tensors, their order inside heads and the fields of the header are those of GGUF (github.com/ggml-org/ggml),
+written by the package gguf. Numbers keep their type; norms and biases are float32, as llama.cpp wants.
 """
 
 import importlib.util

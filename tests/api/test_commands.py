@@ -18,7 +18,9 @@ from tests.conftest import ROOT, Call
 from tests.e2e.letters import most_letters
 
 # Commands for a terminal: what they print is for people, or `load` has it as frames.
-FOR_TERMINALS = {"compare", "config", "demo", "doctor", "recipes", "runs", "show", "steps"}
+FOR_TERMINALS = {
+    *("chat", "compare", "config", "demo", "doctor", "export", "push", "recipes", "runs", "show", "steps"),
+}
 HEAVY = {"torch", "polars", "pyarrow", "pydantic", "typer", "rich"}
 TIMES = """
 import sys, time

@@ -1,16 +1,14 @@
 """What a training run reads: pairs, labels or ranked groups of runs and files, checked. No model is loaded here."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from prefpipe import clock, log
 from prefpipe.config.base import dump
-from prefpipe.config.losses import Kind, Objective, loss_of
+from prefpipe.config.losses import Kind
 from prefpipe.config.train import UNAVAILABLE, TrainConfig
 from prefpipe.errors import DataError, UsageError
 from prefpipe.inputs import files
@@ -21,10 +19,10 @@ from prefpipe.models.policy import Policy, resolve
 from prefpipe.rows import one_reference
 from prefpipe.runs import store
 from prefpipe.schemas import VERSION, Dropped, RefLogps
-from prefpipe.stages.train import lengths, mapped, mixing, row_files, sources, user_losses
+from prefpipe.stages.train import lengths, mapped, row_checks, row_files, sources, user_losses
 from prefpipe.stages.train.evaluation import split_by_prompt
 from prefpipe.stages.train.examples import TrainLabel, TrainRow
-from prefpipe.stages.train.record_batches import Array, Batch
+from prefpipe.stages.train.record_batches import Batch
 from prefpipe.stages.train.reference.identity import Named, Reference, settle_reference
 from prefpipe.stages.train.reference.values import read_ref_logps
 from prefpipe.stages.train.row_files import Facts
@@ -36,7 +34,6 @@ _HOW = {
     "groups": "pass --groups DIR (a run of prefpipe build-pairs with ranked groups)",
 }
 _EVAL = {"pairs": "eval_pairs", "labels": "eval_labels", "groups": "eval_groups"}
-_COLUMNS = ("preference_prob", "reward_gap")  # what a loss may need that a pair may lack
 
 
 @dataclass(frozen=True)
@@ -123,13 +120,13 @@ def prepare(config: TrainConfig) -> TrainingData:
     if not len(rows):
         return TrainingData(kind, [], [], dropped, policy, None, set(), inputs, stored=stored)
     lengths.warn(dropped, context)
-    _check_columns(config.objective, rows)
+    row_checks.columns(config.objective, rows)
     user_losses.check(config.objective, rows)
     everything = mapped.chain(rows, bank)
     reference = _reference(found.facts["reference"], everything, policy, named) if needs_reference else None
     inputs |= {"reference": _recorded(reference)} if reference and named else {}
     training, eval_rows = _parted(rows, found.facts["training"], kind, config)
-    _check_order(config, training)
+    row_checks.order(config, training)
     return TrainingData(
         kind=kind,
         rows=training,
@@ -151,8 +148,8 @@ def for_settings(data: TrainingData, config: TrainConfig) -> TrainingData:
     """The same rows for a run with other settings, which must leave the rows and the reference alone. `data` is as
     `prepare` made it, with a reference if `config` needs one. Raises what `prepare` would raise for these settings."""
     kind_of(config)
-    _check_columns(config.objective, mapped.chain(data.rows, data.eval_rows))
-    _check_order(config, data.rows)
+    row_checks.columns(config.objective, mapped.chain(data.rows, data.eval_rows))
+    row_checks.order(config, data.rows)
     if config.objective.needs("reference"):
         return data
     _named_reference(config, needs_reference=False)
@@ -248,44 +245,6 @@ def _values(config: TrainConfig, *read: Sources) -> Mapping[str, RefLogps]:
 def _refuse_unread_values(config: TrainConfig) -> None:
     if config.ref_logps:
         raise UsageError(f"--ref-logps is read by none of {', '.join(config.loss_type)}", "leave it out")
-
-
-def _check_columns(objective: Objective, rows: Sequence[TrainRow]) -> None:
-    """Raise DataError when a loss reads a column that is null, or takes the logarithm of a value that has none."""
-    for name in objective.names if objective.kind == "pairs" else ():
-        for column in loss_of(name).needs:
-            lacking = _places(rows, column, np.isnan) if column in _COLUMNS else []
-            if len(lacking):
-                raise DataError(
-                    f"loss {name} reads {column}, which {len(lacking)} of {len(rows)} pairs lack (first "
-                    f"{rows[lacking[0]].row_id})",
-                    "build pairs that have it, or choose another loss: see docs/losses.md",
-                )
-        for column, advice in loss_of(name).logarithm_of.items():
-            low = _places(rows, column, lambda values: ~(values > 0))
-            if len(low):
-                raise DataError(
-                    f"loss {name} takes the logarithm of {column}, which is not above 0 in {len(low)} pairs (first "
-                    f"{rows[low[0]].row_id})",
-                    advice,
-                )
-
-
-def _check_order(config: TrainConfig, rows: Sequence[TrainRow]) -> None:
-    """Raise UsageError when rows are to be ordered by a reward_gap that they lack, or a source has no row to draw."""
-    mixing.epoch_size(rows, config)
-    lacking = _places(rows, "reward_gap", np.isnan) if config.train_order == "hardness" else []
-    if len(lacking):
-        raise UsageError(
-            f"train_order = hardness: {len(lacking)} of {len(rows)} pairs have no reward_gap (first "
-            f"{rows[lacking[0]].row_id})",
-            "train on pairs of prefpipe build-pairs, which have rewards, or leave --train-order out",
-        )
-
-
-def _places(rows: Sequence[TrainRow], name: str, test: Callable[[Array], Array]) -> list[int]:
-    """The places of the rows whose number in a column passes a test; a missing one is NaN."""
-    return np.flatnonzero(test(mapped.column(rows, lambda batch: batch.numbers(name)))).tolist()
 
 
 def _named_reference(config: TrainConfig, *, needs_reference: bool) -> Named:
