@@ -1,7 +1,7 @@
 """Reference log-probs before step 0: missing ones are computed by the reference and kept in the run, then re-scoring
 rows proves that the reference gives these values."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -71,7 +71,7 @@ def missing_ref_logps(
             own = _score(missing, world, model, scorer, reference_id)
             scored, kept.passes = pa.concat_tables(world.gather(to_table(RefLogps, own))), kept.passes + 1
         session.lead(lambda run: _write(run, scored))
-    if kept.follow:
+    if kept.follow and kept.missing is None:
         kept.missing = session.lead(lambda run: run.read_part("ref_logps", RefLogps, 0))
     return session.lead(_read) or {}
 
@@ -132,19 +132,18 @@ def not_audited(reference: Reference) -> AuditResult:
 def _score_together(model: TreeModel, world: World, trees: Sequence[Tree]) -> list[list[list[float]]]:
     """Token log-probs of every completion of every tree, on every rank: each rank computes a share, and all come to the
     same verdict."""
-    share = list(_share_of(model, trees[world.rank :: world.size], trees[0]))
+    share = list(_share_of(model, lambda: trees[world.rank :: world.size], trees[0]))
     shares = world.gather(share)
     return [shares[i % world.size][i // world.size] for i in range(len(trees))]
 
 
-def _share_of(model: TreeModel, trees: Sequence[Tree], spare: Tree) -> Iterator[list[list[float]]]:
+def _share_of(model: TreeModel, trees: Callable[[], Iterable[Tree]], spare: Tree) -> Iterator[list[list[float]]]:
     """As `score`, of the trees of this rank; where the model is cut over the ranks, all make equally many passes, some
-    of them over `spare`."""
-    packs = list(pack(trees, SCORING_TOKENS))
-    passes = model.agree(len(packs))
-    for packed in packs:
-        yield from score(model, packed)
-    for _ in range(passes - len(packs)):
+    of them over `spare`. `trees` are made twice, to count the passes and for them: all at once may not fit."""
+    own = sum(1 for _ in pack(trees(), SCORING_TOKENS))
+    passes = model.agree(own)
+    yield from score(model, trees())
+    for _ in range(passes - own):
         list(score(model, [spare]))
 
 
@@ -155,7 +154,7 @@ def _score(rows: Sequence[TrainRow], world: World, model: TreeModel, scorer: str
     own = select(rows, range(world.rank, len(rows), world.size))
     prompts = prompt_keys(own)
     ordered = select(own, sorted(range(len(own)), key=prompts.__getitem__))
-    values_of = _share_of(model, list(map(tree_of, ordered)), tree_of(rows[0]))
+    values_of = _share_of(model, lambda: map(tree_of, ordered), tree_of(rows[0]))
     with log.progress("reference log-probs", len(ordered), "rows") as advance:
         for row, values in zip(ordered, values_of, strict=True):
             for completion, logps in zip(row.completions, values, strict=True):
