@@ -2,12 +2,13 @@
 
 import base64
 import json
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.serving import on_localhost
 
 TOKEN = "token-of-the-test"
 OWNER = "me"
@@ -120,13 +121,5 @@ class _Handler(BaseHTTPRequestHandler):
 def hub() -> Generator[Hub]:
     """A hub on localhost."""
     running = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": running}))
-    server.daemon_threads = True
-    running.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with on_localhost(type("Handler", (_Handler,), {"hub": running})) as running.url:
         yield running
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -1,20 +1,11 @@
 """Pairs of twenty prompts with the tiny model's log-probs; sweeps promise equal bits at equal thread count."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.stages.train import data
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.stages.train.conftest import one_thread as one_thread
 
 
 @pytest.fixture(scope="module")
