@@ -19,6 +19,7 @@ from typing import Any
 
 from train_vs_trl import MODEL, ROOT
 
+from prefpipe.memory import resident_peak
 from prefpipe.stages.train import process_memory
 
 # (what grows, its value, trees, prompt tokens, completions per prompt, completion tokens)
@@ -96,7 +97,7 @@ def worker(kind: str, trees: int, prompt: int, completions: int, completion: int
         for _ in range(2):
             begin = time.process_time()
             model(model.layout(data)).sum().backward()
-    return {"seconds": time.process_time() - begin, "growth": (process_memory.resident_peak() - start) / 2**20}
+    return {"seconds": time.process_time() - begin, "growth": (resident_peak() - start) / 2**20}
 
 
 def plot(figures: list[dict[str, Any]], path: Path) -> None:

@@ -13,7 +13,7 @@ def peaks() -> dict[str, float]:
     """Peaks in GiB, for timing.jsonl. `peak_memory_gib` adds up this process and those below it that still run;
     `peak_gpu_memory_gib` is what torch has reserved in this process, absent where it uses no GPU. The kernel's count
     starts anew where training measures the memory of a step."""
-    found = {"peak_memory_gib": round(sum(map(_resident_peak, ["self", *_below("self")])) / _GIB, 3)}
+    found = {"peak_memory_gib": round(sum(map(resident_peak, ["self", *_below("self")])) / _GIB, 3)}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         reserved = sum(torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count()))
@@ -30,8 +30,8 @@ def _below(process: str) -> Iterator[str]:
                 yield from _below(child)
 
 
-def _resident_peak(process: str) -> int:
-    """Bytes; 0 for a process that has ended."""
+def resident_peak(process: str = "self") -> int:
+    """The most bytes that a process has held, since its count was restarted; 0 for one that has ended."""
     with suppress(OSError, ValueError):
         for line in (_PROC / process / "status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):

@@ -36,7 +36,7 @@ def test_a_process_below_this_one_counts_while_it_runs() -> None:
 
 @pytest.mark.parametrize("process", ["0", "no-such-process"])
 def test_a_process_that_has_ended_holds_nothing(process: str) -> None:
-    assert memory._resident_peak(process) == 0
+    assert memory.resident_peak(process) == 0
     assert list(memory._below(process)) == []
 
 

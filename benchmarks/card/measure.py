@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefpipe.forward.layout import Span
+from prefpipe.memory import resident_peak
 from prefpipe.stages.train import process_memory
 
 
@@ -42,7 +43,7 @@ def peak(work: Callable[[], object], device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated(device))
     process_memory.restart_resident_peak()
     work()
-    return float(process_memory.resident_peak())
+    return float(resident_peak())
 
 
 def body_operations(config: PreTrainedConfig) -> float:

@@ -1,7 +1,10 @@
 """Foreign files as a stream of rows: JSON, Parquet, Arrow, compressed or in folders, and datasets of the hub."""
 
+import codecs
 import io
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,18 @@ from prefpipe.config.base import local_path
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.inputs import hub
+from prefpipe.inputs.messages import listed
 from prefpipe.runs import store
 
 ForeignRow = tuple[str, dict[str, Any]]  # where it stands (file and line), its columns
 _STREAMED_ROWS = 256
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _JSON, _ARROW = (".jsonl", ".json", ".ndjson"), (".arrow", ".feather")
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream whose writer was closed
+_OF_DATASETS = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+_PIECE = re.compile(r"(.+)-\d{5}-of-\d{5}")  # a file of a split, as the hub names them
+_CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}  # pandas writes NaN for a missing value
 _KNOWN = "give .jsonl, .json, .parquet or .arrow (JSON may be .gz, .zst or .bz2), a folder of them, or hf:OWNER/NAME"
 
 
@@ -51,7 +60,9 @@ def digest(source: str | Path) -> str:
         return str(source)
     path = local_path(str(source))
     if path.is_dir() and not is_run(path):
-        return content_id([(str(p.relative_to(path)), store.input_digest(p)) for p in parts(path)])
+        files = parts(path)
+        _warn_of_contents(path, files)
+        return content_id([(str(p.relative_to(path)), store.input_digest(p)) for p in files])
     return store.input_digest(path)
 
 
@@ -90,7 +101,7 @@ def _renamed(stream: Iterable[ForeignRow], columns: Mapping[str, str]) -> Iterat
     for number, (where, row) in enumerate(stream):
         missing = [name for name in old if name not in row] if number == 0 else []
         if missing:
-            raise DataError(f"{where}: no column '{missing[0]}' (there are {', '.join(row)})", "check --column")
+            raise DataError(f"{where}: no column '{missing[0]}' (there are {listed(row)})", "check --column")
         yield where, {old.get(name, name): value for name, value in row.items() if name in old or name not in columns}
 
 
@@ -103,27 +114,54 @@ def _local_rows(path: Path) -> Iterator[ForeignRow]:
         raise MissingInputError(f"{path} does not exist", "check the path; it is relative to the current directory")
     if _suffix(path) in _JSON:
         yield from _json_rows(path)
-    elif path.suffix == ".parquet":
+    elif path.suffix.lower() == ".parquet":
         yield from _numbered(path, _parquet_batches(path))
-    elif path.suffix in _ARROW:
+    elif path.suffix.lower() in _ARROW:
         yield from _numbered(path, _arrow_batches(path))
     else:
         raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", _KNOWN)
 
 
 def _suffix(path: Path) -> str:
-    """The ending of a name that says the kind of a file: `.jsonl` of `a.jsonl.gz`."""
-    known = [suffix for suffix in path.suffixes[-2:] if suffix not in _COMPRESSED]
+    """The ending of a name that says the kind of a file: `.jsonl` of `A.JSONL.gz`."""
+    known = [suffix for suffix in map(str.lower, path.suffixes[-2:]) if suffix not in _COMPRESSED]
     return known[-1] if known else ""
 
 
 def parts(folder: Path) -> list[Path]:
-    """The data files in a folder and its folders, by name. Raises MissingInputError when there is none."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith((".", "_"))]
+    """The data files in a folder and its folders, by name: those of JSON arrays only where there are no others. What
+    the package `datasets` keeps beside its data is none. Raises MissingInputError when there is none, UsageError for
+    the splits that it saved together."""
+    files = _visible(folder)
+    for saved in (p.parent for p in files if p.name == "dataset_dict.json"):
+        splits = sorted(p.name for p in saved.iterdir() if p.is_dir())
+        if len(splits) > 1:
+            raise UsageError(f"{saved} holds the splits {', '.join(splits)}", f"name one, such as {saved / splits[0]}")
     found = [p for p in files if _suffix(p) in (".parquet", ".jsonl", ".ndjson", *_ARROW)]
+    found = found or [p for p in files if _suffix(p) == ".json"]
     if not found:
         raise MissingInputError(f"{folder} holds no data files", _KNOWN)
     return found
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The files in a folder and its folders by name, without hidden ones and without the caches of `datasets`."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith((".", "_"))]
+    saved = {p.parent for p in files if p.name == "state.json"}
+    return [p for p in files if not (p.parent in saved and p.name.startswith("cache-"))]
+
+
+def _warn_of_contents(folder: Path, files: list[Path]) -> None:
+    """Say which files of a folder are not read, and that several splits are."""
+    described = ("README", "LICENSE", *_OF_DATASETS)
+    read = set(files)
+    others = [p for p in _visible(folder) if p not in read and not p.name.startswith(described)]
+    if others:
+        log.warn(f"{folder}: not read, for want of a known ending: {listed([p.name for p in others])}")
+    splits = {(p.parent, piece[1]) for p in files if (piece := _PIECE.match(p.name))}
+    if len({name for _, name in splits}) > 1:
+        names = ", ".join(sorted({name for _, name in splits}))
+        log.warn(f"{folder} holds {names}: all of them are read; name a file, or a folder of one, to read less")
 
 
 def values(path: Path) -> Iterator[tuple[str, Any]]:
@@ -156,8 +194,12 @@ def _json_rows(path: Path) -> Iterator[ForeignRow]:
 
 
 def _is_array(path: Path) -> bool:
+    """Whether a JSON file is one array. Raises DataError for UTF-16, whose lines do not end with a byte."""
     with _opened(path) as file:
-        return file.read(256).lstrip()[:1] == b"["
+        start = file.read(1 << 16)
+    if start.startswith(_UTF16):
+        raise DataError(f"{path} is UTF-16 text", "save it as UTF-8")
+    return start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
@@ -171,15 +213,16 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
 def _opened(path: Path) -> io.BufferedReader:
     """A file for reading, decompressed by the ending of its name. (Arrow itself opens no path that is not UTF-8.)"""
     file = path.open("rb")
-    codec = _COMPRESSED.get(path.suffix)
+    codec = _COMPRESSED.get(path.suffix.lower())
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec)) if codec else file
 
 
 def _parsed(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_CONSTANTS.get)
     except (ValueError, RecursionError) as error:
         hint = "every line is one JSON object, or the file is one array of them"
+        hint = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else hint
         raise DataError(f"{where}: not valid JSON: {error}", hint) from error
 
 
@@ -192,10 +235,15 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow file; those of the package `datasets` are streams without an index."""
     with path.open("rb") as opened, pa.PythonFile(opened, "r") as file:
         is_stream = file.read(6) != b"ARROW1"
-        file.seek(0)
         if is_stream:
+            file.seek(max(file.size() - len(_END_OF_STREAM), 0))
+            whole = file.read() == _END_OF_STREAM
+            file.seek(0)
             yield from pa.ipc.open_stream(file)
+            if not whole:
+                raise pa.ArrowInvalid("the stream has no end: the file was cut, or its writer did not close it")
             return
+        file.seek(0)
         reader = pa.ipc.open_file(file)
         yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
 
@@ -204,9 +252,34 @@ def _numbered(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Foreign
     number = 0
     try:
         for batch in batches:
+            batch.validate(full=True)  # offsets and bytes that nobody checked may end the process
             for start in range(0, batch.num_rows, _STREAMED_ROWS):
-                for row in batch.slice(start, _STREAMED_ROWS).to_pylist():
+                for row in _to_rows(batch.slice(start, _STREAMED_ROWS), f"{path}, row {number}"):
                     yield f"{path}, row {number}", hub.without_nulls(row)
                     number += 1
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}", "the file is damaged or of another kind") from error
+    except (OSError, MemoryError, UnicodeError, pa.ArrowException) as error:
+        what = str(error) or "it asks for more memory than there is"
+        raise DataError(f"cannot read {path}: {what}", "the file is damaged or of another kind") from error
+
+
+def _to_rows(batch: pa.RecordBatch, where: str) -> list[dict[str, Any]]:
+    """A batch as Python values. Raises DataError for a column that has none, such as a date after the year 9999, and
+    for two columns of one name."""
+    names: list[str] = batch.schema.names
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise DataError(f"{where}: there are two columns '{twice}'", "rename one of them")
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, LookupError) as error:
+        hint = "leave that column out of the file, or make it text"
+        raise DataError(f"{where}, or below: {_unreadable(batch)} cannot be read: {error}", hint) from error
+
+
+def _unreadable(batch: pa.RecordBatch) -> str:
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.to_pylist()
+        except (ValueError, OverflowError, LookupError):
+            return f"column '{name}' ({column.type})"
+    return "a column"

@@ -13,17 +13,18 @@ or `system` goes in front. `tools`, `documents` and `chat_template_kwargs` go to
 
 import math
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import takewhile
 from typing import Any
 
 from prefpipe.errors import DataError, RowFault
-from prefpipe.inputs.messages import TEMPLATE_INPUTS, Row, check_carried, messages, template_inputs, text
+from prefpipe.inputs.messages import TEMPLATE_INPUTS, Row, check_carried, listed, messages, template_inputs, text
+from prefpipe.inputs.prompt_columns import PROMPTS, SYSTEMS, behind_system, first, history, prompt_of
 from prefpipe.models.encoding import ASKING
 from prefpipe.schemas import Message, Messages
 
-_PROMPTS = ("prompt", "instruction", "input", "question", "messages", "conversations")
-_SYSTEMS = ("system_prompt", "system")
 _COMPLETIONS = ("completion", "output", "response")
 _LISTS = ("completions", "generations", "responses")
 _RATINGS = ("ratings", "scores")
@@ -72,12 +73,12 @@ def recognise(columns: Collection[str], where: str) -> str:
     kind = _kind(columns)
     if kind is None:
         raise DataError(
-            f"{where}: no known format has the columns {', '.join(columns) or '(none)'}",
+            f"{where}: no known format has the columns {listed(columns)}",
             "docs/datasets.md lists what is understood: prompt, chosen, rejected for one; --column NAME=COLUMN renames",
         )
     if kind == "preference" and not {"chosen", "rejected"} <= set(columns):
         raise DataError(
-            f"{where}: a column 'chosen' or 'rejected' is missing; there are {', '.join(columns)}",
+            f"{where}: a column 'chosen' or 'rejected' is missing; there are {listed(columns)}",
             "a preference has both; --column NAME=COLUMN renames a column",
         )
     return kind
@@ -92,7 +93,7 @@ def has_ratings(rows: Iterable[Row], kind: str) -> bool:
 
 
 def _rates(row: Row) -> bool:
-    entries = row.get(_first(row, _LISTS) or "")
+    entries = row.get(first(row, _LISTS) or "")
     inside = isinstance(entries, list) and any(isinstance(e, dict) and e.keys() & _INSIDE["rating"] for e in entries)
     return inside or any(name in row for name in _RATINGS)
 
@@ -101,43 +102,29 @@ def parse(row: Row, kind: str) -> AnsweredPrompt:
     """A row of a format. Raises RowFault for a row that cannot be used."""
     check_carried(row)
     if _kind(row) != kind:
-        detail = f"the file began with rows of format '{kind}'; the columns of this row are {', '.join(row)}"
+        detail = f"the file began with rows of format '{kind}'; the columns of this row are {listed(row)}"
         raise RowFault("other_columns", detail)
     return replace(_PARSERS[kind](row), template_inputs=template_inputs(row))
 
 
 def others(row: Row) -> dict[str, Any]:
     """The columns that no format reads. They stay with the prompt, for rewards that read them."""
-    read = {*_ALWAYS_READ, _first(row, _PROMPTS), _first(row, _SYSTEMS), *(["history"] if _history(row) else [])}
+    read = {*_ALWAYS_READ, first(row, PROMPTS), first(row, SYSTEMS), *(["history"] if history(row) else [])}
     if read & {"instruction"}:
         read.add("input")
     if not {"chosen", "rejected", *_LISTS} & row.keys():
-        read.add(_first(row, _COMPLETIONS))
+        read.add(first(row, _COMPLETIONS))
     return {name: value for name, value in row.items() if name not in read}
 
 
-def prompt_of(row: Row) -> Messages:
-    """The messages of a prompt, from whichever columns hold it. Raises RowFault where none does."""
-    name = _first(row, _PROMPTS)
-    if name is None:
-        raise RowFault("missing", f"no field holds the prompt (fields: {', '.join(row) or 'none'})")
-    if name == "instruction" and row.get("input") not in (None, ""):
-        prompt = [Message(role="user", content=f"{text(row[name], name)}\n{text(row['input'], 'input')}")]
-    else:
-        prompt = messages(row[name], name, "user")
-    prompt = _history(row) + prompt
-    system = _first(row, _SYSTEMS)
-    said = text(row[system], system) if system else ""
-    if said.strip() and prompt and prompt[0]["role"] != "system":
-        prompt = [Message(role="system", content=said), *prompt]
-    return prompt
-
-
 def answer_turns(prompt: Messages, turns: Messages) -> Messages:
-    """The turns that answer the prompt, which many files repeat in front of them: one of the assistant, or several that
-    begin and end with one. Raises RowFault for no turn, for one of the assistant without text, and for other roles."""
-    if turns[: len(prompt)] == prompt:
-        turns = turns[len(prompt) :]
+    """The turns that answer the prompt, which many files repeat in front of them, some without its system message: one
+    of the assistant, or several that begin and end with one. Raises RowFault for no turn, for one of the assistant
+    without text, and for other roles."""
+    for repeated in (prompt, prompt[1:] if prompt and prompt[0]["role"] == "system" else []):
+        if repeated and turns[: len(repeated)] == repeated:
+            turns = turns[len(repeated) :]
+            break
     if not turns:
         raise RowFault("empty", "an answer without messages")
     if turns[0]["role"] != "assistant":
@@ -154,29 +141,16 @@ def _kind(columns: Collection[str]) -> str | None:
     names = set(columns)
     if {"chosen", "rejected"} & names:
         return "preference"
-    if names & set(_LISTS) and names & set(_PROMPTS):
+    if names & set(_LISTS) and names & set(PROMPTS):
         return "list"
-    if names & set(_COMPLETIONS) and names & set(_PROMPTS):
+    if names & set(_COMPLETIONS) and names & set(PROMPTS):
         return "label" if "label" in names else "completion"
     return "completion" if names & {"messages", "conversations"} else None
 
 
-def _history(row: Row) -> Messages:
-    """Earlier turns as pairs of question and answer, which some files keep in a column of their own."""
-    rounds = row.get("history") or []
-    if not isinstance(rounds, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in rounds):
-        return []
-    roles = ("user", "assistant")
-    return [
-        Message(role=role, content=text(said, "history"))
-        for pair in rounds
-        for role, said in zip(roles, pair, strict=True)
-    ]
-
-
 def _field(row: Row, name: str) -> Any:
     if name not in row:
-        raise RowFault("missing", f"field '{name}' is missing (fields: {', '.join(row) or 'none'})")
+        raise RowFault("missing", f"field '{name}' is missing (fields: {listed(row)})")
     if row[name] is None:
         raise RowFault("null", f"field '{name}' is null")
     return row[name]
@@ -184,13 +158,15 @@ def _field(row: Row, name: str) -> Any:
 
 def _preference(row: Row) -> AnsweredPrompt:
     chosen, rejected = (messages(_field(row, name), name, "assistant") for name in ("chosen", "rejected"))
-    of_column = _first(row, _PROMPTS)
-    if of_column and of_column != "messages":  # that column repeats the whole conversation in some files
-        prompt = prompt_of(row)
-    elif len(chosen) > 1 or len(rejected) > 1:
-        prompt = _shared_turns(chosen, rejected)
+    of_column = first(row, PROMPTS)
+    if of_column in (None, "messages") and (len(chosen) > 1 or len(rejected) > 1):
+        shared = _shared_turns(chosen, rejected)  # `messages` repeats the whole conversation in some files
+        prompt = behind_system(row, shared)
+        chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
     else:
         prompt = prompt_of(row)
+        if chosen[:-1] == rejected[:-1] and chosen[-1 - len(prompt) : -1] == prompt:
+            prompt = chosen[:-1]  # in some files the column holds only the end of what both answer
     columns = next((pair for pair in _SIDES if all(name in row for name in pair)), None)
     ratings = [_number(row[name], name) for name in columns] if columns else None
     answers = [answer_turns(prompt, turns) for turns in (chosen, rejected)]
@@ -213,7 +189,7 @@ def _shared_turns(chosen: Messages, rejected: Messages) -> Messages:
 
 
 def _list(row: Row) -> AnsweredPrompt:
-    name = _first(row, _LISTS) or next(n for n in _LISTS if n in row)
+    name = first(row, _LISTS) or next(n for n in _LISTS if n in row)
     prompt = prompt_of(row)
     entries = _field(row, name)
     if not isinstance(entries, list) or not entries:
@@ -227,7 +203,7 @@ def _list(row: Row) -> AnsweredPrompt:
 
 def _per_answer(row: Row, entries: list[Any], columns: Iterable[str], kind: str) -> list[Any]:
     """One value per answer: from the first of `columns` that the row has, else from inside the entries of the list."""
-    name = _first(row, columns)
+    name = first(row, columns)
     if name is None:
         return [_inside(entry, kind) for entry in entries]
     values = row[name]
@@ -238,9 +214,9 @@ def _per_answer(row: Row, entries: list[Any], columns: Iterable[str], kind: str)
 
 
 def _completion(row: Row) -> AnsweredPrompt:
-    name = _first(row, _COMPLETIONS)
-    conversation = _first(row, ("messages", "conversations"))
-    if name is None and conversation and conversation != _first(row, _PROMPTS):
+    name = first(row, _COMPLETIONS)
+    conversation = first(row, ("messages", "conversations"))
+    if name is None and conversation and conversation != first(row, PROMPTS):
         prompt = prompt_of(row)
         turns = messages(row[conversation], conversation, "assistant")
     elif name is None and not any(n in row for n in _COMPLETIONS):
@@ -278,21 +254,17 @@ def _answer(value: object, name: str) -> Messages:
 
 def _inside(entry: object, kind: str) -> Any:
     """The text, rating or writer inside an entry of the list; None for an entry that is plain text."""
-    return entry.get(_first(entry, _INSIDE[kind]) or "") if isinstance(entry, dict) else None
+    return entry.get(first(entry, _INSIDE[kind]) or "") if isinstance(entry, dict) else None
 
 
 def _number(value: object, name: str) -> float | None:
     """A rating: a finite number, a number in text, or nothing."""
     if value is None or (isinstance(value, str) and value.strip().lower() in _UNRATED):
         return None
-    try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-    except (ValueError, OverflowError):
-        number = None
+    number = None
+    if isinstance(value, int | float | str | Decimal) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            number = float(value)
     if number is None:
         raise RowFault("bad_rating", f"{name} is {str(value)[:60]!r}, not a number")
     return number if math.isfinite(number) else None
-
-
-def _first(row: Row, names: Iterable[str]) -> str | None:
-    return next((n for n in names if row.get(n) is not None), None)

@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def rows(source: str) -> Iterator[dict[str, Any]]:
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose structs lack the fields that are null: Arrow gives every struct of a column the fields of all."""
+    """A row whose structs lack the fields that are null: Arrow gives every struct of a column the fields of all. NaN,
+    by which some programs say that a value is missing, is null."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -88,4 +90,4 @@ def _without_nulls(value: Any) -> Any:
         return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
     if isinstance(value, list):
         return [_without_nulls(entry) for entry in value]
-    return value
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Any
 
 from prefpipe.errors import RowFault
@@ -17,6 +18,7 @@ _SHAREGPT = {
     "bot": "assistant",
 }
 _NOT_CARRIED = ("image", "images", "video", "videos", "audio", "audios")
+_LISTED = 30
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 TEMPLATE_INPUTS = ("tools", "documents", "chat_template_kwargs")
 
@@ -83,6 +85,12 @@ def check_carried(row: Row) -> None:
             raise RowFault("not_unicode", f"field '{name}' holds {what}") from error
 
 
+def listed(columns: Collection[str]) -> str:
+    """Names of columns for a message; a row may have thousands."""
+    more = f" and {len(columns) - _LISTED} more" if len(columns) > _LISTED else ""
+    return ", ".join(islice(columns, _LISTED)) + more if columns else "none"
+
+
 def to_json(value: object) -> str:
     """A value of a foreign file as JSON; what JSON cannot say is written as text."""
     return _JSON.encode(value)
@@ -112,12 +120,14 @@ def _message(value: object, name: str) -> Message:
 def _of_sharegpt(fields: dict[str, Any], name: str) -> dict[str, Any]:
     """A turn with `from` and `value`; that of a function_call holds the call as JSON."""
     speaker, said = fields.pop("from"), fields.pop("value")
-    fields |= {"role": _SHAREGPT.get(speaker, speaker), "content": said}
+    fields |= {"role": _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else None, "content": said}
     if speaker == "function_call":
         try:
             call = json.loads(said)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise RowFault("bad_tool_call", f"the function_call of {name} is no JSON") from error
+        except (ValueError, TypeError, RecursionError):
+            call = None
+        if not isinstance(call, dict):
+            raise RowFault("bad_tool_call", f"the function_call of {name} is no JSON object")
         fields |= {"content": "", "tool_calls": [{"type": "function", "function": call}]}
     return fields
 

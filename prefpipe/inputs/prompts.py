@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe.errors import DataError, RowFault
-from prefpipe.inputs import files, formats, hub, messages
+from prefpipe.inputs import files, formats, hub, messages, prompt_columns
 from prefpipe.inputs.files import rows
 from prefpipe.inputs.tokenised import prompt_key
 from prefpipe.rows import why_dropped
@@ -133,7 +133,7 @@ def _split(row: Mapping[str, Any]) -> str:
 
 def _to_prompt(row: Mapping[str, Any]) -> Prompt:
     messages.check_carried(row)
-    prompt, inputs = formats.prompt_of(row), messages.template_inputs(row)
+    prompt, inputs = prompt_columns.prompt_of(row), messages.template_inputs(row)
     answer = row.get("answer")
     answer = None if answer is None else messages.text(answer, "answer")
     extra = {name: value for name, value in formats.others(row).items() if name not in _READ}

@@ -1,6 +1,7 @@
 """Foreign files as streams of rows, with the place of every row."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,105 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingInputError, match="holds no data files"):
         list(files.rows(tmp_path / "empty"))
+
+
+def test_what_datasets_keeps_beside_its_data_is_not_read(tmp_path: Path) -> None:
+    """Its caches lie in the folder from which a dataset was loaded, and repeat its rows."""
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    loaded = datasets.load_from_disk(str(tmp_path / "saved"))
+    assert len(loaded.filter(lambda row: row["n"] > 5)) == len(ROWS) - 6
+    assert list(tmp_path.glob("saved/cache-*.arrow"))
+    assert [row for _, row in files.rows(tmp_path / "saved")] == ROWS
+
+
+def test_splits_that_were_saved_together_are_not_mixed(tmp_path: Path) -> None:
+    """Rows to test on would be trained on."""
+    both = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS[:4]), test=datasets.Dataset.from_list(ROWS[4:6]))
+    both.save_to_disk(tmp_path / "two")
+    with pytest.raises(UsageError, match="two holds the splits test, train"):
+        list(files.rows(tmp_path / "two"))
+    assert [row for _, row in files.rows(tmp_path / "two" / "train")] == ROWS[:4]
+    datasets.DatasetDict(train=both["train"]).save_to_disk(tmp_path / "one")
+    assert [row for _, row in files.rows(tmp_path / "one")] == ROWS[:4]
+
+
+def test_a_folder_says_what_of_it_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"):
+        pl.DataFrame(ROWS[:2]).write_parquet(tmp_path / name)
+    (tmp_path / "README.md").touch()
+    files.digest(tmp_path)
+    told = capsys.readouterr().err
+    assert "holds test, train: all of them are read" in told
+    assert "not read" not in told
+    (tmp_path / "test-00000-of-00001.parquet").rename(tmp_path / "test.csv")
+    files.digest(tmp_path)
+    told = capsys.readouterr().err
+    assert "not read, for want of a known ending: test.csv" in told
+    assert "all of them" not in told
+
+
+def test_json_files_are_the_data_of_a_folder_that_has_no_other(tmp_path: Path) -> None:
+    """As Spark writes JSON."""
+    (tmp_path / "part-0.json").write_text("\n".join(map(json.dumps, ROWS[:3])))
+    (tmp_path / "part-1.JSON.GZ").write_bytes(packed(json.dumps(ROWS[3]), "gz"))
+    assert [row for _, row in files.rows(tmp_path)] == ROWS[:4]
+
+
+@pytest.mark.parametrize("text", [json.dumps(ROWS[:2]), json.dumps(ROWS[:2], indent=1), '{"n": 0, "text": ""}\r\n'])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert next(iter(files.rows(tmp_path / "a.json")))[1] == ROWS[0]
+
+
+@pytest.mark.parametrize(("encoding", "words"), [("utf-16", "is UTF-16"), ("latin-1", "line 1: not valid JSON")])
+def test_another_encoding_is_named(tmp_path: Path, encoding: str, words: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"n": "\u00e9"}\n'.encode(encoding))
+    with pytest.raises(DataError, match=words) as error:
+        list(files.rows(tmp_path / "a.jsonl"))
+    assert error.value.hint == "save it as UTF-8"
+
+
+def test_nan_is_no_value(tmp_path: Path) -> None:
+    """pandas has it for what is missing, as text too: a system prompt would be "nan"."""
+    (tmp_path / "a.jsonl").write_text('{"system": NaN, "x": [NaN, 1.5, Infinity]}')
+    pl.DataFrame({"system": [math.nan], "x": [[math.nan, 1.5, math.inf]]}).write_parquet(tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert [row for _, row in files.rows(tmp_path / name)] == [{"system": None, "x": [None, 1.5, math.inf]}]
+
+
+@pytest.mark.parametrize(("column", "words"), [
+    (pa.array([2**62], pa.timestamp("us")), r"row 0, or below: column 't' \(timestamp\[us\]\) cannot be read"),
+    (pa.array([1], pa.timestamp("us", "Mars/Olympus")), r"column 't' .* cannot be read: 'Mars/Olympus'"),
+    (pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), "column 't' .*duplicate"),
+    (pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers()), "cannot read .*UTF8"),
+])  # fmt: skip
+def test_a_column_without_values_in_python_is_named(tmp_path: Path, column: pa.Array, words: str) -> None:
+    pq.write_table(pa.table({"n": [1], "t": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=words):
+        list(files.rows(tmp_path / "a.parquet"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["n", "n"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns 'n'"):
+        list(files.rows(tmp_path / "a.parquet"))
+
+
+def test_arrow_that_was_cut_or_changed_is_refused(tmp_path: Path) -> None:
+    """A stream may be cut between two batches, and offsets that point anywhere end the process that follows them."""
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": [str(i) for i in range(200)]})
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table, max_chunksize=100)
+    whole = path.read_bytes()
+    assert len(list(files.rows(path))) == 200
+    path.write_bytes(whole[:-8])
+    with pytest.raises(DataError, match="the stream has no end"):
+        list(files.rows(path))
+    offsets = whole.index(b"".join(i.to_bytes(4, "little") for i in (0, 1, 2, 3)))
+    path.write_bytes(whole[: offsets + 4] + b"\xff\xff\xff\x7f" + whole[offsets + 8 :])
+    with pytest.raises(DataError, match=r"cannot read .*a\.arrow"):
+        list(files.rows(path))
 
 
 def table_of(messages: list[list[dict[str, Any]]]) -> pa.Table:

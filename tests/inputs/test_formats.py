@@ -1,5 +1,6 @@
 """Every public format as one thing; what is wrong with a row is said with its field."""
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -168,6 +169,46 @@ def test_unknown_columns_are_listed() -> None:
         formats.recognise({"prompt": "a", "chosen": "b"}, "f, line 1")
 
 
+S = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("row", [
+    {"system": "Be brief.", "chosen": [U, A], "rejected": [U, B]},
+    {"system": "Be brief.", "prompt": "Hi", "chosen": [U, A], "rejected": [U, B]},
+    {"system": " Be brief.", "prompt": [S, U], "chosen": [A], "rejected": [B]},
+    {"prompt": [S, U], "chosen": [U, A], "rejected": [U, B]},
+    {"prompt": "Hi", "chosen": [S, U, A], "rejected": [S, U, B]},
+    {"prompt": [], "chosen": [S, U, A], "rejected": [S, U, B]},
+])  # fmt: skip
+def test_no_system_message_is_lost_where_the_sides_repeat_the_prompt(row: dict[str, Any]) -> None:
+    found = formats.parse(row, "preference")
+    assert (found.prompt, found.answers) == ([S, U], [[A], [B]])
+
+
+def test_a_prompt_may_be_the_end_of_what_both_sides_answer() -> None:
+    found = formats.parse({"prompt": "Hm", "chosen": [U, A, V, A], "rejected": [U, A, V, B]}, "preference")
+    assert (found.prompt, found.answers) == ([U, A, V], [[A], [B]])
+
+
+def test_a_system_message_that_differs_from_its_column_is_a_fault() -> None:
+    with pytest.raises(RowFault, match="another system message than field 'system'"):
+        formats.parse({**PAIR, "prompt": [S, U], "system": "Be long."}, "preference")
+
+
+@pytest.mark.parametrize("turns", [
+    [U, A], [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}], [["Hi", "Yes"]],
+])  # fmt: skip
+def test_history_is_turns_or_pairs_of_texts(turns: list[Any]) -> None:
+    row = {**PAIR, "prompt": "Hm", "history": turns}
+    assert formats.parse(row, "preference").prompt == [U, A, V]
+    assert "history" not in formats.others(row)
+
+
+def test_a_list_of_thousands_of_columns_is_cut() -> None:
+    with pytest.raises(DataError, match=r"c0, .*, c29 and 4970 more$"):
+        formats.recognise([f"c{i}" for i in range(5000)], "f")
+
+
 def test_a_first_row_without_a_rating_is_still_of_a_rated_file() -> None:
     assert formats.has_ratings([{"prompt": "Hi", "completions": ["a"], "ratings": None}], "list")
     assert formats.has_ratings([{"prompt": "Hi", "completions": [{"response": "a", "overall_score": None}]}], "list")
@@ -177,6 +218,11 @@ def test_a_first_row_without_a_rating_is_still_of_a_rated_file() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "N/A", "", None])
 def test_no_rating_is_none(value: Any) -> None:
     assert formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [value]}, "list").ratings == [None]
+
+
+def test_a_decimal_is_a_rating() -> None:
+    """Spark and DuckDB write them."""
+    assert formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [Decimal("4.5")]}, "list").ratings == [4.5]
 
 
 def test_the_kind_follows_from_names_and_not_from_values() -> None:

@@ -43,6 +43,8 @@ def test_roles_of_sharegpt(speaker: str, role: str) -> None:
     ([{"role": "user", "content": [{"type": "image", "url": "a"}]}], "not_carried"),
     ([{"role": "user", "content": [{"type": "text", "text": None}]}], "null"),
     ([{"from": "function_call", "value": "f()"}], "bad_tool_call"),
+    ([{"from": "function_call", "value": "[]"}], "bad_tool_call"),
+    ([{"from": ["human"], "value": "a"}], "bad_content"), ([{"from": {}, "value": "a"}], "bad_content"),
 ])  # fmt: skip
 def test_what_is_no_message_is_a_fault(value: Any, reason: str) -> None:
     with pytest.raises(RowFault) as fault:

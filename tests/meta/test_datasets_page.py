@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from prefpipe import schemas
-from prefpipe.inputs import formats
+from prefpipe.inputs import formats, prompt_columns
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "datasets.md"
@@ -62,6 +62,8 @@ def test_every_row_type_is_on_the_page() -> None:
     assert rows == set(FOLDERS)
 
 
-@pytest.mark.parametrize("name", sorted({*formats._LISTS, *formats._RATINGS, *formats._PROMPTS, *formats._SIDES[0]}))
+@pytest.mark.parametrize(
+    "name", sorted({*formats._LISTS, *formats._RATINGS, *prompt_columns.PROMPTS, *formats._SIDES[0]})
+)
 def test_every_column_name_that_is_understood_is_on_the_page(name: str) -> None:
     assert f"`{name}`" in PAGE.read_text()

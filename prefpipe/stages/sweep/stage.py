@@ -53,7 +53,7 @@ def run(config: SweepConfig, out: Path, *, force: bool, runner: Runner | None = 
         if manifest is None:
             _save_plan(config, out)
             going_on, done = _train(config, variants, out, data)  # 4
-            _say(run_dir, done, len(variants))
+            _say(run_dir, done, [variant.name for variant in variants])
             complete = [v for v in going_on if (out / FOLDER / v.name / "manifest.json").exists()]
             if evaluated is not None:
                 evaluations.run(config, evaluated, complete, out, runner)  # 5
@@ -137,13 +137,16 @@ def _num_steps(variant: Variant, data: TrainingData) -> int:
     return loop.num_steps(mixing.epoch_size(data.rows, variant.config), variant.config)
 
 
-def _say(run_dir: Run, done: Trained, count: int) -> None:
+def _say(run_dir: Run, done: Trained, names: Sequence[str]) -> None:
     log.info(
-        f"{count} variants: base model loaded {_times(done.loads)}, cache audited {_times(done.audits)}, memory probed "
-        f"{_times(done.probes)}, reference passes: {done.reference_passes}"
+        f"{len(names)} variants: base model loaded {_times(done.loads)}, cache audited {_times(done.audits)}, "
+        f"memory probed {_times(done.probes)}, reference passes: {done.reference_passes}"
     )
     counts = {name: value for name, value in asdict(done).items() if name != "failed"}
     run_dir.log_timing(event="variants", **counts)
+    others = sorted({place.name for place in (run_dir.out / FOLDER).iterdir()} - set(names))
+    if others:
+        log.info(f"of an earlier grid stay in {run_dir.out / FOLDER}, and are not compared: {', '.join(others)}")
 
 
 def _times(count: int) -> str:

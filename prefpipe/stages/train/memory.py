@@ -14,7 +14,7 @@ from typing import Literal, cast
 import numpy as np
 import torch
 
-from prefpipe import clock, machine
+from prefpipe import clock, machine, memory
 from prefpipe.forward import load
 from prefpipe.forward.head import chunk_bytes
 from prefpipe.forward.layout import Tree
@@ -104,7 +104,8 @@ def checkpoint_if(model: TreeModel, *, on: bool) -> None:
 
 
 def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
-    """Run two probes made of the data's trees, the second twice as large, forward and backward. Leaves no gradient."""
+    """Run two probes made of the data's trees, the second twice as large, forward and backward: of trees longer than
+    that, the one that both would be. Leaves no gradient."""
     trainable = [local(p) for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trainable)
     head = chunk_bytes(cast(torch.nn.Linear, causal_model(model.policy).get_output_embeddings()).weight)
@@ -112,10 +113,9 @@ def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
     tokens_small, tokens_large = (sum(t.num_tokens for t in probe) for probe in (small, large))
     device = next(model.parameters()).device
     start = _held(device)
-    (kept_small, taken_small, _), (kept_large, taken_large, seconds) = (_probe(model, p, start) for p in (small, large))
-    bytes_small, bytes_large = (
-        max(kept, taken - gradients - head) for kept, taken in ((kept_small, taken_small), (kept_large, taken_large))
-    )
+    probes = (small, large) if tokens_small < tokens_large else (large,)
+    probed = [_probe(model, probe, start) for probe in probes]
+    bytes_small, *_, bytes_large = (max(kept, taken - gradients - head) for kept, taken, _ in (probed[0], *probed))
     slope = max(0.0, (bytes_large - bytes_small) / max(1, tokens_large - tokens_small))
     if tokens_large == tokens_small:
         slope = bytes_large / tokens_large
@@ -132,7 +132,7 @@ def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
         head=head,
         activations_fixed=max(0.0, bytes_large - slope * tokens_large),
         activations_per_token=slope,
-        train_seconds_per_token=seconds / tokens_large,
+        train_seconds_per_token=probed[-1][2] / tokens_large,
         score_seconds_per_token=score_seconds / tokens_large,
     )
 
@@ -200,7 +200,7 @@ def _restart_peak(device: torch.device) -> bool:
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory.resident_peak()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.resident_peak()
 
 
 def _kept(model: TreeModel, trees: Sequence[Tree]) -> tuple[int, float]:

@@ -12,18 +12,12 @@ def resident_memory() -> int:
 
 
 def restart_resident_peak() -> bool:
-    """Make `resident_peak` count from now on. False where the kernel does not allow it."""
+    """Make `prefpipe.memory.resident_peak` count from now on. False where the kernel does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return False
     return True
-
-
-def resident_peak() -> int:
-    """The most bytes that this process held since the count was restarted."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def return_free_memory() -> None:

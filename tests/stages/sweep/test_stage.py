@@ -138,8 +138,8 @@ def test_killed_between_and_within_variants_it_ends_the_same(
     assert times(out)["loads"] == 1
 
 
-def test_a_wider_grid_goes_on_and_a_damaged_variant_is_made_again(
-    tiny_model: Path, pairs: Path, swept: Path, tmp_path: Path
+def test_a_wider_grid_goes_on_a_damaged_variant_is_made_again_and_a_narrower_grid_names_the_rest(
+    tiny_model: Path, pairs: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "s"
     shutil.copytree(swept, out, symlinks=True)
@@ -150,6 +150,10 @@ def test_a_wider_grid_goes_on_and_a_damaged_variant_is_made_again(
     assert len(manifest["totals"]["variants"]) == 6
     assert contents(out / "variants" / names[0]) == contents(swept / "variants" / names[0])
     assert json.loads((out / "config.json").read_text())["config"]["grid"] == ["beta=0.05,0.5,5", GRID[1]]
+    assert "not compared" not in capsys.readouterr().err
+    stage.run(config(tiny_model, pairs, "beta=0.05", "loss_type=ipo"), out, force=False)
+    told = next(line for line in capsys.readouterr().err.splitlines() if "are not compared" in line)
+    assert told.count("beta-") == 5
 
 
 def test_rows_without_values_are_scored_once(tiny_model: Path, tmp_path: Path):

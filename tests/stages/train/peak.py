@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from prefpipe.forward.layout import Tree
+from prefpipe.memory import resident_peak
 from prefpipe.stages.train import memory, process_memory
 from tests.stages.train import data
 
@@ -20,7 +21,7 @@ def main(model_directory: Path) -> None:
     process_memory.restart_resident_peak()
     for _ in range(2):
         memory._kept(model, trees(4, 200))
-    print(predicted, process_memory.resident_peak() - start)  # noqa: T201
+    print(predicted, resident_peak() - start)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -68,6 +68,18 @@ def test_separate_rows_cost_what_they_compute(tiny_model: Path):
     assert 1.4 < found[1] / found[0] < 52 / 28 * 1.1
 
 
+def test_a_tree_longer_than_both_probes_is_probed_once(model: TreeModel):
+    """A probe is two passes; one more takes the time of scoring."""
+    passes: list[int] = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    found = measure(model, trees(1, 600))
+    assert len(passes) == 3
+    assert found.activations_fixed == 0
+    measure(model, trees(40))
+    hook.remove()
+    assert len(passes) == 3 + 5
+
+
 def test_fixed_parts_are_counted_from_the_parameters(model: TreeModel):
     found = measure(model, trees(40))
     trainable = [p for p in model.parameters() if p.requires_grad]
