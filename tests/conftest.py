@@ -13,8 +13,12 @@ import pytest
 
 from prefpipe import cli as command_line
 from prefpipe.models.chat import Chat, load_chat
+from prefpipe.stages.train import memory
 from tests.forge import ROOT, TRAIN, Ended, Forge, forge
+from tests.quick import WHOLE_PROBE, quick
 from tests.tiny import make_adapter, make_model
+
+quick()
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
@@ -71,6 +75,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Names of tests hold no bytes: gzip writes the time into them, and every worker must collect the same names."""
     return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
+@pytest.fixture(scope="module")
+def whole_probe() -> Iterator[None]:
+    """The probe of the memory as users have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in WHOLE_PROBE.items():
+            patch.setattr(memory, name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

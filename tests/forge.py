@@ -149,10 +149,12 @@ def _serve() -> None:
     from prefpipe.stages import build_pairs  # noqa: F401, PLC0415
     from prefpipe.stages.generate import stage as generate  # noqa: F401, PLC0415
     from prefpipe.stages.score import stage as score  # noqa: F401, PLC0415
+    from tests.quick import quick  # noqa: PLC0415
 
     schemas.to_table(schemas.Dropped, [])
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    quick()
     faulthandler.enable()
     gc.freeze()  # a collection in a child would copy every page that it shares
     for line in sys.stdin:

@@ -21,6 +21,8 @@ from tests.conftest import ROOT
 from tests.stages.train import data
 from tests.stages.train.peak import trees
 
+pytestmark = pytest.mark.usefixtures("whole_probe")
+
 CUDA = torch.device("cuda")
 FOOTPRINT = Footprint(
     weights=10**9, adapter=10**6, optimizer=8 * 10**6, head=3 * 10**7, activations_fixed=10**6,
