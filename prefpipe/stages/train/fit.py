@@ -23,7 +23,6 @@ from prefpipe.stages.train.monitor.diagnostics import Alert, Facts, State
 from prefpipe.stages.train.monitor.watch import Watch, note, watching
 from prefpipe.stages.train.optimizer import warmup_length
 from prefpipe.stages.train.session import Paused, Session
-from prefpipe.stages.train.tally import Key
 
 _METRICS = "metrics.jsonl"
 Line = dict[str, Any]  # of metrics.jsonl: the metrics of a step by name, those of an evaluation under eval_ names
@@ -88,7 +87,7 @@ def _run_steps(
             line: Line = {"step": step.step, **step.values}
             line |= {"skipped": step.skipped} if step.skipped else {}
             margins.note(done, step.margins, held_out=False)
-            held_out: Mapping[Key, float] = {}
+            held_out: Mapping[int, float] = {}
             if data.eval_rows and (done % config.eval_steps == 0 or done == total):
                 evaluated = evaluation.evaluate(trainer, data.eval_rows, data.eval_bank)
                 line |= evaluated.values

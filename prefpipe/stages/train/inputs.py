@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from prefpipe import clock, log
 from prefpipe.config.base import dump
 from prefpipe.config.losses import Kind
@@ -222,9 +224,10 @@ def _parted(
     if config.eval_split:
         return split_by_prompt(rows, config.eval_split, config.seed)
     training, eval_rows = rows[:num_training], rows[num_training:]
-    shared = set(mapped.prompt_keys(training)) & set(mapped.prompt_keys(eval_rows)) if len(eval_rows) else ()
-    if shared:
-        log.warn(f"{len(shared)} prompts of --eval-{kind} are trained on too: their metrics will look too good")
+    prompts = mapped.prompt_numbers(rows) if len(eval_rows) else np.zeros(0, np.int32)
+    shared = np.intersect1d(prompts[:num_training], prompts[num_training:])
+    if shared.size:
+        log.warn(f"{shared.size} prompts of --eval-{kind} are trained on too: their metrics will look too good")
     return training, eval_rows
 
 

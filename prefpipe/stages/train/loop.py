@@ -27,7 +27,7 @@ from prefpipe.stages.train.micro_batches import (
 )
 from prefpipe.stages.train.optimizer import MasterOptimizer, learning_rate
 from prefpipe.stages.train.parallel import World, sum_over_ranks
-from prefpipe.stages.train.tally import Key, Summary, Tally, summarise
+from prefpipe.stages.train.tally import Summary, Tally, by_number, key_of, summarise
 
 _SMALLEST_BUDGET = 64
 
@@ -35,7 +35,7 @@ _SMALLEST_BUDGET = 64
 @dataclass(frozen=True)
 class StepMetrics:
     """One optimizer step, numbered from 0; `values` are means over its rows under TRL's names, `margins` those of its
-    pairs before it moves the weights.
+    pairs before it moves the weights, by the number of the row.
 
     When its loss or gradient is not finite, no weight moves: `skipped` then has the ids of its rows, and `values` the
     metrics that are finite.
@@ -45,7 +45,7 @@ class StepMetrics:
     num_rows: int
     values: dict[str, float]
     skipped: tuple[str, ...] = ()
-    margins: Mapping[Key, float] = field(default_factory=dict[Key, float])
+    margins: Mapping[int, float] = field(default_factory=dict[int, float])
 
 
 @dataclass
@@ -111,12 +111,13 @@ def _steps(
 ) -> Iterator[StepMetrics]:
     config = trainer.config
     per_epoch = total // config.num_train_epochs
-    batches: list[list[int]] = []
+    batches: Sequence[list[int]] = []
     for step in range(first, total):
         epoch, within = divmod(step, per_epoch)
         if step == first or within == 0:
             batches = mixing.epoch_batches(rows, config, epoch)
-        batch = [rows[row] for row in batches[within]]
+        numbers = batches[within]
+        batch = [rows[number] for number in numbers]
         drawn = [bank[i] for i in bank_rows(len(bank), config.kl_rows, config.seed, step)]
         imitated = [sft[i] for i in mixing.sft_rows(len(sft), config.sft_batch_size, config.seed, step)]
         found = _accumulate(trainer, batch, drawn, imitated, trainer.start_noise if step == 0 else None)
@@ -137,7 +138,8 @@ def _steps(
         values |= {"learning_rate": rate, "epoch": (step + 1) / per_epoch}
         shown = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         skipped = () if finite else tuple(row.row_id for row in (*batch, *imitated))
-        yield StepMetrics(step, len(batch), shown, skipped, found.margins)
+        margins = by_number(found.margins, map(key_of, batch), numbers)
+        yield StepMetrics(step, len(batch), shown, skipped, margins)
 
 
 def _accumulate(

@@ -2,15 +2,19 @@
 token ids, masks and reference log-probs, whatever the number of its ranks. Functions here take lists of rows as well.
 """
 
+import mmap
 import operator
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from prefpipe.stages.train.examples import TrainRow
-from prefpipe.stages.train.record_batches import Array, Batch, encode
+from prefpipe.stages.train.record_batches import Array, Batch, encode, numbers_of
 
 
 class Rows(Sequence[TrainRow]):
@@ -47,14 +51,16 @@ class Rows(Sequence[TrainRow]):
 
     __hash__ = None  # type: ignore[assignment]  # as a list has none
 
-    def row_id(self, place: int) -> str:
-        """The id of a row, without the row."""
-        batch, within = self._found(place)
-        return batch.row_id(within)
+    def ids(self, places: Array) -> pa.Array:
+        """The ids of the rows at these places."""
+        numbers = np.asarray(places if self._numbers is None else self._numbers[places], np.int64)
+        ids = pa.chunked_array([batch.batch["row_id"] for batch in self.batches], pa.string())
+        found = ids.take(pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)]))
+        return found.combine_chunks()
 
     def select(self, places: Iterable[int]) -> "Rows":
         """The rows at these places, as a view."""
-        chosen = np.fromiter(places, dtype=np.int64)
+        chosen = places if isinstance(places, np.ndarray) else np.fromiter(places, dtype=np.int32)
         return Rows(self.batches, chosen if self._numbers is None else self._numbers[chosen], with_refs=self._with_refs)
 
     def on(self, batches: Sequence[Batch]) -> "Rows":
@@ -70,6 +76,20 @@ class Rows(Sequence[TrainRow]):
         own = np.arange(len(self)) if self._numbers is None else self._numbers
         shifts = [starts[id(b)] - (end - b.size) for b, end in zip(self.batches, self._ends, strict=True)]
         return own + np.array(shifts)[np.searchsorted(self._ends, own, side="right")]
+
+    def prompt_numbers(self) -> Array:
+        """The place of the prompt of every row among the distinct prompts in the order of their token ids."""
+        ends = np.cumsum(np.concatenate([[0], *(batch.prompts.lengths for batch in self.batches)]), dtype=np.int64) * 4
+        with tempfile.TemporaryFile() as file:  # the prompts of all rows may be more than memory should hold
+            for batch in self.batches:
+                file.write(batch.prompt_bytes())
+            file.flush()
+            prompts = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if ends[-1] else b""
+        buffers = [None, pa.py_buffer(ends), pa.py_buffer(prompts)]
+        ranks = pc.rank(pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, buffers), tiebreaker="dense")
+        found = numbers_of(ranks, np.uint64)
+        chosen = found if self._numbers is None else found[self._numbers]
+        return np.unique(chosen, return_inverse=True)[1].astype(np.int32)
 
     def column(self, of: Callable[[Batch], Array]) -> Array:
         """A number of every row."""
@@ -89,14 +109,19 @@ def select(rows: Sequence[TrainRow], places: Iterable[int]) -> Sequence[TrainRow
     return rows.select(places) if isinstance(rows, Rows) else [rows[place] for place in places]
 
 
-def row_id(rows: Sequence[TrainRow], place: int) -> str:
-    """The id of a row."""
-    return rows.row_id(place) if isinstance(rows, Rows) else rows[place].row_id
+def ids(rows: Sequence[TrainRow], places: Array) -> pa.Array:
+    """The ids of the rows at these places, as Arrow's strings."""
+    return rows.ids(places) if isinstance(rows, Rows) else pa.array([rows[i].row_id for i in places], pa.string())
 
 
 def keys(rows: Sequence[TrainRow]) -> Iterator[tuple[str, int]]:
     """The ids of all rows, and the numbers of their sources."""
-    return zip(column(rows, Batch.row_ids).tolist(), column(rows, Batch.sources).tolist(), strict=True)
+    return zip(ids(rows, np.arange(len(rows))).to_pylist(), column(rows, Batch.sources).tolist(), strict=True)
+
+
+def in_order_of_ids(rows: Sequence[TrainRow], places: Array) -> Array:
+    """The places in the order of the ids of their rows."""
+    return places[numbers_of(pc.array_sort_indices(ids(rows, places)), np.uint64)]
 
 
 def all_or_none(rows: Sequence[TrainRow]) -> Sequence[TrainRow]:
@@ -106,11 +131,12 @@ def all_or_none(rows: Sequence[TrainRow]) -> Sequence[TrainRow]:
     return rows.without_refs() if isinstance(rows, Rows) else [row.with_ref_logps(None) for row in rows]
 
 
-def prompt_keys(rows: Sequence[TrainRow]) -> list[Any]:
-    """A value for the prompt of every row: equal where the prompts are, and in the order of their token ids."""
-    if not isinstance(rows, Rows):
-        return [row.prompt_ids for row in rows]
-    return rows.column(Batch.prompt_keys).tolist()
+def prompt_numbers(rows: Sequence[TrainRow]) -> Array:
+    """The place of the prompt of every row among the distinct prompts in the order of their token ids."""
+    if isinstance(rows, Rows):
+        return rows.prompt_numbers()
+    numbers = {prompt: number for number, prompt in enumerate(sorted({row.prompt_ids for row in rows}))}
+    return np.array([numbers[row.prompt_ids] for row in rows], np.int32)
 
 
 def chain(*parts: Sequence[TrainRow]) -> Sequence[TrainRow]:

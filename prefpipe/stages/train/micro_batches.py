@@ -7,11 +7,16 @@ never changes the result.
 """
 
 import random
-from collections.abc import Hashable, Sequence
+from array import array
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
 
 from prefpipe.forward.layout import Tree, tree_with_masks
 from prefpipe.stages.train.examples import Ids, Mask, TrainCompletion, TrainRow
+from prefpipe.stages.train.record_batches import Array
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,39 @@ class MicroBatch:
     places: tuple[tuple[int, ...], ...]
 
 
+class Batches(Sequence[list[int]]):
+    """The row numbers of every step of an epoch: its `order` of rows, 4 bytes a row, cut where a step asks."""
+
+    def __init__(self, order: Array, size: int) -> None:
+        self.order, self._size = order, size
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self._size)
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[step] for step in range(*index.indices(len(self)))]
+        start = range(len(self))[index] * self._size
+        return self.order[start : start + self._size].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other sequence has the same steps."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as a list has none
+
+
+def shuffled(numbers: Iterable[int], source: random.Random) -> Array:
+    """The numbers as `source` shuffles them."""
+    order = array("i", np.fromiter(numbers, np.int32).tobytes())
+    source.shuffle(order)
+    return np.frombuffer(order, np.int32)
+
+
 def global_batches(
     prompts: Sequence[Hashable],
     batch_size: int,
@@ -32,33 +70,31 @@ def global_batches(
     *,
     together: bool,
     fixed: Sequence[int] | None = None,
-) -> list[list[int]]:
+) -> Batches:
     """Row numbers of every step of an epoch, shuffled or in a `fixed` order; the last step may be smaller.
 
     With `together`, the rows of a prompt follow each other, so that they share its forward pass; the price is
     correlated gradients within a step.
     """
-    order = list(range(len(prompts)) if fixed is None else fixed)
-    if fixed is None:
-        random.Random(f"{seed}/{epoch}").shuffle(order)
+    source = random.Random(f"{seed}/{epoch}")
+    order = shuffled(range(len(prompts)), source) if fixed is None else np.fromiter(fixed, np.int32)
     if together:
-        first = {prompt: place for place, prompt in reversed(list(enumerate(prompts[row] for row in order)))}
-        order.sort(key=lambda row: first[prompts[row]])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        numbers: dict[Hashable, int] = {}
+        first = [numbers.setdefault(prompts[row], len(numbers)) for row in order.tolist()]
+        order = order[np.argsort(np.array(first, np.int32), kind="stable")]
+    return Batches(order, batch_size)
 
 
-def balanced_batches(desirable: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def balanced_batches(desirable: Sequence[bool], batch_size: int, seed: int, epoch: int) -> Batches:
     """Row numbers of every step of an epoch. Each class is shuffled, then both are interleaved at even distances, so
     that a step holds each class in the proportion of the data, rounded up or down: not as many of one as of the other,
     and of a class with less than one row per step none in some steps."""
     source = random.Random(f"{seed}/{epoch}")
-    placed: list[tuple[float, int]] = []
-    for label in (True, False):
-        of_class = [row for row, value in enumerate(desirable) if value is label]
-        source.shuffle(of_class)
-        placed += [((place + 0.5) / len(of_class), row) for place, row in enumerate(of_class)]
-    order = [row for _, row in sorted(placed)]
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    labels = np.asarray(desirable)
+    classes = [shuffled(np.flatnonzero(labels == label), source) for label in (True, False)]
+    places = np.concatenate([(np.arange(len(rows)) + 0.5) / max(1, len(rows)) for rows in classes])
+    rows = np.concatenate(classes)
+    return Batches(rows[np.lexsort((rows, places))], batch_size)
 
 
 def bank_rows(size: int, count: int, seed: int, step: int) -> list[int]:

@@ -17,9 +17,9 @@ import numpy as np
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import UsageError
 from prefpipe.stages.train.examples import TrainLabel, TrainRow
-from prefpipe.stages.train.mapped import column, prompt_keys, select
-from prefpipe.stages.train.micro_batches import balanced_batches, global_batches
-from prefpipe.stages.train.record_batches import Batch
+from prefpipe.stages.train.mapped import column, prompt_numbers, select
+from prefpipe.stages.train.micro_batches import Batches, balanced_batches, global_batches, shuffled
+from prefpipe.stages.train.record_batches import Array, Batch
 
 
 def counts(sizes: Sequence[int], weights: Sequence[float], epoch_length: str) -> list[int]:
@@ -55,36 +55,40 @@ def epoch_size(rows: Sequence[TrainRow], config: TrainConfig) -> int:
     return sum(epoch_counts(rows, config)) if config.source_weights else len(rows)
 
 
-def epoch_rows(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[int]:
+def epoch_rows(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> Array | range:
     """Row numbers of an epoch, ascending; a row that is drawn several times stands there as often."""
     if not config.source_weights:
-        return list(range(len(rows)))
-    drawn: list[int] = []
-    for source, (numbers, count) in enumerate(zip(_by_source(rows, config), epoch_counts(rows, config), strict=True)):
-        drawn += [numbers[i] for i in _walk(len(numbers), epoch * count, count, f"source {source}/{config.seed}")]
-    return sorted(drawn)
+        return range(len(rows))
+    drawn = [
+        numbers[_walk(len(numbers), epoch * count, count, f"source {source}/{config.seed}")]
+        for source, (numbers, count) in enumerate(
+            zip(_by_source(rows, config), epoch_counts(rows, config), strict=True)
+        )
+    ]
+    return np.sort(np.concatenate(drawn))
 
 
-def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
+def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> Batches:
     """Row numbers of every step of an epoch, in the order that the settings name. Shuffled labels are in the proportion
     of their classes in every step; equal reward gaps keep the order of the rows. With source_weights these are the rows
     that the epoch draws."""
     numbers = epoch_rows(rows, config, epoch)
-    drawn = select(rows, numbers) if config.source_weights else rows
-    return [[numbers[place] for place in batch] for batch in _batches(drawn, config, epoch)]
+    if isinstance(numbers, range):
+        return _batches(rows, config, epoch)
+    return Batches(numbers[_batches(select(rows, numbers), config, epoch).order], config.train_batch_size)
 
 
-def _batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> list[list[int]]:
-    order = None
+def _batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> Batches:
+    order: Sequence[int] | None = None
     if config.train_order == "given":
         order = range(len(rows))
     elif config.train_order == "hardness":
-        order = np.argsort(-np.nan_to_num(column(rows, Batch.gaps)), kind="stable").tolist()
+        order = np.argsort(-np.nan_to_num(column(rows, Batch.gaps)), kind="stable")
     elif isinstance(rows[0], TrainLabel):
-        labels = column(rows, Batch.desirable).tolist()
+        labels = column(rows, Batch.desirable)
         return balanced_batches(labels, config.train_batch_size, config.seed, epoch)
-    prompts = prompt_keys(rows) if config.group_by_prompt else [()] * len(rows)
     together = config.group_by_prompt
+    prompts: Sequence[int] = prompt_numbers(rows).tolist() if together else range(len(rows))
     return global_batches(prompts, config.train_batch_size, config.seed, epoch, together=together, fixed=order)
 
 
@@ -113,23 +117,23 @@ def row_counts(batch: Sequence[TrainRow], config: TrainConfig) -> dict[str, floa
 
 def sft_rows(size: int, count: int, seed: int, step: int) -> list[int]:
     """Which of `size` rows to imitate a step has: the next `count` of a walk in passes of all of them."""
-    return _walk(size, step * count, count, f"sft/{seed}") if size else []
+    return _walk(size, step * count, count, f"sft/{seed}").tolist() if size else []
 
 
-def _by_source(rows: Sequence[TrainRow], config: TrainConfig) -> list[list[int]]:
+def _by_source(rows: Sequence[TrainRow], config: TrainConfig) -> list[Array]:
     if not config.source_weights:
         return []
     sources = column(rows, Batch.sources)
-    return [np.flatnonzero(sources == source).tolist() for source in range(len(config.source_weights))]
+    return [np.flatnonzero(sources == source).astype(np.int32) for source in range(len(config.source_weights))]
 
 
-def _walk(size: int, start: int, count: int, name: str) -> list[int]:
-    """Places start to start + count of an endless walk over range(size) in shuffled passes."""
-    return [_pass(size, name, place // size)[place % size] for place in range(start, start + count)]
+def _walk(size: int, start: int, count: int, name: str) -> Array:
+    """Places start to start + count, at least one, of an endless walk over range(size) in shuffled passes."""
+    first = start // size
+    passes = [_pass(size, name, number) for number in range(first, (start + count - 1) // size + 1)]
+    return (passes[0] if len(passes) == 1 else np.concatenate(passes))[start - first * size :][:count]
 
 
 @lru_cache(maxsize=8)
-def _pass(size: int, name: str, number: int) -> tuple[int, ...]:
-    order = list(range(size))
-    random.Random(f"{name}/{number}").shuffle(order)
-    return tuple(order)
+def _pass(size: int, name: str, number: int) -> Array:
+    return shuffled(range(size), random.Random(f"{name}/{number}"))

@@ -4,9 +4,9 @@ from its buffers, which are read-only where they lie in a file.
 C = completions of a batch, counted through its rows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         ("reward_gap", pa.float64()),
     ]
 )
+_DTYPES = {pa.int8(): np.int8, pa.int32(): np.int32, pa.float32(): np.float32, pa.float64(): np.float64}
 _SCALARS = ("kind", "row_id", "weight", "source", "desirable", "preference_prob", "reward_gap")
 
 
@@ -66,10 +67,11 @@ class _Lists:
     """A list array as numpy views: `values` between `offsets`; `known` [lists] is None where no list is null."""
 
     def __init__(self, array: Any) -> None:
-        self.offsets: Array = array.offsets.to_numpy()
+        self.offsets = numbers_of(array.offsets, np.int32)
         self.values = array.values
-        self.flat: Array | None = None if pa.types.is_boolean(self.values.type) else self.values.to_numpy()
-        self.known: Array | None = array.is_valid().to_numpy(zero_copy_only=False) if array.null_count else None
+        kind = _DTYPES.get(self.values.type)
+        self.flat: Array | None = None if kind is None else numbers_of(self.values, kind)
+        self.known: Array | None = _booleans(array.is_valid()) if array.null_count else None
 
     def __getitem__(self, place: int) -> list[Any] | None:
         if self.known is not None and not self.known[place]:
@@ -97,7 +99,7 @@ class Batch:
         self.size = batch.num_rows
         self._columns: dict[str, Any] = dict(zip(batch.schema.names, batch.columns, strict=True))
         self.prompts, self.tokens = _Lists(batch["prompt"]), _Lists(batch["tokens"].values)
-        self.starts: Array = batch["tokens"].offsets.to_numpy()  # [rows + 1]: the first completion of every row
+        self.starts = numbers_of(batch["tokens"].offsets, np.int32)  # [rows + 1]: the first completion of every row
         self.masks, self._refs = _Lists(batch["masks"].values), _Lists(batch["refs"].values)
 
     def row(self, place: int, *, with_refs: bool) -> TrainRow:
@@ -165,28 +167,23 @@ class Batch:
 
     def numbers(self, name: str) -> Array:
         """A column of numbers; NaN where one has no value."""
-        return self.batch[name].to_numpy(zero_copy_only=False)
+        column = self.batch[name]
+        found = numbers_of(column, _DTYPES[column.type])
+        return np.where(_booleans(column.is_valid()), found, math.nan) if column.null_count else found
 
     def sources(self) -> Array:
         """The number of the source."""
         return self.numbers("source")
 
-    def row_ids(self) -> Array:
-        """The id."""
-        return np.array(self._columns["row_id"].to_pylist(), dtype=object)
-
-    def prompt_keys(self) -> Array:
-        """The token ids of the prompt as bytes, the high byte first: their order is that of the ids."""
+    def prompt_bytes(self) -> memoryview:
+        """The token ids of all prompts, the high byte first: as bytes, the order of prompts is that of the ids."""
         assert self.prompts.flat is not None
-        ids = self.prompts.flat.astype(">u4").tobytes()
-        ends = (self.prompts.offsets * 4).tolist()
-        found = np.empty(self.size, dtype=object)
-        found[:] = [ids[start:end] for start, end in pairwise(ends)]
-        return found
+        return self.prompts.flat[self.prompts.offsets[0] : self.prompts.offsets[-1]].astype(">u4").data
 
     def desirable(self) -> Array:
         """Whether a label is desirable; False where it has none."""
-        return self.batch["desirable"].fill_null(pa.scalar(value=False)).to_numpy(zero_copy_only=False)
+        column = self.batch["desirable"]
+        return _booleans(column) & _booleans(column.is_valid())
 
     def gaps(self) -> Array:
         """The reward_gap."""
@@ -206,7 +203,7 @@ class Batch:
 
     def num_scored(self) -> Array:
         """Scored tokens of all completions together."""
-        return self._sum(self._scored)
+        return self._sum(self._scored())
 
     def largest_id(self) -> Array:
         """The largest token id."""
@@ -229,21 +226,21 @@ class Batch:
         """Whether `audit.check_cached` may refuse the row."""
         refs = self._refs
         assert refs.flat is not None
-        wrong = (self._scored == 0) | ((refs.lengths != self._scored) if refs.known is None else False)
+        scored = self._scored()
+        wrong = (scored == 0) | ((refs.lengths != scored) if refs.known is None else False)
         if refs.known is not None:
-            wrong |= refs.known & (refs.lengths != self._scored)
+            wrong |= refs.known & (refs.lengths != scored)
         bad = ~np.isfinite(refs.flat) | (refs.flat > LARGEST_LOGP)
         if bad.any():
             wrong |= _maxima(bad, refs.offsets) > 0
         return (self._sum(wrong) > 0) | (self.prompts.lengths == 0)
 
-    @cached_property
     def _scored(self) -> Array:
         """[C]: scored tokens of every completion."""
         masks = self.masks
         if not self.has_masks:
             return self.tokens.lengths
-        counts = np.concatenate([[0], np.cumsum(masks.values.to_numpy(zero_copy_only=False))])
+        counts = np.concatenate([[0], np.cumsum(_booleans(masks.values))])
         scored = counts[masks.offsets[1:]] - counts[masks.offsets[:-1]]
         return scored if masks.known is None else np.where(masks.known, scored, self.tokens.lengths)
 
@@ -272,6 +269,19 @@ class Batch:
         """Sums [rows] of values [C]."""
         counts = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
         return counts[self.starts[1:]] - counts[self.starts[:-1]]
+
+
+def numbers_of(array: Any, kind: type) -> Array:
+    """A view of an array of numbers; anything where one is null. pyarrow's `to_numpy`, and whatever makes Arrow values
+    of Python's, import pandas where it is installed: 30 MB and a second on every rank."""
+    if not len(array):
+        return np.zeros(0, kind)
+    return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * np.dtype(kind).itemsize)
+
+
+def _booleans(array: Any) -> Array:
+    """Arrow's bits as an array of booleans."""
+    return numbers_of(array.cast(pa.uint8()), np.bool_)
 
 
 def _maxima(values: Array, offsets: Array) -> Array:

@@ -121,7 +121,6 @@ def _shared(directory: Path, fill: Callable[[Path], object], load: Callable[[Pat
         if not (directory / "rows").is_dir():
             _expire(platformdirs.user_cache_path("prefpipe") / "rows")
             fsio.publish_dir(directory / "rows", fill)
-            pa.default_memory_pool().release_unused()
             process_memory.return_free_memory()
         return load(directory / "rows")
 

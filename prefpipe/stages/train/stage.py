@@ -22,7 +22,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow as pa
 import torch
 
 from prefpipe import log
@@ -40,6 +39,7 @@ from prefpipe.stages.train import loading, mapped, mixing, outputs, parallel, sh
 from prefpipe.stages.train.fit import fit
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.loop import Trainer
+from prefpipe.stages.train.margins import Margins
 from prefpipe.stages.train.monitor import diagnostics, trackers
 from prefpipe.stages.train.monitor.alerts import RULES
 from prefpipe.stages.train.optimizer import MasterOptimizer
@@ -116,7 +116,7 @@ def _train_policy(
     state = diagnostics.at_start(RULES, warnings)
     results, alerts, margins = fit(session, trainer, data, state, exact=start.exact, audit_seconds=audited.seconds)  # 7
     results = {"audit": audited.report, **results, "alerts": [asdict(alert) for alert in alerts]}
-    return _finish(session, data, model, config, (results, margins.table()))  # 8
+    return _finish(session, data, model, config, (results, margins))  # 8
 
 
 def _check_cache(data: TrainingData) -> None:
@@ -203,7 +203,7 @@ def _finish(
     data: TrainingData,
     model: TreeModel,
     config: TrainConfig,
-    fitted: tuple[dict[str, Any], pa.Table],
+    fitted: tuple[dict[str, Any], Margins],
 ) -> Manifest:
     """Save the trained policy, the margins of its pairs, and the manifest; a collective call."""
     results, margins = fitted
@@ -218,8 +218,9 @@ def _finish(
         totals["sft"] = len(data.sft)
 
     def finish(run: Run) -> Manifest:
-        if margins.num_rows:
-            run.write_part("margins", Margin, 0, margins)
+        table = margins.table()
+        if table.num_rows:
+            run.write_part("margins", Margin, 0, table)
         return run.finish(totals, {"policy": trained, **identity})
 
     return cast(Manifest, session.lead(finish))

@@ -5,7 +5,7 @@ step was cut, and a quantile needs all of them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,13 @@ class Tally:
         for name, of_rows, counts in zip(metrics, values, counted, strict=True):
             kept = [value for value, count in zip(of_rows, counts, strict=True) if count]
             self.rows.setdefault(name, []).extend(kept)
+
+
+def by_number(margins: Mapping[Key, float], keys: Iterable[Key], numbers: Iterable[int]) -> dict[int, float]:
+    """The margins of rows with these keys and numbers, by their numbers."""
+    return (
+        {number: margins[key] for key, number in zip(keys, numbers, strict=False) if key in margins} if margins else {}
+    )
 
 
 def key_of(row: TrainRow) -> Key:

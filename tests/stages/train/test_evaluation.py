@@ -1,6 +1,7 @@
 """Held-out rows: whole prompts, the metrics of a step, the best weights, early stops, and all of it after a resume."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,22 @@ def test_a_prompt_is_on_one_side_and_no_row_is_lost(num_prompts: int, each: int,
     assert {r.row_id for r in again} == {r.row_id for r in held_out}
 
 
+def test_the_prompts_that_are_held_out_are_a_sample_of_all_in_their_order():
+    """So that a run of an older version resumes with the same rows."""
+    rows = data.to_train_pairs(data.bare_pairs(30, num_prompts=15))
+    drawn = random.Random("eval/4").sample(sorted({r.prompt_ids for r in rows}), 4)
+    assert [r.row_id for r in split_by_prompt(rows, 0.3, 4)[1]] == [r.row_id for r in rows if r.prompt_ids in drawn]
+
+
 def test_another_seed_holds_out_other_prompts():
     rows = data.to_train_pairs(data.bare_pairs(40, num_prompts=40))
     found = {tuple(sorted(r.row_id for r in split_by_prompt(rows, 0.2, seed)[1])) for seed in range(5)}
     assert len(found) == 5
 
 
-def test_an_evaluation_is_the_loss_and_the_metrics_of_a_step_on_the_same_rows(tiny_model: Path):
+def test_an_evaluation_is_the_loss_and_the_metrics_of_a_step_on_the_same_rows(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Before anything has moved: one global batch of all rows; and the micro-batches do not matter."""
     rows = data.to_train_pairs(data.with_reference(data.bare_pairs(7), tiny_model))
     for loss in ("sigmoid", "ipo", "simpo"):
@@ -57,6 +67,11 @@ def test_an_evaluation_is_the_loss_and_the_metrics_of_a_step_on_the_same_rows(ti
         found = evaluation.evaluate(trainer, rows, []).values
         trainer.budget = 40
         assert evaluation.evaluate(trainer, rows, []).values == pytest.approx(found, rel=1e-5, abs=1e-6)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "_ROWS", 3)
+            some = evaluation.evaluate(trainer, rows, [])
+        assert some.values == pytest.approx(found, rel=1e-5, abs=1e-6)
+        assert list(some.margins) == list(range(7))
         step = next(loop.steps(trainer, rows, 0)).values
         assert {"eval_loss", "eval_logps/chosen", "eval_rewards/margins"} <= found.keys()
         for name, value in found.items():

@@ -59,7 +59,7 @@ def test_a_view_has_the_rows_it_was_made_of() -> None:
     part = VIEW[7:250:3]
     assert list(part) == ROWS[7:250:3]
     assert list(part.select([5, 1, 1])) == [ROWS[22], ROWS[10], ROWS[10]]
-    assert [mapped.row_id(part, place) for place in (0, 80)] == ["r7", "r247"]
+    assert mapped.ids(part, np.array([0, 80])).to_pylist() == ["r7", "r247"]
     assert list(mapped.keys(part)) == [(row.row_id, row.source) for row in part]
 
 
@@ -112,12 +112,23 @@ def test_a_row_that_the_audit_would_refuse_is_suspicious(change: dict[str, objec
     assert mapped.column([good, row, good], Batch.suspicious).tolist() == [False, expected, False]
 
 
-def test_prompts_are_ordered_as_their_token_ids_are() -> None:
-    prompts = [(256,), (1, 70000), (1,), (255, 3), (1, 2), (70000,), (1,)]
+def test_prompts_are_numbered_in_the_order_of_their_token_ids() -> None:
+    """Of a list, of two batches, and of a part of them, whose prompts alone are counted."""
+    prompts = [(256,), (1, 70000), (1,), (255, 3), (1, 2), (70000,), (1,), ()]
     rows = [TrainLabel(str(n), p, TrainCompletion("c", (1,), None), True, 1.0) for n, p in enumerate(prompts)]
-    keys = mapped.prompt_keys(Rows([Batch(encode(rows))]))
-    assert sorted(range(7), key=keys.__getitem__) == sorted(range(7), key=prompts.__getitem__)
-    assert keys[2] == keys[6]
+    view = Rows([Batch(encode(rows[:3])), Batch(encode(rows[3:]))])
+    for given, numbers in ((rows, range(8)), (view, range(8)), (view.select([6, 0, 5, 2]), (6, 0, 5, 2))):
+        order = sorted({prompts[n] for n in numbers})
+        assert mapped.prompt_numbers(given).tolist() == [order.index(prompts[n]) for n in numbers]
+    assert mapped.prompt_numbers(view.select([7, 7])).tolist() == [0, 0]
+    assert mapped.prompt_numbers(Rows([Batch(encode(rows[7:]))])).tolist() == [0]  # no token at all
+
+
+def test_ids_come_in_order() -> None:
+    places = np.arange(0, 243, 2)
+    for rows in (VIEW[7:250], ROWS[7:250]):
+        found = mapped.in_order_of_ids(rows, places).tolist()
+        assert found == sorted(places.tolist(), key=lambda place: rows[place].row_id)
 
 
 def test_rows_have_all_reference_values_or_none() -> None:

@@ -1,6 +1,8 @@
 """One file of rows for all processes of a node: made once, complete or not there, shared, gone at the end."""
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,6 +87,54 @@ def test_without_a_cache_every_process_has_a_copy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert row_files.opened(row_files.place({"x": 1}), write).rows["rows"] == PAIRS
     assert "every rank keeps its own copy" in capsys.readouterr().err
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from prefpipe.config.train import TrainConfig
+from prefpipe.stages.train import mapped, mixing, process_memory, row_files
+from prefpipe.stages.train.margins import Margins
+from prefpipe.stages.train.record_batches import Batch
+from prefpipe.stages.train.reference import audit
+
+def private():
+    process_memory.return_free_memory()
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
+
+kept, held = [], [private()]
+for folder in sys.argv[1:]:
+    rows = row_files.opened(Path(folder), None).rows["rows"]
+    mapped.column(rows, Batch.suspicious)
+    mapped.column(rows, Batch.num_tokens), mapped.column(rows, Batch.gaps), audit._spread(rows, 8)
+    margins = Margins(rows, ())
+    margins.note(1, dict.fromkeys(range(0, len(rows), 100), 0.5), held_out=False)
+    kept += rows, margins, mixing.epoch_batches(mapped.all_or_none(rows), TrainConfig(model="x", pairs=("x",)), 0)
+    held.append(private())
+print(held[2] - held[1], "pandas" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_holds_a_few_bytes_of_a_row_of_its_own() -> None:
+    """12 of margins and order, whatever the row has; that of few rows before it is what rows cost however few they are.
+    None is a row that a rank has, so that pandas stays out as well: Arrow would import it for a Python value."""
+    batch = Batch(encode([row for row in PAIRS for _ in range(1000)]))
+
+    def many(folder: Path, count: int) -> Facts:
+        with Writer(folder / "rows.arrow") as out:
+            for _ in range(count):
+                out.add(batch)
+        return {}
+
+    places = {count: row_files.place({"batches": count}) for count in (1, 20)}
+    for count, place in places.items():
+        row_files.opened(place, lambda folder, count=count: many(folder, count))
+    command = [sys.executable, "-c", CHILD, *map(str, places.values())]
+    grown, pandas = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(grown) < 24 * 20 * batch.size  # 5 measured
+    assert pandas == "False"
 
 
 def test_values_that_were_missing_lie_beside_the_rows() -> None:

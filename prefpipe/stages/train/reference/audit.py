@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward.agreement import EXACT_H, KERNEL_NOISE, absolute_limit, signed_limit
 from prefpipe.forward.layout import Tree
 from prefpipe.stages.train.examples import TrainRow
-from prefpipe.stages.train.mapped import column, row_id
+from prefpipe.stages.train.mapped import column, in_order_of_ids
 from prefpipe.stages.train.micro_batches import tree_of
 from prefpipe.stages.train.record_batches import LARGEST_LOGP, Batch
 
@@ -153,8 +152,10 @@ def _spread(rows: Sequence[TrainRow], count: int) -> list[TrainRow]:
     ordered = np.sort(lengths)
     taken = min(count, len(rows))
     found: list[TrainRow] = []
+    length, alike = -1, np.zeros(0, np.int64)
     for place in (round(i * (len(rows) - 1) / max(1, taken - 1)) for i in range(taken)):
-        alike = np.flatnonzero(lengths == ordered[place]).tolist()
-        by_id = sorted(alike, key=partial(row_id, rows)) if len(alike) > 1 else alike
-        found.append(rows[by_id[place - int(np.searchsorted(ordered, ordered[place]))]])
+        if ordered[place] != length:
+            length = ordered[place]
+            alike = in_order_of_ids(rows, np.flatnonzero(lengths == length))
+        found.append(rows[int(alike[place - int(np.searchsorted(ordered, length))])])
     return found

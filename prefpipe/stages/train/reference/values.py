@@ -21,7 +21,7 @@ from prefpipe.runs.store import Run
 from prefpipe.schemas import RefLogps, from_table, to_table
 from prefpipe.stages.train import row_files
 from prefpipe.stages.train.examples import RefLogpsById, TrainRow, has_ref_logps
-from prefpipe.stages.train.mapped import Rows, column, prompt_keys, select
+from prefpipe.stages.train.mapped import Rows, column, prompt_numbers, select
 from prefpipe.stages.train.micro_batches import tree_of
 from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.record_batches import Batch
@@ -152,8 +152,7 @@ def _score(rows: Sequence[TrainRow], world: World, model: TreeModel, scorer: str
     computed once."""
     scored: dict[str, RefLogps] = {}
     own = select(rows, range(world.rank, len(rows), world.size))
-    prompts = prompt_keys(own)
-    ordered = select(own, sorted(range(len(own)), key=prompts.__getitem__))
+    ordered = select(own, np.argsort(prompt_numbers(own), kind="stable"))
     values_of = _share_of(model, lambda: map(tree_of, ordered), tree_of(rows[0]))
     with log.progress("reference log-probs", len(ordered), "rows") as advance:
         for row, values in zip(ordered, values_of, strict=True):
