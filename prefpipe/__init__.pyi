@@ -303,6 +303,7 @@ class IterateSettings(TypedDict, total=False):
     reference: str
     start: Literal["previous", "base"]
     replay: float
+    replay_rounds: int
     prompts_per_round: int
     repeat_prompts: bool
     learning_rates: float | Sequence[float]

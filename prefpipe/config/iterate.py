@@ -48,6 +48,8 @@ class IterateConfig(BaseModel):
     replay: Annotated[float, ADDED, Field(ge=0, le=1)] = 0.0
     """Share of the rows of every earlier round that a round trains on too, drawn anew by the round; their log-probs are
     computed again where the reference is another one by now."""
+    replay_rounds: Annotated[int, ADDED, Field(ge=0)] = 0
+    """With replay: so many rounds before it, the newest ones, give rows to a round; 0: all of them."""
     prompts_per_round: Annotated[int, ADDED, Field(ge=0)] = 0
     """Prompts of a round, which no other round has; 0 gives every round all of them."""
     repeat_prompts: Annotated[bool, ADDED] = False
@@ -152,6 +154,8 @@ class IterateConfig(BaseModel):
             yield f"prompts_per_round cuts the prompts itself: leave out part = {self.generate.part} in [generate]"
         if self.repeat_prompts and not self.prompts_per_round:
             yield "repeat_prompts is read with prompts_per_round: without it every round has all prompts"
+        if self.replay_rounds and not self.replay:
+            yield f"replay_rounds = {self.replay_rounds} is read with replay: say which share of their rows"
         if self.from_round and not self.from_run:
             yield f"from_round = {self.from_round} is a round of from_run: name its directory"
         if self.from_run and self.from_round >= self.rounds:

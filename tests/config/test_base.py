@@ -176,7 +176,7 @@ def _keep_what_build_pairs_reads(found: dict[str, Any], prefix: str) -> None:
 
 def _keep_rounds_that_fit(found: dict[str, Any]) -> None:
     """Drop schedules of settings that are set or that no loss reads, parts beside prompts_per_round, references that no
-    loss reads, and rounds to take from nowhere."""
+    loss reads, and rounds to take or replay from nowhere."""
     losses = found.get("train.loss_type", ("sigmoid",))
     for schedule, places in SCHEDULES.items():
         if any(f"{table}.{name}" in found for table, name in places):
@@ -189,6 +189,8 @@ def _keep_rounds_that_fit(found: dict[str, Any]) -> None:
         found.pop("generate.part", None)
     else:
         found.pop("repeat_prompts", None)
+    if not found.get("replay"):
+        found.pop("replay_rounds", None)
     if "from_run" not in found:
         found.pop("from_round", None)
     found["rounds"] = found.get("rounds", 2) + found.get("from_round", 0)

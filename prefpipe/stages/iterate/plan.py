@@ -127,7 +127,8 @@ def _training(config: IterateConfig, out: Path, number: int, known: Known) -> It
     building = {"completions": completions, "ref_logps": scored, **config.scheduled("build_pairs", number)}
     yield Step(number, "build-pairs", config.build_pairs.model_copy(update=building))
     rows = (str(here / "build-pairs"),)
-    earlier = tuple(str(out / f"round-{before}" / "build-pairs") for before in range(1, number))
+    oldest = max(1, number - config.replay_rounds) if config.replay_rounds else 1
+    earlier = tuple(str(out / f"round-{before}" / "build-pairs") for before in range(oldest, number))
     if earlier and config.replay:
         if config.replay == 1 and (config.reference not in ("previous", "best") or not config.needs_reference):
             rows += earlier

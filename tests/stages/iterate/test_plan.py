@@ -175,6 +175,16 @@ def test_earlier_rows_are_scored_with_the_reference_of_the_round(reference: str,
     assert third["train"].pairs == ("out/round-3/build-pairs", "out/round-3/replay")
 
 
+@pytest.mark.parametrize(("rounds", "oldest"), [(1, 5), (3, 3), (5, 1), (9, 1), (0, 1)])
+def test_replay_may_be_of_the_newest_rounds_alone(rounds: int, oldest: int) -> None:
+    """Whether their rows are scored anew or taken as they are."""
+    newest = tuple(f"out/round-{n}/build-pairs" for n in range(oldest, 6))
+    made = round_of(config(replay=0.5, replay_rounds=rounds), 6)
+    assert made["replay"].inputs == newest
+    as_they_are = round_of(config(replay=1, replay_rounds=rounds, reference="base"), 6)
+    assert as_they_are["train"].pairs == ("out/round-6/build-pairs", *newest)
+
+
 def test_rows_of_a_loss_without_reference_are_replayed_unscored() -> None:
     loss = {"loss_type": ["simpo"]}
     assert round_of(config(replay=0.5, train=loss), 2)["replay"].reference == "none"
