@@ -10,12 +10,14 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,8 +48,8 @@ class Forge:
 
     def run(self, *arguments: object, **job: Any) -> Ended:
         """`fault` arms a fault point, `alarm` kills after so many seconds, `engine` replaces the fake engine, `inline`
-        names a module whose `Inline` runs the steps of `iterate`, `env` adds variables to the environment of now, `cwd`
-        is where it runs."""
+        names a module whose `Inline` runs the steps of `iterate`, `module` is run in place of `prefpipe`, `env` adds
+        variables to the environment of now, `cwd` is where it runs."""
         return self.run_together([{"arguments": list(map(str, arguments)), **job}])[0]
 
     def run_together(self, jobs: Sequence[dict[str, Any]], timeout: float = 240) -> list[Ended]:
@@ -112,7 +114,10 @@ def _child(job: dict[str, Any]) -> None:
         ).Inline
     if "engine" in job:
         engines.ENGINES["fake"] = job["engine"]
-    sys.argv = ["prefpipe", *job["arguments"]]
+    sys.argv = [job.get("module", "prefpipe"), *job["arguments"]]
+    if "module" in job:
+        runpy.run_module(job["module"], run_name="__main__")
+        sys.exit(0)
     cli.main()
 
 
@@ -126,6 +131,8 @@ def _exit_code(job: dict[str, Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         return end.code if isinstance(end.code, int) else 1
+    except Exception:  # of a module: `main` prints its own
+        traceback.print_exc()
     return 99
 
 

@@ -1,4 +1,4 @@
-"""What a run does in a test as on any machine, only shorter: it decides nothing there, and there are thousands of runs."""
+"""What costs time and decides nothing in a test. There are thousands of runs in the suite."""
 
 import os
 

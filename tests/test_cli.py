@@ -298,7 +298,7 @@ def with_own_reward(model: Path, prompts: Path, folder: Path, action: str) -> tu
     return command, {**os.environ, **paths}, folder
 
 
-def test_ctrl_c_is_exit_130_and_resumes(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
+def test_ctrl_c_is_exit_130_and_resumes(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
     command, env, folder = with_own_reward(tiny_model, prompts_file, tmp_path / "w", "time.sleep(60)")
     with subprocess.Popen(
         command, env=env, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -310,15 +310,17 @@ def test_ctrl_c_is_exit_130_and_resumes(tiny_model: Path, prompts_file: Path, tm
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
     assert_refused(Done(command, process.returncode, stdout, stderr), 130, "stopped by signal 2", "resumes")
-    again = subprocess.run(command, env=env, cwd=folder, text=True, capture_output=True, check=False)
+    again = cli(*command[3:], env=env, cwd=folder)
     assert again.returncode == 0, again.stderr
     assert "12 completions of 6 prompts" in again.stdout
 
 
-def test_sigterm_inside_a_users_reward_stops_too(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
+def test_sigterm_inside_a_users_reward_stops_too(
+    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
     action = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
     command, env, folder = with_own_reward(tiny_model, prompts_file, tmp_path / "w", action)
-    done = subprocess.run(command, env=env, cwd=folder, text=True, capture_output=True, check=False)
+    done = cli(*command[3:], env=env, cwd=folder)
     assert_refused(done, 143, "stopped by signal 15")
 
 

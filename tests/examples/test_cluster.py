@@ -34,16 +34,17 @@ print(17)
 """
 
 
-def test_the_slurm_script_makes_the_run_of_one_command(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
+def test_the_slurm_script_makes_the_run_of_one_command(
+    prefpipe: str, tiny_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
     config = GenerateConfig(model=str(tiny_model), prompts=str(prompts_file), engine="fake", num_samples=2, check=0)
     recipe = tmp_path / "recipe.json"
     recipe.write_text(config.model_dump_json())
-    programs = {"sbatch": SBATCH.format(python=sys.executable)}
-    programs["prefpipe"] = f'#!/bin/sh\nexec {sys.executable} -m prefpipe "$@"\n'
+    programs = {"sbatch": SBATCH.format(python=sys.executable), "prefpipe": prefpipe}
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment |= {"RECIPE": str(recipe), "PARTS": "2", "OUT": str(tmp_path / "runs")}
     subprocess.run([FOLDER / "slurm.sh", "--partition", "gpu"], check=True, env=environment, cwd=tmp_path)
     whole = generate.run(config, tmp_path / "one", force=False)

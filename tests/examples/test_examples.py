@@ -2,12 +2,9 @@
 
 import json
 import os
-import socketserver
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,41 +12,10 @@ import pytest
 from prefpipe.models import policy
 from prefpipe.runs import store
 from tests.conftest import ROOT
-from tests.forge import Forge
 
 SCRIPTS = sorted(p.name for p in (ROOT / "examples").glob("*.sh"))
 FLAGS = ("--dtype", "float32", "--lora-r", "2", "--learning-rate", "1e-3")
 Run = Callable[..., str]
-
-
-CLIENT = """#!{python} -SE
-import json, socket, sys
-with socket.socket(socket.AF_UNIX) as s:
-    s.connect({address!r})
-    s.sendall((json.dumps(sys.argv[1:]) + "\\n").encode())
-    ended = json.loads(s.makefile().read())
-sys.stdout.write(ended["stdout"])
-sys.stderr.write(ended["stderr"])
-sys.exit(ended["code"])
-"""
-
-
-@pytest.fixture(scope="module")
-def prefpipe(forged: Forge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A `prefpipe` whose commands are forked from one process that has imported torch already."""
-    address = str(tmp_path_factory.mktemp("s") / "s")
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            ended = forged.run(*json.loads(self.rfile.readline()))
-            self.wfile.write(json.dumps(asdict(ended)).encode())
-
-    with socketserver.UnixStreamServer(address, Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield CLIENT.format(python=sys.executable, address=address)
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from prefpipe.errors import MissingInputError, PrefpipeError, UsageError
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
 from prefpipe.stages.iterate import stage as iterate
-from tests.conftest import ROOT, Cli
+from tests.conftest import ROOT
+from tests.forge import Forge
 from tests.stages.iterate.cases import NO_STOPS, PER_ROUND, in_process, never, planned
 
 MakeConfig = Callable[..., IterateConfig]
@@ -202,15 +203,17 @@ def test_the_content_of_every_file_that_a_table_names_belongs_to_the_run(
     assert found[0].keys() - iterate._inputs(config()).keys() in ({f"evaluate.{kind}"}, {f"evaluate.{kind} 0"})
 
 
-def test_one_round_through_the_command_line(cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
+def test_one_round_through_the_command_line(forged: Forge, config: MakeConfig, tmp_path: Path) -> None:
+    """Its steps run in the process of the command: test_runners starts those of their own."""
     (tmp_path / "mine.json").write_text(json.dumps(base.dump(config(rounds=1))))
-    done = cli("iterate", tmp_path / "mine.json", "--out", tmp_path / "o")
-    assert done.returncode == 0, done.stderr
+    words = ("iterate", tmp_path / "mine.json", "--out", tmp_path / "o")
+    done = forged.run(*words, inline="tests.stages.iterate.cases")
+    assert done.code == 0, done.stderr
     assert "round 1/1: evaluate" in done.stderr
     assert "| start" in done.stdout
     assert "| 1 " in done.stdout
-    again = cli("iterate", tmp_path / "mine.json", "--out", tmp_path / "o")
-    assert again.returncode == 0, again.stderr
+    again = forged.run(*words)
+    assert again.code == 0, again.stderr
     assert done.stdout.endswith(again.stdout)  # after what the steps said
     assert "is complete already" in again.stderr
 

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_parallel: what only a process group of two can show. Every rank asserts; 0 is success."""
+"""Run as two ranks by test_parallel: what only a process group of two can show. Every rank asserts; 0 is success."""
 
 import os
 import shutil

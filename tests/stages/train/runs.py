@@ -1,31 +1,18 @@
 """Runs of train: started on two ranks, and what is read back from one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
 
-from tests.forge import ROOT, Ended, Forge
+from tests.forge import Ended, Forge
 
 
-def torchrun(*arguments: object, fault: str = "") -> subprocess.CompletedProcess[str]:
-    """Two processes on this machine. The rendezvous is at a port that the system chooses when it is opened, so that
-    several of them can start at the same time."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=ROOT, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PREFPIPE_FAULT": fault},
-    )  # fmt: skip
-
-
-def two_ranks(forged: Forge, *arguments: object, faults: tuple[str, str] = ("", "")) -> Ended:
-    """`prefpipe ARGUMENTS` as two ranks without the start of three interpreters. They meet as under torchrun: at a
-    store that is open before they start, at a port that the system chose. `faults` are armed on rank 0 and on rank 1.
-    The code of the one that failed, if any."""
+def two_ranks(forged: Forge, *arguments: object, faults: tuple[str, str] = ("", ""), **job: str) -> Ended:
+    """`prefpipe ARGUMENTS`, or a `module`, as two ranks without the start of three interpreters. They meet as under
+    torchrun: at a store that is open before they start, at a port that the system chose. `faults` are armed on rank 0
+    and on rank 1. The code of the one that failed, if any."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
@@ -35,6 +22,7 @@ def two_ranks(forged: Forge, *arguments: object, faults: tuple[str, str] = ("", 
         {
             "arguments": list(map(str, arguments)),
             "env": {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "PREFPIPE_FAULT": fault},
+            **job,
         }
         for rank, fault in enumerate(faults)
     ]

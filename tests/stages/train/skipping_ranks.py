@@ -1,4 +1,4 @@
-"""Run under torchrun by test_experts: models of which a rank leaves out parameters, or makes more passes than another.
+"""Run as two ranks by test_experts: models of which a rank leaves out parameters, or makes more passes than another.
 
 Every rank asserts that a step has the gradient of one process; 0 is success.
 """

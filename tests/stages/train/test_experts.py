@@ -14,8 +14,9 @@ from prefpipe.models.policy import resolve
 from prefpipe.stages.train import loading, loop
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import StepMetrics
+from tests.forge import Forge
 from tests.stages.train import data
-from tests.stages.train.runs import torchrun
+from tests.stages.train.runs import two_ranks
 
 SMALL: dict[str, Any] = {
     "vocab_size": 264, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -82,7 +83,7 @@ def test_it_is_refused_for_a_model_without_experts(tiny_model: Path):
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_gradient_of_one(mixture: Path, tiny_model: Path, tmp_path: Path):
+def test_two_ranks_have_the_gradient_of_one(forged: Forge, mixture: Path, tiny_model: Path, tmp_path: Path):
     """DDP and FSDP2 where ranks use other parameters, or make other numbers of passes, than each other."""
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -90,5 +91,5 @@ def test_two_ranks_have_the_gradient_of_one(mixture: Path, tiny_model: Path, tmp
     torch.manual_seed(0)
     seeing = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4))
     seeing.save_pretrained(tmp_path / "towers")
-    done = torchrun("-m", "tests.stages.train.skipping_ranks", mixture, tmp_path / "towers", tiny_model)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = two_ranks(forged, mixture, tmp_path / "towers", tiny_model, module="tests.stages.train.skipping_ranks")
+    assert done.code == 0, done.stderr[-4000:]

@@ -22,7 +22,7 @@ from prefpipe.stages.train.micro_batches import micro_batches
 from prefpipe.stages.train.parallel import World
 from tests.forge import Forge
 from tests.stages.train import data
-from tests.stages.train.runs import torchrun, two_ranks
+from tests.stages.train.runs import two_ranks
 
 STRATEGIES = ["ddp", "fsdp2"]
 
@@ -49,9 +49,9 @@ def test_alone_there_is_nothing_to_share(tiny_model: Path, monkeypatch: pytest.M
     parallel.stop(world)
 
 
-def test_a_wrapped_model_computes_and_saves_what_an_unwrapped_one_does(tiny_model: Path):
-    done = torchrun("-m", "tests.stages.train.ranks", tiny_model, *STRATEGIES)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_a_wrapped_model_computes_and_saves_what_an_unwrapped_one_does(forged: Forge, tiny_model: Path):
+    done = two_ranks(forged, tiny_model, *STRATEGIES, module="tests.stages.train.ranks")
+    assert done.code == 0, done.stderr[-4000:]
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ def same_as_whole(out: Path, case: Case) -> None:
     assert not list(out.rglob("*.tmp"))
 
 
-def test_fully_sharded_from_beginning_to_end_and_from_its_checkpoint_alone(case: Case, tmp_path: Path):
+def test_fully_sharded_from_beginning_to_end_and_from_its_checkpoint_alone(forged: Forge, case: Case, tmp_path: Path):
     """Two ranks do all 6 steps. Then, with the checkpoint of step 4 only, one process does the last two."""
     out = tmp_path / "t"
-    done = torchrun("-m", "prefpipe", *command(case, "fsdp2", out))
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = two_ranks(forged, *command(case, "fsdp2", out))
+    assert done.code == 0, done.stderr[-4000:]
     same_as_whole(out, case)
     assert stage.run(case.config("ddp"), out, force=False) == store.read_manifest(out)  # complete for one process too
     for path in (out / "manifest.json", out / "adapter", out / "checkpoints" / "step-00000006"):
@@ -148,12 +148,12 @@ def test_fully_sharded_from_beginning_to_end_and_from_its_checkpoint_alone(case:
 
 
 def test_replicated_ranks_stop_together_and_one_process_goes_on(
-    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    forged: Forge, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """An I/O error on rank 0 before the metrics of step 3 ends both ranks; one process goes on after step 2."""
     out = tmp_path / "t"
-    stopped = torchrun("-m", "prefpipe", *command(case, "ddp", out), fault="append:4:eio")
-    assert stopped.returncode != 0
+    stopped = two_ranks(forged, *command(case, "ddp", out), faults=("append:4:eio", ""))
+    assert stopped.code != 0
     assert stopped.stderr.count("error: cannot write") == 1
     assert not (out / "manifest.json").exists()
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
