@@ -149,7 +149,8 @@ def add_lora(
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
-    """A LoRA adapter from disk on a loaded model; on a model without weights the adapter is on the CPU.
+    """A LoRA adapter from disk on a loaded model; on a model without weights the adapter is on the CPU, and OnlyWhole
+    is raised for one with biases of the model.
 
     Raises DataError for an adapter that lacks matrices of its target modules, has some that fit no module of the model,
     or holds what is no finite float.
@@ -160,11 +161,13 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
         raise DataError(f"{path}: integers in place of floats in {listed(integers)}", _OTHER_ADAPTER)
     first = next(model.parameters())
     options: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": "cpu"} if first.is_meta else {}
+    of_base = list(model.parameters())
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             options |= {"is_trainable": trainable, "autocast_adapter_dtype": False}
             adapted = PeftModel.from_pretrained(model, directory, **options)
+        on_meta.give_memory(adapted, of_base, first.dtype) if first.is_meta else None
         tensors = load_peft_weights(
             str(directory), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None)
         )
@@ -174,6 +177,8 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
         raise
     except Exception as error:  # whatever peft raises for the values of a config
         raise DataError(f"adapter {directory} does not fit the model: {reason(error)}", _OTHER_ADAPTER) from error
+    if first.is_meta and any(config.bias != "none" for config in adapted.peft_config.values()):
+        raise on_meta.only_whole(Path(str(model.name_or_path)), f"the adapter {directory} has biases of it")
     missing = [name for name in report.missing_keys if "lora_" in name or ".modules_to_save." in name]
     if missing:
         raise DataError(f"adapter {directory} lacks {listed(missing)}", _OTHER_ADAPTER)
@@ -182,8 +187,6 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise DataError(f"adapter {directory}: no finite numbers in {listed(broken)}", _OTHER_ADAPTER)
-    for parameter in adapted.parameters() if first.is_meta else ():
-        parameter.data = parameter.data.to(first.dtype)
     return _check_head(adapted)
 
 
@@ -293,8 +296,3 @@ def save_beside_weights(directory: Path, source: Path, chat_template: str) -> No
             shutil.copyfile(file, directory / file.name)
     if chat_template not in ("model", "none"):
         shutil.copyfile(chat_template, directory / "chat_template.jinja")
-
-
-def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """A loaded model with an adapter from disk added into its weights."""
-    return cast(PreTrainedModel, load_adapter(model, adapter, trainable=False).merge_and_unload())

@@ -25,6 +25,10 @@ from prefpipe.forward.weights import DTYPES, check_floats, check_report, listed,
 _WRAPPERS = (".base_layer", ".original_module")  # what peft adds to the name of a weight
 
 
+class OnlyWhole(UsageError):
+    """A model that cannot be read tensor by tensor."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a weight is read from: its name in the file, and its bytes."""
@@ -35,10 +39,10 @@ class Source:
 
 def empty_model(directory: Path, dtype: str) -> PreTrainedModel:
     """A causal language model whose parameters have shapes and no memory, tied as its config says; its buffers are
-    real. Raises as `weights.read_model`, and UsageError for a model that can only be loaded whole."""
+    real. Raises as `weights.read_model`, and OnlyWhole."""
     config = read_config(AutoModelForCausalLM, directory)
     if getattr(config, "quantization_config", None) is not None:
-        raise _only_whole(directory, "its weights are quantised, and no part of such a matrix stands alone")
+        raise only_whole(directory, "its weights are quantised, and no part of such a matrix stands alone")
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -54,20 +58,37 @@ def empty_model(directory: Path, dtype: str) -> PreTrainedModel:
     kept = model._get_dtype_plan(DTYPES[dtype])
     wide = [name for name, _ in model.named_parameters() if any(part in name for part in kept)]
     if wide:
-        raise _only_whole(directory, f"{listed(wide)} stay in float32 whatever the dtype")
+        raise only_whole(directory, f"{listed(wide)} stay in float32 whatever the dtype")
     return model
 
 
 def sources(directory: Path, model: PreTrainedModel) -> dict[str, Source]:
     """Where each parameter and persistent buffer of an `empty_model` is read from, under each of its names.
 
-    Raises as `weights.read_model`; DataError for tied weights that differ, UsageError for weights that transformers
+    Raises as `weights.read_model`; DataError for tied weights that differ, OnlyWhole for weights that transformers
     would convert.
     """
+    result, parts = sources_and_parts(directory, model)
+    if parts:
+        keys = sorted(part.name for held in parts.values() for part in held)
+        raise only_whole(
+            directory,
+            f"transformers converts {listed(keys)} while it reads them, such as experts that it stacks",
+            "; or save it once as this version of transformers has it in memory: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, save_original_format=False)",
+        )
+    return result
+
+
+def sources_and_parts(
+    directory: Path, model: PreTrainedModel
+) -> tuple[dict[str, Source], dict[str, tuple[Source, ...]]]:
+    """As `sources`; and of the tensors that transformers makes of others, such as stacked experts, the others. That
+    these are all there is not checked. Raises OnlyWhole for a tensor that it takes apart."""
     found = {name: tensor for file in weight_files(directory) for name, tensor in tensor_files.stored(file).items()}
     check_floats(directory, model)
     tensors: Mapping[str, torch.Tensor] = model.state_dict(keep_vars=True)
-    by_name, extra = _renamed(directory, model, found, tensors)
+    by_name, parts, extra = _renamed(directory, model, found, tensors)
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
@@ -82,7 +103,7 @@ def sources(directory: Path, model: PreTrainedModel) -> dict[str, Source]:
                     "set tie_word_embeddings to false in config.json",
                 )
         result |= dict.fromkeys(tied, held[0]) if held else {}
-        missing |= set() if held else {tied[0]}
+        missing |= set() if held or tied[0] in parts else {tied[0]}
     report = SimpleNamespace(missing_keys=set(missing), unexpected_keys=extra)
     model._adjust_missing_and_unexpected_keys(report)  # pyright: ignore[reportPrivateUsage, reportArgumentType]  (no public name)
     never_read = {name for name in missing if tensors[name].is_meta}
@@ -96,7 +117,7 @@ def sources(directory: Path, model: PreTrainedModel) -> dict[str, Source]:
         AutoModelForCausalLM,
         {**vars(report), "missing_keys": report.missing_keys | never_read, "mismatched_keys": shapes},
     )
-    return result
+    return result, parts
 
 
 def draw_lora(model: PeftModel) -> None:
@@ -120,6 +141,17 @@ def draw_lora(model: PeftModel) -> None:
             b.weight = torch.nn.Parameter(torch.zeros(b.weight.shape, dtype=dtype))
 
 
+def give_memory(model: PeftModel, of_base: Iterable[torch.Tensor], dtype: torch.dtype) -> None:
+    """Put the parameters of an adapter on an `empty_model` on the CPU, with any values: peft moves those that it reads
+    to where the base is. `of_base` are the other parameters."""
+    others = {id(parameter) for parameter in of_base}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta and id(parameter) not in others:
+                there = torch.empty_like(parameter, dtype=dtype, device="cpu")
+                setattr(module, name, torch.nn.Parameter(there, requires_grad=parameter.requires_grad))
+
+
 def plain_name(name: str) -> str:
     """The name of a weight before peft wrapped its module."""
     for wrapper in _WRAPPERS:
@@ -129,39 +161,37 @@ def plain_name(name: str) -> str:
 
 def _renamed(
     directory: Path, model: PreTrainedModel, found: Mapping[str, Stored], tensors: Mapping[str, Any]
-) -> tuple[dict[str, Source], set[str]]:
-    """The tensors of files by their names in the model, and the names of those that it does not have."""
+) -> tuple[dict[str, Source], dict[str, tuple[Source, ...]], set[str]]:
+    """The tensors of files by their names in the model, those that a tensor of the model is made of, and the names of
+    those that it does not have."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    apart = {p for t in converters if len(t.target_patterns) > 1 for p in t.source_patterns}
     prefix, known = model.base_model_prefix, dict(tensors)
     by_name: dict[str, Source] = {}
-    converted: list[str] = []
+    parts: dict[str, tuple[Source, ...]] = {}
     extra: set[str] = set()
     for key in sorted(found, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in tensors and key in tensors:
             name, pattern = rename_source_key(key, [], [], prefix, known)
+        if pattern in apart:
+            raise only_whole(directory, f"transformers makes several tensors of {key} while it reads it")
         if pattern is not None:
-            converted.append(key)
+            parts[name] = (*parts.get(name, ()), Source(key, found[key]))
         elif name in tensors:
             by_name[name] = Source(key, found[key])
         else:
             extra.add(key)
-    if converted:
-        raise _only_whole(
-            directory,
-            f"transformers converts {listed(converted)} while it reads them, such as experts that it stacks",
-            "; or save it once as this version of transformers has it in memory: "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, save_original_format=False)",
-        )
-    return by_name, extra
+    return by_name, parts, extra
 
 
-def _only_whole(directory: Path, why: str, way: str = "") -> UsageError:
-    return UsageError(
-        f"distributed = fsdp2 reads every rank its part of the files, which {directory.name} does not allow: {why}",
-        f"take distributed = ddp{way}",
+def only_whole(directory: Path, why: str, way: str = "") -> OnlyWhole:
+    """Why a model cannot be read tensor by tensor, and what to do with ranks that would."""
+    return OnlyWhole(
+        f"{directory.name} can only be read whole: {why}",
+        f"distributed = fsdp2 reads every rank its part of the files: take distributed = ddp{way}",
     )
 
 

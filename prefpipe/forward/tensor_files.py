@@ -128,6 +128,24 @@ def index(files: Sequence[Plan]) -> dict[str, Any]:
     }
 
 
+def write_index(files: Sequence[Plan], folder: Path) -> None:
+    """Write the index of a model in several files; one in a single file has none."""
+    if len(files) > 1:
+        text = json.dumps(index(files), indent=2)
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def copy(source: Stored, target: Stored) -> None:
+    """Copy a tensor from file to file, into the dtype of the second. A few of its rows are in memory at any time."""
+    row = max(1, math.prod(source.shape[1:]) * max(source.dtype.itemsize, target.dtype.itemsize))
+    count = max(1, _PIECE // row)
+    for first in range(0, source.shape[0] if source.shape else 1, count):
+        shape = (min(count, source.shape[0] - first), *source.shape[1:]) if source.shape else ()
+        rows = torch.empty(shape, dtype=target.dtype)
+        source.read(first, rows)
+        target.write(first, rows)
+
+
 def _planned(file: str, tensors: Shapes) -> Plan:
     """Tensors of wide numbers come first, so that each begins at a multiple of its item size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from prefpipe.errors import UsageError
-from prefpipe.forward import load, lora_targets
+from prefpipe.forward import load, lora_targets, merge
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, settle_rows
 
@@ -148,8 +148,8 @@ def test_experts_are_adapted_by_the_names_of_their_parameters(
     values.sum().backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in lora.parameters() if p.requires_grad)
     load.save_adapter(lora, load.adapter_tensors(lora), tmp_path / "a", "base")
-    merged = load.merged(load.load_model(directory, "float32"), tmp_path / "a")
-    load.save_model(merged, load.model_tensors(merged), tmp_path / "merged", directory, "model")
+    (tmp_path / "merged").mkdir()
+    merge.save_merged(directory, tmp_path / "a", "float32", tmp_path / "merged")
     for again in (
         load.load_adapter(load.load_model(directory, "float32"), tmp_path / "a", trainable=False),
         PeftModel.from_pretrained(load.load_model(directory, "float32"), tmp_path / "a"),

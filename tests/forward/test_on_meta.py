@@ -61,6 +61,23 @@ def test_a_new_adapter_has_the_values_that_it_has_on_a_loaded_model(tiny_model: 
         assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in theirs)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_from_disk_has_the_values_that_it_has_on_a_loaded_model(
+    tiny_model: Path, tiny_adapter: Path, dtype: str
+):
+    """peft itself would leave it without memory, as the model is."""
+    loaded, empty = (
+        load.load_adapter(make(tiny_model, dtype), tiny_adapter, trainable=True)
+        for make in (load.load_model, load.empty_model)
+    )
+    theirs, ours = ({n: p for n, p in model.named_parameters() if p.requires_grad} for model in (loaded, empty))
+    assert ours.keys() == theirs.keys()
+    assert ours
+    assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in theirs)
+    assert all(p.is_meta for n, p in empty.named_parameters() if n not in ours)
+
+
 @pytest.mark.filterwarnings("ignore:Model has")
 def test_an_adapter_on_an_embedding_is_refused(tiny_model: Path):
     with pytest.raises(UsageError, match="takes adapters on linear modules"):

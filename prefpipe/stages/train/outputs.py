@@ -1,6 +1,5 @@
 """The results of a training run: an adapter or a model, and on request a merged model, each with its model card."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from prefpipe import __version__, log
 from prefpipe.config.train import TrainConfig
-from prefpipe.forward import load, on_meta, tensor_files
+from prefpipe.forward import load, merge, on_meta, tensor_files
 from prefpipe.forward.logps import TreeModel, causal_model
 from prefpipe.forward.weights import DTYPES
 from prefpipe.models import fingerprint
@@ -106,9 +105,7 @@ def _model_writer(session: Session, model: TreeModel, policy: Policy, config: Tr
         if into is not None:
             load.save_config(causal, into, config.dtype)
             load.save_beside_weights(into, policy.directory, config.chat_template)
-            if len(files) > 1:
-                index = tensor_files.index(files)
-                (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+            tensor_files.write_index(files, into)
 
     return fill_in_place if parallel.cuts(session.world, config.distributed) else fill_whole
 
@@ -124,10 +121,10 @@ def publish_merged(
     """Publish a whole model: the base of `policy` plus a saved adapter, whose digest `policy` has. The base is read
     again, on the CPU: in memory it may be sharded or in 4 bits. `aside` is as in `fsio.publish_dir`."""
     log.info("merging the adapter into the model")
-    whole = load.merged(load.load_model(policy.directory, config.dtype, device="cpu"), adapter)
 
     def fill(into: Path) -> None:
-        load.save_model(whole, load.model_tensors(whole), into, policy.directory, config.chat_template)
+        merge.save_merged(policy.directory, adapter, config.dtype, into)
+        load.save_beside_weights(into, policy.directory, config.chat_template)
         (into / "README.md").write_text(card("merged", base_name(policy, config), config, facts), encoding="utf-8")
         record = merged_record(policy.weights, fingerprint.adapter_digest(adapter), fingerprint.weights_digest(into))
         (into / "prefpipe.json").write_text(record, encoding="utf-8")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -27,6 +28,7 @@ from prefpipe.stages.train.optimizer import MasterOptimizer
 from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.session import Session
 from tests.stages.train import data
+from tests.tiny import make_adapter
 
 
 def main(model_directory: Path, strategies: Sequence[str]) -> None:
@@ -42,6 +44,7 @@ def main(model_directory: Path, strategies: Sequence[str]) -> None:
     check_files(world)
     pairs = data.to_train_pairs(data.with_reference(data.bare_pairs(5), model_directory))
     for strategy in strategies:
+        check_adapter(model_directory, strategy, world)
         check_values(start(model_directory, strategy, world), data.trainer(data.policy(model_directory), CONFIG), pairs)
         check_gradient(model_directory, strategy, world, pairs, "shared")
         check_gradient(model_directory, strategy, world, pairs, "separate")
@@ -79,6 +82,21 @@ def check_files(world: World) -> None:
     del os.environ["PREFPIPE_FAULT"]
     if world.leads:
         shutil.rmtree(folder)
+
+
+def check_adapter(model_directory: Path, strategy: str, world: World) -> None:
+    """An adapter that is trained on has the values of its file on both ranks."""
+    place = Path(world.tell(tempfile.mkdtemp() if world.leads else "")) / "a"
+    world.tell(make_adapter(model_directory, place, seed=4) if world.leads else None)
+    config = data.config(model_directory, adapter=str(place), distributed=strategy)
+    model = loading.load_policy(resolve(str(model_directory), str(place)), config, world)
+    whole = parallel.whole_adapter(model.policy)
+    stored = load_file(place / "adapter_model.safetensors")
+    assert len(whole) == len(stored)
+    same = all(torch.equal(whole[name.replace(".weight", ".default.weight")], stored[name]) for name in stored)
+    assert all(world.gather(same))
+    if world.leads:
+        shutil.rmtree(place.parent)
 
 
 CONFIG = data.config(Path(), train_batch_size=5, max_tokens_per_micro_batch=40, max_grad_norm=1e9)
