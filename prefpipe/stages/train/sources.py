@@ -132,7 +132,8 @@ class Sources:
             return
         read = tokenised.read_pairs if self.kind == "pairs" else tokenised.read_labels
         limits = lengths.limits(self._config, self._context)
-        yield from _chunks(read(name, self._chat, limits, files.renames(self._config.column), dropped))
+        rows = read(name, self._chat, limits, files.renames(self._config.column), dropped)
+        yield from _chunks(cast("Iterator[Stored]", rows))
 
     def _write(
         self, rows: Sequence[Stored], number: int, writer: Writer, found: Read, values: Mapping[str, RefLogps]

@@ -3,7 +3,7 @@ memory."""
 
 import mmap
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ class Spool:
         self._memory = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
         self._file.close()
 
-    def add(self, rows: Sequence[Any]) -> None:
+    def add(self, rows: list[Any]) -> None:
         """Append rows."""
         if rows:
             self._stream.write_batch(to_table(self._row_type, rows).combine_chunks().to_batches()[0])
