@@ -8,10 +8,10 @@ import pytest
 from prefpipe import rows
 from prefpipe.errors import DataError, IdentityError
 from prefpipe.inputs.kl_bank import kl_bank
-from prefpipe.inputs.tokenised import read_labels, read_pairs
 from prefpipe.models.chat import Chat
 from prefpipe.schemas import Label, Pair, Prompt, RankedGroup, RefLogps
 from tests.conftest import Write
+from tests.inputs.cases import read_labels, read_pairs
 
 GROUP = RankedGroup(
     "p", [], [1, 2], ["best", "worst"], [[], []], [[3], [4, 5]], ["d", "e"], [1.0, 0.0], ["stop"] * 2, 1.0,

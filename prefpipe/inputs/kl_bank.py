@@ -2,13 +2,43 @@
 
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
 from prefpipe.errors import DataError
 from prefpipe.ids import ids_digest, masked_id
-from prefpipe.schemas import KlBank, Label
+from prefpipe.schemas import KlBank
 
 
-def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
+class Answered(Protocol):
+    """What a bank is made of: a label, or what has its ids at hand and its tokens when they are asked for."""
+
+    @property
+    def completion_id(self) -> str:
+        """Of the completion."""
+        ...
+
+    @property
+    def prompt_id(self) -> str:
+        """Of the prompt."""
+        ...
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """Of the prompt."""
+        ...
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the completion."""
+        ...
+
+    @property
+    def loss_mask(self) -> list[bool] | None:
+        """Which tokens of the completion are scored; None: all."""
+        ...
+
+
+def kl_bank(labels: Sequence[Answered], size: int, seed: int) -> list[KlBank]:
     """Up to `size` distinct rows: the prompt of one label with the completion of another, never of the same prompt. The
     order of `labels` does not matter.
 
@@ -17,7 +47,7 @@ def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
     full. Raises DataError with fewer than two prompts.
     """
     rows = sorted(labels, key=lambda row: row.completion_id)
-    prompts = sorted({row.prompt_id: row.prompt_token_ids for row in rows}.items())
+    prompts = sorted({row.prompt_id: row for row in rows}.items(), key=lambda entry: entry[0])
     if len(prompts) < 2:
         raise DataError("KTO needs completions of at least two prompts to estimate its reference point", "add prompts")
     source = random.Random(f"klbank/{seed}")
@@ -29,12 +59,13 @@ def kl_bank(labels: Sequence[Label], size: int, seed: int) -> list[KlBank]:
         for row in rows:
             if len(bank) >= size:
                 return sorted(bank.values(), key=lambda r: r.bank_id)
-            bank_row = _bank_row(*prompts[(place[row.prompt_id] + distance) % len(prompts)], row)
+            prompt_id, prompt = prompts[(place[row.prompt_id] + distance) % len(prompts)]
+            bank_row = _bank_row(prompt_id, prompt.prompt_token_ids, row)
             bank.setdefault(bank_row.bank_id, bank_row)
     return sorted(bank.values(), key=lambda r: r.bank_id)
 
 
-def _bank_row(prompt_id: str, prompt_ids: list[int], row: Label) -> KlBank:
+def _bank_row(prompt_id: str, prompt_ids: list[int], row: Answered) -> KlBank:
     return KlBank(
         bank_id=masked_id(prompt_ids, row.token_ids, loss_mask=row.loss_mask),
         prompt_id=prompt_id,

@@ -85,46 +85,42 @@ class Tokenised:
 
 
 def read_pairs(
-    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
-) -> tuple[list[Pair], list[Dropped]]:
-    """Pairs of a preference file (see formats), and the ledger of its faulty rows; `columns` renames some.
+    path: str | Path, chat: Chat, limits: Limits, columns: Mapping[str, str] | None, dropped: list[Dropped]
+) -> Iterator[Pair]:
+    """Pairs of a preference file (see formats), one at a time; its faulty rows go to `dropped`. `columns` renames some.
 
     The prompt is the common token prefix of the prompt alone and both renderings; the rest is the completion, with its
     end-of-sequence token exactly once and nothing after it. Raises DataError for a file of another format.
     """
-    dropped: list[Dropped] = []
-    source = rows(path, columns)
-    return [pair for _, pair in _read(source, "preference", chat, limits, to_pair, dropped)], dropped
+    return (pair for _, pair in _read(rows(path, columns), "preference", chat, limits, to_pair, dropped))
 
 
 def read_labels(
-    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
-) -> tuple[list[Label], list[Dropped]]:
-    """Labels of a file (see formats), tokenised as pairs are, and the ledger of its faulty and repeated rows; `columns`
-    renames some.
+    path: str | Path, chat: Chat, limits: Limits, columns: Mapping[str, str] | None, dropped: list[Dropped]
+) -> Iterator[Label]:
+    """Labels of a file (see formats), tokenised as pairs are; its faulty and repeated rows go to `dropped`.
 
     Raises DataError for a file of another format.
     """
-    labels: dict[str, Label] = {}
-    dropped: list[Dropped] = []
+    labels: dict[str, bool] = {}
     for where, label in _read(rows(path, columns), "label", chat, limits, to_label, dropped):
-        known = labels.setdefault(label.completion_id, label)
-        if known is not label:
-            dropped.append(repeated(label.completion_id, where, conflicting=known.label != label.label))
-    return list(labels.values()), dropped
+        if label.completion_id in labels:
+            conflicting = labels[label.completion_id] != label.label
+            dropped.append(repeated(label.completion_id, where, conflicting=conflicting))
+        else:
+            labels[label.completion_id] = label.label
+            yield label
 
 
 def read_completions(
-    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
-) -> tuple[list[Completion], list[Dropped]]:
+    path: str | Path, chat: Chat, limits: Limits, columns: Mapping[str, str] | None, dropped: list[Dropped]
+) -> Iterator[Completion]:
     """Answers of a file of prompts and completions, or of conversations that end with the assistant (see formats),
-    tokenised as pairs are, and the ledger of its faulty rows; `columns` renames some. Repeated rows stay.
+    tokenised as pairs are; its faulty rows go to `dropped`. Repeated rows stay.
 
     Raises DataError for a file of another format.
     """
-    dropped: list[Dropped] = []
-    source = rows(path, columns)
-    return [row for _, row in _read(source, "completion", chat, limits, to_completion, dropped)], dropped
+    return (row for _, row in _read(rows(path, columns), "completion", chat, limits, to_completion, dropped))
 
 
 def repeated(completion_id: str, where: str, *, conflicting: bool) -> Dropped:

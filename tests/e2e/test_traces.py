@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from prefpipe.forward import load
 from prefpipe.forward.logps import TreeModel
-from prefpipe.inputs.tokenised import read_pairs
 from prefpipe.models.chat import load_chat
 from prefpipe.runs import store, tables
 from prefpipe.schemas import (
@@ -34,7 +33,7 @@ from prefpipe.stages.train.loss_batches import to_loss_batch
 from prefpipe.stages.train.losses import registry
 from prefpipe.stages.train.micro_batches import micro_batches
 from tests.conftest import Call, Write
-from tests.inputs.cases import ASK, LONG, MARKED, SHORT, TOOLS, TRACE, calling, result, said
+from tests.inputs.cases import ASK, LONG, MARKED, SHORT, TOOLS, TRACE, calling, read_pairs, result, said
 from tests.runs.cases import rewrite
 from tests.stages.train import data
 

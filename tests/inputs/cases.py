@@ -1,6 +1,13 @@
-"""Agent traces, and a chat template that marks what of them the assistant says."""
+"""Agent traces, a chat template that marks what of them the assistant says, and the rows of whole files."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from prefpipe.inputs import tokenised
+from prefpipe.inputs.tokenised import NO_LIMITS, Limits
+from prefpipe.models.chat import Chat
+from prefpipe.schemas import Completion, Dropped, Label, Pair
 
 # Around every turn ChatML; the marks hold what the model writes: reasoning, text, calls and the end of the turn.
 MARKED = (
@@ -33,3 +40,27 @@ def said(content: str) -> dict[str, Any]:
 TRACE = [calling("Lund"), result("rain, 8 degrees"), said("Yes.")]
 SHORT = [calling("Kiel"), result("dry"), said("No.")]
 LONG = [*TRACE, {"role": "user", "content": "And in Kiel?"}, calling("Kiel"), result("dry"), said("There it is dry.")]
+
+
+def read_pairs(
+    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+) -> tuple[list[Pair], list[Dropped]]:
+    """All pairs of a file, and its faulty rows."""
+    dropped: list[Dropped] = []
+    return list(tokenised.read_pairs(path, chat, limits, columns, dropped)), dropped
+
+
+def read_labels(
+    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+) -> tuple[list[Label], list[Dropped]]:
+    """All labels of a file, and its faulty rows."""
+    dropped: list[Dropped] = []
+    return list(tokenised.read_labels(path, chat, limits, columns, dropped)), dropped
+
+
+def read_completions(
+    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+) -> tuple[list[Completion], list[Dropped]]:
+    """All completions of a file, and its faulty rows."""
+    dropped: list[Dropped] = []
+    return list(tokenised.read_completions(path, chat, limits, columns, dropped)), dropped

@@ -10,20 +10,25 @@ from prefpipe.errors import RowFault
 from prefpipe.ids import ids_digest
 from prefpipe.inputs import answers, formats
 from prefpipe.inputs.answers import AnswerIds
-from prefpipe.inputs.tokenised import (
-    Limits,
-    Tokenised,
-    read_completions,
-    read_labels,
-    read_pairs,
-    to_completion,
-    tokenise,
-)
+from prefpipe.inputs.tokenised import Limits, Tokenised, to_completion, tokenise
 from prefpipe.models.chat import Chat
 from prefpipe.models.encoding import Rules, encode
 from prefpipe.models.thinking import Marks
 from tests.conftest import Write
-from tests.inputs.cases import ASK, LONG, MARKED, SHORT, TOOLS, TRACE, calling, result, said
+from tests.inputs.cases import (
+    ASK,
+    LONG,
+    MARKED,
+    SHORT,
+    TOOLS,
+    TRACE,
+    calling,
+    read_completions,
+    read_labels,
+    read_pairs,
+    result,
+    said,
+)
 
 CALL = '{"name": "weather", "arguments": {"town": "%s"}}'
 

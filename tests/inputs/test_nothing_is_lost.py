@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefpipe.inputs import formats, messages, tokenised
+from prefpipe.inputs import formats, messages
 from prefpipe.inputs.files import rows
 from prefpipe.inputs.tokenised import Limits
 from prefpipe.models import template, turns
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.encoding import Rules
 from prefpipe.schemas import Message
-from tests.inputs.cases import MARKED
+from tests.inputs.cases import MARKED, read_labels, read_pairs
 
 # Tools, calls, reasoning and parts, as a template of today prints them; and one that prints text alone, trimmed.
 RICH = (
@@ -131,7 +131,7 @@ def test_pairs(reader: Chat, control_tokens: str, tmp_path_factory: pytest.TempP
     def check(found: list[dict[str, Any]]) -> None:
         path = written(tmp_path_factory, {"prompt": "first", "chosen": "one", "rejected": "two"}, found)
         limits = Limits(rules=Rules(control_tokens))
-        _check(reader, "preference", path, partial(tokenised.read_pairs, path, reader, limits), "chosen_token_ids")
+        _check(reader, "preference", path, partial(read_pairs, path, reader, limits), "chosen_token_ids")
 
     check()
 
@@ -147,7 +147,7 @@ def test_traces(reader: Chat, control_tokens: str, tmp_path_factory: pytest.Temp
     def check(found: list[dict[str, Any]]) -> None:
         nonlocal checked
         path = written(tmp_path_factory, {"prompt": "first", "chosen": "one", "rejected": "two"}, found)
-        pairs, dropped = tokenised.read_pairs(path, reader, limits)
+        pairs, dropped = read_pairs(path, reader, limits)
         source = list(rows(path))
         assert len(pairs) + len(dropped) == len(source)
         lost = {row.id for row in dropped}
@@ -181,7 +181,7 @@ def test_labels(reader: Chat, tmp_path_factory: pytest.TempPathFactory) -> None:
     @given(st.lists(LABELS, max_size=6))
     def check(found: list[dict[str, Any]]) -> None:
         path = written(tmp_path_factory, {"prompt": "first", "completion": "one", "label": True}, found)
-        _check(reader, "label", path, partial(tokenised.read_labels, path, reader), "token_ids")
+        _check(reader, "label", path, partial(read_labels, path, reader), "token_ids")
 
     check()
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from prefpipe.errors import DataError
 from prefpipe.ids import content_id, ids_digest
-from prefpipe.inputs.tokenised import Limits, read_completions, read_labels, read_pairs
+from prefpipe.inputs.tokenised import Limits
 from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.encoding import Rules, encode, render
 from prefpipe.schemas import Message, Pair
 from tests.conftest import ROOT, Write
+from tests.inputs.cases import read_completions, read_labels, read_pairs
 
 EOS = 2  # <|im_end|>
 OPENING = "{{ messages[0].content }}:{% if messages|length > 1 %}"

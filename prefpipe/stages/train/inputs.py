@@ -111,7 +111,7 @@ def prepare(config: TrainConfig) -> TrainingData:
     inputs |= {"policy": policy.id, **(chat.digests if chat else {})}
 
     def write(folder: Path) -> Facts:
-        training, others = (sources.Sources(names, kind, chat, config, context) for names in (given, held_out))
+        training, others = (sources.Sources(names, kind, chat, config, context, folder) for names in (given, held_out))
         read_sft = partial(sources.read_sft, config, chat, own)
         return sources.write(folder, training, others, read_sft, _values(config, training, others))
 

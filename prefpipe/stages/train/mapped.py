@@ -86,7 +86,8 @@ class Rows(Sequence[TrainRow]):
             file.flush()
             prompts = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if ends[-1] else b""
         buffers = [None, pa.py_buffer(ends), pa.py_buffer(prompts)]
-        ranks = pc.rank(pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, buffers), tiebreaker="dense")
+        keys = pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, buffers)
+        ranks = pc.call_function("rank", [keys], pc.RankOptions(tiebreaker="dense"))
         found = numbers_of(ranks, np.uint64)
         chosen = found if self._numbers is None else found[self._numbers]
         return np.unique(chosen, return_inverse=True)[1].astype(np.int32)
@@ -121,7 +122,7 @@ def keys(rows: Sequence[TrainRow]) -> Iterator[tuple[str, int]]:
 
 def in_order_of_ids(rows: Sequence[TrainRow], places: Array) -> Array:
     """The places in the order of the ids of their rows."""
-    return places[numbers_of(pc.array_sort_indices(ids(rows, places)), np.uint64)]
+    return places[numbers_of(pc.call_function("array_sort_indices", [ids(rows, places)]), np.uint64)]
 
 
 def all_or_none(rows: Sequence[TrainRow]) -> Sequence[TrainRow]:

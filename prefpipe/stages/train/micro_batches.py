@@ -69,7 +69,7 @@ def global_batches(
     epoch: int,
     *,
     together: bool,
-    fixed: Sequence[int] | None = None,
+    fixed: Iterable[int] | None = None,
 ) -> Batches:
     """Row numbers of every step of an epoch, shuffled or in a `fixed` order; the last step may be smaller.
 
@@ -85,7 +85,7 @@ def global_batches(
     return Batches(order, batch_size)
 
 
-def balanced_batches(desirable: Sequence[bool], batch_size: int, seed: int, epoch: int) -> Batches:
+def balanced_batches(desirable: Sequence[bool] | Array, batch_size: int, seed: int, epoch: int) -> Batches:
     """Row numbers of every step of an epoch. Each class is shuffled, then both are interleaved at even distances, so
     that a step holds each class in the proportion of the data, rounded up or down: not as many of one as of the other,
     and of a class with less than one row per step none in some steps."""

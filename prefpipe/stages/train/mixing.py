@@ -8,7 +8,7 @@ before ended: over a run, two rows of a source are drawn equally often, or one o
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -79,7 +79,7 @@ def epoch_batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> 
 
 
 def _batches(rows: Sequence[TrainRow], config: TrainConfig, epoch: int) -> Batches:
-    order: Sequence[int] | None = None
+    order: Iterable[int] | None = None
     if config.train_order == "given":
         order = range(len(rows))
     elif config.train_order == "hardness":

@@ -1,9 +1,11 @@
 """The rows of runs and files that a training run is given: read part by part, checked, and written as record batches of
-rows to train on. A part of a run is held at a time; files from elsewhere are tokenised whole.
+rows to train on. A part of a run is held at a time, and some rows of a file from elsewhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -20,6 +22,7 @@ from prefpipe.stages.train import columns, examples, lengths
 from prefpipe.stages.train.examples import TrainGroup, TrainLabel, TrainPair, TrainRow
 from prefpipe.stages.train.record_batches import Batch, encode
 from prefpipe.stages.train.row_files import Facts, Writer
+from prefpipe.stages.train.spool import LabelAt, Spool
 
 Stored = Pair | Label | RankedGroup | KlBank
 T = TypeVar("T")
@@ -45,17 +48,24 @@ class Read:
 
 
 class Sources:
-    """Runs and files with rows of one kind, of which the model takes those that `context` tokens hold."""
+    """Runs and files with rows of one kind, of which the model takes those that `context` tokens hold. What is needed
+    twice lies in `folder` meanwhile."""
 
     def __init__(
-        self, names: Sequence[str], kind: Kind, chat: Chat | None, config: TrainConfig, context: int | None
+        self,
+        names: Sequence[str],
+        kind: Kind,
+        chat: Chat | None,
+        config: TrainConfig,
+        context: int | None,
+        folder: Path,
     ) -> None:
-        self.names, self._chat, self._config, self._context = names, chat, config, context
+        self.names, self._chat, self._config, self._context, self._folder = names, chat, config, context, folder
         self.kind: Kind = kind
-        self._read_files: dict[str, list[Stored]] = {}  # tokenised once, also where they are read twice
+        self._spools: dict[int, Spool] = {}  # sources that were read, where they are needed again
         needed = config.objective.needs("z0")
         self._bank = [row for name in names for row in _bank_of(Path(name))] if needed else []
-        self._labels: list[Label] | None = [] if needed and not self._bank else None  # what a bank is to be made of
+        self._labels: list[LabelAt] | None = [] if needed and not self._bank else None  # what a bank is to be made of
 
     def digests(self) -> dict[str, str]:
         """The ids_digest of every completion of rows and bank, by its id."""
@@ -91,12 +101,27 @@ class Sources:
 
     def _rows(self, number: int, found: Read) -> Iterator[list[Stored]]:
         """The rows of a source that the context holds, some at a time."""
-        for chunk in self._read(self.names[number], found.dropped):
-            found.count += len(chunk)
-            fitting = lengths.fitting(chunk, self._context, found.dropped)
+        if number in self._spools:
+            spool = self._spools[number]
+            found.count, found.dropped = found.count + spool.read, found.dropped + spool.dropped
+            yield from spool.chunks()
+            return
+        again = self._labels is not None or (self._config.ref_logps and not files.is_run(self.names[number]))
+        dropped: list[Dropped] = []
+        count = 0
+        with Spool(self._row_type, self._folder) if again else nullcontext() as spool:
+            for chunk in self._read(self.names[number], dropped):
+                count += len(chunk)
+                fitting = lengths.fitting(chunk, self._context, dropped)
+                if spool:
+                    spool.add(fitting)
+                yield fitting
+        found.count, found.dropped = found.count + count, found.dropped + dropped
+        if spool:
+            spool.read, spool.dropped = count, dropped
+            self._spools[number] = spool
             if self._labels is not None:
-                self._labels += [row for row in fitting if isinstance(row, Label)]
-            yield fitting
+                self._labels += spool.labels
 
     def _read(self, name: str, dropped: list[Dropped]) -> Iterator[list[Stored]]:
         if files.is_run(name) or self._chat is None or self.kind == "groups":
@@ -105,26 +130,20 @@ class Sources:
                 for start in range(0, table.num_rows, _CHUNK):
                     yield list[Stored](from_table(self._row_type, table.slice(start, _CHUNK)))
             return
-        if name in self._read_files:
-            yield self._read_files[name]
-            return
         read = tokenised.read_pairs if self.kind == "pairs" else tokenised.read_labels
         limits = lengths.limits(self._config, self._context)
-        rows, faulty = read(name, self._chat, limits, files.renames(self._config.column))
-        dropped += faulty
-        if self._config.ref_logps:
-            self._read_files[name] = list[Stored](rows)
-        yield list[Stored](rows)
+        rows = read(name, self._chat, limits, files.renames(self._config.column), dropped)
+        yield from _chunks(cast("Iterator[Stored]", rows))
 
     def _write(
         self, rows: Sequence[Stored], number: int, writer: Writer, found: Read, values: Mapping[str, RefLogps]
     ) -> None:
-        for chunk in _chunks(rows):
-            for row in chunk:
-                check_ids(row, f"row {key_of(row)}")
-            filled = [_with_values(row, values) for row in chunk]
-            for name, names in found.names.items():
-                names |= {value for row in filled if (value := getattr(row, name)) is not None}
+        for row in rows:
+            check_ids(row, f"row {key_of(row)}")
+        filled = [_with_values(row, values) for row in rows]
+        for name, names in found.names.items():
+            names |= {value for row in filled if (value := getattr(row, name)) is not None}
+        if filled:
             writer.add(Batch(encode([replace(row, source=number) for row in _train_rows(filled)])))
 
     def _write_columns(self, number: int, writer: Writer, found: Read) -> None:
@@ -145,8 +164,8 @@ class Sources:
     def _read_bank(self, found: Read) -> None:
         bank = self._bank if found.count else []
         if self._labels:
-            bank = kl_bank(self._labels, self._config.kl_bank_size, self._config.seed)
-            self._labels = []
+            self._bank = bank = kl_bank(self._labels, self._config.kl_bank_size, self._config.seed)
+            self._labels = None
         found.bank = lengths.within(bank, self._context, found.dropped)
 
 
@@ -154,7 +173,7 @@ def write(
     folder: Path,
     training: Sources,
     held_out: Sources,
-    sft: Callable[[list[Dropped]], Sequence[TrainRow]],
+    sft: Callable[[list[Dropped]], Iterable[Sequence[TrainRow]]],
     values: Mapping[str, RefLogps],
 ) -> Facts:
     """Write the rows to train on and then those to evaluate on, their banks alike, and the rows that `sft` reads, whose
@@ -176,17 +195,19 @@ def write(
             for name, names in others.names.items():
                 found.names[name] |= names
     with Writer(folder / "sft.arrow") as writer:
-        for chunk in _chunks(sft(found.dropped) if found.kept else ()):
+        for chunk in sft(found.dropped) if found.kept else ():
             writer.add(Batch(encode(chunk)))
     named = {name: sorted(names) for name, names in found.names.items()}
     return {**facts, **named, "dropped": [[row.id, row.reason, row.detail] for row in found.dropped]}
 
 
-def read_sft(config: TrainConfig, chat: Chat | None, context: int | None, dropped: list[Dropped]) -> list[TrainRow]:
-    """The rows to imitate; faulty ones go to `dropped`. Raises UsageError for a run, DataError when no row is left."""
+def read_sft(
+    config: TrainConfig, chat: Chat | None, context: int | None, dropped: list[Dropped]
+) -> Iterator[Sequence[TrainRow]]:
+    """The rows to imitate, some at a time; faulty ones go to `dropped`. Raises UsageError for a run, DataError when no
+    row is left."""
     limits, renames = lengths.limits(config, context), files.renames(config.sft_column)
-    rows: list[TrainRow] = []
-    faulty: list[Dropped] = []
+    before, kept = len(dropped), 0
     for source in config.sft:
         if files.is_run(source):
             raise UsageError(
@@ -194,13 +215,12 @@ def read_sft(config: TrainConfig, chat: Chat | None, context: int | None, droppe
                 "give files of answers to imitate; for chosen completions of pairs add --loss-type nll",
             )
         assert chat is not None
-        completions, of_source = tokenised.read_completions(source, chat, limits, renames)
-        rows += examples.from_completions(completions)
-        faulty += of_source
-    dropped += faulty
-    if config.sft and not rows:
-        raise DataError(f"no row of {', '.join(config.sft)} can be imitated: {why_dropped(faulty)}", "check the file")
-    return rows
+        for chunk in _chunks(tokenised.read_completions(source, chat, limits, renames, dropped)):
+            kept += len(chunk)
+            yield examples.from_completions(chunk)
+    if config.sft and not kept:
+        reasons = why_dropped(dropped[before:])
+        raise DataError(f"no row of {', '.join(config.sft)} can be imitated: {reasons}", "check the file")
 
 
 def _bank_of(run: Path) -> list[KlBank]:
@@ -224,5 +244,7 @@ def _with_values(row: Stored, values: Mapping[str, RefLogps]) -> Stored:
     return with_ref_logps(row, values) if known else row
 
 
-def _chunks(rows: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
+def _chunks(rows: Iterable[T]) -> Iterator[list[T]]:
+    source = iter(rows)
+    while chunk := list(islice(source, _CHUNK)):
+        yield chunk

@@ -13,7 +13,7 @@ from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import IdSet
 from prefpipe.inputs.kl_bank import kl_bank
-from prefpipe.inputs.tokenised import NO_LIMITS, read_labels
+from prefpipe.inputs.tokenised import NO_LIMITS
 from prefpipe.models.chat import load_chat
 from prefpipe.rewards.base import Answer
 from prefpipe.rows import key_of
@@ -21,6 +21,7 @@ from prefpipe.schemas import Dropped, Label, RankedGroup, Reward
 from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.score import sources
 from prefpipe.stages.score.sources import Reader, ShardRows
+from tests.inputs.cases import read_labels
 from tests.stages.train import data
 
 

@@ -19,7 +19,7 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.ids import ids_digest
-from prefpipe.inputs import files, tokenised
+from prefpipe.inputs import files
 from prefpipe.inputs.kl_bank import kl_bank
 from prefpipe.models.chat import load_chat
 from prefpipe.models.policy import resolve
@@ -46,6 +46,7 @@ from prefpipe.stages.train import stage
 from prefpipe.stages.train.reference.values import read_ref_logps
 from tests.cases import assert_refused
 from tests.conftest import Cli
+from tests.inputs.cases import read_labels, read_pairs
 
 Write = Callable[..., Path]
 SHARDS = ("prompts/", "completions/", "pairs/", "ref_logps/", "dropped/")
@@ -104,7 +105,7 @@ def test_a_preference_file_becomes_filled_pairs_and_completions(tiny_model: Path
     }  # fmt: skip
     logps = {r.completion_id: r for r in rows(tmp_path / "s", "ref_logps", RefLogps)}
     policy = resolve(str(tiny_model)).id
-    expected, _ = tokenised.read_pairs(write(*PAIRS), load_chat(tiny_model))
+    expected, _ = read_pairs(write(*PAIRS), load_chat(tiny_model))
     for pair, plain in zip(rows(tmp_path / "s", "pairs", Pair), expected, strict=True):
         assert (pair.pair_id, pair.chosen_token_ids) == (plain.pair_id, plain.chosen_token_ids)
         for side in ("chosen", "rejected"):
@@ -221,7 +222,7 @@ def test_pairs_of_a_run_are_filled(tiny_model: Path, generated: tuple[Path, Path
 def test_labels_bank_and_groups_of_a_run_are_filled(tiny_model: Path, write: Write, tmp_path: Path) -> None:
     """Written as build-pairs writes them; each kind has its own shape of the same columns."""
     given = [{"prompt": f"Q{i}", "completion": f"A {i}.", "label": True} for i in range(4)]
-    labels, _ = tokenised.read_labels(write(*given), load_chat(tiny_model))
+    labels, _ = read_labels(write(*given), load_chat(tiny_model))
     group = RankedGroup(
         "p", labels[0].prompt, labels[0].prompt_token_ids, ["a", "b"], [labels[0].completion] * 2, [[7, 2], [8, 9, 2]],
         [ids_digest(labels[0].prompt_token_ids, ids) for ids in ([7, 2], [8, 9, 2])], [1.0, 0.0], ["stop"] * 2, 1.0,
