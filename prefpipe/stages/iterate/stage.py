@@ -181,7 +181,7 @@ def _run_round(config: IterateConfig, rounds: _Rounds, number: int, known: Known
             raise
         return stops.without_pairs(number, ties)
     if config.report and known.evaluates and number < config.rounds:
-        page.write(rounds.out)
+        page.renew(rounds.out)
     return None
 
 

@@ -251,16 +251,21 @@ def test_sigterm_reaches_the_running_step_and_gives_exit_143(config: MakeConfig,
 def test_a_page_of_the_rounds_is_written_after_every_evaluation(
     config: MakeConfig, finished: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
-    """What is there when the second step starts is a page of a run that goes on; the last one is of a complete run."""
-    seen: list[str] = []
+    """It is written while the second step runs, and shows a run that goes on; the last one is of a complete run."""
+    page, steps = tmp_path / "out/report.html", list[str]()
 
     def runner(command: str, saved: Path, out: Path) -> None:
-        page = out.parent.parent / "report.html"
-        seen.append(page.read_text() if page.exists() else "")
+        if steps == ["evaluate"]:
+            deadline = time.monotonic() + 300
+            while not page.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert "out is running" in page.read_text()
+        else:
+            assert page.exists() == bool(steps)
+        steps.append(command)
         in_process(command, saved, out)
 
     manifest = iterate.run(config(rounds=1, report=True), tmp_path / "out", force=False, runner=runner)
-    assert [bool(text) for text in seen] == [False, True, True, True, True]
-    assert "out is running" in seen[1]
-    assert "out is running" not in (tmp_path / "out/report.html").read_text()
+    assert steps == ["evaluate", *PER_ROUND]
+    assert "out is running" not in page.read_text()
     assert manifest["identity"]["round-1/train"] == finished[1]["identity"]["round-1/train"]
