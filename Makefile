@@ -56,7 +56,7 @@ demo: setup  ## Three rounds on a real 135M model, on 2 cores; the second time s
 
 test: setup check  ## The whole test suite
 	@$(PYTEST) $(ALL_CORES) -m "not vllm"
-	@$(BIN)/python -m pytest -m vllm -q
+	@VLLM_CPU_OMP_THREADS_BIND=nobind $(PYTEST) -n logical --dist loadfile -m vllm
 
 test-fast: setup  ## What starts no process and is not slow: for the inner loop
 	@$(PYTEST) $(ALL_CORES) -m "not vllm and not slow and not process"

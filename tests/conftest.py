@@ -1,5 +1,6 @@
 """Fixtures for all tests: a tiny model, and the command line as a user calls it."""
 
+import gc
 import json
 import os
 import signal
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("process")
         if item.nodeid.removeprefix("tests/").startswith(WHOLE_RUNS):
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Searches for garbage leave out what the imports of all test modules have made."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -146,6 +153,11 @@ def cli(forged: Forge) -> Cli:
     The process is forked from one that has imported everything: what an interpreter does when it starts is not tested
     by it. See `shell`.
     """
+    return through(forged)
+
+
+def through(forged: Forge) -> Cli:
+    """The command line in children of this process."""
 
     def run(
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None

@@ -247,7 +247,7 @@ def test_the_base_is_scored_while_the_adapter_samples(
 
 
 def test_generate_is_killed_resumes_and_says_when_it_is_done(
-    shell: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+    vllm_cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     """Renames: config.json, the ledger and its record, then six per shard of two prompts (3 datasets with records).
 
@@ -259,18 +259,18 @@ def test_generate_is_killed_resumes_and_says_when_it_is_done(
         "--num-samples", 3, "--max-tokens", 12, "--shard-rows", 2, "--max-num-seqs", 4, "--kv-cache-mib", 64,
         "--out", out,
     )  # fmt: skip
-    killed = shell(*command, env={"PREFPIPE_FAULT": "rename:13:kill"})
+    killed = vllm_cli(*command, env={"PREFPIPE_FAULT": "rename:13:kill"})
     assert killed.returncode == -9, killed.stderr
     committed = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("part-*") if p.name.startswith("part-")}
     assert any(p.name == "part-00000.ok.json" and p.parent.name == "completions" for p in committed)
     assert not (out / "manifest.json").exists()
-    resumed = shell(*command)
+    resumed = vllm_cli(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "18 completions of 6 prompts" in resumed.stdout
     for path in (p for p in committed if "part-00000" in p.name):
         assert (path.stat().st_mtime_ns, path.read_bytes()) == committed[path]
     check_completions(out, tiny_model, prompts_file)
-    done = shell(*command)
+    done = vllm_cli(*command)
     assert done.returncode == 0, done.stderr
     assert "is complete already" in done.stderr
     assert "starting engine" not in done.stderr
@@ -304,14 +304,14 @@ def test_scores_do_not_depend_on_the_token_budget_of_a_pass(settings: EngineSett
     assert distance(chunked, plain.scored) < 1e-4
 
 
-def test_score_and_its_parity_report_through_both_scorers(shell: Cli, tiny_model: Path, tmp_path: Path) -> None:
+def test_score_and_its_parity_report_through_both_scorers(vllm_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     """One cache by vLLM, checked by transformers, and the other way round: the same ids, the same values."""
     path = tmp_path / "p.jsonl"
     rows = [{"prompt": f"Bird {i}?", "chosen": f"An owl {i}.", "rejected": f"No {i}."} for i in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {}
     for engine in ("vllm", "transformers"):
-        done = shell("score", "--model", tiny_model, "--inputs", path, "--engine", engine, "--dtype", "float32",
+        done = vllm_cli("score", "--model", tiny_model, "--inputs", path, "--engine", engine, "--dtype", "float32",
                    "--check", 5, "--max-length", 200, "--kv-cache-mib", 64, "--out", tmp_path / engine)  # fmt: skip
         assert done.returncode == 0, done.stderr
         report = json.loads((tmp_path / engine / "parity.json").read_text())
@@ -341,15 +341,15 @@ def test_two_workers_share_a_model(shell: Cli, tiny_model: Path, prompts_file: P
 
 @pytest.mark.parametrize("fault", ["write:6:kill", "rename:9:kill", "fsync:13:torn"])
 def test_killed_on_real_vllm_and_run_again_nothing_is_lost_or_doubled(
-    shell: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path, fault: str
+    vllm_cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path, fault: str
 ) -> None:
     """The promise for vLLM is structural: exactly the ids of an uninterrupted run, values within tolerance."""
     arguments = ("generate", "--model", tiny_model, "--prompts", prompts_file, "--dtype", "float32", "--num-samples", 3,
                  "--max-tokens", 12, "--shard-rows", 2, "--max-num-seqs", 4, "--kv-cache-mib", 64, "--out",
                  tmp_path / "g")  # fmt: skip
-    killed = shell(*arguments, env={"PREFPIPE_FAULT": fault})
+    killed = vllm_cli(*arguments, env={"PREFPIPE_FAULT": fault})
     assert killed.returncode == -9, killed.stderr
-    done = shell(*arguments)
+    done = vllm_cli(*arguments)
     assert done.returncode == 0, done.stderr
     check_completions(tmp_path / "g", tiny_model, prompts_file)
     assert json.loads((tmp_path / "g" / "parity.json").read_text())["agrees"]  # unasked: every cache carries one
