@@ -282,10 +282,10 @@ class TrainConfig(LossSettings):
             yield f"{len(getattr(self, kind))} {kind} but {weights} source_weights: give one for each"
         if weights and self.train_order == "given":
             yield "train_order = given takes every row once, and source_weights draws rows: leave one of them out"
-        for setting in () if weights else self._changed("epoch_length"):
-            yield f"{setting} is read only with source_weights"
-        for setting in () if self.sft else self._changed(*SFT_ONLY):
-            yield f"{setting} is read only with sft"
+        yield from (f"{s} is read only with source_weights" for s in self._changed("epoch_length") if not weights)
+        yield from (f"{s} is read only with sft" for s in self._changed(*SFT_ONLY) if not self.sft)
+        if not (any(self.loss_weights) or self.sft):
+            yield "every one of loss_weights is 0, and there is no sft: nothing would be trained"
 
     def _evaluation_misfits(self) -> Iterator[str]:
         rows = [name for name in ("eval_pairs", "eval_labels", "eval_groups") if getattr(self, name)]

@@ -57,6 +57,8 @@ def fit(
     evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
     steps = loop.steps(trainer, data.rows, first, data.training_bank, data.sft)
     warmup = warmup_length(steps.num_steps, config.warmup_ratio, config.warmup_steps, config.lr_scheduler_type)
+    if config.warmup_steps >= steps.num_steps:
+        log.warn(f"a warmup of {warmup} steps in a run of {steps.num_steps}: the learning rate never reaches its peak")
     facts = Facts(steps.num_steps, warmup, config.beta, config.learning_rate, exact)
     watched = watching(session.output, config, facts, state, first, audit_seconds)
     with watched as watch, log.progress("training", steps.num_steps, "steps") as advance:

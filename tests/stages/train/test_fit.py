@@ -39,6 +39,15 @@ def test_warnings_of_the_start_are_alerts_of_the_run(tiny_model: Path, training:
     assert [(alert.rule, alert.level) for alert in alerts] == [("A16", "WARN")]
 
 
+@pytest.mark.parametrize(("warmup_steps", "warned"), [(0, False), (2, False), (3, True)])
+def test_a_warmup_longer_than_the_run_is_a_warning(
+    tiny_model: Path, training: TrainingData, capsys: pytest.CaptureFixture[str], warmup_steps: int, warned: bool
+):
+    config = data.config(tiny_model, num_train_epochs=1, train_batch_size=4, warmup_steps=warmup_steps)
+    fit(NOTHING_WRITTEN, data.trainer(data.policy(tiny_model), config), training, diagnostics.at_start(RULES, ()))
+    assert ("the learning rate never reaches its peak" in capsys.readouterr().err) is warned
+
+
 def test_evaluations_stop_the_run_when_patience_is_over(tiny_model: Path, training: TrainingData):
     """A learning rate of next to nothing never makes a new best after the first evaluation of a step."""
     config = data.config(

@@ -157,6 +157,7 @@ def test_a_source_without_a_draw_is_refused() -> None:
         ({"pairs": ["a"], "sft_weight": 0.5}, "sft_weight = 0.5 is read only with sft"),
         ({"pairs": ["a"], "sft_batch_size": 2}, "sft_batch_size = 2 is read only with sft"),
         ({"pairs": ["a"], "sft_column": ["prompt=q"]}, "is read only with sft"),
+        ({"pairs": ["a"], "loss_weights": [0]}, "every one of loss_weights is 0"),
     ],
     ids=str,
 )

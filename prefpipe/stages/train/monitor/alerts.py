@@ -126,7 +126,7 @@ RULES: dict[str, Rule] = {
     TOO_MANY_SKIPS: Rule(
         "step",
         "STOP",
-        "3 steps in 100 with a loss or gradient that is not finite (stops without strict too)",
+        "3 steps in 100, or all of fewer, with a loss or gradient that is not finite (stops without strict too)",
         "look at these rows, or lower learning_rate; the last checkpoint is intact",
         _OURS,
         conditions.too_many_skips,

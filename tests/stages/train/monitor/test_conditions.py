@@ -175,13 +175,16 @@ def test_chance_during_the_warmup_is_nothing():
 
 
 def test_skipped_steps():
-    """One is a warning, three in a hundred are a stop."""
+    """One is a warning, three in a hundred are a stop, and so are all of fewer: nothing was trained."""
     one = fired(lambda s: {}, skipped=(30,))
     assert [(a.rule, a.level, a.step) for a in one] == [("A13", "WARN", 30)]
     three = fired(lambda s: {}, skipped=(30, 60, 90))
     assert [(a.rule, a.step) for a in three if a.level == "STOP"] == [("A13b", 90)]
     assert "30, 60, 90" in next(a for a in three if a.rule == "A13b").message
     assert "A13b" not in names(fired(lambda s: {}, skipped=(0, 60, 101)))
+    short = replace(FACTS, num_steps=2)
+    assert "A13b" in names(fired(lambda s: {}, 2, facts=short, skipped=(0, 1)))
+    assert "A13b" not in names(fired(lambda s: {}, 2, facts=short, skipped=(0,)))
 
 
 def after_evals(*evals: dict[str, float]) -> set[str]:
