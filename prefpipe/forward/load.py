@@ -177,7 +177,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
         raise
     except Exception as error:  # whatever peft raises for the values of a config
         raise DataError(f"adapter {directory} does not fit the model: {reason(error)}", _OTHER_ADAPTER) from error
-    if first.is_meta and any(config.bias != "none" for config in adapted.peft_config.values()):
+    if first.is_meta and any(getattr(config, "bias", "none") != "none" for config in adapted.peft_config.values()):
         raise on_meta.only_whole(Path(str(model.name_or_path)), f"the adapter {directory} has biases of it")
     missing = [name for name in report.missing_keys if "lora_" in name or ".modules_to_save." in name]
     if missing:

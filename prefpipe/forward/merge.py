@@ -69,7 +69,7 @@ def _layers(adapted: PeftModel, where: Mapping[str, Source]) -> list[tuple[LoraL
     """The linear modules with an adapter, each with the sources of its parameters by their names in it. Raises
     OnlyWhole for an adapter that changes anything else, and for parameters that are not in the files as they are."""
     found: list[tuple[LoraLinear, dict[str, Source]]] = []
-    for name, module in adapted.base_model.model.named_modules():
+    for name, module in adapted.get_base_model().named_modules():
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
         if type(module) is not LoraLinear or module.lora_variant:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaModel, MixtralConfig, MixtralForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from prefpipe.errors import DataError, UsageError
 from prefpipe.forward import load, on_meta
@@ -148,3 +149,18 @@ def test_tiny_models_differ(tmp_path: Path, tiny_model: Path):
     other = make_model(tmp_path / "o", seed=5)
     where = on_meta.sources(other, load.empty_model(other, "float32"))
     assert not torch.equal(where[EMBEDDING].stored.whole(), load_file(tiny_model / "model.safetensors")[EMBEDDING])
+
+
+def test_a_tensor_that_transformers_takes_apart(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As in models that store the projections of a layer in one matrix."""
+
+    def join(tensors: Tensors) -> None:
+        for layer in ("model.layers.0.mlp", "model.layers.1.mlp"):
+            sides = [tensors.pop(f"{layer}.{name}_proj.weight") for name in ("gate", "up")]
+            tensors[f"{layer}.gate_up.weight"] = torch.cat(sides)
+
+    directory = changed(tiny_model, tmp_path / "m", join)
+    split = WeightConverter(["mlp.gate_up.weight"], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
+    monkeypatch.setattr(on_meta, "get_model_conversion_mapping", lambda _: [split])
+    with pytest.raises(on_meta.OnlyWhole, match=r"makes several tensors of model\.layers\.0\.mlp\.gate_up"):
+        on_meta.sources(directory, load.empty_model(directory, "float32"))

@@ -16,7 +16,7 @@ from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, causal_model, extre
 from prefpipe.forward.weights import DTYPES
 from prefpipe.models import embedding, vocabulary
 from prefpipe.models.policy import Policy
-from prefpipe.stages.train import memory, parallel
+from prefpipe.stages.train import memory, parallel, process_memory
 from prefpipe.stages.train.examples import TrainRow
 from prefpipe.stages.train.mapped import column
 from prefpipe.stages.train.micro_batches import tree_of
@@ -113,6 +113,7 @@ def _in_shards(
     model = TreeModel(adapted(base))
     parallel.cut(model, world, DTYPES[config.dtype])
     on_meta.read((*base.named_parameters(), *base.named_buffers()), where)
+    process_memory.return_free_memory()  # the whole adapter, in many small pieces, which the heap would keep
     return model
 
 
