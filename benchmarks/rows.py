@@ -114,14 +114,14 @@ def private() -> int:
 
 def rank(config: TrainConfig) -> dict[str, float]:
     """What a rank does with its rows before step 0, and the cost of batches in random order."""
-    from prefpipe.stages.train import loading, loop, mapped, memory, mixing, stage  # noqa: F401  (counted before)
+    from prefpipe.stages.train import loading, loop, mapped, memory, mixing, process_memory, stage  # noqa: F401  (counted before)
     from prefpipe.stages.train.inputs import prepare
     from prefpipe.stages.train.margins import Margins
     from prefpipe.stages.train.micro_batches import micro_batches
     from prefpipe.stages.train.record_batches import Batch
     from prefpipe.stages.train.reference import audit
 
-    before, start = private(), time.monotonic()
+    before, start, start_cpu = private(), time.monotonic(), time.process_time()
     found: dict[str, float] = {}
 
     def note(name: str) -> None:
@@ -133,13 +133,15 @@ def rank(config: TrainConfig) -> dict[str, float]:
     mapped.column(data.computed_rows, Batch.largest_id)
     stage._say_targets(data, config)
     note("checked")
+    audit._spread(data.all_rows, config.audit_rows)
+    memory.probe_trees(data.rows)
+    process_memory.return_free_memory()  # as `memory.measure` does behind the probe
     margins = Margins(data.rows, data.eval_rows)
     rows = mapped.all_or_none(data.rows)
-    memory.probe_trees(rows)
-    audit._spread(rows, config.audit_rows)
     batches = mixing.epoch_batches(rows, config, 0)
     micro_batches([rows[i] for i in batches[0]], 8192)
     note("first step")
+    found["first step, CPU seconds"] = round(time.process_time() - start_cpu, 3)
     start = time.monotonic()
     for batch in batches[1:33]:
         micro_batches([rows[i] for i in batch], 8192)
@@ -148,7 +150,8 @@ def rank(config: TrainConfig) -> dict[str, float]:
         mapped.column(rows, lambda b: b.prompts.lengths).sum() + mapped.column(rows, Batch.completion_tokens).sum()
     )
     size = sum(path.stat().st_size for path in (data.stored or Path()).rglob("*.arrow"))
-    found |= {"tokens": tokens, "file, bytes a token": round(size / tokens, 3),
+    found |= {"rows": len(rows), "tokens": tokens, "file, bytes a token": round(size / tokens, 3),
+              "private, bytes": private() - before,
               "private, bytes a token": round((private() - before) / tokens, 3)}  # fmt: skip
     assert margins
     return found

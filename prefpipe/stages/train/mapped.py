@@ -60,7 +60,9 @@ class Rows(Sequence[TrainRow]):
 
     def select(self, places: Iterable[int]) -> "Rows":
         """The rows at these places, as a view."""
-        chosen = places if isinstance(places, np.ndarray) else np.fromiter(places, dtype=np.int32)
+        if isinstance(places, range) and places == range(len(self)):
+            return self
+        chosen = np.asarray(places, np.int32) if isinstance(places, np.ndarray) else np.fromiter(places, np.int32)
         return Rows(self.batches, chosen if self._numbers is None else self._numbers[chosen], with_refs=self._with_refs)
 
     def on(self, batches: Sequence[Batch]) -> "Rows":

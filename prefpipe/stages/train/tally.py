@@ -53,9 +53,8 @@ class Tally:
 
 def by_number(margins: Mapping[Key, float], keys: Iterable[Key], numbers: Iterable[int]) -> dict[int, float]:
     """The margins of rows with these keys and numbers, by their numbers."""
-    return (
-        {number: margins[key] for key, number in zip(keys, numbers, strict=False) if key in margins} if margins else {}
-    )
+    numbered = zip(keys, numbers, strict=False) if margins else ()
+    return {number: margins[key] for key, number in numbered if key in margins}
 
 
 def key_of(row: TrainRow) -> Key:

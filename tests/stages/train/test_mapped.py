@@ -58,6 +58,8 @@ def test_a_view_has_the_rows_it_was_made_of() -> None:
         VIEW[300]
     part = VIEW[7:250:3]
     assert list(part) == ROWS[7:250:3]
+    assert part[:] is part
+    assert part.select(np.array([5, 1, 1])) == part.select([5, 1, 1])
     assert list(part.select([5, 1, 1])) == [ROWS[22], ROWS[10], ROWS[10]]
     assert mapped.ids(part, np.array([0, 80])).to_pylist() == ["r7", "r247"]
     assert list(mapped.keys(part)) == [(row.row_id, row.source) for row in part]
