@@ -101,7 +101,7 @@ lock:  ## Resolve both lock files again (TORCH_WHEELS=PLACE of torch's CPU wheel
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@for lock in cpu cuda; do \
-	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra rewards --extra math --extra report --extra dev --extra $$lock \
+	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra rewards --extra math --extra report --extra cluster --extra dev --extra $$lock \
 	    --override requirements/overrides-$$lock.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	    $$([ $$lock != cpu ] || echo "$(TORCH_WHEELS:%=--find-links %)") $(UV_OPTIONS) \
 	    --no-emit-index-url --no-emit-find-links --annotation-style line --no-header --output-file requirements/$$lock.txt && \

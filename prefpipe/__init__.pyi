@@ -138,6 +138,7 @@ class BuildPairsSettings(TypedDict, total=False):
     kl_bank_rows: int
     beta: float
     workers: int
+    cluster: str
     strict: bool
 
 class TrainSettings(TypedDict, total=False):

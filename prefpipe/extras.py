@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
-_OF_MAKE = {"train", "cpu", "cuda", "embedded", "rewards", "math", "report", "dev"}  # what requirements/*.txt hold
+_OF_MAKE = {"train", "cpu", "cuda", "embedded", "rewards", "math", "report", "cluster", "dev"}  # in requirements/*.txt
 
 
 def command(*extras: str, root: Path = _ROOT) -> str:

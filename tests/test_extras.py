@@ -14,6 +14,7 @@ from tests.doctor.stand_ins import install, write
     [
         (("train",), " setup"),
         (("train", "embedded"), " setup"),
+        (("cluster",), " setup"),
         (("cuda",), " setup LOCK=cuda"),
         (("hub",), "[hub]"),
         (("train", "bnb"), "[train,bnb]'"),

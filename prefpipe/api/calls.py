@@ -62,7 +62,8 @@ def plan(config: BaseModel) -> list[str]:
 def explained(error: BaseException) -> PrefpipeError | None:
     """An error of prefpipe for a package that is missing or a refusal of the operating system; None for any other."""
     if isinstance(error, ModuleNotFoundError):
-        parts = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",)}.get(error.name or "", ("train",))
+        others = {"vllm": ("cpu", "cuda"), "vl_convert": ("report",), "ray": ("cluster",)}
+        parts = others.get(error.name or "", ("train",))
         commands = " or ".join(extras.command(part) for part in parts)
         return MissingInputError(f"this command needs the package '{error.name}'", f"install it with: {commands}")
     if isinstance(error, OSError):

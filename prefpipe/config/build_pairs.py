@@ -231,6 +231,9 @@ class BuildPairsConfig(BaseModel):
     """beta that the training will use, for check D13 of the data report."""
     workers: Annotated[int, RUNTIME, Field(ge=1)] = 1
     """Processes that work on partitions of about 400,000 completions each; fewer completions are one partition."""
+    cluster: Annotated[str, RUNTIME, Field(pattern=shared.CLUSTER)] = ""
+    """Where partitions are worked on: '' in processes of this machine, or on every CPU of a Ray cluster whose machines
+    share a disk with OUT and all inputs: ray for that of this machine, or ray://HOST:PORT (docs/guide/machines.md)."""
     strict: Annotated[bool, RUNTIME] = False
     """End with exit code 3 when a check of the data report warns; the run is complete all the same."""
 
@@ -244,6 +247,8 @@ class BuildPairsConfig(BaseModel):
     def _misfits(self) -> Iterator[str]:
         if self.output == "groups" and self.format != "prefpipe":
             yield "TRL has no trainer for ranked groups: leave out format, or choose output = pairs or labels"
+        if self.cluster and self.workers > 1:
+            yield f"workers = {self.workers} is not read with cluster, which takes all of its CPUs"
         for name, reader in unread(dict(self)).items():
             if self._is_changed(name):
                 yield f"{name} = {getattr(self, name)} is read only with {reader}"

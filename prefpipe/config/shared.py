@@ -171,11 +171,12 @@ Workers = Annotated[
         "(over tensor_parallel_size), without a GPU one for each core where memory and work allow."
     ),
 ]
+CLUSTER = r"^(ray(://\S+)?)?$"
 Cluster = Annotated[
     str,
     RUNTIME,
     Field(
-        pattern=r"^(ray(://\S+)?)?$",
+        pattern=CLUSTER,
         description="Where the workers run: '' on this machine, ray on the Ray cluster of this machine, or "
         "ray://HOST:PORT (docs/guide/machines.md).",
     ),

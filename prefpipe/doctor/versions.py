@@ -18,6 +18,7 @@ PARTS = {
     "math": "answers checked as mathematics",
     "gym": "tasks of reasoning-gym",
     "hub": "datasets of the hub",
+    "cluster": "workers on a Ray cluster",
     "report": "the page of `prefpipe report`",
     "bnb": "8-bit optimizers, 4-bit weights",
     "track": "trackers for --report-to",

@@ -8,6 +8,7 @@ said is lost with it. Ray restarts and repeats nothing: the driver does, which k
 """
 
 import contextlib
+import logging
 import os
 import signal
 from typing import Any
@@ -33,7 +34,7 @@ def connect(size: Size) -> Size:
     if not ray.is_initialized():
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            ray.init(address, logging_level="error")
+            ray.init(address, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UsageError(
                 f"cluster = {size.cluster}: {error}", "start Ray on this machine (ray start), or check the address"
@@ -95,13 +96,14 @@ class Cluster:
             threads["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
         self._environment = threads
         self._linger = _LINGER_S * size.workers
-        self._actor_class = ray.remote(
-            num_cpus=1,
-            num_gpus=size.gpus_each,
-            max_restarts=0,
-            max_task_retries=0,
-            concurrency_groups={"send": 1, "poll": 1},  # each in the order of its calls
-        )(Relay)
+        options: dict[str, Any] = {  # ray's types know only some of them
+            "num_cpus": 1,
+            "num_gpus": size.gpus_each,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {"send": 1, "poll": 1},  # each in the order of its calls
+        }
+        self._actor_class = ray.remote(**options)(Relay)
         self._actors: dict[int, Any] = {}
         self._polls: dict[Any, int] = {}
 

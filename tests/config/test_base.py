@@ -169,6 +169,8 @@ def _keep_what_build_pairs_reads(found: dict[str, Any], prefix: str) -> None:
         found.pop(f"{prefix}format", None)
     if not found.get(f"{prefix}contamination"):
         found.pop(f"{prefix}contamination_ngram", None)
+    if found.get(f"{prefix}cluster"):
+        found.pop(f"{prefix}workers", None)
     chosen = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     for name in unread({**dict(BuildPairsConfig()), **chosen}):
         found.pop(f"{prefix}{name}", None)

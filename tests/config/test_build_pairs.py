@@ -40,6 +40,7 @@ DEFAULTS = dict(BuildPairsConfig())
         ({"contamination_ngram": 5}, "contamination_ngram = 5 is read only with contamination"),
         ({"subset": "large-dual-margin"}, "subset = large-dual-margin needs log-probs of a trained policy"),
         ({"output": "groups", "format": "trl"}, "TRL has no trainer for ranked groups"),
+        ({"cluster": "ray", "workers": 2}, "workers = 2 is not read with cluster"),
     ],
 )  # fmt: skip
 def test_a_setting_that_nothing_reads_is_refused(settings: dict[str, Any], problem: str) -> None:
@@ -59,6 +60,7 @@ def test_a_setting_that_nothing_reads_is_refused(settings: dict[str, Any], probl
         {"subset": "small-implicit-gap", "subset_share": 0.5, "policy_logps": ("r",)},
         {"preference_prob": "bradley-terry", "preference_scale": 2.0, "gap_filter": "none"},
         {"contamination": ("b.txt",), "contamination_ngram": 5},
+        {"cluster": "ray://10.0.0.1:6379", "workers": 1},
     ],
     ids=str,
 )

@@ -1,7 +1,12 @@
 """What the tests of workers share: prompts about birds, and what a run of them has written."""
 
 import json
+import os
+import signal
 from pathlib import Path
+
+from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.errors import DataError
 
 OF_A_START = ("timing.jsonl", ".owner", "config.json")  # config.json names the number of workers
 
@@ -15,3 +20,30 @@ def write_prompts(path: Path, count: int = 40) -> Path:
 def contents(out: Path) -> dict[str, bytes]:
     """The bytes of every file that does not tell one start of a run from another."""
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in OF_A_START}
+
+
+def pairing(folder: Path, cluster: str = "") -> BuildPairsConfig:
+    """Settings for pairs of the run `whole`."""
+    return BuildPairsConfig(
+        completions=(str(folder / "whole"),), reward="short_sentence", gap_filter="none", truncated_chosen="keep",
+        cluster=cluster,
+    )  # fmt: skip
+
+
+def doubled(number: int, other: int) -> tuple[int, int, str, str]:
+    """A task: a result, and where and how it came about."""
+    return 2 * number + other, os.getpid(), str(Path.cwd()), os.environ["POLARS_MAX_THREADS"]
+
+
+def odd(number: int) -> int:
+    raise DataError(f"row {number} is odd", "mend it")
+
+
+def killed(_number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def process() -> dict[str, str]:
+    """An identity that no two processes share."""
+    return {"process": str(os.getpid())}

@@ -18,9 +18,13 @@ from typing import Any
 
 from prefpipe import engines
 from prefpipe.config.generate import GenerateConfig
-from prefpipe.errors import UsageError
-from prefpipe.inference import pool_ray
+from prefpipe.errors import PrefpipeError, UsageError
+from prefpipe.inference import pool_ray, ray_tasks
+from prefpipe.inference.inflight import Inflight
+from prefpipe.stages import build_pairs
+from prefpipe.stages.build_pairs import candidates
 from prefpipe.stages.generate import stage as generate
+from tests.inference import birds
 
 ADDRESS = "127.0.0.1:6399"
 START = (sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=0",
@@ -52,16 +56,35 @@ def command_of(pid: int) -> bytes:
 
 
 def when(out: Path, act: Any) -> threading.Thread:
-    """Act as soon as a run has committed a shard."""
+    """Act as soon as a run has committed a shard and has others in an engine: the last line of one may come late."""
 
     def watch() -> None:
-        while not list((out / "completions").glob("*.ok.json")):
-            time.sleep(0.05)
+        while not (list((out / "completions").glob("*.ok.json")) and Inflight.load(out).suspects):
+            time.sleep(0.02)
         act()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def run_tasks(folder: Path, cluster: str) -> dict[str, Any]:
+    """What becomes of tasks, by name: results, or the error."""
+    found: dict[str, Any] = {}
+
+    def act(name: str, function: Any, *arguments: Any) -> None:
+        try:
+            found[name] = list(function(*arguments) or ())
+        except PrefpipeError as error:
+            found[name] = [type(error).__name__, error.message, error.hint]
+
+    with ray_tasks.tasks(cluster, folder, dict) as run:
+        act("doubled", run, birds.doubled, range(6), range(6))
+        act("odd", run, birds.odd, [1, 2])
+        act("unseen", ray_tasks._compare_machines, folder / "nowhere", dict)
+        act("others", ray_tasks._compare_machines, folder, birds.process)
+        act("killed", run, birds.killed, [1])
+    return found
 
 
 def main() -> None:
@@ -87,6 +110,9 @@ def main() -> None:
 
     timed("whole", {})
     timed("too_many", {"workers": 3})
+    (folder / "tasks.json").write_text(json.dumps(run_tasks(folder, config.cluster)))
+    candidates._ROWS_PER_PARTITION = 20
+    build_pairs.run(birds.pairing(folder, config.cluster), folder / "pairs", force=False)
     engines.ENGINES["fake"] = "tests.faults.engines:slow"
     killing = when(folder / "node_dies", lambda: os.kill(second, signal.SIGKILL))
     timed("node_dies", {})

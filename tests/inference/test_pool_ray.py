@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,13 @@ import pytest
 
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.inference.inflight import Inflight
+from prefpipe.stages import build_pairs
+from prefpipe.stages.build_pairs import candidates
 from prefpipe.stages.generate import stage as generate
 from tests.conftest import ROOT
-from tests.inference.birds import contents, write_prompts
+from tests.inference.birds import contents, pairing, write_prompts
+
+pytestmark = pytest.mark.timeout(600)  # Ray is some fifteen processes, which start one after the other
 
 NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 # When the driver is gone its workers must be gone too, within 20 s; the namespace would hide it by ending them.
@@ -35,14 +40,14 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the runs on the cluster left; see `cluster`."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed (pip install -e '.[cluster]')")
+        pytest.skip("ray is not installed (make setup)")
     if not shutil.which("ip") or subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine grants no network namespace, and Ray listens on all addresses without one")
     folder = tmp_path_factory.mktemp("ray")
     script = SCRIPT.format(python=sys.executable)
     done = subprocess.run(
         [*NAMESPACE, "bash", "-c", script, "bash", str(tiny_model), str(prompts), str(folder)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=280,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=570,
     )  # fmt: skip
     assert "driver 137" in done.stdout, done.stderr  # 128 + SIGKILL
     assert done.returncode == 0, "workers outlive their driver"
@@ -66,6 +71,30 @@ def config(model: Path, prompts: Path) -> GenerateConfig:
 @pytest.mark.slow
 def test_workers_on_two_nodes_write_the_same_bytes(cluster: Path, expected: dict[str, bytes]) -> None:
     assert contents(cluster / "whole") == expected
+
+
+@pytest.mark.slow
+def test_tasks_on_two_nodes_give_the_same_pairs(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "_ROWS_PER_PARTITION", 20)
+    assert build_pairs.run(pairing(cluster), tmp_path / "p", force=False)["totals"]["pairs"] > 5
+    assert contents(cluster / "pairs") == contents(tmp_path / "p")
+
+
+@pytest.mark.slow
+def test_tasks_come_back_in_order_and_end_with_the_errors_of_build_pairs(cluster: Path) -> None:
+    found = json.loads((cluster / "tasks.json").read_text())
+    values, processes, folders, threads = (set(column) for column in zip(*found["doubled"], strict=True))
+    assert [value for value, *_ in found["doubled"]] == sorted(values) == [0, 3, 6, 9, 12, 15]
+    assert len(processes) > 1  # one on each node
+    assert (folders, threads) == ({str(ROOT)}, {"1"})
+    assert found["odd"] == ["DataError", "row 1 is odd", "mend it"]
+    assert found["killed"][:2] == [
+        "PrefpipeError", "a task on the cluster died (WorkerCrashedError): memory may be full, or its machine is gone",
+    ]  # fmt: skip
+    assert found["unseen"][0] == "UsageError"
+    assert re.match(r"127\.0\.0\.[12] of the cluster does not see .*/nowhere", found["unseen"][1])
+    assert found["others"][0] == "IdentityError"
+    assert re.match(r"127\.0\.0\.[12] of the cluster has process \d+, the machine of the command", found["others"][1])
 
 
 @pytest.mark.slow

@@ -13,10 +13,13 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.generate import GenerateConfig
 from tests.conftest import ROOT
 
-HEAVY = ("torch", "vllm", "transformers", "peft", "polars", "pyarrow", "accelerate", "huggingface_hub", "tokenizers")
+HEAVY = (
+    *("torch", "vllm", "transformers", "peft", "polars", "pyarrow", "accelerate", "huggingface_hub", "tokenizers"),
+    "ray",
+)
 TENSORS = ("torch", "vllm", "transformers", "peft", "accelerate", "safetensors")
-# vllm is imported by tests that run it, alone; ray is in no lock.
-OPTIONAL = ("prefpipe.engines.vllm", "prefpipe.inference.pool_ray")
+# Imported by tests that run vllm and ray, alone.
+OPTIONAL = ("prefpipe.engines.vllm", "prefpipe.inference.pool_ray", "prefpipe.inference.ray_tasks")
 LIST = """
 import sys
 from prefpipe.cli import main

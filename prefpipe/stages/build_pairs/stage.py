@@ -10,6 +10,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from prefpipe.stages.build_pairs.candidates import CandidatePartition, Sources, 
 from prefpipe.stages.build_pairs.data_report import Check
 from prefpipe.stages.build_pairs.label_rules import balance
 from prefpipe.stages.build_pairs.reward_values import Spread
-from prefpipe.stages.build_pairs.tasks import tasks
+from prefpipe.stages.build_pairs.tasks import Map, tasks
 
 _INPUTS = ("completions", "reward_runs", "ref_logps", "policy_logps", "contamination")
 
@@ -69,7 +70,7 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
         if manifest is None:
             sources = candidates.open_sources(config)
             count = sources.num_partitions
-            with fsio.temporary_dir(out / "partitions") as folder, tasks(min(config.workers, count)) as run_tasks:
+            with fsio.temporary_dir(out / "partitions") as folder, _tasks(config, count, folder) as run_tasks:
                 workspace = Workspace(config, sources, run_dir, count, folder, run_tasks)
                 selection = _select(workspace)
                 result = _write_rows(workspace, selection)
@@ -88,6 +89,14 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
     if config.strict:
         _refuse_warnings(manifest, out)
     return manifest
+
+
+def _tasks(config: BuildPairsConfig, count: int, folder: Path) -> AbstractContextManager[Map]:
+    if not config.cluster or count == 1:
+        return tasks(min(config.workers, count))
+    from prefpipe.inference import ray_tasks  # noqa: PLC0415  (ray only where it is asked for)
+
+    return ray_tasks.tasks(config.cluster, folder, partial(user_rules.inputs, config))
 
 
 def summary(manifest: Manifest, out: Path) -> list[str]:

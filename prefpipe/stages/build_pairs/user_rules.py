@@ -28,7 +28,7 @@ def inputs(config: BuildPairsConfig) -> dict[str, str]:
     is no such function, and where other processes would not find it."""
     if config.output == "groups" or not is_function(config.rule):
         return {}
-    user_functions.find(config.rule, "pair rule", elsewhere=config.workers > 1)
+    user_functions.find(config.rule, "pair rule", elsewhere=config.workers > 1 or bool(config.cluster))
     return {f"rule {config.rule}": user_functions.digest(config.rule, "pair rule")}
 
 
