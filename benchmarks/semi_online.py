@@ -4,8 +4,10 @@
 
 The model, its verifier and the training are those of tests/proofs/addition.py: DPO + NLL through the loop of
 `prefpipe train`, the reference of a round is the policy that it starts from. A large round samples 16 answers to each
-of 100 sums; a small one 16 answers to 10 of them, every sum in each ten rounds. Accuracy is that of 3,200 fresh
-samples: a standard error below one point.
+of 100 sums; a small one 16 answers to 10 of them, every sum in each ten rounds. Two ways are compared at as many
+samples and as many visits of a pair: with its round alone, and with a replay of the rounds before it. Accuracy is that
+of 3,200 fresh samples: a standard error below one point. Runs that stand in the JSON are kept; without it all are made
+anew.
 """
 
 import argparse
@@ -13,7 +15,10 @@ import json
 import math
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,70 +29,129 @@ PARTS = 10  # small rounds in place of a large one
 COMMAND = "python benchmarks/semi_online.py --json docs/results/semi-online.json --table docs/results/semi-online.md"
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the samples are used: rounds in place of a large one, epochs of a round, and the share of the pairs of the
+    `newest` rounds before it that a round trains on too."""
+
+    name: str
+    parts: int
+    epochs: int
+    replay: float = 0.0
+    newest: int = 0
+
+    @property
+    def visits(self) -> float:
+        """How often a pair is trained on, when all rounds are over that replay it."""
+        return self.epochs * (1 + self.replay * self.newest)
+
+
+WAYS = (
+    Way("offline", 1, 2),
+    Way("semi-online", PARTS, 2),
+    Way("offline, 8 epochs", 1, 8),
+    Way("semi-online, replay", PARTS, 1, replay=0.75, newest=PARTS - 1),
+)
+COMPARED = ((1, 0), (3, 2))  # places in WAYS
+
+
 def main() -> None:
-    """Run both ways for every seed, write the figures and the table."""
+    """Run every way for every seed, write the figures and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large", type=int, default=5, help="large rounds; small ones are ten times as many")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side, on one thread each")
     arguments = parser.parse_args()
-    runs: list[dict[str, Any]] = []
-    for seed in range(arguments.seeds):
-        taught = taught_model(seed)
-        for way, count, parts in (("offline", arguments.large, 1), ("semi-online", arguments.large * PARTS, PARTS)):
-            began = time.process_time()
-            found = rounds(taught, count, parts)
-            step = SAMPLES * len(SUMS) // parts
-            curve = [{"samples": step * n, "accuracy": round(value, 4)} for n, value in enumerate(found)]
-            seconds = round(time.process_time() - began, 1)
-            runs.append({"way": way, "seed": seed, "rounds": count, "cpu_seconds": seconds, "curve": curve})
-            arguments.json.write_text(json.dumps(figures(runs), indent=1) + "\n")
-            print(f"seed {seed}, {way}: {found[0]:.1%} -> {found[-1]:.1%} in {seconds} s of CPU", flush=True)
+    runs = kept(arguments)
+    there = {(run["way"], run["seed"]) for run in runs}
+    jobs = [(seed, way, arguments.large) for way, seed in product(WAYS, range(arguments.seeds))]
+    missing = [job for job in jobs if (job[1].name, job[0]) not in there]
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        for run in pool.map(measure, *zip(*missing, strict=True)) if missing else ():
+            runs.append(run)
+            arguments.json.write_text(json.dumps(figures(runs, arguments), indent=1) + "\n")
+            ends = f"{run['curve'][0]['accuracy']:.1%} -> {run['curve'][-1]['accuracy']:.1%}"
+            print(f"seed {run['seed']}, {run['way']}: {ends} in {run['cpu_seconds']} s of CPU", flush=True)
     lines = table(runs)
     print("\n".join(lines))
     if arguments.table:
-        arguments.table.write_text("\n".join([*head(runs), *lines, ""]))
+        arguments.table.write_text("\n".join([*head(arguments), *lines, ""]))
 
 
-def command(runs: list[dict[str, Any]]) -> str:
+def kept(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs that a file of before has, of as many large rounds: they are not made again."""
+    if not arguments.json.exists():
+        return []
+    rounds_of = {way.name: arguments.large * way.parts for way in WAYS}
+    found: list[dict[str, Any]] = json.loads(arguments.json.read_text())["runs"]
+    return [run for run in found if rounds_of.get(run["way"]) == run["rounds"] and run["seed"] < arguments.seeds]
+
+
+def measure(seed: int, way: Way, large: int) -> dict[str, Any]:
+    """One run: accuracy by samples."""
+    taught, began = taught_model(seed), time.process_time()
+    found = rounds(taught, large * way.parts, way.parts, replay=way.replay, newest=way.newest, epochs=way.epochs)
+    step = SAMPLES * len(SUMS) // way.parts
+    return {
+        "way": way.name,
+        "seed": seed,
+        "rounds": large * way.parts,
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "curve": [{"samples": step * n, "accuracy": round(value, 4)} for n, value in enumerate(found)],
+    }
+
+
+def command(arguments: argparse.Namespace) -> str:
     """What makes these runs again."""
-    return f"{COMMAND} --seeds {len({run['seed'] for run in runs})} --large {runs[0]['rounds']}"
+    return f"{COMMAND} --seeds {arguments.seeds} --large {arguments.large}"
 
 
-def head(runs: list[dict[str, Any]]) -> list[str]:
+def head(arguments: argparse.Namespace) -> list[str]:
     """What stands above the table."""
-    large = runs[0]["rounds"]
+    large, (*_, replayed) = arguments.large, WAYS
     return f"""# Semi-online: many small rounds against few large ones
 
-The addition model of `tests/proofs/addition.py` (47,000 weights), DPO + NLL, the previous policy as reference. Both
-ways sample equally often, 16 answers to a sum: large rounds ({large}) of 100 sums, or small ones ({large * PARTS}) of
-10. Each cell is the share of right answers among 3,200 fresh samples; the last column is semi-online minus offline in
-points, with the interval that the fresh samples leave. The curves are in [semi-online.json](semi-online.json).
+The addition model of `tests/proofs/addition.py` (47,000 weights), DPO + NLL, the previous policy as reference.
+All ways sample equally often, 16 answers to a sum: large rounds ({large}) of {len(SUMS)} sums, or small ones
+({large * PARTS}) of {len(SUMS) // PARTS}. Without replay a round trains {WAYS[0].epochs} epochs.
+With it a small round trains {replayed.epochs} epoch on its pairs and on {replayed.replay:.0%} of those of the
+{replayed.newest} rounds before, scored anew: a pair is visited {replayed.visits:g} times, so that its measure is
+offline with {WAYS[2].epochs} epochs. A cell is the share of right answers among 3,200 fresh samples, the mean
+over seeds and each seed; a difference has the interval that the fresh samples leave. The curves of every round
+are in [semi-online.json](semi-online.json).
 
-    {command(runs)}
+    {command(arguments)}
 """.split("\n")
 
 
-def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def figures(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
     """What the JSON holds; it is written after every run."""
     return {
-        "command": command(runs),
+        "command": command(arguments),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "fresh_samples_per_point": 32 * len(SUMS),
+        "ways": [{**asdict(way), "visits": way.visits} for way in WAYS],
         "runs": runs,
     }
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
-    """Accuracy by samples at the ends of the large rounds, and the mean difference over seeds with its interval."""
-    ends = [point["samples"] for point in runs[0]["curve"]]
-    names = [f"{run['way']}, seed {run['seed']}" for run in runs]
-    lines = ["| samples | " + " | ".join(names) + " | difference [95 %] |", "| ---: |" + " ---: |" * (len(runs) + 1)]
-    for samples in ends:
-        at = [next(p["accuracy"] for p in run["curve"] if p["samples"] == samples) for run in runs]
-        cells = " | ".join(f"{value:.1%}" for value in at)
-        lines.append(f"| {samples:,} | {cells} | {_difference(at[0::2], at[1::2])} |")
+    """Accuracy by samples at the ends of the large rounds, as means over seeds with each seed behind them, and the
+    differences of the ways that are compared, with intervals."""
+    names = [way.name for way in WAYS]
+    differences = [f"{names[small]} - {names[large]}, points [95 %]" for small, large in COMPARED]
+    lines = ["| samples | " + " | ".join([*names, *differences]) + " |"]
+    lines.append("| ---: |" + " ---: |" * (len(WAYS) + len(COMPARED)))
+    for samples in [point["samples"] for point in runs[0]["curve"]]:
+        at = [
+            [p["accuracy"] for run in runs if run["way"] == name for p in run["curve"] if p["samples"] == samples]
+            for name in names
+        ]
+        cells = [f"{sum(found) / len(found):.1%} ({', '.join(f'{value:.1%}' for value in found)})" for found in at]
+        cells += [_difference(at[large], at[small]) for small, large in COMPARED]
+        lines.append(f"| {samples:,} | {' | '.join(cells)} |")
     return lines
 
 

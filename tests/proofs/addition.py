@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,34 @@ def taught_model(seed: int) -> Taught:
     return Taught(seed, {k: v.clone() for k, v in model.state_dict().items()}, accuracy(model))
 
 
-def rounds(taught: Taught, count: int, parts: int = 1) -> list[float]:
+def rounds(
+    taught: Taught, count: int, parts: int = 1, *, replay: float = 0.0, newest: int = 0, epochs: int = EPOCHS
+) -> list[float]:
     """Accuracy before training and after every round with DPO + NLL. The sums are dealt in `parts`, in random order:
     round k has the k-th part, and the first again when every part had its turn. The reference of a round is the policy
-    that it starts from."""
-    model, found = taught.model(), [taught.accuracy]
+    that it starts from, also of the share `replay` of the pairs of the `newest` rounds before (0: of all)."""
+    model, found, drawn = taught.model(), [taught.accuracy], list[list[TrainPair]]()
     dealt = SUMS if parts == 1 else random.Random(0).sample(SUMS, len(SUMS))
     for number in range(count):
-        rows = pairs(model, number, sums=dealt[number % parts :: parts])
+        fresh = pairs(model, number, sums=dealt[number % parts :: parts])
+        rows = [*fresh, *_scored_anew(model, _share(drawn[-newest:], replay, number))]
+        drawn.append(fresh)
         if rows:
-            train(model, rows, **NLL)
+            train(model, rows, **NLL, num_train_epochs=epochs)
         found.append(accuracy(model))
     return found
+
+
+def _share(earlier: Sequence[Sequence[TrainPair]], share: float, seed: int) -> list[TrainPair]:
+    """So large a share of the pairs of each round, drawn anew by the seed."""
+    source = random.Random(seed)
+    return [row for rows in earlier for row in source.sample(rows, round(share * len(rows)))]
+
+
+def _scored_anew(model: LlamaForCausalLM, rows: Sequence[TrainPair]) -> list[TrainPair]:
+    """Pairs of earlier rounds with the log-probs of the model as the reference."""
+    values = score(TreeModel(model), [Tree(row.prompt_ids, (row.chosen, row.rejected)) for row in rows])
+    return [
+        replace(row, pair_id=f"earlier/{n}", ref_chosen=tuple(chosen), ref_rejected=tuple(rejected))
+        for n, (row, (chosen, rejected)) in enumerate(zip(rows, values, strict=True))
+    ]

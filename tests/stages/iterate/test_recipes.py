@@ -35,7 +35,8 @@ def test_a_recipe_runs_to_its_end(name: str, tiny_model: Path, tmp_path: Path) -
     recipe = ROOT / "stages" / "iterate" / f"{name}.toml"
     written = base.load(IterateConfig, recipe, {})
     config = base.load(IterateConfig, recipe, {**SMALL, "model": str(tiny_model)})
-    for setting in ("reference", "start", "replay", "repeat_prompts", "evaluate_every", "learning_rates"):
+    kept = ("reference", "start", "replay", "replay_rounds", "repeat_prompts", "evaluate_every", "learning_rates")
+    for setting in kept:
         assert getattr(config, setting) == getattr(written, setting)
     with warm.shelf(lora_rank=2) as shelf:
         shelf.keep = True
