@@ -11,12 +11,17 @@ LOCK ?= $(or $(INSTALLED),cpu)
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/$(LOCK).txt)
 # The CPU build of torch. Where this index cannot be reached pip warns and takes what it has.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# What torch needs where pip found no CPU build: nothing otherwise, and the lock leaves it out.
+CUDA_LIBRARIES := from importlib.metadata import requires; \
+  print(*(r.partition(';')[0] for r in requires('torch') if r.startswith(('cuda', 'nvidia'))), sep='\n', end='')
 # One line for every twenty packages: progress with and without a terminal. "Processing" is a wheel on this machine.
 COUNT = awk -v total=$$(grep -c '^[a-z].*==' requirements/$(LOCK).txt) \
   '/^(Collecting|Processing|Requirement already)/ { if (++n % 20 == 0 || n == total) print "  " n " of " total " packages" } \
    /^Installing collected/ { print "  unpacking them" } /ERROR|error:/ { print } { fflush() }'
 # Plain progress lines and no colours when the output is not a terminal are chosen by prefpipe itself.
 export PYTHONUNBUFFERED := 1
+# Bytecode is kept: without it every process compiles the package and its tests again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The tests run on every core with one thread each; a core that has nothing left takes tests from another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -42,13 +47,16 @@ endif
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(LOCK),cpu)
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing $(TORCH), CPU build" && \
-	  $(BIN)/python -m pip install --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH); }
+	  $(BIN)/python -m pip install --no-deps --no-compile --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH); }
+	@$(BIN)/python -c "$(CUDA_LIBRARIES)" | xargs -r -d '\n' $(BIN)/python -m pip install --no-compile --progress-bar off
 endif
 	@echo "installing the pinned packages of requirements/$(LOCK).txt"
-	@$(BIN)/python -m pip install --no-deps --progress-bar off -r requirements/$(LOCK).txt | $(COUNT)
+	@$(BIN)/python -m pip install --no-deps --no-compile --progress-bar off -r requirements/$(LOCK).txt | $(COUNT)
 	@$(BIN)/python -m pip install --quiet --no-deps --retries 1 -r requirements/gym.txt 2>/dev/null || \
 	  echo "reasoning-gym is left out: one of its packages needs a C compiler and Python's headers"
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "compiling them"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some are templates, or for another Python
 	@touch $@
 
 demo: setup  ## Three rounds on a real 135M model, on 2 cores; the second time seconds
@@ -96,15 +104,13 @@ bench: setup  ## Measurements against public peers (about an hour, 12 GB of disk
 results: setup  ## What reference, loss, rounds and pair rule do to a small policy: docs/results (QUICK=--quick for a look)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py $(QUICK)
 
-# uv does not read PyTorch's index from here: TORCH_WHEELS is a folder or a page with torch's CPU wheels.
-lock:  ## Resolve both lock files again (TORCH_WHEELS=PLACE of torch's CPU wheels)
+lock:  ## Resolve both lock files again
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@for lock in cpu cuda; do \
 	  $(BIN)/uv pip compile pyproject.toml --quiet --extra train --extra embedded --extra rewards --extra math --extra report --extra cluster --extra dev --extra $$lock \
 	    --override requirements/overrides-$$lock.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	    $$([ $$lock != cpu ] || echo "$(TORCH_WHEELS:%=--find-links %)") $(UV_OPTIONS) \
-	    --no-emit-index-url --no-emit-find-links --annotation-style line --no-header --output-file requirements/$$lock.txt && \
+	    $(UV_OPTIONS) --no-emit-index-url --no-emit-find-links --annotation-style line --no-header --output-file requirements/$$lock.txt && \
 	  sed -i -e 's/+cpu//' -e "1i # Made by \`make lock\` from pyproject.toml and overrides-$$lock.txt (which says what is left out, and why)." \
 	    requirements/$$lock.txt; \
 	done

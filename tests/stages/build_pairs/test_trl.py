@@ -17,11 +17,14 @@ from tests.conftest import ROOT
 from tests.stages.build_pairs.runs import Row, build, ids_of, logps_of, run_of
 
 LETTERS = "tests.e2e.letters:most_letters"
-AS_IT_IS = """
-import sys
+EXAMPLES = {"pairs": "trl_dpo.py", "labels": "trl_kto.py"}
+# One process, since the import of TRL takes longer than all of its steps here.
+RUNS = """
+import runpy, sys
+from pathlib import Path
 from datasets import load_dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-model, out, *folders = sys.argv[1:]
+model, out, root, *folders = sys.argv[1:]
 for number, folder in enumerate(folders):
     rows = load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", cache_dir=f"{out}/cache{number}")
     paired = "chosen" in rows.column_names
@@ -30,17 +33,12 @@ for number, folder in enumerate(folders):
                        save_strategy="no", use_cpu=True, bf16=False, learning_rate=1e-5)
     made = trainer(model=model, args=arguments, train_dataset=rows)
     made.train()
-    print(folder, made.state.log_history[0]["loss"])
+    print("first", Path(folder).parent.name, made.state.log_history[0]["loss"])
+for folder, script in zip(folders, ("trl_dpo.py", "trl_kto.py")):
+    print("script", script)
+    sys.argv = [script, model, folder, f"{out}/{script}"]
+    runpy.run_path(f"{root}/examples/{script}", run_name="__main__")
 """
-
-
-def python(tmp_path: Path, *arguments: object) -> list[str]:
-    """The lines that a Python command prints, away from the network."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -55,34 +53,35 @@ def sampled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_trl_trains_on_the_files_as_they_are(sampled: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Conversational and standard, paired and unpaired: one step each, DPO starts at ln 2."""
-    folders = []
+@pytest.fixture(scope="module")
+def printed(sampled: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The lines of TRL on our files, as words: it trains on all, then the examples do. Away from the network."""
+    folder, folders = tmp_path_factory.mktemp("trl"), list[Path]()
+    kept = {"truncated_chosen": "keep", "special_tokens": "keep"}
     for form in ("trl", "trl-standard"):
-        for output in ("pairs", "labels"):
-            out = tmp_path / f"{form}-{output}"
-            build(
-                out, sampled, reward=LETTERS, output=output, format=form, truncated_chosen="keep", special_tokens="keep"
-            )
-            folders.append(out / "trl")
-    lines = [ln.split() for ln in python(tmp_path, "-c", AS_IT_IS, tiny_model, tmp_path / "t", *folders) if "trl" in ln]
-    losses = {Path(folder).parent.name: float(loss) for folder, loss in lines}
+        for output in EXAMPLES:
+            build(folder / f"{form}-{output}", sampled, reward=LETTERS, output=output, format=form, **kept)
+            folders.append(folder / f"{form}-{output}" / "trl")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUNS, *map(str, (tiny_model, folder / "t", ROOT, *folders))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_trl_trains_on_the_files_as_they_are(printed: list[list[str]]) -> None:
+    """Conversational and standard, paired and unpaired: one step each, DPO starts at ln 2."""
+    losses = {words[1]: float(words[2]) for words in printed if words[:1] == ["first"]}
     assert set(losses) == {"trl-pairs", "trl-labels", "trl-standard-pairs", "trl-standard-labels"}
     assert losses["trl-pairs"] == pytest.approx(math.log(2), abs=1e-4)
     assert all(math.isfinite(loss) for loss in losses.values())
 
 
-@pytest.mark.parametrize(
-    ("output", "script", "first"), [("pairs", "trl_dpo.py", math.log(2)), ("labels", "trl_kto.py", 0.5)]
-)
-def test_the_examples_use_our_ids_and_reference(
-    sampled: Path, tiny_model: Path, tmp_path: Path, output: str, script: str, first: float
-) -> None:
+@pytest.mark.parametrize(("output", "first"), [("pairs", math.log(2)), ("labels", 0.5)])
+def test_the_examples_use_our_ids_and_reference(printed: list[list[str]], output: str, first: float) -> None:
     """With the policy at the reference DPO is ln 2 and APO-zero 1/2: log-probs of other ids would show."""
-    kept = {"truncated_chosen": "keep", "special_tokens": "keep"}
-    build(tmp_path / "o", sampled, reward=LETTERS, output=output, format="trl", **kept)
-    lines = python(tmp_path, ROOT / "examples" / script, tiny_model, tmp_path / "o" / "trl", tmp_path / "t")
-    losses = next(line.split()[1:] for line in lines if line.startswith("losses"))
+    after = printed[printed.index(["script", EXAMPLES[output]]) :]
+    losses = next(words[1:] for words in after if words[:1] == ["losses"])
     assert float(losses[0]) == pytest.approx(first, abs=2e-4)
 
 
