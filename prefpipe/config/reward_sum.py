@@ -5,7 +5,6 @@ term   = factor (* factor)*              at most one factor is a reward; a term 
 factor = number | name | "name"          quotes for names with a minus sign or other signs
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from prefpipe.config.base import suggestion
 from prefpipe.errors import UsageError
 
+LARGEST_REWARD = 1e30  # of either sign: float32 holds it, and float64 the square of a difference
 _TOKEN = re.compile(
     r'\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d][\w.:]*)|"(?P<quoted>[^"]+)"|(?P<sign>[-+*])'
     r"|(?P<other>\S))"
@@ -82,12 +82,13 @@ class _Parser:
                 constant += weight
             else:
                 weights[name] = weights.get(name, 0.0) + weight
-        if not weights or not math.isfinite(constant):
-            raise self._error("a sum needs a reward, and finite numbers", self._token)
+        if not weights or not abs(constant) <= LARGEST_REWARD:
+            raise self._error(f"a sum needs a reward, and numbers up to {LARGEST_REWARD:g}", self._token)
         for name, weight in weights.items():
-            if not weight or not math.isfinite(weight):
+            if not 0 < abs(weight) <= LARGEST_REWARD:
                 raise UsageError(
-                    f"reward {self._text!r}: {name} has the weight {weight:g}", "a weight is a finite number but 0"
+                    f"reward {self._text!r}: {name} has the weight {weight:g}",
+                    f"a weight is a number but 0, and at most {LARGEST_REWARD:g}",
                 )
         return RewardSum(weights, constant)
 

@@ -5,7 +5,7 @@
 | preference | `chosen`, `rejected`, and a prompt, or without it conversations or transcripts with equal first turns |
 | list | a prompt and `completions` (or `generations`, `responses`), rated or not |
 | label | a prompt, `completion` (or `output`, `response`), `label` |
-| completion | a prompt and `completion`, or `messages` that go on behind the prompt or end with the answer |
+| completion | a prompt and `completion`, or `messages` that go on behind the prompt or end with the answer, `rating` |
 
 A prompt is `prompt`, `instruction` (with `input`), `input`, `question`, `messages` or `conversations`. `system_prompt`
 or `system` goes in front. `tools`, `documents` and `chat_template_kwargs` go to the chat template.
@@ -19,6 +19,7 @@ from decimal import Decimal
 from itertools import takewhile
 from typing import Any
 
+from prefpipe.config.reward_sum import LARGEST_REWARD
 from prefpipe.errors import DataError, RowFault
 from prefpipe.inputs.messages import TEMPLATE_INPUTS, Row, check_carried, listed, messages, template_inputs, text
 from prefpipe.inputs.prompt_columns import PROMPTS, SYSTEMS, behind_system, first, history, prompt_of
@@ -89,6 +90,8 @@ def has_ratings(rows: Iterable[Row], kind: str) -> bool:
     null."""
     if kind == "preference":
         return any(a in row and b in row for row in rows for a, b in _SIDES)
+    if kind == "completion":
+        return any("rating" in row for row in rows)
     return kind == "list" and any(_rates(row) for row in rows)
 
 
@@ -226,7 +229,8 @@ def _completion(row: Row) -> AnsweredPrompt:
         prompt = prompt_of(row)
         turns = messages(row.get(name or ""), name or _COMPLETIONS[0], "assistant")
     writers = [str(row.get("model") or "")]
-    return AnsweredPrompt(prompt, [answer_turns(prompt, turns)], None, writers, None, _expected(row))
+    ratings = [_number(row["rating"], "rating")] if "rating" in row else None
+    return AnsweredPrompt(prompt, [answer_turns(prompt, turns)], ratings, writers, None, _expected(row))
 
 
 def _label(row: Row) -> AnsweredPrompt:
@@ -234,7 +238,7 @@ def _label(row: Row) -> AnsweredPrompt:
     label = _LABELS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if label is None:
         raise RowFault("bad_label", f"field 'label' is {str(value)[:60]!r}, neither true nor false")
-    return replace(_completion(row), label=label)
+    return replace(_completion({**row, "rating": None}), ratings=None, label=label)
 
 
 _PARSERS = {"preference": _preference, "list": _list, "label": _label, "completion": _completion}
@@ -267,4 +271,6 @@ def _number(value: object, name: str) -> float | None:
             number = float(value)
     if number is None:
         raise RowFault("bad_rating", f"{name} is {str(value)[:60]!r}, not a number")
+    if LARGEST_REWARD < abs(number) < math.inf:
+        raise RowFault("bad_rating", f"{name} is {number:g}: a rating is at most {LARGEST_REWARD:g}")
     return number if math.isfinite(number) else None

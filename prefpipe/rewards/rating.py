@@ -5,14 +5,16 @@ from types import MappingProxyType
 from typing import Any
 
 from prefpipe import log, rewards
+from prefpipe.config.reward_sum import LARGEST_REWARD
 from prefpipe.config.rewards import Settings
 from prefpipe.errors import DataError
 from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 
 def rate(answers: Sequence[Answer], reward: RewardFunction, name: str) -> list[Scored]:
-    """The score of every answer. Raises DataError when the reward crashes on every one of them."""
-    scores = reward(answers) if answers else []
+    """The score of every answer; a reward that is too large is none. Raises DataError when the reward crashes on every
+    one of them."""
+    scores = [_bounded(score) for score in reward(answers)] if answers else []
     if scores and all(s.status == "crash" for s in scores):
         raise DataError(
             f"reward {name} failed on all {len(scores)} completions: {scores[0].detail}", "fix the function"
@@ -52,6 +54,14 @@ def summary(totals: Mapping[str, Any]) -> list[str]:
         elif unrated:
             lines.append(f"  WARNING: reward {name} rated no answer, {unrated} are without a rating")
     return lines
+
+
+def _bounded(score: Scored) -> Scored:
+    if score.reward is None or abs(score.reward) <= LARGEST_REWARD:
+        return score
+    return Scored(
+        None, "crash", f"a reward of {score.reward:g} is no number to compute with: at most {LARGEST_REWARD:g}"
+    )
 
 
 def reward_folder(name: str) -> str:

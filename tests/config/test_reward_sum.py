@@ -49,10 +49,12 @@ def test_a_sum_is_read(text: str, weights: dict[str, float], constant: float) ->
         ("3*2x", "character 4 ('x'): expected + or - or *"),
         ('"math', "character 1 ('\"'): expected a reward"),
         ("3", "character 2 (the end): a sum needs a reward"),
-        ("math + 1e999", "finite numbers"),
+        ("math + 1e999", "numbers up to 1e+30"),
         ("0*math + helpful", "math has the weight 0"),
         ("math + helpful - math", "math has the weight 0"),
         ("1e999*math", "math has the weight inf"),
+        ("1e200*math", "math has the weight 1e+200"),
+        ("math + 1e31", "numbers up to 1e+30"),
     ],
 )
 def test_what_is_no_sum_is_refused_with_its_place(text: str, problem: str) -> None:

@@ -220,6 +220,22 @@ def test_no_rating_is_none(value: Any) -> None:
     assert formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [value]}, "list").ratings == [None]
 
 
+def test_one_answer_a_row_may_have_a_rating() -> None:
+    row = {"prompt": "Hi", "completion": "Yes", "rating": "3.5", "score": "high"}
+    assert formats.has_ratings([row], "completion")
+    assert formats.parse(row, "completion").ratings == [3.5]
+    assert formats.parse({**row, "rating": None}, "completion").ratings == [None]
+    assert formats.parse({"prompt": "Hi", "completion": "Yes"}, "completion").ratings is None
+    assert formats.parse({**row, "rating": "good", "label": 1}, "label").ratings is None
+    assert not formats.has_ratings([{**row, "label": 1}], "label")
+
+
+@pytest.mark.parametrize("value", [1.1e30, -1e308, "1e31"])
+def test_a_rating_whose_square_is_no_number_is_a_fault(value: Any) -> None:
+    with pytest.raises(RowFault, match="a rating is at most 1e\\+30"):
+        formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [value]}, "list")
+
+
 def test_a_decimal_is_a_rating() -> None:
     """Spark and DuckDB write them."""
     assert formats.parse({"prompt": "Hi", "completions": ["a"], "ratings": [Decimal("4.5")]}, "list").ratings == [4.5]

@@ -54,6 +54,10 @@ def test_a_reward_that_crashes_on_all_rows_is_an_error_on_some_it_is_recorded() 
     def partly(answers: Sequence[Answer]) -> list[Scored]:
         return [Scored(1.0) if a.text == "good" else Scored(None, "crash", "no such file") for a in answers]
 
+    def huge(answers: Sequence[Answer]) -> list[Scored]:
+        return [Scored(-1e30 if a.text == "good" else 1e31) for a in answers]
+
+    assert [(s.reward, s.status) for s in rating.rate(answers, huge, "mine")] == [(-1e30, "ok"), (None, "crash")]
     with pytest.raises(DataError, match="reward mine failed on all 2 completions: no such file"):
         rating.rate(answers, crash, "mine")
     assert rating.rate(answers, partly, "mine") == [Scored(1.0), Scored(None, "crash", "no such file")]
