@@ -58,7 +58,7 @@ CASES = (
     Case("defaults 192/64 K=2", 192, 64, 2, "bfloat16", 4, 3, True, 3.5, None, None),
     Case("fp32 192/64 K=8", 192, 64, 8, "float32", 16, 3, False, 12.0, 0.3, None),
     Case("fp32 64/128 K=2", 64, 128, 2, "float32", 4, 3, False, 1.5, None, None),
-    Case("fp32 512/128 K=2", 512, 128, 2, "float32", 2, 2, False, None, None, None),
+    Case("fp32 512/128 K=2", 512, 128, 2, "float32", 2, 3, False, None, None, None),
     Case("fp32 shipped pairs", 0, 0, 2, "float32", 8, 3, False, 2.5, None, None, shipped=True),
 )
 
