@@ -43,12 +43,15 @@ def cluster(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFa
         pytest.skip("ray is not installed (make setup)")
     if not shutil.which("ip") or subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine grants no network namespace, and Ray listens on all addresses without one")
-    folder = tmp_path_factory.mktemp("ray")
     script = SCRIPT.format(python=sys.executable)
-    done = subprocess.run(
-        [*NAMESPACE, "bash", "-c", script, "bash", str(tiny_model), str(prompts), str(folder)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=570,
-    )  # fmt: skip
+    for _ in range(2):
+        folder = tmp_path_factory.mktemp("ray")
+        done = subprocess.run(
+            [*NAMESPACE, "bash", "-c", script, "bash", str(tiny_model), str(prompts), str(folder)],
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=570,
+        )  # fmt: skip
+        if "The current node timed out during startup" not in done.stderr:  # Ray gives it 30 s, on a busy machine too
+            break
     assert "driver 137" in done.stdout, done.stderr  # 128 + SIGKILL
     assert done.returncode == 0, "workers outlive their driver"
     return folder
