@@ -14,9 +14,8 @@ import pytest
 
 from prefpipe import cli as command_line
 from prefpipe.models.chat import Chat, load_chat
-from prefpipe.stages.train import memory
 from tests.forge import ROOT, TRAIN, Ended, Forge, forge
-from tests.quick import WHOLE_PROBE, quick
+from tests.quick import quick, usual
 from tests.tiny import make_adapter, make_model
 
 quick()
@@ -85,11 +84,10 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def whole_probe() -> Iterator[None]:
-    """The probe of the memory as users have it."""
+def as_for_users() -> Iterator[None]:
+    """Without the shortcuts of `quick` in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in WHOLE_PROBE.items():
-            patch.setattr(memory, name, value)
+        usual(patch)
         yield
 
 

@@ -3,15 +3,27 @@
 import gc
 import os
 
+import pytest
+
+from prefpipe.inference import pool_size
 from prefpipe.stages.train import memory
 
-WHOLE_PROBE = {name: getattr(memory, name) for name in ("_PROBE_TOKENS", "_PASSES")}
+_SHORT = ((memory, "_PROBE_TOKENS", 32), (memory, "_PASSES", 1), (pool_size, "_FEWEST_SHARDS", 10**9))
+_USUAL = [(module, name, getattr(module, name)) for module, name, _ in _SHORT]
 
 
 def quick() -> None:
     """No waiting for the disk, since tests kill processes and no machine: what was written is with the kernel. A probe
-    of the memory by one pass over few tokens: a tiny model fits whatever it finds. And what imports made stays frozen:
-    vLLM thaws it whenever an engine ends, and looks for garbage in it nine times for every engine."""
+    of the memory by one pass over few tokens: a tiny model fits whatever it finds. No workers on CPUs that no setting
+    asks for: each starts an interpreter. And what imports made stays frozen: vLLM thaws it whenever an engine ends, and
+    looks for garbage in it nine times for every engine."""
     os.fsync = lambda _descriptor: None
     gc.unfreeze = lambda: None
-    memory._PROBE_TOKENS, memory._PASSES = 32, 1
+    for module, name, value in _SHORT:
+        setattr(module, name, value)
+
+
+def usual(patch: pytest.MonkeyPatch) -> None:
+    """The probe and the number of workers that users have."""
+    for module, name, value in _USUAL:
+        patch.setattr(module, name, value)

@@ -20,7 +20,7 @@ def policy(tmp_path: Path) -> Policy:
 
 
 @pytest.fixture(autouse=True)
-def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def eight_cores(monkeypatch: pytest.MonkeyPatch, as_for_users: None) -> None:
     """Eight cores, plenty of memory, no GPU."""
     monkeypatch.setattr(pool_size, "cores", lambda: 8)
     monkeypatch.setattr(machine, "available_memory", lambda: 100 * GIB)

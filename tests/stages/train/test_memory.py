@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.stages.train import data
 from tests.stages.train.peak import trees
 
-pytestmark = pytest.mark.usefixtures("whole_probe")
+pytestmark = pytest.mark.usefixtures("as_for_users")
 
 CUDA = torch.device("cuda")
 FOOTPRINT = Footprint(
