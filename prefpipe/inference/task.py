@@ -24,6 +24,7 @@ from prefpipe.models.notices import check_ends, notices
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards.base import Answer, RewardFunction, RewardOn, answer_of
 from prefpipe.rewards.rating import load_rewards
+from prefpipe.rows import why_dropped
 from prefpipe.runs import store
 from prefpipe.runs.manifests import Balance
 from prefpipe.runs.resume import ROWS, RowInputs
@@ -127,6 +128,8 @@ def longest_sequence(task: Task, config: Config) -> int:
 def gather_ledger(run: Run, num_prompts: int, before: Sequence[Dropped]) -> None:
     """Write dropped.parquet, from `before` and the prompts that shards dropped."""
     dropped = run.gather_dropped(Dropped, to_table(Dropped, list(before)))
+    if before:
+        log.warn(f"rows of prompts left out: {why_dropped(before)}; dropped.parquet has them all")
     if dropped:
         log.warn(f"{dropped} of {num_prompts} prompts dropped; the reasons are in dropped.parquet")
 

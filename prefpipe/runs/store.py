@@ -237,7 +237,7 @@ def read_manifest(run_dir: Path) -> Manifest:
     if not path.exists():
         raise MissingInputError(
             f"{run_dir} holds no complete run (no manifest.json)",
-            "finish it by running its command again, or check the path",
+            "finish it by running its command again, or check the path; `prefpipe score` makes a run of a file",
         )
     return manifests.read(path)
 

@@ -47,7 +47,9 @@ def test_faulty_prompts_are_in_the_ledger_with_their_reasons(
     assert found[1]["detail"] == "69 tokens in the prompt, the most is 40"
     completions = from_table(Completion, store.read_dataset(tmp_path / "g", "completions", Completion))
     assert [len(c.prompt_token_ids) for c in completions] == [19 + 4, 19 + 9]
-    assert "3 of 5 prompts dropped" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "3 of 5 prompts dropped" in told
+    assert f"rows of prompts left out: 1 duplicate (first: {prompt('good').prompt_id}" in told
 
 
 def test_no_prompt_left_is_an_error_with_the_reasons_before_an_engine_starts(
