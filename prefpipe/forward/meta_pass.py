@@ -176,9 +176,8 @@ class _Kernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        if (
-            func is torch._grouped_mm and args[0].dtype != torch.bfloat16
-        ):  # of experts; this device has it for that type only
+        of_experts = func is torch._grouped_mm  # pyright: ignore[reportPrivateUsage]  (no public name)
+        if of_experts and args[0].dtype != torch.bfloat16:  # this device has it for that type only
             return args[0] @ args[1][0]
         if func is not scaled_dot_product_attention:
             return func(*args, **options)
