@@ -417,6 +417,10 @@ class SweepSettings(TypedDict, total=False):
     evaluate: str
     workers: Literal["auto"] | int
 
+class PlanSettings(TrainSettings, total=False):
+    gpus: int
+    gpu_memory: float
+
 def generate(
     recipe: Place | None = None, *, out: Place, force: bool = False, **settings: Unpack[GenerateSettings]
 ) -> Run:
@@ -476,6 +480,7 @@ def merge(run: Place, out: Place, model: str = "") -> Path:
     damaged adapter.
     """
 
-def plan(recipe: Place | None = None, **settings: Unpack[TrainSettings]) -> str:
-    """What a run of train with these settings will cost, as text: memory by part (GiB), tokens, steps, time (minutes).
-    It probes one step and writes nothing. Settings and errors are those of train."""
+def plan(recipe: Place | None = None, **settings: Unpack[PlanSettings]) -> str:
+    """What a run of train with these settings will cost, as text: memory by part (GiB), tokens, steps, time (minutes),
+    by a probe of one step; or, with `gpus`, the memory of a rank for so many of them (each of `gpu_memory` GiB), from
+    config.json. It writes nothing. All other settings and errors are those of train."""

@@ -18,11 +18,11 @@ from pydantic import BaseModel
 
 from prefpipe import __version__, flags, log, processes, terminal
 from prefpipe.api import calls
-from prefpipe.api.calls import STAGES
+from prefpipe.api.calls import SETTINGS, STAGES
 from prefpipe.chat import commands as _chat_commands
 from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
-from prefpipe.config.train import TrainConfig
+from prefpipe.config.plan import PlanConfig
 from prefpipe.doctor import command as doctors
 from prefpipe.errors import Interrupted, PrefpipeError, UsageError
 from prefpipe.exports import commands as _export_commands
@@ -114,22 +114,23 @@ def root(
 
 
 def show_config(
-    command: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")],
+    command: Annotated[str, typer.Argument(help=f"One of: {', '.join(SETTINGS)}.")],
     *,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of its recipes, for editors.")
     ] = False,
 ) -> None:
     """Print a recipe with every setting of a command: its meaning and its default."""
-    if command not in STAGES:
+    if command not in SETTINGS:
         raise UsageError(
-            f"no command '{command}'{base.suggestion(command, list(STAGES))}", f"the commands are {', '.join(STAGES)}"
+            f"no command '{command}'{base.suggestion(command, list(SETTINGS))}",
+            f"the commands are {', '.join(SETTINGS)}",
         )
-    config_class, _ = STAGES[command]
+    config_class = SETTINGS[command]
     if schema:
         terminal.show(json.dumps(base.json_schema(config_class), indent=2))
         return
-    terminal.show(f"# prefpipe {command} RECIPE.toml --out DIR\n# {config_class.__doc__}\n")
+    terminal.show(f"# prefpipe {command} RECIPE.toml{' --out DIR' * (command in STAGES)}\n# {config_class.__doc__}\n")
     terminal.show(base.to_toml(config_class()))
 
 
@@ -233,9 +234,10 @@ def _demo(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None,
 
 
 def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
-    if out is not None or force or dry_run:
-        raise UsageError("plan writes nothing", "leave out --out, --force and --dry-run")
-    for line in calls.plan(calls.settings("train", recipe, settings)):
+    if out is not None or force:
+        raise UsageError("plan writes nothing", "leave out --out and --force")
+    config = calls.settings("plan", recipe, settings)
+    for line in [json.dumps(base.dump(config), indent=2)] if dry_run else calls.plan(config):
         terminal.show(line)
 
 
@@ -251,9 +253,9 @@ app.command("config", rich_help_panel=_RECIPES)(show_config)
 app.command(
     "plan",
     cls=flags.SettingsCommand,
-    help="Predict memory, tokens, steps and time of a training run.",
+    help="Predict memory, tokens, steps and time of a training run, here or on other GPUs.",
     rich_help_panel=_RECIPES,
-)(flags.command(TrainConfig, _plan))
+)(flags.command(PlanConfig, _plan))
 _recipe_commands.register(app, _RECIPES)
 commands.register(app)
 _chat_commands.register(app)

@@ -14,17 +14,19 @@ from pydantic import BaseModel
 from prefpipe import extras
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
+from prefpipe.config.plan import PlanConfig
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError
 
 Manifest = dict[str, Any]
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
     name: (cls, f"prefpipe.stages.{name.replace('-', '_')}.stage") for name, cls in CLASSES.items()
 }
+SETTINGS: dict[str, type[BaseModel]] = {**CLASSES, "plan": PlanConfig}
 
 
 def settings(command: str, recipe: Path | None, given: Mapping[str, Any], place: str = base.COMMAND_LINE) -> BaseModel:
     """The settings of a command: defaults < recipe < `given`, by dotted name. Raises as `base.load` does."""
-    return base.load(STAGES[command][0], recipe, given, place)
+    return base.load(SETTINGS[command], recipe, given, place)
 
 
 def run(command: str, config: BaseModel, out: Path, *, force: bool = False) -> Manifest:

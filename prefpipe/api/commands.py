@@ -74,14 +74,15 @@ def merge(run: Place, out: Place, model: str = "") -> Path:
 
 
 def plan(recipe: Place | None = None, **settings: Any) -> str:
-    """What a run of train with these settings will cost, as text: memory by part (GiB), tokens, steps, time (minutes).
-    It probes one step and writes nothing. Settings and errors are those of train."""
+    """What a run of train with these settings will cost, as text: memory by part (GiB), tokens, steps, time (minutes),
+    by a probe of one step; or, with `gpus`, the memory of a rank for so many of them (each of `gpu_memory` GiB), from
+    config.json. It writes nothing. All other settings and errors are those of train."""
     with calls.in_words():
-        return "\n".join(calls.plan(_config("train", recipe, settings)))
+        return "\n".join(calls.plan(_config("plan", recipe, settings)))
 
 
 def _config(command: str, recipe: Place | None, given: dict[str, Any]) -> BaseModel:
-    settings = keywords.flags(calls.STAGES[command][0], given, elsewhere=command in _PROCESSES)
+    settings = keywords.flags(calls.SETTINGS[command], given, elsewhere=command in _PROCESSES)
     name = command.replace("-", "_")
     return calls.settings(command, None if recipe is None else _path(recipe), settings, f"prefpipe.{name}()")
 

@@ -145,7 +145,7 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key [1, G, T, D], value [1, G, T, E] -> output [1, T, H, E]."""
     plain = softcap is None and s_aux is None
-    by_kernel = plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    by_kernel = plain and not query.is_cpu and query.dtype in (torch.bfloat16, torch.float16)
     if by_kernel and KERNEL.takes(query, value, sliding_window):
         return KERNEL(query, key, value, tree_row.plan(query.device), scaling, sliding_window), None
     rules = _Rules(tree_row, query.shape[1] // key.shape[1], scaling, sliding_window, softcap, s_aux)

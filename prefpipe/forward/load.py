@@ -114,17 +114,17 @@ def add_lora(
     alpha: int,
     target_modules: str,
     target_parameters: str = "",
-    seed: int,
+    seed: int | None,
     rslora: bool = False,
 ) -> PeftModel:
     """A new LoRA adapter (B = 0, so the policy starts as the base), in the model's dtype; on a model without weights it
-    is on the CPU, with the same values.
+    is on the CPU, with the same values, or without a seed as empty as the model.
 
     `all-linear` leaves out the head, routers of experts, towers beside the text decoder and what Mamba's kernels read
     past an adapter. `target_parameters` names parameters of no linear module, such as stacked experts. Raises
     UsageError for modules and parameters that the model does not have.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(seed or 0)
     empty = next(model.parameters()).is_meta
     config = LoraConfig(
         r=r,
@@ -143,7 +143,7 @@ def add_lora(
         raise UsageError(
             f"{names}: {error}", "name linear modules of this model, and parameters that no such has"
         ) from error
-    if empty:
+    if empty and seed is not None:
         on_meta.draw_lora(adapted)
     return _check_head(adapted)
 

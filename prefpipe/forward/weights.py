@@ -63,11 +63,12 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
     return model
 
 
-def read_config(kind: Any, directory: Path) -> PreTrainedConfig:
-    """The config of a model of `kind`, with SDPA or eager attention. Raises what `check_architecture` raises, and
-    DataError for an index that does not say which file has which weights."""
+def read_config(kind: Any, directory: Path, *, weights: bool = True) -> PreTrainedConfig:
+    """The config of a model of `kind`, with SDPA or eager attention. Raises what `check_architecture` raises, and with
+    `weights` DataError for an index that does not say which file has which of them."""
     config = check_architecture(directory, kind)
-    _check_index(directory)
+    if weights:
+        _check_index(directory)
     attention = _attention(kind, config)
     setattr(config, "_attn_implementation", attention)  # noqa: B010  (no public name; config.json may name a kernel)
     return config

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -78,14 +79,7 @@ def resolve(model: str, adapter: str = "none") -> Policy:
     Raises MissingInputError when something is not there, IdentityError when the adapter belongs to another base,
     DataError for damaged files, UsageError for a model that needs code of its own and for an adapter that is no LoRA.
     """
-    directory = _directory(model)
-    if not (directory / "config.json").is_file():
-        raise MissingInputError(
-            f"{model} is not a model directory: no config.json", "give a directory, a hub id or embedded:NAME"
-        )
-    config = fingerprint.read_json(directory / "config.json")
-    _check_code(directory, config)
-    _check_numbers(directory, config)
+    directory = find(model)
     weights = _weights_digest(directory)
     if adapter == "none":
         return Policy(directory, None, weights, None)
@@ -94,6 +88,20 @@ def resolve(model: str, adapter: str = "none") -> Policy:
     _check_lora(path)
     _check_record(path, weights, digest)
     return Policy(directory, path, weights, digest)
+
+
+def find(model: str, *, weights: bool = True) -> Path:
+    """The directory of a model, whose config.json is checked. Without `weights` none are fetched from the hub. Raises
+    as `resolve` does."""
+    directory = _directory(model, weights=weights)
+    if not (directory / "config.json").is_file():
+        raise MissingInputError(
+            f"{model} is not a model directory: no config.json", "give a directory, a hub id or embedded:NAME"
+        )
+    config = fingerprint.read_json(directory / "config.json")
+    _check_code(directory, config)
+    _check_numbers(directory, config)
+    return directory
 
 
 def context_length(directory: Path) -> int | None:
@@ -216,7 +224,7 @@ def weights_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def _directory(model: str) -> Path:
+def _directory(model: str, *, weights: bool) -> Path:
     if model.startswith("embedded:"):
         return _unpack(model.removeprefix("embedded:"))
     path = Path(model)
@@ -226,16 +234,16 @@ def _directory(model: str) -> Path:
         raise MissingInputError(
             f"model {model} is not a directory", "give a directory, a hub id (org/name) or embedded:NAME"
         )
-    return _download(model)
+    return _download(model, ("*.json", *(("*.safetensors", "*.jinja", "*.model") if weights else ())))
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: Sequence[str]) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise MissingInputError(f"{hub_id} must be fetched from the hub", extras.hint("train"))
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except Exception as error:
         raise MissingInputError(
             f"cannot fetch {hub_id} from the hub: {error}", "check the name and the network, or give a local directory"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from prefpipe.cli import STAGES
+from prefpipe.cli import SETTINGS, STAGES
 from prefpipe.config import base
 from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig, unread
 from prefpipe.config.evaluate import EvaluateConfig
@@ -644,7 +644,7 @@ def test_configs_are_frozen_and_their_recipe_names_every_setting(cls: type[BaseM
 
 def test_command_names_are_those_of_the_command_line() -> None:
     assert {base.command_name(cls) for cls in CLASSES} == set(STAGES)
-    assert all(base.command_name(cls) == name for name, (cls, _) in STAGES.items())
+    assert all(base.command_name(cls) == name for name, cls in SETTINGS.items())
 
 
 def test_suggestion() -> None:

@@ -45,10 +45,15 @@ def _commands() -> Iterator[str]:
         if has_settings and not known:
             yield _table(row for _, row in _options(command) if row not in {row for _, row in options})
         yield f"## {name}\n\n{_line(command.help or '')}\n\n    {' '.join(['prefpipe', name, *arguments])}\n"
-        same = next((other for other, rows in known.items() if rows == {row for _, row in options}), "")
+        mine = {row for _, row in options}
+        same = next((o for o, rows in known.items() if rows == mine or (name == "plan" and rows < mine)), "")
+        more = [option for option in options if option[1] not in known.get(same, ())]
         if has_settings:
-            known[name] = {row for _, row in options}
-        yield f"Its settings are those of [{same}](#{same}).\n" if same else "\n".join(_tables(options, known))
+            known[name] = mine
+        if same:
+            yield f"Its settings are those of [{same}](#{same}){', and these:' if more else '.'}\n"
+        if more:
+            yield "\n".join(_tables(more, known))
 
 
 def _all(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 
 from prefpipe.api import calls, commands
 from prefpipe.config.base import PATH
+from prefpipe.config.plan import PlanConfig
+from prefpipe.config.train import TrainConfig
 
 PATH_OF_STUB = Path(__file__).parents[2] / "prefpipe" / "__init__.pyi"
 HEAD = '''"""Written by `make fix` from the settings of the commands: do not edit."""
@@ -42,6 +44,7 @@ def stub() -> str:
     for cls, _ in calls.STAGES.values():
         classes |= dict(_classes(cls))
     tables = [_table(name, cls) for name, cls in classes.items()]
+    tables.append(_table("PlanSettings", PlanConfig, beside=TrainConfig))
     made = [_made(name, cls) for name, (cls, _) in calls.STAGES.items()]
     return "\n\n".join([HEAD + "\n", *tables, *made, *_written()]).replace("\n\n\n\n", "\n\n\n") + "\n"
 
@@ -58,9 +61,14 @@ def _name(cls: type[BaseModel]) -> str:
     return f"{cls.__name__.removesuffix('Config').removesuffix('Settings')}Settings"
 
 
-def _table(name: str, cls: type[BaseModel]) -> str:
-    lines = [f"    {setting}: {_type(setting, field)}" for setting, field in cls.model_fields.items()]
-    return "\n".join([f"class {name}(TypedDict, total=False):", *lines]) + "\n"
+def _table(name: str, cls: type[BaseModel], beside: type[BaseModel] | None = None) -> str:
+    """The type of the settings of a class; those of the class that it stands `beside` come from the type of that."""
+    known = beside.model_fields if beside else {}
+    lines = [
+        f"    {setting}: {_type(setting, field)}" for setting, field in cls.model_fields.items() if setting not in known
+    ]
+    base = _name(beside) if beside else "TypedDict"
+    return "\n".join([f"class {name}({base}, total=False):", *lines]) + "\n"
 
 
 def _made(command: str, cls: type[BaseModel]) -> str:
@@ -80,7 +88,7 @@ def _written() -> Iterator[str]:
             node.decorator_list, node.body = [], node.body[:1]
             if node.name == "plan":
                 assert node.args.kwarg is not None
-                node.args.kwarg.annotation = ast.parse("Unpack[TrainSettings]", mode="eval").body
+                node.args.kwarg.annotation = ast.parse("Unpack[PlanSettings]", mode="eval").body
             yield ast.unparse(node).replace('"Run"', "Run").replace("'Run'", "Run") + "\n"
 
 

@@ -28,7 +28,7 @@ from prefpipe.stages.train.record_batches import Batch
 
 _PROBE_TOKENS = 256
 _PASSES = 2  # the first shapes the heap as training will find it, the last is measured
-_SHARE = 0.8  # of the free memory that a step may use; the rest is for fragmentation and other processes
+SHARE = 0.8  # of the free memory that a step may use; the rest is for fragmentation and other processes
 _SMALLEST = 256  # tokens of a budget
 _LARGEST = {"cuda": 32768, "cpu": 768}  # on CPU more is not faster (docs/LOG.md), it only takes memory
 
@@ -139,7 +139,7 @@ def measure(model: TreeModel, trees: Sequence[Tree]) -> Footprint:
 
 def budget(footprint: Footprint, device: torch.device, free_bytes: float, longest_tree: int) -> int:
     """Tokens of a micro-batch that fit into the free memory beside the fixed costs; never below the longest tree."""
-    left = _SHARE * free_bytes - footprint.optimizer - footprint.head - footprint.activations_fixed
+    left = SHARE * free_bytes - footprint.optimizer - footprint.head - footprint.activations_fixed
     fitting = int(left / max(1.0, footprint.activations_per_token))
     return max(longest_tree, min(_LARGEST.get(device.type, 32768), max(_SMALLEST, fitting)))
 
@@ -147,7 +147,7 @@ def budget(footprint: Footprint, device: torch.device, free_bytes: float, longes
 def fits(footprint: Footprint, free_bytes: float, longest_tree: int) -> bool:
     """Whether a micro-batch of the longest tree alone fits into the free memory beside the fixed costs."""
     fixed = footprint.optimizer + footprint.head
-    return fixed + footprint.activations(longest_tree) <= _SHARE * free_bytes
+    return fixed + footprint.activations(longest_tree) <= SHARE * free_bytes
 
 
 def free_bytes(device: torch.device) -> float:

@@ -2,10 +2,13 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from prefpipe.config.plan import PlanConfig
+from prefpipe.errors import UsageError
 from prefpipe.forward import load
 from prefpipe.stages.train import loading, memory, plan
 from prefpipe.stages.train.examples import TrainPair
@@ -15,8 +18,13 @@ from tests.conftest import Cli
 from tests.stages.train import data
 
 ROWS = (
-    "pairs, steps", "tokens per epoch", "micro-batch", "weights", "trained, gradients", "optimizer", "activations",
-    "checkpointing", "head chunk", "peak", "time", "cache saves",
+    "figures", "pairs, steps", "tokens per epoch", "micro-batch", "weights", "trained, gradients", "optimizer",
+    "activations", "checkpointing", "head chunk", "peak", "time", "cache saves",
+)  # fmt: skip
+
+FORECAST = (
+    "figures", "model", "micro-batch", "GiB a rank of", *plan._PARTS, "checkpointing", "fits 24 GiB", "head chunk",
+    "host",
 )  # fmt: skip
 
 
@@ -24,6 +32,12 @@ ROWS = (
 def pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = data.with_reference(data.bare_pairs(10), tiny_model)
     return data.write_pairs(tmp_path_factory.mktemp("pairs") / "p", rows)
+
+
+def settings(model: Path, *pairs: Path, **changes: object) -> PlanConfig:
+    """Those of a few quick fp32 steps, and of the machine."""
+    here = {name: changes.pop(name) for name in ("gpus", "gpu_memory") if name in changes}
+    return PlanConfig.model_validate({**data.config(model, *pairs, **changes).model_dump(), **here})
 
 
 def number(text: str, pattern: str) -> int:
@@ -59,7 +73,7 @@ def test_the_command_prints_a_table_and_writes_nothing(cli: Cli, tiny_model: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flag", [("--out", "somewhere"), ("--force",), ("--dry-run",)])
+@pytest.mark.parametrize("flag", [("--out", "somewhere"), ("--force",)])
 def test_flags_that_write_are_refused(cli: Cli, tmp_path: Path, flag: tuple[str, ...]):
     done = cli("plan", *flag, cwd=tmp_path, env={"PYTHONPATH": os.fspath(Path(plan.__file__).parents[1])})
     assert done.returncode == 2
@@ -92,7 +106,7 @@ def test_grouping_by_prompt_computes_fewer_tokens(tiny_model: Path):
 
 
 def test_a_plan_without_a_budget_fits_the_free_memory(tiny_model: Path, pairs: Path):
-    lines = plan.run(data.config(tiny_model, pairs))
+    lines = plan.run(settings(tiny_model, pairs))
     assert [line.split("  ")[0] for line in lines] == list(ROWS)
     (micro,) = (line for line in lines if line.startswith("micro-batch"))
     assert number(micro, r"at most ([\d,]+)") >= number(micro, r"holds ([\d,]+)") > 0
@@ -125,11 +139,69 @@ def test_checkpointing_is_foretold_as_train_does_it(
         return footprint
 
     monkeypatch.setattr(memory, "measure", measure)
-    monkeypatch.setattr(memory, "free_bytes", lambda _device: share * needed / memory._SHARE)
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: share * needed / memory.SHARE)
     monkeypatch.setattr(load, "checkpoint_layers", lambda _model: seen.append("checkpoint"))
     config = data.config(tiny_model, pairs, gradient_checkpointing=setting)
-    (line,) = (line for line in plan.run(config) if line.startswith("checkpointing"))
+    (line,) = (
+        line
+        for line in plan.run(settings(tiny_model, pairs, gradient_checkpointing=setting))
+        if line.startswith("checkpointing")
+    )
     assert said.format(longest) in line
     planned, seen = seen, []
     loading.fitting_tokens(data.policy(tiny_model), rows, config)
     assert planned == seen == events
+
+
+def forecast_of(*lines: str) -> dict[str, list[str]]:
+    """The words of each line by its name."""
+    width = max(map(len, FORECAST))
+    return {line[:width].rstrip(): line[width + 2 :].split() for line in lines}
+
+
+def test_a_config_alone_gives_the_memory_of_a_rank(cli: Cli, tiny_model: Path, tmp_path: Path):
+    """A folder without weights and tokenizer, rows as long as settings and context (1,024 tokens) allow."""
+    shutil.copyfile(tiny_model / "config.json", tmp_path / "config.json")
+    done = cli("plan", "--model", tmp_path, "--gpus", 6, "--gpu-memory", 24, "--max-prompt-length", 1000, "--lora-r", 4)
+    assert done.returncode == 0, done.stderr
+    rows = forecast_of(*done.stdout.splitlines())
+    assert tuple(rows) == FORECAST
+    assert rows["GiB a rank of"] == ["1", "GPU", "2", "GPUs", "4", "GPUs", "6", "GPUs"]
+    assert "bfloat16," in rows["model"]
+    assert rows["micro-batch"][0] == f"{1000 + 2 * 24:,}"
+    assert rows["fits 24 GiB"] == ["yes"] * 4
+    assert {len(rows[name]) for name in plan._PARTS} == {4}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_rows_at_hand_take_the_place_of_settings(tiny_model: Path, pairs: Path):
+    config = settings(tiny_model, pairs, gpus=1, gpu_memory=1e-6, tuning="lora")
+    rows = forecast_of(*plan.run(config))
+    longest = max(tree_of(row).num_tokens for row in prepare(config.training).rows)
+    assert rows["micro-batch"] == [str(longest), "tokens:", "the", "longest", "row"]
+    assert rows["fits 0 GiB"] == ["no"]
+    assert rows["fits 1 with"][:2] == ["no", "setting:"]
+    assert rows["host"][1] == "GiB"
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_what_this_machine_cannot_measure_is_predicted_for_up_to_64_gpus(
+    tiny_model: Path, pairs: Path, tmp_path: Path, absent: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights that are not there, and weights that the free memory does not hold."""
+    shutil.copyfile(tiny_model / "config.json", tmp_path / "config.json")
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 1000)
+    rows = forecast_of(*plan.run(settings(tmp_path if absent else tiny_model, pairs)))
+    assert rows["GiB a rank of"][::2] == ["1", "2", "4", "8", "16", "32", "64"]
+
+
+def test_checkpointing_is_foretold_for_gpus_too(tiny_model: Path, pairs: Path):
+    for setting, room, said in (("auto", 80, "off"), ("on", 80, "on"), ("off", 1e-6, "off"), ("auto", 1e-6, "on")):
+        config = settings(tiny_model, pairs, gpus=1, gpu_memory=room, gradient_checkpointing=setting)
+        assert forecast_of(*plan.run(config))["checkpointing"] == [said]
+
+
+def test_groups_without_rows_have_no_length(tiny_model: Path):
+    config = PlanConfig(model=str(tiny_model), groups=(), loss_type=("plackett_luce",), dtype="float32", gpus=2)
+    with pytest.raises(UsageError, match="how many completions a group has"):
+        plan.run(config)
