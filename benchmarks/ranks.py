@@ -145,14 +145,9 @@ def measure(folder: Path, tuning: str, ranks: int, steps: int) -> dict[str, Any]
 def summary(found: Sequence[dict[str, Any]], ranks: int) -> dict[str, Any]:
     """Of all ranks: the highest peak of each phase in MB; of the first: seconds and losses."""
     assert len(found) == ranks
-    peaks = {name: max(rank["peaks"][name] for rank in found) // 10**6 for name in found[0]["peaks"]}
-    return {
-        "ranks": ranks,
-        **peaks,
-        "peak": max(peaks.values()),
-        "seconds": found[0]["seconds"],
-        "losses": found[0]["losses"],
-    }
+    peaks = {name: round(max(rank["peaks"][name] for rank in found) / 1e6, 1) for name in found[0]["peaks"]}
+    of_first = {name: found[0][name] for name in ("seconds", "losses")}
+    return {"ranks": ranks, **peaks, "peak": max(peaks.values()), **of_first}
 
 
 def main() -> None:
