@@ -55,17 +55,34 @@ def command_of(pid: int) -> bytes:
         return b""
 
 
-def when(out: Path, act: Any) -> threading.Thread:
-    """Act as soon as a run has committed a shard and has others in an engine: the last line of one may come late."""
+def committed(out: Path) -> bool:
+    """Whether a run has committed a shard."""
+    return any((out / "completions").glob("*.ok.json"))
+
+
+def when_committed(out: Path, act: Any) -> threading.Thread:
+    """Act as soon as a run has committed a shard."""
 
     def watch() -> None:
-        while not (list((out / "completions").glob("*.ok.json")) and Inflight.load(out).suspects):
-            time.sleep(0.02)
+        while not committed(out):
+            time.sleep(0.05)
         act()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def die_with_a_request_inside(out: Path) -> None:
+    """Let this process end by kill -9 as soon as a run has committed a shard and another request enters an engine."""
+    plain = Inflight.take
+
+    def take(self: Inflight, key: str, *, alone: bool) -> None:
+        plain(self, key, alone=alone)
+        if committed(out):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Inflight.take = take  # type: ignore[method-assign]
 
 
 def run_tasks(folder: Path, cluster: str) -> dict[str, Any]:
@@ -114,10 +131,10 @@ def main() -> None:
     candidates._ROWS_PER_PARTITION = 20
     build_pairs.run(birds.pairing(folder, config.cluster), folder / "pairs", force=False)
     engines.ENGINES["fake"] = "tests.faults.engines:slow"
-    killing = when(folder / "node_dies", lambda: os.kill(second, signal.SIGKILL))
+    killing = when_committed(folder / "node_dies", lambda: os.kill(second, signal.SIGKILL))
     timed("node_dies", {})
     killing.join()
-    when(folder / "driver_dies", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    die_with_a_request_inside(folder / "driver_dies")
     timed("driver_dies", {"workers": 1})
 
 
