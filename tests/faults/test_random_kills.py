@@ -19,8 +19,8 @@ from prefpipe.runs import store
 from prefpipe.schemas import Completion
 from tests.forge import Forge
 
-# A third of them by default, all with PREFPIPE_ALL_FAULTS=1 (`make faults`).
-NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (76, 30, 16) if "PREFPIPE_ALL_FAULTS" in os.environ else (26, 10, 6)
+# A sixth of them by default, all with PREFPIPE_ALL_FAULTS=1 (`make faults`).
+NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (76, 30, 16) if "PREFPIPE_ALL_FAULTS" in os.environ else (14, 4, 3)
 POINTS = ("write", "fsync", "rename", "fsync_dir")
 ACTIONS = ("kill", "kill", "torn")
 COMMANDS = ("generate", "score")
@@ -84,12 +84,12 @@ def test_a_run_cut_anywhere_and_run_again_has_the_same_bytes(
                 job = {"fault": f"{source.choice(POINTS)}:{source.randint(1, 36)}:{source.choice(ACTIONS)}"}
             done = forged.run(*arguments, **job)
             assert done.code in (0, -signal.SIGKILL, -signal.SIGALRM), (job, done.stderr)
-            kills += done.code < 0
+            kills += done.code < 0 and "fault" in job  # the others may come too late, on a fast machine
         done = forged.run(*arguments)
         assert done.code == 0, (job, done.stderr)
         assert contents(place / "out") == expected[command], job
         shutil.rmtree(place / "out")
-    assert kills >= (NUM_NAMED + NUM_TIMED + NUM_DOUBLE) * 0.7
+    assert kills >= (NUM_NAMED + 2 * NUM_DOUBLE) * 0.7
 
 
 @pytest.mark.parametrize("command", COMMANDS)

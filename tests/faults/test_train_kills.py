@@ -22,7 +22,7 @@ from tests.forge import Forge
 from tests.stages.train import data
 
 ALL = "PREFPIPE_ALL_FAULTS" in os.environ
-NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (48, 16, 8) if ALL else (14, 4, 2)
+NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (48, 16, 8) if ALL else (8, 2, 1)
 NUM_FULL = 60 if ALL else 4
 # Most passes through each point in an uninterrupted run of `arguments`, measured; a later fault is never reached.
 POINTS = {"write": 24, "fsync": 30, "rename": 16, "fsync_dir": 24, "append": 8}
@@ -82,12 +82,12 @@ def test_killed_anywhere_and_run_again_it_has_the_same_bytes(forged: Forge, case
                 job = {"fault": f"{point}:{source.randint(1, POINTS[point])}:{action}"}
             done = forged.run(*case.arguments, "--out", place / "t", **job)
             assert done.code in (0, -signal.SIGKILL, -signal.SIGALRM), (job, done.stderr)
-            kills += done.code < 0
+            kills += done.code < 0 and "fault" in job  # the others may come too late, on a fast machine
         done = forged.run(*case.arguments, "--out", place / "t")
         assert done.code == 0, (job, done.stderr)
         assert contents(place / "t") == case.whole, job
         shutil.rmtree(place / "t")
-    assert kills >= (50 if ALL else 14)
+    assert kills >= (40 if ALL else 7)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_error(forged: Forge, case: Case, place: Path):
