@@ -138,7 +138,7 @@ def parts(folder: Path) -> list[Path]:
         if len(splits) > 1:
             raise UsageError(f"{saved} holds the splits {', '.join(splits)}", f"name one, such as {saved / splits[0]}")
     found = [p for p in files if _suffix(p) in (".parquet", ".jsonl", ".ndjson", *_ARROW)]
-    found = found or [p for p in files if _suffix(p) == ".json"]
+    found = found or [p for p in files if _suffix(p) == ".json" and p.name not in _OF_DATASETS]
     if not found:
         raise MissingInputError(f"{folder} holds no data files", _KNOWN)
     return found
@@ -158,10 +158,9 @@ def _warn_of_contents(folder: Path, files: list[Path]) -> None:
     others = [p for p in _visible(folder) if p not in read and not p.name.startswith(described)]
     if others:
         log.warn(f"{folder}: not read, for want of a known ending: {listed([p.name for p in others])}")
-    splits = {(p.parent, piece[1]) for p in files if (piece := _PIECE.match(p.name))}
-    if len({name for _, name in splits}) > 1:
-        names = ", ".join(sorted({name for _, name in splits}))
-        log.warn(f"{folder} holds {names}: all of them are read; name a file, or a folder of one, to read less")
+    splits = sorted({piece[1] for p in files if (piece := _PIECE.match(p.name))})
+    if len(splits) > 1:
+        log.warn(f"{folder} holds {', '.join(splits)}: all of them are read; name a file to read less")
 
 
 def values(path: Path) -> Iterator[tuple[str, Any]]:
