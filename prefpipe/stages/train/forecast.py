@@ -23,9 +23,8 @@ from prefpipe.forward.weights import DTYPES
 from prefpipe.stages.train.memory import SHARE
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-_IN_4_BITS = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # bytes of a weight: nf4, a scale of 8 bits for 64, one of 32 bits for 256 of those
+# Bytes of a weight in nf4: 4 bits, a scale of 8 bits for 64 weights, one of 32 bits for 256 scales.
+_IN_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 _MOMENTS = {"adamw_torch_fused": 8, "rmsprop": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
 _MASTER = 8  # bytes of a trained weight of less than 32 bits: a float32 copy and its gradient
 
