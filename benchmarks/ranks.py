@@ -61,9 +61,10 @@ class Phases:
     """The most bytes in every phase, above those at the start, and its seconds."""
 
     def __init__(self) -> None:
+        from prefpipe.memory import resident_peak
         from prefpipe.stages.train import process_memory
 
-        self._memory = process_memory
+        self._memory, self._peak = process_memory, resident_peak
         gc.collect()
         self.start = process_memory.resident_memory()
         self.peaks: dict[str, int] = {}
@@ -76,7 +77,7 @@ class Phases:
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)
-        self.peaks[name] = self._memory.resident_peak() - self.start
+        self.peaks[name] = self._peak() - self.start
 
 
 def train(directory: Path, tuning: str, steps: int, out: Path, world: Any) -> dict[str, Any]:

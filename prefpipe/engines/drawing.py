@@ -20,13 +20,11 @@ _NUCLEUS = 1024  # tokens that hold top_p, mostly
 
 @dataclass
 class Completion:
-    """A completion while it is being sampled; `finish_reason` is empty until its end. `token_logps` (nats) are those of
-    the model, before temperature and what the settings leave out."""
+    """A completion while it is being sampled; `finish_reason` is empty until its end."""
 
     request: Request
     draw: Draw
     token_ids: list[int] = field(default_factory=list[int])
-    token_logps: list[float] = field(default_factory=list[float])
     finish_reason: str = ""
 
     def __post_init__(self) -> None:
@@ -37,12 +35,9 @@ def extend(completions: Sequence[Completion], logits: torch.Tensor, settings: En
     """Give every completion one more token, from float32 logits [B, V]; those that end get their reason."""
     stops = settings.stops
     temperatures = [c.draw.temperature for c in completions]
-    logps = logits.log_softmax(-1)  # the draw overwrites the logits
     tokens = draw(logits, temperatures, [c.source for c in completions], settings)
-    drawn = logps.gather(1, torch.tensor(tokens, device=logps.device).unsqueeze(1)).flatten().tolist()
-    for completion, token, logp in zip(completions, tokens, drawn, strict=True):
+    for completion, token in zip(completions, tokens, strict=True):
         completion.token_ids.append(token)
-        completion.token_logps.append(logp)
         full = len(completion.token_ids) == settings.max_tokens
         completion.finish_reason = "stop" if token in stops else "length" if full else ""
         if settings.heard is not None:

@@ -16,7 +16,6 @@ from prefpipe.engines.continuous import Batch
 from prefpipe.engines.drawing import Completion
 from prefpipe.errors import UsageError
 from prefpipe.forward import load
-from prefpipe.forward.agreement import EXACT_H
 from prefpipe.forward.layout import Tree, tree_with_masks
 from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, extremes, score, settle_rows
 from prefpipe.models.policy import Policy
@@ -42,8 +41,6 @@ class TransformersEngine:
         """Compute with a model and the adapter of a policy from now on."""
         self._model = TreeModel(load.with_adapter(model, policy.adapter))
         self._tested = 0  # tokens of the longest sequence for which the rows are known to be right
-        # The same of the log-probs of the draw. 16-bit kernels differ by more than rounding: None.
-        self._compared = 0 if self._settings.dtype == "float32" else None
 
     @property
     def scorer(self) -> str:
@@ -53,20 +50,18 @@ class TransformersEngine:
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
         """Yield each request with its samples; up to max_num_seqs draws are sampled at a time.
 
-        In float32 log-probs are those of the draw, as long as the trainer's forward gives the same for every request
-        that is longer than those before. In 16 bits, and after a difference, they come from a scoring pass over the
-        samples: by the trainer's forward, not by the decoding kernels.
+        Log-probs come from one scoring pass over the samples: by the trainer's forward, not by the decoding kernels.
         """
-        sampled = self._sampled(requests)
-        for request, completions in sampled:
-            if not self._drawn_as_scored(request, completions):
-                sampled = chain([(request, completions)], sampled)
-                break
-            yield request, _samples(completions, [c.token_logps for c in completions])
-        for some in _filled(sampled, self._settings.max_tokens_per_batch):
-            trees = [_tree(request, completions) for request, completions in some]
-            for (request, completions), logps in zip(some, self._score(trees), strict=True):
-                yield request, _samples(completions, logps)
+        for sampled in _filled(self._sampled(requests), self._settings.max_tokens_per_batch):
+            trees = [Tree(r.prompt_token_ids, [c.token_ids for c in completions]) for r, completions in sampled]
+            for (request, completions), logps in zip(sampled, self._score(trees), strict=True):
+                yield (
+                    request,
+                    [
+                        Sample(c.draw.sample_index, c.token_ids, values, c.finish_reason)
+                        for c, values in zip(completions, logps, strict=True)
+                    ],
+                )
 
     def score(self, sequences: Iterable[ScoreRequest], *, adapter: bool) -> Iterator[tuple[str, list[float]]]:
         """The trainer's forward without gradient; neighbours with the same prompt share its computation."""
@@ -117,21 +112,6 @@ class TransformersEngine:
         self._hold(self._model.policy, policy)
         return True
 
-    def _drawn_as_scored(self, request: Request, completions: list[Completion]) -> bool:
-        """Whether the log-probs of these draws are those of the trainer's forward, within what the audit of `train`
-        takes for the same numbers. A request no longer than one that was compared is not scored for that."""
-        tree = _tree(request, completions)
-        if self._compared is None or tree.longest_sequence <= self._compared:
-            return self._compared is not None
-        (scored,) = self._score([tree])
-        gaps = [abs(sum(values) - sum(c.token_logps)) for values, c in zip(scored, completions, strict=True)]
-        if all(gap <= EXACT_H / 2 for gap in gaps):  # two completions of a pair; false for NaN
-            self._compared = tree.longest_sequence
-            return True
-        log.info(f"the draw's log-probs differ by {max(gaps):.2g} nats from those of training: all samples are scored")
-        self._compared = None
-        return False
-
     def _score(self, trees: list[Tree]) -> list[list[list[float]]]:
         if self._model.rows != "single" and max(tree.longest_sequence for tree in trees) > self._tested:
             self._settle(extremes(trees))
@@ -169,17 +149,6 @@ def _kept(queries: Iterable[Query], waiting: dict[str, Query]) -> Iterator[Query
 
 def _request(query: Query) -> Request:
     return Request(query.query_id, query.prompt_token_ids, (Draw(0, query.seed, query.temperature),))
-
-
-def _tree(request: Request, completions: list[Completion]) -> Tree:
-    return Tree(request.prompt_token_ids, [c.token_ids for c in completions])
-
-
-def _samples(completions: list[Completion], logps: list[list[float]]) -> list[Sample]:
-    return [
-        Sample(c.draw.sample_index, c.token_ids, values, c.finish_reason)
-        for c, values in zip(completions, logps, strict=True)
-    ]
 
 
 def _filled(sampled: Iterable[_Sampled], max_tokens: int) -> Iterator[list[_Sampled]]:

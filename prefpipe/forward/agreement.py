@@ -9,7 +9,6 @@ import math
 from itertools import pairwise
 
 KERNEL_NOISE = 0.055  # standard deviation of the log-prob of a token between 16-bit kernels, measured
-EXACT_H = 1e-3  # nats: |log-ratio| of a pair when the same fp32 forward computed both sides
 LENGTH_BUCKETS = tuple(pairwise((0, 64, 256, 1024, math.inf)))  # in tokens: above the first number, up to the second
 _SIGNED = 0.01
 _STANDARD_ERRORS = 4  # of the mean of few tokens, whose noise alone is above _SIGNED

@@ -137,7 +137,7 @@ def changes(draw: st.DrawFn, cls: type[BaseModel]) -> dict[str, Any]:
     for name in [n for n in there if n.endswith("loss_type") and (n in found or f"{n[:-4]}weights" in found)]:
         weights = f"{name[:-4]}weights"
         losses = found[name] = _of_one_kind(found.get(name) or draw(values(name, there[name])))
-        found[weights] = tuple(draw(st.floats(-9, 9)) for _ in losses)
+        found[weights] = tuple(draw(st.floats(0.1, 9)) for _ in losses)
     for prefix in [name[: -len("loss_type")] for name in there if name.endswith("loss_type")]:
         _keep_what_is_read(found, prefix)
         _keep_what_goes_together(found, prefix)

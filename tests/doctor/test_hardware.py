@@ -29,6 +29,7 @@ def ones(n, m, dtype, device): return Ones(dtype)
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # files of one size within a second have one bytecode
     return tmp_path
 
 

@@ -1,14 +1,11 @@
 """One token for every row of logits: its distribution, what the settings leave, and what a draw depends on."""
 
-import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from prefpipe.engines.base import Draw, Request
-from prefpipe.engines.drawing import Completion, draw, extend
+from prefpipe.engines.drawing import draw
 
 PLAIN = SimpleNamespace(top_p=1.0, top_k=0, min_p=0.0)
 
@@ -107,17 +104,6 @@ def test_a_draw_depends_on_its_row_and_its_source_alone() -> None:
     untouched = source(1)
     draw(logits.clone(), heat, [source(0), untouched, source(2), source(3)], PLAIN)
     assert torch.equal(untouched.get_state(), source(1).get_state())
-
-
-def test_log_probs_are_those_of_the_model_whatever_is_drawn_from() -> None:
-    """Shares of 0.15, 0.5, 0.05 and 0.3 at temperature 1: a greedy draw of the second has log 0.5, and so has one that
-    was cooled and cut to it."""
-    settings: Any = SimpleNamespace(top_p=0.6, top_k=2, min_p=0.1, stops=frozenset({1}), max_tokens=9, heard=None)
-    request = Request("p", [5], (Draw(0, 1, 0.0), Draw(1, 2, 0.5)))
-    completions = [Completion(request, one) for one in request.draws]
-    extend(completions, torch.tensor([[0.15, 0.5, 0.05, 0.3]] * 2).log(), settings)
-    assert [(c.token_ids, c.finish_reason) for c in completions] == [([1], "stop")] * 2
-    assert [c.token_logps for c in completions] == [[pytest.approx(math.log(0.5), abs=1e-6)]] * 2
 
 
 def test_rounding_hardly_ever_changes_a_draw() -> None:

@@ -1,9 +1,10 @@
 """A Ray cluster of two nodes with a CPU each, and runs on it; a script for a network namespace of its own.
 
-    python -m tests.inference.cluster MODEL PROMPTS FOLDER
+    python -m tests.inference.cluster MODEL PROMPTS FOLDER TEMPORARY
 
 Ray listens on every address without asking who comes: the namespace has only loopback. The script ends in the middle of
-a run, by kill -9. test_pool_ray looks at what it leaves in FOLDER.
+a run, by kill -9. test_pool_ray looks at what it leaves in FOLDER. The sockets of Ray lie in TEMPORARY, whose name is
+short: they have at most 107 bytes.
 """
 
 import json
@@ -105,10 +106,9 @@ def run_tasks(folder: Path, cluster: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    model, prompts, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    model, prompts, folder, temporary = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
     pool_ray.Cluster.start_s = 200.0
-    temporary = ("--temp-dir", str(folder / "ray"))
-    start_node(*HEAD, *temporary)
+    start_node(*HEAD, "--temp-dir", temporary)
     second = start_node("--address", ADDRESS, "--node-ip-address=127.0.0.2")  # the driver joins the first one
     config = GenerateConfig(
         model=model, prompts=prompts, engine="fake", num_samples=2, rewards=("short_sentence",), shard_rows=4,

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,11 @@ def cluster(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFa
     script = SCRIPT.format(python=sys.executable)
     for _ in range(2):
         folder = tmp_path_factory.mktemp("ray")
-        done = subprocess.run(
-            [*NAMESPACE, "bash", "-c", script, "bash", str(tiny_model), str(prompts), str(folder)],
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=570,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary:
+            done = subprocess.run(
+                [*NAMESPACE, "bash", "-c", script, "bash", str(tiny_model), str(prompts), str(folder), temporary],
+                cwd=ROOT, capture_output=True, text=True, check=False, timeout=570,
+            )  # fmt: skip
         if "The current node timed out during startup" not in done.stderr:  # Ray gives it 30 s, on a busy machine too
             break
     assert "driver 137" in done.stdout, done.stderr  # 128 + SIGKILL

@@ -32,7 +32,9 @@ WITHOUT_MIRROR = {
     *(f"inference/pool_{name}.py" for name in ("messages", "worker", "driver", "leases")),  # inference/test_pool.py
     "inference/pool_processes.py",  # faults/test_worker_kills.py
     "inference/ray_tasks.py",  # inference/test_pool_ray.py
-    *(f"config/{name}.py" for name in ("evaluate", "generate", "score", "shared", "stops")),  # config/test_base.py
+    *(
+        f"config/{name}.py" for name in ("evaluate", "generate", "plan", "score", "shared", "stops")
+    ),  # config/test_base.py
 }
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))
 RECIPE_CASES = [pytest.param(p, id=str(p.relative_to(ROOT / "stages"))) for p in RECIPES]

@@ -11,6 +11,7 @@ import torch
 from prefpipe.config.train import TrainConfig
 from prefpipe.forward import load
 from prefpipe.forward.logps import TreeModel
+from prefpipe.memory import resident_peak
 from prefpipe.stages.train import loop, memory, process_memory
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.forecast import Forecast, Setting
@@ -60,7 +61,7 @@ def main(directory: Path, warm: Path, tuning: Any, checkpointing: Any) -> None:
     process_memory.return_free_memory()
     start = process_memory.resident_memory()
     train(directory, config)
-    print(need.peak, process_memory.resident_peak() - start)  # noqa: T201
+    print(need.peak, resident_peak() - start)  # noqa: T201
 
 
 if __name__ == "__main__":

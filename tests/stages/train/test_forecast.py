@@ -19,6 +19,7 @@ from prefpipe.config.train import TrainConfig
 from prefpipe.forward import load, shards
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel
+from prefpipe.memory import resident_peak
 from prefpipe.stages.train import forecast, parallel, process_memory
 from prefpipe.stages.train.forecast import Forecast, Need, Setting
 from prefpipe.stages.train.memory import SHARE
@@ -152,7 +153,7 @@ def test_a_model_of_70b_takes_seconds_and_little_memory(tmp_path: Path):
     need = found.need(replace(ALONE, checkpointing=True))
     assert time.process_time() - begin < 60  # 5 seconds on an idle machine
     if counted:
-        assert process_memory.resident_peak() - before < GIB
+        assert resident_peak() - before < GIB
     assert need.weights == pytest.approx(70.55e9 * 2, rel=0.001)
     assert need.kept > 80 * 36864 * 8192 * 2  # a state between layers, each
 

@@ -98,10 +98,10 @@ from prefpipe.stages.train.margins import Margins
 from prefpipe.stages.train.record_batches import Batch
 from prefpipe.stages.train.reference import audit
 
-def private():
+def private():  # pages of a file that are not on disk yet would count as dirty
     process_memory.return_free_memory()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 kept, held = [], [private()]
 for folder in sys.argv[1:]:
