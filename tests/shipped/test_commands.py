@@ -50,8 +50,8 @@ def test_the_demo_runs_in_an_empty_folder_and_again(forged: Forge, tiny_model: P
     since the log-probs of the fake engine are those of no model."""
     settings = ("--rounds", 1, "--model", tiny_model, "--generate.engine", "fake", "--evaluate.engine", "fake",
                 "--generate.limit", 4, "--generate.max-tokens", 48, "--evaluate.limit", 2,
-                "--generate.rewards", LETTERS, "--build-pairs.reward", LETTERS, "--evaluate.reward", LETTERS, "--generate.check", 0,
-                "--train.loss-type", "nll", "--train.loss-weights", 1)  # fmt: skip
+                "--generate.rewards", LETTERS, "--build-pairs.reward", LETTERS, "--evaluate.reward", LETTERS,
+                "--generate.check", 0, "--train.loss-type", "nll", "--train.loss-weights", 1)  # fmt: skip
     inline = "tests.stages.iterate.cases"
     done = forged.run("demo", *settings, cwd=tmp_path, inline=inline)
     assert done.code == 0, done.stderr
