@@ -244,7 +244,7 @@ def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None,
 app.command(
     "demo",
     cls=flags.SettingsCommand,
-    help="Run three rounds on a real 135M model, and write the page about them: about 18 minutes on 2 cores.",
+    help="Run three rounds on a real 135M model, and write the page about them: about 10 minutes on 2 cores.",
     rich_help_panel=_START,
 )(flags.command(IterateConfig, _demo))
 for _name, (_config, _) in STAGES.items():
