@@ -49,7 +49,7 @@ def test_the_demo_runs_in_an_empty_folder_and_again(forged: Forge, tiny_model: P
     """With the fake engine, one round, few prompts and a reward that random answers can earn; a loss without reference,
     since the log-probs of the fake engine are those of no model."""
     settings = ("--rounds", 1, "--model", tiny_model, "--generate.engine", "fake", "--evaluate.engine", "fake",
-                "--generate.limit", 4, "--generate.max-tokens", 48, "--evaluate.limit", 2,
+                "--generate.limit", 4, "--generate.max-tokens", 128, "--evaluate.limit", 2,
                 "--generate.rewards", LETTERS, "--build-pairs.reward", LETTERS, "--evaluate.reward", LETTERS,
                 "--generate.check", 0, "--train.loss-type", "nll", "--train.loss-weights", 1)  # fmt: skip
     inline = "tests.stages.iterate.cases"
