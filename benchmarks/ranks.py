@@ -162,6 +162,8 @@ def main() -> None:
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if not given.rank and given.ranks[0] != 1:
+        parser.error("--ranks begins with 1: the others are compared with one process")
     if given.rank:
         rank(given.rank, given.tuning[0], given.steps, given.out)
         return
