@@ -54,6 +54,8 @@ def cluster(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFa
             )  # fmt: skip
         if "The current node timed out during startup" not in done.stderr:  # Ray gives it 30 s, on a busy machine too
             break
+    else:
+        pytest.skip("this machine is too busy: a node of Ray did not start in the 30 s that Ray gives it, twice")
     assert "driver 137" in done.stdout, done.stderr  # 128 + SIGKILL
     assert done.returncode == 0, "workers outlive their driver"
     return folder
