@@ -26,7 +26,7 @@ from prefpipe.forward import attention, load
 from prefpipe.forward.architecture import reason
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel, causal_model
-from prefpipe.forward.weights import DTYPES, read_config
+from prefpipe.forward.weights import read_config, without_weights
 
 _OF_A_KIND = 2  # layers of each kind in a pass; a third one tells what each further one adds
 
@@ -47,17 +47,7 @@ def described_model(directory: Path, dtype: str) -> PreTrainedModel:
     """
     attention.register()
     config = read_config(AutoModelForCausalLM, directory, weights=False)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config,
-                dtype=DTYPES[dtype],
-                attn_implementation=config._attn_implementation,  # pyright: ignore[reportPrivateUsage]  (no public name)
-                trust_remote_code=False,
-            )
-        model.tie_weights()
-    except Exception as error:  # whatever its classes raise for the values of a config
-        raise UsageError(f"{directory} describes no model: {reason(error)}", "take another model") from error
+    model = without_weights(config, directory, dtype, torch.device("meta"), "describes no model")
     model.requires_grad_(requires_grad=False)
     return model.eval()
 

@@ -18,9 +18,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from prefpipe.errors import DataError, UsageError
 from prefpipe.forward import shards, tensor_files
-from prefpipe.forward.architecture import reason
 from prefpipe.forward.tensor_files import Stored
-from prefpipe.forward.weights import DTYPES, check_floats, check_report, listed, read_config, weight_files
+from prefpipe.forward.weights import (
+    DTYPES,
+    check_floats,
+    check_report,
+    listed,
+    read_config,
+    weight_files,
+    without_weights,
+)
 
 _WRAPPERS = (".base_layer", ".original_module")  # what peft adds to the name of a weight
 
@@ -43,19 +50,9 @@ def empty_model(directory: Path, dtype: str) -> PreTrainedModel:
     config = read_config(AutoModelForCausalLM, directory)
     if getattr(config, "quantization_config", None) is not None:
         raise only_whole(directory, "its weights are quantised, and no part of such a matrix stands alone")
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=DTYPES[dtype],
-                attn_implementation=config._attn_implementation,  # pyright: ignore[reportPrivateUsage]  (no public name)
-                trust_remote_code=False,
-            )
-        model.tie_weights()
-    except Exception as error:  # whatever its classes raise for the values of a config
-        raise UsageError(f"{directory} cannot be loaded: {reason(error)}", "take another model") from error
+    model = without_weights(config, directory, dtype, init_empty_weights(include_buffers=False), "cannot be loaded")
     model.name_or_path = str(directory)
-    kept = model._get_dtype_plan(DTYPES[dtype])
+    kept = model._get_dtype_plan(DTYPES[dtype])  # pyright: ignore[reportPrivateUsage]  (no public name)
     wide = [name for name, _ in model.named_parameters() if any(part in name for part in kept)]
     if wide:
         raise only_whole(directory, f"{listed(wide)} stay in float32 whatever the dtype")

@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from prefpipe import reading
@@ -60,6 +61,25 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
         transformers_logging.set_verbosity(before)
     check_report(directory, kind, report)
     check_floats(directory, model)
+    return model
+
+
+def without_weights(
+    config: PreTrainedConfig, directory: Path, dtype: str, place: AbstractContextManager[Any], refusal: str
+) -> PreTrainedModel:
+    """The causal language model of a `read_config`, tied as the config says, made inside `place`, which keeps tensors
+    without memory. Raises UsageError, in the words of `refusal`, for values that no model can be built from."""
+    try:
+        with place:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                dtype=DTYPES[dtype],
+                attn_implementation=config._attn_implementation,  # pyright: ignore[reportPrivateUsage]  (no public name)
+                trust_remote_code=False,
+            )
+        model.tie_weights()
+    except Exception as error:  # whatever its classes raise for the values of a config
+        raise UsageError(f"{directory} {refusal}: {reason(error)}", "take another model") from error
     return model
 
 
