@@ -76,14 +76,16 @@ def same_as_fresh(command: Command, source: Path, out: Path) -> Manifest:
     return expected
 
 
-def shards(out: Path) -> dict[str, int]:
-    """When the files of each shard were written, to see which ones stay."""
-    return {
-        str(p.relative_to(out)): p.stat().st_ino for p in out.rglob("part-*.parquet") if "quarantine" not in p.parts
-    }
+Written = tuple[int, int]
 
 
-def stay(before: dict[str, int], after: dict[str, int]) -> set[int]:
+def shards(out: Path) -> dict[str, Written]:
+    """Which file each shard is and when it was written: a new file may get the inode of one that is gone."""
+    files_of_shards = (p for p in out.rglob("part-*.parquet") if "quarantine" not in p.parts)
+    return {str(p.relative_to(out)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files_of_shards}
+
+
+def stay(before: dict[str, Written], after: dict[str, Written]) -> set[int]:
     """The numbers of shards of which every file is the same as before."""
     numbers = {name: int(name[-13:-8]) for name in {*before, *after}}
     changed = {number for name, number in numbers.items() if before.get(name) != after.get(name)}
