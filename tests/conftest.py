@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 from prefpipe import cli as command_line
 from prefpipe.models.chat import Chat, load_chat
@@ -19,6 +21,10 @@ from tests.quick import quick, usual
 from tests.tiny import make_adapter, make_model
 
 quick()
+# Property tests draw the same examples each time, however busy the machine is. Hypothesis would also draw constants of
+# the modules that are imported, which is the doing of other tests. `--hypothesis-profile default` draws new examples.
+settings.load_profile("ci")
+providers._get_local_constants = lambda: providers._local_constants  # none, since nobody looks
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]

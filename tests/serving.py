@@ -6,11 +6,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # beyond five the kernel drops connections, which come again after a second
+
+
 @contextmanager
 def on_localhost(handler: type[BaseHTTPRequestHandler]) -> Generator[str]:
     """Serve until the block ends; its address, http://HOST:PORT."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from prefpipe.runs import tables
 from prefpipe.schemas import Dropped
 from tests.cases import assert_refused
 from tests.conftest import ROOT, Call, Cli
+from tests.waiting import until
 
 Done = subprocess.CompletedProcess[str]
 STALLING = """
@@ -299,16 +299,14 @@ def with_own_reward(model: Path, prompts: Path, folder: Path, action: str) -> tu
 
 
 def test_ctrl_c_is_exit_130_and_resumes(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
-    command, env, folder = with_own_reward(tiny_model, prompts_file, tmp_path / "w", "time.sleep(60)")
+    command, env, folder = with_own_reward(tiny_model, prompts_file, tmp_path / "w", "time.sleep(600)")
     with subprocess.Popen(
         command, env=env, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not (folder / "calls" / "1").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until((folder / "calls" / "1").exists)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate()
     assert_refused(Done(command, process.returncode, stdout, stderr), 130, "stopped by signal 2", "resumes")
     again = cli(*command[3:], env=env, cwd=folder)
     assert again.returncode == 0, again.stderr

@@ -154,11 +154,11 @@ for name in names:
 def test_what_hangs_is_killed_what_dies_is_noted_and_the_rest_goes_on(card: Callable, tmp_path: Path) -> None:
     worker, record = card("card.worker"), card("card.record")
     names = ["first", "hangs", "second", "dies", "breaks", "third"]
-    checks = [worker.Check(name, 0.5, 0.1, iter) for name in names]
+    checks = [worker.Check(name, 2, 0.1, iter) for name in names]
     kept = record.Record(tmp_path / "r.json", "", names)
     card("card.supervise").supervise(
-        kept, checks, lambda left, pipe: [sys.executable, "-c", WORKER, str(pipe), *left], time.time() + 60,
-        start=20, grace=0.5,
+        kept, checks, lambda left, pipe: [sys.executable, "-c", WORKER, str(pipe), *left], time.time() + 600,
+        start=120, grace=1,
     )  # fmt: skip
     found = {c["name"]: (c["state"], c["why"]) for c in kept.content["checks"]}
     assert found == {
@@ -175,17 +175,17 @@ def test_processes_that_begin_no_check_end_all_and_no_time_leaves_the_rest_out(c
     worker, record = card("card.worker"), card("card.record")
     checks = [worker.Check("absent", 1, 0.1, iter), worker.Check("first", 1, 0.1, iter)]
     long = worker.Check("long", 100, 50, iter)
-    for taken, text, why in (
-        (checks, WORKER, ("failed", "its process did not start")),
-        (checks, "raise SystemExit(3)", ("failed", "its process ended with code 3")),
-        ([long, long], WORKER, ("left out", "no time is left before the deadline")),
+    for taken, text, why, start in (
+        (checks, WORKER, ("failed", "its process did not start"), 1),
+        (checks, "raise SystemExit(3)", ("failed", "its process ended with code 3"), 120),
+        ([long, long], WORKER, ("left out", "no time is left before the deadline"), 120),
     ):
         kept = record.Record(tmp_path / "r.json", "", [check.name for check in taken])
 
         def command(left: list[str], pipe: int, text: str = text) -> list[str]:
             return [sys.executable, "-c", text, str(pipe), *left]
 
-        card("card.supervise").supervise(kept, taken, command, time.time() + 20, start=2, grace=0.5)
+        card("card.supervise").supervise(kept, taken, command, time.time() + 20, start=start, grace=0.5)
         assert {(c["state"], c["why"]) for c in kept.content["checks"] if c["name"] != "long"} <= {why}
         assert kept.content["checks"][0]["state"] == why[0]
 

@@ -186,7 +186,7 @@ def running(standin: Standin) -> Generator[Endpoint]:
 def settings(model: Path, *urls: str, adapter: str = "none", **more: Any) -> EngineSettings:
     made = EngineSettings(resolve(str(model), adapter), load_chat(model), "float32", 0.9, MAX_TOKENS, 256, WINDOW, 64)
     return dataclasses.replace(
-        made, **{"base_urls": urls, "api_key_env": "VLLM_API_KEY", "timeout_seconds": 20.0, **more}
+        made, **{"base_urls": urls, "api_key_env": "VLLM_API_KEY", "timeout_seconds": 120.0, **more}
     )
 
 

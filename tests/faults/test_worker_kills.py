@@ -3,17 +3,14 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.forge import Ended, Forge
 from tests.inference.birds import contents, write_prompts
-
-WAIT_S = 120.0
+from tests.waiting import PATIENCE_S, until
 
 
 def arguments(model: Path, prompts: Path, out: Path, workers: int) -> list[object]:
@@ -33,15 +30,6 @@ def expected(
     out = tmp_path_factory.mktemp("inline") / "g"
     assert forged.run(*arguments(tiny_model, prompts, out, 1)).code == 0
     return contents(out)
-
-
-def within(found: Callable[[], Any]) -> Any:
-    """What a function finds, as soon as it finds something."""
-    deadline = time.monotonic() + WAIT_S
-    while not (value := found()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
 
 
 def workers_of(driver: int) -> list[int]:
@@ -68,11 +56,11 @@ def disturbed(forged: Forge, command: list[object], out: Path, disturb: Callable
         shards = list((out / "completions").glob("*.ok.json"))
         return int(owner.read_text().split()[1]) if log.exists() and shards else 0
 
-    pid = within(driver)
+    pid = until(driver)
     assert len(workers_of(pid)) == 2
     disturb(pid)
-    running.join(WAIT_S)
-    assert within(lambda: not workers_of(pid))
+    running.join(PATIENCE_S)
+    assert until(lambda: not workers_of(pid))
     return ended[0]
 
 

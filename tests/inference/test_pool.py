@@ -160,7 +160,7 @@ def test_the_other_commands_write_the_same_bytes_with_workers(
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=8, suppress_health_check=[*HealthCheck])
 @given(st.integers(2, 4), st.dictionaries(st.integers(1, 5), st.integers(3, 40), max_size=4), st.booleans())
 def test_workers_that_die_cost_nothing_but_time(
     config: GenerateConfig,

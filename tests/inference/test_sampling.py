@@ -72,7 +72,7 @@ def cut(some: Sequence[Prompt], rows: int) -> list[PromptShard]:
     return list(sampling.cut(some, rows, set(range(-(-len(some) // rows)))))
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[*HealthCheck])
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))
 def test_shards_come_back_whole_once_and_in_prompt_order(
     chat: Chat, tmp_path: Path, number: int, rows: int, in_flight: int, seed: int

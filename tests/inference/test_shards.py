@@ -67,7 +67,7 @@ def send(
         )
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[*HealthCheck])
 @given(st.lists(st.integers(0, 4), max_size=6), st.integers(1, 9), st.integers(0, 1000))
 def test_every_shard_comes_back_once_with_its_own_answers(
     tmp_path: Path, sizes: list[int], in_flight: int, seed: int

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +22,7 @@ from prefpipe.rewards.code_tests import cases, code, extract, inputs
 from prefpipe.rewards.sandbox import limits
 from prefpipe.schemas import Message
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE_S, until
 
 QUESTION = [Message(role="user", content="?")]
 FORGED = """import os
@@ -40,7 +41,7 @@ strict = pytest.mark.skipif(sandbox.supported() is not None, reason=str(sandbox.
 
 
 def rate(text: str, answer: str | None = TESTS, **settings: object) -> Scored:
-    (scored,) = code(Code(**{"timeout_seconds": 2, "memory_mib": 256, **settings}))([Answer(QUESTION, text, answer)])
+    (scored,) = code(Code(**{"timeout_seconds": 20, "memory_mib": 256, **settings}))([Answer(QUESTION, text, answer)])
     return scored
 
 
@@ -75,8 +76,11 @@ def test_programs(text: str, reward: float, status: str, words: str | None) -> N
 
 
 @strict
-def test_endless_programs_are_timeouts_with_a_zero() -> None:
-    busy = inside("while True: pass", timeout_seconds=1)
+def test_endless_programs_are_timeouts_with_a_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the limit of the wall clock is over first: it stands still here."""
+    with monkeypatch.context() as patch:
+        patch.setattr(code_tests, "time", SimpleNamespace(monotonic=lambda: 0.0))
+        busy = inside("while True: pass", timeout_seconds=1)
     assert (busy.reward, busy.status, busy.detail) == (0.0, "timeout", "too much CPU time: timeout_seconds is 1")
     asleep = inside("import time; time.sleep(60)", timeout_seconds=0.2)
     assert (asleep.reward, asleep.status) == (0.0, "timeout")
@@ -136,7 +140,7 @@ FILLING = {
 @pytest.mark.parametrize("what", FILLING)
 def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    mebibytes = 4 if what in ("empty files", "folders") else 24
+    mebibytes, rests = (4, "n % 500 == 0") if what in ("empty files", "folders") else (24, "n < 20")
     monkeypatch.setattr(code_tests, "_FILES_BYTES", mebibytes << 20)
     peaks: list[float] = []
     measure = folders.used_bytes
@@ -148,9 +152,9 @@ def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(code_tests, "used_bytes", measured)
     program = (
         "import os, tempfile, time\nkept = []\n"
-        f"for n in range(20000):\n    {FILLING[what]}\n    time.sleep(0.005 * (n % 500 == 0 or n < 20))\nos._exit(0)"
+        f"for n in range(20000):\n    {FILLING[what]}\n    time.sleep(0.1 * ({rests}))\nos._exit(0)"
     )
-    scored = rate(program, timeout_seconds=20)
+    scored = rate(program)
     assert (scored.reward, scored.status) == (0.0, "wrong")
     assert f"more than {mebibytes} MiB of files" in (scored.detail or ""), scored
     assert peaks[-1] == math.inf or mebibytes << 20 < peaks[-1] < 256 << 20
@@ -160,7 +164,7 @@ def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch:
 @strict
 @pytest.mark.parametrize("mode", ["os.umask(0o777)", "os.umask(0o477)"])
 def test_a_folder_that_nobody_may_list_is_over_the_limit_or_counted(mode: str) -> None:
-    scored = inside(f"import os, time\n{mode}\nos.mkdir('d')\ntime.sleep(0.3)")
+    scored = inside(f"import os, time\n{mode}\nos.mkdir('d')\ntime.sleep({0.3 if os.geteuid() == 0 else 30})")
     assert scored.status == ("ok" if os.geteuid() == 0 else "wrong")
 
 
@@ -225,13 +229,12 @@ def test_with_limits_only_time_and_memory_still_hold() -> None:
 
 
 def test_no_process_is_left_after_an_interrupt() -> None:
-    reward = code(Code(timeout_seconds=30, num_workers=2, isolation="limits"))
+    reward = code(Code(timeout_seconds=300, num_workers=2, isolation="limits"))
     done = threading.Event()
     before = {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)}
 
     def interrupt() -> None:
-        while not {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)} - before:
-            time.sleep(0.05)
+        until(lambda: {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)} - before)
         os.kill(os.getpid(), 10)
         done.set()
 
@@ -244,7 +247,7 @@ def test_no_process_is_left_after_an_interrupt() -> None:
         with pytest.raises(KeyboardInterrupt):
             reward([Answer(QUESTION, "while True: pass", TESTS)] * 8)
     finally:
-        done.wait(30)
+        done.wait(PATIENCE_S)
         signal.signal(signal.SIGUSR1, old)
     assert {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)} <= before
 
@@ -262,16 +265,12 @@ def test_no_process_outlives_a_killed_owner(where: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     owner = subprocess.Popen([sys.executable, "-c", lines], cwd=ROOT, env=environment)
     with owner:
-        while not list(tmp_path.glob("*/started")):
-            assert owner.poll() is None
-            time.sleep(0.02)
+        until(lambda: owner.poll() is not None or list(tmp_path.glob("*/started")))
+        assert owner.poll() is None
         (folder,) = tmp_path.iterdir()
         assert len(_working_in(folder)) == 2
         owner.kill()
-    deadline = time.monotonic() + 20
-    while _working_in(folder) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert _working_in(folder) == []
+    until(lambda: not _working_in(folder))
 
 
 def _working_in(folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import socket
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,17 @@ def in_turn(*answers: Any) -> Callable[[dict[str, Any]], tuple[int, Any]]:
 
 
 def test_replies_come_in_the_order_of_the_questions_and_several_at_once() -> None:
-    def slow_first(request: dict[str, Any]) -> tuple[int, Any]:
-        time.sleep(0.3 if request["messages"][0]["content"] == "0" else 0.05)
+    arrived, answered = threading.Event(), threading.Event()
+
+    def first_is_last(request: dict[str, Any]) -> tuple[int, Any]:
+        if request["messages"][0]["content"] == "0":
+            arrived.set()
+            answered.wait()
+        arrived.wait()
+        answered.set()
         return echo(request)
 
-    with serving(slow_first) as endpoint:
+    with serving(first_is_last) as endpoint:
         assert ask_all(settings(endpoint.base_url, concurrency=4), QUESTIONS) == [Reply(str(i)) for i in range(8)]
     assert 2 <= endpoint.busiest <= 4
     assert {r["path"] for r in endpoint.requests} == {"/v1/chat/completions"}
@@ -171,14 +177,18 @@ def test_overload_and_an_endpoint_that_is_not_there_stop_the_run() -> None:
 
 
 def test_no_answer_in_time_is_a_timeout_of_that_row() -> None:
+    over = threading.Event()
+
     def answer(request: dict[str, Any]) -> tuple[int, Any]:
-        time.sleep(1.0 if request["messages"][0]["content"] == "1" else 0)
+        if request["messages"][0]["content"] == "1":
+            over.wait()
         return echo(request)
 
     with serving(answer) as endpoint:
-        fine, late = ask_all(settings(endpoint.base_url, timeout_seconds=0.3, retries=1), QUESTIONS[:2])
+        fine, late = ask_all(settings(endpoint.base_url, timeout_seconds=2, retries=1), QUESTIONS[:2])
+        over.set()
     assert fine == Reply("0")
-    assert late == Reply(None, "timeout", "no answer within 0.3 s, asked 2 times")
+    assert late == Reply(None, "timeout", "no answer within 2 s, asked 2 times")
 
 
 def test_the_key_is_sent_and_stands_in_nothing_that_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ strict = pytest.mark.skipif(sandbox.supported() is not None, reason=str(sandbox.
 
 
 def rate(program: str, tests: str = TESTS, isolation: str = "strict") -> Scored:
-    (scored,) = code(Code(timeout_seconds=2, memory_mib=256, isolation=isolation))([Answer(QUESTION, program, tests)])
+    (scored,) = code(Code(timeout_seconds=20, memory_mib=256, isolation=isolation))([Answer(QUESTION, program, tests)])
     return scored
 
 

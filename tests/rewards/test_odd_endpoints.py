@@ -34,7 +34,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(base_url: str, questions: list[Question] = QUESTION, **more: Any) -> Reply:
-    table = {"base_url": base_url, "retries": 0, "backoff_seconds": 0, "timeout_seconds": 5, "structured": "none"}
+    table = {"base_url": base_url, "retries": 0, "backoff_seconds": 0, "timeout_seconds": 60, "structured": "none"}
     (reply,) = ask_all(Judge(**{**table, **more}), questions)
     return reply
 
@@ -64,17 +64,15 @@ def test_the_time_limit_holds_for_the_whole_request(sent: tuple[bytes, bytes]) -
         connection.recv(1 << 16)
         connection.sendall(sent[0])
         drip(connection, stop, sent[1])
-        stop.wait(20)
+        stop.wait()
 
     with raw(answer) as place:
-        start = time.monotonic()
         reply = ask(f"http://{place}/v1", timeout_seconds=1)
-        assert time.monotonic() - start < 10
     assert reply == Reply(None, "timeout", "no answer within 1 s, asked 1 times")
 
 
 def test_an_endpoint_that_does_not_read_the_question_is_late() -> None:
-    with raw(lambda _connection, stop: stop.wait(20) and None) as place:
+    with raw(lambda _connection, stop: stop.wait() and None) as place:
         long = [Question([{"role": "user", "content": "x" * (8 << 20)}], {})]
         assert ask(f"http://{place}/v1", long, timeout_seconds=2).status == "timeout"
 
@@ -82,7 +80,7 @@ def test_an_endpoint_that_does_not_read_the_question_is_late() -> None:
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*:pytest.PytestUnraisableExceptionWarning")
 def test_a_handshake_that_does_not_end_is_an_endpoint_that_cannot_be_reached() -> None:
     """httpcore leaves the socket of a handshake that is cancelled to the garbage collector, which warns."""
-    with raw(lambda _connection, stop: stop.wait(20) and None) as place, pytest.raises(StorageError) as caught:
+    with raw(lambda _connection, stop: stop.wait() and None) as place, pytest.raises(StorageError) as caught:
         ask(f"https://{place}/v1", timeout_seconds=0.4)
     assert "cannot be reached: no connection within 0.4 s" in caught.value.message
     assert "base_url" in caught.value.hint
@@ -102,12 +100,10 @@ def test_a_signal_does_not_wait_for_the_endpoint() -> None:
 
     before = signal.signal(signal.SIGALRM, stop_now)
     try:
-        with raw(lambda _connection, stop: stop.wait(20) and None) as place:
-            start = time.monotonic()
+        with raw(lambda _connection, stop: stop.wait() and None) as place:
             signal.setitimer(signal.ITIMER_REAL, 0.3)
             with pytest.raises(Interrupted):
-                ask(f"http://{place}/v1", timeout_seconds=60)
-            assert time.monotonic() - start < 10
+                ask(f"http://{place}/v1", timeout_seconds=600)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -269,7 +265,7 @@ def test_certificates_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    with raw(lambda _connection, stop: stop.wait(20) and None) as place:
+    with raw(lambda _connection, stop: stop.wait() and None) as place:
         yield place
 
 

