@@ -100,7 +100,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         if path.suffix == ".json":
-            saved = reading.read_json(path, _RECIPE_BYTES)
+            saved = reading.read_json(path, _RECIPE_BYTES, by_hand=True)
             if not isinstance(saved, dict) or not isinstance(saved.get("config", {}), dict):
                 raise UsageError(f"recipe {path} is not a JSON object", "give a .toml recipe or a config.json of a run")
             return saved.get("config", saved)
