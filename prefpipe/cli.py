@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ from prefpipe.shipped import recipes
 from prefpipe.views import commands
 
 _START = "Start"
+_AGAIN_AFTER_S = 0.02  # a destructor has ended by then, mostly
 _RECIPES = "Recipes"  # the heading of commands about settings in --help
 
 app = typer.Typer(
@@ -46,6 +48,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _stop)
+    sys.unraisablehook = _dropped
     processes.wait_passively()
     verbose = "--verbose" in sys.argv
     try:
@@ -82,8 +85,29 @@ def _report(error: BaseException, *, verbose: bool) -> int:
     return 1
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise Interrupted; inside `_dropped` nobody would see it, and the signal comes again when that has ended."""
+    while frame is not None:
+        if frame.f_code is _dropped.__code__:
+            _send_again(number)
+            return
+        frame = frame.f_back
     raise Interrupted(number)
+
+
+def _dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+    """What Python does with an error in a destructor or a callback, which nothing can catch. A signal that fell into
+    one would be lost: it is sent again."""
+    if isinstance(unraisable.exc_value, Interrupted):
+        _send_again(unraisable.exc_value.exit_code - 128)
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _send_again(number: int) -> None:
+    soon = threading.Timer(_AGAIN_AFTER_S, os.kill, (os.getpid(), number))
+    soon.daemon = True
+    soon.start()
 
 
 def _failed(code: int) -> int:

@@ -14,6 +14,7 @@ import stat
 import tomllib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -99,11 +100,12 @@ def read_text(path: Path, limit: int = SMALL) -> str:
     return text
 
 
-def read_json(path: Path, limit: int = SMALL) -> Any:
+def read_json(path: Path, limit: int = SMALL, *, by_hand: bool = False) -> Any:
     """The JSON value in a small file. Raises json.JSONDecodeError for a mistake in its syntax, DataError for what no
-    parser should take: brackets deeper than DEPTH, numbers of thousands of digits, halves of characters."""
+    parser should take: brackets deeper than DEPTH, numbers of thousands of digits, halves of characters, and in a file
+    that people write `by_hand` a key twice."""
     text = read_text(path, limit)
-    value = _parsed(path, json.loads, text)
+    value = _parsed(path, partial(json.loads, object_pairs_hook=unique_keys if by_hand else None), text)
     if _HALF_ESCAPE.search(text) and has_lone_surrogate(value):
         raise DataError(f"{path} holds half of a character (a lone surrogate)", "no text has that: check the file")
     return value
@@ -116,6 +118,17 @@ def read_toml(path: Path, limit: int = SMALL) -> dict[str, Any]:
     if _DOTTED.search(text):
         raise DataError(f"{path} has a key of more than {DEPTH} parts", "check the file: nobody writes this by hand")
     return _parsed(path, tomllib.loads, text)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, as `object_pairs_hook` of a JSON parser. Raises ValueError for a key twice: a parser
+    keeps the last one without a word."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return unique
 
 
 def file_digest(path: Path, size: int | None = None) -> str:
@@ -145,7 +158,7 @@ def _parsed(path: Path, parse: Callable[[str], T], text: str) -> T:
         raise
     except (RecursionError, ValueError) as error:
         what = "brackets nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise DataError(f"{path} cannot be read: {what}", "check the file: nobody writes this by hand") from error
+        raise DataError(f"{path} cannot be read: {what}", "check the file, and mend it") from error
     if _is_deeper(value, DEPTH):
         raise DataError(f"{path} has brackets deeper than {DEPTH}", "check the file: nobody writes this by hand")
     return value

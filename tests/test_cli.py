@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from prefpipe import __version__
+from prefpipe import cli as command_line
 from prefpipe.cli import STAGES
 from prefpipe.config import base
 from prefpipe.runs import tables
@@ -313,13 +315,33 @@ def test_ctrl_c_is_exit_130_and_resumes(cli: Cli, tiny_model: Path, prompts_file
     assert "12 completions of 6 prompts" in again.stdout
 
 
-def test_sigterm_inside_a_users_reward_stops_too(
-    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path
+SIGNALS_OF_USERS = {
+    "in a reward": "import signal; os.kill(os.getpid(), signal.SIGTERM)",
+    "in a destructor": "type('D', (), {'__del__': lambda _: os.kill(os.getpid(), 15)})(); time.sleep(60)",
+    "in a callback": "import weakref; weakref.ref(set(), lambda _: os.kill(os.getpid(), 15)); time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("place", SIGNALS_OF_USERS)
+def test_sigterm_inside_code_of_users_stops_too(
+    cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path, place: str
 ) -> None:
-    action = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
-    command, env, folder = with_own_reward(tiny_model, prompts_file, tmp_path / "w", action)
+    """Python drops what is raised in a destructor or a callback: the signal comes again."""
+    command, env, folder = with_own_reward(tiny_model, prompts_file, tmp_path / "w", SIGNALS_OF_USERS[place])
     done = cli(*command[3:], env=env, cwd=folder)
     assert_refused(done, 143, "stopped by signal 15")
+    assert "ignored" not in done.stderr
+
+
+def test_a_signal_that_falls_into_the_hook_for_lost_ones_comes_again(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    call("recipes")  # the handlers of a command
+    monkeypatch.setattr(command_line, "_send_again", sent.append)
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda _: signal.raise_signal(signal.SIGTERM))
+    sys.unraisablehook(SimpleNamespace(exc_value=ValueError()))
+    assert sent == [signal.SIGTERM]
 
 
 def test_two_writers_are_exit_75(cli: Cli, tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from prefpipe import reading
-from prefpipe.config import secrets
+from prefpipe.config import secrets, truths
 from prefpipe.errors import UsageError
 
 STRICT = ConfigDict(
@@ -61,14 +61,15 @@ def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any], place: str
     values = read_recipe(recipe) if recipe is not None else {}
     for name, value in flags.items():
         _set(values, name.split("."), value)
+    hint = f"`prefpipe config {command_name(cls)}` prints every setting with its default"
+    where = str(recipe) if recipe is not None else place
     try:
-        return _with_local_paths(cls.model_validate(values))
+        config = cls.model_validate(values)
     except ValidationError as error:
-        where = str(recipe) if recipe is not None else place
-        raise UsageError(
-            "; ".join(f"{where}: {line}" for line in explain(cls, error)),
-            f"`prefpipe config {command_name(cls)}` prints every setting with its default",
-        ) from error
+        raise UsageError("; ".join(f"{where}: {line}" for line in explain(cls, error)), hint) from error
+    for name in truths.for_numbers(values, config):
+        raise UsageError(f"{where}: {name} = true or false: a number belongs here", hint)
+    return _with_local_paths(config)
 
 
 def local_path(text: str, name: str = "path") -> Path:
@@ -100,7 +101,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         if path.suffix == ".json":
-            saved = reading.read_json(path, _RECIPE_BYTES)
+            saved = reading.read_json(path, _RECIPE_BYTES, by_hand=True)
             if not isinstance(saved, dict) or not isinstance(saved.get("config", {}), dict):
                 raise UsageError(f"recipe {path} is not a JSON object", "give a .toml recipe or a config.json of a run")
             return saved.get("config", saved)
@@ -242,6 +243,8 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
         if several := _written_as_one(location, value):
             return several
         return f"{name} = {value!r} is not one of {', '.join(map(repr, allowed))}{suggestion(str(value), allowed)}"
+    if problem["type"] == "tuple_type" and isinstance(value, str | int | float):
+        return f"{name} = {value!r} is not a list: write {json.dumps([value])}"
     if problem["type"] == "union_tag_not_found":
         return f"{name}: `kind` is missing, which says what it is"
     if not location or isinstance(value, dict | BaseModel):

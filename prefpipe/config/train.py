@@ -121,8 +121,8 @@ class TrainConfig(LossSettings):
             "functions of yours, module:function; sigmoid is DPO, and docs/losses.md says which to choose.",
         ),
     ] = ("sigmoid",)
-    loss_weights: tuple[float, ...] = (1.0,)
-    """Weight of each loss in loss_type."""
+    loss_weights: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
+    """Weight of each loss in loss_type; below 0 a loss would be trained against itself."""
 
     optim: Annotated[
         Literal["adamw_torch_fused", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"],

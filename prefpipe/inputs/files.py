@@ -1,9 +1,5 @@
 """Foreign files as a stream of rows: JSON, Parquet, Arrow, compressed or in folders, and datasets of the hub."""
 
-import codecs
-import io
-import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,25 +12,22 @@ from prefpipe import log
 from prefpipe.config.base import local_path
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
-from prefpipe.inputs import hub
+from prefpipe.inputs import hub, json_files
 from prefpipe.inputs.messages import listed
 from prefpipe.runs import store
 
 ForeignRow = tuple[str, dict[str, Any]]  # where it stands (file and line), its columns
 _STREAMED_ROWS = 256
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-_JSON, _ARROW = (".jsonl", ".json", ".ndjson"), (".arrow", ".feather")
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_ARROW = (".arrow", ".feather")
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream whose writer was closed
 _OF_DATASETS = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _PIECE = re.compile(r"(.+)-\d{5}-of-\d{5}")  # a file of a split, as the hub names them
-_CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}  # pandas writes NaN for a missing value
 _KNOWN = "give .jsonl, .json, .parquet or .arrow (JSON may be .gz, .zst or .bz2), a folder of them, or hf:OWNER/NAME"
 
 
 def rows(path: str | Path, columns: Mapping[str, str] | None = None) -> Iterator[ForeignRow]:
     """The rows of a file, a folder of files or a dataset of the hub (`hf:`, `hf://`), as a stream: never the whole
-    dataset in memory, but for a JSON file that is one array.
+    dataset in memory.
 
     `columns` maps names of ours to columns of the file. Raises MissingInputError without the file, UsageError for
     another kind of file, DataError for a damaged one or a line that is not a JSON object.
@@ -112,7 +105,7 @@ def _local_rows(path: Path) -> Iterator[ForeignRow]:
         return
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist", "check the path; it is relative to the current directory")
-    if _suffix(path) in _JSON:
+    if _suffix(path) in json_files.SUFFIXES:
         yield from _json_rows(path)
     elif path.suffix.lower() == ".parquet":
         yield from _numbered(path, _parquet_batches(path))
@@ -124,7 +117,7 @@ def _local_rows(path: Path) -> Iterator[ForeignRow]:
 
 def _suffix(path: Path) -> str:
     """The ending of a name that says the kind of a file: `.jsonl` of `A.JSONL.gz`."""
-    known = [suffix for suffix in map(str.lower, path.suffixes[-2:]) if suffix not in _COMPRESSED]
+    known = [suffix for suffix in map(str.lower, path.suffixes[-2:]) if suffix not in json_files.COMPRESSED]
     return known[-1] if known else ""
 
 
@@ -165,64 +158,14 @@ def _warn_of_contents(folder: Path, files: list[Path]) -> None:
 
 def values(path: Path) -> Iterator[tuple[str, Any]]:
     """What a local file or folder holds, of any kind, and where: `rows` without the check that JSON is an object."""
-    return _json_values(path) if _suffix(path) in _JSON and path.is_file() else _local_rows(path)
-
-
-def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, value) of every line that is not blank, or of the entries of one array. Raises DataError for a
-    line that is not JSON."""
-    try:
-        yield from _array(path) if _is_array(path) else _lines(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}", "the file is damaged") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield where, _parsed(line, where)
+    return json_files.values(path) if _suffix(path) in json_files.SUFFIXES and path.is_file() else _local_rows(path)
 
 
 def _json_rows(path: Path) -> Iterator[ForeignRow]:
-    for where, row in _json_values(path):
+    for where, row in json_files.values(path):
         if not isinstance(row, dict):
             raise DataError(f"{where}: not a JSON object", "every line is one JSON object")
         yield where, row
-
-
-def _is_array(path: Path) -> bool:
-    """Whether a JSON file is one array. Raises DataError for UTF-16, whose lines do not end with a byte."""
-    with _opened(path) as file:
-        start = file.read(1 << 16)
-    if start.startswith(_UTF16):
-        raise DataError(f"{path} is UTF-16 text", "save it as UTF-8")
-    return start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-
-
-def _array(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a file that is one JSON array; it is read as a whole."""
-    with _opened(path) as file:
-        values = _parsed(file.read(), str(path))
-    for number, value in enumerate(values):
-        yield f"{path}, row {number}", value
-
-
-def _opened(path: Path) -> io.BufferedReader:
-    """A file for reading, decompressed by the ending of its name. (Arrow itself opens no path that is not UTF-8.)"""
-    file = path.open("rb")
-    codec = _COMPRESSED.get(path.suffix.lower())
-    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec)) if codec else file
-
-
-def _parsed(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_CONSTANTS.get)
-    except (ValueError, RecursionError) as error:
-        hint = "every line is one JSON object, or the file is one array of them"
-        hint = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else hint
-        raise DataError(f"{where}: not valid JSON: {error}", hint) from error
 
 
 def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:

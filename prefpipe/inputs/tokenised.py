@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from prefpipe import log
 from prefpipe.errors import DataError, RowFault
 from prefpipe.ids import common_prefix, content_id, ids_digest, masked_id
 from prefpipe.inputs import answers, formats
@@ -88,11 +89,21 @@ def read_pairs(
     path: str | Path, chat: Chat, limits: Limits, columns: Mapping[str, str] | None, dropped: list[Dropped]
 ) -> Iterator[Pair]:
     """Pairs of a preference file (see formats), one at a time; its faulty rows go to `dropped`. `columns` renames some.
+    Repeated pairs stay, and the log says how many.
 
     The prompt is the common token prefix of the prompt alone and both renderings; the rest is the completion, with its
     end-of-sequence token exactly once and nothing after it. Raises DataError for a file of another format.
     """
-    return (pair for _, pair in _read(rows(path, columns), "preference", chat, limits, to_pair, dropped))
+    known, count = set[int](), 0  # hashes: a million ids are 80 MB
+    for _, pair in _read(rows(path, columns), "preference", chat, limits, to_pair, dropped):
+        known.add(hash(pair.pair_id))
+        count += 1
+        yield pair
+    if count > len(known):
+        log.warn(
+            f"{path}: {count - len(known)} of {count} pairs repeat an earlier one, token by token, and count as often "
+            "as they stand there; `prefpipe score` drops them"
+        )
 
 
 def read_labels(

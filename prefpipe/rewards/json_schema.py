@@ -34,7 +34,7 @@ def json_schema(settings: JsonSchema) -> RewardFunction:
 
     def rate(answer: Answer) -> Scored:
         try:
-            value = json.loads(_payload(answer.text), parse_constant=_refuse, object_pairs_hook=_unique)
+            value = json.loads(_payload(answer.text), parse_constant=_refuse, object_pairs_hook=reading.unique_keys)
         except (ValueError, RecursionError) as error:
             return Scored(0.0, "unparsable", f"no JSON: {error}")
         try:
@@ -85,10 +85,3 @@ def _payload(text: str) -> str:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        raise ValueError("a name stands twice in an object")
-    return unique

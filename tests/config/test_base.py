@@ -578,6 +578,19 @@ def test_an_error_of_several_settings_does_not_print_all_of_them(cls: type[BaseM
     assert " = {" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('loss_type = "sigmoid"', r"""loss_type = 'sigmoid' is not a list: write \["sigmoid"\]"""),
+        ("loss_weights = 0.5", r"loss_weights = 0.5 is not a list: write \[0.5\]"),
+        ("loss_weights = [0.5, -0.5]", r"loss_weights.1 = -0.5: .*greater than or equal to 0"),
+    ],
+)
+def test_one_value_in_place_of_a_list_and_a_weight_below_0(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load(TrainConfig, text)
+
+
 def test_a_suggestion_is_a_setting_of_the_same_table() -> None:
     with pytest.raises(UsageError) as caught:
         load(IterateConfig, "[generate]\nlearning_rat = 1e-4\n")
@@ -593,6 +606,11 @@ def test_a_toml_error_names_file_and_line(text: str) -> None:
 def test_a_json_error_names_file_and_line() -> None:
     with pytest.raises(UsageError, match=r"recipe\.json: .*line 2"):
         load(TrainConfig, '{"seed": 1,\n}', suffix=".json")
+
+
+def test_a_setting_that_stands_twice_is_refused_in_json_too() -> None:
+    with pytest.raises(DataError, match=r"recipe\.json cannot be read: the key 'seed' stands twice"):
+        load(TrainConfig, '{"config": {"seed": 1, "beta": 0.1, "seed": 2}}', suffix=".json")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "3", '{"config": 3}', "null"])

@@ -38,6 +38,14 @@ def test_standard_and_conversational_pairs_are_the_same(write: Write, chat: Chat
     assert standard == conversational
 
 
+def test_repeated_pairs_stay_and_are_counted(write: Write, chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs, dropped = read_pairs(write(pair(), pair(prompt="Other?"), pair(), pair()), chat)
+    assert (len(pairs), dropped) == (4, [])
+    assert "2 of 4 pairs repeat an earlier one" in capsys.readouterr().err
+    read_pairs(write(pair(), pair(prompt="Other?")), chat)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_answer_is_tokenised_as_the_chosen_one_of_a_pair(write: Write, chat: Chat) -> None:
     """As prompt and completion, and as a conversation; a row that comes twice stays, a faulty one is in the ledger."""
     ((expected,), _) = read_pairs(write(pair()), chat)
