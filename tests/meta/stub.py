@@ -17,7 +17,6 @@ from pydantic.fields import FieldInfo
 from prefpipe.api import calls, commands
 from prefpipe.config.base import PATH
 from prefpipe.config.plan import PlanConfig
-from prefpipe.config.train import TrainConfig
 
 PATH_OF_STUB = Path(__file__).parents[2] / "prefpipe" / "__init__.pyi"
 HEAD = '''"""Written by `make fix` from the settings of the commands: do not edit."""
@@ -43,8 +42,8 @@ def stub() -> str:
     classes: dict[str, type[BaseModel]] = {}
     for cls, _ in calls.STAGES.values():
         classes |= dict(_classes(cls))
+    classes |= dict(_classes(PlanConfig))
     tables = [_table(name, cls) for name, cls in classes.items()]
-    tables.append(_table("PlanSettings", PlanConfig, beside=TrainConfig))
     made = [_made(name, cls) for name, (cls, _) in calls.STAGES.items()]
     return "\n\n".join([HEAD + "\n", *tables, *made, *_written()]).replace("\n\n\n\n", "\n\n\n") + "\n"
 
@@ -61,13 +60,14 @@ def _name(cls: type[BaseModel]) -> str:
     return f"{cls.__name__.removesuffix('Config').removesuffix('Settings')}Settings"
 
 
-def _table(name: str, cls: type[BaseModel], beside: type[BaseModel] | None = None) -> str:
-    """The type of the settings of a class; those of the class that it stands `beside` come from the type of that."""
-    known = beside.model_fields if beside else {}
+def _table(name: str, cls: type[BaseModel]) -> str:
+    """The type of the settings of a class; a class that extends another command's settings extends its type."""
+    parent = next((base for base in cls.__bases__ if base in calls.SETTINGS.values()), None)
+    known = parent.model_fields if parent else {}
     lines = [
         f"    {setting}: {_type(setting, field)}" for setting, field in cls.model_fields.items() if setting not in known
     ]
-    base = _name(beside) if beside else "TypedDict"
+    base = _name(parent) if parent else "TypedDict"
     return "\n".join([f"class {name}({base}, total=False):", *lines]) + "\n"
 
 
