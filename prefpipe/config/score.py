@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, STRICT
+from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, Config
 from prefpipe.config.rewards import check_gpu_memory
 
 
-class ScoreConfig(BaseModel):
+class ScoreConfig(Config):
     """Add reference log-probs or rewards to completions, pairs or labels that exist already, ours or foreign."""
-
-    model_config = STRICT
 
     model: shared.Model = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
@@ -26,7 +24,7 @@ class ScoreConfig(BaseModel):
     base_urls: shared.BaseUrls = ()
     api_key_env: shared.ApiKeyEnv = "VLLM_API_KEY"
     timeout_seconds: shared.TimeoutSeconds = 600.0
-    reward_settings: shared.RewardSettings = {}
+    reward_settings: shared.RewardSettings = shared.NO_TABLES
     rewards: shared.Rewards = ()
     share: Annotated[float, ADDED, Field(gt=0, le=1)] = 1.0
     """Use only this share of the pairs, labels or groups of runs, drawn by their ids and the seed."""

@@ -126,10 +126,9 @@ TimeoutSeconds = Annotated[
 ]
 Dtype = rewards.Dtype
 RewardSettings = rewards.RewardSettings
+NO_TABLES: dict[str, rewards.Settings] = {}
 SpecialTokens = rewards.SpecialTokens
 RewardName = Annotated[str, AfterValidator(check_reward)]  # a class declares reward_settings before such a field
-# The reward that a command goes by. "" names none: the command refuses it, since no default would suit the task.
-ChosenReward = Annotated[str, AfterValidator(lambda name, info: name and check_reward(name, info))]
 REWARD_CHOICES = f"{', '.join(REWARD_NAMES)}, the name of a table [reward_settings.NAME], or your own 'module:function'"
 Rewards = Annotated[
     tuple[RewardName, ...],
