@@ -147,11 +147,6 @@ class EvaluateConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _names_its_servers(self) -> Self:
-        shared.check_servers(self.engine, self.base_urls)
-        return self
-
-    @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
         share = self.gpu_memory_utilization if self.engine == "vllm" else None
         guards = [guard.reward for guard in self.guards]

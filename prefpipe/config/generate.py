@@ -58,11 +58,6 @@ class GenerateConfig(Config):
     kv_cache_mib: shared.KvCacheMib = 512
 
     @model_validator(mode="after")
-    def _names_its_servers(self) -> Self:
-        shared.check_servers(self.engine, self.base_urls)
-        return self
-
-    @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
         vllm_scores_again = self.engine == "transformers" and self.reference != "none" and self.check > 0
         share = self.gpu_memory_utilization if self.engine == "vllm" or vllm_scores_again else None

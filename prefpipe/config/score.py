@@ -60,11 +60,6 @@ class ScoreConfig(Config):
     kv_cache_mib: shared.KvCacheMib = 512
 
     @model_validator(mode="after")
-    def _names_its_servers(self) -> Self:
-        shared.check_servers(self.engine, self.base_urls)
-        return self
-
-    @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:
         checked_with_vllm = self.engine == "transformers" and self.check > 0
         uses_vllm = self.reference == "policy" and (self.engine == "vllm" or checked_with_vllm)
