@@ -12,18 +12,38 @@ __version__: str
 Place = str | os.PathLike[str]
 Function = str | Callable[..., Any]
 
-class GenerateSettings(TypedDict, total=False):
+class EngineSettings(TypedDict, total=False):
     model: Place
     adapter: Place
-    prompts: Place
-    split: str
-    limit: int
     engine: Literal["vllm", "transformers", "server", "fake"]
     base_urls: str | Sequence[str]
     api_key_env: str
     timeout_seconds: float
-    reference: Literal["policy", "base", "none"]
     reward_settings: Mapping[str, Any] | str
+    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
+    chat_template: Place
+    template_date: str
+    chat_template_kwargs: str
+    template_changes: Literal["drop", "allow"]
+    thinking_marks: str
+    reward_on: Literal["answer", "all"]
+    column: str | Sequence[str]
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    seed: int
+    part: str
+    shard_rows: int
+    max_num_seqs: int
+    workers: Literal["auto"] | int
+    cluster: str
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    kv_cache_mib: int
+
+class GenerateSettings(EngineSettings, total=False):
+    prompts: Place
+    split: str
+    limit: int
+    reference: Literal["policy", "base", "none"]
     rewards: Function | Sequence[Function]
     num_samples: int
     temperature: float
@@ -34,61 +54,18 @@ class GenerateSettings(TypedDict, total=False):
     stop: str | Sequence[str]
     max_tokens: int
     max_prompt_tokens: int
-    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
-    chat_template: Place
-    template_date: str
-    chat_template_kwargs: str
-    template_changes: Literal["drop", "allow"]
-    thinking_marks: str
-    reward_on: Literal["answer", "all"]
-    column: str | Sequence[str]
-    dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    seed: int
-    part: str
     check: int
-    shard_rows: int
-    max_num_seqs: int
-    workers: Literal["auto"] | int
-    cluster: str
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
-    kv_cache_mib: int
 
-class ScoreSettings(TypedDict, total=False):
-    model: Place
-    adapter: Place
+class ScoreSettings(EngineSettings, total=False):
     inputs: Place | Sequence[Place]
     reference: Literal["policy", "none"]
-    engine: Literal["vllm", "transformers", "server", "fake"]
-    base_urls: str | Sequence[str]
-    api_key_env: str
-    timeout_seconds: float
-    reward_settings: Mapping[str, Any] | str
     rewards: Function | Sequence[Function]
     share: float
     check: int
     max_length: int
     max_prompt_length: int
     overlong: Literal["drop", "keep_start"]
-    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
-    chat_template: Place
-    template_date: str
-    chat_template_kwargs: str
-    template_changes: Literal["drop", "allow"]
-    thinking_marks: str
-    reward_on: Literal["answer", "all"]
-    column: str | Sequence[str]
-    dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    seed: int
-    part: str
-    shard_rows: int
     max_tokens_per_batch: int
-    max_num_seqs: int
-    workers: Literal["auto"] | int
-    cluster: str
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
-    kv_cache_mib: int
 
 class BuildPairsSettings(TypedDict, total=False):
     completions: Place | Sequence[Place]
@@ -229,17 +206,10 @@ class TrainSettings(TypedDict, total=False):
     )
     report: bool
 
-class EvaluateSettings(TypedDict, total=False):
-    model: Place
-    adapter: Place
+class EvaluateSettings(EngineSettings, total=False):
     prompts: Place
     split: str
     limit: int
-    engine: Literal["vllm", "transformers", "server", "fake"]
-    base_urls: str | Sequence[str]
-    api_key_env: str
-    timeout_seconds: float
-    reward_settings: Mapping[str, Any] | str
     reward: Function | Sequence[Function]
     pass_reward: float
     baseline: Place | Sequence[Place]
@@ -260,25 +230,7 @@ class EvaluateSettings(TypedDict, total=False):
     stop: str | Sequence[str]
     max_tokens: int
     max_prompt_tokens: int
-    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
-    chat_template: Place
-    template_date: str
-    chat_template_kwargs: str
-    template_changes: Literal["drop", "allow"]
-    thinking_marks: str
-    reward_on: Literal["answer", "all"]
-    column: str | Sequence[str]
-    dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    seed: int
-    part: str
     round: int
-    shard_rows: int
-    max_num_seqs: int
-    workers: Literal["auto"] | int
-    cluster: str
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
-    kv_cache_mib: int
 
 class StopSettings(TypedDict, total=False):
     rules: (
