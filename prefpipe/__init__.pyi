@@ -12,18 +12,38 @@ __version__: str
 Place = str | os.PathLike[str]
 Function = str | Callable[..., Any]
 
-class GenerateSettings(TypedDict, total=False):
+class EngineSettings(TypedDict, total=False):
     model: Place
     adapter: Place
-    prompts: Place
-    split: str
-    limit: int
     engine: Literal["vllm", "transformers", "server", "fake"]
     base_urls: str | Sequence[str]
     api_key_env: str
     timeout_seconds: float
-    reference: Literal["policy", "base", "none"]
     reward_settings: Mapping[str, Any] | str
+    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
+    chat_template: Place
+    template_date: str
+    chat_template_kwargs: str
+    template_changes: Literal["drop", "allow"]
+    thinking_marks: str
+    reward_on: Literal["answer", "all"]
+    column: str | Sequence[str]
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    seed: int
+    part: str
+    shard_rows: int
+    max_num_seqs: int
+    workers: Literal["auto"] | int
+    cluster: str
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    kv_cache_mib: int
+
+class GenerateSettings(EngineSettings, total=False):
+    prompts: Place
+    split: str
+    limit: int
+    reference: Literal["policy", "base", "none"]
     rewards: Function | Sequence[Function]
     num_samples: int
     temperature: float
@@ -34,61 +54,18 @@ class GenerateSettings(TypedDict, total=False):
     stop: str | Sequence[str]
     max_tokens: int
     max_prompt_tokens: int
-    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
-    chat_template: Place
-    template_date: str
-    chat_template_kwargs: str
-    template_changes: Literal["drop", "allow"]
-    thinking_marks: str
-    reward_on: Literal["answer", "all"]
-    column: str | Sequence[str]
-    dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    seed: int
-    part: str
     check: int
-    shard_rows: int
-    max_num_seqs: int
-    workers: Literal["auto"] | int
-    cluster: str
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
-    kv_cache_mib: int
 
-class ScoreSettings(TypedDict, total=False):
-    model: Place
-    adapter: Place
+class ScoreSettings(EngineSettings, total=False):
     inputs: Place | Sequence[Place]
     reference: Literal["policy", "none"]
-    engine: Literal["vllm", "transformers", "server", "fake"]
-    base_urls: str | Sequence[str]
-    api_key_env: str
-    timeout_seconds: float
-    reward_settings: Mapping[str, Any] | str
     rewards: Function | Sequence[Function]
     share: float
     check: int
     max_length: int
     max_prompt_length: int
     overlong: Literal["drop", "keep_start"]
-    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
-    chat_template: Place
-    template_date: str
-    chat_template_kwargs: str
-    template_changes: Literal["drop", "allow"]
-    thinking_marks: str
-    reward_on: Literal["answer", "all"]
-    column: str | Sequence[str]
-    dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    seed: int
-    part: str
-    shard_rows: int
     max_tokens_per_batch: int
-    max_num_seqs: int
-    workers: Literal["auto"] | int
-    cluster: str
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
-    kv_cache_mib: int
 
 class BuildPairsSettings(TypedDict, total=False):
     completions: Place | Sequence[Place]
@@ -229,17 +206,10 @@ class TrainSettings(TypedDict, total=False):
     )
     report: bool
 
-class EvaluateSettings(TypedDict, total=False):
-    model: Place
-    adapter: Place
+class EvaluateSettings(EngineSettings, total=False):
     prompts: Place
     split: str
     limit: int
-    engine: Literal["vllm", "transformers", "server", "fake"]
-    base_urls: str | Sequence[str]
-    api_key_env: str
-    timeout_seconds: float
-    reward_settings: Mapping[str, Any] | str
     reward: Function | Sequence[Function]
     pass_reward: float
     baseline: Place | Sequence[Place]
@@ -260,25 +230,7 @@ class EvaluateSettings(TypedDict, total=False):
     stop: str | Sequence[str]
     max_tokens: int
     max_prompt_tokens: int
-    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
-    chat_template: Place
-    template_date: str
-    chat_template_kwargs: str
-    template_changes: Literal["drop", "allow"]
-    thinking_marks: str
-    reward_on: Literal["answer", "all"]
-    column: str | Sequence[str]
-    dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    seed: int
-    part: str
     round: int
-    shard_rows: int
-    max_num_seqs: int
-    workers: Literal["auto"] | int
-    cluster: str
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
-    kv_cache_mib: int
 
 class StopSettings(TypedDict, total=False):
     rules: (
@@ -323,93 +275,7 @@ class IterateSettings(TypedDict, total=False):
     train: TrainSettings
     evaluate: EvaluateSettings
 
-class SweepSettings(TypedDict, total=False):
-    beta: float
-    label_smoothing: float
-    use_weighting: bool
-    ld_alpha: float
-    ipo_reduction: Literal["sum", "mean"]
-    simpo_gamma: float
-    simpo_gamma_beta_ratio: float
-    alphapo_alpha: float
-    cal_dpo_weight: float
-    dpop_lambda: float
-    rdpo_alpha: float
-    margin_alpha: float
-    rainbow_mix: float
-    rainbow_margin: float
-    nll_scope: Literal["response", "prompt_response"]
-    desirable_weight: float
-    undesirable_weight: float
-    kl_bank_size: int
-    kl_rows: int
-    model: Place
-    adapter: Place
-    pairs: Place | Sequence[Place]
-    labels: Place | Sequence[Place]
-    groups: Place | Sequence[Place]
-    max_length: int
-    max_prompt_length: int
-    overlong: Literal["drop", "keep_start"]
-    chat_template: Place
-    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
-    chat_template_kwargs: str
-    template_changes: Literal["drop", "allow"]
-    column: str | Sequence[str]
-    source_weights: float | Sequence[float]
-    epoch_length: Literal["all_rows", "first_exhausted", "all_exhausted"]
-    sft: Place | Sequence[Place]
-    sft_weight: float
-    sft_batch_size: int
-    sft_column: str | Sequence[str]
-    reference_model: Place
-    reference_adapter: Place
-    ref_logps: Place | Sequence[Place]
-    audit_rows: int
-    loss_type: Function | Sequence[Function]
-    loss_weights: float | Sequence[float]
-    optim: Literal["adamw_torch_fused", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-    learning_rate: float
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"]
-    warmup_ratio: float
-    warmup_steps: int
-    num_train_epochs: int
-    train_batch_size: int
-    weight_decay: float
-    max_grad_norm: float
-    tuning: Literal["lora", "full"]
-    lora_r: int
-    lora_alpha: int
-    use_rslora: bool
-    lora_dropout: float
-    lora_target_modules: str
-    lora_target_parameters: str
-    router_aux_loss_coef: float
-    load_in_4bit: bool
-    merge: bool
-    dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    seed: int
-    train_order: Literal["shuffled", "given", "hardness"]
-    group_by_prompt: bool
-    eval_pairs: Place | Sequence[Place]
-    eval_labels: Place | Sequence[Place]
-    eval_groups: Place | Sequence[Place]
-    eval_split: float
-    eval_steps: int
-    load_best_model_at_end: bool
-    metric_for_best_model: Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
-    early_stopping_patience: int
-    max_tokens_per_micro_batch: int
-    distributed: Literal["ddp", "fsdp2"]
-    gradient_checkpointing: Literal["auto", "on", "off"]
-    save_steps: int
-    save_total_limit: int
-    strict: bool
-    report_to: (
-        Literal["tensorboard", "wandb", "trackio", "mlflow"]
-        | Sequence[Literal["tensorboard", "wandb", "trackio", "mlflow"]]
-    )
-    report: bool
+class SweepSettings(TrainSettings, total=False):
     grid: str | Sequence[str]
     samples: int
     halving: float | Sequence[float]

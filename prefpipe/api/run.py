@@ -19,7 +19,7 @@ from prefpipe.config.base import local_path, suggestion
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.runs import commits, logs, manifests, tables
 from prefpipe.runs.storage import utf8_directory
-from prefpipe.views import facts, rows, run_view
+from prefpipe.views import facts, rows, run_view, settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +84,7 @@ class Run:
         """Numbers of the run as a frame: of train a row for each optimizer step, of iterate a row for each round that
         was evaluated, of other commands one row. Numbers inside tables have dotted names. Empty before the first."""
         lines = logs.lines(self.path / "metrics.jsonl") or self.totals.get("rounds") or [self.totals]
-        return pl.DataFrame([flat for line in lines if (flat := _flat(line))], infer_schema_length=None)
+        return pl.DataFrame([cells for line in lines if (cells := _cells(line))], infer_schema_length=None)
 
     @calls.in_words()
     def arrow(self, dataset: str = "") -> pa.Table:
@@ -156,12 +156,7 @@ class Run:
         return f"<table><caption>prefpipe {html.escape(self.command)}</caption>{lines}</table>"
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _cells(line: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers and texts by dotted name; lists as JSON."""
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        if isinstance(inner, Mapping):
-            found |= _flat(inner, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = json.dumps(inner) if isinstance(inner, list) else inner
-    return found
+    found = settings.flat(line).items()
+    return {name: json.dumps(value) if isinstance(value, list) else value for name, value in found if value != {}}

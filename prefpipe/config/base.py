@@ -1,6 +1,6 @@
 """Configs: frozen pydantic models, loaded once from defaults < recipe < flags, with every error at once.
 
-A config class sets `model_config = STRICT`. The docstring below a field (or the description of its type) is its help
+A config class is a `Config`. The docstring below a field (or the description of its type) is its help
 text. Four marks in the annotation of a field keep it out of the fingerprint of a run: RUNTIME for a setting that
 cannot change results, such as a batch size; PATH for an input, which enters the fingerprint by its content; ADDED for a
 setting that is younger than runs that users have, while it has its default, so that those runs still resume; BESIDE
@@ -29,9 +29,6 @@ from prefpipe import reading
 from prefpipe.config import secrets, truths
 from prefpipe.errors import UsageError
 
-STRICT = ConfigDict(
-    frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-)
 RUNTIME = "runtime"
 PATH = "path"
 REMOTE = "remote"
@@ -40,6 +37,14 @@ BESIDE = "beside"
 FIRST = "first"
 COMMAND_LINE = "command line"
 _RECIPE_BYTES = 1 << 20
+
+
+class Config(BaseModel):
+    """Settings that do not change, without unknown names and without infinite numbers."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
+from prefpipe.config.base import ADDED, PATH, RUNTIME, Config
 from prefpipe.config.names import name_or_function
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -116,10 +116,8 @@ def unread(values: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-class BuildPairsConfig(BaseModel):
+class BuildPairsConfig(Config):
     """Turn completions with rewards into pairs, labels (KTO) or ranked groups; every dropped row has its reason."""
-
-    model_config = STRICT
 
     completions: Annotated[tuple[str, ...], PATH] = ()
     """Run directories with completions; their rewards and reference log-probs are read from them too."""

@@ -4,10 +4,10 @@ import re
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import ADDED, BESIDE, FIRST, PATH, STRICT
+from prefpipe.config.base import ADDED, BESIDE, FIRST, PATH, Config
 from prefpipe.config.judge import Judge
 from prefpipe.config.rewards import check_gpu_memory
 
@@ -55,10 +55,8 @@ def _no_sum(name: str) -> str:
     return name
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Config):
     """Rate a policy on held-out prompts, with intervals, and compare it with earlier evaluations."""
-
-    model_config = STRICT
 
     model: shared.Model = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
@@ -69,7 +67,7 @@ class EvaluateConfig(BaseModel):
     base_urls: shared.BaseUrls = ()
     api_key_env: shared.ApiKeyEnv = "VLLM_API_KEY"
     timeout_seconds: shared.TimeoutSeconds = 600.0
-    reward_settings: shared.RewardSettings = {}
+    reward_settings: shared.RewardSettings = shared.NO_TABLES
     reward: Annotated[
         tuple[Annotated[str, AfterValidator(_no_sum), AfterValidator(shared.check_reward)], ...],
         FIRST,
@@ -146,11 +144,6 @@ class EvaluateConfig(BaseModel):
                 f"guard_pass_reward has {len(self.guard_pass_reward)} values for {len(self.guard)} guards: give one, "
                 "or one for each"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _names_its_servers(self) -> Self:
-        shared.check_servers(self.engine, self.base_urls)
         return self
 
     @model_validator(mode="after")

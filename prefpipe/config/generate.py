@@ -2,17 +2,15 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import STRICT
+from prefpipe.config.base import Config
 from prefpipe.config.rewards import check_gpu_memory
 
 
-class GenerateConfig(BaseModel):
+class GenerateConfig(Config):
     """Sample completions for prompts, with reference log-probs and rewards beside them."""
-
-    model_config = STRICT
 
     model: shared.Model = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
@@ -26,7 +24,7 @@ class GenerateConfig(BaseModel):
     reference: Literal["policy", "base", "none"] = "policy"
     """Whose log-probs to cache as those of the reference: the policy that samples (captured while sampling, at no
     cost), the base model (one more pass with the adapter off), or none."""
-    reward_settings: shared.RewardSettings = {}
+    reward_settings: shared.RewardSettings = shared.NO_TABLES
     rewards: shared.Rewards = ()
     num_samples: Annotated[int, Field(ge=1)] = 8
     """Completions for every prompt."""
@@ -58,11 +56,6 @@ class GenerateConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
-
-    @model_validator(mode="after")
-    def _names_its_servers(self) -> Self:
-        shared.check_servers(self.engine, self.base_urls)
-        return self
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:

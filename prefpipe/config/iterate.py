@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
+from prefpipe.config.base import ADDED, PATH, RUNTIME, Config
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
@@ -30,10 +30,8 @@ SCHEDULES = {
 Metric = Literal["greedy.pass", "sampled.pass", "greedy.mean_reward", "sampled.mean_reward"]
 
 
-class IterateConfig(BaseModel):
+class IterateConfig(Config):
     """Rounds of generate, build-pairs, train and evaluate, until the last one or until a rule says stop."""
-
-    model_config = STRICT
 
     model: shared.Model = shared.DEFAULT_MODEL
     rounds: Annotated[int, RUNTIME, Field(ge=1)] = 2

@@ -4,9 +4,9 @@ import re
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from prefpipe.config.base import PATH, REMOTE, RUNTIME, STRICT
+from prefpipe.config.base import PATH, REMOTE, RUNTIME, Config
 
 GpuShare = Annotated[
     float,
@@ -50,10 +50,8 @@ def _structured_by_default(values: dict[str, Any]) -> str:
     return "none" if values.get("engine") == "transformers" else "json_schema"
 
 
-class Judge(BaseModel):
+class Judge(Config):
     """The verdict of a language model, behind an OpenAI-compatible endpoint or in an engine on this machine."""
-
-    model_config = STRICT
 
     kind: Literal["judge"] = "judge"
     mode: Literal["rating", "pairwise"] = "rating"

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from prefpipe.config import names as naming
-from prefpipe.config.base import ADDED, STRICT, Heading
+from prefpipe.config.base import ADDED, Config, Heading
 
 Kind = Literal["pairs", "labels", "groups"]
 Need = Literal["reference", "preference_prob", "reward_gap", "z0"]
@@ -140,13 +140,11 @@ def readers(setting: str) -> tuple[str, ...]:
     return tuple(name for name, loss in LOSSES.items() if setting in loss.reads)
 
 
-class LossSettings(BaseModel):
+class LossSettings(Config):
     """The settings that losses read, with their defaults. TrainConfig has them as settings of `prefpipe train`.
 
     The help of a setting that at most three losses read begins with their names, which are added below.
     """
-
-    model_config = STRICT
 
     beta: Annotated[
         float,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from prefpipe.config import secrets
-from prefpipe.config.base import ADDED, PATH, RUNTIME, STRICT
+from prefpipe.config.base import ADDED, PATH, RUNTIME, Config
 from prefpipe.config.judge import Dtype, GpuShare, Judge
 
 Unit = Literal["words", "characters", "tokens"]
@@ -25,18 +25,14 @@ SpecialTokens = Annotated[
 NumWorkers = Annotated[int, RUNTIME, Field(ge=0, description="Processes that check at once; 0 for one per core.")]
 
 
-class ShortSentence(BaseModel):
+class ShortSentence(Config):
     """How far an answer is one new sentence of 5 to 10 words about the topic."""
-
-    model_config = STRICT
 
     kind: Literal["short_sentence"] = "short_sentence"
 
 
-class Length(BaseModel):
+class Length(Config):
     """1 inside a window of lengths, falling towards 0 outside."""
-
-    model_config = STRICT
 
     kind: Literal["length"] = "length"
     unit: Unit = "words"
@@ -53,10 +49,8 @@ class Length(BaseModel):
         return self
 
 
-class Regex(BaseModel):
+class Regex(Config):
     """1 when a pattern is found, or when it is not."""
-
-    model_config = STRICT
 
     kind: Literal["regex"] = "regex"
     pattern: str = r"[.!?]\s*$"
@@ -66,20 +60,16 @@ class Regex(BaseModel):
     timeout_seconds: TimeoutSeconds = 1.0
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Config):
     """1 for JSON that a schema accepts."""
-
-    model_config = STRICT
 
     kind: Literal["json_schema"] = "json_schema"
     schema_file: Annotated[str, PATH] = ""
     """A JSON Schema (of the draft in its `$schema`, else 2020-12); empty accepts any JSON."""
 
 
-class Keyword(BaseModel):
+class Keyword(Config):
     """The share of conditions on words that hold."""
-
-    model_config = STRICT
 
     kind: Literal["keyword"] = "keyword"
     all: tuple[str, ...] = ()
@@ -92,30 +82,24 @@ class Keyword(BaseModel):
     """Whether capital and small letters are equal."""
 
 
-class Language(BaseModel):
+class Language(Config):
     """The probability that a completion is in a language."""
-
-    model_config = STRICT
 
     kind: Literal["language"] = "language"
     language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] = "en"
     """ISO 639 code."""
 
 
-class Repetition(BaseModel):
+class Repetition(Config):
     """The share of distinct n-grams of words."""
-
-    model_config = STRICT
 
     kind: Literal["repetition"] = "repetition"
     n: Annotated[int, Field(ge=1)] = 3
     """Words in an n-gram."""
 
 
-class Refusal(BaseModel):
+class Refusal(Config):
     """1 for an answer, 0 for a refusal (or the other way round)."""
-
-    model_config = STRICT
 
     kind: Literal["refusal"] = "refusal"
     prefer: Literal["answer", "refusal"] = "answer"
@@ -124,10 +108,8 @@ class Refusal(BaseModel):
     """Further phrases of refusal, beside the English ones (docs/rewards.md)."""
 
 
-class ExactMatch(BaseModel):
+class ExactMatch(Config):
     """1 when a completion, or the part of it that a pattern finds, equals the prompt's `answer`."""
-
-    model_config = STRICT
 
     kind: Literal["exact_match"] = "exact_match"
     pattern: str = ""
@@ -139,10 +121,8 @@ class ExactMatch(BaseModel):
     timeout_seconds: TimeoutSeconds = 1.0
 
 
-class Math(BaseModel):
+class Math(Config):
     """1 when the last expression of a completion equals the prompt's `answer` as mathematics."""
-
-    model_config = STRICT
 
     kind: Literal["math"] = "math"
     precision: Annotated[int, Field(ge=0)] = 6
@@ -151,20 +131,16 @@ class Math(BaseModel):
     num_workers: NumWorkers = 0
 
 
-class ReasoningGym(BaseModel):
+class ReasoningGym(Config):
     """The score of reasoning-gym's checker for the answer to one of its tasks."""
-
-    model_config = STRICT
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     timeout_seconds: TimeoutSeconds = 10.0
     num_workers: NumWorkers = 0
 
 
-class Code(BaseModel):
+class Code(Config):
     """The share of tests that a Python program passes."""
-
-    model_config = STRICT
 
     kind: Literal["code"] = "code"
     partial: bool = False
@@ -180,10 +156,8 @@ class Code(BaseModel):
     num_workers: NumWorkers = 0
 
 
-class RewardModel(BaseModel):
+class RewardModel(Config):
     """The logit of a sequence-classification model."""
-
-    model_config = STRICT
 
     kind: Literal["reward_model"] = "reward_model"
     model: Annotated[str, PATH] = ""
@@ -205,10 +179,8 @@ class RewardModel(BaseModel):
     gpu_memory_utilization: GpuShare = 0.85
 
 
-class Function(BaseModel):
+class Function(Config):
     """What your function returns for each completion, within a time limit."""
-
-    model_config = STRICT
 
     kind: Literal["function"] = "function"
     function: str = ""

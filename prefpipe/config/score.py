@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, STRICT
+from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, Config
 from prefpipe.config.rewards import check_gpu_memory
 
 
-class ScoreConfig(BaseModel):
+class ScoreConfig(Config):
     """Add reference log-probs or rewards to completions, pairs or labels that exist already, ours or foreign."""
-
-    model_config = STRICT
 
     model: shared.Model = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
@@ -26,7 +24,7 @@ class ScoreConfig(BaseModel):
     base_urls: shared.BaseUrls = ()
     api_key_env: shared.ApiKeyEnv = "VLLM_API_KEY"
     timeout_seconds: shared.TimeoutSeconds = 600.0
-    reward_settings: shared.RewardSettings = {}
+    reward_settings: shared.RewardSettings = shared.NO_TABLES
     rewards: shared.Rewards = ()
     share: Annotated[float, ADDED, Field(gt=0, le=1)] = 1.0
     """Use only this share of the pairs, labels or groups of runs, drawn by their ids and the seed."""
@@ -60,11 +58,6 @@ class ScoreConfig(BaseModel):
     tensor_parallel_size: shared.TensorParallelSize = 1
     gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
     kv_cache_mib: shared.KvCacheMib = 512
-
-    @model_validator(mode="after")
-    def _names_its_servers(self) -> Self:
-        shared.check_servers(self.engine, self.base_urls)
-        return self
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:

@@ -37,6 +37,16 @@ def _check_object(text: str) -> str:
     return text
 
 
+def _check_servers(base_urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    """The addresses. Raises ValueError for some without the engine that asks them, and the other way round."""
+    engine = info.data.get("engine")  # None when it is refused: that error is enough
+    if engine == "server" and not base_urls:
+        raise ValueError('engine = "server" needs base_urls: the address of a server that holds this model')
+    if base_urls and engine not in ("server", None):
+        raise ValueError(f'base_urls is read by engine = "server", and engine is "{engine}"')
+    return base_urls
+
+
 Model = Annotated[str, PATH, Field(description="Model: a directory, a hub id, or embedded:smollm2-135m-instruct.")]
 Adapter = Annotated[str, PATH, Field(description="Directory of a PEFT LoRA adapter on top of the model, or 'none'.")]
 ChatTemplate = Annotated[
@@ -108,6 +118,7 @@ Engine = Annotated[
 BaseUrls = Annotated[
     tuple[Annotated[str, AfterValidator(judge.address)], ...],
     RUNTIME,
+    AfterValidator(_check_servers),  # a class declares engine before such a field
     Field(description="engine = server: addresses of servers that hold this model, such as http://localhost:8000."),
 ]
 ApiKeyEnv = Annotated[
@@ -126,10 +137,9 @@ TimeoutSeconds = Annotated[
 ]
 Dtype = rewards.Dtype
 RewardSettings = rewards.RewardSettings
+NO_TABLES: dict[str, rewards.Settings] = {}
 SpecialTokens = rewards.SpecialTokens
 RewardName = Annotated[str, AfterValidator(check_reward)]  # a class declares reward_settings before such a field
-# The reward that a command goes by. "" names none: the command refuses it, since no default would suit the task.
-ChosenReward = Annotated[str, AfterValidator(lambda name, info: name and check_reward(name, info))]
 REWARD_CHOICES = f"{', '.join(REWARD_NAMES)}, the name of a table [reward_settings.NAME], or your own 'module:function'"
 Rewards = Annotated[
     tuple[RewardName, ...],
@@ -200,11 +210,3 @@ MaxNumSeqs = Annotated[
 KvCacheMib = Annotated[
     int, RUNTIME, Field(ge=16, description="Size of vLLM's KV cache on CPU, in MiB (a GPU takes its free memory).")
 ]
-
-
-def check_servers(engine: str, base_urls: tuple[str, ...]) -> None:
-    """Raise ValueError for servers without the engine that asks them, and the other way round."""
-    if engine == "server" and not base_urls:
-        raise ValueError('engine = "server" needs base_urls: the address of a server that holds this model')
-    if base_urls and engine != "server":
-        raise ValueError(f'base_urls is read by engine = "server", and engine is "{engine}"')

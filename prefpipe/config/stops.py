@@ -2,19 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from prefpipe.config.base import RUNTIME, STRICT
+from prefpipe.config.base import RUNTIME, Config
 
 StopRule = Literal["gain", "mixed", "kl", "length", "degenerate", "guard"]
 Window = Annotated[int, Field(ge=1)]
 
 
-class StopSettings(BaseModel):
+class StopSettings(Config):
     """Thresholds and windows. They say how far a run goes, never what a round is: a finished run may go on with
     others."""
-
-    model_config = STRICT
 
     rules: Annotated[tuple[StopRule, ...], RUNTIME] = ("gain", "mixed", "kl", "length", "degenerate", "guard")
     """Rules that end the rounds, each after its so many rounds in a row; an empty list in a recipe for none. A rule

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from prefpipe.config import grid as grids
-from prefpipe.config.base import RUNTIME, STRICT, Heading
+from prefpipe.config.base import RUNTIME, Heading
 from prefpipe.config.grid import Variant
 from prefpipe.config.train import TrainConfig
 
@@ -16,7 +16,6 @@ Metric = Literal["accuracy", "margin", "win_rate"]
 class SweepConfig(TrainConfig):
     """Train variants of one recipe on the same rows, with one reference and one base model, and compare them."""
 
-    model_config = STRICT
     HEADINGS: ClassVar[tuple[str, ...]] = ("Variants", *TrainConfig.HEADINGS)
 
     grid: Annotated[tuple[str, ...], RUNTIME, Heading("Variants")] = ()

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from prefpipe.config import losses, shared
-from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, STRICT, Heading
+from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, Heading
 from prefpipe.config.losses import LossName, LossSettings, Objective
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -35,7 +35,6 @@ UNAVAILABLE = "unavailable"  # the reference_model of rows whose log-probs canno
 class TrainConfig(LossSettings):
     """Train a policy on pairs, labels or ranked groups with cached reference log-probs: one model in memory."""
 
-    model_config = STRICT
     HEADINGS: ClassVar[tuple[str, ...]] = (
         "Model and rows",
         "Mixing",

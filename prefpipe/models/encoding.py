@@ -146,14 +146,14 @@ def _marked(
 def encode_rendered(chat: Chat, source: Rendered) -> list[int]:
     """Token ids of a rendered conversation. Raises RowFault where a control token cannot be written as plain text."""
     if source.tokens:
-        return escape.encode_marked(chat.tokenizer, source.text, source.tokens)
+        return escape.encode_marked(chat.tokenizer, source.text, source.tokens)[0]
     return encode(chat, source.text)
 
 
 def encode_with_mask(chat: Chat, source: Rendered) -> tuple[list[int], list[bool]]:
     """Token ids as `encode_rendered` gives them, and for each whether a character of it is the assistant's."""
     if source.tokens:
-        ids, offsets = escape.encode_marked_with_offsets(chat.tokenizer, source.text, source.tokens)
+        ids, offsets = escape.encode_marked(chat.tokenizer, source.text, source.tokens)
     else:
         encoding = chat.tokenizer.encode(source.text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets

@@ -35,18 +35,14 @@ def unmarked(marked_text: str, tokens: Sequence[str]) -> str:
     return "".join(tokens[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces))
 
 
-def encode_marked(tokenizer: Tokenizer, marked_text: str, tokens: Sequence[str]) -> list[int]:
-    """Token ids of a rendered text in which marks with numbers stand for `tokens`: none of those becomes one id.
+def encode_marked(tokenizer: Tokenizer, marked_text: str, tokens: Sequence[str]) -> Encoded:
+    """Token ids of a rendered text in which marks with numbers stand for `tokens`: none of those becomes one id; and
+    the characters of the text without marks that every id stands for.
 
     Most tokenizers join pieces without a change: then the text is cut inside each token. Others add a space in front of
     every text, or join neighbours: there the whole text is encoded with a character inside each token that shares its
     ids with no neighbour, and those ids are taken out. Raises RowFault where neither gives the text back.
     """
-    return encode_marked_with_offsets(tokenizer, marked_text, tokens)[0]
-
-
-def encode_marked_with_offsets(tokenizer: Tokenizer, marked_text: str, tokens: Sequence[str]) -> Encoded:
-    """As `encode_marked`, with the characters of the text without marks that every id stands for."""
     pieces = [
         (tokens[int(piece)], True) if place % 2 else (piece, False)
         for place, piece in enumerate(marked_text.split(MARK))

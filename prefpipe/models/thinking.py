@@ -1,8 +1,8 @@
 """The reasoning that a model writes before its answer, and the answer alone: what people and rewards compare."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 # Marks around reasoning in the dialogue formats of open models: Qwen and most others, Mistral, Cohere, Seed, gpt-oss.
 KNOWN = (
@@ -12,6 +12,7 @@ KNOWN = (
     ("<seed:think>", "</seed:think>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )
+Decode = Callable[[Sequence[int]], str]  # from token ids to text without special tokens
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,6 @@ class Said(NamedTuple):
     text: str
     thinking: str | None = None
     thinking_tokens: int | None = None
-
-
-class Decode(Protocol):
-    """A function from token ids to text without special tokens."""
-
-    def __call__(self, token_ids: Sequence[int], /) -> str:
-        """The text of token ids."""
-        ...
 
 
 def pair_of(setting: str, tokens: Collection[str], template: str) -> tuple[str, str] | None:

@@ -339,8 +339,7 @@ def test_runs_that_were_made_before_keep_their_fingerprint(cls: type[BaseModel])
     )
 
 
-class Younger(BaseModel):
-    model_config = base.STRICT
+class Younger(base.Config):
     seed: int = 0
     power: Annotated[float, base.ADDED] = 2.0
 
@@ -352,14 +351,12 @@ def test_an_added_setting_enters_the_fingerprint_once_it_has_another_value() -> 
     assert base.dump(Younger()) == {"seed": 0, "power": 2.0}
 
 
-class Asking(BaseModel):
-    model_config = base.STRICT
+class Asking(base.Config):
     reward: Annotated[tuple[str, ...], base.FIRST] = ()
     guard: Annotated[tuple[str, ...], base.ADDED, base.BESIDE] = ()
 
 
-class Rounds(BaseModel):
-    model_config = base.STRICT
+class Rounds(base.Config):
     evaluate: Asking = Asking()
 
 
@@ -372,8 +369,7 @@ def test_what_is_asked_for_beside_the_answers_identifies_no_run_but_that_of_its_
     assert base.result_fields(Rounds()) == {"evaluate.reward": ""}
 
 
-class Headed(BaseModel):
-    model_config = base.STRICT
+class Headed(base.Config):
     HEADINGS: ClassVar = ("Second", "First")
     one: Annotated[int, base.Heading("First")] = 1
     """One."""

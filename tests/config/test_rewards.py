@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from prefpipe.config.base import STRICT, fields, load
+from prefpipe.config.base import Config, fields, load
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.rewards import KINDS, Keyword, Length, Refusal, settings_of
@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_setting_is_documented_and_read_by_a_reward(kind: str) -> None:
     cls = KINDS[kind]
-    assert cls.model_config == STRICT
+    assert issubclass(cls, Config)
     package = ROOT / "prefpipe"
     code = "\n".join(p.read_text() for p in [*(package / "rewards").glob("*.py"), package / "models/encoding.py"])
     for name, field in fields(cls):

@@ -17,7 +17,6 @@ from pydantic.fields import FieldInfo
 from prefpipe.api import calls, commands
 from prefpipe.config.base import PATH
 from prefpipe.config.plan import PlanConfig
-from prefpipe.config.train import TrainConfig
 
 PATH_OF_STUB = Path(__file__).parents[2] / "prefpipe" / "__init__.pyi"
 HEAD = '''"""Written by `make fix` from the settings of the commands: do not edit."""
@@ -43,8 +42,8 @@ def stub() -> str:
     classes: dict[str, type[BaseModel]] = {}
     for cls, _ in calls.STAGES.values():
         classes |= dict(_classes(cls))
-    tables = [_table(name, cls) for name, cls in classes.items()]
-    tables.append(_table("PlanSettings", PlanConfig, beside=TrainConfig))
+    classes |= dict(_classes(PlanConfig))
+    tables = [_lines("EngineSettings", "TypedDict", ENGINE), *(_table(name, cls) for name, cls in classes.items())]
     made = [_made(name, cls) for name, (cls, _) in calls.STAGES.items()]
     return "\n\n".join([HEAD + "\n", *tables, *made, *_written()]).replace("\n\n\n\n", "\n\n\n") + "\n"
 
@@ -61,14 +60,23 @@ def _name(cls: type[BaseModel]) -> str:
     return f"{cls.__name__.removesuffix('Config').removesuffix('Settings')}Settings"
 
 
-def _table(name: str, cls: type[BaseModel], beside: type[BaseModel] | None = None) -> str:
-    """The type of the settings of a class; those of the class that it stands `beside` come from the type of that."""
-    known = beside.model_fields if beside else {}
-    lines = [
-        f"    {setting}: {_type(setting, field)}" for setting, field in cls.model_fields.items() if setting not in known
-    ]
-    base = _name(beside) if beside else "TypedDict"
-    return "\n".join([f"class {name}({base}, total=False):", *lines]) + "\n"
+def _table(name: str, cls: type[BaseModel]) -> str:
+    """The type of the settings of a class, beside those of the type that it extends: of another command whose settings
+    it has, or of every command with an engine."""
+    parent = next((base for base in cls.__bases__ if base in calls.SETTINGS.values()), None)
+    known = _types(parent) if parent else ENGINE if cls in WITH_ENGINE else {}
+    base = _name(parent) if parent else "EngineSettings" if known else "TypedDict"
+    return _lines(name, base, {setting: kind for setting, kind in _types(cls).items() if setting not in known})
+
+
+def _lines(name: str, base: str, types_: Mapping[str, str]) -> str:
+    return (
+        "\n".join([f"class {name}({base}, total=False):", *(f"    {n}: {kind}" for n, kind in types_.items())]) + "\n"
+    )
+
+
+def _types(cls: type[BaseModel]) -> dict[str, str]:
+    return {setting: _type(setting, field) for setting, field in cls.model_fields.items()}
 
 
 def _made(command: str, cls: type[BaseModel]) -> str:
@@ -119,6 +127,9 @@ def _plain(kind: Any) -> str:
         return _name(kind)
     return "None" if kind is type(None) else kind.__name__
 
+
+WITH_ENGINE = tuple(calls.SETTINGS[command] for command in ("generate", "score", "evaluate"))
+ENGINE = {n: t for n, t in _types(WITH_ENGINE[0]).items() if all(_types(cls).get(n) == t for cls in WITH_ENGINE)}
 
 if __name__ == "__main__":
     PATH_OF_STUB.write_text(stub())

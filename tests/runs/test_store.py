@@ -14,9 +14,8 @@ import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
-from prefpipe.config.base import ADDED, STRICT
+from prefpipe.config.base import ADDED, Config
 from prefpipe.errors import DataError, LockedError, MissingInputError, UsageError
 from prefpipe.runs import store
 from prefpipe.schemas import Reward, from_table
@@ -209,13 +208,11 @@ def test_runtime_settings_and_paths_do_not_matter_and_resume_follows_the_first_s
         assert run.saved["shard_rows"] == CONFIG.shard_rows
 
 
-class Older(BaseModel):
-    model_config = STRICT
+class Older(Config):
     power: float = 2.0
 
 
-class Younger(BaseModel):
-    model_config = STRICT
+class Younger(Config):
     power: float = 2.0
     cut: Annotated[float, ADDED] = 1.0
 
@@ -258,7 +255,7 @@ FORCE = """
 import os, signal, sys
 from pathlib import Path
 from prefpipe.runs import store
-from prefpipe.config.base import ADDED, STRICT
+from prefpipe.config.base import ADDED, Config
 from prefpipe.config.generate import GenerateConfig
 moves, rename = [], os.rename
 def dying_rename(*given):

@@ -6,10 +6,11 @@ on one partition at a time.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -22,6 +23,7 @@ from prefpipe.stages.build_pairs import reward_values, texts
 from prefpipe.stages.build_pairs.partitions import (
     Files,
     batches,
+    cut,
     file_and_row,
     partition_of,
     parts_of,
@@ -63,6 +65,13 @@ class Workspace:
     num_partitions: int
     folder: Path
     run: Map = map
+
+    def over_filled(self, task: Callable[..., Any], rows: pl.DataFrame, contents: Sequence[Any]) -> list[Any]:
+        """What a task makes of the rows and the contents of each partition that has rows; its first argument is the
+        number of the partition among these."""
+        parts = zip(cut(rows, self.num_partitions), contents, strict=True)
+        filled = [(number, *part) for number, part in enumerate(part for part in parts if part[0].height)]
+        return [*self.run(task, *zip(*filled, strict=True))] if filled else []
 
 
 def open_sources(config: BuildPairsConfig) -> Sources:

@@ -4,7 +4,7 @@ data_measures.py says how each is measured. Thresholds without a source in their
 for labels, D15 for sums of rewards; the other checks need pairs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from prefpipe.stages.build_pairs.label_rules import Balance
 from prefpipe.stages.build_pairs.reward_values import Spread
 
 OK, NOTICE, WARN = "OK", "NOTICE", "WARN"
+Check = Mapping[str, Any]  # an entry of data_report.json: id and name of a check, and its Finding
 
 
 @dataclass(frozen=True)
@@ -42,36 +43,20 @@ class Finding:
     numbers: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-@dataclass(frozen=True)
-class Check:
-    """A finding with the id and the name of its check: an entry of data_report.json."""
-
-    id: str
-    name: str
-    level: str
-    found: str
-    advice: str
-    numbers: Mapping[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry of data_report.json."""
-        return asdict(self)
-
-
 def report(data: Data) -> list[Check]:
     """Every check that applies to the data, in the order of CHECKS."""
     needs = {"D12": data.balance is not None, "D15": bool(data.spreads)}
     ids = [i for i in CHECKS if needs.get(i, not data.facts.is_empty())]
-    return [Check(i, CHECKS[i][0], **vars(CHECKS[i][1](data))) for i in ids]
+    return [{"id": i, "name": CHECKS[i][0], **vars(CHECKS[i][1](data))} for i in ids]
 
 
-def table(checks: list[Check]) -> list[str]:
+def table(checks: Iterable[Check]) -> list[str]:
     """The report as lines of text: id, level, name and finding; below a check that is not OK its advice."""
     lines: list[str] = []
     for check in checks:
-        lines.append(f"  {check.id:<4}{check.level:<7} {check.name:<20} {check.found}")
-        if check.level != OK:
-            lines.append(f"{'':<14}-> {check.advice}")
+        lines.append(f"  {check['id']:<4}{check['level']:<7} {check['name']:<20} {check['found']}")
+        if check["level"] != OK:
+            lines.append(f"{'':<14}-> {check['advice']}")
     return lines
 
 

@@ -46,9 +46,8 @@ def build(workspace: Workspace, candidates: Sequence[pl.DataFrame]) -> BuildResu
     contents = output_rows.fetch(workspace, useful.select("prompt_id", "completion_id"), "groups")
     compared = [*workspace.run(_compared, cut(useful, workspace.num_partitions), contents)]
     ledger = pl.concat([label_rules.ledger(judged), *map(label_rules.ledger, compared)])
-    kept = [(filters.kept(part), content) for part, content in zip(compared, contents, strict=True)]
-    filled = [(number, *part) for number, part in enumerate(part for part in kept if part[0].height)]
-    counts = [*workspace.run(partial(_write, workspace.run_dir), *zip(*filled, strict=True))] if filled else []
+    kept = pl.concat(filters.kept(part) for part in compared)
+    counts = workspace.over_filled(partial(_write, workspace.run_dir), kept, contents)
     num_groups, num_completions = (sum(count[i] for count in counts) for i in (0, 1))
     level = Level(judged.height, num_completions, count_reasons(ledger))
     totals = {"groups": num_groups, "completions_in_groups": num_completions}

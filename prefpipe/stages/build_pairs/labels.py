@@ -60,10 +60,8 @@ def _write(workspace: Workspace, kept: pl.DataFrame, contents: Sequence[output_r
     # Enough prompts to use each about once in the bank; ids are hashes, so the lowest ones are a random choice.
     bank_prompts = kept["prompt_id"].unique().sort().head(max(2, 2 * config.kl_bank_rows))
     rich = config.format == "trl" and trl.is_rich(workspace.sources)
-    parts = zip(cut(kept, workspace.num_partitions), contents, strict=True)
-    filled = [(number, *part) for number, part in enumerate(p for p in parts if p[0].height)]
     write = partial(_write_partition, config, workspace.run_dir, bank_prompts, rich)
-    bank_labels = [row for rows in workspace.run(write, *zip(*filled, strict=True)) for row in rows] if filled else []
+    bank_labels = [row for rows in workspace.over_filled(write, kept, contents) for row in rows]
     if bank_labels:
         bank = kl_bank.kl_bank(bank_labels, config.kl_bank_rows, config.seed)
         workspace.run_dir.write_part("kl_bank", KlBank, 0, to_table(KlBank, bank))

@@ -95,10 +95,8 @@ def build(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> BuildResult:
     filtered = filter_pairs(workspace, rule_pairs)
     weighted = with_weights(filtered.pairs, config)
     rich = config.format == "trl" and trl.is_rich(workspace.sources)
-    parts = zip(cut(weighted, workspace.num_partitions), filtered.contents, strict=True)
-    filled = [(number, *part) for number, part in enumerate(p for p in parts if p[0].height)]
     write = partial(_write, config, workspace.run_dir, weighted.height, rich)
-    written = [*workspace.run(write, *zip(*filled, strict=True))] if filled else []
+    written = workspace.over_filled(write, weighted, filtered.contents)
     facts, samples = [made for made, _ in written], [sample for _, sample in written]
     totals = {
         "pairs": weighted.height,

@@ -111,7 +111,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
         lines.append(
             f"  mean reward_gap {t['mean_reward_gap']:.3f}, chosen longer than rejected in {t['chosen_longer']:.0%}"
         )
-    return [*lines, *data_report.table([Check(**c) for c in t["data_report"]])]
+    return [*lines, *data_report.table(t["data_report"])]
 
 
 def _select(workspace: Workspace) -> _Selection:
@@ -180,14 +180,14 @@ def _write_ledger(
     return dropped
 
 
-def _write_report(workspace: Workspace, result: BuildResult, spreads: Sequence[Spread]) -> list[dict[str, Any]]:
+def _write_report(workspace: Workspace, result: BuildResult, spreads: Sequence[Spread]) -> list[Check]:
     config = workspace.config
     level = result.levels.get("pairs", Level(0, 0, {}))
     classes = None
     if config.output == "labels":
         classes = balance(result.totals["desirable"], result.totals["undesirable"])
     data = data_report.Data(result.facts, result.sample, level.dropped, level.came_in, config.beta, classes, spreads)
-    checks = [check.to_json() for check in data_report.report(data)]
+    checks = data_report.report(data)
     thinking = {"thinking": found} if (found := candidates.thinking(workspace.sources)) else {}
     workspace.run_dir.write_report("data_report.json", {"checks": checks, **thinking})
     return checks

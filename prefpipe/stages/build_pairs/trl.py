@@ -9,7 +9,8 @@ ids and log-probs from these columns.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import make_dataclass
 from typing import Annotated, Any
 
 import polars as pl
@@ -27,91 +28,28 @@ PlainMessages = Annotated[list[Message], pa.list_(pa.field("element", PLAIN_MESS
 Json = Annotated[str, pa.json_()]
 
 
-@dataclass(frozen=True)
-class TrlPair:
-    """A conversational preference row."""
-
-    prompt: PlainMessages
-    chosen: PlainMessages
-    rejected: PlainMessages
-    prompt_ids: TokenIds
-    chosen_ids: TokenIds
-    rejected_ids: TokenIds
-    ref_chosen_logps: Float32 | None
-    ref_rejected_logps: Float32 | None
-    reward_gap: float
+_PAIR, _LABEL = ("prompt", "chosen", "rejected"), ("prompt", "completion")  # the texts of a row
+_INPUTS = {"tools": str | None, "documents": str | None, "chat_template_kwargs": Json}
+_OF_PAIRS = {
+    **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), TokenIds),
+    **dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), Float32 | None),
+    "reward_gap": float,
+}
+_OF_LABELS = {**dict.fromkeys(("prompt_ids", "completion_ids"), TokenIds), "ref_logps": Float32 | None}
 
 
-@dataclass(frozen=True)
-class TrlRichPair:
-    """A conversational preference row whose messages have more keys than role and content."""
-
-    prompt: list[Json]
-    chosen: list[Json]
-    rejected: list[Json]
-    tools: str | None
-    documents: str | None
-    chat_template_kwargs: Json
-    prompt_ids: TokenIds
-    chosen_ids: TokenIds
-    rejected_ids: TokenIds
-    ref_chosen_logps: Float32 | None
-    ref_rejected_logps: Float32 | None
-    reward_gap: float
+def _row_type(name: str, *columns: Mapping[str, Any]) -> type:
+    """A type of rows with these columns, in their order."""
+    return make_dataclass(name, [column for part in columns for column in part.items()], frozen=True)
 
 
-@dataclass(frozen=True)
-class TrlTextPair:
-    """A standard preference row: plain text."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    prompt_ids: TokenIds
-    chosen_ids: TokenIds
-    rejected_ids: TokenIds
-    ref_chosen_logps: Float32 | None
-    ref_rejected_logps: Float32 | None
-    reward_gap: float
-
-
-@dataclass(frozen=True)
-class TrlLabel:
-    """A conversational unpaired row."""
-
-    prompt: PlainMessages
-    completion: PlainMessages
-    label: bool
-    prompt_ids: TokenIds
-    completion_ids: TokenIds
-    ref_logps: Float32 | None
-
-
-@dataclass(frozen=True)
-class TrlRichLabel:
-    """A conversational unpaired row whose messages have more keys than role and content."""
-
-    prompt: list[Json]
-    completion: list[Json]
-    label: bool
-    tools: str | None
-    documents: str | None
-    chat_template_kwargs: Json
-    prompt_ids: TokenIds
-    completion_ids: TokenIds
-    ref_logps: Float32 | None
-
-
-@dataclass(frozen=True)
-class TrlTextLabel:
-    """A standard unpaired row: plain text."""
-
-    prompt: str
-    completion: str
-    label: bool
-    prompt_ids: TokenIds
-    completion_ids: TokenIds
-    ref_logps: Float32 | None
+# Preferences, then labels: conversations of role and content, conversations with more keys, plain text.
+TrlPair = _row_type("TrlPair", dict.fromkeys(_PAIR, PlainMessages), _OF_PAIRS)
+TrlRichPair = _row_type("TrlRichPair", dict.fromkeys(_PAIR, list[Json]), _INPUTS, _OF_PAIRS)
+TrlTextPair = _row_type("TrlTextPair", dict.fromkeys(_PAIR, str), _OF_PAIRS)
+TrlLabel = _row_type("TrlLabel", dict.fromkeys(_LABEL, PlainMessages), {"label": bool}, _OF_LABELS)
+TrlRichLabel = _row_type("TrlRichLabel", dict.fromkeys(_LABEL, list[Json]), {"label": bool}, _INPUTS, _OF_LABELS)
+TrlTextLabel = _row_type("TrlTextLabel", dict.fromkeys(_LABEL, str), {"label": bool}, _OF_LABELS)
 
 
 def is_rich(sources: Sources) -> bool:
@@ -129,14 +67,14 @@ def pairs(rows: pl.DataFrame, form: str, *, rich: bool) -> tuple[type, pa.Table]
         prompt_ids="prompt_token_ids", chosen_ids="chosen_token_ids", rejected_ids="rejected_token_ids"
     )
     types = {"trl": TrlRichPair if rich else TrlPair, "trl-standard": TrlTextPair}
-    return _in_form(renamed, types[form], ("chosen", "rejected"))
+    return _in_form(renamed, types[form], _PAIR[1:])
 
 
 def labels(rows: pl.DataFrame, form: str, *, rich: bool) -> tuple[type, pa.Table]:
     """Rows of Label in TRL's form, conversational (`trl`) or plain text (`trl-standard`)."""
     renamed = rows.with_columns(prompt_ids="prompt_token_ids", completion_ids="token_ids")
     types = {"trl": TrlRichLabel if rich else TrlLabel, "trl-standard": TrlTextLabel}
-    return _in_form(renamed, types[form], ("completion",))
+    return _in_form(renamed, types[form], _LABEL[1:])
 
 
 def _in_form(rows: pl.DataFrame, row_type: type, answers: tuple[str, ...]) -> tuple[type, pa.Table]:

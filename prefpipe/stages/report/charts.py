@@ -67,18 +67,11 @@ def draw(spec: Spec) -> Markup:
     return Markup('<svg aria-hidden="true" focusable="false"' + svg[len("<svg") : head] + svg[head:])
 
 
-def lines(
-    values: Values,
-    x: str,
-    *,
-    series: Mapping[str, str],
-    band: Values = (),
-    marks: Values = (),
-) -> Markup:
+def lines(values: Values, x: str, *, series: Mapping[str, str], band: Values = (), marks: Values = ()) -> Markup:
     """Lines of rows {x, "value", "series", "kind"}, with the band of rows {x, "low", "high"} behind and red rules at
     the rows {x, "rule"}. `kind` is "training" or "held-out", which is dashed."""
     scale: Spec = {"zero": False, "nice": True}
-    y = {"field": "value", "type": "quantitative", "title": None, "scale": scale, "axis": {"format": ".4~g"}}
+    y = quantity("value", None, scale=scale, axis={"format": ".4~g"})
     kinds = sorted({str(row["kind"]) for row in values}, reverse=True)
     line: Spec = {
         "data": {"values": list(values)},
@@ -97,7 +90,7 @@ def lines(
     }
     layers: list[Spec] = []
     if band:
-        extent = {"field": "low", "type": "quantitative", "title": None, "scale": scale}
+        extent = quantity("low", None, scale=scale)
         layers.append(
             {
                 "data": {"values": list(band)},
@@ -114,6 +107,18 @@ def lines(
     return draw({"width": WIDTH, "height": HEIGHT, "layer": layers})
 
 
+def plot(values: Values, mark: Spec, encoding: Spec, size: tuple[Any, Any] = (WIDTH, HEIGHT)) -> Markup:
+    """Marks of one kind for rows."""
+    width, height = size
+    data = {"values": list(values)}
+    return draw({"width": width, "height": height, "data": data, "mark": mark, "encoding": encoding})
+
+
+def quantity(field: str, title: str | None, **more: Any) -> Spec:
+    """The encoding of a number of the rows."""
+    return {"field": field, "type": "quantitative", "title": title, **more}
+
+
 def histogram(
     values: Values,
     title: str,
@@ -125,81 +130,37 @@ def histogram(
     """A histogram of rows {"value", "series"}; several series lie over each other."""
     binned: Spec = {"maxbins": 30, **({"extent": domain, "step": (domain[1] - domain[0]) / 40} if domain else {})}
     scale: Spec = {"scale": {"domain": domain}, "axis": {"values": [domain[0], 0, domain[1]]}} if domain else {}
-    return draw(
-        {
-            "width": size[0],
-            "height": size[1],
-            "data": {"values": list(values)},
-            "mark": {"type": "bar", "opacity": 0.75 if len(series) == 1 else 0.55, "binSpacing": 1},
-            "encoding": {
-                "x": {"field": "value", "type": "quantitative", "bin": binned, "title": title, **scale},
-                "y": {"aggregate": "count", "title": None, "stack": None},
-                "color": _colours(series),
-            },
-        }
-    )
+    mark = {"type": "bar", "opacity": 0.75 if len(series) == 1 else 0.55, "binSpacing": 1}
+    x = {"field": "value", "type": "quantitative", "bin": binned, "title": title, **scale}
+    y = {"aggregate": "count", "title": None, "stack": None}
+    return plot(values, mark, {"x": x, "y": y, "color": _colours(series)}, size)
 
 
 def counts(values: Values, title: str) -> Markup:
     """Bars of counted rows {"label", "count"}, in their order."""
-    return draw(
-        {
-            "width": WIDTH,
-            "height": HEIGHT,
-            "data": {"values": list(values)},
-            "mark": {"type": "bar", "color": ACCENT, "opacity": 0.75},
-            "encoding": {
-                "x": {"field": "label", "type": "ordinal", "sort": None, "title": title, "axis": {"labelAngle": 0}},
-                "y": {"field": "count", "type": "quantitative", "title": None},
-            },
-        }
-    )
+    x = {"field": "label", "type": "ordinal", "sort": None, "title": title, "axis": {"labelAngle": 0}}
+    mark = {"type": "bar", "color": ACCENT, "opacity": 0.75}
+    return plot(values, mark, {"x": x, "y": quantity("count", None)})
 
 
 def scatter(values: Values, x_title: str, y_title: str, *, series: Mapping[str, str]) -> Markup:
     """Points of rows {"x", "y", "series"}."""
-    return draw(
-        {
-            "width": WIDTH,
-            "height": HEIGHT,
-            "data": {"values": list(values)},
-            "mark": {"type": "circle", "size": 22, "opacity": 0.55},
-            "encoding": {
-                "x": {"field": "x", "type": "quantitative", "title": x_title, "scale": {"zero": False}},
-                "y": {"field": "y", "type": "quantitative", "title": y_title, "scale": {"zero": False}},
-                "color": _colours(series),
-            },
-        }
-    )
+    x, y = (quantity(name, title, scale={"zero": False}) for name, title in (("x", x_title), ("y", y_title)))
+    return plot(values, {"type": "circle", "size": 22, "opacity": 0.55}, {"x": x, "y": y, "color": _colours(series)})
 
 
 def flow(values: Values) -> Markup:
     """One bar for each level, cut into rows that went on and rows that did not: {"level", "part", "rows", "order"}."""
     levels = list(dict.fromkeys(str(row["level"]) for row in values))
-    return draw(
-        {
-            "width": 320,
-            "height": {"step": 26},
-            "data": {"values": list(values)},
-            "mark": {"type": "bar", "height": 14, "cornerRadius": 2},
-            "encoding": {
-                "y": {
-                    "field": "level",
-                    "type": "nominal",
-                    "sort": levels,
-                    "title": None,
-                    "axis": {"labelLimit": 220, "grid": False, "minExtent": 110},
-                },
-                "x": {"field": "rows", "type": "quantitative", "title": "rows", "axis": {"format": "~s"}},
-                "color": {
-                    "field": "part",
-                    "type": "nominal",
-                    "scale": {"domain": ["went on", "left out"], "range": [ACCENT, "var(--bad-soft)"]},
-                },
-                "order": {"field": "order", "type": "quantitative"},
-            },
-        }
-    )
+    axis = {"labelLimit": 220, "grid": False, "minExtent": 110}
+    colour = {"domain": ["went on", "left out"], "range": [ACCENT, "var(--bad-soft)"]}
+    encoding = {
+        "y": {"field": "level", "type": "nominal", "sort": levels, "title": None, "axis": axis},
+        "x": quantity("rows", "rows", axis={"format": "~s"}),
+        "color": {"field": "part", "type": "nominal", "scale": colour},
+        "order": {"field": "order", "type": "quantitative"},
+    }
+    return plot(values, {"type": "bar", "height": 14, "cornerRadius": 2}, encoding, (320, {"step": 26}))
 
 
 def graph(nodes: Values, edges: Values, columns: Sequence[str], rows: Sequence[str]) -> Markup:
@@ -264,7 +225,7 @@ def shades(names: Sequence[str]) -> dict[str, str]:
 
 
 def _axis(name: str) -> Spec:
-    return {"field": name, "type": "quantitative", "title": name, "axis": {"format": "~s"}, "scale": {"nice": False}}
+    return quantity(name, name, axis={"format": "~s"}, scale={"nice": False})
 
 
 def _colours(series: Mapping[str, str]) -> Spec:

@@ -38,17 +38,6 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Check:
-    """A check of the data report."""
-
-    id: str
-    name: str
-    level: str
-    found: str
-    advice: str
-
-
-@dataclass(frozen=True)
 class Source:
     """Rows that training read: where from, their digest, and their weight where weights were set."""
 
@@ -60,12 +49,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """Section 2 of the page; `levels` and `checks` are those of the newest round."""
+    """Section 2 of the page; `levels` and `checks`, entries of the data report, are those of the newest round."""
 
     levels: Sequence[Level]
     earlier: Sequence[Level]
     flow: Chart | None
-    checks: Sequence[Check]
+    checks: Sequence[Mapping[str, str]]
     checks_of: str
     pictures: Sequence[Chart]
     sources: Sequence[Source]
@@ -134,10 +123,10 @@ def _flow(levels: Sequence[Level], round: str) -> Chart | None:
     return Chart(f"From prompts to pairs{', ' * bool(round)}{round}", f"{says} went on", charts.flow(parts))
 
 
-def _checks(run: Overview) -> list[Check]:
+def _checks(run: Overview) -> list[dict[str, str]]:
     found = run.totals.get("data_report") or overview.report(run, "data_report.json").get("checks")
     return [
-        Check(*(shown(check.get(key, ""), 500) for key in ("id", "name", "level", "found", "advice")))
+        {key: shown(check.get(key, ""), 500) for key in ("id", "name", "level", "found", "advice")}
         for check in (found if isinstance(found, list) else ())
         if isinstance(check, dict)
     ]
@@ -147,11 +136,7 @@ def _of_pairs(run: Overview | None) -> list[Chart]:
     """The gap of the rewards, the lengths, and what the reference thinks of both sides."""
     if run is None or not run.has("pairs"):
         return []
-    columns = [
-        "reward_gap",
-        *(f"{side}_token_ids" for side in _SIDES),
-        *(f"ref_{side}_logps" for side in _SIDES),
-    ]
+    columns = ["reward_gap", *(f"{side}_token_ids" for side in _SIDES), *(f"ref_{side}_logps" for side in _SIDES)]
     rows = overview.rows(run, "pairs", Pair, MOST_ROWS, columns)
     pairs = [row | {f"{side}_tokens": max(len(row[f"{side}_token_ids"]), 1) for side in _SIDES} for row in rows.rows]
     part = _of_all(rows, "pairs")

@@ -110,31 +110,11 @@ def _frame(which: str, start: Mapping[str, Any]) -> Chart:
     points = list(product(*(range(len(stops)) for stops in of["settings"].values())))
     curve = of[which][points.index(tuple(start["places"].values()))]
     middle = curve[curves()["margins"].index(0)]
-    low, high = FRAMES[which]
     values = [{"h": h, "v": v / middle} for h, v in zip(curves()["margins"], curve, strict=True)]
-    width, height = SIZE
-    svg = charts.draw(
-        {
-            "width": width,
-            "height": height,
-            "data": {"values": values},
-            "mark": {"type": "line", "clip": True, "color": charts.ACCENT, "strokeWidth": 2},
-            "encoding": {
-                "x": {
-                    "field": "h",
-                    "type": "quantitative",
-                    "title": "margin h, nats",
-                    "scale": {"domain": [-REACH, REACH], "nice": False},
-                },
-                "y": {
-                    "field": "v",
-                    "type": "quantitative",
-                    "title": None,
-                    "scale": {"domain": [low, high], "nice": False},
-                },
-            },
-        }
-    )
+    x = charts.quantity("h", "margin h, nats", scale={"domain": [-REACH, REACH], "nice": False})
+    y = charts.quantity("v", None, scale={"domain": list(FRAMES[which]), "nice": False})
+    mark = {"type": "line", "clip": True, "color": charts.ACCENT, "strokeWidth": 2}
+    svg = charts.plot(values, mark, {"x": x, "y": y}, SIZE)
     title = {"loss": "Loss", "pull": "Pull on the margin (gradient weight)"}[which]
     unique = re.sub(r"\bclip\d+", f"{which}-clip", svg)  # an id is one of the whole page
     return Chart(title, "relative to its value at a margin of 0", Markup(unique))

@@ -101,25 +101,15 @@ def _chart(variants: Sequence[Row], name: str, best: str) -> Markup:
     ]
     colour = {"condition": {"test": "datum.best", "value": charts.ACCENT}, "value": charts.SECOND}
     y = {"field": "variant", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 420, "grid": False}}
-    scale = {"zero": False, "nice": True}
+    low, value = (
+        charts.quantity(end, COLUMNS.get(name, name), scale={"zero": False, "nice": True}) for end in ("low", "value")
+    )
     bars = {
         "transform": [{"filter": "isValid(datum.low)"}],
         "mark": {"type": "rule", "strokeWidth": 2},
-        "encoding": {
-            "x": {"field": "low", "type": "quantitative", "title": COLUMNS.get(name, name), "scale": scale},
-            "x2": {"field": "high"},
-            "y": y,
-            "color": colour,
-        },
+        "encoding": {"x": low, "x2": {"field": "high"}, "y": y, "color": colour},
     }
-    points = {
-        "mark": {"type": "circle", "size": 70, "opacity": 1},
-        "encoding": {
-            "x": {"field": "value", "type": "quantitative", "title": COLUMNS.get(name, name), "scale": scale},
-            "y": y,
-            "color": colour,
-        },
-    }
+    points = {"mark": {"type": "circle", "size": 70, "opacity": 1}, "encoding": {"x": value, "y": y, "color": colour}}
     return charts.draw(
         {"width": _BARS, "height": {"step": _HEIGHT}, "data": {"values": values}, "layer": [bars, points]}
     )

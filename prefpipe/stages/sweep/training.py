@@ -9,13 +9,7 @@ from pathlib import Path
 
 from prefpipe import log
 from prefpipe.config.grid import Variant
-from prefpipe.errors import (
-    IdentityError,
-    LockedError,
-    MissingInputError,
-    PrefpipeError,
-    StorageError,
-)
+from prefpipe.errors import IdentityError, LockedError, MissingInputError, PrefpipeError, StorageError
 from prefpipe.runs import store
 from prefpipe.schemas import RefLogps
 from prefpipe.stages.train import stage

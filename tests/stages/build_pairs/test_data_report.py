@@ -17,7 +17,7 @@ GOOD = Data(facts(), sample(), {}, NUM, 0.1)
 
 def test_good_data_is_ok_everywhere() -> None:
     checks = data_report.report(GOOD)
-    assert {c.id: c.level for c in checks} == {f"D{n}": OK for n in range(1, 15) if n != 12}
+    assert {c["id"]: c["level"] for c in checks} == {f"D{n}": OK for n in range(1, 15) if n != 12}
     assert len(data_report.table(checks)) == 13
 
 
@@ -64,9 +64,9 @@ CASES: list[tuple[str, str, Callable[[], Data]]] = [
 
 @pytest.mark.parametrize(("name", "level", "data"), CASES)
 def test_a_check_sees_its_fault(name: str, level: str, data: Callable[[], Data]) -> None:
-    checks = {c.id: c for c in data_report.report(data())}
-    assert checks[name].level == level
-    assert checks[name].advice
+    checks = {c["id"]: c for c in data_report.report(data())}
+    assert checks[name]["level"] == level
+    assert checks[name]["advice"]
     lines = data_report.table([checks[name]])
     assert len(lines) == 2
     assert level in lines[0]
@@ -79,10 +79,10 @@ def test_parts_of_a_sum_are_named_with_their_spread() -> None:
         for b in (0.05, 0.049)
     )
     (check,) = fair
-    assert (check.id, check.numbers["b"]["missing"]) == ("D15", 3)
-    assert check.found.endswith("1*b sd 1, in a prompt 1 (5% of the variance), missing for 3")
-    assert check.advice.startswith("completions that lack a part are left out")
-    assert unfair[0].advice.startswith("b hardly changes which answer is better")
+    assert (check["id"], check["numbers"]["b"]["missing"]) == ("D15", 3)
+    assert check["found"].endswith("1*b sd 1, in a prompt 1 (5% of the variance), missing for 3")
+    assert check["advice"].startswith("completions that lack a part are left out")
+    assert unfair[0]["advice"].startswith("b hardly changes which answer is better")
 
 
 def test_every_check_has_a_case() -> None:

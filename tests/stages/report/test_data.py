@@ -26,7 +26,7 @@ def test_every_level_of_the_newest_round_with_its_reasons(subject: Subject) -> N
 
 def test_checks_and_pictures(subject: Subject) -> None:
     found = data.data(subject)
-    assert [(check.id, check.level) for check in found.checks][2:4] == [("D6", "WARN"), ("D7", "WARN")]
+    assert [(check["id"], check["level"]) for check in found.checks][2:4] == [("D6", "WARN"), ("D7", "WARN")]
     titles = [chart.title for chart in found.pictures]
     assert titles == ["Reward gap (D1)", "Length of the sides (D7)", "Hardness (D4)", "Off-policyness (D11)",
                       "Length against reward (D7)"]  # fmt: skip
