@@ -36,7 +36,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 def never_a_hang() -> Iterator[None]:
     """A read that waits ends the test: SIGALRM kills as no test framework could."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a read waits"))
-    signal.alarm(20)
+    signal.alarm(120)
     yield
     signal.alarm(0)
 

@@ -3,6 +3,7 @@
 transformers compiles and renders a template, so that the text is the same to the letter.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefpipe.errors import DataError, MissingInputError, RowFault
 Span = tuple[int, int]  # of characters: the first one, and the one behind the last
 NO_INPUTS: Mapping[str, Any] = {}
 _MOST_CHARACTERS = 64 << 20  # of a rendering
+_RENDERING = threading.Lock()  # a compiled template has one tracker of spans, and refuses a second rendering meanwhile
 _MOST_STEPS = 1_000_000  # of all loops over a range in one rendering: a template comes with a model, from anywhere
 # Plain-text mode: a prompt, its answer, the end. `opening_token` is empty for a tokenizer that puts none before a text.
 PLAIN = (
@@ -111,7 +113,7 @@ def render_with_spans(
     spans: list[Span] = []
     try:
         compiled = _compiled(template)
-        with compiled.environment.activate_tracker(blocks, spans):
+        with _RENDERING, compiled.environment.activate_tracker(blocks, spans):
             for block in compiled.generate(**variables):
                 blocks.append(block)  # noqa: PERF402  (the tracker reads the list as it grows)
     except jinja2.TemplateSyntaxError as error:

@@ -4,11 +4,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 from prefpipe.engines.base import EngineSettings, Request, Sample, ScoreRequest
 from tests.engines.cases import ScriptedEngine, over_fake
+from tests.waiting import until
 
 
 def raises(settings: EngineSettings) -> ScriptedEngine:
@@ -26,7 +29,7 @@ def vanishes(settings: EngineSettings) -> ScriptedEngine:
 
 
 def slow(settings: EngineSettings) -> ScriptedEngine:
-    """Long enough at work for others to find the directory taken."""
+    """Long enough at work to be disturbed."""
     engine = over_fake(settings)
 
     def sample(request: Request) -> list[Sample]:
@@ -34,6 +37,23 @@ def slow(settings: EngineSettings) -> ScriptedEngine:
         return engine.sample(request)
 
     return replace(engine, sample=sample)
+
+
+def last(settings: EngineSettings) -> ScriptedEngine:
+    """At work until every other process of its parent has ended."""
+    engine = over_fake(settings)
+    until(lambda: not _others())
+    return engine
+
+
+def _others() -> list[str]:
+    """Children of the parent that run, but this one."""
+    parent, found = os.getppid(), list[str]()
+    for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with suppress(OSError):
+            state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+            found += [number] if state != "Z" and int(number) != os.getpid() else []
+    return found
 
 
 def poisoned(settings: EngineSettings, die: Callable[[], object]) -> ScriptedEngine:

@@ -234,7 +234,7 @@ def test_of_many_writers_one_works_and_the_others_are_told_who(
     forged: Forge, inputs: dict[str, list[object]], expected: dict[str, dict[str, bytes]], place: Path
 ) -> None:
     arguments = list(map(str, [*inputs["generate"], "--out", place / "out"]))
-    job = {"arguments": arguments, "engine": "tests.faults.engines:slow"}
+    job = {"arguments": arguments, "engine": "tests.faults.engines:last"}
     ended = forged.run_together([job] * 6)
     assert sorted(e.code for e in ended) == [0, 75, 75, 75, 75, 75], ended
     assert all("is being written by process" in e.stderr for e in ended if e.code == 75)

@@ -102,7 +102,7 @@ def test_rounds_cut_anywhere_and_run_again_have_the_same_digests(forged: Forge, 
                 job = {"fault": f"{point}:{source.randint(1, POINTS[point])}:{action}"}
             done = run(forged, case.recipe, case.out, **job)
             assert done.code in (0, -signal.SIGKILL, -signal.SIGALRM), (job, done.stderr)
-            kills += done.code < 0
+            kills += done.code < 0 and "fault" in job  # the others may come too late, on a fast machine
         done = run(forged, case.recipe, case.out)
         assert done.code == 0, (job, done.stderr)
         assert digests(case.out) == case.whole, job

@@ -1,6 +1,7 @@
 """Chat templates render as in transformers, cannot reach Python, and come from where a model keeps them."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,3 +155,24 @@ def test_a_hostile_template_is_a_fault_of_the_row(hostile: str) -> None:
 def test_ordinary_loops_are_as_they_were() -> None:
     text = "{% for i in range(3) %}{{ i }}{% endfor %}{% for i in range(4, 0, -2) %}{{ i }}{% endfor %}"
     assert template.render(text, "today", [USER], {}, add_generation_prompt=False) == "01242"
+
+
+def test_two_threads_may_render_one_template() -> None:
+    """The second one begins in the middle of the first: its row would be refused, and dropped."""
+    found: list[str] = []
+
+    def rendered(content: object) -> str:
+        messages = [{"role": "user", "content": content}]
+        return template.render("{{ messages[0]['content'] }}", "today", messages, {}, add_generation_prompt=False)
+
+    second = threading.Thread(target=lambda: found.append(rendered("second")))
+
+    class First:
+        def __str__(self) -> str:
+            second.start()
+            second.join(0.2)  # it waits for the first
+            return "first"
+
+    found.append(rendered(First()))
+    second.join()
+    assert sorted(found) == ["first", "second"]

@@ -193,7 +193,7 @@ def test_the_base_is_scored_while_the_next_shards_are_sampled(
     base = rows(tmp_path / "base", "ref_logps", RefLogps)
     assert len(base) == len(own) == 18
     for row in base:
-        assert row.token_logps == pytest.approx(own[row.completion_id].token_logps, abs=2e-5)
+        assert row.token_logps == pytest.approx(own[row.completion_id].token_logps, abs=2e-4)
 
 
 def test_a_complete_run_is_left_alone(
