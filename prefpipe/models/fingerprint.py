@@ -68,9 +68,9 @@ def adapter_digest(directory: Path) -> str:
     """Digest of a LoRA adapter: its tensors and the settings that change what they do."""
     path = directory / "adapter_config.json"
     if not path.is_file():
-        raise MissingInputError(
-            f"{directory} is not a PEFT adapter: no adapter_config.json", "give an adapter directory"
-        )
+        inside = directory / "adapter"  # of a run of train
+        hint = f"give {inside}" if (inside / path.name).is_file() else "give an adapter directory"
+        raise MissingInputError(f"{directory} is not a PEFT adapter: no adapter_config.json", hint)
     config = read_json(path)
     kept = {k: sorted(v) if k in ADAPTER_SETS and isinstance(v, list) else v for k, v in config.items()}
     return _digest(

@@ -80,9 +80,10 @@ def holds_ledger_alone(out: Path) -> bool:
 
 def belongs_to_another(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> UsageError:
     """The error for a directory that holds a run of other settings or inputs; it names those that differ."""
-    keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
     hint = f"choose another --out, or {START_OVER}"
+    keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    keys = ["command"] if "command" in keys else keys  # all others differ then
+    listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
     if keys == ["merge"] and new["merge"]:  # what comes after the training needs no other one
         hint = f"leave out --merge; once the run is complete, `prefpipe merge {out} --out DIR` writes the merged model"
     return UsageError(f"{out} belongs to another run: {listed}", hint)

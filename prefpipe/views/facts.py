@@ -16,9 +16,12 @@ def headline(run: RunView) -> str:
     """The numbers that people ask for first."""
     if run.problem:
         return run.problem
-    if run.state == "complete":
+    if run.state != "complete":
+        return _so_far(run)
+    try:
         return _COMPLETE.get(run.command, _counts)(run.totals) or _so_far(run)
-    return _so_far(run)
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):  # one odd run must not hide all others
+        return f"totals that this version does not know; {_so_far(run)}"
 
 
 def state(run: RunView) -> str:

@@ -26,7 +26,7 @@ from tests.conftest import Call, Write
 
 
 def adapter(directory: Path, base_weights: str | None) -> Path:
-    directory.mkdir()
+    directory.mkdir(parents=True)
     save_file({"lora_A": torch.ones(2, 2)}, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     if base_weights is not None:
@@ -104,6 +104,13 @@ def test_an_unknown_embedded_model_lists_the_known_ones() -> None:
 def test_a_missing_adapter(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"absent is not a PEFT adapter"):
         resolve(str(tiny_model), str(tmp_path / "absent"))
+
+
+def test_a_run_in_place_of_its_adapter_is_told_which_folder(tiny_model: Path, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "run" / "adapter", None)
+    with pytest.raises(MissingInputError, match="run is not a PEFT adapter") as caught:
+        resolve(str(tiny_model), str(tmp_path / "run"))
+    assert caught.value.hint == f"give {path}"
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_names(

@@ -196,7 +196,7 @@ def test_other_inputs_and_another_command_are_refused_and_named(tmp_path: Path) 
     with pytest.raises(UsageError, match="input:prompts: 'digest-of-prompts' there, 'other' now"):
         complete(tmp_path, inputs={"prompts": "other"})
     other = store.open_run(tmp_path, "train", CONFIG, INPUTS, force=False)
-    with pytest.raises(UsageError, match="command: 'generate' there, 'train' now"), other:
+    with pytest.raises(UsageError, match=r"another run: command: 'generate' there, 'train' now$"), other:
         pass
 
 

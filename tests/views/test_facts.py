@@ -36,6 +36,13 @@ def test_totals_without_a_reward_or_with_older_keys_have_a_headline(runs: Path) 
     assert facts.headline(replace(run, command="score", totals={"rows": 3, "note": "x"})) == "3 rows"
 
 
+@pytest.mark.parametrize("command", ["generate", "build-pairs", "train", "evaluate", "iterate", "sweep"])
+@pytest.mark.parametrize("totals", [{}, {"prompts": None, "pairs": 3, "rounds": [], "variants": 2, "steps": "x"}])
+def test_totals_that_nobody_knows_are_no_crash(runs: Path, command: str, totals: dict[str, object]) -> None:
+    odd = replace(run_view.view(runs / "g"), command=command, totals=totals)
+    assert facts.headline(odd).startswith("totals that this version does not know; 18 completions")
+
+
 def test_a_sweep_says_its_best_variant_and_those_that_stopped(runs: Path) -> None:
     best = {"name": "beta-0.1", "metric": "accuracy", "value": 0.75, "low": 0.5, "high": 0.9}
     totals = {"variants": [{"state": "complete"}, {"state": "stopped"}, {"state": "stopped"}], "best": best}

@@ -57,8 +57,12 @@ def fit(
     evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
     steps = loop.steps(trainer, data.rows, first, data.training_bank, data.sft)
     warmup = warmup_length(steps.num_steps, config.warmup_ratio, config.warmup_steps, config.lr_scheduler_type)
-    if config.warmup_steps >= steps.num_steps:
-        log.warn(f"a warmup of {warmup} steps in a run of {steps.num_steps}: the learning rate never reaches its peak")
+    if warmup >= steps.num_steps:
+        highest = config.learning_rate * steps.num_steps / (warmup + 1)
+        log.warn(
+            f"a warmup of {warmup} steps in a run of {steps.num_steps}: the learning rate rises to {highest:.2g}, and "
+            f"never to its peak of {config.learning_rate:g} (without a warmup it begins there)"
+        )
     facts = Facts(steps.num_steps, warmup, config.beta, config.learning_rate, exact)
     watched = watching(session.output, config, facts, state, first, audit_seconds)
     with watched as watch, log.progress("training", steps.num_steps, "steps") as advance:

@@ -39,13 +39,26 @@ def test_warnings_of_the_start_are_alerts_of_the_run(tiny_model: Path, training:
     assert [(alert.rule, alert.level) for alert in alerts] == [("A16", "WARN")]
 
 
-@pytest.mark.parametrize(("warmup_steps", "warned"), [(0, False), (2, False), (3, True)])
-def test_a_warmup_longer_than_the_run_is_a_warning(
-    tiny_model: Path, training: TrainingData, capsys: pytest.CaptureFixture[str], warmup_steps: int, warned: bool
-):
-    config = data.config(tiny_model, num_train_epochs=1, train_batch_size=4, warmup_steps=warmup_steps)
+@pytest.mark.parametrize(
+    ("warmup_steps", "batch", "said"),
+    [
+        (0, 4, None),
+        (2, 4, None),
+        (3, 4, "in a run of 3: the learning rate rises to 0.75,"),
+        (0, 99, "to 0.5,"),
+    ],
+)
+def test_a_warmup_as_long_as_the_run_is_a_warning(
+    tiny_model: Path, training: TrainingData, capsys: pytest.CaptureFixture[str], warmup_steps: int, batch: int,
+    said: str | None,
+):  # fmt: skip
+    config = data.config(
+        tiny_model, num_train_epochs=1, train_batch_size=batch, warmup_steps=warmup_steps, learning_rate=1.0
+    )
     fit(NOTHING_WRITTEN, data.trainer(data.policy(tiny_model), config), training, diagnostics.at_start(RULES, ()))
-    assert ("the learning rate never reaches its peak" in capsys.readouterr().err) is warned
+    err = capsys.readouterr().err
+    assert ("the learning rate rises" in err) is (said is not None)
+    assert (said or "") in err
 
 
 def test_evaluations_stop_the_run_when_patience_is_over(tiny_model: Path, training: TrainingData):
