@@ -8,6 +8,11 @@ from torch.distributed.tensor import DTensor, Shard
 from prefpipe.forward.tensor_files import Stored
 
 
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is cut over the ranks."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor on this rank; of one that is not cut, all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -44,7 +49,7 @@ def written_rows(tensor: torch.Tensor | Copied, *, leads: bool) -> tuple[int, to
     if isinstance(tensor, Copied):
         return tensor.first, tensor.rows
     first, rows = own_rows(tensor)
-    return first, rows if leads or isinstance(tensor, DTensor) else rows.new_empty(0)
+    return first, rows if leads or is_cut(tensor) else rows.new_empty(0)
 
 
 def copied(tensor: torch.Tensor, *, leads: bool) -> Copied:

@@ -18,7 +18,7 @@ from prefpipe import clock, log, machine
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward import shards
 from prefpipe.forward.shards import Copied
-from prefpipe.stages.train.parallel import World
+from prefpipe.stages.train.parallel import ALONE, World
 
 # Of the memory of the host that is available, how much the copies of a node may take. On a CPU a step has up to 0.8 of
 # it (`memory.SHARE`).
@@ -122,7 +122,12 @@ class Background:
             return
         copies = {name: shards.copied(tensor, leads=self._world.leads) for name, tensor in tensors.items()}
         waited = clock.monotonic() - start
-        self._save = _Save(step, self._world, lambda world: write(copies, world), waited)
+        if any(map(shards.is_cut, tensors.values())):
+            self._save = _Save(step, self._world, lambda world: write(copies, world), waited)
+        elif self._world.leads:  # it has all, and needs no other rank
+            self._save = _Save(step, ALONE, lambda world: write(copies, world), waited)
+        else:
+            self._save = _Save(step, ALONE, lambda _: None, waited)
 
     def after_step(self) -> None:
         """Between two steps: carry what the threads want to exchange. Raises the error of a save that failed."""

@@ -15,7 +15,7 @@ import torch
 
 from prefpipe import machine
 from prefpipe.errors import Interrupted, PrefpipeError, StorageError
-from prefpipe.forward import tensor_files
+from prefpipe.forward import shards, tensor_files
 from prefpipe.forward.shards import Copied
 from prefpipe.stages.train import background, checkpoint, shared_files, stage
 from prefpipe.stages.train.background import Background
@@ -191,11 +191,16 @@ def on_ranks(work: Callable[[World], object], size: int = 2) -> list[Any]:
         return list(pool.map(rank, range(size)))
 
 
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors count as cut, though every rank has all rows: all write the same ones."""
+    monkeypatch.setattr(shards, "is_cut", lambda _: True)
+
+
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_write_a_checkpoint_between_steps(
-    tmp_path: Path, plain: dict[str, bytes], size: int, monkeypatch: pytest.MonkeyPatch
-):
-    """Rank 0 copies and writes tensors that are not cut; the others take part in the digests alone."""
+def test_ranks_write_a_checkpoint_between_steps(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch):
+    """The digests of several files are dealt out to them."""
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 8)
     writer(tmp_path / "several")(moving(), ALONE)
 
@@ -214,6 +219,19 @@ def test_ranks_write_a_checkpoint_between_steps(
     assert len(contents(tmp_path / "b")) == 3
 
 
+def test_what_no_rank_shares_rank_0_writes_alone(tmp_path: Path, plain: dict[str, bytes]):
+    """No exchange between steps is needed, and an error of its run does not cost the checkpoint."""
+
+    def run(world: World) -> None:
+        with background.background(world) as saving:
+            saving.save(1, moving(), writer(tmp_path / "b"), last=False)
+            raise StorageError("of the run", "")
+
+    assert [type(error) for error in on_ranks(run)] == [StorageError] * 2
+    assert contents(tmp_path / "b") == plain
+
+
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("place", ["_make", "_fill", "publish"])
 def test_an_error_of_one_rank_is_raised_on_all_and_nothing_is_visible(
@@ -246,6 +264,7 @@ def test_an_error_of_one_rank_is_raised_on_all_and_nothing_is_visible(
     assert (place == "publish") or not contents(tmp_path / "b")
 
 
+@pytest.mark.usefixtures("cut")
 def test_a_rank_that_leaves_leaves_nothing_behind(tmp_path: Path):
     """Rank 0 ends with an error of the run while its thread waits for the other rank."""
 
