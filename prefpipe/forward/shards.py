@@ -1,9 +1,16 @@
 """Tensors that FSDP2 cuts by rows over the ranks, and which rows of them this rank has."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from prefpipe.forward.tensor_files import Stored
+
+
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is cut over the ranks."""
+    return isinstance(tensor, DTensor)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -19,6 +26,36 @@ def own_rows(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
     assert tensor.placements == (Shard(0),)
     each = -(-tensor.shape[0] // tensor.device_mesh.size())
     return min(tensor.device_mesh.get_local_rank() * each, tensor.shape[0]), tensor.to_local()
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A copy on the host of the rows of a tensor that this rank writes into a file, from row `first` on; the whole
+    tensor has another `shape` where it is cut."""
+
+    shape: torch.Size
+    first: int
+    rows: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensor."""
+        return self.rows.dtype
+
+
+def written_rows(tensor: torch.Tensor | Copied, *, leads: bool) -> tuple[int, torch.Tensor]:
+    """The number of the first row that this rank writes into a file of all ranks, and the rows: those that it has of a
+    tensor that is cut. Of another tensor rank 0 (`leads`) writes all rows, and the others none."""
+    if isinstance(tensor, Copied):
+        return tensor.first, tensor.rows
+    first, rows = own_rows(tensor)
+    return first, rows if leads or is_cut(tensor) else rows.new_empty(0)
+
+
+def copied(tensor: torch.Tensor, *, leads: bool) -> Copied:
+    """A copy of the `written_rows` of a tensor, on the host, which no later step changes."""
+    first, rows = written_rows(tensor, leads=leads)
+    return Copied(tensor.shape, first, rows.detach().to("cpu", copy=True))
 
 
 @torch.no_grad()

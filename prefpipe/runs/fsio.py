@@ -96,7 +96,9 @@ def publish_dir(path: Path, fill: Callable[[Path], object], aside: Path | None =
             temporary.mkdir()
             fill(temporary)
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                _open_to_umask(file)
+                # safetensors leaves 0600, and a vLLM of another user must read an adapter. The new folder shows the
+                # umask; asking for it would change it for a moment, in all threads.
+                file.chmod(temporary.stat().st_mode & 0o666)
                 fault("write", file)
                 _fsync(file)
             for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
@@ -288,10 +290,3 @@ def _free_name(path: Path, into: Path) -> Path:
         target = into / f"{path.name}.{number}"
         number += 1
     return target
-
-
-def _open_to_umask(path: Path) -> None:
-    """Give a file the mode of the umask. safetensors leaves 0600, and a vLLM of another user must read an adapter."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)

@@ -25,7 +25,7 @@ ALL = "PREFPIPE_ALL_FAULTS" in os.environ
 NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (48, 16, 8) if ALL else (8, 2, 1)
 NUM_FULL = 60 if ALL else 4
 # Most passes through each point in an uninterrupted run of `arguments`, measured; a later fault is never reached.
-POINTS = {"write": 24, "fsync": 30, "rename": 16, "fsync_dir": 24, "append": 8}
+POINTS = {"write": 24, "fsync": 30, "rename": 16, "fsync_dir": 24, "append": 8, "pwrite": 456}
 _MEMORY = Path("/dev/shm")
 
 
@@ -88,6 +88,20 @@ def test_killed_anywhere_and_run_again_it_has_the_same_bytes(forged: Forge, case
         assert contents(place / "t") == case.whole, job
         shutil.rmtree(place / "t")
     assert kills >= (40 if ALL else 7)
+
+
+def test_killed_in_a_write_that_training_has_left_behind(forged: Forge, case: Case, place: Path):
+    """Step 5 is done and noted while a thread writes the checkpoint of step 4: what counts is that of step 2."""
+    done = forged.run(*case.arguments, "--out", place / "t", module="tests.faults.slow_disk")
+    assert done.code == -signal.SIGKILL, done.stderr
+    assert len((place / "t" / "metrics.jsonl").read_text().splitlines()) == 5
+    left = sorted(path.name for path in (place / "t" / "checkpoints").iterdir())
+    assert left[0].startswith(".step-00000004.")
+    assert left[1:] == ["step-00000002"]
+    again = forged.run(*case.arguments, "--out", place / "t")
+    assert again.code == 0, again.stderr
+    assert "resuming after step 2" in again.stderr
+    assert contents(place / "t") == case.whole
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_error(forged: Forge, case: Case, place: Path):

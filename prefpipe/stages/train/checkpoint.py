@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from prefpipe import log, reading
 from prefpipe.errors import DataError, MissingInputError
 from prefpipe.forward import tensor_files
+from prefpipe.forward.shards import Copied
 from prefpipe.forward.tensor_files import Stored
 from prefpipe.runs import commits, fsio, manifests
 from prefpipe.stages.train import shared_files
@@ -27,10 +28,11 @@ FILE_BYTES = 4 << 30  # of tensors in a file: the digests of files are dealt out
 _NAME = re.compile(r"step-\d{8,}")
 _FILE = re.compile(r"state(-\d+-of-\d+)?\.safetensors")
 _MOST_METRICS = 1 << 30  # bytes
+Held = TypeVar("Held", bound=torch.Tensor | Copied | Stored, covariant=True)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Generic[Held]):
     """The state of training after `step` steps.
 
     Nothing else has state: rows are drawn by (seed, epoch), dropout by (seed, step, rank), and evaluations are lines of
@@ -41,15 +43,15 @@ class Checkpoint:
     # The size of metrics.jsonl at that moment, and the digest of its bytes.
     metrics_bytes: int
     metrics_digest: str
-    # The state of the optimizer, with the float32 weights: in memory, or where it stands in a file.
-    tensors: Mapping[str, torch.Tensor | Stored]
+    # The state of the optimizer, with the float32 weights: in memory, as a copy of it, or where it stands in a file.
+    tensors: Mapping[str, Held]
     # What the alert rules remember, as JSON.
     diagnostics: dict[str, Any] | None = None
 
 
 def save(
     folder: Path,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint[torch.Tensor | Copied],
     fingerprint: str,
     limit: int = 2,
     records: Sequence[int] = (),
@@ -61,16 +63,14 @@ def save(
     stays too: a run that resumes from that checkpoint may end with these weights.
     """
     target = _path(folder, checkpoint.step)
-    if world.tell(target.exists()):
-        return
-    tensors = cast("Mapping[str, torch.Tensor]", checkpoint.tensors)
-    files = tensor_files.plan({n: (t.dtype, t.shape) for n, t in tensors.items()}, "state", FILE_BYTES)
-    if not world.leads:
-        shared_files.write(world, None, files, tensors)
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    files = tensor_files.plan(shapes, "state", FILE_BYTES)
+    if not world.leads or target.exists():
+        shared_files.write(world, None, files, checkpoint.tensors)
         return
 
     def fill(into: Path) -> None:
-        digests = shared_files.write(world, into, files, tensors)
+        digests = shared_files.write(world, into, files, checkpoint.tensors)
         record = {
             "step": checkpoint.step,
             "metrics_bytes": checkpoint.metrics_bytes,
@@ -91,7 +91,7 @@ def save(
             fsio.remove_dir(old)
 
 
-def newest(folder: Path, fingerprint: str, metrics: Path, world: World = ALONE) -> Checkpoint | None:
+def newest(folder: Path, fingerprint: str, metrics: Path, world: World = ALONE) -> Checkpoint[Stored] | None:
     """The newest checkpoint of this run that can be trusted, with all that it stands on. Others that are met on the way
     move to quarantine/, with a copy of `metrics` (metrics.jsonl) where that is what they do not match."""
     aside = folder.parent / "quarantine"
@@ -115,7 +115,7 @@ def newest(folder: Path, fingerprint: str, metrics: Path, world: World = ALONE) 
     return None
 
 
-def at_step(folder: Path, step: int, world: World = ALONE) -> Checkpoint:
+def at_step(folder: Path, step: int, world: World = ALONE) -> Checkpoint[Stored]:
     """The checkpoint of a step. Raises DataError when it is damaged or gone."""
     path = _path(folder, step)
     record = _verified(path, world)
@@ -132,7 +132,7 @@ def _has_best(folder: Path, record: Mapping[str, Any], world: World) -> bool:
     return best == record["step"] or _verified(_path(folder, best), world) is not None
 
 
-def _load(path: Path, record: Mapping[str, Any]) -> Checkpoint:
+def _load(path: Path, record: Mapping[str, Any]) -> Checkpoint[Stored]:
     tensors: dict[str, Stored] = {}
     for name in _files(record):
         tensors |= tensor_files.stored(path / name)

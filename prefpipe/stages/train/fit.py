@@ -11,10 +11,13 @@ from prefpipe import log, reading
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, Interrupted
 from prefpipe.forward import load
+from prefpipe.forward.shards import Copied
+from prefpipe.forward.tensor_files import Stored
 from prefpipe.ids import sample_seed
 from prefpipe.runs import fsio, page
 from prefpipe.runs.store import Run
 from prefpipe.stages.train import checkpoint, evaluation, interrupts, loop
+from prefpipe.stages.train.background import Background, background
 from prefpipe.stages.train.checkpoint import Checkpoint
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.loop import StepMetrics, Steps, Trainer
@@ -22,6 +25,7 @@ from prefpipe.stages.train.margins import Margins
 from prefpipe.stages.train.monitor.diagnostics import Alert, Facts, State
 from prefpipe.stages.train.monitor.watch import Watch, note, watching
 from prefpipe.stages.train.optimizer import warmup_length
+from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.session import Paused, Session
 
 _METRICS = "metrics.jsonl"
@@ -86,8 +90,9 @@ def _run_steps(
     """Take every step; evaluate, save and report where it is due. Evaluations and margins are added to `history`."""
     evaluations, margins = history
     world, config, total = trainer.world, trainer.config, watch.facts.num_steps
-    with interrupts.noted() as signal_seen:
+    with interrupts.noted() as signal_seen, background(world) as saving:
         for step in running:
+            saving.after_step()
             alerts = watch.after_step(step)
             done = step.step + 1
             line: Line = {"step": step.step, **step.values}
@@ -102,14 +107,15 @@ def _run_steps(
                 watch.after_eval(step.step, evaluated.values)
             signal_number = max(world.gather(signal_seen()))
             pauses = done == session.until and done < total
-            due = done % config.save_steps == 0 or done == total or pauses or signal_number
+            over = _is_over(evaluations, config)
+            last = done == total or pauses or signal_number > 0 or over
             best = _records(evaluations, config)
             if not config.load_best_model_at_end or best[-1:] == [done]:  # those of the weights that are saved
                 margins.note(done, held_out, held_out=True)
-            keep = (due or best[-1:] == [done] or _is_over(evaluations, config)) and watch.verdict is None
             _note(session, line)
-            if keep:
-                _save(session, done, trainer.optimizer.state() | margins.state(), watch.state, config, best)
+            if last or done % config.save_steps == 0 or best[-1:] == [done] or watch.verdict is not None:
+                tensors = trainer.optimizer.state() | margins.state()
+                _save(session, saving, done, tensors, watch, config, best, last=last)
             if session.output and config.report and "eval_loss" in line:
                 page.renew(session.output.out)
             watch.tell(step, alerts)
@@ -117,7 +123,7 @@ def _run_steps(
             if signal_number:
                 world.tell(None)  # no rank leaves before rank 0 has saved: torchrun would end it
                 raise Interrupted(signal_number)
-            if pauses and not _is_over(evaluations, config):
+            if pauses and not over:
                 raise Paused
 
 
@@ -168,13 +174,13 @@ def _take_best(session: Session, trainer: Trainer, evaluations: Sequence[Line]) 
     return {"best": {"step": step, "metric": metric, "value": value}}
 
 
-def _resumed(session: Session) -> Checkpoint | None:
+def _resumed(session: Session) -> Checkpoint[Stored] | None:
     """The checkpoint to go on from; a collective call."""
     place = session.lead(_place)
     return None if place is None else checkpoint.newest(*place, session.world)
 
 
-def _load(trainer: Trainer, saved: Checkpoint) -> None:
+def _load(trainer: Trainer, saved: Checkpoint[Stored]) -> None:
     """Take over weights and moments; each rank reads its rows."""
     trainer.world.together(lambda: trainer.optimizer.load_state(saved.tensors))
 
@@ -198,21 +204,32 @@ def _lines(run: Run) -> list[Line]:
 
 def _save(
     session: Session,
+    saving: Background,
     step: int,
     tensors: Mapping[str, torch.Tensor],
-    state: State,
+    watch: Watch,
     config: TrainConfig,
     best: Sequence[int],
+    *,
+    last: bool,
 ) -> None:
-    """Save a checkpoint that vouches for the metrics of all steps before it; a collective call."""
+    """Save a checkpoint that vouches for the metrics of all steps before it, in the background unless it is the `last`.
+    A step whose verdict ends the run has none; the one before is waited for. A collective call."""
 
     def describe(run: Run) -> tuple[Path, int, str, str]:
         metrics = run.out / _METRICS
         fsio.sync_file(metrics)
         return _checkpoints(run), metrics.stat().st_size, reading.file_digest(metrics), run.fingerprint
 
-    described = session.lead(describe)
-    if described is not None:
-        folder, size, digest, fingerprint = described
-        done = Checkpoint(step, size, digest, tensors, state.to_json())
-        checkpoint.save(folder, done, fingerprint, config.save_total_limit, best, session.world)
+    saving.wait()
+    described = session.lead(describe) if watch.verdict is None else None
+    if described is None:
+        return
+    folder, size, digest, fingerprint = described
+    remembered = watch.state.to_json()
+
+    def write(tensors: Mapping[str, torch.Tensor | Copied], world: World) -> None:
+        done = Checkpoint(step, size, digest, tensors, remembered)
+        checkpoint.save(folder, done, fingerprint, config.save_total_limit, best, world)
+
+    saving.save(step, tensors, write, last=last)

@@ -55,15 +55,23 @@ class World:
     def together(self, work: Callable[[], T]) -> T:
         """What `work` returns here, once all ranks have done theirs; where it fails on any of them, the first error is
         raised on all. A collective call."""
+        results: list[T] = []
+        self.shares(lambda: results.append(work()))
+        return results[0]
+
+    def shares(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on every rank, in their order, on every rank; errors as in `together`. A collective
+        call."""
         result, error = None, None
         try:
             result = work()
         except PrefpipeError as raised:
             error = raised
-        first = next((found for found in self.gather(error) if found is not None), None)
+        gathered = self.gather((result, error))
+        first = next((found for _, found in gathered if found is not None), None)
         if first is not None:
             raise first
-        return cast(T, result)
+        return [cast(T, share) for share, _ in gathered]
 
     def deal(self, items: Sequence[T]) -> list[tuple[T, bool]]:
         """The items of this rank, and whether each counts: where items do not suffice, the first one fills up without

@@ -8,6 +8,7 @@ import torch
 from prefpipe import reading
 from prefpipe.errors import UsageError
 from prefpipe.forward import shards
+from prefpipe.forward.shards import Copied
 from prefpipe.forward.tensor_files import Plan
 from prefpipe.runs import fsio, in_place
 from prefpipe.runs.store import Run
@@ -15,32 +16,37 @@ from prefpipe.stages.train.parallel import World
 from prefpipe.stages.train.session import Session
 
 
-def write(world: World, folder: Path | None, files: Sequence[Plan], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def write(
+    world: World, folder: Path | None, files: Sequence[Plan], tensors: Mapping[str, torch.Tensor | Copied]
+) -> list[str]:
     """Write planned files into the folder that rank 0 names, and return the digest of each, in the dtypes of the plan.
     Rank 0 makes them; every rank writes and syncs the rows that it has, and reads its share of the files back for their
-    digests. A collective call; an error of one rank is raised on all."""
-    into = world.tell(folder)
-    assert into is not None
-
-    def make() -> None:
-        for file in files if world.leads else ():
-            in_place.create(into / file.name, file.head, file.size)
-
-    def fill() -> None:
-        for file in files:
-            for name, stored in file.stored(into).items():
-                first, rows = shards.own_rows(tensors[name])
-                if rows.numel() and (world.leads or rows is not tensors[name]):
-                    stored.write(first, rows)
-            if not world.leads:  # rank 0 syncs all that it publishes
-                fsio.sync_file(into / file.name)
-
-    world.together(make)
-    world.together(fill)
+    digests. Where rank 0 names no folder, nothing is written. A collective call; an error of one rank is raised on
+    all."""
+    into, *_ = world.shares(lambda: _make(folder, files))
+    if into is None:
+        return []
+    world.together(lambda: _fill(world, into, files, tensors))
     names = [file.name for file in files]
-    own = world.together(lambda: [reading.file_digest(into / name) for name in names[world.rank :: world.size]])
-    shares = world.gather(own)
+    shares = world.shares(lambda: [reading.file_digest(into / name) for name in names[world.rank :: world.size]])
     return [shares[i % world.size][i // world.size] for i in range(len(names))]
+
+
+def _make(folder: Path | None, files: Sequence[Plan]) -> Path | None:
+    if folder is not None:
+        for file in files:
+            in_place.create(folder / file.name, file.head, file.size)
+    return folder
+
+
+def _fill(world: World, folder: Path, files: Sequence[Plan], tensors: Mapping[str, torch.Tensor | Copied]) -> None:
+    for file in files:
+        for name, stored in file.stored(folder).items():
+            first, rows = shards.written_rows(tensors[name], leads=world.leads)
+            if rows.numel():
+                stored.write(first, rows)
+        if not world.leads:  # rank 0 syncs all that it publishes
+            fsio.sync_file(folder / file.name)
 
 
 def check_directory(session: Session) -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +19,10 @@ from prefpipe.forward.layout import flatten
 from prefpipe.forward.load import decoder_layers
 from prefpipe.forward.logps import Rows, TreeModel
 from prefpipe.models.policy import resolve
+from prefpipe.runs import fsio
 from prefpipe.runs.store import Run
-from prefpipe.stages.train import loading, loop, parallel, shared_files
+from prefpipe.stages.train import checkpoint, loading, loop, parallel, shared_files
+from prefpipe.stages.train.background import Background
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.loop import Trainer
 from prefpipe.stages.train.micro_batches import tree_of
@@ -80,8 +82,40 @@ def check_files(world: World) -> None:
     else:
         raise AssertionError
     del os.environ["PREFPIPE_FAULT"]
+    for fault in ("", "pwrite:1:enospc"):
+        fsio._passes.clear()
+        os.environ["PREFPIPE_FAULT"] = fault if world.rank else ""
+        check_background(world, folder / f"background{fault}", cut, fails=bool(fault))
+    del os.environ["PREFPIPE_FAULT"]
     if world.leads:
         shutil.rmtree(folder)
+
+
+def check_background(world: World, folder: Path, cut: Mapping[str, torch.Tensor], *, fails: bool) -> None:
+    """A checkpoint of cut tensors that change while threads write it, step by step, is that of the moment; an error of
+    one rank's thread is raised on both."""
+    wanted = {name: shards.whole(tensor).clone() for name, tensor in cut.items()}
+    saving, ended = Background(world), None
+
+    def write(tensors: Mapping[str, torch.Tensor | shards.Copied], relayed: World) -> None:
+        checkpoint.save(folder, checkpoint.Checkpoint(1, 0, "", tensors), "f", world=relayed)
+
+    saving.save(1, cut, write, last=False)
+    assert saving._save is not None
+    try:
+        while saving._save is not None:
+            for tensor in cut.values():
+                tensor.add_(1)
+            saving.after_step()
+    except StorageError as error:
+        ended = error
+    assert all(world.gather((ended is not None) == fails))
+    if fails:
+        assert not list(folder.iterdir())
+    else:
+        saved = checkpoint.at_step(folder, 1, world)
+        assert all(torch.equal(saved.tensors[name].whole(), wanted[name]) for name in wanted)
+        assert all(not torch.equal(shards.whole(cut[name]), wanted[name]) for name in wanted)
 
 
 def check_adapter(model_directory: Path, strategy: str, world: World) -> None:
