@@ -167,9 +167,14 @@ def stacked(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def on_parameters(model: PreTrainedModel) -> bool:
-    """Whether an adapter lies on parameters instead of modules."""
-    return any(isinstance(module, ParamWrapper) for module in model.modules())
+def check_parameters(model: PreTrainedModel, *, lora_dropout: float, distributed: str) -> None:
+    """Raise UsageError for an adapter on parameters instead of modules, where peft has no dropout and FSDP2 cuts what
+    it reads whole."""
+    if (lora_dropout or distributed == "fsdp2") and any(isinstance(m, ParamWrapper) for m in model.modules()):
+        raise UsageError(
+            "the adapter is on parameters, which neither lora_dropout nor distributed = fsdp2 works with",
+            "leave both at their defaults, or start from an adapter on modules",
+        )
 
 
 def matches(name: str, targets: list[str]) -> bool:

@@ -1,15 +1,15 @@
 """What a forward and backward pass holds in memory, counted on torch's meta device: tensors there have shapes and no
 bytes, so that a model of any size passes in seconds on any machine.
 
-The code that runs is that of training on a GPU. Two things are replaced: SDPA, which on this device would be plain
-products (its kernels keep queries, keys, values, mask, outputs, and the logarithm of a sum for each query), and values
-that the code reads, which nobody knows here and which count as 0.
+The code that runs is that of training on a GPU. Three things are replaced: SDPA, which on this device would be plain
+products (its kernels keep queries, keys, values, mask, outputs, and the logarithm of a sum for each query), values
+that the code reads, which nobody knows here and which count as 0, and autocast, which is off in training.
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,7 +56,7 @@ def held(policy: torch.nn.Module, trees: Sequence[Tree], *, checkpointing: bool)
     """What forward and backward of one micro-batch hold, for a model on the meta device. Layers of one kind hold alike:
     three of each pass, and the rest is counted by them.
 
-    Raises UsageError for a model whose code does not run on this device, such as peft's for adapters on parameters.
+    Raises UsageError for a model whose code does not run on this device.
     """
     model = TreeModel(policy)
     if attention.why_not_shared(causal_model(policy).config) or not _takes_trees(model):
@@ -109,7 +109,7 @@ def _passes(model: TreeModel, trees: Sequence[Tree]) -> Held:
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     live = _Live(tensors)
     layout = model.layout(trees)
-    with live, _Kernels():
+    with live, _Kernels(), _no_autocast():
         total = cast(torch.Tensor, model(layout)).sum()
         kept = live.bytes
         # torch.autograd.backward would leave the mode of `_Kernels`, and layers are computed again in backward.
@@ -189,6 +189,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_gradients: torch.Tensor) -> Any:
         return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
+
+
+@contextmanager
+def _no_autocast() -> Generator[None]:
+    """torch.autocast does nothing on this device, which has no number type for it: peft turns it off around the product
+    of an adapter on parameters, and torch would refuse."""
+    autocast: Any = torch.autocast
+
+    def of_device(device_type: str, *args: Any, **options: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **options)
+
+    torch.autocast = of_device  # pyright: ignore[reportAttributeAccessIssue]  (a class)
+    try:
+        yield
+    finally:
+        torch.autocast = autocast
 
 
 def _takes_trees(model: TreeModel) -> bool:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from prefpipe.config.train import TrainConfig
-from prefpipe.forward import load, meta_pass
+from prefpipe.forward import load, lora_targets, meta_pass
 from prefpipe.forward.head import chunk_bytes
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import causal_model
@@ -99,6 +99,8 @@ class Model:
                 seed=None,
                 rslora=config.use_rslora,
             )
+        causal = causal_model(self.policy)
+        lora_targets.check_parameters(causal, lora_dropout=config.lora_dropout, distributed=config.distributed)
         for parameter in self.policy.parameters():  # peft makes float32 on this device
             parameter.data = parameter.data.to(self.dtype)
         self._held: dict[tuple[int, int, bool], Held] = {}

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from prefpipe import log
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, IdentityError, PrefpipeError, UsageError
+from prefpipe.errors import DataError, IdentityError, PrefpipeError
 from prefpipe.forward import load, lora_targets, on_meta, shards
 from prefpipe.forward.balance import check_balance
 from prefpipe.forward.logps import ROWS_IN_WORDS, TreeModel, causal_model, extremes, settle_rows
@@ -35,11 +35,7 @@ def load_policy(
     """
     model = _trainable(policy, config, world, base)
     causal, coefficient = causal_model(model.policy), config.router_aux_loss_coef
-    if lora_targets.on_parameters(causal) and (config.lora_dropout or config.distributed == "fsdp2"):
-        raise UsageError(
-            "the adapter is on parameters, which neither lora_dropout nor distributed = fsdp2 works with",
-            "leave both at their defaults, or start from an adapter on modules",
-        )
+    lora_targets.check_parameters(causal, lora_dropout=config.lora_dropout, distributed=config.distributed)
     if coefficient:
         check_balance(causal)
     if config.tuning == "full" and lora_targets.has_experts(causal):

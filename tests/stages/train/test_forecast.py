@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 from safetensors import safe_open
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from prefpipe.config.train import TrainConfig
+from prefpipe.errors import UsageError
 from prefpipe.forward import load, shards
 from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import TreeModel
@@ -167,6 +169,22 @@ def test_four_bits_hold_the_linear_modules(tmp_path: Path):
     plain, four = (found.need(replace(ALONE, in_4bit=flag)) for flag in (False, True))
     assert plain.weights - four.weights == pytest.approx(linear * (2 - 0.5159), rel=1e-4)
     assert four.gathered == 2 * 4096 * 14336
+
+
+def test_an_adapter_on_experts_is_planned_where_train_takes_it(tmp_path: Path):
+    """Backward keeps the adapted stack whole in every layer: 6 experts of 64 x 96. Ranks that cut the model cannot."""
+    MixtralConfig(
+        vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=6,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    experts = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    for name, options in (("modules", {"target_modules": ["q_proj"]}), ("experts", experts)):
+        LoraConfig(r=4, **options).save_pretrained(tmp_path / name)
+    less, more = (forecast_of(tmp_path, tmp_path / name).need(ALONE) for name in ("modules", "experts"))
+    assert more.weights == less.weights
+    assert more.kept - less.kept >= 2 * (2 * 6 * 64 * 96)
+    with pytest.raises(UsageError, match="the adapter is on parameters, which neither lora_dropout nor"):
+        forecast_of(tmp_path, tmp_path / "experts", distributed="fsdp2").need(ALONE)
 
 
 def room_for(need: Need) -> float:
