@@ -187,6 +187,7 @@ class TrainSettings(TypedDict, total=False):
     loss_type: Function | Sequence[Function]
     loss_weights: float | Sequence[float]
     optim: Literal["adamw_torch_fused", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+    optimizer_from: Place
     learning_rate: float
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_ratio: float
@@ -303,6 +304,7 @@ class IterateSettings(TypedDict, total=False):
     rounds: int
     reference: str
     start: Literal["previous", "base"]
+    optimizer: Literal["fresh", "continue"]
     replay: float
     replay_rounds: int
     prompts_per_round: int
@@ -369,6 +371,7 @@ class SweepSettings(TypedDict, total=False):
     loss_type: Function | Sequence[Function]
     loss_weights: float | Sequence[float]
     optim: Literal["adamw_torch_fused", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+    optimizer_from: Place
     learning_rate: float
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_ratio: float

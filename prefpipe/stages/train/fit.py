@@ -14,7 +14,7 @@ from prefpipe.forward import load
 from prefpipe.ids import sample_seed
 from prefpipe.runs import fsio, page
 from prefpipe.runs.store import Run
-from prefpipe.stages.train import checkpoint, evaluation, interrupts, loop
+from prefpipe.stages.train import checkpoint, evaluation, interrupts, loop, moments
 from prefpipe.stages.train.checkpoint import Checkpoint
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.loop import StepMetrics, Steps, Trainer
@@ -53,6 +53,8 @@ def fit(
         margins.load_state(resumed.tensors)
         state = State.from_json(resumed.diagnostics or state.to_json())
         log.info(f"resuming after step {first}")
+    else:
+        moments.take(config, trainer.optimizer, data.policy.id, trainer.world)
     session.lead(lambda run: fsio.truncate(run.out / _METRICS, metrics_bytes))
     evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
     steps = loop.steps(trainer, data.rows, first, data.training_bank, data.sft)
