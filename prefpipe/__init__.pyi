@@ -164,6 +164,7 @@ class TrainSettings(TypedDict, total=False):
     loss_type: Function | Sequence[Function]
     loss_weights: float | Sequence[float]
     optim: Literal["adamw_torch_fused", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+    optimizer_from: Place
     learning_rate: float
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_ratio: float
@@ -255,6 +256,7 @@ class IterateSettings(TypedDict, total=False):
     rounds: int
     reference: str
     start: Literal["previous", "base"]
+    optimizer: Literal["fresh", "continue"]
     replay: float
     replay_rounds: int
     prompts_per_round: int

@@ -17,7 +17,10 @@ from prefpipe.config.train import TrainConfig
 _LINKS = {
     "generate": ("model", "adapter", "reference"),
     "build_pairs": ("completions", "reward_runs", "ref_logps", "policy_logps"),
-    "train": ("model", "adapter", "pairs", "labels", "groups", "ref_logps", "reference_model", "reference_adapter"),
+    "train": (
+        *("model", "adapter", "pairs", "labels", "groups", "ref_logps", "reference_model", "reference_adapter"),
+        "optimizer_from",
+    ),
     "evaluate": ("model", "adapter", "round"),
 }
 FIXED = "fixed:"
@@ -43,6 +46,9 @@ class IterateConfig(Config):
     start: Annotated[Literal["previous", "base"], ADDED] = "previous"
     """What a round trains: the policy of the round before, or the base model anew, which goes with replay = 1: on the
     pairs of all rounds."""
+    optimizer: Annotated[Literal["fresh", "continue"], ADDED] = "fresh"
+    """Optimizer that a round begins with: a new one (fresh), or that of the round before, with its moments and step
+    counts (continue). A new Adam follows signs of gradients in its first steps, and small rounds have few others."""
     replay: Annotated[float, ADDED, Field(ge=0, le=1)] = 0.0
     """Share of the rows of every earlier round that a round trains on too, drawn anew by the round; their log-probs are
     computed again where the reference is another one by now."""
@@ -150,6 +156,8 @@ class IterateConfig(Config):
             yield f"reference = {self.reference} is read by none of {', '.join(self.train.loss_type)}"
         if self.prompts_per_round and self.generate.part != "1/1":
             yield f"prompts_per_round cuts the prompts itself: leave out part = {self.generate.part} in [generate]"
+        if self.optimizer == "continue" and self.start == "base":
+            yield "optimizer = continue goes on where the round before ended, and start = base does not: leave out one"
         if self.repeat_prompts and not self.prompts_per_round:
             yield "repeat_prompts is read with prompts_per_round: without it every round has all prompts"
         if self.replay_rounds and not self.replay:

@@ -21,12 +21,8 @@ LORA_ONLY = (  # settings that nothing reads when every weight is trained
     "merge",
 )
 NO_PARAMETERS = ("lora_dropout", "load_in_4bit", "distributed")  # settings that peft cannot apply to bare parameters
-EVAL_ONLY = (  # settings that nothing reads when there are no rows to evaluate on
-    "eval_steps",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "early_stopping_patience",
-)
+# Settings that nothing reads when there are no rows to evaluate on.
+EVAL_ONLY = ("eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")
 SFT_ONLY = ("sft_weight", "sft_batch_size", "sft_column")  # settings that nothing reads without sft
 LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}  # by tuning, where learning_rate is 0
 UNAVAILABLE = "unavailable"  # the reference_model of rows whose log-probs cannot be checked here
@@ -128,6 +124,9 @@ class TrainConfig(LossSettings):
         Heading("Optimizer and schedule"),
     ] = "adamw_torch_fused"
     """Optimizer, on float32 master weights; the 8-bit and the paged ones come from the package bitsandbytes."""
+    optimizer_from: Annotated[str, PATH] = "none"
+    """Complete run of `prefpipe train` on the same tensors, with its last checkpoint: its moments and step counts are
+    taken over, no weights and no schedule. 'none' begins with a new optimizer."""
     learning_rate: Annotated[float, Field(ge=0)] = 0.0
     """Peak learning rate. 0 takes that of tuning: 1e-6 for full (the default of TRL's DPOConfig), 1e-5 for lora, in 4
     bits too (ten times as much, as Schulman et al. 2025 measured: "LoRA Without Regret")."""

@@ -42,7 +42,7 @@ PATHS = {
     *("model", "adapter", "chat_template", "prompts", "completions", "pairs", "labels", "groups", "ref_logps"),
     *("inputs", "reward_settings", "eval_pairs", "eval_labels", "eval_groups", "reward_runs", "policy_logps"),
     *("contamination", "reference_model", "reference_adapter", "sft", "baseline", "trained_on", "perplexity_text"),
-    "from_run",
+    *("from_run", "optimizer_from"),
 }
 OWNED = {
     *("generate.model", "generate.adapter", "generate.reference", "build_pairs.completions"),
@@ -56,6 +56,7 @@ OWNED = {
         "train.ref_logps",
         "train.reference_model",
         "train.reference_adapter",
+        "train.optimizer_from",
         "evaluate.model",
         "evaluate.adapter",
         "evaluate.round",
@@ -178,7 +179,7 @@ def _keep_what_build_pairs_reads(found: dict[str, Any], prefix: str) -> None:
 
 def _keep_rounds_that_fit(found: dict[str, Any]) -> None:
     """Drop schedules of settings that are set or that no loss reads, parts beside prompts_per_round, references that no
-    loss reads, and rounds to take or replay from nowhere."""
+    loss reads, rounds to take or replay from nowhere, and an optimizer that goes on where weights start anew."""
     losses = found.get("train.loss_type", ("sigmoid",))
     for schedule, places in SCHEDULES.items():
         if any(f"{table}.{name}" in found for table, name in places):
@@ -191,10 +192,13 @@ def _keep_rounds_that_fit(found: dict[str, Any]) -> None:
         found.pop("generate.part", None)
     else:
         found.pop("repeat_prompts", None)
-    if not found.get("replay"):
-        found.pop("replay_rounds", None)
-    if "from_run" not in found:
-        found.pop("from_round", None)
+    unread = {
+        "replay_rounds": not found.get("replay"),
+        "from_round": "from_run" not in found,
+        "optimizer": found.get("start") == "base",
+    }
+    for name in [name for name, holds in unread.items() if holds]:
+        found.pop(name, None)
     found["rounds"] = found.get("rounds", 2) + found.get("from_round", 0)
 
 

@@ -90,6 +90,7 @@ def test_tables_have_the_names_of_the_commands_but_for_the_stop_rules() -> None:
         ({"from_run": "x", "from_round": "2"}, "rounds = 2 ends before the first round behind from_round = 2"),
         ({"replay": "1.5"}, "replay = '1.5'"),
         ({"replay_rounds": "3"}, "replay_rounds = 3 is read with replay"),
+        ({"optimizer": "continue", "start": "base"}, "and start = base does not"),
         ({"launcher": ""}, "launcher = ''"),
         ({"stop.rules": ["gains"]}, "did you mean 'gain'?"),
         ({"stop.gain_rounds": "0"}, "stop.gain_rounds = '0'"),

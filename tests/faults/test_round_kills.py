@@ -27,6 +27,7 @@ from tests.stages.iterate import cases
 ALL = "PREFPIPE_ALL_FAULTS" in os.environ
 NUM_NAMED, NUM_TIMED, NUM_DOUBLE = (46, 10, 8) if ALL else (4, 1, 1)
 NUM_WARM = 8 if ALL else 2
+NUM_CONTINUED = 8 if ALL else 1
 # Most passes through each point in a run that nothing disturbed, measured; a later fault is never reached.
 POINTS = {"write": 167, "fsync": 175, "rename": 153, "fsync_dir": 163, "append": 16}
 _MEMORY = Path("/dev/shm")
@@ -133,3 +134,26 @@ def test_a_warm_engine_that_is_killed_leaves_what_new_engines_make(
     assert kills
     done = run(forged, warm, out)
     assert (done.stderr.count("starting engine transformers"), starts) == (1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600 if ALL else 600)
+def test_a_round_that_goes_on_with_an_optimizer_and_is_killed_ends_with_the_same_bytes(
+    forged: Forge, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Kills in the second half of the appended lines, most of which are steps of training in round 2."""
+    recipe, out = write_recipe(tiny_model, tmp_path, optimizer="continue"), tmp_path / "out"
+    done = run(forged, recipe, out)
+    assert done.code == 0, done.stderr
+    assert done.stderr.count("the optimizer goes on with that of") == 1
+    whole, weights = digests(out), cases.adapters(out, 1, 2)
+    shutil.rmtree(out)
+    source = random.Random(11)
+    for number in source.sample(range(8, POINTS["append"] + 1), NUM_CONTINUED):
+        done = run(forged, recipe, out, fault=f"append:{number}:kill")
+        assert done.code == -signal.SIGKILL, done.stderr
+        done = run(forged, recipe, out)
+        assert done.code == 0, done.stderr
+        assert digests(out) == whole, number
+        assert cases.adapters(out, 1, 2) == weights, number
+        shutil.rmtree(out)

@@ -117,18 +117,32 @@ class Taught:
         return fresh
 
 
-def series(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -> list[dict[str, float]]:
-    """All weights are trained; the metrics of every step."""
+Moments = dict[str, torch.Tensor]  # the state of an optimizer
+
+
+def series(
+    model: LlamaForCausalLM, rows: Sequence[TrainPair], moments: Moments | None = None, **changes: Any
+) -> list[dict[str, float]]:
+    """All weights are trained; the metrics of every step. The optimizer goes on from `moments` and leaves its state
+    there; without them, or where they are empty, it is a new one."""
     config = data.config(
         Path(), train_batch_size=64, lr_scheduler_type="constant_with_warmup",
         **{"num_train_epochs": EPOCHS, "learning_rate": 5e-4, "beta": 0.1, "warmup_ratio": 0.0, **changes},
     )  # fmt: skip
-    return [m.values for m in loop.steps(data.trainer(TreeModel(model), config), rows, 0)]
+    trainer = data.trainer(TreeModel(model), config)
+    if moments:
+        trainer.optimizer.load_moments(moments)
+    found = [m.values for m in loop.steps(trainer, rows, 0)]
+    if moments is not None:
+        moments.update(trainer.optimizer.state())
+    return found
 
 
-def train(model: LlamaForCausalLM, rows: Sequence[TrainPair], **changes: Any) -> dict[str, float]:
+def train(
+    model: LlamaForCausalLM, rows: Sequence[TrainPair], moments: Moments | None = None, **changes: Any
+) -> dict[str, float]:
     """Metrics are means over the steps of the last epoch."""
-    steps = series(model, rows, **changes)
+    steps = series(model, rows, moments, **changes)
     return mean(steps[-(len(steps) // changes.get("num_train_epochs", EPOCHS)) :])
 
 
@@ -148,19 +162,22 @@ def taught_model(seed: int) -> Taught:
 
 
 def rounds(
-    taught: Taught, count: int, parts: int = 1, *, replay: float = 0.0, newest: int = 0, epochs: int = EPOCHS
-) -> list[float]:
+    taught: Taught, count: int, parts: int = 1, *, replay: float = 0.0, newest: int = 0, epochs: int = EPOCHS,
+    goes_on: bool = False,
+) -> list[float]:  # fmt: skip
     """Accuracy before training and after every round with DPO + NLL. The sums are dealt in `parts`, in random order:
     round k has the k-th part, and the first again when every part had its turn. The reference of a round is the policy
-    that it starts from, also of the share `replay` of the pairs of the `newest` rounds before (0: of all)."""
+    that it starts from, also of the share `replay` of the pairs of the `newest` rounds before (0: of all). The
+    optimizer is a new one in every round, or `goes_on`."""
     model, found, drawn = taught.model(), [taught.accuracy], list[list[TrainPair]]()
     dealt = SUMS if parts == 1 else random.Random(0).sample(SUMS, len(SUMS))
+    moments: Moments | None = {} if goes_on else None
     for number in range(count):
         fresh = pairs(model, number, sums=dealt[number % parts :: parts])
         rows = [*fresh, *_scored_anew(model, _share(drawn[-newest:], replay, number))]
         drawn.append(fresh)
         if rows:
-            train(model, rows, **NLL, num_train_epochs=epochs)
+            train(model, rows, moments, **NLL, num_train_epochs=epochs)
         found.append(accuracy(model))
     return found
 

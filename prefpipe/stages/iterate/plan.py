@@ -148,12 +148,15 @@ def _captured(config: IterateConfig, sampler: Model, ref: Model) -> str:
 
 
 def _links(config: IterateConfig, out: Path, number: int, ref: Model, rows: Sequence[str]) -> dict[str, Any]:
-    """The settings of train that link it: its start, its rows, and a reference that it does not load anyway."""
+    """The settings of train that link it: its start, its rows, its optimizer, and a reference that it does not load
+    anyway."""
     start = trained(config, out, number - 1 if config.start == "previous" else 0)
     named: dict[str, str] = {}
     if config.needs_reference and ref not in (start, Model(start.model)):
         model = "policy" if ref.model == start.model else ref.model
         named = {"reference_model": model, "reference_adapter": ref.adapter}
+    if config.optimizer == "continue" and number > 1:
+        named["optimizer_from"] = str(out / f"round-{number - 1}" / "train")
     return {
         **vars(start),
         config.build_pairs.output: tuple(rows),

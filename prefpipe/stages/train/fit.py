@@ -16,7 +16,7 @@ from prefpipe.forward.tensor_files import Stored
 from prefpipe.ids import sample_seed
 from prefpipe.runs import fsio, page
 from prefpipe.runs.store import Run
-from prefpipe.stages.train import checkpoint, evaluation, interrupts, loop
+from prefpipe.stages.train import checkpoint, evaluation, interrupts, loop, moments
 from prefpipe.stages.train.background import Background, background
 from prefpipe.stages.train.checkpoint import Checkpoint
 from prefpipe.stages.train.inputs import TrainingData
@@ -57,6 +57,8 @@ def fit(
         margins.load_state(resumed.tensors)
         state = State.from_json(resumed.diagnostics or state.to_json())
         log.info(f"resuming after step {first}")
+    else:
+        moments.take(config, trainer.optimizer, data.policy.id, trainer.world)
     session.lead(lambda run: fsio.truncate(run.out / _METRICS, metrics_bytes))
     evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
     steps = loop.steps(trainer, data.rows, first, data.training_bank, data.sft)

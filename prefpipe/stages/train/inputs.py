@@ -21,7 +21,7 @@ from prefpipe.models.policy import Policy, resolve
 from prefpipe.rows import one_reference
 from prefpipe.runs import store
 from prefpipe.schemas import VERSION, Dropped, RefLogps
-from prefpipe.stages.train import lengths, mapped, row_checks, row_files, sources, user_losses
+from prefpipe.stages.train import lengths, mapped, moments, row_checks, row_files, sources, user_losses
 from prefpipe.stages.train.evaluation import split_by_prompt
 from prefpipe.stages.train.examples import TrainLabel, TrainRow
 from prefpipe.stages.train.record_batches import Batch
@@ -97,7 +97,7 @@ def prepare(config: TrainConfig) -> TrainingData:
     named_sources = {name: list[str](getattr(config, name)) for name in (kind, _EVAL[kind], "sft")}
     given, held_out, _ = named_sources.values()
     inputs = {f"{name}.{i}": files.digest(s) for name in named_sources for i, s in enumerate(named_sources[name])}
-    inputs |= user_losses.inputs(config.objective)
+    inputs |= user_losses.inputs(config.objective) | moments.inputs(config)
     policy = resolve(config.model, config.adapter)
     runs = [Path(s) for s in (*given, *held_out) if files.is_run(s)]
     vocabulary.check(runs, policy.directory)

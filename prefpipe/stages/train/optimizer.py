@@ -92,10 +92,27 @@ class MasterOptimizer:
                 fill(master, tensors[f"master/{name}"])
                 if self._model[name] is not master:
                     self._model[name].copy_(master)
-                keys = [key for key, _, parameter in (k.partition("/") for k in tensors) if parameter == name]
-                self._optimizer.state[master] = {
-                    key: _restored(tensors[f"{key}/{name}"], master) for key in keys if key != "master"
-                }
+        self.load_moments(tensors)
+
+    def load_moments(self, tensors: Mapping[str, torch.Tensor | Stored]) -> None:
+        """Restore moments and step counts of a `state`, and leave the weights as they are."""
+        for name, master in self._master.items():
+            keys = [key for key, _, parameter in (k.partition("/") for k in tensors) if parameter == name]
+            self._optimizer.state[master] = {
+                key: _restored(tensors[f"{key}/{name}"], master) for key in keys if key != "master"
+            }
+
+    def misfits(self, tensors: Mapping[str, torch.Tensor | Stored]) -> list[str]:
+        """In what a `state` is not one of these parameters: names and shapes, an example of each."""
+        shapes = {name: list(master.shape) for name, master in self._master.items()}
+        theirs = {n.partition("/")[2]: list(t.shape) for n, t in tensors.items() if n.startswith("master/")}
+        lacking, more = sorted(shapes.keys() - theirs), sorted(theirs.keys() - shapes)
+        other = [n for n in shapes if n in theirs and shapes[n] != theirs[n]]
+        return [
+            *([f"it has none of {len(lacking)} tensors such as {lacking[0]}"] if lacking else []),
+            *([f"it has {len(more)} tensors more, such as {more[0]}"] if more else []),
+            *(f"{n} is {theirs[n]} there and {shapes[n]} here" for n in other[:1]),
+        ]
 
 
 def _master(parameter: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,22 @@ def test_a_branch_of_the_same_settings_is_the_same_run(
     assert adapters(out, 1, 2) == adapters(source, 1, 2)
 
 
+def test_a_branch_goes_on_with_the_optimizer_of_the_round_that_it_is_from(
+    make: Make, three: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    """Of a run with new ones as well; the rounds behind are then others. With more rounds it goes on alike."""
+    source, out, whole = three[0], tmp_path / "out", tmp_path / "whole"
+    made = make(rounds=2, from_run=str(source), from_round=1, optimizer="continue")
+    iterate.run(made, out, force=False, runner=in_process)
+    taken = store.read_manifest(out / "round-2/train")["inputs"]["optimizer_from"]
+    assert taken == store.read_manifest(source / "round-1/train")["digest"]
+    assert adapters(out, 1) == adapters(source, 1)
+    assert adapters(out, 2) != adapters(source, 2)
+    for rounds in (1, 2):
+        iterate.run(make(rounds=rounds, optimizer="continue"), whole, force=False, runner=in_process)
+    assert adapters(whole, 1, 2) == adapters(out, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

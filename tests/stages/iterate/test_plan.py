@@ -84,6 +84,20 @@ def test_the_best_round_is_the_reference(tuning: str) -> None:
     assert (first["train"].reference_model, first["train"].reference_adapter) == named
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_round_goes_on_with_the_optimizer_of_the_round_that_its_policy_is_from(tuning: str) -> None:
+    """That is the round before, whichever one is the best or the reference."""
+    fresh = config(reference="best", train={"tuning": tuning})
+    on = fresh.model_copy(update={"optimizer": "continue"})
+    for number in (1, 2, 3):
+        trained = [round_of(made, number, Known(best=1 if number > 1 else 0))["train"] for made in (fresh, on)]
+        before = f"out/round-{number - 1}/train" if number > 1 else "none"
+        assert [t.optimizer_from for t in trained] == ["none", before]
+        weights = trained[1].model if tuning == "full" and number > 1 else trained[1].adapter
+        assert weights.removesuffix("/model").removesuffix("/adapter") == before
+        assert trained[1].model_copy(update={"optimizer_from": "none"}) == trained[0]
+
+
 def test_a_base_reference_of_full_fine_tuning_is_scored_by_the_model_of_the_start() -> None:
     made = config(reference="base", train={"tuning": "full"})
     assert "score" not in round_of(made, 1)
