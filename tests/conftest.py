@@ -19,6 +19,7 @@ from prefpipe.models.chat import Chat, load_chat
 from tests.forge import ROOT, TRAIN, Ended, Forge, forge
 from tests.quick import quick, usual
 from tests.tiny import make_adapter, make_model
+from tests.waiting import PATIENCE_S
 
 quick()
 # Property tests draw the same examples each time, however busy the machine is. Hypothesis would also draw constants of
@@ -186,7 +187,7 @@ def shell() -> Cli:
             check=False,
             cwd=cwd or ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            timeout=240,
+            timeout=PATIENCE_S,
         )
 
     return run

@@ -25,6 +25,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ("prefpipe.stages.train.stage", "transformers.models.llama.modeling_llama")
 
@@ -52,7 +54,7 @@ class Forge:
         variables to the environment of now, `cwd` is where it runs."""
         return self.run_together([{"arguments": list(map(str, arguments)), **job}])[0]
 
-    def run_together(self, jobs: Sequence[dict[str, Any]], timeout: float = 240) -> list[Ended]:
+    def run_together(self, jobs: Sequence[dict[str, Any]], timeout: float = PATIENCE_S) -> list[Ended]:
         """Several commands at the same time. Raises TimeoutExpired after killing those that take longer."""
         number = next(self.numbers)
         outputs = [[str(self.folder / f"{number}-{i}.{name}") for name in ("out", "err")] for i in range(len(jobs))]

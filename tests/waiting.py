@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-PATIENCE_S = 240.0  # of a machine that is busy; a test as a whole has 300
+PATIENCE_S = 600.0  # with a machine that is busy; a test as a whole has 900
 
 
 def until(found: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 def serve(function: str, *lines: str, seconds: float = 20) -> list[dict[str, object]]:
     done = subprocess.run(
         [sys.executable, "-m", "prefpipe.rewards.worker", f"tests.rewards.checkers:{function}", str(seconds)],
-        input="".join(line + "\n" for line in lines), capture_output=True, text=True, check=True, cwd=ROOT, timeout=60,
+        input="".join(line + "\n" for line in lines), capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -39,7 +39,6 @@ def python(code: str, *arguments: object, fault: str = "") -> subprocess.Complet
         check=False,
         cwd=ROOT,
         env={**os.environ, "PREFPIPE_FAULT": fault},
-        timeout=60,
     )
 
 
@@ -199,7 +198,7 @@ def test_waiting_for_the_lock_ends_when_the_other_process_ends(tmp_path: Path) -
         assert owner.stdout is not None
         owner.stdout.readline()
         with fsio.lock(tmp_path, wait=True):
-            assert owner.wait(timeout=30) == 0
+            assert owner.wait() == 0
 
 
 def test_leftovers_are_removed_at_any_depth_and_nothing_else(tmp_path: Path) -> None:

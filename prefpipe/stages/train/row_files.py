@@ -142,7 +142,10 @@ def _batches(path: Path) -> list[pa.RecordBatch]:
 def _expire(folder: Path) -> None:
     """Remove the rows that nobody opened for a day: opening them takes their lock, which renews a file."""
     for other in folder.iterdir():
-        used = max((path.stat().st_mtime for path in (other, other / ".owner") if path.exists()), default=0.0)
+        used = 0.0
+        for path in (other, other / ".owner"):
+            with suppress(FileNotFoundError):  # another process may do the same
+                used = max(used, path.stat().st_mtime)
         if clock.age(used) > KEPT_S:
             shutil.rmtree(other, ignore_errors=True)
 
