@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from prefpipe import reading
-from prefpipe.config import secrets, truths
+from prefpipe.config import given, secrets
 from prefpipe.errors import UsageError
 
 RUNTIME = "runtime"
@@ -66,25 +66,28 @@ def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any], place: str
     values = read_recipe(recipe) if recipe is not None else {}
     for name, value in flags.items():
         _set(values, name.split("."), value)
+    given.with_home(values, [name for name, field in fields(cls) if PATH in field.metadata])
     hint = f"`prefpipe config {command_name(cls)}` prints every setting with its default"
     where = str(recipe) if recipe is not None else place
     try:
         config = cls.model_validate(values)
     except ValidationError as error:
         raise UsageError("; ".join(f"{where}: {line}" for line in explain(cls, error)), hint) from error
-    for name in truths.for_numbers(values, config):
+    for name in given.truths_for_numbers(values, config):
         raise UsageError(f"{where}: {name} = true or false: a number belongs here", hint)
     return _with_local_paths(config)
 
 
 def local_path(text: str, name: str = "path") -> Path:
-    """A path of this machine. Raises UsageError for an address: Path would make `hf:/x` of `hf://x`."""
+    """A path of this machine. Raises UsageError for no text, and for an address: Path makes `hf:/x` of `hf://x`."""
+    if not text:
+        raise UsageError(f"{name} is empty", "give a path; where it is a variable of the shell, that is not set")
     if "://" in text:
         raise UsageError(
             f"{name} = {text} is an address, and a path of this machine is needed",
             "rows to score, to train on and to sample for may be datasets of the hub; download anything else first",
         )
-    return Path(text)
+    return Path(given.expanded(text))
 
 
 def _with_local_paths(config: C, prefix: str = "") -> C:
@@ -93,9 +96,10 @@ def _with_local_paths(config: C, prefix: str = "") -> C:
         value = _value(config, name)
         for key, table in value.items() if isinstance(value, dict) else ():
             _with_local_paths(table, f"{prefix}{name}.{key}.")
-        if PATH in field.metadata and REMOTE not in field.metadata:
+        if PATH in field.metadata and value != field.default:
             for text in (value,) if isinstance(value, str) else value:
-                local_path(text, f"{prefix}{name}")
+                if REMOTE not in field.metadata or not text:
+                    local_path(text, f"{prefix}{name}")
     return config
 
 

@@ -100,10 +100,7 @@ def read_pairs(
         count += 1
         yield pair
     if count > len(known):
-        log.warn(
-            f"{path}: {count - len(known)} of {count} pairs repeat an earlier one, token by token, and count as often "
-            "as they stand there; `prefpipe score` drops them"
-        )
+        log.warn(f"{path}: {count - len(known)} of {count} pairs repeat an earlier one (`prefpipe score` drops these)")
 
 
 def read_labels(
