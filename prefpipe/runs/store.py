@@ -113,7 +113,7 @@ class Run:
             self._set_aside(part, _NO_INPUT)
 
     def write_part(
-        self, dataset: str, row_type: type, index: int, table: pa.Table, rows: Mapping[str, str] = NO_ROWS
+        self, dataset: str, row_type: type, index: int, table: tables.Content, rows: Mapping[str, str] = NO_ROWS
     ) -> None:
         """Write and commit one shard of a dataset; `rows` are digests of the rows of an input that it holds, by name.
         Raises DataError for rows that do not fit the row type."""

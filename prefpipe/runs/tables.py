@@ -26,15 +26,40 @@ _OTHER_VERSION = (
 )
 
 
-def write_table(path: Path, row_type: type, table: pa.Table) -> None:
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The bytes of a file of so many rows: a worker makes them, and the process that holds the run writes them."""
+
+    file: bytes
+    num_rows: int
+
+
+Content = pa.Table | Encoded  # of a file
+
+
+def encoded(row_type: type, table: pa.Table, name: str) -> Encoded:
+    """Rows of a type as the file that `write_table` writes; raises as it does, by the name of the dataset."""
+    sink = pa.BufferOutputStream()
+    _write(_checked(row_type, table, Path(name)), sink)
+    return Encoded(sink.getvalue().to_pybytes(), table.num_rows)
+
+
+def write_table(path: Path, row_type: type, table: Content) -> None:
     """Write rows of a type, atomically. Raises DataError for other columns, values that do not fit, nulls and NaN."""
+    if isinstance(table, Encoded):
+        fsio.write_atomic(path, lambda temporary: temporary.write_bytes(table.file))
+        return
     checked = _checked(row_type, table, path)
 
     def write(temporary: Path) -> None:
         with utf8(temporary) as name:
-            pq.write_table(checked, name, write_page_checksum=True, compression="zstd")
+            _write(checked, name)
 
     fsio.write_atomic(path, write)
+
+
+def _write(checked: pa.Table, sink: Path | pa.NativeFile) -> None:
+    pq.write_table(checked, sink, write_page_checksum=True, compression="zstd")
 
 
 def read_table(path: Path, row_type: type, columns: list[str] | None = None) -> pa.Table:

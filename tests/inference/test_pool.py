@@ -21,7 +21,7 @@ from prefpipe.engines.fake import FakeEngine
 from prefpipe.errors import DataError, IdentityError, PrefpipeError
 from prefpipe.inference import pool, pool_driver, pool_worker, warm
 from prefpipe.inference.inflight import Inflight
-from prefpipe.inference.pool_messages import Gone
+from prefpipe.inference.pool_messages import Gone, Noted
 from prefpipe.runs import store
 from prefpipe.schemas import Completion, RefLogps
 from prefpipe.stages.evaluate import stage as evaluate
@@ -120,6 +120,22 @@ def test_workers_with_a_model_sample_the_same_rows_up_to_rounding(config: Genera
     assert len(alike) >= 0.9 * len(one)
     for key in alike:
         assert two[key][1] == pytest.approx(one[key][1], abs=1e-4)
+
+
+def test_a_worker_says_what_enters_at_once_and_what_has_left_with_its_progress() -> None:
+    """Two messages for a request: the one that kills its engine is on record before the engine has it."""
+    said: list[Any] = []
+    voice = pool_worker.Voice(said.append)
+    voice.advance(0)  # a shard without a prompt that is left out
+    voice.note("take a")
+    assert said == [Noted(("take a",), 0)]
+    voice.note("done a")
+    assert len(said) == 1
+    voice.advance(1)
+    voice.note("alone b")
+    voice.note("done b")
+    voice.note("died")
+    assert said[1:] == [Noted(("done a",), 1), Noted(("alone b",), 0), Noted(("done b", "died"), 0)]
 
 
 def rows_of(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -231,7 +247,7 @@ def test_the_death_of_a_machine_charges_nobody(
     seen: list[list[str]] = []
     plain = Inflight.close
     monkeypatch.setattr(Inflight, "close", lambda self: (seen.append([*self.suspects, *self.killers]), plain(self))[1])
-    started = use(first_to_say(8, deaths=2), blameless=True)
+    started = use(first_to_say(7, deaths=2), blameless=True)  # before it says that a prompt has left its engine
     made(config, tmp_path / "g", 2)
     assert started[0].lives == 4
     assert seen == [[]]

@@ -59,7 +59,7 @@ class Threads:
             line = _Line(lambda event: self._events.put((number, event)), lambda count: self._dies(life, count))
             try:
                 line.send(Up())
-                pool_worker._serve(line, inbox)  # type: ignore[arg-type]
+                pool_worker._serve(pool_worker.Voice(line.send), inbox)
             except Killed:
                 self._events.put((number, Gone("SIGKILL", self._blameless)))
             except Exception as error:

@@ -70,6 +70,25 @@ def test_the_gate_refuses(tmp_path: Path, case: str) -> None:
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_worker_refuses_what_the_gate_refuses(case: str) -> None:
+    row_type, table, words = BAD_TABLES[case]
+    with pytest.raises(DataError, match=words) as caught:
+        tables.encoded(row_type, table, "rewards/r")
+    assert "rewards/r" in caught.value.message
+
+
+@pytest.mark.parametrize("table", [FULL, FULL.slice(0, 0), FULL.select(FULL.column_names[::-1])])
+def test_a_file_has_the_same_bytes_wherever_its_rows_are_encoded(tmp_path: Path, table: pa.Table) -> None:
+    with opened(tmp_path) as run:
+        run.write_part("here", Reward, 0, table)
+        run.write_part("there", Reward, 0, tables.encoded(Reward, table, "there"))
+        here, there = run.part("here", 0), run.part("there", 0)
+        assert here.read_bytes() == there.read_bytes()
+        assert run.read_part("there", Reward, 0).num_rows == table.num_rows
+        assert run.has_shard(["there"], 0)
+
+
 def test_the_gate_orders_columns_casts_and_allows_empty_tables(tmp_path: Path) -> None:
     with opened(tmp_path) as run:
         turned = pa.table({n: FULL[n] for n in reversed(FULL.column_names)})
