@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds for everything (default %(default)s)")
-    parser.add_argument("--only", nargs="*", default=[], metavar="CHECK", help=", ".join(c.name for c in CHECKS))
+    names = [check.name for check in CHECKS]
+    parser.add_argument("--only", nargs="*", default=[], metavar="CHECK", choices=names, help=", ".join(names))
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, whatever is here")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -85,6 +86,7 @@ def work(names: Sequence[str], pipe: int, until: float, *, tiny: bool) -> None:
     import torch
     from card import sizes
 
+    os.set_inheritable(pipe, False)  # or what a compiler starts would keep it open
     on_card = torch.cuda.is_available() and not tiny
     chosen = sizes.real(torch.device("cuda")) if on_card else sizes.tiny(torch.device("cpu"))
     with os.fdopen(pipe, "w", encoding="utf-8") as events:

@@ -6,8 +6,8 @@ process.
 A random Llama of 346 M parameters in float32, on CPU, over gloo. Every process loads it as a run does, tests token
 trees against plain passes, trains on rows of about 25 tokens (trees, chunked head, checkpointing) and saves a
 checkpoint. Counted is the most resident memory in each of these phases, above that at the end of a tiny run before it:
-Python, its modules and threads take about 0.5 GB in any process, and would hide the model. glibc is told to give large
-blocks back (MALLOC_MMAP_THRESHOLD_); otherwise it keeps layers that were gathered and freed.
+Python, its modules and threads take about 0.5 GB in any process, and would hide the model. In all of them glibc gives
+blocks of 64 KiB back when they are freed, as it does in ranks that share a model (`return_blocks_at_once`).
 """
 
 import argparse
@@ -137,7 +137,7 @@ def measure(folder: Path, tuning: str, ranks: int, steps: int) -> dict[str, Any]
     out = folder / f"{tuning}-{ranks}"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     own = ["--rank", str(folder), "--tuning", tuning, "--steps", str(steps), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     subprocess.run([sys.executable, *launcher, __file__, *own], env=environment, check=True)
     found = [json.loads(path.read_text()) for path in sorted(out.glob("rank-*.json"))]
     return summary(found, ranks)

@@ -7,7 +7,8 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from card.record import Record
 from card.worker import Check
@@ -15,6 +16,7 @@ from card.worker import Check
 START = 90.0  # seconds that a process may take for its imports
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 GRACE = 15.0  # seconds after the limit of a check before its process is killed
+DEATH = 5.0  # seconds that a killed process may take to die; one that waits inside the driver may never
 
 
 def supervise(
@@ -37,7 +39,7 @@ def supervise(
             return
         before, (reading, writing) = len(waiting), os.pipe()
         process = subprocess.Popen(
-            command([*waiting], writing), pass_fds=[writing], start_new_session=True, env={**os.environ, **OFFLINE}
+            command([*waiting], writing), pass_fds=[writing], start_new_session=True, env=_environment(os.environ)
         )
         os.close(writing)
         running, why = None, "the run was broken off"
@@ -51,6 +53,12 @@ def supervise(
         for name in lost:  # a process that begins no check ends all of them: the next one would not either
             del waiting[name]
             record.take({"check": name, "kind": "end", "state": "failed", "why": why})
+
+
+def _environment(of_user: Mapping[str, str]) -> dict[str, str]:
+    """What a process gets: no hub, and one card, the first of those that the user shows (on two, TRL would train on
+    both)."""
+    return {**of_user, **OFFLINE, "CUDA_VISIBLE_DEVICES": of_user.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def _listen(
@@ -89,4 +97,5 @@ def _end(process: subprocess.Popen[bytes], *, hangs: bool) -> None:
         process.wait(timeout=0 if hangs else 5)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=DEATH)

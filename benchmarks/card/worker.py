@@ -34,8 +34,8 @@ def run(
     clock: Callable[[], float] = time.time,
 ) -> None:
     """Run checks until the moment `until` of the clock. One that does not fit in the time left is left out; one that
-    fails or passes its limit keeps the figures before that, and the next one follows. Raises SystemExit where the card
-    answers no more, after the event: a new process may go on."""
+    fails or passes its limit keeps the figures before that, and the next one follows, without the model that it left
+    halfway. Raises SystemExit where the card answers no more, after the event: a new process may go on."""
     for check in checks:
         left = until - clock()
         if left < check.needs:
@@ -45,7 +45,7 @@ def run(
         start = clock()
         tell({"check": check.name, "kind": "start", "state": "running"})
         state, why = _outcome(check, bench, tell, lambda since=start: clock() - since, min(check.limit, left))
-        healthy = _released(bench)
+        healthy = _released(bench, whole=state == "done")
         if not healthy:
             state, why = "failed", why or "the card answers no more"
         tell({"check": check.name, "kind": "end", "state": state, "why": why, "seconds": clock() - start})
@@ -73,10 +73,10 @@ def _outcome(
     return "done", ""
 
 
-def _released(bench: Any) -> bool:
-    """Free what the check left on the card. Whether the card still answers."""
+def _released(bench: Any, *, whole: bool) -> bool:
+    """Free what the check left on the card, but for the model of one that is whole. Whether the card still answers."""
     try:
-        bench.release()
+        bench.release() if whole else bench.drop()
     except RuntimeError:
         traceback.print_exc()
         return False

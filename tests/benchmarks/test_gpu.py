@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ def test_the_file_is_whole_after_every_event_and_the_table_says_all(card: Callab
 
 def test_checks_that_fail_pass_their_limit_or_do_not_fit_leave_the_others_alone(card: Callable) -> None:
     """A clock that the checks move: 100 s in all."""
-    worker, now, events = card("card.worker"), SimpleNamespace(at=0.0), []
+    worker, now, events, freed = card("card.worker"), SimpleNamespace(at=0.0), [], []
     found = card("card.record").Figure("f", 1.0)
 
     def spends(*seconds: float) -> Callable[[Any], Iterator[Any]]:
@@ -104,7 +105,8 @@ def test_checks_that_fail_pass_their_limit_or_do_not_fit_leave_the_others_alone(
         worker.Check("large", 50, 45, spends(1)),
         worker.Check("last", 100, 5, spends(35, 35)),
     ]
-    worker.run(checks, SimpleNamespace(release=lambda: None), events.append, 100.0, lambda: now.at)
+    bench = SimpleNamespace(release=lambda: freed.append("rest"), drop=lambda: freed.append("model too"))
+    worker.run(checks, bench, events.append, 100.0, lambda: now.at)
     ends = {e["check"]: (e["state"], e["why"]) for e in events if e["kind"] == "end"}
     assert ends == {
         "whole": ("done", ""),
@@ -116,6 +118,7 @@ def test_checks_that_fail_pass_their_limit_or_do_not_fit_leave_the_others_alone(
     }
     counts = {name: sum(e["check"] == name and e["kind"] == "figure" for e in events) for name in ends}
     assert counts == {"whole": 2, "broken": 1, "slow": 2, "absent": 0, "large": 0, "last": 2}
+    assert freed == ["rest"] + ["model too"] * 4  # what a check broke off in the middle left must not reach the next
 
 
 def test_a_card_that_answers_no_more_ends_the_process_after_the_event(card: Callable) -> None:
@@ -190,6 +193,29 @@ def test_processes_that_begin_no_check_end_all_and_no_time_leaves_the_rest_out(c
         assert kept.content["checks"][0]["state"] == why[0]
 
 
+def test_a_process_gets_one_card_and_no_hub(card: Callable) -> None:
+    environment = card("card.supervise")._environment
+    for shown, one in (({}, "0"), ({"CUDA_VISIBLE_DEVICES": "GPU-5,1"}, "GPU-5"), ({"CUDA_VISIBLE_DEVICES": ""}, "")):
+        found = environment({"HOME": "/h", **shown})
+        assert (found["CUDA_VISIBLE_DEVICES"], found["HF_HUB_OFFLINE"], found["HOME"]) == (one, "1", "/h")
+
+
+def test_a_process_that_cannot_die_holds_nobody_up(card: Callable, monkeypatch: Any) -> None:
+    """SIGKILL reaches no process that waits inside the driver."""
+    supervise, calls = card("card.supervise"), []
+
+    class Stuck:
+        pid = 7
+
+        def wait(self, timeout: float | None = None) -> None:
+            calls.append(timeout)
+            raise subprocess.TimeoutExpired("x", 1)
+
+    monkeypatch.setattr(supervise.os, "killpg", lambda *_: None)
+    supervise._end(Stuck(), hangs=True)
+    assert calls == [0, supervise.DEATH]
+
+
 def test_operations_of_a_row(card: Callable) -> None:
     """By hand: 2 layers of 2 * 4 * 2 * (2 + 1) + 3 * 4 * 8 = 144 weights; a trunk of 3 tokens and completions of 2 and
     1 see 6 + (6 + 3) + (3 + 1) = 19 keys."""
@@ -259,6 +285,9 @@ def test_the_command_writes_the_record_and_prints_the_table(
     assert (check["state"], [f["name"] for f in check["figures"]]) == ("done", ["matrix product", "copy"])
     assert f"torch {torch.__version__}" in check["facts"]["versions"]
     assert "0 of 0 goals met; 1 of 1 checks done." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.main([*lines, "--only", "trl"])
+    assert "'TRL'" in capsys.readouterr().err
     gpu.main([*lines, "--deadline", "4"])
     assert {c["state"] for c in json.loads(path.read_text())["checks"]} == {"left out"}
     assert f"0 of {len(gpu.CHECKS)} checks done." in capsys.readouterr().out

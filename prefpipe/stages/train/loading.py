@@ -104,6 +104,7 @@ def _in_shards(
 ) -> TreeModel:
     """As `_load`, cut over the ranks before a weight is read. Where every weight is trained, the shards are float32:
     they are the optimizer's masters, and `config.dtype` is what layers are gathered and computed in."""
+    process_memory.return_blocks_at_once()  # ranks share a model where memory is short
     base = load.empty_model(policy.directory, "float32" if config.tuning == "full" else config.dtype)
     where = on_meta.sources(policy.directory, base)
     model = TreeModel(adapted(base))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from prefpipe.errors import PrefpipeError
@@ -121,6 +121,8 @@ def cut(model: TreeModel, world: World, computes_in: torch.dtype) -> None:
     for layer in decoder_layers(model.policy):
         fully_shard(layer, mp_policy=policy)
     root = fully_shard(model, mp_policy=policy)
+    if device.type == "cpu":
+        _gather_late(root)
     buffers = [(module, list(module.named_buffers(recurse=False))) for module in model.modules()]
     model.to_empty(device=device)
     for module, own in buffers:
@@ -139,6 +141,15 @@ def cut(model: TreeModel, world: World, computes_in: torch.dtype) -> None:
 
     model.plain = plain
     model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else root.reshard())
+
+
+def _gather_late(root: FSDPModule) -> None:
+    """Have no layer gathered but the one that computes. FSDP2 fetches the next one ahead and keeps the buffer of the
+    last one, which on a GPU hides the transfer; on a CPU the cores that compute do the transfer: it hides nothing."""
+    for module in root.modules():  # pyright: ignore[reportAttributeAccessIssue]  (a mixin of Module)
+        if isinstance(module, FSDPModule):
+            module.set_modules_to_backward_prefetch([module])  # it is there already, and no other is fetched
+    root._set_unshard_async_op(async_op=True)  # pyright: ignore[reportPrivateUsage]  (no public name)
 
 
 def _to_meta(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+_MMAP_THRESHOLD, _APART = -3, 64 << 10  # M_MMAP_THRESHOLD of malloc.h, and its bytes
+
 
 def resident_memory() -> int:
     """Bytes of memory that this process holds now."""
@@ -28,3 +30,11 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_blocks_at_once() -> None:
+    """From now on glibc gives blocks of 64 KiB and more back to the kernel when they are freed. In its heap small
+    blocks that live on keep the holes between them from being joined. Other C libraries do as they do."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _APART)

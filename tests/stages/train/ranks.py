@@ -50,6 +50,7 @@ def main(model_directory: Path, strategies: Sequence[str]) -> None:
         check_values(start(model_directory, strategy, world), data.trainer(data.policy(model_directory), CONFIG), pairs)
         check_gradient(model_directory, strategy, world, pairs, "shared")
         check_gradient(model_directory, strategy, world, pairs, "separate")
+        check_gathered(start(model_directory, strategy, world), pairs) if strategy == "fsdp2" else None
         check_gradient(model_directory, strategy, world, pairs, "shared", "full")
         for tuning in ("lora", "full"):
             check_state(model_directory, strategy, world, pairs, "float32", tuning)
@@ -193,6 +194,22 @@ def check_gradient(
     mine, other = (moments(trainer) for trainer in (two, one))
     assert other.norm() > 0
     assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+def check_gathered(trainer: Trainer, pairs: Sequence[TrainPair]) -> None:
+    """While the last layer computes, in either pass, the first one is in its shards and nobody has fetched it."""
+    first, last = decoder_layers(trainer.model.policy)
+    (group,) = first._get_fsdp_state()._fsdp_param_groups
+    seen: list[bool] = []
+
+    def look(*_: object) -> None:
+        held = group.comm_ctx.all_gather_state
+        seen.append(group.is_sharded and group._all_gather_result is None and held is None)
+
+    handle = last.mlp.down_proj.register_forward_hook(lambda *call: (look(), call[-1].register_hook(look))[0])
+    trainer.wrapped(flatten([tree_of(p) for p in pairs])).sum().backward()
+    handle.remove()
+    assert seen == [True, True]
 
 
 def moments(trainer: Trainer) -> torch.Tensor:
