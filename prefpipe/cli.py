@@ -20,16 +20,16 @@ from pydantic import BaseModel
 from prefpipe import __version__, flags, log, processes, terminal
 from prefpipe.api import calls
 from prefpipe.api.calls import SETTINGS, STAGES
-from prefpipe.chat import commands as _chat_commands
+from prefpipe.chat.commands import chat
 from prefpipe.config import base
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.plan import PlanConfig
 from prefpipe.doctor import command as doctors
 from prefpipe.errors import Interrupted, PrefpipeError, UsageError
-from prefpipe.exports import commands as _export_commands
+from prefpipe.exports.commands import export, push
 from prefpipe.shipped import commands as _recipe_commands
 from prefpipe.shipped import recipes
-from prefpipe.views import commands
+from prefpipe.views.commands import compare, runs, show
 
 _START = "Start"
 _AGAIN_AFTER_S = 0.02  # a destructor has ended by then, mostly
@@ -281,6 +281,7 @@ app.command(
     rich_help_panel=_RECIPES,
 )(flags.command(PlanConfig, _plan))
 _recipe_commands.register(app, _RECIPES)
-commands.register(app)
-_chat_commands.register(app)
-_export_commands.register(app)
+for _function in (show, runs, compare, chat):
+    app.command(rich_help_panel="Look")(_function)
+for _function in (push, export):
+    app.command(rich_help_panel="Share")(_function)

@@ -18,7 +18,12 @@ from prefpipe.config.names import known
 
 FORCE = "Start over: what is in --out moves to its quarantine/ folder."
 VERBOSE = "Show the traceback of an unexpected error."
-OPERATIONS = ("out", "force", "dry_run", "verbose")  # options of every command that are no settings
+OPERATIONS = {  # options of every command that are no settings
+    "out": "Directory of this run; the same command resumes it.",
+    "force": FORCE,
+    "dry_run": "Print the resolved settings as JSON and stop.",
+    "verbose": VERBOSE,
+}
 
 
 class SettingsCommand(TyperCommand):
@@ -67,7 +72,7 @@ def command(cls: type[BaseModel], run: Callable[..., None]) -> Callable[..., Non
         recipe, out = (local_path(given[n], n) if given[n] is not None else None for n in ("recipe", "out"))
         run(recipe, flags, out=out, force=given["force"], dry_run=given["dry_run"])
 
-    parameters = [_recipe(), *_operations(), *(_option(*setting) for setting in settings)]
+    parameters = [_RECIPE, *map(_operation, OPERATIONS), *(_option(*setting) for setting in settings)]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads the signature
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = cls.__doc__
@@ -85,15 +90,15 @@ def _option(name: str, field: FieldInfo, heading: str) -> inspect.Parameter:
     panel = ": ".join(part for part in (".".join(tables), heading) if part) or None
     several = get_origin(field.annotation) is tuple
     kind: Any = list[str] if several else (bool if field.annotation is bool else str)
-    return inspect.Parameter(
-        name.replace(".", "__"),
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            kind | None,
-            typer.Option(flag, help=text, metavar=_metavar(field), show_default=False, rich_help_panel=panel),
-        ],
-    )
+    option = typer.Option(flag, help=text, metavar=_metavar(field), show_default=False, rich_help_panel=panel)
+    return _parameter(name.replace(".", "__"), kind | None, option)
+
+
+def _operation(name: str) -> inspect.Parameter:
+    of_path = name == "out"
+    flag = "--" + name.replace("_", "-")
+    option = typer.Option(flag, metavar="PATH" if of_path else None, help=OPERATIONS[name])
+    return _parameter(name, str | None if of_path else bool, option, None if of_path else False)
 
 
 def _metavar(field: FieldInfo) -> str:
@@ -107,33 +112,11 @@ def _metavar(field: FieldInfo) -> str:
     return "TEXT..." if get_origin(kind) is tuple else names.get(kind, "TEXT")
 
 
-def _recipe() -> inspect.Parameter:
-    return inspect.Parameter(
-        "recipe",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            str | None, typer.Argument(metavar="[RECIPE]", help="TOML recipe, or a config.json that a run saved.")
-        ],
-    )
+def _parameter(name: str, kind: Any, option: Any, default: object = None) -> inspect.Parameter:
+    """A parameter of the function that typer reads."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def _operations() -> list[inspect.Parameter]:
-    options: dict[str, tuple[Any, Any, str]] = {
-        "out": (str | None, None, "Directory of this run; the same command resumes it."),
-        "force": (bool, False, FORCE),
-        "dry_run": (bool, False, "Print the resolved settings as JSON and stop."),
-        "verbose": (bool, False, VERBOSE),
-    }
-    return [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default,
-            annotation=Annotated[
-                kind,
-                typer.Option("--" + name.replace("_", "-"), metavar="PATH" if kind is not bool else None, help=text),
-            ],
-        )
-        for name, (kind, default, text) in options.items()
-    ]
+_RECIPE = _parameter(
+    "recipe", str | None, typer.Argument(metavar="[RECIPE]", help="TOML recipe, or a config.json that a run saved.")
+)

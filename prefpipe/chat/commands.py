@@ -29,11 +29,6 @@ def chat(
         talk.talk(_reader(), both, Settings(seed, temperature, max_tokens))
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to an app, under a heading of its help."""
-    app.command(rich_help_panel="Look")(chat)
-
-
 def _reader() -> Callable[[], str | None]:
     """A function that gives the next line of stdin; None at its end."""
     if sys.stdin is None:

@@ -1,9 +1,8 @@
 """Answers as they come: on a terminal in columns beside each other, elsewhere below each other."""
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -12,13 +11,7 @@ from rich.text import Text
 
 from prefpipe import terminal
 
-
-class Show(Protocol):
-    """Takes more of the answer of a voice, by its name."""
-
-    def __call__(self, name: str, text: str) -> None:
-        """Show it."""
-        ...
+Show = Callable[[str, str], None]  # takes the name of a voice and more of its answer
 
 
 @contextmanager

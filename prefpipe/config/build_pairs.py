@@ -85,12 +85,7 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "rule": {name: rule.reads for name, rule in RULES.items()},
     "preference_prob": {"none": (), "bradley-terry": ("preference_scale",)},
-    "gap_filter": {
-        "both": ("min_gap", "min_gap_sd"),
-        "absolute": ("min_gap",),
-        "scaled": ("min_gap_sd",),
-        "none": (),
-    },
+    "gap_filter": {"both": ("min_gap", "min_gap_sd"), "absolute": ("min_gap",), "scaled": ("min_gap_sd",), "none": ()},
     "subset": {
         name: (*(["subset_share"] if logps else []), *(["policy_logps"] if "policy" in logps else []))
         for name, logps in SUBSETS.items()

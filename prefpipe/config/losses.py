@@ -96,10 +96,7 @@ LOSSES: dict[str, Loss] = {
     "simpo": Loss(("beta", *MARGIN_SETTINGS, "label_smoothing"), needs=(), beta="per nat per token", target=_MARGIN),
     "alphapo": Loss(("beta", *MARGIN_SETTINGS, "alphapo_alpha"), needs=(), beta="per nat per token", target=_MARGIN),
     "cpo": Loss(
-        ("beta", "label_smoothing"),
-        needs=(),
-        target=f"{_REWARD_OF_1} of log-prob difference",
-        smoothing_stops_it=True,
+        ("beta", "label_smoothing"), needs=(), target=f"{_REWARD_OF_1} of log-prob difference", smoothing_stops_it=True
     ),
     "orpo": Loss(("beta", "nll_scope"), needs=(), beta="no temperature", target=""),
     "nll": Loss(("nll_scope",), needs=(), beta="no temperature", target=""),

@@ -141,10 +141,7 @@ NO_TABLES: dict[str, rewards.Settings] = {}
 SpecialTokens = rewards.SpecialTokens
 RewardName = Annotated[str, AfterValidator(check_reward)]  # a class declares reward_settings before such a field
 REWARD_CHOICES = f"{', '.join(REWARD_NAMES)}, the name of a table [reward_settings.NAME], or your own 'module:function'"
-Rewards = Annotated[
-    tuple[RewardName, ...],
-    Field(description=f"Rewards for every completion: {REWARD_CHOICES}."),
-]
+Rewards = Annotated[tuple[RewardName, ...], Field(description=f"Rewards for every completion: {REWARD_CHOICES}.")]
 Temperature = Annotated[float, Field(ge=0, le=2, description="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, Field(gt=0, le=1, description="Nucleus sampling: keep the smallest set with this mass.")]
 MaxTokens = Annotated[int, Field(ge=1, description="Longest completion, in tokens.")]

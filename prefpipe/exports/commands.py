@@ -68,9 +68,3 @@ def export(
         raise UsageError(f"--model = {model}: {form} is made of rows", "leave it out")
     count, dataset = importlib.import_module("prefpipe.exports.rows").export(form, directory, target)
     terminal.show(f"exported     {count} {dataset} to {target}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to an app, under one heading of its help."""
-    for command in (push, export):
-        app.command(rich_help_panel="Share")(command)

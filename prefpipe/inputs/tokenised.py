@@ -46,9 +46,6 @@ class Limits:
     rules: Rules = DROP
 
 
-NO_LIMITS = Limits()
-
-
 @dataclass(frozen=True)
 class Tokenised:
     """A prompt and its answers as token ids.

@@ -74,6 +74,5 @@ def _module(kind: str) -> Any:
         return importlib.import_module(REWARDS[kind])
     except ModuleNotFoundError as error:
         raise MissingInputError(
-            f"reward {kind} needs the package '{error.name}'",
-            extras.hint(_EXTRAS.get(kind, "rewards")),
+            f"reward {kind} needs the package '{error.name}'", extras.hint(_EXTRAS.get(kind, "rewards"))
         ) from error

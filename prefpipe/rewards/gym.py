@@ -54,13 +54,7 @@ def prompts(
 
 
 def write_prompts(
-    path: Path,
-    task: str,
-    *,
-    size: int,
-    seed: int = 0,
-    heldout: float = 0.0,
-    datasets: Sequence[Mapping[str, Any]] = (),
+    path: Path, task: str, *, size: int, seed: int = 0, heldout: float = 0.0, datasets: Sequence[Mapping[str, Any]] = ()
 ) -> None:
     """Write `prompts` as JSONL."""
     rows = prompts(task, size, seed, heldout, datasets)

@@ -49,52 +49,42 @@ def isolated(
     def call_all(arguments: Sequence[Sequence[Any]]) -> list[Outcome]:
         while len(processes) < min(num_cores(num_workers), len(arguments)):
             processes.append(start())
-        return _Calls(start, processes, arguments).run()
+        return _calls(start, processes, arguments) if arguments else []
 
     weakref.finalize(call_all, _close, processes)
     return call_all
 
 
-class _Calls:
-    """The calls of one list: a thread per process sends it one call after the other."""
+def _calls(start: Callable[[], Process], processes: list[Process], arguments: Sequence[Sequence[Any]]) -> list[Outcome]:
+    """The outcomes of calls: a thread for each process sends it one after the other."""
+    outcomes: dict[int, Outcome] = {}
+    waiting = iter(range(len(arguments)))  # shared by the threads: next() of a range is atomic
+    stopping = threading.Event()
 
-    def __init__(
-        self, start: Callable[[], Process], processes: list[Process], arguments: Sequence[Sequence[Any]]
-    ) -> None:
-        self._start = start
-        self._processes = processes
-        self._arguments = arguments
-        self._outcomes: dict[int, Outcome] = {}
-        self._waiting = iter(range(len(arguments)))  # shared by the threads: next() of a range is atomic
-        self._stopping = threading.Event()
-
-    def run(self) -> list[Outcome]:
-        if not self._arguments:
-            return []
-        with ThreadPoolExecutor(len(self._processes)) as pool:
-            try:
-                for done in [pool.submit(self._work, number) for number in range(len(self._processes))]:
-                    done.result()
-            except BaseException:
-                self._stopping.set()
-                for process in self._processes:  # so that no thread waits for one any more
-                    kill(process)
-                pool.shutdown()
-                _close(self._processes)
-                self._processes.clear()
-                raise
-        return [self._outcomes[index] for index in range(len(self._arguments))]
-
-    def _work(self, number: int) -> None:
-        for index in self._waiting:
-            outcome = _ask(self._processes[number], self._arguments[index])
-            if self._stopping.is_set():
+    def work(number: int) -> None:
+        for index in waiting:
+            outcome = _ask(processes[number], arguments[index])
+            if stopping.is_set():
                 return
             if outcome is None:
-                _close([self._processes[number]])
-                self._processes[number] = self._start()
+                _close([processes[number]])
+                processes[number] = start()
                 outcome = Outcome(None, "crash", "the process of the checker died")
-            self._outcomes[index] = outcome
+            outcomes[index] = outcome
+
+    with ThreadPoolExecutor(len(processes)) as pool:
+        try:
+            for done in [pool.submit(work, number) for number in range(len(processes))]:
+                done.result()
+        except BaseException:
+            stopping.set()
+            for process in processes:  # so that no thread waits for one any more
+                kill(process)
+            pool.shutdown()
+            _close(processes)
+            processes.clear()
+            raise
+    return [outcomes[index] for index in range(len(arguments))]
 
 
 def _start(function: str, timeout_seconds: float, imports: Sequence[str]) -> Process:

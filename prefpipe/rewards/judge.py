@@ -31,14 +31,6 @@ VerdictOrScored = tuple[Any, str] | Scored  # (verdict, reason), or the score of
 
 
 @dataclass(frozen=True)
-class Pairing:
-    """Two completions of a prompt, by their positions in the list of answers."""
-
-    left: int
-    right: int
-
-
-@dataclass(frozen=True)
 class Comparison:
     """The result of one comparison in both orders.
 
@@ -74,11 +66,11 @@ def asker(settings: Judge) -> Ask:
     return ask_all if settings.engine == "endpoint" else local_judge.ask_in_engine(settings)
 
 
-def pairings(count: int, opponents: int) -> list[Pairing]:
-    """Which of `count` completions meet: every two, or in a ring each one and the next `opponents`."""
+def pairings(count: int, opponents: int) -> list[tuple[int, int]]:
+    """Which of `count` completions meet, by their places: every two, or in a ring each one and the next `opponents`."""
     if opponents == 0 or 2 * opponents >= count - 1:
-        return [Pairing(i, j) for i in range(count) for j in range(i + 1, count)]
-    return [Pairing(i, (i + step) % count) for i in range(count) for step in range(1, opponents + 1)]
+        return [(i, j) for i in range(count) for j in range(i + 1, count)]
+    return [(i, (i + step) % count) for i in range(count) for step in range(1, opponents + 1)]
 
 
 def bias(comparisons: Sequence[Comparison]) -> dict[str, float | int]:
@@ -124,16 +116,12 @@ def compare(settings: Judge, ask: Ask, lefts: Sequence[Answer], rights: Sequence
 
 
 def _compare(settings: Judge, ask: Ask, answers: Sequence[Answer]) -> list[Scored]:
-    pairs = [
-        Pairing(group[p.left], group[p.right])
-        for group in _groups(answers)
-        for p in pairings(len(group), settings.opponents)
-    ]
-    comparisons = compare(settings, ask, [answers[p.left] for p in pairs], [answers[p.right] for p in pairs])
+    pairs = [(group[i], group[j]) for group in _groups(answers) for i, j in pairings(len(group), settings.opponents)]
+    comparisons = compare(settings, ask, [answers[left] for left, _ in pairs], [answers[right] for _, right in pairs])
     met: dict[int, list[tuple[Comparison, bool]]] = {i: [] for i in range(len(answers))}
-    for p, comparison in zip(pairs, comparisons, strict=True):
-        met[p.left].append((comparison, True))
-        met[p.right].append((comparison, False))
+    for (left, right), comparison in zip(pairs, comparisons, strict=True):
+        met[left].append((comparison, True))
+        met[right].append((comparison, False))
     return [_sum_up(met[i]) for i in range(len(answers))]
 
 
@@ -223,9 +211,4 @@ def _messages(settings: Judge, shape: str, answer: Answer, shown: dict[str, str]
 
 def _schema(verdict: dict[str, Any]) -> dict[str, Any]:
     properties = {"reason": {"type": "string"}, **verdict}
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}

@@ -73,7 +73,4 @@ def load_rewards(
     names: Sequence[str], tables: Mapping[str, Settings] = MappingProxyType({})
 ) -> tuple[dict[str, RewardFunction], dict[str, str]]:
     """Reward functions by name, and what identifies each in the fingerprint of a run."""
-    return (
-        {n: rewards.load(n, tables) for n in names},
-        {f"reward {n}": rewards.identity(n, tables) for n in names},
-    )
+    return ({n: rewards.load(n, tables) for n in names}, {f"reward {n}": rewards.identity(n, tables) for n in names})

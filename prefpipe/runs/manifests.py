@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +39,7 @@ class Balance:
 
 def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Write a manifest and return it: `content`, the versions of prefpipe and its packages, and the digest."""
-    manifest = {**content, "versions": _versions()}
+    manifest = {**content, "versions": {"prefpipe": __version__, **versions(_PACKAGES)}}
     manifest["digest"] = digest(manifest)
     fsio.write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
@@ -105,11 +106,10 @@ def _is_inside(name: str) -> bool:
     return bool(_SAFE_NAME.fullmatch(name)) and ".." not in name.split("/")
 
 
-def _versions() -> dict[str, str]:
-    versions = {"prefpipe": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed, by name."""
+    found: dict[str, str] = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

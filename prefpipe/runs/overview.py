@@ -6,7 +6,7 @@ what is missing or damaged.
 
 import fcntl
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +82,7 @@ def look(directory: Path, name: str = "") -> Overview:
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory", "name the --out of a command of prefpipe")
     saved, gaps = _record(directory / "config.json")
-    manifest, more = _manifest(directory)
+    manifest, more = _record(directory / "manifest.json", manifests.read)
     command = manifest.get("command") or saved.get("command")
     if not isinstance(command, str):
         why = "; ".join(f"{gap.where}: {gap.why}" for gap in gaps) or "it has no config.json"
@@ -221,15 +221,6 @@ def _step(root: Overview, number: int, command: str) -> Overview:
         return Overview(root.path / name, name, command, "not started", {}, {}, (), number, gaps)
 
 
-def _manifest(directory: Path) -> tuple[Record, Sequence[Gap]]:
-    if not reading.is_there(directory / "manifest.json"):
-        return {}, ()
-    try:
-        return manifests.read(directory / "manifest.json"), ()
-    except PrefpipeError as error:
-        return {}, (Gap("manifest.json", error.message),)
-
-
 def _lost(directory: Path, name: str, manifest: Record) -> Iterator[Gap]:
     """Files of a complete run that are gone or have another size; their bytes are not read."""
     for file, described in (manifest.get("files") or {}).items():
@@ -242,11 +233,14 @@ def _lost(directory: Path, name: str, manifest: Record) -> Iterator[Gap]:
             yield Gap(f"{name or directory.name}/{file}", f"{size:,} bytes, not {described['bytes']:,}: it is damaged")
 
 
-def _record(path: Path) -> tuple[dict[str, Any], Sequence[Gap]]:
+def _record(
+    path: Path, read: Callable[[Path], dict[str, Any]] = manifests.read_json
+) -> tuple[dict[str, Any], Sequence[Gap]]:
+    """What a file holds; nothing, with a gap, where it is damaged."""
     if not reading.is_there(path):
         return {}, ()
     try:
-        return manifests.read_json(path), ()
+        return read(path), ()
     except PrefpipeError as error:
         return {}, (Gap(path.name, error.message),)
 

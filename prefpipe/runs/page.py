@@ -8,7 +8,6 @@ import os
 import subprocess
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -19,15 +18,8 @@ _SECONDS = 300.0
 _LOWEST = 19  # of priorities
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """A process that writes a page, and what it says."""
-
-    process: subprocess.Popen[str]
-    said: IO[str]
-
-
-_writers: dict[Path, _Writer] = {}  # of this process, by the directory of the run
+# Of this process, by the directory of the run: what writes its page, and what that says.
+_writers: dict[Path, tuple[subprocess.Popen[str], IO[str]]] = {}
 
 
 def check_installed() -> None:
@@ -40,7 +32,7 @@ def renew(run_dir: Path) -> None:
     """Begin to write RUN_DIR/report.html as the run stands now, and do not wait: the run goes on meanwhile. While the
     page before is still being written, this one is left out."""
     before = _writers.get(run_dir)
-    if before is None or before.process.poll() is not None:
+    if before is None or before[0].poll() is not None:
         _end(run_dir)
         _begin(run_dir)
 
@@ -69,25 +61,25 @@ def _begin(run_dir: Path) -> None:
         return
     with suppress(OSError):  # it has ended already
         os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST)
-    _writers[run_dir] = _Writer(process, said)
+    _writers[run_dir] = process, said
 
 
 def _end(run_dir: Path) -> None:
     """Wait for the page that is being written, if any, and warn where it could not be."""
-    writer = _writers.pop(run_dir, None)
-    if writer is None:
+    if run_dir not in _writers:
         return
-    with writer.said:
+    process, said = _writers.pop(run_dir)
+    with said:
         try:
-            code = writer.process.wait(_SECONDS)
+            code = process.wait(_SECONDS)
         except subprocess.TimeoutExpired:
-            writer.process.kill()
-            writer.process.wait()
+            process.kill()
+            process.wait()
             _warn(run_dir, f"it took longer than {_SECONDS:.0f} s")
             return
         if code:
-            writer.said.seek(0)
-            text = writer.said.read()
+            said.seek(0)
+            text = said.read()
             _warn(run_dir, next((line for line in text.splitlines() if line.startswith("error:")), text[-300:]))
 
 

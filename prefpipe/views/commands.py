@@ -69,11 +69,5 @@ def compare(
         _room("drawing").show(*view.drawn(run_dirs))
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to an app, under one heading of its help."""
-    for command in (show, runs, compare):
-        app.command(rich_help_panel="Look")(command)
-
-
 def _room(name: str) -> ModuleType:
     return importlib.import_module(f"prefpipe.views.{name}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe.inputs import tokenised
-from prefpipe.inputs.tokenised import NO_LIMITS, Limits
+from prefpipe.inputs.tokenised import Limits
 from prefpipe.models.chat import Chat
 from prefpipe.schemas import Completion, Dropped, Label, Pair
 
@@ -43,7 +43,7 @@ LONG = [*TRACE, {"role": "user", "content": "And in Kiel?"}, calling("Kiel"), re
 
 
 def read_pairs(
-    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+    path: str | Path, chat: Chat, limits: Limits = Limits(), columns: Mapping[str, str] | None = None
 ) -> tuple[list[Pair], list[Dropped]]:
     """All pairs of a file, and its faulty rows."""
     dropped: list[Dropped] = []
@@ -51,7 +51,7 @@ def read_pairs(
 
 
 def read_labels(
-    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+    path: str | Path, chat: Chat, limits: Limits = Limits(), columns: Mapping[str, str] | None = None
 ) -> tuple[list[Label], list[Dropped]]:
     """All labels of a file, and its faulty rows."""
     dropped: list[Dropped] = []
@@ -59,7 +59,7 @@ def read_labels(
 
 
 def read_completions(
-    path: str | Path, chat: Chat, limits: Limits = NO_LIMITS, columns: Mapping[str, str] | None = None
+    path: str | Path, chat: Chat, limits: Limits = Limits(), columns: Mapping[str, str] | None = None
 ) -> tuple[list[Completion], list[Dropped]]:
     """All completions of a file, and its faulty rows."""
     dropped: list[Dropped] = []

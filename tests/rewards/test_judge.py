@@ -183,9 +183,9 @@ def test_a_completion_alone_has_nothing_to_be_compared_with() -> None:
 @given(st.integers(0, 12), st.integers(0, 6))
 def test_everyone_meets_as_many(count: int, opponents: int) -> None:
     met = pairings(count, opponents)
-    assert len({frozenset((p.left, p.right)) for p in met}) == len(met)
-    assert all(p.left != p.right for p in met)
-    meetings = [sum(i in (p.left, p.right) for p in met) for i in range(count)]
+    assert len({frozenset(pair) for pair in met}) == len(met)
+    assert all(left != right for left, right in met)
+    meetings = [sum(i in pair for pair in met) for i in range(count)]
     everyone = max(count - 1, 0)
     assert set(meetings) <= {min(2 * opponents, everyone) if opponents else everyone}
 

@@ -29,7 +29,7 @@ def test_a_run_goes_on_while_its_page_is_written(tmp_path: Path, monkeypatch: py
 
     def counted(run_dir: Path) -> None:
         begin(run_dir)
-        started.append(os.getpriority(os.PRIO_PROCESS, page._writers[run_dir].process.pid))
+        started.append(os.getpriority(os.PRIO_PROCESS, page._writers[run_dir][0].pid))
 
     monkeypatch.setattr(page, "_begin", counted)
     with opened(tmp_path / "run") as run:

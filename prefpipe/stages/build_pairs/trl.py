@@ -29,13 +29,14 @@ Json = Annotated[str, pa.json_()]
 
 
 _PAIR, _LABEL = ("prompt", "chosen", "rejected"), ("prompt", "completion")  # the texts of a row
+_Logp = Float32 | None  # of a reference, where it is known
 _INPUTS = {"tools": str | None, "documents": str | None, "chat_template_kwargs": Json}
 _OF_PAIRS = {
     **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), TokenIds),
-    **dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), Float32 | None),
+    **dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), _Logp),
     "reward_gap": float,
 }
-_OF_LABELS = {**dict.fromkeys(("prompt_ids", "completion_ids"), TokenIds), "ref_logps": Float32 | None}
+_OF_LABELS = {**dict.fromkeys(("prompt_ids", "completion_ids"), TokenIds), "ref_logps": _Logp}
 
 
 def _row_type(name: str, *columns: Mapping[str, Any]) -> type:

@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -39,7 +40,7 @@ def run(directories: Sequence[Path], out: Path, *, force: bool) -> tuple[str, Ba
         config = config.model_copy(update={"shard_rows": rows.shard_size(found, prompts)})
         place = rows.Interleaved(found, prompts, config).place
     else:
-        place = files.Numbered(found).place
+        place = partial(files.place, found)
     names = [name.removeprefix("input:") for name in first.saved["row_inputs"]]
     by_row = RowInputs(names, lambda _saved: ())
     with store.open_run(out, first.command, config, first.manifest["inputs"], force=force, by_row=by_row) as whole:

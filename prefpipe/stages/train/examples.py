@@ -168,45 +168,29 @@ def from_pairs(rows: Sequence[Pair]) -> list[TrainPair]:
 
 def from_labels(rows: Sequence[Label]) -> list[TrainLabel]:
     """Labels of a dataset as rows to train on."""
-    return [
-        TrainLabel(
-            row.completion_id,
-            tuple(row.prompt_token_ids),
-            _completion(row.completion_id, row.token_ids, row.ref_token_logps, row.loss_mask),
-            row.label,
-            row.weight,
-        )
-        for row in rows
-    ]
+    return [_label(row.completion_id, row, row.ref_token_logps, row.label, row.weight) for row in rows]
 
 
 def from_bank(rows: Sequence[KlBank]) -> list[TrainLabel]:
     """Mismatched rows of a KL bank. Their reference log-probs are kept under the bank_id: under its completion_id the
     same completion has other values, those with its own prompt."""
-    return [
-        TrainLabel(
-            row.bank_id,
-            tuple(row.prompt_token_ids),
-            _completion(row.bank_id, row.token_ids, row.ref_token_logps, row.loss_mask),
-            None,
-            1.0,
-        )
-        for row in rows
-    ]
+    return [_label(row.bank_id, row, row.ref_token_logps) for row in rows]
 
 
 def from_completions(rows: Sequence[Completion]) -> list[TrainLabel]:
     """Completions to imitate; they have neither a label nor reference log-probs."""
-    return [
-        TrainLabel(
-            row.completion_id,
-            tuple(row.prompt_token_ids),
-            _completion(row.completion_id, row.token_ids, None, row.loss_mask),
-            None,
-            1.0,
-        )
-        for row in rows
-    ]
+    return [_label(row.completion_id, row, None) for row in rows]
+
+
+def _label(
+    key: str,
+    row: Label | KlBank | Completion,
+    ref_logps: list[float] | None,
+    desirable: bool | None = None,  # noqa: FBT001  (a column)
+    weight: float = 1.0,
+) -> TrainLabel:
+    completion = _completion(key, row.token_ids, ref_logps, row.loss_mask)
+    return TrainLabel(key, tuple(row.prompt_token_ids), completion, desirable, weight)
 
 
 def from_groups(rows: Sequence[RankedGroup]) -> list[TrainGroup]:

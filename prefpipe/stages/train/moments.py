@@ -10,6 +10,7 @@ from pathlib import Path
 from prefpipe import log, reading
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, UsageError
+from prefpipe.forward.tensor_files import Stored
 from prefpipe.runs import saved_config, store
 from prefpipe.runs.store import Manifest
 from prefpipe.stages.train import checkpoint
@@ -84,7 +85,7 @@ def take(config: TrainConfig, optimizer: MasterOptimizer, initial: str, world: W
         log.warn(f"{found.out} ended with other weights than those that are trained, and its optimizer is of those")
 
 
-def _checkpoint(found: Source, world: World) -> Checkpoint:
+def _checkpoint(found: Source, world: World) -> Checkpoint[Stored]:
     try:
         saved = checkpoint.at_step(found.out.absolute() / "checkpoints", found.step, world)
     except DataError as error:

@@ -10,7 +10,7 @@ from prefpipe.errors import DataError
 from prefpipe.runs import store
 from prefpipe.runs.resume import ROWS
 from prefpipe.schemas import Dropped, to_table
-from prefpipe.stages.gather.files import Numbered
+from prefpipe.stages.gather import files
 from prefpipe.stages.gather.parts import Part
 
 
@@ -25,8 +25,8 @@ def part(folder: Path, number: int, shards: list[int]) -> Part:
 
 def place(folder: Path, *parts: Part) -> list[int]:
     with store.open_run(folder / "out", "score", ScoreConfig(), {}, force=False) as run:
-        Numbered(parts).place(run)
-        Numbered(parts).place(run)  # what is there stays
+        files.place(parts, run)
+        files.place(parts, run)  # what is there stays
         assert run.has_shard(["dropped"], 0, {ROWS: "rows 0"})
         return run.parts("dropped")
 

@@ -18,7 +18,7 @@ from prefpipe.config.score import ScoreConfig
 from prefpipe.ids import IdSet, content_id
 from prefpipe.inputs import tokenised
 from prefpipe.inputs.files import ForeignRow
-from prefpipe.inputs.tokenised import NO_LIMITS
+from prefpipe.inputs.tokenised import Limits
 from prefpipe.models.chat import Chat
 from prefpipe.runs import store, tables
 from prefpipe.runs.store import Manifest
@@ -68,7 +68,7 @@ def placed(rows: Sequence[dict[str, Any]]) -> list[ForeignRow]:
 def imported(rows: list[ForeignRow], kind: str, chat: Chat, size: int) -> list[Imported]:
     so_far = known()
     return [
-        imports.import_rows(rows[start : start + size], kind, chat, NO_LIMITS, so_far, rated=kind == "list")
+        imports.import_rows(rows[start : start + size], kind, chat, Limits(), so_far, rated=kind == "list")
         for start in range(0, len(rows), size)
     ]
 
@@ -125,7 +125,7 @@ def test_a_further_rating_or_label_of_a_known_answer_is_no_repetition(chat: Chat
     so_far = known()
     for kind, expected in (("preference", (5, 0, 0, 1)), ("label", (1, 2, 0, 2)), ("list", (4, 0, 5, 3))):
         rows = placed(FILES[kind])
-        made = imports.import_rows(rows, kind, chat, NO_LIMITS, so_far, rated=kind == "list")
+        made = imports.import_rows(rows, kind, chat, Limits(), so_far, rated=kind == "list")
         assert (len(made.completions), len(made.labels), len(made.ratings), len(made.dropped)) == expected, kind
     assert [(r.reward, r.status) for r in made.ratings] == [
         (3.0, "ok"), (1.0, "ok"), (2.0, "ok"), (None, "unparsable"), (2.0, "ok"),
@@ -144,9 +144,9 @@ def test_an_answer_is_rated_with_the_columns_of_its_own_row(chat: Chat) -> None:
 
 def test_missing_ratings_of_a_file_without_ratings_are_not_known(chat: Chat) -> None:
     so_far, rows = known(), placed([{"prompt": "A?", "completions": ["Yes."]}])
-    assert imports.import_rows(rows, "list", chat, NO_LIMITS, so_far, rated=False).ratings == []
+    assert imports.import_rows(rows, "list", chat, Limits(), so_far, rated=False).ratings == []
     later = placed([{"prompt": "A?", "completions": ["Yes."], "ratings": [4]}])
-    assert [r.reward for r in imports.import_rows(later, "list", chat, NO_LIMITS, so_far, rated=True).ratings] == [4.0]
+    assert [r.reward for r in imports.import_rows(later, "list", chat, Limits(), so_far, rated=True).ratings] == [4.0]
 
 
 def test_what_is_known_of_a_row_is_small() -> None:

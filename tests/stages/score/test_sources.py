@@ -13,7 +13,7 @@ from prefpipe.engines.base import ScoreRequest
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import IdSet
 from prefpipe.inputs.kl_bank import kl_bank
-from prefpipe.inputs.tokenised import NO_LIMITS
+from prefpipe.inputs.tokenised import Limits
 from prefpipe.models.chat import load_chat
 from prefpipe.rewards.base import Answer
 from prefpipe.rows import key_of
@@ -26,7 +26,7 @@ from tests.stages.train import data
 
 
 def reader(model: Path, rows: int) -> Reader:
-    return Reader(load_chat(model), NO_LIMITS, rows, {}, "answer", rated=False, known=defaultdict(IdSet))
+    return Reader(load_chat(model), Limits(), rows, {}, "answer", rated=False, known=defaultdict(IdSet))
 
 
 def write(path: Path, count: int) -> Path:
