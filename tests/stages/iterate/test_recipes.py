@@ -35,8 +35,8 @@ def test_a_recipe_runs_to_its_end(name: str, tiny_model: Path, tmp_path: Path) -
     recipe = ROOT / "stages" / "iterate" / f"{name}.toml"
     written = base.load(IterateConfig, recipe, {})
     config = base.load(IterateConfig, recipe, {**SMALL, "model": str(tiny_model)})
-    kept = ("reference", "start", "replay", "replay_rounds", "repeat_prompts", "evaluate_every", "learning_rates")
-    for setting in kept:
+    kept = ("reference", "start", "optimizer", "replay", "replay_rounds", "repeat_prompts", "evaluate_every")
+    for setting in (*kept, "learning_rates"):
         assert getattr(config, setting) == getattr(written, setting)
     with warm.shelf(lora_rank=2) as shelf:
         shelf.keep = True
@@ -47,4 +47,6 @@ def test_a_recipe_runs_to_its_end(name: str, tiny_model: Path, tmp_path: Path) -
     assert all(trained)
     if config.replay == 1:
         assert trained[0] < trained[1] < trained[2]
+    inputs = store.read_manifest(tmp_path / "out/round-3/train")["inputs"]
+    assert ("optimizer_from" in inputs) == (config.optimizer == "continue")
     assert (tmp_path / "out/round-3/replay").is_dir() == (0 < config.replay < 1)
