@@ -31,7 +31,11 @@ _FILES_BYTES = 64 << 20  # of all files together; each has at most sandbox/limit
 _WATCH_SECONDS = 0.05
 _SHOWN = 200
 
-Running = set[subprocess.Popen[bytes]]
+
+class Running(set[subprocess.Popen[bytes]]):
+    """The processes under way; once `stopped`, one that starts is killed at once."""
+
+    stopped = False
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,12 @@ def code(settings: Code) -> RewardFunction:
         )
 
     def rate(answers: Sequence[Answer]) -> list[Scored]:
-        running: Running = set()
+        running = Running()
         with ThreadPoolExecutor(num_cores(settings.num_workers)) as pool:
             try:
                 return list(pool.map(lambda a: _rate(settings, a, running), answers))
             except BaseException:
+                running.stopped = True  # before those that are there are killed: a thread may be about to start one
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in tuple(running):
                     kill(process)
@@ -145,6 +150,8 @@ def _spawn(
     )
     running.add(process)
     try:
+        if running.stopped:
+            kill(process)
         os.close(job_read)
         os.close(verdict_write)
         with contextlib.suppress(BrokenPipeError), os.fdopen(job_write, "wb") as job:

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -209,8 +212,7 @@ def test_many_programs_at_once_keep_their_order() -> None:
 
 @strict
 def test_a_sandbox_that_cannot_be_made_is_a_crash_and_no_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    running: set[object] = set()
-    ran = code_tests.run(Code(memory_mib=1 << 60), GOOD, TESTS, "", running)  # type: ignore[arg-type]  # no process in it
+    ran = code_tests.run(Code(memory_mib=1 << 60), GOOD, TESTS, "", code_tests.Running())
     assert ran.status == "crash"
     assert "cannot isolate" in (ran.detail or "")
 
@@ -250,6 +252,43 @@ def test_no_process_is_left_after_an_interrupt() -> None:
         done.wait(PATIENCE_S)
         signal.signal(signal.SIGUSR1, old)
     assert {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)} <= before
+
+
+def test_a_program_that_starts_after_an_interrupt_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call is about to start its process while that of the first one is killed."""
+    entered, killing, turns, ends = threading.Event(), threading.Event(), count(), list[object]()
+    folder, kill, watch = code_tests.temporary_folder, code_tests.kill, code_tests._wait
+
+    @contextlib.contextmanager
+    def late() -> Iterator[str]:
+        if next(turns):
+            entered.set()
+            killing.wait()
+        with folder() as name:
+            yield name
+
+    def interrupt(*given: Any) -> Any:
+        if not killing.is_set():
+            entered.wait()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        ends.append(watch(*given))
+        return ends[-1]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(code_tests, "temporary_folder", late)
+    monkeypatch.setattr(code_tests, "_wait", interrupt)
+    monkeypatch.setattr(code_tests, "kill", lambda process: (killing.set(), kill(process)))
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            code(Code(timeout_seconds=20, num_workers=2, isolation="limits"))(
+                [Answer(QUESTION, "import time; time.sleep(600)", TESTS)] * 2
+            )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert ends == [("", -signal.SIGKILL)] * 2
 
 
 @strict
