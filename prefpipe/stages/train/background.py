@@ -87,7 +87,7 @@ class _Save:
             error = raised
         self.relayed.said.put(_Ended(error, clock.monotonic() - start))
 
-    def heard(self, *, wait: bool = False) -> _Asked | _Ended | None:
+    def heard(self, *, wait: bool) -> _Asked | _Ended | None:
         """What the thread said and nobody answered; None while it works."""
         if self._heard is None:
             try:
@@ -132,15 +132,12 @@ class Background:
     def after_step(self) -> None:
         """Between two steps: carry what the threads want to exchange. Raises the error of a save that failed."""
         if self._save is not None:
-            self._exchange(self._save)
+            self._exchange(self._save, wait=False)
 
     def wait(self) -> None:
         """Return when no save is under way. Raises the error of one that failed."""
         while self._save is not None:
-            start, save = clock.monotonic(), self._save
-            save.heard(wait=True)
-            save.waited += clock.monotonic() - start
-            self._exchange(save)
+            self._exchange(self._save, wait=True)
 
     def give_up(self) -> None:
         """The run ends with an error. A save that needs no other rank is finished; of another one nothing stays."""
@@ -149,12 +146,14 @@ class Background:
             self._save.thread.join()
             self._save = None
 
-    def _exchange(self, save: _Save) -> None:
-        heard = save.heard()
+    def _exchange(self, save: _Save, *, wait: bool) -> None:
+        start = clock.monotonic()
+        heard = save.heard(wait=wait)
         if isinstance(heard, _Ended) and not isinstance(heard.error, PrefpipeError | None):
             self._save = None
             raise heard.error  # a mistake, which other ranks may not be able to read
         said = self._world.gather(heard)
+        save.waited += clock.monotonic() - start if wait else 0
         failed = next((one.error for one in said if isinstance(one, _Ended) and one.error is not None), None)
         if failed is not None:
             self.give_up()
