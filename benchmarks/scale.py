@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from importlib.metadata import version
@@ -48,12 +48,13 @@ class Busy(FakeEngine):
 
 
 class Simulated:
-    """A backend of workers that need no CPU: each gives the same shard again and again, in its time."""
+    """A backend of workers that need no CPU: each says all that one says of a shard (as messages) again and again, in
+    its time."""
 
     start_s = 60.0
 
-    def __init__(self, shard: bytes, count: int) -> None:
-        self._shard, self._count = shard, count
+    def __init__(self, messages: list[bytes], count: int) -> None:
+        self._messages, self._count = messages, count
         self._due: list[tuple[float, int, int]] = []  # (when, worker, shard)
         self._said: list[tuple[int, Any]] = []
         self._begun: set[int] = set()
@@ -91,8 +92,10 @@ class Simulated:
         self._due = [entry for entry in self._due if entry not in due]
         said, self._said = self._said, []
         for _, number, index in due:
-            shard = replace(pickle.loads(self._shard), index=index)
-            said += [(number, Done(shard)), (number, Took())]
+            for event in map(pickle.loads, self._messages):
+                renumbered = Done(replace(event.shard, index=index)) if isinstance(event, Done) else event
+                said.append((number, renumbered))
+            said.append((number, Took()))
         return said
 
     def stop(self, number: int) -> None:
@@ -140,9 +143,10 @@ def sampled(folder: Path, prompts: int, workers: int, engine: str) -> dict[str, 
     return {"cpu": (cpu_end - cpu) / completions, "wall": (wall_end - wall) / completions}
 
 
-def a_shard(folder: Path) -> tuple[Any, Any, Any, Any, float]:
-    """(work, lease, engine, finished shard, CPU seconds to make it) of one shard of the fake engine, made here."""
+def a_shard(folder: Path) -> tuple[Any, Any, Any, float]:
+    """(work, lease, engine, CPU seconds to make it) of one shard of the fake engine, made in this process."""
     from prefpipe.inference import pool
+    from prefpipe.inference.works import Lease
     from prefpipe.stages.generate import stage
 
     seen: list[Any] = []
@@ -154,7 +158,7 @@ def a_shard(folder: Path) -> tuple[Any, Any, Any, Any, float]:
             begin = time.process_time()
             finished = list(plain(self, work, iter(content), *rest))
             costs.append(time.process_time() - begin)
-        seen[:] = [work, content[0], self.engine, finished[0], statistics.median(costs)]
+        seen[:] = [work, Lease(*content[0]), self.engine, statistics.median(costs)]
         yield from finished
 
     pool.Inline.run = run
@@ -166,18 +170,22 @@ def a_shard(folder: Path) -> tuple[Any, Any, Any, Any, float]:
     return tuple(seen)
 
 
+def said_of(work: Any, lease: Any, engine: Any) -> list[Any]:
+    """What a worker says while it makes a shard."""
+    from prefpipe.inference.pool_messages import Drain
+    from prefpipe.inference.pool_worker import Voice, _run
+
+    said, inbox = list[Any](), queue.SimpleQueue[Any]()
+    inbox.put(Drain())
+    _run(Voice(said.append), inbox, work, lease, engine)
+    return said
+
+
 def overhead(folder: Path) -> dict[str, float]:
     """CPU to carry one shard there and back through a socket, both ends counted, over the CPU to sample, rate and build
     it."""
-    from prefpipe.inference.pool_messages import Drain
-    from prefpipe.inference.pool_worker import Voice, _run
-    from prefpipe.inference.works import Lease
-
-    work, (index, content), engine, _, cpu = a_shard(folder)
-    lease, inbox = Lease(index, content), queue.SimpleQueue[Any]()
-    messages: list[Any] = [lease]
-    inbox.put(Drain())
-    _run(Voice(messages.append), inbox, work, lease, engine)
+    work, lease, engine, cpu = a_shard(folder)
+    messages = [lease, *said_of(work, lease, engine)]
     here, there = multiprocessing.Pipe()  # whose buffer holds a message of a shard, 100 KB
     costs: list[float] = []
     for _ in range(ROUNDS):
@@ -193,16 +201,18 @@ def simulated(folder: Path, workers: int, shards: int) -> dict[str, float]:
     """Completions per second that a driver commits with so many simulated workers, and its CPU for each."""
     from prefpipe.inference.inflight import Inflight
     from prefpipe.inference.pool import Workers
+    from prefpipe.inference.pool_messages import Done, Noted
     from prefpipe.inference.works import write
     from prefpipe.runs import store
 
-    work, (_, content), _, finished, _ = a_shard(folder)
-    backend = Simulated(pickle.dumps(finished), workers)
+    work, lease, engine, _ = a_shard(folder)
+    said = [event for event in said_of(work, lease, engine) if isinstance(event, Noted | Done)]
+    backend = Simulated([pickle.dumps(event) for event in said], workers)
     with tempfile.TemporaryDirectory(dir=folder) as out, store.open_run(
         Path(out) / "g", "generate", config(folder, SHARD_ROWS), {}, force=False
     ) as run:  # fmt: skip
         pool = Workers(backend, b"", workers)
-        source = ((index, content) for index in range(shards))
+        source = ((index, lease.content) for index in range(shards))
         begin, cpu = time.monotonic(), time.process_time()
         for shard in pool.run(work, source, Inflight.load(run.out), lambda *_: None):
             write(run, shard)
@@ -245,10 +255,23 @@ def measure(folder: Path, *, quick: bool) -> Iterator[tuple[str, float, str, flo
     one, two = (in_process("sampled", folder, prompts, count, busy) for count in (1, 2))
     speed = one["wall"] / two["wall"]
     yield "completions per second, two workers / one", speed, "ratio", 1.7, speed >= 1.7
-    for count in WORKERS[: 2 if quick else None]:
-        found = in_process("simulated", folder, count, max(8, count * 4))
-        yield f"simulated workers = {count}: completions per second", found["rate"], "1/s", None, None
-        yield f"simulated workers = {count}: CPU of the driver", found["cpu"], "s", None, None
+    counts = WORKERS[: 2 if quick else None]
+    found = dict[int, dict[str, float]]()
+    for count in counts:
+        found[count] = in_process("simulated", folder, count, max(8, count * 4))
+        yield f"simulated workers = {count}: completions per second", found[count]["rate"], "1/s", None, None
+        yield f"simulated workers = {count}: CPU of the driver", found[count]["cpu"], "s", None, None
+    if not quick:
+        share = found[counts[-1]]["rate"] * found[predicting(counts)]["cpu"]
+        name = (
+            f"completions per second, {counts[-1]} simulated workers / predicted from the CPU with {predicting(counts)}"
+        )
+        yield name, share, "ratio", 0.8, share >= 0.8
+
+
+def predicting(counts: Sequence[int]) -> int:
+    """The number of workers whose CPU for a completion predicts the limit: a driver that is not busy all the time."""
+    return sorted(counts)[len(counts) // 2]
 
 
 def plot(figures: list[dict[str, Any]], path: Path) -> None:
@@ -267,7 +290,7 @@ def plot(figures: list[dict[str, Any]], path: Path) -> None:
         for what, rate in (
             ("measured", rates[count]),
             ("of the workers alone", count * SHARD_ROWS * NUM_SAMPLES / SHARD_S),
-            ("limit of one driver", 1 / cpu[max(cpu)]),
+            ("limit of one driver", 1 / cpu[predicting([*cpu])]),
         )
     ]
     scale = alt.Scale(type="log")

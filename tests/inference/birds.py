@@ -23,9 +23,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def pairing(folder: Path, cluster: str = "") -> BuildPairsConfig:
-    """Settings for pairs of the run `whole`."""
+    """Settings for pairs of the run `inline`."""
     return BuildPairsConfig(
-        completions=(str(folder / "whole"),), reward="short_sentence", gap_filter="none", truncated_chosen="keep",
+        completions=(str(folder / "inline"),), reward="short_sentence", gap_filter="none", truncated_chosen="keep",
         cluster=cluster,
     )  # fmt: skip
 

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from prefpipe import engines
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import PrefpipeError, UsageError
-from prefpipe.inference import pool_ray, ray_tasks
+from prefpipe.inference import pool_ray, ray_tasks, warm
 from prefpipe.inference.inflight import Inflight
 from prefpipe.stages import build_pairs
 from prefpipe.stages.build_pairs import candidates
@@ -28,7 +29,7 @@ from prefpipe.stages.generate import stage as generate
 from tests.inference import birds
 
 ADDRESS = "127.0.0.1:6399"
-START = (sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=0",
+START = (sys.executable, "-m", "tests.inference.patient_ray", "start", "--num-cpus=1", "--num-gpus=0",
          "--disable-usage-stats", "--object-store-memory=100000000")  # fmt: skip
 HEAD = ("--head", "--include-dashboard=false", "--node-ip-address=127.0.0.1", "--port=6399")
 
@@ -41,6 +42,12 @@ def start_node(*options: str) -> int:
     )
     (raylet,) = raylets() - before
     return raylet
+
+
+def start_cluster(temporary: str) -> int:
+    """Start both nodes. Returns the process id of the second one's raylet: the driver joins the first one."""
+    start_node(*HEAD, "--temp-dir", temporary)
+    return start_node("--address", ADDRESS, "--node-ip-address=127.0.0.2")
 
 
 def raylets() -> set[int]:
@@ -108,34 +115,32 @@ def run_tasks(folder: Path, cluster: str) -> dict[str, Any]:
 def main() -> None:
     model, prompts, folder, temporary = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
     pool_ray.Cluster.start_s = 200.0
-    start_node(*HEAD, "--temp-dir", temporary)
-    second = start_node("--address", ADDRESS, "--node-ip-address=127.0.0.2")  # the driver joins the first one
     config = GenerateConfig(
         model=model, prompts=prompts, engine="fake", num_samples=2, rewards=("short_sentence",), shard_rows=4,
-        workers=2, cluster=f"ray://{ADDRESS}",
     )  # fmt: skip
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, changes: dict[str, Any]) -> None:
-        began = time.monotonic()
-        try:
-            generate.run(config.model_copy(update=changes), folder / name, force=False)
-        except UsageError as error:
-            (folder / f"{name}.error").write_text(error.message)
-        seconds[name] = time.monotonic() - began
-        (folder / "seconds.json").write_text(json.dumps(seconds))
-
-    timed("whole", {})
-    timed("too_many", {"workers": 3})
+    with ThreadPoolExecutor(1) as beside:  # most of a start is waiting; the driver imports what it needs meanwhile
+        nodes = beside.submit(start_cluster, temporary)
+        generate.run(config, folder / "inline", force=False)
+    second = nodes.result()
+    config = config.model_copy(update={"workers": 2, "cluster": f"ray://{ADDRESS}"})
+    began = time.monotonic()
+    try:
+        generate.run(config.model_copy(update={"workers": 3}), folder / "too_many", force=False)
+    except UsageError as error:
+        found = {"message": error.message, "seconds": time.monotonic() - began}
+        (folder / "too_many.json").write_text(json.dumps(found))
     (folder / "tasks.json").write_text(json.dumps(run_tasks(folder, config.cluster)))
     candidates._ROWS_PER_PARTITION = 20
     build_pairs.run(birds.pairing(folder, config.cluster), folder / "pairs", force=False)
     engines.ENGINES["fake"] = "tests.faults.engines:slow"
-    killing = when_committed(folder / "node_dies", lambda: os.kill(second, signal.SIGKILL))
-    timed("node_dies", {})
-    killing.join()
-    die_with_a_request_inside(folder / "driver_dies")
-    timed("driver_dies", {"workers": 1})
+    with warm.shelf() as shelf:
+        shelf.keep = True  # the runs that follow need no other workers
+        generate.run(config, folder / "whole", force=False)
+        killing = when_committed(folder / "node_dies", lambda: os.kill(second, signal.SIGKILL))
+        generate.run(config, folder / "node_dies", force=False)
+        killing.join()
+        die_with_a_request_inside(folder / "driver_dies")
+        generate.run(config, folder / "driver_dies", force=False)
 
 
 if __name__ == "__main__":

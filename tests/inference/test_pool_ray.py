@@ -22,12 +22,12 @@ from tests.inference.birds import contents, pairing, write_prompts
 pytestmark = pytest.mark.timeout(600)  # Ray is some fifteen processes, which start one after the other
 
 NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
-# When the driver is gone its workers must be gone too, within 20 s; the namespace would hide it by ending them.
+# When the driver is gone its workers must be gone too, within a minute; the namespace would hide it by ending them.
 SCRIPT = """
 ip link set lo up
 {python} -m tests.inference.cluster "$@"
 echo driver $?
-for i in $(seq 200); do grep -qs [p]refpipe.inference.pool_worker /proc/[0-9]*/cmdline || exit 0; sleep 0.1; done
+for i in $(seq 600); do grep -qs [p]refpipe.inference.pool_worker /proc/[0-9]*/cmdline || exit 0; sleep 0.1; done
 exit 9
 """
 
@@ -106,8 +106,9 @@ def test_tasks_come_back_in_order_and_end_with_the_errors_of_build_pairs(cluster
 
 @pytest.mark.slow
 def test_a_cluster_that_is_too_small_is_an_error_within_a_minute(cluster: Path) -> None:
-    assert "has room for 2 workers with a CPU each on one machine, and 3" in (cluster / "too_many.error").read_text()
-    assert json.loads((cluster / "seconds.json").read_text())["too_many"] < 60
+    found = json.loads((cluster / "too_many.json").read_text())
+    assert "has room for 2 workers with a CPU each on one machine, and 3" in found["message"]
+    assert found["seconds"] < 60
 
 
 @pytest.mark.slow
