@@ -26,16 +26,16 @@ from prefpipe.stages.build_pairs.partitions import scan
 # Messages of plain text, and messages with all their keys, as JSON (`datasets` reads it as such).
 PlainMessages = Annotated[list[Message], pa.list_(pa.field("element", PLAIN_MESSAGE, nullable=False))]
 Json = Annotated[str, pa.json_()]
-
+_Logps = Float32 | None
 
 _PAIR, _LABEL = ("prompt", "chosen", "rejected"), ("prompt", "completion")  # the texts of a row
 _INPUTS = {"tools": str | None, "documents": str | None, "chat_template_kwargs": Json}
 _OF_PAIRS = {
     **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), TokenIds),
-    **dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), Float32 | None),
+    **dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), _Logps),
     "reward_gap": float,
 }
-_OF_LABELS = {**dict.fromkeys(("prompt_ids", "completion_ids"), TokenIds), "ref_logps": Float32 | None}
+_OF_LABELS = {**dict.fromkeys(("prompt_ids", "completion_ids"), TokenIds), "ref_logps": _Logps}
 
 
 def _row_type(name: str, *columns: Mapping[str, Any]) -> type:
