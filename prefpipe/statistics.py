@@ -29,6 +29,10 @@ class Estimate(NamedTuple):
         """NAME, NAME_low and NAME_high, as totals have them."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
+    def alone(self, name: str) -> dict[str, float]:
+        """NAME, low and high, for a table of one number."""
+        return {name: self.value, "low": self.low, "high": self.high}
+
 
 @dataclass(frozen=True)
 class LengthControlled:

@@ -11,10 +11,11 @@ with the callers, so that every engine sees the same ids, log-probs of two engin
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import compress
-from types import TracebackType
 from typing import Any, Protocol, Self
+
+from pydantic import BaseModel
 
 from prefpipe.models.chat import Chat
 from prefpipe.models.policy import Policy
@@ -52,6 +53,13 @@ class EngineSettings:
     timeout_seconds: float = 600.0
     # Takes every token as it is sampled, where somebody reads along (the transformers engine).
     heard: Callable[[int], object] | None = None
+
+    @classmethod
+    def of(cls, config: BaseModel, policy: Policy, chat: Chat, **others: Any) -> Self:
+        """The settings that a config has under the same names; `others` go before them."""
+        named = {f.name: getattr(config, f.name) for f in fields(cls) if f.name in type(config).model_fields}
+        settings: dict[str, Any] = {**named, "policy": policy, "chat": chat, **others}
+        return cls(**settings)
 
     @property
     def stops(self) -> frozenset[int]:
@@ -155,6 +163,4 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 from prefpipe.engines.base import Draw, EngineSettings, Query, Request, Response, Sample, ScoreRequest
@@ -66,9 +65,7 @@ class FakeEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
 
     def _sample(self, draw: Draw) -> Sample:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain, groupby
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -128,9 +127,7 @@ class TransformersEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         del self._model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next engine in this process needs the memory

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
-from types import TracebackType
 from typing import Any, Self
 
 from pydantic import ValidationError
@@ -143,9 +142,7 @@ class VllmEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with vllm_process.quiet():
             self._engine.engine_core.shutdown()
             del self._llm, self._engine

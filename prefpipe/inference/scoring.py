@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import TypeVar
 
 from prefpipe.engines.base import Engine, ScoreRequest
+from prefpipe.ids import ids_digest
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.shards import Shard, through_engine
 from prefpipe.log import Advance
-from prefpipe.schemas import Completion
+from prefpipe.rows import ref_logps
+from prefpipe.schemas import Completion, RefLogps
 
 Content = TypeVar("Content")
 Values = dict[str, list[float]]  # log-probs (nats) of every scored token, by completion_id
@@ -51,6 +53,20 @@ def score_shards(
     )
     for content, values in whole:
         yield content, {completion_of(key): logps for key, logps in values.items()}
+
+
+def rows_of(requests: Iterable[ScoreRequest], values: Values, reference: str, scorer: str) -> list[RefLogps]:
+    """Log-probs of completions as rows, in the order of the requests."""
+    return [
+        ref_logps(
+            r.completion_id,
+            ids_digest(r.prompt_token_ids, r.token_ids, r.loss_mask),
+            values[r.completion_id],
+            reference=reference,
+            scorer=scorer,
+        )
+        for r in requests
+    ]
 
 
 def last_suspect(inflight: Inflight) -> int:

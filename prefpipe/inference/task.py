@@ -165,23 +165,8 @@ def encoder(task: Task, config: Config, killers: Collection[str] = ()) -> Encode
 
 def engine_settings(task: Task, config: Config, max_model_len: int) -> EngineSettings:
     """Engine settings with room for `max_model_len` tokens in prompt and completion."""
-    return EngineSettings(
-        task.policy,
-        task.chat,
-        config.dtype,
-        config.top_p,
-        config.max_tokens,
-        max_model_len,
-        config.max_num_seqs,
-        config.kv_cache_mib,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        stop_token_ids=task.stop_token_ids,
-        tensor_parallel_size=config.tensor_parallel_size,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        base_urls=config.base_urls,
-        api_key_env=config.api_key_env,
-        timeout_seconds=config.timeout_seconds,
+    return EngineSettings.of(
+        config, task.policy, task.chat, max_model_len=max_model_len, stop_token_ids=task.stop_token_ids
     )
 
 

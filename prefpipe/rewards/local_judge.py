@@ -130,17 +130,14 @@ def _start(settings: Judge, directory: Path, chat: Chat, longest: int) -> Engine
     log.info(f"starting engine {settings.engine} for the judge ({directory.name}, {dtype}, {wanted})")
     return engines.load(
         settings.engine,
-        EngineSettings(
-            policy=resolve(_name(settings)),
-            chat=chat,
+        EngineSettings.of(
+            settings,
+            resolve(_name(settings)),
+            chat,
             dtype=dtype,
             top_p=1.0,
-            max_tokens=settings.max_tokens,
             max_model_len=longest + settings.max_tokens,
             max_num_seqs=settings.concurrency,
-            kv_cache_mib=settings.kv_cache_mib,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
         ),
     )
 

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self, TypeVar
 
 from prefpipe.engines.base import EngineSettings, Request, Sample, ScoreRequest
@@ -48,9 +47,7 @@ class ScriptedEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
 
     def _through(self, arriving: Iterable[Work], key: Callable[[Work], str]) -> Iterator[Work]:

@@ -27,7 +27,6 @@ from prefpipe.stages.build_pairs.partitions import scan
 PlainMessages = Annotated[list[Message], pa.list_(pa.field("element", PLAIN_MESSAGE, nullable=False))]
 Json = Annotated[str, pa.json_()]
 
-
 _PAIR, _LABEL = ("prompt", "chosen", "rejected"), ("prompt", "completion")  # the texts of a row
 _Logp = Float32 | None  # of a reference, where it is known
 _INPUTS = {"tools": str | None, "documents": str | None, "chat_template_kwargs": Json}

@@ -115,9 +115,7 @@ def tally(outcomes: Sequence[Sequence[int]]) -> dict[str, Any]:
         "win": flat.count(1),
         "tie": flat.count(0),
         "loss": flat.count(-1),
-        "win_rate": rate.value,
-        "low": rate.low,
-        "high": rate.high,
+        **rate.alone("win_rate"),
         "p_value": statistics.sign_flip_p([sum(group) for group in outcomes]),
     }
 

@@ -107,10 +107,4 @@ def totals(guard: Guarded, of: Answers, baselines: Sequence[Baseline]) -> dict[s
 
 def drop(baseline: Baseline, difference: statistics.Estimate, *, failed: bool) -> dict[str, Any]:
     """A difference to a baseline as totals have it."""
-    return {
-        "baseline": baseline.id,
-        "difference": difference.value,
-        "low": difference.low,
-        "high": difference.high,
-        "failed": failed,
-    }
+    return {"baseline": baseline.id, **difference.alone("difference"), "failed": failed}

@@ -87,9 +87,7 @@ def totals(run: Run, text: Text, baselines: Sequence[Baseline]) -> dict[str, Any
     return {
         "text": text.file,
         "tokens": int(sum(counts.values())),
-        "per_token": found.value,
-        "low": found.low,
-        "high": found.high,
+        **found.alone("per_token"),
         "perplexity": math.exp(min(found.value, 700.0)),
         "drops": drops,
     }

@@ -35,13 +35,9 @@ def totals(answers: Answers, datasets: Mapping[str, str]) -> dict[str, dict[str,
         for name, value in values.items():
             by_prompt = grouped.setdefault(name, {}).setdefault(row.decoding, {})
             by_prompt.setdefault(row.prompt_id, []).append(value)
-    means = {
-        name: {decoding: measures.mean_reward(by_prompt.values()) for decoding, by_prompt in table.items()}
-        for name, table in grouped.items()
-    }
     return {
-        name: {decoding: {"mean": e.value, "low": e.low, "high": e.high} for decoding, e in table.items()}
-        for name, table in means.items()
+        name: {decoding: measures.mean_reward(of.values()).alone("mean") for decoding, of in table.items()}
+        for name, table in grouped.items()
     }
 
 

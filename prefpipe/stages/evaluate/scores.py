@@ -6,12 +6,10 @@ from itertools import chain
 
 from prefpipe import log
 from prefpipe.engines.base import ScoreRequest
-from prefpipe.ids import ids_digest
 from prefpipe.inference import scoring
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.pool import Pool
 from prefpipe.inference.works import Part, Scoring, part_of, write
-from prefpipe.rows import ref_logps
 from prefpipe.runs import fsio
 from prefpipe.runs.store import NO_ROWS, Run
 from prefpipe.schemas import RefLogps
@@ -64,10 +62,5 @@ def _parts(
     dataset: str, reference: str, _index: int, content: _Content, values: scoring.Values, scorer: str
 ) -> list[Part]:
     requests, digests = content
-    rows = [_row(request, values[request.completion_id], reference, scorer) for request in requests]
+    rows = scoring.rows_of(requests, values, reference, scorer)
     return [part_of(dataset, RefLogps, rows, digests)]
-
-
-def _row(request: ScoreRequest, logps: list[float], reference: str, scorer: str) -> RefLogps:
-    digest = ids_digest(request.prompt_token_ids, request.token_ids)
-    return ref_logps(request.completion_id, digest, logps, reference=reference, scorer=scorer)

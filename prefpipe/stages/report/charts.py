@@ -172,29 +172,19 @@ def graph(nodes: Values, edges: Values, columns: Sequence[str], rows: Sequence[s
         for name, order, axis in (("column", columns, head), ("row", rows, {"grid": False}))
     )
     line = {"x2": {"field": "to_column"}, "y2": {"field": "to_row"}}
-    colour = {"domain": ["complete", "running", "unfinished"], "range": [ACCENT, SECOND, BAD]}
-    return draw(
-        {
-            "width": {"step": 76},
-            "height": {"step": 36},
-            "layer": [
-                {
-                    "data": {"values": list(edges)},
-                    "mark": {"type": "rule", "color": "var(--s3)", "strokeWidth": 1.5},
-                    "encoding": {"x": x, "y": y, **line},
-                },
-                {
-                    "data": {"values": list(nodes)},
-                    "mark": {"type": "circle", "size": 110, "opacity": 1},
-                    "encoding": {
-                        "x": x,
-                        "y": y,
-                        "color": {"field": "state", "type": "nominal", "scale": colour, "legend": None},
-                    },
-                },
-            ],
-        }
-    )
+    states = {"domain": ["complete", "running", "unfinished"], "range": [ACCENT, SECOND, BAD]}
+    colour = {"field": "state", "type": "nominal", "scale": states, "legend": None}
+    rules = {
+        "data": {"values": list(edges)},
+        "mark": {"type": "rule", "color": "var(--s3)", "strokeWidth": 1.5},
+        "encoding": {"x": x, "y": y, **line},
+    }
+    circles = {
+        "data": {"values": list(nodes)},
+        "mark": {"type": "circle", "size": 110, "opacity": 1},
+        "encoding": {"x": x, "y": y, "color": colour},
+    }
+    return draw({"width": {"step": 76}, "height": {"step": 36}, "layer": [rules, circles]})
 
 
 def thinned(rows: Values, names: Sequence[str], x: str = "step") -> tuple[list[dict[str, Any]], int]:

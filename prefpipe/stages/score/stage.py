@@ -21,7 +21,7 @@ from prefpipe import clock, log
 from prefpipe.config.score import ScoreConfig
 from prefpipe.engines.base import EngineSettings, ScoreRequest
 from prefpipe.errors import UsageError
-from prefpipe.ids import IdSet, ids_digest
+from prefpipe.ids import IdSet
 from prefpipe.inference import parity, scoring, task
 from prefpipe.inference.cutting import part_of
 from prefpipe.inference.inflight import Inflight
@@ -36,7 +36,6 @@ from prefpipe.models.encoding import Rules
 from prefpipe.models.notices import check_ends
 from prefpipe.models.policy import Policy, context_length, resolve
 from prefpipe.rewards import rating
-from prefpipe.rows import Logps, ref_logps
 from prefpipe.runs import store
 from prefpipe.runs.resume import ROWS, RowInputs
 from prefpipe.runs.settled import settled
@@ -70,8 +69,8 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
     inputs = _identities(config.inputs, reference, chat, reward_ids)
 
     def shards(saved: Mapping[str, Any], known: Known) -> Iterator[OutputShard]:
-        size, limits = saved["shard_rows"], _limits(config)
-        rates = bool(rewards)
+        size, rates = saved["shard_rows"], bool(rewards)
+        limits = Limits(config.max_prompt_length, config.max_length, config.overlong, Rules.of(config))
         reader = Reader(chat, limits, size, columns, config.reward_on, rates, known, config.share, config.seed)
         return _shards(config, reader, list(rewards))
 
@@ -85,7 +84,7 @@ def run(config: ScoreConfig, out: Path, *, force: bool) -> Manifest:
         known: Known = defaultdict(IdSet)
         own = outputs.of_part(shards(output.saved, known), number, count)
         missing = outputs.missing(own, output, known)
-        settings = _engine_settings(config, policy, chat)
+        settings = EngineSettings.of(config, policy, chat, top_p=1.0, max_tokens=1, max_model_len=config.max_length)
         _fill(missing, config, settings, reference, output, Rewards(rewards, config.reward_settings))
         if files.state(foreign) != state:
             raise files.changed(", ".join(foreign))
@@ -145,29 +144,6 @@ def _mendable(inputs: Sequence[str]) -> list[str]:
     return [f"inputs.{i}" for i, source in enumerate(inputs) if not files.is_run(source)]
 
 
-def _limits(config: ScoreConfig) -> Limits:
-    return Limits(config.max_prompt_length, config.max_length, config.overlong, Rules.of(config))
-
-
-def _engine_settings(config: ScoreConfig, policy: Policy, chat: Chat) -> EngineSettings:
-    return EngineSettings(
-        policy,
-        chat,
-        config.dtype,
-        top_p=1.0,
-        max_tokens=1,
-        max_model_len=config.max_length,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_mib=config.kv_cache_mib,
-        tensor_parallel_size=config.tensor_parallel_size,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        max_tokens_per_batch=config.max_tokens_per_batch,
-        base_urls=config.base_urls,
-        api_key_env=config.api_key_env,
-        timeout_seconds=config.timeout_seconds,
-    )
-
-
 def _shards(config: ScoreConfig, reader: Reader, reward_names: Sequence[str]) -> Iterator[OutputShard]:
     """The shards of all inputs, numbered. Nothing is tokenised before its shard is read."""
     shards = chain.from_iterable(sources.shards(source, reader) for source in config.inputs)
@@ -225,7 +201,8 @@ def _parts(
     reference: str | None, rewards: Rewards, _index: int, shard: OutputShard, values: scoring.Values, scorer: str
 ) -> list[Part]:
     rows = shard.read()
-    logps = _ref_logps(rows.requests, values, reference, scorer) if reference else {}
+    scored = scoring.rows_of(rows.requests, values, reference, scorer) if reference else []
+    logps = {row.completion_id: row for row in scored}
     return outputs.parts(rewards.functions, shard, rows, logps)
 
 
@@ -237,15 +214,6 @@ def _expected(config: ScoreConfig) -> float | None:
     counted = all(manifest["command"] == "generate" for manifest in manifests)
     _, count = part_of(config.part)
     return sum(manifest["totals"]["completions"] for manifest in manifests) / count if counted else None
-
-
-def _ref_logps(requests: Sequence[ScoreRequest], values: scoring.Values, reference: str, scorer: str) -> Logps:
-    logps: dict[str, RefLogps] = {}
-    for request in requests:
-        key = request.completion_id
-        digest = ids_digest(request.prompt_token_ids, request.token_ids, request.loss_mask)
-        logps[key] = ref_logps(key, digest, values[key], reference=reference, scorer=scorer)
-    return logps
 
 
 def _check(config: ScoreConfig, output: Run, shards: Iterable[OutputShard], settings: EngineSettings) -> dict[str, Any]:
