@@ -32,13 +32,14 @@ COMMAND = "python benchmarks/semi_online.py --json docs/results/semi-online.json
 @dataclass(frozen=True)
 class Way:
     """How the samples are used: rounds in place of a large one, epochs of a round, and the share of the pairs of the
-    `newest` rounds before it that a round trains on too."""
+    `newest` rounds before it that a round trains on too; the optimizer of a round is a new one, or `goes_on`."""
 
     name: str
     parts: int
     epochs: int
     replay: float = 0.0
     newest: int = 0
+    goes_on: bool = False
 
     @property
     def visits(self) -> float:
@@ -51,8 +52,10 @@ WAYS = (
     Way("semi-online", PARTS, 2),
     Way("offline, 8 epochs", 1, 8),
     Way("semi-online, replay", PARTS, 1, replay=0.75, newest=PARTS - 1),
+    Way("offline, 8 epochs, continued", 1, 8, goes_on=True),
+    Way("semi-online, replay, continued", PARTS, 1, replay=0.75, newest=PARTS - 1, goes_on=True),
 )
-COMPARED = ((1, 0), (3, 2))  # places in WAYS
+COMPARED = ((1, 0), (3, 2), (5, 2), (5, 3))  # places in WAYS
 
 
 def main() -> None:
@@ -92,12 +95,15 @@ def kept(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def measure(seed: int, way: Way, large: int) -> dict[str, Any]:
     """One run: accuracy by samples."""
     taught, began = taught_model(seed), time.process_time()
-    found = rounds(taught, large * way.parts, way.parts, replay=way.replay, newest=way.newest, epochs=way.epochs)
+    count = large * way.parts
+    found = rounds(
+        taught, count, way.parts, replay=way.replay, newest=way.newest, epochs=way.epochs, goes_on=way.goes_on
+    )
     step = SAMPLES * len(SUMS) // way.parts
     return {
         "way": way.name,
         "seed": seed,
-        "rounds": large * way.parts,
+        "rounds": count,
         "cpu_seconds": round(time.process_time() - began, 1),
         "curve": [{"samples": step * n, "accuracy": round(value, 4)} for n, value in enumerate(found)],
     }
@@ -118,9 +124,10 @@ All ways sample equally often, 16 answers to a sum: large rounds ({large}) of {l
 ({large * PARTS}) of {len(SUMS) // PARTS}. Without replay a round trains {WAYS[0].epochs} epochs.
 With it a small round trains {replayed.epochs} epoch on its pairs and on {replayed.replay:.0%} of those of the
 {replayed.newest} rounds before, scored anew: a pair is visited {replayed.visits:g} times, so that its measure is
-offline with {WAYS[2].epochs} epochs. A cell is the share of right answers among 3,200 fresh samples, the mean
-over seeds and each seed; a difference has the interval that the fresh samples leave. The curves of every round
-are in [semi-online.json](semi-online.json).
+offline with {WAYS[2].epochs} epochs. Where a way is continued, its rounds begin with the optimizer of the round
+before (`optimizer = "continue"` of iterate), else with a new one. A cell is the share of right answers among 3,200
+fresh samples, the mean over seeds and each seed; a difference has the interval that the fresh samples leave. The curves
+of every round are in [semi-online.json](semi-online.json).
 
     {command(arguments)}
 """.split("\n")
