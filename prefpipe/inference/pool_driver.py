@@ -141,8 +141,9 @@ class Workers:
             case Noted(lines, amount):
                 for line in lines:
                     self._record(worker, line, queue.inflight)
-                worker.advanced += amount
-                advance(amount)
+                if amount:
+                    worker.advanced += amount
+                    advance(amount)
             case Took():
                 worker.untaken = False
             case Done(shard):

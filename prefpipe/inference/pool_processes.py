@@ -24,17 +24,19 @@ class _Worker:
     handle: int  # a pidfd: ready when the process has ended, whoever holds its socket
 
     def __post_init__(self) -> None:
-        self._words, self._end = select.poll(), select.poll()
+        self._words = select.poll()
         self._words.register(self.connection, select.POLLIN)
-        self._end.register(self.handle, select.POLLIN)
 
     def has_words(self) -> bool:
         """Whether it has said something that nobody read."""
         return bool(self._words.poll(0))
 
     def has_ended(self, timeout: float) -> bool:
-        """Whether its process has ended; at most `timeout` seconds are waited for it."""
-        return bool(self._end.poll(1000 * timeout))
+        """Whether its process has ended; at most `timeout` seconds are waited for it. An actor of Ray asks in two
+        threads, which one poll object does not allow."""
+        end = select.poll()
+        end.register(self.handle, select.POLLIN)
+        return bool(end.poll(1000 * timeout))
 
 
 class Processes:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from tests.inference.birds import contents, pairing, write_prompts
 
 pytestmark = pytest.mark.timeout(600)  # Ray is some fifteen processes, which start one after the other
 
+BUSY = 4  # processes that wait for each core: the runs take five minutes at 10
 NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 # When the driver is gone its workers must be gone too, within a minute; the namespace would hide it by ending them.
 SCRIPT = """
@@ -45,17 +47,19 @@ def cluster(tiny_model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFa
     if not shutil.which("ip") or subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine grants no network namespace, and Ray listens on all addresses without one")
     script = SCRIPT.format(python=sys.executable)
-    for _ in range(2):
-        folder = tmp_path_factory.mktemp("ray")
-        with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary:
+    folder = tmp_path_factory.mktemp("ray")
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary:
+        try:
             done = subprocess.run(
                 [*NAMESPACE, "bash", "-c", script, "bash", str(tiny_model), str(prompts), str(folder), temporary],
                 cwd=ROOT, capture_output=True, text=True, check=False, timeout=570,
             )  # fmt: skip
-        if "The current node timed out during startup" not in done.stderr:  # Ray gives it 30 s, on a busy machine too
-            break
-    else:
-        pytest.skip("this machine is too busy: a node of Ray did not start in the 30 s that Ray gives it, twice")
+        except subprocess.TimeoutExpired:
+            if os.getloadavg()[0] < BUSY * (os.cpu_count() or 1):
+                raise
+            pytest.skip("this machine is too busy: the runs on the cluster take more than 570 s")
+    if "The current node timed out during startup" in done.stderr:
+        pytest.skip("this machine is too busy: a node of Ray did not start in 200 s")
     assert "driver 137" in done.stdout, done.stderr  # 128 + SIGKILL
     assert done.returncode == 0, "workers outlive their driver"
     return folder
