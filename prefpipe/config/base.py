@@ -65,7 +65,7 @@ def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any], place: str
     """
     values = read_recipe(recipe) if recipe is not None else {}
     for name, value in flags.items():
-        _set(values, name.split("."), value)
+        given.put(values, name, value)
     given.with_home(values, [name for name, field in fields(cls) if PATH in field.metadata])
     hint = f"`prefpipe config {command_name(cls)}` prints every setting with its default"
     where = str(recipe) if recipe is not None else place
@@ -224,18 +224,6 @@ def _toml(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False)
-
-
-def _set(values: dict[str, Any], path: list[str], value: object) -> None:
-    *tables, leaf = path
-    for table in tables:
-        inner = values.setdefault(table, {})
-        if not isinstance(inner, dict):
-            raise UsageError(
-                f"{table} = {secrets.masked(inner)!r} is not a table", f"write its settings under [{table}]"
-            )
-        values = inner
-    values[leaf] = value
 
 
 def _sentence(cls: type[BaseModel], problem: Any) -> str:

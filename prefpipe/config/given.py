@@ -1,8 +1,24 @@
-"""Values as people write them, before a config takes them: `~` in a path, and true where a number belongs."""
+"""Values as people write them, before a config takes them: dotted names, `~` in a path, true where a number belongs."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from prefpipe.config import secrets
+from prefpipe.errors import UsageError
+
+
+def put(values: dict[str, Any], name: str, value: object) -> None:
+    """Write the value of a setting by its dotted name. Raises UsageError where a table of that name is a value."""
+    *tables, leaf = name.split(".")
+    for table in tables:
+        inner = values.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise UsageError(
+                f"{table} = {secrets.masked(inner)!r} is not a table", f"write its settings under [{table}]"
+            )
+        values = inner
+    values[leaf] = value
 
 
 def with_home(values: dict[str, Any], names: Iterable[str]) -> None:
