@@ -74,7 +74,7 @@ def test_its_numbers_are_a_frame(run: prefpipe.Run, call: Call, tmp_path: Path) 
 
 
 def test_rounds_are_rows(tmp_path: Path) -> None:
-    assert prefpipe.api.run._flat({"round": 1, "greedy": {"pass": 0.5}, "alerts": ["A1"]}) == {  # type: ignore[attr-defined]
+    assert prefpipe.api.run._cells({"round": 1, "greedy": {"pass": 0.5}, "alerts": ["A1"]}) == {  # type: ignore[attr-defined]
         "round": 1, "greedy.pass": 0.5, "alerts": '["A1"]',
     }  # fmt: skip
 

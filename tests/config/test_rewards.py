@@ -1,5 +1,6 @@
 """Settings of rewards: kinds, tables, and what they refuse."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.rewards import KINDS, Keyword, Length, Refusal, settings_of
 from prefpipe.config.score import ScoreConfig
+from prefpipe.engines.base import EngineSettings
 from prefpipe.errors import UsageError
 from tests.conftest import ROOT
 
@@ -21,9 +23,14 @@ def test_every_setting_is_documented_and_read_by_a_reward(kind: str) -> None:
     assert issubclass(cls, Config)
     package = ROOT / "prefpipe"
     code = "\n".join(p.read_text() for p in [*(package / "rewards").glob("*.py"), package / "models/encoding.py"])
+    of_engines = (
+        {field.name for field in dataclasses.fields(EngineSettings)} if kind == "judge" else set()
+    )  # all at once
+    assert re.search(r"EngineSettings\.of\(\s*settings,", code)
     for name, field in fields(cls):
         if name != "kind":
-            assert re.search(rf"settings\.{name}\b", code), f"{kind}.{name} is documented but never used"
+            is_read = re.search(rf"settings\.{name}\b", code) or name in of_engines
+            assert is_read, f"{kind}.{name} is documented but never used"
             assert (field.description or "").endswith("."), f"{kind}.{name}"
     assert cls().model_dump()["kind"] == kind  # usable with its defaults
 
