@@ -21,10 +21,20 @@ from prefpipe.ids import canonical_json
 VERSION = 1  # raise it when a function below can return another digest: cached digests of other versions are ignored
 # Fields of a config, and of that of an adapter, that do not change the forward pass.
 _IGNORED_CONFIG = {
-    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures_version"),
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures_version",
 }
 _IGNORED_ADAPTER = {
-    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "lora_dropout"),
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "task_type",
+    "lora_dropout",
 }
 # Settings of an adapter that peft keeps as sets: it writes them in another order in every process.
 ADAPTER_SETS = ("target_modules", "target_parameters", "exclude_modules")

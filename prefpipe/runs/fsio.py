@@ -94,11 +94,11 @@ def publish_dir(path: Path, fill: Callable[[Path], object], aside: Path | None =
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
+            # The new folder shows the umask; asking for it would change it for a moment, in all threads.
+            mode = temporary.stat().st_mode & 0o666
             fill(temporary)
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                # safetensors leaves 0600, and a vLLM of another user must read an adapter. The new folder shows the
-                # umask; asking for it would change it for a moment, in all threads.
-                file.chmod(temporary.stat().st_mode & 0o666)
+                file.chmod(mode)  # safetensors leaves 0600, and a vLLM of another user must read an adapter
                 fault("write", file)
                 _fsync(file)
             for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):

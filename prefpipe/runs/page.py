@@ -8,6 +8,7 @@ import os
 import subprocess
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -18,8 +19,15 @@ _SECONDS = 300.0
 _LOWEST = 19  # of priorities
 
 
-# Of this process, by the directory of the run: what writes its page, and what that says.
-_writers: dict[Path, tuple[subprocess.Popen[str], IO[str]]] = {}
+@dataclass(frozen=True)
+class _Writer:
+    """A process that writes a page, and what it says."""
+
+    process: subprocess.Popen[str]
+    said: IO[str]
+
+
+_writers: dict[Path, _Writer] = {}  # of this process, by the directory of the run
 
 
 def check_installed() -> None:
@@ -32,7 +40,7 @@ def renew(run_dir: Path) -> None:
     """Begin to write RUN_DIR/report.html as the run stands now, and do not wait: the run goes on meanwhile. While the
     page before is still being written, this one is left out."""
     before = _writers.get(run_dir)
-    if before is None or before[0].poll() is not None:
+    if before is None or before.process.poll() is not None:
         _end(run_dir)
         _begin(run_dir)
 
@@ -61,25 +69,25 @@ def _begin(run_dir: Path) -> None:
         return
     with suppress(OSError):  # it has ended already
         os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST)
-    _writers[run_dir] = process, said
+    _writers[run_dir] = _Writer(process, said)
 
 
 def _end(run_dir: Path) -> None:
     """Wait for the page that is being written, if any, and warn where it could not be."""
-    if run_dir not in _writers:
+    writer = _writers.pop(run_dir, None)
+    if writer is None:
         return
-    process, said = _writers.pop(run_dir)
-    with said:
+    with writer.said:
         try:
-            code = process.wait(_SECONDS)
+            code = writer.process.wait(_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            writer.process.kill()
+            writer.process.wait()
             _warn(run_dir, f"it took longer than {_SECONDS:.0f} s")
             return
         if code:
-            said.seek(0)
-            text = said.read()
+            writer.said.seek(0)
+            text = writer.said.read()
             _warn(run_dir, next((line for line in text.splitlines() if line.startswith("error:")), text[-300:]))
 
 

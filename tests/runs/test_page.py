@@ -29,14 +29,14 @@ def test_a_run_goes_on_while_its_page_is_written(tmp_path: Path, monkeypatch: py
 
     def counted(run_dir: Path) -> None:
         begin(run_dir)
-        started.append(os.getpriority(os.PRIO_PROCESS, page._writers[run_dir][0].pid))
+        started.append(os.getpriority(os.PRIO_PROCESS, page._writers[run_dir].process.pid))
 
     monkeypatch.setattr(page, "_begin", counted)
     with opened(tmp_path / "run") as run:
         page.renew(run.out)
-        writer, _ = page._writers[run.out]
+        writer = page._writers[run.out].process
         page.renew(run.out)
-        assert page._writers[run.out][0] is writer
+        assert page._writers[run.out].process is writer
         assert writer.wait(200) == 0
         assert "run is running" in (run.out / "report.html").read_text()
         write(run)

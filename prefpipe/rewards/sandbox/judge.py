@@ -21,10 +21,28 @@ from .peer import Gone, Peer, read_exactly, write_all
 _MODULE = "program"
 _ALIASES = {"np": "numpy"}
 # Modules without a function that runs text as code: what a program imports from them, the tests import themselves.
-_HARMLESS = {
-    *("bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"),
-    *("itertools", "json", "math", "numbers", "operator", "random", "re", "statistics", "string"),
-}
+_HARMLESS = frozenset(
+    [
+        "bisect",
+        "cmath",
+        "collections",
+        "copy",
+        "datetime",
+        "decimal",
+        "fractions",
+        "functools",
+        "heapq",
+        "itertools",
+        "json",
+        "math",
+        "numbers",
+        "operator",
+        "random",
+        "re",
+        "statistics",
+        "string",
+    ]
+)
 _MODULES = sys.stdlib_module_names | {"numpy"}
 _SHOWN = 400
 

@@ -15,8 +15,19 @@ from typing import Any
 
 _SAFE = 1 << 53
 _BASES: tuple[Any, ...] = (
-    *(int, float, complex, str, bytes, bytearray),
-    *(tuple, list, set, frozenset, OrderedDict, Counter, dict),
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    tuple,
+    list,
+    set,
+    frozenset,
+    OrderedDict,
+    Counter,
+    dict,
 )
 MUTABLE = (list, set, bytearray, dict, OrderedDict, Counter, deque)
 
