@@ -1,5 +1,6 @@
-"""A server of a test on localhost."""
+"""A server of a test on localhost, and an address without one."""
 
+import socket
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,3 +24,11 @@ def on_localhost(handler: type[BaseHTTPRequestHandler]) -> Generator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def nobody(host: str = "127.0.0.1") -> Generator[int]:
+    """A port where nobody listens, which no other process can have meanwhile."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        taken.bind((host, 0))
+        yield taken.getsockname()[1]

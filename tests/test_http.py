@@ -10,6 +10,7 @@ from prefpipe import http
 from prefpipe.api_key import ApiKey
 from prefpipe.http import Answer
 from tests.rewards.server import serving
+from tests.serving import nobody
 
 KEY = "sk-nobody-may-see-this-0"
 
@@ -50,7 +51,8 @@ def test_what_does_not_come_is_a_value() -> None:
         late = ask(endpoint.base_url, {}, timeout=1)
         over.set()
     assert (late.failure, late.is_transient) == ("late", True)
-    gone = ask(endpoint.base_url, {})
+    with nobody() as port:
+        gone = ask(f"http://127.0.0.1:{port}", {})
     assert (gone.failure, gone.is_transient) == ("unreachable", True)
 
 

@@ -1,12 +1,12 @@
 """A run of pairs to take out, and a hub to take it to."""
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 
+from tests import serving
 from tests.exports.stand_in import TOKEN, Hub, hub
 from tests.stages.build_pairs.runs import Row, build, run_of
 
@@ -31,7 +31,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def nobody() -> str:
+def nobody() -> Iterator[str]:
     """An address on localhost where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return f"http://127.0.0.1:{found.getsockname()[1]}"
+    with serving.nobody() as port:
+        yield f"http://127.0.0.1:{port}"

@@ -1,7 +1,6 @@
 """The endpoint over real sockets: what is sent, retries, refusals, time limits, and a key that goes nowhere."""
 
 import json
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from prefpipe.errors import StorageError, UsageError
 from prefpipe.rewards.endpoint import Question, Reply, ask_all, body
 from tests.conftest import Cli
 from tests.rewards.server import completion, serving
+from tests.serving import nobody
 
 SCHEMA = {"type": "object"}
 QUESTIONS = [Question([{"role": "user", "content": str(i)}], SCHEMA) for i in range(8)]
@@ -169,10 +169,7 @@ def test_overload_and_an_endpoint_that_is_not_there_stop_the_run() -> None:
     """Rather than rows without rewards: the run resumes when the endpoint is back."""
     with serving(in_turn((429, {}))) as endpoint, pytest.raises(StorageError, match="no more requests"):
         ask_all(settings(endpoint.base_url), QUESTIONS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(StorageError, match="cannot be reached"):
+    with nobody() as port, pytest.raises(StorageError, match="cannot be reached"):
         ask_all(settings(f"http://127.0.0.1:{port}/v1"), QUESTIONS)
 
 
