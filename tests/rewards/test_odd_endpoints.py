@@ -3,6 +3,7 @@
 import gc
 import gzip
 import json
+import os
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ from prefpipe.config.judge import Judge
 from prefpipe.errors import Interrupted, StorageError, UsageError
 from prefpipe.rewards.endpoint import Question, Reply, ask_all
 from tests.rewards.server import completion, raw, serving
+from tests.serving import nobody
 
 QUESTION = [Question([{"role": "user", "content": "?"}], {})]
 FINE = json.dumps(completion("fine")[1]).encode()
@@ -98,15 +100,16 @@ def test_a_signal_does_not_wait_for_the_endpoint() -> None:
     def stop_now(number: int, _frame: object) -> None:
         raise Interrupted(number)
 
-    before = signal.signal(signal.SIGALRM, stop_now)
+    def answer(_connection: socket.socket, stop: threading.Event) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.wait()
+
+    before = signal.signal(signal.SIGUSR1, stop_now)
     try:
-        with raw(lambda _connection, stop: stop.wait() and None) as place:
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
-            with pytest.raises(Interrupted):
-                ask(f"http://{place}/v1", timeout_seconds=600)
+        with raw(answer) as place, pytest.raises(Interrupted):
+            ask(f"http://{place}/v1", timeout_seconds=600)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +214,7 @@ def test_addresses_that_are_fine() -> None:
 
 def test_an_address_of_version_6() -> None:
     assert Judge(base_url="http://[::1]:8000/v1/").base_url == "http://[::1]:8000/v1"
-    with socket.socket(socket.AF_INET6) as free:
-        free.bind(("::1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(StorageError, match="cannot be reached"):
+    with nobody("::1") as port, pytest.raises(StorageError, match="cannot be reached"):
         ask(f"http://[::1]:{port}/v1")
 
 
