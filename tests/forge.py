@@ -169,15 +169,21 @@ def _serve() -> None:
     for line in sys.stdin:
         number, timeout, jobs = json.loads(line)
         children: list[int] = []
+        begin, begun = os.pipe()  # none begins before all are there
         for job in jobs:
             child = os.fork()
             if child == 0:
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
                 try:
+                    os.close(begun)
+                    os.read(begin, 1)
+                    os.close(begin)
                     os._exit(_exit_code(job))
                 finally:
                     os._exit(99)
             children.append(child)
+        os.close(begun)
+        os.close(begin)
         deadline = time.monotonic() + timeout
         print(json.dumps([number, [_code(child, deadline) for child in children]]), flush=True)  # noqa: T201
 
