@@ -10,6 +10,7 @@ import pytest
 
 from tests.cases import assert_refused
 from tests.conftest import ROOT, Cli
+from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
@@ -38,7 +39,7 @@ def interrupted(process: "subprocess.Popen[str]") -> str:
 def test_lines_of_a_pipe_are_answered_and_ctrl_c_ends_an_answer(trained: Path) -> None:
     with start(trained, "--max", 900, "--temperature", 2) as process:
         assert any(interrupted(process) == "stopped" for _ in range(5))
-        _, err = process.communicate("/base\n/max 3\n/temperature 0\nagain\n/quit\nnever\n", timeout=120)
+        _, err = process.communicate("/base\n/max 3\n/temperature 0\nagain\n/quit\nnever\n", timeout=PATIENCE_S)
         assert process.returncode == 0, err
     assert err.splitlines() == ["the base is silent", "max = 3", "temperature = 0"]
 
