@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,6 +35,20 @@ def slow(settings: EngineSettings) -> ScriptedEngine:
 
     def sample(request: Request) -> list[Sample]:
         time.sleep(0.1)
+        return engine.sample(request)
+
+    return replace(engine, sample=sample)
+
+
+def held(settings: EngineSettings) -> ScriptedEngine:
+    """Answers four prompts. At the next one it says so, by a file named after its process in the folder of HELD_IN, and
+    waits there for one named `go`."""
+    engine, folder, answered = over_fake(settings), Path(os.environ["HELD_IN"]), count()
+
+    def sample(request: Request) -> list[Sample]:
+        if next(answered) == 4:
+            (folder / str(os.getpid())).touch()
+            until((folder / "go").exists)
         return engine.sample(request)
 
     return replace(engine, sample=sample)

@@ -46,19 +46,17 @@ def workers_of(driver: int) -> list[int]:
 
 
 def disturbed(forged: Forge, command: list[object], out: Path, disturb: Callable[[int], None]) -> Ended:
-    """A run with slow engines that is disturbed, given its process id, while both workers are at work."""
-    ended: list[Ended] = []
-    running = threading.Thread(target=lambda: ended.append(forged.run(*command, engine="tests.faults.engines:slow")))
+    """A run that is disturbed, given its process id, while both workers are at work: each has made a shard."""
+    held, ended = out.parent / "held", list[Ended]()
+    held.mkdir()
+    job = {"engine": "tests.faults.engines:held", "env": {"HELD_IN": str(held)}}
+    running = threading.Thread(target=lambda: ended.append(forged.run(*command, **job)))
     running.start()
-
-    def driver() -> int:
-        log, owner = out / "inflight.log", out / ".owner"
-        shards = list((out / "completions").glob("*.ok.json"))
-        return int(owner.read_text().split()[1]) if log.exists() and shards else 0
-
-    pid = until(driver)
-    assert len(workers_of(pid)) == 2
+    until(lambda: len(list(held.iterdir())) == 2 and list((out / "completions").glob("*.ok.json")))
+    pid = int((out / ".owner").read_text().split()[1])
+    assert {str(worker) for worker in workers_of(pid)} == {path.name for path in held.iterdir()}
     disturb(pid)
+    (held / "go").touch()
     running.join(PATIENCE_S)
     assert until(lambda: not workers_of(pid))
     return ended[0]
