@@ -10,6 +10,7 @@ from prefpipe import extras, processes
 from prefpipe.errors import MissingInputError
 from prefpipe.runs import page
 from tests.runs.cases import opened, write
+from tests.waiting import PATIENCE_S
 
 
 @pytest.mark.slow
@@ -37,7 +38,7 @@ def test_a_run_goes_on_while_its_page_is_written(tmp_path: Path, monkeypatch: py
         writer = page._writers[run.out].process
         page.renew(run.out)
         assert page._writers[run.out].process is writer
-        assert writer.wait(200) == 0
+        assert writer.wait(PATIENCE_S) == 0
         assert "run is running" in (run.out / "report.html").read_text()
         write(run)
     page.write(tmp_path / "run")
