@@ -52,12 +52,6 @@ def written_rows(tensor: torch.Tensor | Copied, *, leads: bool) -> tuple[int, to
     return first, rows if leads or is_cut(tensor) else rows.new_empty(0)
 
 
-def copied(tensor: torch.Tensor, *, leads: bool) -> Copied:
-    """A copy of the `written_rows` of a tensor, on the host, which no later step changes."""
-    first, rows = written_rows(tensor, leads=leads)
-    return Copied(tensor.shape, first, rows.detach().to("cpu", copy=True))
-
-
 @torch.no_grad()
 def fill(target: torch.Tensor, source: torch.Tensor | Stored) -> None:
     """Copy into a tensor, or into the rows of it that this rank has: from a file, from a whole tensor, or from one that

@@ -1,4 +1,5 @@
-"""Rounds that are taken from another run: linked, never copied, and known by their digests."""
+"""Rounds that are taken from another run: linked, never copied, and known by their digests. And whether the optimizer
+of the round before is still there."""
 
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.inputs import files
 from prefpipe.models import policy
-from prefpipe.runs import commits, links, store
+from prefpipe.runs import checkpoints, commits, links, store
 from prefpipe.runs.store import Manifest
 from prefpipe.stages.iterate.plan import trained
 
@@ -46,6 +47,15 @@ def link(config: IterateConfig, out: Path) -> None:
     """Let OUT/round-N be that of the other run, for every round that is taken."""
     for number in range(config.from_round + 1) if config.from_run else ():
         links.publish(out / f"round-{number}", Path(config.from_run) / f"round-{number}")
+
+
+def check_optimizer(config: IterateConfig, out: Path, number: int) -> None:
+    """Raise DataError, before the first step of a round, where it is to go on with an optimizer whose checkpoint is
+    gone, and as `checkpoints.source`. Training that has begun needs that checkpoint no more."""
+    here, before = (out / f"round-{n}" / "train" for n in (number, number - 1))
+    begun = (here / "manifest.json").exists() or any(here.glob("checkpoints/step-*"))
+    if config.optimizer == "continue" and number > 1 and not begun:
+        checkpoints.check_there(checkpoints.source(before, config.train.optim))
 
 
 def identity(found: dict[str, str]) -> dict[str, str]:

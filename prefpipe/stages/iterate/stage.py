@@ -172,6 +172,7 @@ def _is_evaluated(out: Path, number: int) -> bool:
 
 def _run_round(config: IterateConfig, rounds: _Rounds, number: int, known: Known, runner: Runner) -> Stop | None:
     """Run the steps of a round. Returns why the rounds end before it, where no prompt gives anything to train on."""
+    branch.check_optimizer(config, rounds.out, number)
     try:
         _run_steps(config, rounds, steps(config, rounds.out, number, known), runner)
     except PrefpipeError as error:

@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 
-from prefpipe import clock, log, machine
+from prefpipe import clock, log
 from prefpipe.errors import PrefpipeError
 from prefpipe.forward import shards
 from prefpipe.forward.shards import Copied
+from prefpipe.stages.train import host_copies
+from prefpipe.stages.train.host_copies import HostCopies, Tensors
 from prefpipe.stages.train.parallel import ALONE, World
 
-# Of the memory of the host that is available, how much the copies of a node may take. On a CPU a step has up to 0.8 of
-# it (`memory.SHARE`).
-_SHARE_BESIDE_GPU, _SHARE_BESIDE_CPU = 1 / 2, 1 / 16
 _SAID_FROM_S = 1.0  # a write that takes less is not worth a line
 
-Tensors = Mapping[str, torch.Tensor]
 Write = Callable[[Mapping[str, torch.Tensor | Copied], World], None]
 
 
@@ -109,6 +107,8 @@ class Background:
     def __init__(self, world: World) -> None:
         self._world = world
         self._save: _Save | None = None
+        self._copies = HostCopies()
+        self._told = False
 
     def save(self, step: int, tensors: Tensors, write: Write, *, last: bool) -> None:
         """Let `write` write tensors as they are now. With `last`, as no step follows, it is done on return. The caller
@@ -120,7 +120,7 @@ class Background:
             took = clock.monotonic() - start
             _say(step, took, took)
             return
-        copies = {name: shards.copied(tensor, leads=self._world.leads) for name, tensor in tensors.items()}
+        copies = self._copies.take(tensors, leads=self._world.leads)
         waited = clock.monotonic() - start
         if any(map(shards.is_cut, tensors.values())):
             self._save = _Save(step, self._world, lambda world: write(copies, world), waited)
@@ -168,11 +168,14 @@ class Background:
 
     def _fits(self, tensors: Tensors) -> bool:
         """Whether the host has memory for the copies of all ranks of a node: the same on all ranks."""
-        size = sum(shards.written_rows(tensor, leads=self._world.leads)[1].nbytes for tensor in tensors.values())
-        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
-        share = _SHARE_BESIDE_CPU if on_cpu else _SHARE_BESIDE_GPU
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return all(self._world.gather(size * ranks <= share * machine.available_memory()))
+        size = self._copies.nbytes(tensors, leads=self._world.leads)
+        on_gpu = any(tensor.device.type != "cpu" for tensor in tensors.values())
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if any(map(shards.is_cut, tensors.values())) else 1
+        fits = all(self._world.gather(host_copies.fit(size * ranks, beside_gpu=on_gpu)))
+        if not fits and not self._told:
+            log.info(f"training waits for its checkpoints: the host has no room for a copy of {size / 2**20:,.0f} MiB")
+            self._told = True
+        return fits
 
 
 @contextmanager

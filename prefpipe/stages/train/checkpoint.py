@@ -20,13 +20,12 @@ from prefpipe.errors import DataError, MissingInputError
 from prefpipe.forward import tensor_files
 from prefpipe.forward.shards import Copied
 from prefpipe.forward.tensor_files import Stored
-from prefpipe.runs import commits, fsio, manifests
+from prefpipe.runs import checkpoints, commits, fsio, manifests
 from prefpipe.stages.train import shared_files
 from prefpipe.stages.train.parallel import ALONE, World
 
 FILE_BYTES = 4 << 30  # of tensors in a file: the digests of files are dealt out to the ranks
 _NAME = re.compile(r"step-\d{8,}")
-_FILE = re.compile(r"state(-\d+-of-\d+)?\.safetensors")
 _MOST_METRICS = 1 << 30  # bytes
 Held = TypeVar("Held", bound=torch.Tensor | Copied | Stored, covariant=True)
 
@@ -62,7 +61,7 @@ def save(
     `records` are the steps, in order, whose weights were the best so far. The last record before each kept checkpoint
     stays too: a run that resumes from that checkpoint may end with these weights.
     """
-    target = _path(folder, checkpoint.step)
+    target = checkpoints.place(folder, checkpoint.step)
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     files = tensor_files.plan(shapes, "state", FILE_BYTES)
     if not world.leads or target.exists():
@@ -117,7 +116,7 @@ def newest(folder: Path, fingerprint: str, metrics: Path, world: World = ALONE) 
 
 def at_step(folder: Path, step: int, world: World = ALONE) -> Checkpoint[Stored]:
     """The checkpoint of a step. Raises DataError when it is damaged or gone."""
-    path = _path(folder, step)
+    path = checkpoints.place(folder, step)
     record = _verified(path, world)
     if record is None:
         raise DataError(
@@ -129,12 +128,12 @@ def at_step(folder: Path, step: int, world: World = ALONE) -> Checkpoint[Stored]
 
 def _has_best(folder: Path, record: Mapping[str, Any], world: World) -> bool:
     best = record.get("best", record["step"])
-    return best == record["step"] or _verified(_path(folder, best), world) is not None
+    return best == record["step"] or _verified(checkpoints.place(folder, best), world) is not None
 
 
 def _load(path: Path, record: Mapping[str, Any]) -> Checkpoint[Stored]:
     tensors: dict[str, Stored] = {}
-    for name in _files(record):
+    for name in checkpoints.files(record):
         tensors |= tensor_files.stored(path / name)
     return Checkpoint(
         record["step"],
@@ -148,26 +147,12 @@ def _load(path: Path, record: Mapping[str, Any]) -> Checkpoint[Stored]:
 def _verified(path: Path, world: World) -> dict[str, Any] | None:
     """The record of a checkpoint, or None where the record or the tensors do not match their digests. Each rank reads
     its share of the files."""
-    record = world.tell(_record(path) if world.leads else None)
+    record = world.tell(checkpoints.record(path) if world.leads else None)
     if record is None:
         return None
-    own = list(_files(record).items())[world.rank :: world.size]
+    own = list(checkpoints.files(record).items())[world.rank :: world.size]
     intact = world.together(lambda: all(commits.matches(path / name, digest) for name, digest in own))
     return record if all(world.gather(intact)) else None
-
-
-def _record(path: Path) -> dict[str, Any] | None:
-    try:
-        record = reading.read_json(path / "state.json")
-        intact = manifests.is_intact(record) and all(map(_FILE.fullmatch, _files(record)))
-    except (ValueError, KeyError, AttributeError, TypeError, DataError, MissingInputError):
-        return None
-    return record if intact else None
-
-
-def _files(record: Mapping[str, Any]) -> dict[str, str]:
-    """The files of tensors of a checkpoint with their digests; one of an older version has one, and no list."""
-    return record["files"] if "files" in record else {"state.safetensors": record["blake3"]}
 
 
 def _matches(metrics: Path, record: Mapping[str, Any]) -> bool:
@@ -185,10 +170,6 @@ def _matches(metrics: Path, record: Mapping[str, Any]) -> bool:
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
-
-
-def _path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
 
 
 def _number(path: Path) -> int:

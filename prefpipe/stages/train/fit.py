@@ -58,7 +58,7 @@ def fit(
         state = State.from_json(resumed.diagnostics or state.to_json())
         log.info(f"resuming after step {first}")
     else:
-        moments.take(config, trainer.optimizer, data.policy.id, trainer.world)
+        moments.take(data.optimizer, trainer.optimizer, data.policy.id, trainer.world)
     session.lead(lambda run: fsio.truncate(run.out / _METRICS, metrics_bytes))
     evaluations = session.lead(lambda run: [line for line in _lines(run) if "eval_loss" in line]) or []
     steps = loop.steps(trainer, data.rows, first, data.training_bank, data.sft)

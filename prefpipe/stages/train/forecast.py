@@ -20,6 +20,7 @@ from prefpipe.forward.layout import Tree
 from prefpipe.forward.logps import causal_model
 from prefpipe.forward.meta_pass import Held
 from prefpipe.forward.weights import DTYPES
+from prefpipe.stages.train.host_copies import pinned_bytes
 from prefpipe.stages.train.memory import SHARE
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -63,6 +64,8 @@ class Need:
     passing: float
     # What it writes into a checkpoint: masters and moments.
     checkpoint: float
+    # What its copy on the host takes, from which it is written while training goes on.
+    host_copy: float
 
     @property
     def peak(self) -> float:
@@ -187,6 +190,7 @@ class Forecast:
             kept=held.kept,
             passing=held.peak - held.kept,
             checkpoint=trained * (4 + moments),
+            host_copy=host_copy(model.trained, self.config.optim, setting.cut, pinned=True),
         )
 
     def remedy(self, setting: Setting, memory: float) -> str:
@@ -202,6 +206,12 @@ class Forecast:
 def rows_of_a_rank(parameters: Sequence[torch.Tensor], cut: int) -> int:
     """Numbers in the rows of parameters that the first of `cut` ranks has, as fsdp2 cuts them."""
     return sum(math.ceil(p.shape[0] / cut) * math.prod(p.shape[1:]) if p.dim() else p.numel() for p in parameters)
+
+
+def host_copy(trained: Sequence[torch.Tensor], optim: str, cut: int, *, pinned: bool) -> float:
+    """Bytes that a copy of masters and moments takes on the host of the first of `cut` ranks."""
+    masters = [4 * rows_of_a_rank([p], cut) for p in trained]
+    return (1 + _MOMENTS[optim] / 4) * sum(map(pinned_bytes, masters) if pinned else masters)
 
 
 def _gathered(model: Model, setting: Setting) -> int:

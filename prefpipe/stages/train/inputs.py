@@ -19,7 +19,8 @@ from prefpipe.models.chat import Chat, load_chat
 from prefpipe.models.notices import check_ends
 from prefpipe.models.policy import Policy, resolve
 from prefpipe.rows import one_reference
-from prefpipe.runs import store
+from prefpipe.runs import checkpoints, store
+from prefpipe.runs.checkpoints import Source
 from prefpipe.schemas import VERSION, Dropped, RefLogps
 from prefpipe.stages.train import lengths, mapped, moments, row_checks, row_files, sources, user_losses
 from prefpipe.stages.train.evaluation import split_by_prompt
@@ -66,6 +67,8 @@ class TrainingData:
     num_eval_bank: int = 0
     # The rows to imitate, beside the others; nothing reads reference log-probs of them.
     sft: Sequence[TrainLabel] = ()
+    # The run whose optimizer this one goes on with; None for a new optimizer.
+    optimizer: Source | None = None
     # Where the rows lie on this node.
     stored: Path | None = None
 
@@ -97,7 +100,9 @@ def prepare(config: TrainConfig) -> TrainingData:
     named_sources = {name: list[str](getattr(config, name)) for name in (kind, _EVAL[kind], "sft")}
     given, held_out, _ = named_sources.values()
     inputs = {f"{name}.{i}": files.digest(s) for name in named_sources for i, s in enumerate(named_sources[name])}
-    inputs |= user_losses.inputs(config.objective) | moments.inputs(config)
+    optimizer = moments.source(config)
+    inputs |= user_losses.inputs(config.objective)
+    inputs |= {"optimizer_from": optimizer.manifest["digest"]} if optimizer else {}
     policy = resolve(config.model, config.adapter)
     runs = [Path(s) for s in (*given, *held_out) if files.is_run(s)]
     vocabulary.check(runs, policy.directory)
@@ -142,6 +147,7 @@ def prepare(config: TrainConfig) -> TrainingData:
         on_reference=reference is not None and _sampled_by(given) == {reference.id},
         num_eval_bank=len(bank) - found.facts["bank"],
         sft=cast("Sequence[TrainLabel]", sft),
+        optimizer=optimizer,
         stored=stored,
     )
 
@@ -152,6 +158,8 @@ def for_settings(data: TrainingData, config: TrainConfig) -> TrainingData:
     kind_of(config)
     row_checks.columns(config.objective, mapped.chain(data.rows, data.eval_rows))
     row_checks.order(config, data.rows)
+    if data.optimizer:
+        checkpoints.check_kind(data.optimizer, config.optim)
     if config.objective.needs("reference"):
         return data
     _named_reference(config, needs_reference=False)

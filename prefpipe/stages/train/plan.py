@@ -14,9 +14,9 @@ from prefpipe.errors import UsageError
 from prefpipe.forward.layout import Tree
 from prefpipe.models import policy as models
 from prefpipe.runs.settled import settled
-from prefpipe.stages.train import loading, loop, mapped, memory, mixing
+from prefpipe.stages.train import host_copies, loading, loop, mapped, memory, mixing
 from prefpipe.stages.train.examples import TrainRow
-from prefpipe.stages.train.forecast import RANKS, Forecast, Setting
+from prefpipe.stages.train.forecast import RANKS, Forecast, Setting, host_copy
 from prefpipe.stages.train.inputs import TrainingData, prepare
 from prefpipe.stages.train.loss_batches import scores_prompt
 from prefpipe.stages.train.memory import Fitting
@@ -25,6 +25,7 @@ from prefpipe.stages.train.record_batches import Batch
 
 _GIB = 2**30
 _CARD = 80.0  # GiB of a GPU, where none is at hand
+_GPUS_OF_A_NODE = 8
 _COMPLETIONS = {"pairs": 2, "labels": 1}  # of a row
 
 
@@ -60,7 +61,20 @@ def _measured(config: TrainConfig) -> list[str]:
     trees = memory.probe_trees(mapped.chain(data.rows, data.sft))
     fitting = memory.fitting(model, trees, config.gradient_checkpointing, config.max_tokens_per_micro_batch)
     unique = unique_tokens(data.rows, config, fitting.tokens, data.sft)
-    return _lines(config, data.kind, mixing.epoch_size(data.rows, config), len(data.sft), fitting, unique)
+    count = mixing.epoch_size(data.rows, config)
+    lines = _lines(config, data.kind, count, len(data.sft), fitting, unique)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_gpu = any(parameter.device.type != "cpu" for parameter in trained)
+    copy = host_copy(trained, config.optim, 1, pinned=on_gpu)
+    # What a step on a CPU takes beside the weights, which are there, is memory of the host.
+    beside = 0 if on_gpu else fitting.footprint.peak(unique["largest micro-batch"]) - fitting.footprint.weights
+    return _table(lines | {"saving": _saving(copy, fits=host_copies.fit(copy, beside_gpu=on_gpu, taken=beside))})
+
+
+def _saving(copy: float, *, fits: bool) -> str:
+    if fits:
+        return f"while training goes on, from copies of {copy / _GIB:.3f} GiB on the host"
+    return f"while training waits: the host has no room for copies of {copy / _GIB:.3f} GiB beside it"
 
 
 def _predicted(config: PlanConfig, directory: Path, *, rows_at_hand: bool) -> list[str]:
@@ -147,6 +161,15 @@ def _forecast_lines(
             else "no rows were read: about 6.3 bytes a token on a node, whatever its number of GPUs"
         ),
     )
+    copies = max(n.host_copy * min(s.cut, _GPUS_OF_A_NODE) for s, n in zip(settings, needs, strict=True))
+    if machine.has_gpu():
+        yield "saving", _saving(copies, fits=host_copies.fit(copies, beside_gpu=True))
+    else:
+        yield (
+            "saving",
+            f"while training goes on, where half of the free memory of a node holds {copies / _GIB:.2f} GiB of copies; "
+            "else training waits",
+        )
 
 
 _PARTS = {
@@ -158,6 +181,7 @@ _PARTS = {
     "the passes": "passing",
     "peak": "peak",
     "in a checkpoint": "checkpoint",
+    "copy on the host": "host_copy",
 }
 
 
@@ -184,13 +208,13 @@ def unique_tokens(
 
 def _lines(
     config: TrainConfig, kind: str, count: int, num_sft: int, fitting: Fitting, unique: dict[str, int]
-) -> list[str]:
+) -> dict[str, str]:
     footprint, largest = fitting.footprint, unique["largest micro-batch"]
     tokens = min(fitting.tokens, max(unique.values()))
     epochs = config.num_train_epochs
     seconds = epochs * unique["computed"] * footprint.train_seconds_per_token
     reference = epochs * unique["computed"] * footprint.score_seconds_per_token
-    rows = {
+    return {
         "figures": "measured by a probe on this machine: activations, time; weights and optimizer are counted",
         f"{kind}, steps": f"{count}, {loop.num_steps(count, config)} of {config.train_batch_size} {kind}",
         **({"sft": f"{num_sft} rows, {config.sft_batch_size} in every step"} if num_sft else {}),
@@ -208,7 +232,6 @@ def _lines(
         "cache saves": f"{footprint.weights / _GIB:.3f} GiB of a second model, or {reference / 60:.1f} min of "
         "reference passes with the adapter off",
     }
-    return _table(rows)
 
 
 def _table(rows: Mapping[str, str]) -> list[str]:

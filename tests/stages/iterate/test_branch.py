@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from prefpipe.errors import DataError, MissingInputError, UsageError
+from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
 from prefpipe.runs import store
 from prefpipe.runs.store import Manifest
 from prefpipe.stages.iterate import stage as iterate
+from prefpipe.stages.iterate.branch import check_optimizer
 from tests.stages.iterate.cases import PER_ROUND, Make, adapters, in_process, never
 
 
@@ -61,6 +62,26 @@ def test_a_branch_goes_on_with_the_optimizer_of_the_round_that_it_is_from(
     for rounds in (1, 2):
         iterate.run(make(rounds=rounds, optimizer="continue"), whole, force=False, runner=in_process)
     assert adapters(whole, 1, 2) == adapters(out, 1, 2)
+
+
+def test_a_round_without_the_optimizer_that_it_goes_on_with_is_refused_before_its_first_step(
+    make: Make, three: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    """It is of another kind, or its files are gone. Training that has begun needs it no more."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(three[0], source, symlinks=True)
+    branch = make(rounds=3, from_run=str(source), from_round=1, optimizer="continue")
+    other = branch.model_copy(update={"train": branch.train.model_copy(update={"optim": "rmsprop"})})
+    with pytest.raises(IdentityError, match="optim = adamw_torch_fused, whose state is not that of rmsprop"):
+        iterate.run(other, tmp_path / "other", force=False, runner=never)
+    for path in source.glob("round-1/train/checkpoints/step-*/*.safetensors"):
+        path.unlink()
+    with pytest.raises(DataError, match=f"the optimizer of {out}/round-1/train is lost") as caught:
+        iterate.run(branch, out, force=False, runner=never)
+    assert "run its command with --force" in caught.value.hint
+    assert not (out / "round-2").exists()
+    (out / "round-2/train/checkpoints/step-00000001").mkdir(parents=True)
+    check_optimizer(branch, out, 2)
 
 
 @pytest.mark.parametrize(

@@ -84,17 +84,20 @@ def test_training_waits_for_the_last_one_and_where_no_copy_fits(
     assert contents(tmp_path / "b") == plain
 
 
-def test_a_copy_of_every_rank_of_the_node_must_fit(monkeypatch: pytest.MonkeyPatch):
-    """64 MB in 1/16 of the memory, eight times; beside a GPU half of the memory is enough."""
+@pytest.mark.parametrize(("is_cut", "ranks"), [(True, 8), (False, 1)])
+def test_a_copy_of_every_rank_of_the_node_must_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_cut: bool, ranks: int
+):
+    """64 MB in 1/16 of the memory, eight times where eight ranks have rows. Once it is said that they do not fit."""
     tensors = {"w": torch.zeros(16 << 20)}
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    for available, fits in ((8 << 30, True), ((8 << 30) - 16, False)):
+    monkeypatch.setattr(shards, "is_cut", lambda _: is_cut)
+    saving = Background(ALONE)
+    for available, fits in ((ranks << 30, True), ((ranks << 30) - 16, False), ((ranks << 30) - 16, False)):
         monkeypatch.setattr(machine, "available_memory", lambda available=available: available)
-        assert Background(ALONE)._fits(tensors) is fits
-    monkeypatch.setattr(background, "_SHARE_BESIDE_CPU", background._SHARE_BESIDE_GPU)
-    for available, fits in ((1 << 30, True), ((1 << 30) - 2, False)):
-        monkeypatch.setattr(machine, "available_memory", lambda available=available: available)
-        assert Background(ALONE)._fits(tensors) is fits
+        assert saving._fits(tensors) is fits
+    said = "training waits for its checkpoints: the host has no room for a copy of 64 MiB"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_the_seconds_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from prefpipe.config.train import TrainConfig
 from prefpipe.errors import DataError, IdentityError, MissingInputError, PrefpipeError, UsageError
 from prefpipe.runs import store
-from prefpipe.stages.train import moments, stage
+from prefpipe.stages.train import inputs, moments, stage
 from prefpipe.stages.train.session import Paused
 from tests.forge import Forge
 from tests.stages.train import data
@@ -113,6 +113,13 @@ def test_an_optimizer_of_something_else_is_refused_with_what_differs(
     with pytest.raises(error) as caught:
         stage.run(make(optimizer_from=str(first), **changes), tmp_path / "t", force=False)
     assert all(word in caught.value.message for word in words), caught.value.message
+
+
+def test_a_variant_of_a_sweep_has_the_optimizer_of_its_run_or_is_refused(make: Make, first: Path):
+    data = inputs.prepare(make(**after(first)))
+    assert inputs.for_settings(data, make(**after(first, learning_rate=1e-4))).optimizer is data.optimizer
+    with pytest.raises(IdentityError, match="whose state is not that of rmsprop"):
+        inputs.for_settings(data, make(**after(first, optim="rmsprop")))
 
 
 def a_flipped_bit(run: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from prefpipe import machine
 from prefpipe.config.plan import PlanConfig
 from prefpipe.errors import UsageError
 from prefpipe.forward import load
-from prefpipe.stages.train import loading, memory, plan
+from prefpipe.stages.train import host_copies, loading, memory, plan
 from prefpipe.stages.train.examples import TrainPair
 from prefpipe.stages.train.inputs import prepare
 from prefpipe.stages.train.micro_batches import tree_of
@@ -19,12 +20,13 @@ from tests.stages.train import data
 
 ROWS = (
     "figures", "pairs, steps", "tokens per epoch", "micro-batch", "weights", "trained, gradients", "optimizer",
-    "activations", "checkpointing", "head chunk", "peak", "time", "cache saves",
+    "activations", "checkpointing", "head chunk", "peak", "time", "cache saves", "saving",
 )  # fmt: skip
 
+LORA = {"lora_r": 16, "lora_alpha": 32}  # the defaults, which full fine-tuning leaves alone
 FORECAST = (
     "figures", "model", "micro-batch", "GiB a rank of", *plan._PARTS, "checkpointing", "fits 24 GiB", "head chunk",
-    "host",
+    "host", "saving",
 )  # fmt: skip
 
 
@@ -70,6 +72,7 @@ def test_the_command_prints_a_table_and_writes_nothing(cli: Cli, tiny_model: Pat
         assert re.match(r"\d+\.\d{3} GiB", rows[name]), rows[name]
     assert re.match(r"\d+\.\d min \(\d+ tokens/s", rows["time"])
     assert "reference passes with the adapter off" in rows["cache saves"]
+    assert re.search(r"^while training (goes on, from|waits: the host has no room for) copies of", rows["saving"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,6 +185,31 @@ def test_rows_at_hand_take_the_place_of_settings(tiny_model: Path, pairs: Path):
     assert rows["fits 0 GiB"] == ["no"]
     assert rows["fits 1 with"][:2] == ["no", "setting:"]
     assert rows["host"][1] == "GiB"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "free", "said"),
+    [
+        (False, 0, "goes on, where half of the free memory of a node holds {} of copies; else training waits"),
+        (True, 2.5, "goes on, from copies of {} on the host"),
+        (True, 1.5, "waits: the host has no room for copies of {} beside it"),
+    ],
+)
+def test_a_plan_says_whether_training_waits_for_checkpoints(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, free: float, said: str
+):
+    """Copies of all ranks of a node in half of its memory: of 16 ranks those of 8. They are powers of two."""
+    monkeypatch.setattr(machine, "has_gpu", lambda: gpu)
+    config = settings(tiny_model, gpus=16, tuning="full", distributed="fsdp2", **LORA)
+    trained = load.load_model(tiny_model, "float32").parameters()
+    copies = max(
+        n * 3 * sum(host_copies.pinned_bytes(4 * -(-p.shape[0] // n) * (p.numel() // p.shape[0])) for p in trained)
+        for n in (1, 2, 4, 8)
+    )
+    monkeypatch.setattr(machine, "available_memory", lambda: free * copies)
+    (line,) = (line for line in plan.run(config) if line.startswith("saving"))
+    amount = f"{copies / 2**30:.2f} GiB" if not gpu else f"{copies / 2**30:.3f} GiB"
+    assert line.endswith("while training " + said.format(amount))
 
 
 @pytest.mark.parametrize("absent", [True, False])
