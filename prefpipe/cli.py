@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -31,12 +31,14 @@ from prefpipe.shipped import commands as _recipe_commands
 from prefpipe.shipped import recipes
 from prefpipe.views.commands import compare, runs, show
 
-_START = "Start"
 _AGAIN_AFTER_S = 0.02  # a destructor has ended by then, mostly
-_RECIPES = "Recipes"  # the heading of commands about settings in --help
-
 app = typer.Typer(
-    cls=flags.GroupedCommands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    cls=flags.Commands,
+    context_settings=flags.CONTEXT,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog=flags.EXAMPLE,
 )
 
 
@@ -66,7 +68,7 @@ def main() -> None:
 def _report(error: BaseException, *, verbose: bool) -> int:
     """Print the two lines of an error. Returns its exit code."""
     if isinstance(error, typer.TyperException):
-        log.error(error.format_message(), "see `prefpipe --help`, or `prefpipe COMMAND --help`")
+        log.error(*flags.mistake(error))
         return UsageError.exit_code
     if isinstance(error, PrefpipeError | Interrupted):
         log.error(error.message, error.hint)
@@ -132,13 +134,18 @@ def _version(value: bool) -> None:  # noqa: FBT001  (typer's callback signature)
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,  # noqa: FBT002
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,  # noqa: FBT002, ARG001
 ) -> None:
-    """Offline preference optimization: generate, score, build-pairs, train, evaluate, iterate."""
+    """Offline preference optimization (DPO and relatives): generate, score, build-pairs, train, evaluate, iterate."""
+    if context.invoked_subcommand is None:
+        for line in context.get_help().splitlines():
+            log.info(line)
+        raise UsageError("no command is named", "start with `prefpipe demo`, or with a command of the list above")
 
 
 def show_config(
-    command: Annotated[str, typer.Argument(help=f"One of: {', '.join(SETTINGS)}.")],
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help=f"One of: {', '.join(SETTINGS)}.")],
     *,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of its recipes, for editors.")
@@ -158,7 +165,6 @@ def show_config(
     terminal.show(base.to_toml(config_class()))
 
 
-@app.command("doctor", rich_help_panel=_START)
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")] = False,  # noqa: FBT002
 ) -> int:
@@ -187,7 +193,6 @@ def steps() -> None:
             print(step["out"], file=answers, flush=True)
 
 
-@app.command("report")
 def write_report(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="The --out of a command, finished or not.")],
     out: Annotated[str | None, typer.Option(metavar="PATH", help="The page; DIR/report.html without it.")] = None,
@@ -198,7 +203,6 @@ def write_report(
     terminal.show(f"report       {calls.report(base.local_path(directory, 'DIR'), target)}")
 
 
-@app.command("gather", rich_help_panel="Stages")
 def gather(
     directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="The --out of every part, 1/N to N/N.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="The directory of the whole run.")],
@@ -210,7 +214,6 @@ def gather(
     _say(*calls.gather([base.local_path(text, "DIR") for text in directories], target, force=force), target)
 
 
-@app.command("merge")
 def merge(
     run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run of train, or of iterate for its best round.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="The merged model; a new or an empty directory.")],
@@ -223,7 +226,7 @@ def merge(
     terminal.show(f"merged       {target}\n  {identity}")
 
 
-def _register(name: str, config_class: type[BaseModel]) -> None:
+def _stage(name: str, config_class: type[BaseModel]) -> Callable[..., None]:
     def run(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None, force: bool, dry_run: bool) -> None:
         config = calls.settings(name, recipe, settings)
         if dry_run:
@@ -233,7 +236,7 @@ def _register(name: str, config_class: type[BaseModel]) -> None:
             raise UsageError("--out is missing", f"name the directory of the run: prefpipe {name} ... --out runs/NAME")
         _run(name, config, out, force=force)
 
-    app.command(name, cls=flags.SettingsCommand, rich_help_panel="Stages")(flags.command(config_class, run))
+    return flags.command(config_class, run)
 
 
 def _run(command: str, config: BaseModel, out: Path, *, force: bool = False) -> None:
@@ -265,23 +268,33 @@ def _plan(recipe: Path | None, settings: Mapping[str, Any], *, out: Path | None,
         terminal.show(line)
 
 
-app.command(
-    "demo",
-    cls=flags.SettingsCommand,
-    help="Run three rounds on a real 135M model, and write the page about them: about 10 minutes on 2 cores.",
-    rich_help_panel=_START,
-)(flags.command(IterateConfig, _demo))
-for _name, (_config, _) in STAGES.items():
-    _register(_name, _config)
-app.command("config", rich_help_panel=_RECIPES)(show_config)
-app.command(
-    "plan",
-    cls=flags.SettingsCommand,
-    help="Predict memory, tokens, steps and time of a training run, here or on other GPUs.",
-    rich_help_panel=_RECIPES,
-)(flags.command(PlanConfig, _plan))
-_recipe_commands.register(app, _RECIPES)
-for _function in (show, runs, compare, chat):
-    app.command(rich_help_panel="Look")(_function)
-for _function in (push, export):
-    app.command(rich_help_panel="Share")(_function)
+def _register(heading: str, **commands: Callable[..., Any]) -> None:
+    for name, function in commands.items():
+        app.command(name, cls=flags.Command, rich_help_panel=heading, epilog=flags.example(name))(function)
+
+
+_register(
+    "Start",
+    doctor=doctor,
+    demo=flags.command(
+        IterateConfig,
+        _demo,
+        "Run three rounds on a real 135M model, and write the page about them: about 10 minutes on 2 cores.\n\n"
+        "`prefpipe demo --dry-run` prints its settings, and every option of `prefpipe iterate` changes one.",
+        hidden={"recipe", *(name for name, _ in base.fields(IterateConfig))},
+    ),
+)
+_recipe_commands.register(app, "Start", flags.Commands, flags.Command)
+_register("Stages", **{name: _stage(name, config) for name, (config, _) in STAGES.items()}, gather=gather)
+_register(
+    "Settings",
+    config=show_config,
+    plan=flags.command(
+        PlanConfig,
+        _plan,
+        "Predict memory, tokens, steps and time of a training run, here or on other GPUs.",
+        hidden={"out", "force"},
+    ),
+)
+_register("Look", show=show, runs=runs, compare=compare, report=write_report, chat=chat)
+_register("Share", merge=merge, export=export, push=push)

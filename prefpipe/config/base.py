@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from prefpipe import reading
-from prefpipe.config import given, secrets
+from prefpipe.config import given, other_names, secrets
 from prefpipe.errors import UsageError
 
 RUNTIME = "runtime"
@@ -231,7 +231,8 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
     name = ".".join(location)
     value = "***" if name.endswith("api_key_env") else secrets.masked(problem["input"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown setting '{name}'{suggestion(location[-1], list(owner.model_fields))}"
+        leaves = (leaf for leaf, _ in fields(owner) if "." in leaf)
+        return f"unknown setting '{name}'{other_names.said(location[-1], [*owner.model_fields, *leaves])}"
     if problem["type"] in ("literal_error", "union_tag_invalid"):
         expected = problem["ctx"]["expected" if problem["type"] == "literal_error" else "expected_tags"]
         if problem["type"] == "union_tag_invalid":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from prefpipe import extras, terminal
 from prefpipe.config import base
@@ -36,7 +37,9 @@ def show(
 
 
 def copy(
-    name: Annotated[str, typer.Argument(help="iterate/demo, or demo where one command alone has a recipe demo.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="iterate/demo, or demo where one command alone has a recipe demo.")
+    ],
     *,
     to: Annotated[str, typer.Option(metavar="DIR", help="The folder to copy into.")] = ".",
 ) -> None:
@@ -50,11 +53,11 @@ def copy(
     terminal.show(f"run it with  {prefix}{recipe.command}")
 
 
-def register(app: typer.Typer, heading: str) -> None:
+def register(app: typer.Typer, heading: str, group_class: type[TyperGroup], command_class: type[TyperCommand]) -> None:
     """Add the commands to an app, under a heading of its help."""
-    group = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+    group = typer.Typer(cls=group_class, invoke_without_command=True, rich_markup_mode=None)
     group.callback()(show)
-    group.command()(copy)
+    group.command(cls=command_class)(copy)
     app.add_typer(group, name="recipes", rich_help_panel=heading)
 
 

@@ -18,8 +18,8 @@ def show(
     *,
     dataset: Annotated[str, typer.Option(help="Rows of this dataset; `prefpipe show DIR` lists them.")] = "",
     row: Annotated[str, typer.Option(metavar="ID", help="The row with this id, or a beginning of it, whole.")] = "",
-    worst: Annotated[int, typer.Option(min=0, help="The rows of the lowest reward, or of the smallest gap.")] = 0,
-    limit: Annotated[int, typer.Option(min=0, help="At most so many rows.")] = 0,
+    worst: Annotated[int, typer.Option(min=0, help="So many rows of the lowest reward, or of the smallest gap.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many rows; 0 for all.")] = 0,
     where: Annotated[str, typer.Option(metavar="SQL", help="Rows that fulfil this: 'reward_gap > 1'.")] = "",
     as_json: Json = False,
 ) -> None:

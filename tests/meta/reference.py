@@ -40,7 +40,7 @@ def _commands() -> Iterator[str]:
     for name in (*cli.STAGES, *sorted(set(every) - set(cli.STAGES))):
         command = every[name]
         arguments = [row[0] for _, row in _options(command) if not row[0].startswith("-")]
-        has_settings = isinstance(command, flags.SettingsCommand)
+        has_settings = any(p.name == "recipe" for p in command.params)
         options = list(_options(command, without=_SHARED if has_settings else ()))
         if has_settings and not known:
             yield _table(row for _, row in _options(command) if row not in {row for _, row in options})
