@@ -10,7 +10,7 @@ from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, Config, Heading
 
 
 def _check_servers(base_urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-    """The addresses. Raises ValueError for some without the engine that asks them, and the other way round."""
+    """The addresses. Raises ValueError for engine = server without addresses, and for addresses with another engine."""
     engine = info.data.get("engine")  # None when it is refused: that error is enough
     if engine == "server" and not base_urls:
         raise ValueError('engine = "server" needs base_urls: the address of a server that holds this model')
@@ -22,7 +22,7 @@ def _check_servers(base_urls: tuple[str, ...], info: ValidationInfo) -> tuple[st
 class EngineConfig(Config):
     """Settings of a command that runs a policy in an engine.
 
-    A field below a heading may stand in a class that extends this one; that class names the heading again.
+    Classes that extend this one add settings under its headings, and mark their first field under each heading again.
     """
 
     HEADINGS: ClassVar[tuple[str, ...]] = (

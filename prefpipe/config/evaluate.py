@@ -21,7 +21,7 @@ class Guard(NamedTuple):
 
 
 def parse_guard(text: str, tables: Collection[str]) -> Guard:
-    """FILE:REWARD in two. The reward is a kind, one of `tables`, or the last two words as `module:function`.
+    """The two parts of a guard FILE:REWARD. The reward is a kind, a table of `tables`, or `module:function`.
 
     Raises ValueError for any other text.
     """
@@ -41,7 +41,7 @@ def _check_guard(text: str, info: ValidationInfo) -> str:
 
 
 def _as_list(value: Any) -> Any:
-    """One reward, as recipes and runs have it that were written before there could be several."""
+    """A list of rewards, also from the single name that older recipes and runs have."""
     if not isinstance(value, str):
         return value
     return (value,) if value else ()
@@ -104,7 +104,7 @@ class EvaluateConfig(SamplingConfig):
 
     @property
     def guards(self) -> list[Guard]:
-        """The guards in two parts."""
+        """The guards, each as its prompts and its reward."""
         return [parse_guard(text, self.reward_settings) for text in self.guard]
 
     @model_validator(mode="after")

@@ -10,11 +10,11 @@ from prefpipe.config.base import ADDED, PATH, suggestion
 
 DEFAULT_MODEL = "embedded:smollm2-135m-instruct"
 REWARD_NAMES = tuple(rewards.KINDS)
-IMPORTED_REWARD = "rating"  # the name of the ratings that came with foreign answers
+IMPORTED_REWARD = "rating"  # the name of ratings that stand in files of foreign answers
 
 
 def check_reward(name: str, info: ValidationInfo) -> str:
-    """The name, of a kind, a table or a module:function. Raises ValueError for any other."""
+    """The name of a reward. Raises ValueError unless it is a kind, a table of reward_settings or `module:function`."""
     tables = info.data.get("reward_settings")  # None when the tables are refused: that error is enough
     if name == IMPORTED_REWARD:
         raise ValueError(f"'{name}' is the name of the ratings that `prefpipe score` imports: rename the table")
