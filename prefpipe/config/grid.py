@@ -84,9 +84,9 @@ def variants(config: TrainConfig, grid: Sequence[str], samples: int = 0) -> list
         raise ValueError(f"grid: {size:,} variants are more than {_MOST}: draw some of them (samples)")
     if samples and not ranges and samples > size:
         raise ValueError(f"samples = {samples}, and the grid has {size} variants: leave samples out")
-    points = _drawn(axes, samples, config.seed) if samples else _product(axes)
+    points = _sampled(axes, samples, config.seed) if samples else _product(axes)
     found, problems = _validated(config, list(points) if axes else [])
-    problems += _not_together(config, found)
+    problems += _conflicts(config, found)
     if problems:
         raise ValueError("; ".join([*problems[:_MOST_PROBLEMS], *(["..."] if problems[_MOST_PROBLEMS:] else [])]))
     return found
@@ -160,7 +160,7 @@ def _product(axes: Mapping[str, Axis]) -> Iterator[dict[str, Any]]:
         yield dict(zip(axes, values, strict=True))
 
 
-def _drawn(axes: Mapping[str, Axis], count: int, seed: int) -> Iterator[dict[str, Any]]:
+def _sampled(axes: Mapping[str, Axis], count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Different random points of the grid. With a larger `count` the first ones stay the same. Raises ValueError where
     the ranges hold too few different points."""
     seen = set[str]()
@@ -191,7 +191,7 @@ def _validated(config: TrainConfig, points: Sequence[Mapping[str, Any]]) -> tupl
     return found, list(problems)
 
 
-def _not_together(config: TrainConfig, found: Sequence[Variant]) -> list[str]:
+def _conflicts(config: TrainConfig, found: Sequence[Variant]) -> list[str]:
     problems: list[str] = []
     kinds = {variant.config.objective.kind: variant.config.loss_type[0] for variant in found}
     if len(kinds) > 1:
