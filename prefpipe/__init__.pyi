@@ -15,36 +15,32 @@ Function = str | Callable[..., Any]
 class EngineSettings(TypedDict, total=False):
     model: Place
     adapter: Place
-    engine: Literal["vllm", "transformers", "server", "fake"]
-    base_urls: str | Sequence[str]
-    api_key_env: str
-    timeout_seconds: float
     reward_settings: Mapping[str, Any] | str
-    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
+    reward_on: Literal["answer", "all"]
     chat_template: Place
     template_date: str
     chat_template_kwargs: str
     template_changes: Literal["drop", "allow"]
     thinking_marks: str
-    reward_on: Literal["answer", "all"]
-    column: str | Sequence[str]
+    special_tokens_in_prompts: Literal["drop", "escape", "allow"]
+    engine: Literal["vllm", "transformers", "server", "fake"]
+    base_urls: str | Sequence[str]
+    api_key_env: str
+    timeout_seconds: float
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     seed: int
-    part: str
-    shard_rows: int
-    max_num_seqs: int
     workers: Literal["auto"] | int
     cluster: str
+    max_num_seqs: int
     tensor_parallel_size: int
     gpu_memory_utilization: float
     kv_cache_mib: int
 
-class GenerateSettings(EngineSettings, total=False):
+class SamplingSettings(EngineSettings, total=False):
     prompts: Place
     split: str
     limit: int
-    reference: Literal["policy", "base", "none"]
-    rewards: Function | Sequence[Function]
+    column: str | Sequence[str]
     num_samples: int
     temperature: float
     top_p: float
@@ -54,17 +50,26 @@ class GenerateSettings(EngineSettings, total=False):
     stop: str | Sequence[str]
     max_tokens: int
     max_prompt_tokens: int
+    part: str
+    shard_rows: int
+
+class GenerateSettings(SamplingSettings, total=False):
+    reference: Literal["policy", "base", "none"]
     check: int
+    rewards: Function | Sequence[Function]
 
 class ScoreSettings(EngineSettings, total=False):
     inputs: Place | Sequence[Place]
-    reference: Literal["policy", "none"]
-    rewards: Function | Sequence[Function]
     share: float
+    column: str | Sequence[str]
+    reference: Literal["policy", "none"]
     check: int
+    rewards: Function | Sequence[Function]
     max_length: int
     max_prompt_length: int
     overlong: Literal["drop", "keep_start"]
+    part: str
+    shard_rows: int
     max_tokens_per_batch: int
 
 class BuildPairsSettings(TypedDict, total=False):
@@ -118,7 +123,7 @@ class BuildPairsSettings(TypedDict, total=False):
     cluster: str
     strict: bool
 
-class TrainSettings(TypedDict, total=False):
+class LossSettings(TypedDict, total=False):
     beta: float
     label_smoothing: float
     use_weighting: bool
@@ -138,6 +143,8 @@ class TrainSettings(TypedDict, total=False):
     undesirable_weight: float
     kl_bank_size: int
     kl_rows: int
+
+class TrainSettings(LossSettings, total=False):
     model: Place
     adapter: Place
     pairs: Place | Sequence[Place]
@@ -207,10 +214,8 @@ class TrainSettings(TypedDict, total=False):
     )
     report: bool
 
-class EvaluateSettings(EngineSettings, total=False):
-    prompts: Place
-    split: str
-    limit: int
+class EvaluateSettings(SamplingSettings, total=False):
+    round: int
     reward: Function | Sequence[Function]
     pass_reward: float
     baseline: Place | Sequence[Place]
@@ -222,16 +227,6 @@ class EvaluateSettings(EngineSettings, total=False):
     guard_split: str
     perplexity_text: Place
     trained_on: Place | Sequence[Place]
-    num_samples: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    stop_token_ids: int | Sequence[int]
-    stop: str | Sequence[str]
-    max_tokens: int
-    max_prompt_tokens: int
-    round: int
 
 class StopSettings(TypedDict, total=False):
     rules: (

@@ -1,14 +1,17 @@
-"""Configs: frozen pydantic models, loaded once from defaults < recipe < flags, with every error at once.
+"""Settings of commands as frozen pydantic models: defaults < recipe < flags, merged once, every error reported at once.
 
-A config class is a `Config`. The docstring below a field (or the description of its type) is its help
-text. Four marks in the annotation of a field keep it out of the fingerprint of a run: RUNTIME for a setting that
-cannot change results, such as a batch size; PATH for an input, which enters the fingerprint by its content; ADDED for a
-setting that is younger than runs that users have, while it has its default, so that those runs still resume; BESIDE
-for one that asks for more about the same answers, which a complete run computes when it is asked. REMOTE beside PATH
-says that an input may be an address. FIRST is for a list that was a single text before: its first entry counts.
+A config class extends `Config`. The docstring below a field, or the description of its type, is the help text of the
+setting. Marks in the annotation of a field say what part the setting has in the fingerprint of a run:
 
-A class of many settings marks the first one under each heading with Heading, and lists its headings in HEADINGS, in the
-order in which `prefpipe config` and --help show them.
+RUNTIME  the setting cannot change results, such as a batch size: no part
+PATH     the setting names an input: the content of the input has a part, its path has none
+ADDED    the setting is younger than runs that users have: no part while it has its default, so that those runs resume
+BESIDE   the setting asks for more about the same answers: no part, and a complete run computes what is missing
+FIRST    a list that was a single text in older versions: only its first entry has a part
+
+REMOTE beside PATH says that the input may be an address. A class of many settings marks the first field under each
+heading with `Heading`, and lists its headings in HEADINGS, in the order in which `prefpipe config` and --help show
+them.
 """
 
 import difflib
@@ -26,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from prefpipe import reading
-from prefpipe.config import given, other_names, secrets
+from prefpipe.config import other_names, secrets
+from prefpipe.config.values import booleans_for_numbers, expand_home, expanded, put
 from prefpipe.errors import UsageError
 
 RUNTIME = "runtime"
@@ -40,7 +44,7 @@ _RECIPE_BYTES = 1 << 20
 
 
 class Config(BaseModel):
-    """Settings that do not change, without unknown names and without infinite numbers."""
+    """Base of every config class: fields cannot be assigned, and unknown names and infinite numbers are refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -58,28 +62,28 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def load(cls: type[C], recipe: Path | None, flags: Mapping[str, Any], place: str = COMMAND_LINE) -> C:
-    """A config from its defaults, a recipe (TOML, or the JSON that a run saved) and flags; the later one wins.
+    """A config from its defaults, a recipe (TOML, or the JSON that a run saved) and flags; the later of these wins.
 
-    `flags` maps dotted field names to values, `place` is where they were written. Raises UsageError with every problem
-    at once, and as `read_recipe` does.
+    `flags` maps dotted field names to values. `place` names in errors where the flags were written. Raises UsageError
+    with every problem at once, and as `read_recipe` does.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     for name, value in flags.items():
-        given.put(values, name, value)
-    given.with_home(values, [name for name, field in fields(cls) if PATH in field.metadata])
+        put(values, name, value)
+    expand_home(values, [name for name, field in fields(cls) if PATH in field.metadata])
     hint = f"`prefpipe config {command_name(cls)}` prints every setting with its default"
     where = str(recipe) if recipe is not None else place
     try:
         config = cls.model_validate(values)
     except ValidationError as error:
         raise UsageError("; ".join(f"{where}: {line}" for line in explain(cls, error)), hint) from error
-    for name in given.truths_for_numbers(values, config):
+    for name in booleans_for_numbers(values, config):
         raise UsageError(f"{where}: {name} = true or false: a number belongs here", hint)
     return _with_local_paths(config)
 
 
 def local_path(text: str, name: str = "path") -> Path:
-    """A path of this machine. Raises UsageError for no text, and for an address: Path makes `hf:/x` of `hf://x`."""
+    """A path of this machine. Raises UsageError for an empty text, and for an address: Path makes `hf:/x` of `hf://x`."""
     if not text:
         raise UsageError(f"{name} is empty", "give a path; where it is a variable of the shell, that is not set")
     if "://" in text:
@@ -87,11 +91,12 @@ def local_path(text: str, name: str = "path") -> Path:
             f"{name} = {text} is an address, and a path of this machine is needed",
             "rows to score, to train on and to sample for may be datasets of the hub; download anything else first",
         )
-    return Path(given.expanded(text))
+    return Path(expanded(text))
 
 
 def _with_local_paths(config: C, prefix: str = "") -> C:
-    """The config, whose inputs are on this machine, but for those marked REMOTE. Raises as `local_path` does."""
+    """The same config, after a check that its inputs are on this machine, except those marked REMOTE. Raises as
+    `local_path` does."""
     for name, field in fields(type(config)):
         value = _value(config, name)
         for key, table in value.items() if isinstance(value, dict) else ():
@@ -106,7 +111,7 @@ def _with_local_paths(config: C, prefix: str = "") -> C:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a TOML recipe, or in the `config.json` of a run directory.
 
-    Raises UsageError for a mistake in its syntax, and as `reading` does for a file that is none.
+    Raises UsageError for a mistake in the syntax, and as `reading` does for a file that is missing or unreadable.
     """
     try:
         if path.suffix == ".json":
@@ -206,7 +211,7 @@ def to_toml(config: BaseModel) -> str:
 
 
 def json_schema(cls: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema of a recipe (2020-12): what editors complete and check by."""
+    """The JSON Schema (2020-12) of a recipe, by which editors complete and check settings."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
 
 
@@ -251,7 +256,8 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _written_as_one(location: Sequence[str], value: object) -> str:
-    """The sentence for several values of a list in one text, `a,b`; nothing for any other problem."""
+    """The error message for several values of a list that are written as one text, `a,b`; empty for any other
+    problem."""
     if not location[-1].isdigit() or not isinstance(value, str) or "," not in value:
         return ""
     name = ".".join(location[:-1])
@@ -263,8 +269,8 @@ def _written_as_one(location: Sequence[str], value: object) -> str:
 def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
     """The name of a setting as the user writes it, and the class that has the setting.
 
-    `location` is pydantic's. For a table that can be of several kinds it holds the kind behind the name of the table,
-    which the user does not write.
+    `location` is pydantic's. Where a table can be of several kinds, pydantic puts the kind behind the name of the
+    table; the user does not write it there.
     """
     written: list[str] = []
     owner = cls
@@ -286,7 +292,7 @@ def _place(cls: type[BaseModel], location: Sequence[str | int]) -> tuple[list[st
 
 
 def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The classes of a field of tables `dict[str, A | B]`, by their kind; empty for any other field."""
+    """The classes that a field of type `dict[str, A | B]` can hold, by kind; empty for a field of another type."""
     if get_origin(annotation) is not dict:
         return {}
     _, value = get_args(annotation)

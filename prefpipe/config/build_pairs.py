@@ -1,6 +1,6 @@
-"""Settings of `prefpipe build-pairs`, and which of them each choice reads.
+"""Settings of `prefpipe build-pairs`, and which settings each output, rule or filter reads.
 
-A setting that the chosen output, rule, filter ... does not read may only have its default: it would change nothing.
+A setting that no chosen output, rule or filter reads must keep its default: it would change nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,17 +20,17 @@ Choice = Literal["drop", "keep"]
 
 @dataclass(frozen=True)
 class PairRule:
-    """How completions of a prompt become pairs.
+    """What the settings class knows of a pair rule.
 
-    `reads`: settings that only some rules read; `seed` and max_length_difference, a pair filter too, are open to all.
-    `weigh_by`: what counts the same with weight_by = rule.
+    reads: settings that only some rules read
+    weigh_by: what has the same total weight with weight_by = rule, every prompt or every pair
     """
 
     reads: tuple[str, ...]
     weigh_by: Literal["prompt", "pair"] = "pair"
 
 
-# The function of a rule is found by its name, with underscores, in stages/build_pairs/pair_rules.py.
+# The function of a rule has the same name, with underscores, in stages/build_pairs/pair_rules.py.
 RULES = {
     "best-worst": PairRule(("pairs_per_prompt",)),
     "best-random-worse": PairRule(("pairs_per_prompt",)),
@@ -43,14 +43,14 @@ RULES = {
     "smallest-gap": PairRule(("pairs_per_prompt", "rule_gap")),
     "length-controlled": PairRule(("pairs_per_prompt",)),
 }
-# A subset of the pairs -> the models whose log-probs choose it.
+# Subset of the pairs -> the models whose log-probs decide which pairs it holds.
 SUBSETS: dict[str, tuple[Literal["ref", "policy"], ...]] = {
     "all": (),
     "small-implicit-gap": ("ref", "policy"),
     "large-dual-margin": ("ref", "policy"),
     "clear-reference": ("ref",),
 }
-if TYPE_CHECKING:  # a type checker takes no names from a table
+if TYPE_CHECKING:  # a type checker cannot read names out of a dict
     RuleName = str
     SubsetName = str
 else:
@@ -64,8 +64,9 @@ _PAIR_FILTERS = (
 )
 _PAIR_SELECTION = ("rule", *_RULE_SETTINGS, *_PAIR_FILTERS)
 _LABEL_SETTINGS = ("label_rule", "label_threshold", "label_quantile", "kl_bank_rows")
-# Choice -> value -> settings that this value reads. With a value that does not list it, a setting that others list is
-# not read; a setting that no value lists is always read. A choice comes after the choice that reads it.
+# Setting -> its value -> further settings that are read with this value. A setting that stands in a row of values is
+# read only with those that list it; a setting that stands in none is always read. A row stands behind the row that
+# lists its setting.
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "output": {
         "pairs": (*_PAIR_SELECTION, "weight_by", "preference_prob", "preference_scale", "beta"),
@@ -94,18 +95,19 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def weighed_by(rule: str) -> str:
-    """What counts the same with weight_by = rule; every pair with a function of the user."""
+    """What has the same total weight with weight_by = rule, `prompt` or `pair`; `pair` with a function of the user."""
     return RULES[rule].weigh_by if rule in RULES else "pair"
 
 
 def unread(values: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that no choice among `values` reads, each with the choices that would read it."""
+    """The settings that nothing reads under the choices in `values`, each with the choices that would read it."""
     found: dict[str, str] = {}
     for choice, rows in READS.items():
         if choice in found:
             continue
         every = {name for row in rows.values() for name in row}
-        for name in sorted(every - set(rows.get(values[choice], every))):  # a function of the user may read all
+        read = rows.get(values[choice], every)  # a function of the user may read every setting
+        for name in sorted(every - set(read)):
             readers = " or ".join(value for value, row in rows.items() if name in row)
             found.setdefault(name, f"{choice} = {readers}")
     return found

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import ADDED, BESIDE, FIRST, PATH, Config
+from prefpipe.config.base import ADDED, BESIDE, FIRST, PATH, Heading
+from prefpipe.config.engine import SamplingConfig
 from prefpipe.config.judge import Judge
 from prefpipe.config.rewards import check_gpu_memory
 
@@ -20,7 +21,7 @@ class Guard(NamedTuple):
 
 
 def parse_guard(text: str, tables: Collection[str]) -> Guard:
-    """FILE:REWARD in two. The reward is a kind, one of `tables`, or the last two words as `module:function`.
+    """The two parts of a guard FILE:REWARD. The reward is a kind, a table of `tables`, or `module:function`.
 
     Raises ValueError for any other text.
     """
@@ -40,7 +41,7 @@ def _check_guard(text: str, info: ValidationInfo) -> str:
 
 
 def _as_list(value: Any) -> Any:
-    """One reward, as recipes and runs have it that were written before there could be several."""
+    """A list of rewards, also from the single name that older recipes and runs have."""
     if not isinstance(value, str):
         return value
     return (value,) if value else ()
@@ -55,29 +56,25 @@ def _no_sum(name: str) -> str:
     return name
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(SamplingConfig):
     """Rate a policy on held-out prompts, with intervals, and compare it with earlier evaluations."""
 
-    model: shared.Model = shared.DEFAULT_MODEL
-    adapter: shared.Adapter = "none"
-    prompts: shared.Prompts = ""
     split: shared.Split = "heldout"
-    limit: shared.Limit = 0
-    engine: shared.Engine = "vllm"
-    base_urls: shared.BaseUrls = ()
-    api_key_env: shared.ApiKeyEnv = "VLLM_API_KEY"
-    timeout_seconds: shared.TimeoutSeconds = 600.0
-    reward_settings: shared.RewardSettings = shared.NO_TABLES
+    round: Annotated[int, Field(ge=0), Heading("Model and rows")] = 0
+    """Number of the round that trained the policy; 0 is the policy before training."""
+
     reward: Annotated[
         tuple[Annotated[str, AfterValidator(_no_sum), AfterValidator(shared.check_reward)], ...],
         FIRST,
+        Heading("Rewards"),
         BeforeValidator(_as_list, json_schema_input_type=str | tuple[str, ...]),
     ] = ()
     """Rewards of every answer, named as those of generate. The first decides whether an answer passes; there is no
     default. The others are reported beside it."""
     pass_reward: float = 1.0
     """An answer passes when its deciding reward is at least this."""
-    baseline: Annotated[tuple[str, ...], ADDED, BESIDE, PATH] = ()
+
+    baseline: Annotated[tuple[str, ...], ADDED, BESIDE, PATH, Heading("Comparisons and guards")] = ()
     """Run directories of evaluate to compare with, on the prompts that both have: wins, ties and losses, a p value, the
     difference with its interval, the win rate at equal length."""
     judge: Annotated[str, ADDED, BESIDE] = ""
@@ -101,40 +98,13 @@ class EvaluateConfig(Config):
     trained_on: Annotated[tuple[str, ...], ADDED, BESIDE, PATH] = ()
     """Runs (generate, score, build-pairs) that the policy was trained on. A prompt of theirs among the prompts or
     guards is an error."""
-    num_samples: Annotated[int, Field(ge=1)] = 2
+
+    num_samples: Annotated[int, Field(ge=1), Heading("Sampling")] = 2
     """Sampled answers to every prompt, beside the greedy one."""
-    temperature: shared.Temperature = 1.0
-    top_p: shared.TopP = 1.0
-    top_k: shared.TopK = 0
-    min_p: shared.MinP = 0.0
-    stop_token_ids: shared.StopTokenIds = ()
-    stop: shared.Stop = ()
-    max_tokens: shared.MaxTokens = 256
-    max_prompt_tokens: shared.MaxPromptTokens = 1024
-    special_tokens_in_prompts: shared.SpecialTokens = "drop"
-    chat_template: shared.ChatTemplate = "model"
-    template_date: shared.TemplateDate = "today"
-    chat_template_kwargs: shared.TemplateKwargs = "{}"
-    template_changes: shared.TemplateChanges = "drop"
-    thinking_marks: shared.ThinkingMarks = "model"
-    reward_on: shared.RewardOn = "answer"
-    column: shared.Column = ()
-    dtype: shared.Dtype = "auto"
-    seed: shared.Seed = 0
-    part: shared.Part = "1/1"
-    round: Annotated[int, Field(ge=0)] = 0
-    """Number of the round that trained the policy; 0 is the policy before training."""
-    shard_rows: shared.ShardRows = 0
-    max_num_seqs: shared.MaxNumSeqs = 64
-    workers: shared.Workers = "auto"
-    cluster: shared.Cluster = ""
-    tensor_parallel_size: shared.TensorParallelSize = 1
-    gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
-    kv_cache_mib: shared.KvCacheMib = 512
 
     @property
     def guards(self) -> list[Guard]:
-        """The guards in two parts."""
+        """The guards, each as its prompts and its reward."""
         return [parse_guard(text, self.reward_settings) for text in self.guard]
 
     @model_validator(mode="after")

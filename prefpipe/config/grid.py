@@ -1,4 +1,4 @@
-"""The variants of a sweep: every combination of the values of some settings of train, or draws from them. Pure."""
+"""The variants of a sweep: all combinations of the values of some settings of train, or random draws."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ _RANGE = re.compile(r"(?P<low>[-+.\de]+)\.\.(?P<high>[-+.\de]+?)(?P<log>:log)?",
 _UNSAFE = re.compile(r"[^\w.]+")
 _MOST, _MOST_PROBLEMS = 1000, 5
 _LONGEST_NAME = 120
-_DIGITS = 3  # of a number that is drawn: it stands in the name of the variant
+_DIGITS = 3  # significant digits of a drawn number, which is part of the name of the variant
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers to draw from, evenly or evenly in their logarithm; `whole` for a setting of whole numbers."""
+    """Numbers to draw from: uniformly, or uniformly in the logarithm (`log`). `whole` says that the setting takes
+    integers."""
 
     low: float
     high: float
@@ -50,7 +51,7 @@ class Range:
     whole: bool
 
     def draw(self, source: random.Random) -> float:
-        """A number of the range; of a fraction three digits."""
+        """A random number from the range; fractions are rounded to three significant digits."""
         if self.log:
             value = math.exp(source.uniform(math.log(self.low), math.log(self.high)))
         else:
@@ -68,10 +69,11 @@ def swept() -> list[str]:
 
 
 def variants(config: TrainConfig, grid: Sequence[str], samples: int = 0) -> list[Variant]:
-    """Every combination of the values in `grid` (NAME=VALUE,VALUE), or `samples` different draws from them.
+    """All combinations of the values in `grid` (entries NAME=VALUE,VALUE), or `samples` different random draws from
+    them.
 
-    Raises ValueError with every problem: a setting that is none or may not vary, a value of the wrong type, settings
-    that do not go together, two variants that are the same.
+    Raises ValueError with every problem: an unknown setting or one that may not vary, a value of the wrong type,
+    settings that do not go together, two equal variants.
     """
     axes = _axes(grid)
     ranges = [name for name, axis in axes.items() if isinstance(axis, Range)]
@@ -82,16 +84,16 @@ def variants(config: TrainConfig, grid: Sequence[str], samples: int = 0) -> list
         raise ValueError(f"grid: {size:,} variants are more than {_MOST}: draw some of them (samples)")
     if samples and not ranges and samples > size:
         raise ValueError(f"samples = {samples}, and the grid has {size} variants: leave samples out")
-    points = _drawn(axes, samples, config.seed) if samples else _product(axes)
+    points = _sampled(axes, samples, config.seed) if samples else _product(axes)
     found, problems = _validated(config, list(points) if axes else [])
-    problems += _not_together(config, found)
+    problems += _conflicts(config, found)
     if problems:
         raise ValueError("; ".join([*problems[:_MOST_PROBLEMS], *(["..."] if problems[_MOST_PROBLEMS:] else [])]))
     return found
 
 
 def _axes(grid: Sequence[str]) -> dict[str, Axis]:
-    """The values of each setting; texts are still texts."""
+    """The values of each setting, not yet converted to the type of the setting."""
     axes: dict[str, Axis] = {}
     problems: list[str] = []
     for entry in grid:
@@ -158,8 +160,9 @@ def _product(axes: Mapping[str, Axis]) -> Iterator[dict[str, Any]]:
         yield dict(zip(axes, values, strict=True))
 
 
-def _drawn(axes: Mapping[str, Axis], count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Different draws, the same first ones for any count. Raises ValueError where the ranges hold too few."""
+def _sampled(axes: Mapping[str, Axis], count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Different random points of the grid. With a larger `count` the first ones stay the same. Raises ValueError where
+    the ranges hold too few different points."""
     seen = set[str]()
     for number in range(100 * count):
         source = random.Random(f"sweep/{seed}/{number}")
@@ -173,7 +176,7 @@ def _drawn(axes: Mapping[str, Axis], count: int, seed: int) -> Iterator[dict[str
 
 
 def _validated(config: TrainConfig, points: Sequence[Mapping[str, Any]]) -> tuple[list[Variant], list[str]]:
-    """The variants that the settings class accepts, and what it says of the others."""
+    """The variants that TrainConfig accepts, and the problems of the others."""
     own = {name: getattr(config, name) for name in TrainConfig.model_fields}
     found: list[Variant] = []
     problems: dict[str, None] = {}
@@ -188,7 +191,7 @@ def _validated(config: TrainConfig, points: Sequence[Mapping[str, Any]]) -> tupl
     return found, list(problems)
 
 
-def _not_together(config: TrainConfig, found: Sequence[Variant]) -> list[str]:
+def _conflicts(config: TrainConfig, found: Sequence[Variant]) -> list[str]:
     problems: list[str] = []
     kinds = {variant.config.objective.kind: variant.config.loss_type[0] for variant in found}
     if len(kinds) > 1:
@@ -211,7 +214,8 @@ def _not_together(config: TrainConfig, found: Sequence[Variant]) -> list[str]:
 
 
 def _name(changes: Mapping[str, Any]) -> str:
-    """A folder that says in what a variant differs; one whose values do not fit into a name ends with their digest."""
+    """The folder of a variant: its changed settings and their values, or where these do not fit into a name a part of
+    them with a digest."""
     words: list[str] = []
     whole = True
     for name, value in changes.items():

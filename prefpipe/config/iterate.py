@@ -97,7 +97,7 @@ class IterateConfig(Config):
         return self.train.objective.needs("reference")
 
     def scheduled(self, table: str, number: int) -> dict[str, Any]:
-        """The settings of a table that have another value in every round, with those of round `number`."""
+        """The settings of a table that a schedule changes from round to round, with their values in round `number`."""
         found: dict[str, Any] = {}
         for schedule, places in SCHEDULES.items():
             values = getattr(self, schedule)
@@ -142,7 +142,7 @@ class IterateConfig(Config):
                     yield from self._refused(schedule, table, name, values)
 
     def _refused(self, schedule: str, table: str, name: str, values: tuple[float, ...]) -> Iterator[str]:
-        """What the class of a table says against a value of a schedule: only it knows which settings are read."""
+        """The error of a table's class for a value of a schedule; only that class knows which values go together."""
         settings = getattr(self, table)
         for value in values:
             try:

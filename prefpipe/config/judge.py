@@ -23,7 +23,8 @@ _LONG = re.compile("[A-Za-z0-9]{24,}")  # no word of a variable's name is as lon
 
 
 def address(url: str) -> str:
-    """An address without a slash at its end. Raises ValueError for one that no request can go to, or with a secret."""
+    """An address without a slash at its end. Raises ValueError for text that is no HTTP address, and for one with a
+    user, a query or a fragment, which could hold a secret."""
     if not url.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
     if any(mark in url for mark in "@?#"):
@@ -39,7 +40,7 @@ def address(url: str) -> str:
 
 
 def variable(name: str) -> str:
-    """The name of an environment variable. Raises ValueError for what looks like the key itself."""
+    """The name of an environment variable. Raises ValueError for text that looks like the key itself."""
     looks_like_one = re.match("(sk|pk|gsk|hf|xai|key)_", name) or _LONG.search(name)
     if looks_like_one or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError("must be the name of an environment variable, not the key: set the variable, and name it here")

@@ -1,7 +1,8 @@
-"""One row for each loss, the settings that losses read, and the objective that they add up to. No tensors here.
+"""What the program knows of each loss, the settings that losses read, and their weighted sum. No tensors here.
 
-A loss is its row in LOSSES and the function of the same name, in the module of prefpipe/stages/train/losses for the
-kind of rows that it trains on. A setting that it alone reads is a field of LossSettings. No other file knows its name.
+A loss consists of its entry in LOSSES and a function of the same name in prefpipe/stages/train/losses, in the module
+for the rows that it trains on. A setting that only this loss reads is a field of LossSettings. No other file knows its
+name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from prefpipe.config.base import ADDED, Config, Heading
 
 Kind = Literal["pairs", "labels", "groups"]
 Need = Literal["reference", "preference_prob", "reward_gap", "z0"]
-LOG_RATIO_SETTINGS = ("beta", "ld_alpha")  # read by every loss of the log-ratios of a pair
+LOG_RATIO_SETTINGS = ("beta", "ld_alpha")  # read by every loss that is a function of the two log-ratios of a pair
 MARGIN_SETTINGS = ("simpo_gamma", "simpo_gamma_beta_ratio")
 CLASS_SETTINGS = ("beta", "desirable_weight", "undesirable_weight")
 _REWARD_OF_1 = "beta {beta:g}, a reward of 1 is 1/beta = {one}"
@@ -104,7 +105,7 @@ LOSSES: dict[str, Loss] = {
     "apo_zero_unpaired": Loss(CLASS_SETTINGS, kind="labels"),
     "plackett_luce": Loss(("beta",), kind="groups"),
 }
-OTHER_NAMES = {  # what papers and other programs call a loss, where no name above is near
+OTHER_NAMES = {  # names in papers and other programs that are not similar to the name here
     "sft": "'nll'",
     "dpo": "'sigmoid'",
     "cdpo": "'sigmoid' with label_smoothing",
@@ -118,8 +119,8 @@ else:  # the names of the table, and functions of users, are the words that a re
 
 
 def loss_of(name: str, rows: Kind = "pairs") -> Loss:
-    """What is known of a loss by its name. A user's function may read every setting and column; its target, of which
-    nothing is said, is not known."""
+    """The entry of a loss by its name. A function of the user may read every setting and column; its target is unknown,
+    so that nothing is said of it."""
     if name in LOSSES:
         return LOSSES[name]
     unread = ("use_weighting", *(setting for setting in LossSettings.model_fields if readers(setting) == ("kto",)))
@@ -203,8 +204,8 @@ for _name, _info in LossSettings.model_fields.items():
 
 @dataclass(frozen=True)
 class Objective:
-    """The weighted sum of losses that a run minimises, and the settings that they read. `rows` is the kind of rows for
-    functions of users, which take any."""
+    """The weighted sum of losses that a run minimises, and their settings. `rows` is the kind of rows for functions of
+    the user, which can train on any kind."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
@@ -213,24 +214,25 @@ class Objective:
 
     @property
     def kind(self) -> Kind:
-        """The rows that its losses train on: all of one kind, as `misfits` says."""
+        """The kind of rows that the losses train on; `misfits` reports losses of different kinds."""
         for name in self.names:
             if name in LOSSES:
                 return LOSSES[name].kind
         return self.rows
 
     def needs(self, what: Need) -> bool:
-        """Whether one of its losses reads this."""
+        """Whether at least one of the losses reads `what`."""
         return any(what in loss_of(name).needs for name in self.names)
 
     def with_reference(self) -> "Objective":
-        """The losses among them that read reference log-probs."""
+        """The sum of those losses that read reference log-probs."""
         kept = [(n, w) for n, w in zip(self.names, self.weights, strict=True) if "reference" in loss_of(n).needs]
         return Objective(tuple(n for n, _ in kept), tuple(w for _, w in kept), self.settings, self.rows)
 
 
 def misfits(objective: Objective) -> Iterator[str]:
-    """What does not go together: losses and weights, settings that no loss reads, values that a loss cannot use."""
+    """One sentence for each mistake: losses that do not add up, settings that no loss reads, values that a loss cannot
+    use."""
     losses, settings = objective.names, objective.settings
     if len(objective.weights) != len(losses):
         yield f"{len(losses)} losses but {len(objective.weights)} loss_weights: give one each"
@@ -266,13 +268,15 @@ PROPOSED_CLASS_RATIO = 1.25
 
 
 def in_class_ratio(ratio: float) -> bool:
-    """Whether weighted desirable rows over weighted undesirable rows is what KTO's authors ask for."""
+    """Whether the ratio of weighted desirable to weighted undesirable rows is in the range that KTO's authors
+    recommend."""
     smallest, largest = CLASS_RATIO
     return smallest <= ratio <= largest
 
 
 def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """lambda_D and lambda_U, one of them 1, that bring so many rows of each class (both above 0) to a ratio of 1.25."""
+    """lambda_D and lambda_U for these numbers of rows (both above 0): one of them is 1, and the weighted ratio is
+    1.25."""
     ratio = desirable / undesirable
     if ratio < PROPOSED_CLASS_RATIO:
         return PROPOSED_CLASS_RATIO / ratio, 1.0

@@ -1,4 +1,5 @@
-"""Settings that name one of ours or a function of the user's, `module:function`, which is imported when it is used."""
+"""The type of a setting that takes a known name, or `module:function` for a function of the user, imported when it is
+used."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,23 +15,24 @@ _FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 @dataclass(frozen=True)
 class Names:
-    """Marks a setting with the names that it may have beside those of functions."""
+    """Metadata of a setting: the names that it accepts beside `module:function`."""
 
     known: tuple[str, ...]
 
 
 def is_function(name: str) -> bool:
-    """Whether a name is one of a user's function."""
+    """Whether a text is written `module:function`."""
     return re.match(_FUNCTION, name) is not None
 
 
 def known(marks: Iterable[object]) -> tuple[str, ...]:
-    """The names that the marks of a setting (its metadata) list; none for a setting of another kind."""
+    """The names in the `Names` mark among the metadata of a setting; empty for a setting without this mark."""
     return next((mark.known for mark in marks if isinstance(mark, Names)), ())
 
 
 def name_or_function(known: Sequence[str]) -> Any:
-    """The type of a setting: one of these names, or `module:function`. Any other is an error as of a Literal."""
+    """The type of a setting that takes one of the names in `known`, or `module:function`. The error for any other text
+    is that of a Literal."""
     schema = {"anyOf": [{"enum": list(known)}, {"type": "string", "pattern": _FUNCTION}]}
     return Annotated[str, Names(tuple(known)), AfterValidator(partial(_check, known)), WithJsonSchema(schema)]
 

@@ -21,5 +21,5 @@ class PlanConfig(TrainConfig):
 
     @property
     def training(self) -> TrainConfig:
-        """The settings of the run alone."""
+        """The settings of the training run, without those of the machine."""
         return TrainConfig.model_construct(**{name: getattr(self, name) for name in TrainConfig.model_fields})

@@ -1,4 +1,4 @@
-"""A reward that ranks completions: one that the inputs hold, or a weighted sum of several, `0.7*helpful + 0.3*math`.
+"""The reward that ranks completions: one reward by name, or a weighted sum of several, `0.7*helpful + 0.3*math`.
 
 sum    = [sign] term (sign term)*        sign = + or -
 term   = factor (* factor)*              at most one factor is a reward; a term of numbers is a constant
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from prefpipe.config.base import suggestion
 from prefpipe.errors import UsageError
 
-LARGEST_REWARD = 1e30  # of either sign: float32 holds it, and float64 the square of a difference
+LARGEST_REWARD = 1e30  # limit of the absolute value: float32 holds it, and float64 holds the square of a difference
 _TOKEN = re.compile(
     r'\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[^\W\d][\w.:]*)|"(?P<quoted>[^"]+)"|(?P<sign>[-+*])'
     r"|(?P<other>\S))"
@@ -22,24 +22,27 @@ _HOW = "a sum is written as 0.7*helpful + 0.3*math, with a name that has a minus
 
 @dataclass(frozen=True)
 class RewardSum:
-    """`weights` of the rewards by name, in the order in which they are written, and a `constant` that is added."""
+    """A weighted sum of rewards. `weights` are by name, in the order in which they are written; `constant` is added."""
 
     weights: Mapping[str, float]
     constant: float = 0.0
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one reward as it stands."""
+        """Whether the sum is a single reward with weight 1."""
         return list(self.weights.values()) == [1.0] and self.constant == 0
 
 
 def parse(
     text: str, known: Sequence[str], holder: str = "the inputs", how: str = "pass --reward NAME or a sum"
 ) -> RewardSum:
-    """The reward or the sum that `text` names. `known` are the rewards of `holder`; a name among them is never read as
-    a sum. `how` says where a name is put.
+    """The reward or sum that `text` describes.
 
-    Raises UsageError when nothing is named, for a name that is not known, and for what is no sum, with its place.
+    known: names of the rewards that exist; a known name is taken as it is, even where it looks like a sum
+    holder: what has these rewards, for error messages
+    how: how a user names the reward, for error messages
+
+    Raises UsageError for an empty text, an unknown name, and a mistake in a sum, with its place.
     """
     choices = f"{holder} hold {', '.join(known)}" if known else f"{holder} hold none: name some when you rate them"
     if not text.strip():
@@ -55,7 +58,7 @@ def parse(
 
 @dataclass(frozen=True)
 class _Token:
-    """`kind` is a group of _TOKEN, or "end"; `place` counts characters from 1."""
+    """A word of a sum. `kind` is a group of _TOKEN, or "end"; `place` counts characters from 1."""
 
     kind: str
     text: str
@@ -63,7 +66,7 @@ class _Token:
 
 
 class _Parser:
-    """Reads one sum from left to right."""
+    """Parser of one sum, from left to right."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -104,7 +107,7 @@ class _Parser:
         return self._token.kind == "sign" and self._token.text in signs
 
     def _sign(self, *, first: bool) -> str:
-        """The sign before a term, which the first one may lack."""
+        """The sign before a term; the first term may have none."""
         if self._sees("+-"):
             return self._take().text
         if first:

@@ -210,7 +210,7 @@ KINDS: dict[str, type[BaseModel]] = {cls.model_fields["kind"].default: cls for c
 
 
 def _from_json(value: object) -> object:
-    """The tables of a recipe, or the JSON object of the flag."""
+    """The tables of a recipe as they are; the JSON object of the flag, parsed."""
     if not isinstance(value, str):
         return value
     try:
@@ -243,15 +243,16 @@ RewardSettings = Annotated[
 
 
 def settings_of(name: str, tables: Mapping[str, Settings]) -> Any:
-    """The settings of a reward: its table, or the defaults of the kind. Raises KeyError for a user's function."""
+    """The settings of a reward: those of its table, or the defaults of its kind. Raises KeyError for a function of the
+    user."""
     return tables[name] if name in tables else KINDS[name]()
 
 
 def check_gpu_memory(share: float | None, names: Sequence[str], tables: Mapping[str, Settings]) -> None:
-    """Raise ValueError when the engines of a run would take more than one GPU's memory together.
+    """Raise ValueError when the engines of a run would together take more than the memory of one GPU.
 
-    vLLM takes its share when it starts, and that of a reward starts after the first shard is sampled: too late for the
-    error. `share` is that of the command, None when it uses no vLLM.
+    vLLM reserves its share when it starts, and the engine of a reward starts only after the first shard is sampled,
+    which is too late for the error. `share` is that of the command's engine, None when it is not vLLM.
     """
     shares = {} if share is None else {"the model": share}
     for name in names:

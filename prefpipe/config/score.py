@@ -6,58 +6,42 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from prefpipe.config import shared
-from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, Config
+from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, Heading
+from prefpipe.config.engine import EngineConfig
 from prefpipe.config.rewards import check_gpu_memory
 
 
-class ScoreConfig(Config):
+class ScoreConfig(EngineConfig):
     """Add reference log-probs or rewards to completions, pairs or labels that exist already, ours or foreign."""
 
-    model: shared.Model = shared.DEFAULT_MODEL
-    adapter: shared.Adapter = "none"
-    inputs: Annotated[tuple[str, ...], PATH, REMOTE] = ()
+    inputs: Annotated[tuple[str, ...], PATH, REMOTE, Heading("Model and rows")] = ()
     """Run directories (generate, build-pairs, score), files or folders of preference, unpaired or rated rows (JSON,
     Parquet, Arrow; JSON may be compressed), datasets of the hub (hf:OWNER/NAME) or files of one (hf://datasets/...)."""
-    reference: Literal["policy", "none"] = "policy"
-    """Whose log-probs to add: those of the model with its adapter, or none (rewards only; no model is loaded)."""
-    engine: shared.Engine = "vllm"
-    base_urls: shared.BaseUrls = ()
-    api_key_env: shared.ApiKeyEnv = "VLLM_API_KEY"
-    timeout_seconds: shared.TimeoutSeconds = 600.0
-    reward_settings: shared.RewardSettings = shared.NO_TABLES
-    rewards: shared.Rewards = ()
     share: Annotated[float, ADDED, Field(gt=0, le=1)] = 1.0
     """Use only this share of the pairs, labels or groups of runs, drawn by their ids and the seed."""
+    column: shared.Column = ()
+
+    reference: Annotated[Literal["policy", "none"], Heading("Reference log-probs")] = "policy"
+    """Whose log-probs to add: those of the model with its adapter, or none (rewards only; no model is loaded)."""
     check: Annotated[int, Field(ge=0)] = 32
     """Rows that another scorer (vllm for transformers, transformers for the others) scores again, for parity.json."""
-    max_length: Annotated[int, Field(ge=2)] = 2048
+
+    rewards: Annotated[shared.Rewards, Heading("Rewards")] = ()
+
+    max_length: Annotated[int, Field(ge=2), Heading("Text to tokens")] = 2048
     """Longest prompt and completion together, in tokens; never more than the model's context."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 1024
     """Longest prompt of a foreign row, in tokens; a row with a longer one is dropped."""
     overlong: Literal["drop", "keep_start"] = "drop"
     """A foreign row over max_length: drop it, or keep the start of its completion."""
-    special_tokens_in_prompts: shared.SpecialTokens = "drop"
-    chat_template: shared.ChatTemplate = "model"
-    template_date: shared.TemplateDate = "today"
-    chat_template_kwargs: shared.TemplateKwargs = "{}"
-    template_changes: shared.TemplateChanges = "drop"
-    thinking_marks: shared.ThinkingMarks = "model"
-    reward_on: shared.RewardOn = "answer"
-    column: shared.Column = ()
-    dtype: shared.Dtype = "auto"
-    seed: shared.Seed = 0
-    part: Annotated[str, ADDED, Field(pattern=shared.PART)] = "1/1"
+
+    part: Annotated[str, ADDED, Field(pattern=shared.PART), Heading("Machines and memory")] = "1/1"
     """I/N: only every N-th shard of the inputs, from the I-th. One process per GPU takes its own part and --out;
     `prefpipe gather` joins them."""
     shard_rows: Annotated[int, RUNTIME, Field(ge=1)] = 256
     """Rows of a foreign file in one shard: the unit of commit and of resume."""
-    max_tokens_per_batch: shared.MaxTokensPerBatch = 2048
-    max_num_seqs: shared.MaxNumSeqs = 64
-    workers: shared.Workers = "auto"
-    cluster: shared.Cluster = ""
-    tensor_parallel_size: shared.TensorParallelSize = 1
-    gpu_memory_utilization: shared.GpuMemoryUtilization = 0.85
-    kv_cache_mib: shared.KvCacheMib = 512
+    max_tokens_per_batch: Annotated[int, RUNTIME, Field(ge=16)] = 2048
+    """Token budget of one scoring pass: bounds the memory of its log-probs."""
 
     @model_validator(mode="after")
     def _fits_on_a_gpu(self) -> Self:

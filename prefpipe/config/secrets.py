@@ -1,4 +1,4 @@
-"""What looks like a secret: it may stand in no setting, and an error shows stars in its place."""
+"""Text that looks like a secret: no setting may contain it, and error messages show stars in its place."""
 
 import re
 from typing import Any
@@ -20,7 +20,8 @@ _QUERY = re.compile(r"(://[^?#\s]*)[?#].*", re.DOTALL)
 
 
 def setting_with_key(settings: BaseModel) -> str | None:
-    """The name of a setting whose text, or one of whose texts, holds what looks like a key of an API."""
+    """The name of the first setting whose text, or a text in its list, contains something that looks like an API
+    key."""
     for name, value in settings:
         texts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(text, str) and holds_key(text) for text in texts):
@@ -34,7 +35,7 @@ def holds_key(text: str) -> bool:
 
 
 def masked(value: Any) -> Any:
-    """A value for the terminal, with stars in place of keys, and of user, query and fragment of an address."""
+    """A value for the terminal: keys become stars, and so do user, query and fragment of an address."""
     if isinstance(value, list | tuple):
         return [masked(part) for part in value]
     if not isinstance(value, str):

@@ -11,8 +11,8 @@ Window = Annotated[int, Field(ge=1)]
 
 
 class StopSettings(Config):
-    """Thresholds and windows. They say how far a run goes, never what a round is: a finished run may go on with
-    others."""
+    """Thresholds and windows of the stop rules. They decide how many rounds run and never change a round, so that a
+    finished run may go on with other values."""
 
     rules: Annotated[tuple[StopRule, ...], RUNTIME] = ("gain", "mixed", "kl", "length", "degenerate", "guard")
     """Rules that end the rounds, each after its so many rounds in a row; an empty list in a recipe for none. A rule

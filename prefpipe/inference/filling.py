@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from prefpipe import clock, log
+from prefpipe.config.engine import SamplingConfig
 from prefpipe.engines.base import Engine
 from prefpipe.errors import DataError, RowFault
 from prefpipe.inference import sampling, warm
@@ -13,7 +14,7 @@ from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.pool import Pool, open_pool
 from prefpipe.inference.pool_size import Needs, size_of
 from prefpipe.inference.sampling import Draws, Encode, PromptShard, SampledShard
-from prefpipe.inference.task import Config, Task, encoder, engine_settings, gather_ledger, longest_sequence
+from prefpipe.inference.task import Task, encoder, engine_settings, gather_ledger, longest_sequence
 from prefpipe.inference.works import Part, Sampling, write
 from prefpipe.inputs import files
 from prefpipe.inputs.prompts import Prompts
@@ -26,7 +27,9 @@ Start = Callable[[int], Pool]  # engines for so many shards, which start at the 
 Finish = Callable[[SampledShard, Engine], list[Part]]  # the parts of a whole shard; the engine that sampled it runs
 
 
-def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], draws: Draws, finish: Finish) -> int:
+def run_shards(
+    run: Run, task: Task, config: SamplingConfig, datasets: Sequence[str], draws: Draws, finish: Finish
+) -> int:
     """Sample and commit every shard that lacks one of `datasets`, then the ledger. Returns the number of shards of the
     run."""
     with engines_on_demand(task, config) as start:
@@ -36,7 +39,7 @@ def run_shards(run: Run, task: Task, config: Config, datasets: Sequence[str], dr
 
 
 @contextmanager
-def engines_on_demand(task: Task, config: Config) -> Generator[Start]:
+def engines_on_demand(task: Task, config: SamplingConfig) -> Generator[Start]:
     """A function that starts the engines at its first call; they end with the block."""
     settings = engine_settings(task, config, longest_sequence(task, config))
     started: list[Pool] = []
@@ -56,7 +59,7 @@ def engines_on_demand(task: Task, config: Config) -> Generator[Start]:
 def sample_missing(
     run: Run,
     task: Task,
-    config: Config,
+    config: SamplingConfig,
     datasets: Sequence[str],
     draws: Draws,
     finish: Finish,

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import log
-from prefpipe.config.evaluate import EvaluateConfig
-from prefpipe.config.generate import GenerateConfig
-from prefpipe.config.score import ScoreConfig
+from prefpipe.config.engine import EngineConfig, SamplingConfig
 from prefpipe.engines.base import Draw, EngineSettings
 from prefpipe.errors import RowFault, UsageError
 from prefpipe.ids import IdSet, content_id, ids_digest, sample_seed
@@ -30,8 +28,6 @@ from prefpipe.runs.manifests import Balance
 from prefpipe.runs.resume import ROWS, RowInputs
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, Prompt, to_table
-
-Config = GenerateConfig | EvaluateConfig
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Task:
         return replace(self, prompts=none, of_all_parts=none, repeated=[], rewards={}, read_state=None)
 
 
-def read_task(config: Config, reward_names: Sequence[str]) -> Task:
+def read_task(config: SamplingConfig, reward_names: Sequence[str]) -> Task:
     """Read and identify everything that sampling needs, before the output directory is touched.
 
     Raises UsageError without prompts, and whatever prompts, model, chat template or rewards raise.
@@ -88,7 +84,7 @@ def read_task(config: Config, reward_names: Sequence[str]) -> Task:
     return Task(part, prompts, repeated, policy, chat, functions, inputs, config.prompts, state, stops)
 
 
-def read_chat(config: Config | ScoreConfig, policy: Policy) -> Chat:
+def read_chat(config: EngineConfig, policy: Policy) -> Chat:
     """Tokenizer and chat template of a policy, as the settings want them; raises as `load_chat` does."""
     return load_chat(
         policy.directory,
@@ -100,7 +96,9 @@ def read_chat(config: Config | ScoreConfig, policy: Policy) -> Chat:
 
 
 @contextmanager
-def open_task(out: Path, command: str, config: Config, task: Task, *, force: bool) -> Generator[tuple[Run, Task]]:
+def open_task(
+    out: Path, command: str, config: SamplingConfig, task: Task, *, force: bool
+) -> Generator[tuple[Run, Task]]:
     """Hold `out` for this task, see `open_run`; the task comes back as this run cuts its prompts into shards.
 
     In an interrupted or complete run whose file was mended since, shards of the same prompts stay. A dataset of the hub
@@ -120,7 +118,7 @@ def open_task(out: Path, command: str, config: Config, task: Task, *, force: boo
         yield run, replace(task, prompts=prompts)
 
 
-def longest_sequence(task: Task, config: Config) -> int:
+def longest_sequence(task: Task, config: SamplingConfig) -> int:
     """The most tokens that prompt and completion have together."""
     return _longest_prompt(config, task.policy) + config.max_tokens
 
@@ -149,7 +147,7 @@ def balances(
     yield Balance("samples", num_kept * num_samples, rows)
 
 
-def encoder(task: Task, config: Config, killers: Collection[str] = ()) -> Encode:
+def encoder(task: Task, config: SamplingConfig, killers: Collection[str] = ()) -> Encode:
     """A function that tokenises a prompt, or raises RowFault with the reason why it cannot be sampled. `killers` are
     the ids of prompts that killed the engine twice."""
     longest = _longest_prompt(config, task.policy)
@@ -163,19 +161,19 @@ def encoder(task: Task, config: Config, killers: Collection[str] = ()) -> Encode
     return encode
 
 
-def engine_settings(task: Task, config: Config, max_model_len: int) -> EngineSettings:
+def engine_settings(task: Task, config: SamplingConfig, max_model_len: int) -> EngineSettings:
     """Engine settings with room for `max_model_len` tokens in prompt and completion."""
     return EngineSettings.of(
         config, task.policy, task.chat, max_model_len=max_model_len, stop_token_ids=task.stop_token_ids
     )
 
 
-def sampled_draws(config: Config, indices: range, prompt: Prompt) -> tuple[Draw, ...]:
+def sampled_draws(config: SamplingConfig, indices: range, prompt: Prompt) -> tuple[Draw, ...]:
     """Completions to sample at the temperature of the run, one for every sample_index in `indices`."""
     return tuple(Draw(k, sample_seed(config.seed, prompt.prompt_id, k), config.temperature) for k in indices)
 
 
-def prompt_key(config: Config, task: Task, encoded: EncodedPrompt) -> str:
+def prompt_key(config: SamplingConfig, task: Task, encoded: EncodedPrompt) -> str:
     """The key that all completions of a prompt share: its messages and ids, the policy and the settings of sampling.
 
     The id of a completion is a hash of this key and its sample_index: num_samples and order are no part of it.
@@ -196,7 +194,7 @@ def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[An
     ]
 
 
-def _longest_prompt(config: Config, policy: Policy) -> int:
+def _longest_prompt(config: SamplingConfig, policy: Policy) -> int:
     """max_prompt_tokens, or less where prompt, completion and one token more would not fit into the model's context."""
     context = context_length(policy.directory)
     if context is None:

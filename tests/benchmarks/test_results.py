@@ -3,7 +3,7 @@
 import importlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,15 +20,31 @@ NAMES = ("references", "losses", "rounds", "pair-rules")
 
 
 @pytest.fixture(scope="module")
-def results() -> Iterator[ModuleType]:
+def benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of benchmarks/ by its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("results")
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")
-def addition(results: ModuleType) -> ModuleType:
-    return results.addition
+def results(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("results")
+
+
+@pytest.fixture(scope="module")
+def bench(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("experiments.bench")
+
+
+@pytest.fixture(scope="module")
+def measures(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("experiments.measures")
+
+
+@pytest.fixture(scope="module")
+def addition(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("addition")
 
 
 def evaluation(directory: Path, rewards: Sequence[Sequence[float]], gap: float | None = None) -> Path:
@@ -83,43 +99,43 @@ def test_no_held_out_sum_is_taught(addition: ModuleType) -> None:
     ],
 )
 def test_an_interval_decides_a_hypothesis(
-    results: ModuleType, sign: int, low: float, high: float, outcome: str
+    measures: ModuleType, sign: int, low: float, high: float, outcome: str
 ) -> None:
-    assert results.outcome(sign, Estimate((low + high) / 2, low, high)) == outcome
+    assert measures.outcome(sign, Estimate((low + high) / 2, low, high)) == outcome
 
 
-def test_arms_are_compared_by_seed_and_prompt(results: ModuleType, tmp_path: Path) -> None:
+def test_arms_are_compared_by_seed_and_prompt(measures: ModuleType, bench: ModuleType, tmp_path: Path) -> None:
     """By hand: prompts differ by 1, 0.5 and 0 in seed 0, and by -0.5, 0 and 0.5 in seed 1, whose mean is 0. Seed 2 has
     failed in one arm, and counts in none."""
     ours = {0: [[1, 1], [1, 0], [0, 0]], 1: [[0.9, 1], [0, 0], [1, 0]], 2: [[1, 1]] * 3}
     theirs = {0: [[0, 0.9], [0, 0], [0, 0]], 1: [[1, 1], [0, 0], [0, 0]]}
     arms = {
-        name: results.Arm(name, "", {s: evaluation(tmp_path / f"{name}{s}", rows) for s, rows in of.items()})
+        name: bench.Arm(name, "", {s: evaluation(tmp_path / f"{name}{s}", rows) for s, rows in of.items()})
         for name, of in (("new", ours), ("old", theirs))
     }
-    found = results.judged(results.Hypothesis("sampled", "new", 1, "old", ""), arms)
+    found = measures.judged(bench.Hypothesis("sampled", "new", 1, "old", ""), arms)
     assert found["seeds"] == pytest.approx({0: 0.5, 1: 0.0})
     assert found["difference"] == pytest.approx(0.25)
     assert found["difference_low"] < 0.25 < found["difference_high"]
-    assert results.judged(results.Hypothesis("sampled", "new", 1, "none", ""), arms)["outcome"] == "not measured"
+    assert measures.judged(bench.Hypothesis("sampled", "new", 1, "none", ""), arms)["outcome"] == "not measured"
 
 
-def test_the_divergence_is_k3_of_the_sampled_answers(results: ModuleType, tmp_path: Path) -> None:
+def test_the_divergence_is_k3_of_the_sampled_answers(measures: ModuleType, bench: ModuleType, tmp_path: Path) -> None:
     """By hand: every answer is 0.5 nats likelier than at the start, so k3 = e^-0.5 - 1 + 0.5 = 0.1065 for each."""
     k3 = math.exp(-0.5) - 1 + 0.5
     moved, start = evaluation(tmp_path / "a", [[1, 0], [0, 0]], gap=0.5), evaluation(tmp_path / "b", [[1, 0], [0, 0]])
-    arms = {name: results.Arm(name, "", {0: path}) for name, path in (("moved", moved), ("start", start))}
-    found = results.judged(results.Hypothesis("kl", "moved", 1, "start", ""), arms)
+    arms = {name: bench.Arm(name, "", {0: path}) for name, path in (("moved", moved), ("start", start))}
+    found = measures.judged(bench.Hypothesis("kl", "moved", 1, "start", ""), arms)
     assert (found["difference"], found["outcome"]) == (pytest.approx(k3), "held")
 
 
-def test_what_fails_stays_in_the_table_with_its_message(results: ModuleType, tmp_path: Path) -> None:
-    bench = results.Bench(tmp_path, "rounds", results.QUICK)
-    with bench.arm("DPO", 0) as evaluations:
+def test_what_fails_stays_in_the_table_with_its_message(results: ModuleType, bench: ModuleType, tmp_path: Path) -> None:
+    experiment = bench.Bench(tmp_path, "rounds", bench.QUICK)
+    with experiment.arm("DPO", 0) as evaluations:
         evaluations[0] = evaluation(tmp_path / "a", [[1, 0]])
-    with bench.arm("DPO", 1):
+    with experiment.arm("DPO", 1):
         raise DataError("no pair is left", "look")
-    found = results.report("rounds", results.QUICK, bench.arms, 1.0)
+    found = results.report("rounds", bench.QUICK, experiment.arms, 1.0)
     assert found["arms"][0]["failures"] == {1: "no pair is left"}
     (row,) = (line for line in results.page(found).splitlines() if line.startswith("| DPO "))
     assert "50.0 [" in row

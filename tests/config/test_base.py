@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from prefpipe.cli import SETTINGS, STAGES
 from prefpipe.config import base
 from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig, unread
+from prefpipe.config.engine import EngineConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import SCHEDULES, IterateConfig
@@ -406,11 +407,21 @@ def test_headings_are_used_and_short(cls: type[BaseModel]) -> None:
         assert not any(found) or all(0 < found.count(heading) <= 16 for heading in set(found))
 
 
-def test_every_setting_of_train_has_a_heading() -> None:
-    found = [heading for _, _, heading in base.fields_under_headings(TrainConfig)]
-    assert all(found)
-    assert tuple(dict.fromkeys(found)) == TrainConfig.HEADINGS
-    assert f"# ---- {found[0]} ----" in base.to_toml(IterateConfig()).partition("[train]")[2]
+@pytest.mark.parametrize(
+    ("classes", "headings"),
+    [([TrainConfig], TrainConfig.HEADINGS), ([GenerateConfig, ScoreConfig, EvaluateConfig], EngineConfig.HEADINGS)],
+)
+def test_every_setting_has_a_heading_and_every_heading_a_setting(
+    classes: list[type[BaseModel]], headings: tuple[str, ...]
+) -> None:
+    found = [heading for cls in classes for _, _, heading in base.fields_under_headings(cls)]
+    assert set(found) == set(headings)
+
+
+def test_a_table_of_iterate_has_its_headings() -> None:
+    text = base.to_toml(IterateConfig())
+    assert f"# ---- {TrainConfig.HEADINGS[0]} ----" in text.partition("[train]")[2]
+    assert f"# ---- {EngineConfig.HEADINGS[0]} ----" in text.partition("[evaluate]")[2]
 
 
 @pytest.mark.parametrize("name", [n for n, f in base.fields(TrainConfig) if f.annotation is float])

@@ -43,13 +43,15 @@ def stub() -> str:
     for cls, _ in calls.STAGES.values():
         classes |= dict(_classes(cls))
     classes |= dict(_classes(PlanConfig))
-    tables = [_lines("EngineSettings", "TypedDict", ENGINE), *(_table(name, cls) for name, cls in classes.items())]
+    tables = [_table(name, cls) for name, cls in classes.items()]
     made = [_made(name, cls) for name, (cls, _) in calls.STAGES.items()]
     return "\n\n".join([HEAD + "\n", *tables, *made, *_written()]).replace("\n\n\n\n", "\n\n\n") + "\n"
 
 
 def _classes(cls: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """A class of settings behind those of its tables, by the names of their types."""
+    """A class of settings behind those of its tables and the class that it extends, by the names of their types."""
+    for base in _extended(cls):
+        yield from _classes(base)
     for field in cls.model_fields.values():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _classes(field.annotation)
@@ -61,22 +63,17 @@ def _name(cls: type[BaseModel]) -> str:
 
 
 def _table(name: str, cls: type[BaseModel]) -> str:
-    """The type of the settings of a class, beside those of the type that it extends: of another command whose settings
-    it has, or of every command with an engine."""
-    parent = next((base for base in cls.__bases__ if base in calls.SETTINGS.values()), None)
-    known = _types(parent) if parent else ENGINE if cls in WITH_ENGINE else {}
-    base = _name(parent) if parent else "EngineSettings" if known else "TypedDict"
-    return _lines(name, base, {setting: kind for setting, kind in _types(cls).items() if setting not in known})
+    """The type of the settings of a class, beside those of the class that it extends."""
+    known = {setting for base in _extended(cls) for setting in base.model_fields}
+    types_ = {setting: _type(setting, field) for setting, field in cls.model_fields.items() if setting not in known}
+    extended = ", ".join(map(_name, _extended(cls))) or "TypedDict"
+    lines = [f"class {name}({extended}, total=False):", *(f"    {setting}: {kind}" for setting, kind in types_.items())]
+    return "\n".join(lines) + "\n"
 
 
-def _lines(name: str, base: str, types_: Mapping[str, str]) -> str:
-    return (
-        "\n".join([f"class {name}({base}, total=False):", *(f"    {n}: {kind}" for n, kind in types_.items())]) + "\n"
-    )
-
-
-def _types(cls: type[BaseModel]) -> dict[str, str]:
-    return {setting: _type(setting, field) for setting, field in cls.model_fields.items()}
+def _extended(cls: type[BaseModel]) -> list[type[BaseModel]]:
+    """The classes of settings that a class extends."""
+    return [base for base in cls.__bases__ if issubclass(base, BaseModel) and base.model_fields]
 
 
 def _made(command: str, cls: type[BaseModel]) -> str:
@@ -127,9 +124,6 @@ def _plain(kind: Any) -> str:
         return _name(kind)
     return "None" if kind is type(None) else kind.__name__
 
-
-WITH_ENGINE = tuple(calls.SETTINGS[command] for command in ("generate", "score", "evaluate"))
-ENGINE = {n: t for n, t in _types(WITH_ENGINE[0]).items() if all(_types(cls).get(n) == t for cls in WITH_ENGINE)}
 
 if __name__ == "__main__":
     PATH_OF_STUB.write_text(stub())

@@ -33,7 +33,7 @@ WITHOUT_MIRROR = {
     "inference/pool_processes.py",  # faults/test_worker_kills.py
     "inference/ray_tasks.py",  # inference/test_pool_ray.py
     *(
-        f"config/{name}.py" for name in ("evaluate", "generate", "plan", "score", "shared", "stops")
+        f"config/{name}.py" for name in ("engine", "evaluate", "generate", "plan", "score", "shared", "stops")
     ),  # config/test_base.py
 }
 RECIPES = sorted((ROOT / "stages").rglob("*.toml"))

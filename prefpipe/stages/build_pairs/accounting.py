@@ -1,4 +1,4 @@
-"""Rows that came in, went out and were dropped: in = out + sum of reasons, on every level."""
+"""Counts of rows: on every level, rows in = rows out + rows dropped by reason."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,23 +11,24 @@ from prefpipe.errors import PrefpipeError
 
 @dataclass(frozen=True)
 class Level:
-    """Rows of one kind (completions, prompts, pairs, labels, groups): their number before, after, and by reason."""
+    """Counts of one kind of rows (completions, prompts, pairs, labels, groups): before, after, and dropped by
+    reason."""
 
     came_in: int
     went_out: int
     dropped: Mapping[str, int]
 
     def to_json(self) -> dict[str, object]:
-        """The entry of the manifest."""
+        """The counts as an entry of the manifest."""
         return {"in": self.came_in, "out": self.went_out, "dropped": dict(sorted(self.dropped.items()))}
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What became of the candidates: counts by level, ledger rows, and the totals of the output for the manifest.
+    """The result of building pairs, labels or groups: counts by level, ledger rows, and totals for the manifest.
 
-    `facts` has one row per pair and `sample` the texts of some pairs, for the data report; labels and groups leave both
-    empty.
+    `facts` has one row per pair and `sample` the texts of some pairs, for the data report; both are empty for labels
+    and groups.
     """
 
     levels: Mapping[str, Level]
@@ -38,13 +39,13 @@ class BuildResult:
 
 
 def count_reasons(ledger: pl.DataFrame) -> dict[str, int]:
-    """Ledger rows by reason."""
+    """The number of ledger rows by reason."""
     return dict(ledger.group_by("reason").len().sort("reason").iter_rows())
 
 
 def check(levels: Mapping[str, Level], ledger_rows: int) -> None:
-    """Raise PrefpipeError when a level loses a row without a reason, or when the ledger has other rows than the levels
-    count."""
+    """Raise PrefpipeError when a level lost a row without a reason, or when the ledger does not have the rows that the
+    levels count."""
     for name, level in levels.items():
         if level.came_in != level.went_out + sum(level.dropped.values()):
             raise _unbalanced(

@@ -1,8 +1,8 @@
-"""Completions joined with their rewards, in partitions by prompt, and which of them are candidates.
+"""Completions joined with their rewards and cut into partitions by prompt; which of them are candidates for pairs.
 
-Only key columns stay in memory. Texts and token ids are judged while they stream by (length, control tokens) and are
-read again later for the few rows that the rule chose. A partition holds whole prompts, so that every later step works
-on one partition at a time.
+Only key columns stay in memory. Texts and token ids are read as a stream to check length and control tokens, and read
+again later for the few rows that the rule chose. A partition holds whole prompts, so that later steps need one
+partition at a time.
 """
 
 from collections import Counter
@@ -50,14 +50,22 @@ class Sources:
 
     @property
     def num_partitions(self) -> int:
-        """How many partitions keep the key columns of one far below the memory: about 400,000 rows in each."""
+        """The number of partitions with which each has about 400,000 rows, so that its key columns are small beside the
+        memory."""
         return 1 + int(scan(self.completions, Completion).select(pl.len()).collect().item()) // _ROWS_PER_PARTITION
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """What the makers of pairs, labels and groups share: settings, input files, the run directory that they write to,
-    how many partitions they put into which folder, and the `map` that works on them."""
+    """What building pairs, labels and groups share.
+
+    config: the settings
+    sources: the input files
+    run_dir: the run directory that the rows are written to
+    num_partitions: how many partitions the rows are cut into
+    folder: where partitions lie when there are several
+    run: the `map` that works on partitions, in this process or in several
+    """
 
     config: BuildPairsConfig
     sources: Sources
@@ -66,9 +74,9 @@ class Workspace:
     folder: Path
     run: Map = map
 
-    def over_filled(self, task: Callable[..., Any], rows: pl.DataFrame, contents: Sequence[Any]) -> list[Any]:
-        """What a task makes of the rows and the contents of each partition that has rows; its first argument is the
-        number of the partition among these."""
+    def map_filled(self, task: Callable[..., Any], rows: pl.DataFrame, contents: Sequence[Any]) -> list[Any]:
+        """The results of `task(number, rows, contents)` for each partition that has rows; `number` counts these
+        partitions."""
         parts = zip(cut(rows, self.num_partitions), contents, strict=True)
         filled = [(number, *part) for number, part in enumerate(part for part in parts if part[0].height)]
         return [*self.run(task, *zip(*filled, strict=True))] if filled else []
@@ -96,13 +104,13 @@ def policies(sources: Sources) -> list[str]:
 
 
 def prompts(sources: Sources) -> pl.LazyFrame:
-    """prompt_id and messages of every prompt; one that several runs hold has several rows."""
+    """prompt_id and messages of every prompt; a prompt that several runs hold has several rows."""
     return scan(sources.prompts, Prompt).select("prompt_id", "messages")
 
 
 def thinking(sources: Sources) -> dict[str, float]:
-    """How many completions of one turn begin with reasoning, and the means of their tokens in it and in all; empty for
-    none."""
+    """Counts of reasoning in completions of one turn: how many begin with reasoning, and the mean tokens of their
+    reasoning and of the whole completion. Empty where no completion has reasoning."""
     tokens = pl.col("thinking_tokens")
     if not scan(sources.completions, Completion).select((tokens > 0).any()).collect(engine="streaming").item():
         return {}
@@ -116,12 +124,12 @@ def thinking(sources: Sources) -> dict[str, float]:
 def read(
     sources: Sources, config: BuildPairsConfig, count: int, folder: Path, run: Map = map
 ) -> tuple[list[pl.LazyFrame], Counter[str]]:
-    """Key columns of every completion with its reward, in `count` partitions of whole prompts; and how many completions
-    each part of the reward rates.
+    """Key columns of every completion with its rewards, in `count` partitions of whole prompts; and for each part of
+    the reward the number of completions that it rates.
 
     Columns: prompt_id, completion_id, finish_reason, num_tokens, part.I (a reward, or null) and rated.I (whether the
-    inputs have a row for it), fault (the reason why its text is no candidate, or null), run. Completions and rewards
-    are cut by completion first, so that a join sees one `count`-th of both. Raises DataError when one completion has
+    inputs have a row for it), fault (why the text cannot be a candidate, or null), run. Completions and rewards are
+    first cut by completion id, so that a join has 1/`count` of both in memory. Raises DataError when a completion has
     two different rewards of one name.
     """
     by_completion = partition_of(count, "completion_id")
@@ -162,8 +170,8 @@ def read(
 def _join(
     rewards: Rewards, count: int, folder: Path, number: int, keys: pl.LazyFrame, rated: Sequence[pl.LazyFrame]
 ) -> tuple[pl.DataFrame, list[int]]:
-    """One partition of completions with its rewards, see `reward_values.join`; of several partitions the rows are
-    written by prompt, and the frame has none."""
+    """One partition of completions with its rewards, see `reward_values.join`. With several partitions the rows are
+    written to files by prompt, and the frame that is returned is empty."""
     joined, counts = reward_values.join(keys.collect(), rated, rewards)
     if count == 1:
         return joined, counts
@@ -173,9 +181,15 @@ def _join(
 
 @dataclass(frozen=True)
 class CandidatePartition:
-    """One partition: its candidates and their number, ledger rows of its other completions, and how many rows and
-    prompts came in; for the parts of the reward, how many completions have a row and no value, and the terms of the
-    candidates."""
+    """The candidates of one partition, and counts.
+
+    candidates: key columns of the completions that may be paired
+    num_candidates: how many these are
+    ledger: rows of the other completions, with their reasons
+    num_in, num_prompts: completions and prompts of the partition
+    num_rated, num_null: by part of the reward, completions that have a row, and of these those without a value
+    terms: the terms of the reward of each candidate, where it is a sum
+    """
 
     candidates: pl.DataFrame
     num_candidates: int
@@ -190,10 +204,10 @@ class CandidatePartition:
 def select(
     keys: pl.DataFrame, dropped_prompts: pl.DataFrame, sources: Sources, config: BuildPairsConfig
 ) -> CandidatePartition:
-    """Divide one partition of `read` into candidates and ledger rows; every completion is in exactly one of them.
+    """Divide a partition of `read` into candidates and ledger rows; every completion is in exactly one of the two.
 
-    A completion that several runs hold counts once. Raises DataError for an id that stands twice in one run or for two
-    different completions, and for a reward that is no finite number.
+    A completion that several runs hold counts once. Raises DataError for an id that occurs twice in one run or belongs
+    to two different completions, and for a reward that is not a finite number.
     """
     keys = _without_copies(keys, sources)
     keys = reward_values.with_reward(keys, sources.rewards)
@@ -230,7 +244,7 @@ def _answer_tokens() -> pl.Expr:
 
 
 def _fault(config: BuildPairsConfig) -> pl.Expr:
-    """The first reason in its text or length why a completion is no candidate, or null."""
+    """The first reason in text or length why a completion cannot be a candidate, or null."""
     text, length = pl.col("text"), _answer_tokens()
     reason = pl.when(text.str.strip_chars() == "").then(pl.lit("empty"))
     if config.special_tokens == "drop":
@@ -252,7 +266,7 @@ def _fault(config: BuildPairsConfig) -> pl.Expr:
 
 
 def _without_copies(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
-    """Each completion once. Raises DataError for an id that stands twice in one run, or for other content."""
+    """Each completion once. Raises DataError for an id that occurs twice in one run, or with different content."""
     unique = keys.unique("completion_id", keep="first")
     if unique.height == keys.height:
         return keys
@@ -265,7 +279,7 @@ def _without_copies(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
         return unique
     first = wrong.row(0, named=True)
     wanted = pl.col("completion_id") == first["completion_id"]
-    # Two rewards of one completion also double its row: look which of the two datasets holds it twice.
+    # Two rewards of a completion double its row too: find out which of the two datasets has it twice.
     repeated = scan(sources.completions, Completion).filter(wanted).select(pl.len()).collect().item() > first["runs"]
     if repeated or first["contents"] > 1:
         place = file_and_row(sources.completions, wanted)
@@ -278,6 +292,6 @@ def _without_copies(keys: pl.DataFrame, sources: Sources) -> pl.DataFrame:
 
 
 def _second_row(files: Files, wanted: pl.Expr) -> str:
-    """File and row of the last row that `wanted` selects, or nothing where it selects one at most."""
+    """File and row of the last row that `wanted` selects; empty where it selects at most one row."""
     several = scan(files, Reward).filter(wanted).select(pl.len()).collect().item() > 1
     return file_and_row(files, wanted) if several else ""

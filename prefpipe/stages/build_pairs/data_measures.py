@@ -1,9 +1,8 @@
-"""How the checks of data_report.py are measured: numbers from pairs, without thresholds and without advice.
+"""The measurements behind the checks of data_report.py: numbers from pairs, without thresholds and advice.
 
-`facts` has one row per pair: prompt_id, chosen_ and rejected_ reward, tokens (scored ones), finish_reason and policy,
-reward_gap, ref_chosen_logps and ref_rejected_logps (sums in nats, null without a reference).
-`sample` has texts and token ids of up to 10,000 pairs: pair_id, prompt_id, prompt, prompt_token_ids, and chosen_ and
-rejected_ text and ids.
+`facts` has one row per pair: prompt_id, chosen_ and rejected_ reward, tokens (scored tokens), finish_reason and policy,
+reward_gap, ref_chosen_logps and ref_rejected_logps (sums in nats, null without a reference). `sample` has texts and
+token ids of up to 10,000 pairs: pair_id, prompt_id, prompt, prompt_token_ids, and chosen_ and rejected_ text and ids.
 """
 
 import math
@@ -18,7 +17,7 @@ _SAMPLE = 10_000
 
 
 def pair_facts(pairs: pl.DataFrame) -> pl.DataFrame:
-    """`facts` of pairs (rows of Pair, with chosen_policy and rejected_policy)."""
+    """The `facts` of pairs (rows of Pair with chosen_policy and rejected_policy)."""
     return pairs.select(
         "prompt_id",
         "chosen_reward",
@@ -32,7 +31,8 @@ def pair_facts(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def pair_sample(pairs: pl.DataFrame, total: int) -> pl.DataFrame:
-    """`sample` of pairs: those with the lowest ids, 10,000 of `total` in expectation (an id is a hash)."""
+    """The `sample` of pairs: those with the lowest ids. Ids are hashes, so 10,000 of `total` pairs are expected in
+    it."""
     limit = min(1.0, _SAMPLE / total) * 16**8
     lowest = pairs.filter(pl.col("pair_id").str.head(8).str.to_integer(base=16) < limit)
     return lowest.select(
@@ -93,7 +93,7 @@ def length_bias(facts: pl.DataFrame) -> dict[str, float]:
 
 
 def auc(ones: pl.Series, others: pl.Series) -> float:
-    """Probability that a value of `ones` is above one of `others`, ties count half (Mann-Whitney U / n m)."""
+    """Probability that a value of `ones` is above a value of `others`; ties count half (Mann-Whitney U / n m)."""
     values = pl.concat([ones.cast(pl.Float64), others.cast(pl.Float64)])
     ranks = float(values.rank("average").head(len(ones)).sum())
     return (ranks - len(ones) * (len(ones) + 1) / 2) / (len(ones) * len(others))
@@ -113,13 +113,13 @@ def truncation(facts: pl.DataFrame) -> dict[str, float]:
 
 
 def one_sided_policies(facts: pl.DataFrame) -> bool:
-    """Whether no policy made both chosen and rejected completions."""
+    """Whether every policy made completions of one side only."""
     policies = [set(facts[f"{s}_policy"].unique()) for s in SIDES]
     return not policies[0] & policies[1]
 
 
 def reference_logps_per_token(facts: pl.DataFrame) -> tuple[float, float] | None:
-    """Mean reference log-prob per token of chosen and of rejected completions; None when a side has none."""
+    """Mean reference log-prob per token of chosen and of rejected completions; None for a side without log-probs."""
     chosen, rejected = (_per_token(facts, s).drop_nulls() for s in SIDES)
     if chosen.is_empty() or rejected.is_empty():
         return None
@@ -132,9 +132,9 @@ def mean_tokens(facts: pl.DataFrame) -> float:
 
 
 def template(sample: pl.DataFrame) -> dict[str, int]:
-    """What the prompts say about their chat template: prompts (different ones), common_end (tokens with which every
-    prompt ends: the generation prompt), doubled_start (prompts that begin with one token twice), and repeated_prompt
-    (completions that begin with that common end)."""
+    """Signs of the chat template in the token ids: prompts (number of different prompts), common_end (tokens with which
+    every prompt ends: the generation prompt), doubled_start (prompts that begin with the same token twice),
+    repeated_prompt (completions that begin with the common end)."""
     prompts = [tuple(row) for row in sample.unique("prompt_id", maintain_order=True)["prompt_token_ids"]]
     shared = common_prefix([p[::-1] for p in prompts]) if len(set(prompts)) > 1 else 0
     end = prompts[0][len(prompts[0]) - shared :] if prompts else ()

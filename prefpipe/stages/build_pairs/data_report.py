@@ -1,7 +1,7 @@
 """The data report: fifteen checks before GPU hours are spent, each OK, NOTICE or WARN with its advice.
 
-data_measures.py says how each is measured. Thresholds without a source in their docstring are rules of thumb. D12 is
-for labels, D15 for sums of rewards; the other checks need pairs.
+data_measures.py holds the measurements. Thresholds without a source in their docstring are rules of thumb. D12 is for
+labels and D15 for sums of rewards; the other checks need pairs.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +20,15 @@ Check = Mapping[str, Any]  # an entry of data_report.json: id and name of a chec
 
 @dataclass(frozen=True)
 class Data:
-    """What the checks look at: `facts` and `sample` of data_measures.py, the pairs that the rule made and those of them
-    that a filter dropped (by reason), the beta to come, for labels the balance of their classes, for a sum of rewards
-    the spreads of its parts."""
+    """The input of the checks.
+
+    facts, sample: see data_measures.py
+    dropped: number of pairs that a filter dropped, by reason
+    num_rule_pairs: number of pairs that the rule made
+    beta: the beta of the training to come
+    balance: for labels, their classes
+    spreads: for a sum of rewards, how much each part varies
+    """
 
     facts: pl.DataFrame
     sample: pl.DataFrame
@@ -35,7 +41,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check says: its level, the measurement in words, what to do about it, and the numbers."""
+    """The result of a check: its level, the measurement in words, advice, and the numbers."""
 
     level: str
     found: str
@@ -44,14 +50,14 @@ class Finding:
 
 
 def report(data: Data) -> list[Check]:
-    """Every check that applies to the data, in the order of CHECKS."""
+    """The findings of every check that applies to the data, in the order of CHECKS."""
     needs = {"D12": data.balance is not None, "D15": bool(data.spreads)}
     ids = [i for i in CHECKS if needs.get(i, not data.facts.is_empty())]
     return [{"id": i, "name": CHECKS[i][0], **vars(CHECKS[i][1](data))} for i in ids]
 
 
 def table(checks: Iterable[Check]) -> list[str]:
-    """The report as lines of text: id, level, name and finding; below a check that is not OK its advice."""
+    """The report as lines of text: id, level, name and finding; the advice stands below a check that is not OK."""
     lines: list[str] = []
     for check in checks:
         lines.append(f"  {check['id']:<4}{check['level']:<7} {check['name']:<20} {check['found']}")
@@ -96,7 +102,7 @@ def contradictions(data: Data) -> Finding:
 
 
 def hardness(data: Data) -> Finding:
-    """How often the reference itself prefers the chosen side, per token."""
+    """How often the reference prefers the chosen side, per token."""
     share = data_measures.reference_prefers_chosen(data.facts)
     if share is None:
         return _UNMEASURED
@@ -230,8 +236,8 @@ def beta(data: Data) -> Finding:
 
 
 def template(data: Data) -> Finding:
-    """Whether prompts end with the same tokens (the generation prompt) and begin with one BOS, and completions with
-    none of that."""
+    """Whether all prompts end with the same tokens (the generation prompt) and begin with one BOS, and no completion
+    repeats the generation prompt."""
     numbers = data_measures.template(data.sample)
     several = numbers.pop("prompts") > 1
     problems = {

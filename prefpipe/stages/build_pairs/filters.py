@@ -1,7 +1,7 @@
 """Pair filters: each pair is kept, or dropped with the first reason that applies.
 
-`by_keys` reads key columns, `by_content` texts and token ids, `subset` log-probs. Each adds a column `reason`, null for
-the pairs that it keeps. The order of the reasons is the order of the code.
+`by_keys` reads key columns, `by_content` texts and token ids, `subset` log-probs. Each adds a column `reason`, which is
+null for pairs that are kept. Reasons are tested in the order of the code.
 """
 
 import math
@@ -15,25 +15,26 @@ from prefpipe.stages.build_pairs import texts
 
 REASON = "reason"
 SIDES = ("chosen", "rejected")
-_ENOUGH = 20  # completions of a side: with fewer, equal last tokens may be chance
+_ENOUGH = 20  # completions of a side; with fewer of them equal last tokens may be chance
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the thresholds are relative to, measured on the pairs of the rule."""
+    """Measurements of the rule's pairs that thresholds are relative to."""
 
     gap_sd: float
     least_chosen_reward: float
 
 
 def scale(pairs: pl.DataFrame, config: BuildPairsConfig) -> Scale:
-    """Standard deviation of the reward gaps, and the reward below which a chosen completion is bad."""
+    """The standard deviation of the reward gaps, and the reward below which a chosen completion is bad."""
     lowest = pairs["chosen_reward"].quantile(config.min_chosen_quantile, "higher") if pairs.height else None
     return Scale(standard_deviation(pairs["reward_gap"].to_list()), -math.inf if lowest is None else float(lowest))
 
 
 def standard_deviation(values: Sequence[float]) -> float:
-    """Population standard deviation, 0 without values; from exact sums, so that the order of the values is free."""
+    """Population standard deviation, 0 without values. Sums are exact, so that the order of the values does not
+    matter."""
     if not values:
         return 0.0
     mean = math.fsum(values) / len(values)
@@ -99,7 +100,7 @@ def by_content(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def contradictory(pairs: pl.DataFrame) -> list[int]:
-    """`place` of every pair on a cycle of preferences between the texts of its prompt (A over B, B over A).
+    """The `place` of every pair on a cycle of preferences between the texts of its prompt (A over B, B over A).
 
     `pairs` has place, prompt_id, chosen_normal, rejected_normal. A cycle needs a text that is chosen in one pair and
     rejected in another; only prompts with such a text are searched.
@@ -144,10 +145,10 @@ def subset(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def end_on_one_side(pairs: pl.DataFrame) -> str | None:
-    """The sentence that the two sides were tokenised differently, or None.
+    """A sentence that the two sides were tokenised differently; None where nothing shows it.
 
     Completions that did not hit max_tokens end with an end-of-sequence token. When the most frequent last token of a
-    side ends more than 95 % of it and none of the other side, one of them lacks that token.
+    side ends more than 95 % of that side and no completion of the other, one of the sides lacks the token.
     """
     ends = {s: pairs.filter(pl.col(f"{s}_finish_reason") != "length")[f"{s}_last"].drop_nulls() for s in SIDES}
     if not all(len(e) for e in ends.values()):
@@ -161,7 +162,7 @@ def end_on_one_side(pairs: pl.DataFrame) -> str | None:
 
 
 def num_scored(side: str) -> pl.Expr:
-    """Scored tokens of the chosen or the rejected side of pairs."""
+    """The number of scored tokens of the chosen or the rejected side of each pair."""
     return pl.coalesce(pl.col(f"{side}_loss_mask").list.sum(), pl.col(f"{side}_token_ids").list.len())
 
 
@@ -175,12 +176,12 @@ def ledger(judged: pl.DataFrame) -> pl.DataFrame:
 
 
 def kept(judged: pl.DataFrame) -> pl.DataFrame:
-    """The rows without a reason."""
+    """The rows without a reason to drop them."""
     return judged.filter(pl.col(REASON).is_null()).drop(REASON)
 
 
 def _in_units(values: pl.Expr) -> pl.Expr:
-    """Values scaled to 0 (the smallest) to 1 (the largest), so that margins of different units add up."""
+    """Values scaled linearly to [0, 1], so that margins of different units can be added."""
     values = values.cast(pl.Float64)
     spread = values.max() - values.min()
     return pl.when(spread > 0).then((values - values.min()) / spread).otherwise(0.0)

@@ -1,4 +1,4 @@
-"""Label rules: a candidate is desirable, undesirable, or dropped with a reason; the class weights of KTO."""
+"""Label rules: which candidates are desirable, undesirable, or dropped with a reason; the class weights of KTO."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,12 @@ from prefpipe.stages.build_pairs import filters, texts
 
 
 def by_reward(candidates: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """Candidates with the columns label (true is desirable) and reason (why it gets no label, or null).
+    """Candidates with the columns label (true: desirable) and reason (why a candidate gets no label, or null).
 
-    mean, median: desirable above that of the prompt's rewards, undesirable below; equal is a tie. threshold: desirable
-    from label_threshold on. quantile: the upper and the lower label_quantile of the rewards of the run, dead_zone
-    between. thumbs: the sign of the reward; 0 is the dead_zone.
+    mean, median: desirable above the mean or median reward of the prompt, undesirable below; equal is a tie
+    threshold: desirable from label_threshold on
+    quantile: desirable in the upper label_quantile of all rewards of the run, undesirable in the lower, else dead_zone
+    thumbs: the sign of the reward; 0 is dead_zone
     """
     reward = pl.col("reward")
     low, high, dead = {
@@ -34,7 +35,8 @@ def by_reward(candidates: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFram
 
 
 def from_pairs(pairs: pl.DataFrame, candidates: pl.DataFrame) -> pl.DataFrame:
-    """Candidates with label and reason by their side in the pairs: both sides are a contradiction, none is unused."""
+    """Candidates with a label by their side in the pairs. The reason is contradiction for a candidate on both sides,
+    and unused for a candidate in no pair."""
     chosen, rejected = (
         pl.col("completion_id").is_in(pairs[f"{s}_completion_id"].implode()) for s in ("chosen", "rejected")
     )
@@ -59,7 +61,7 @@ def ledger(judged: pl.DataFrame) -> pl.DataFrame:
 
 @dataclass(frozen=True)
 class Balance:
-    """How many labels of each class, and their weights for KTO: the totals of a run of labels, and D12's numbers."""
+    """The number of labels of each class, and the class weights for KTO."""
 
     desirable: int
     undesirable: int
@@ -68,7 +70,8 @@ class Balance:
 
 
 def balance(desirable: int, undesirable: int) -> Balance:
-    """The class weights of so many labels; both are 1 where a class is missing or the ratio is in its range."""
+    """The class weights for these numbers of labels; both are 1 where a class is empty or the ratio is in the
+    recommended range."""
     one_class = not desirable or not undesirable
     if one_class or in_class_ratio(desirable / undesirable):
         return Balance(desirable, undesirable, 1.0, 1.0)
@@ -80,7 +83,8 @@ def _prompt_mean() -> pl.Expr:
 
 
 def _quantiles(candidates: pl.DataFrame, share: float) -> tuple[pl.Expr, pl.Expr]:
-    """Whether a reward is in the lower share, and whether in the upper one. A reward in both gets no label."""
+    """Two expressions: whether a reward is in the lower share, and whether in the upper. A reward in both gets no
+    label."""
     rewards = candidates["reward"]
     low, high = rewards.quantile(share, "lower"), rewards.quantile(1 - share, "higher")
     return pl.col("reward") <= low, pl.col("reward") >= high

@@ -1,4 +1,4 @@
-"""Candidates -> labels for KTO, and the KL bank of prompts with completions of other prompts."""
+"""Labels for KTO, and the KL bank: prompts with completions of other prompts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,9 +18,9 @@ from prefpipe.stages.build_pairs.partitions import cut
 
 
 def build(workspace: Workspace, candidates: Sequence[pl.DataFrame]) -> BuildResult:
-    """Write labels, one part per partition, and a KL bank of mismatched rows; say what became of the other completions.
+    """Write labels, one file per partition, and a KL bank of mismatched rows; count the completions without a label.
 
-    Raises DataError when every label has the same class.
+    Raises DataError when all labels have the same class.
     """
     config = workspace.config
     levels: dict[str, Level] = {}
@@ -61,7 +61,7 @@ def _write(workspace: Workspace, kept: pl.DataFrame, contents: Sequence[output_r
     bank_prompts = kept["prompt_id"].unique().sort().head(max(2, 2 * config.kl_bank_rows))
     rich = config.format == "trl" and trl.is_rich(workspace.sources)
     write = partial(_write_partition, config, workspace.run_dir, bank_prompts, rich)
-    bank_labels = [row for rows in workspace.over_filled(write, kept, contents) for row in rows]
+    bank_labels = [row for rows in workspace.map_filled(write, kept, contents) for row in rows]
     if bank_labels:
         bank = kl_bank.kl_bank(bank_labels, config.kl_bank_rows, config.seed)
         workspace.run_dir.write_part("kl_bank", KlBank, 0, to_table(KlBank, bank))
@@ -76,7 +76,7 @@ def _write_partition(
     part: pl.DataFrame,
     contents: output_rows.Contents,
 ) -> list[Label]:
-    """Write the labels of one partition. Returns those of the prompts for the KL bank."""
+    """Write the labels of a partition. Returns the rows of its prompts that may enter the KL bank."""
     rows = output_rows.label_rows(part, contents.rows(), contents.of_prompts())
     if config.format != "prefpipe":
         row_type, table = trl.labels(rows, config.format, rich=rich)

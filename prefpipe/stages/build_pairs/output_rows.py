@@ -1,7 +1,7 @@
-"""Texts, token ids and log-probs of the completions in use -> rows of the output datasets.
+"""Rows of the output datasets, from texts, token ids and log-probs of the completions in use.
 
-Only completions that a pair, label or group uses are fetched, in one pass over the files and into the same partitions
-as the candidates.
+Only completions that a pair, label or group uses are read, in one pass over the files. They are cut into the same
+partitions as the candidates.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from prefpipe.stages.build_pairs.candidates import Workspace
 from prefpipe.stages.build_pairs.filters import SIDES
 from prefpipe.stages.build_pairs.partitions import Files, batches, partition_of, scan, split
 
-_OF_CANDIDATES = ("prompt_id", "sample_index", "finish_reason")  # columns that rows have already, or do not need
+_OF_CANDIDATES = ("prompt_id", "sample_index", "finish_reason")  # columns that the rows have already, or do not need
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Contents, reference and policy log-probs of the completions in use, and their prompts, of one partition."""
+    """The completions in use of one partition: contents, reference log-probs, policy log-probs, and their prompts."""
 
     completions: pl.LazyFrame
     references: pl.LazyFrame
@@ -35,11 +35,12 @@ class Contents:
     prompts: pl.LazyFrame
 
     def rows(self) -> pl.DataFrame:
-        """By completion: completion_id, text, messages, thinking, prompt_token_ids, token_ids, loss_mask, ids_digest,
-        policy; ref_logps, ref_token_logps, reference and scorer (null without reference log-probs); policy_logps (null
-        without them). The text of several turns is that of all of them: they are the same when each turn is.
+        """One row per completion: completion_id, text, messages, thinking, prompt_token_ids, token_ids, loss_mask,
+        ids_digest, policy; ref_logps, ref_token_logps, reference and scorer (null without reference log-probs);
+        policy_logps (null without them). `text` of an answer of several turns is a text of all turns: it is equal when
+        each turn is.
 
-        Raises IdentityError when log-probs were made for other token ids.
+        Raises IdentityError when log-probs belong to other token ids.
         """
         references = _one_per_completion(self.references)
         policies = _one_per_completion(self.policies).select("completion_id", policy_logps="ref_logps")
@@ -59,12 +60,13 @@ class Contents:
         )
 
     def of_prompts(self) -> pl.DataFrame:
-        """By prompt: prompt_id, template_inputs, and its messages as `prompt`."""
+        """One row per prompt: prompt_id, template_inputs, and its messages as `prompt`."""
         return self.prompts.collect().unique("prompt_id")
 
 
 def fetch(workspace: Workspace, used: pl.DataFrame, name: str) -> list[Contents]:
-    """Read the contents of `used` (prompt_id, completion_id) by partition; several are in the folder `name`.
+    """The contents of the completions `used` (prompt_id, completion_id), by partition. Several partitions lie in the
+    folder `name`.
 
     Raises DataError when the runs hold log-probs of several references.
     """
@@ -94,7 +96,8 @@ def fetch(workspace: Workspace, used: pl.DataFrame, name: str) -> list[Contents]
 
 
 def _stored(keys: pl.DataFrame, count: int, path: Path) -> pl.LazyFrame:
-    """Keys for a join with batches of files; a file where there are several partitions, which every task reads."""
+    """The keys to join with batches of files: in memory, or in a file for all tasks where there are several
+    partitions."""
     if count == 1:
         return keys.lazy()
     fsio.make_dirs(path.parent)
@@ -104,9 +107,9 @@ def _stored(keys: pl.DataFrame, count: int, path: Path) -> pl.LazyFrame:
 
 
 def sides(pairs: pl.DataFrame, contents: pl.DataFrame) -> pl.DataFrame:
-    """Pairs with the content of both completions, as chosen_* and rejected_*.
+    """Pairs with the content of both completions, as columns chosen_* and rejected_*.
 
-    Raises DataError when the sides of a pair have other token ids for their prompt.
+    Raises DataError when the sides of a pair have different token ids for their prompt.
     """
     for side in SIDES:
         content = contents.select(pl.all().name.prefix(f"{side}_"))
@@ -153,7 +156,7 @@ def label_rows(labels: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFra
 def group_rows(ranked: pl.DataFrame, contents: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """Rows of RankedGroup. `ranked` has prompt_id, completion_id, reward, finish_reason, best first within a prompt.
 
-    A group has log-probs when each of its completions has them, from one scorer; else they are null.
+    A group has log-probs when one scorer computed them for all of its completions; else they are null.
     """
     rows = ranked.join(contents, on="completion_id", how="left", maintain_order="left")
     if rows.filter(pl.col("prompt_token_ids") != pl.col("prompt_token_ids").first().over("prompt_id")).height:
@@ -205,7 +208,8 @@ def _references(files: Files) -> list[pl.LazyFrame]:
 
 
 def _one_per_completion(frame: pl.LazyFrame) -> pl.DataFrame:
-    """One row per completion. Several (of two scorers, or a run that is listed twice) always leave the same one."""
+    """One row per completion. Of several rows (two scorers, or a run that is listed twice) always the same one is
+    kept."""
     return frame.collect().sort("completion_id", "scorer", "ref_logps").unique("completion_id", keep="first")
 
 
@@ -221,19 +225,19 @@ def _with_prompts(rows: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
 
 
 def _answer(prefix: str = "") -> pl.Expr:
-    """The turns of an answer: those of the file that it comes from, else its reasoning and text as one turn."""
+    """The turns of an answer: those in the file that it comes from, else one turn with its reasoning and text."""
     content = pl.col(f"{prefix}thinking").fill_null("") + pl.col(f"{prefix}text")
     turn = pl.struct(role=pl.lit("assistant"), content=content, extra=pl.lit(None, pl.String))
     return pl.coalesce(f"{prefix}messages", pl.concat_list(turn))
 
 
 def _mask() -> pl.Expr:
-    """The loss mask of a completion; one that scores every token where there is none."""
+    """The loss mask of a completion; where the row has none, a mask that scores every token."""
     return pl.coalesce("loss_mask", pl.col("token_ids").list.eval(pl.element() >= 0))
 
 
 def with_weights(frame: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """A column `weight` with mean 1: equal for every row, or with an equal sum for every prompt."""
+    """A column `weight` with mean 1: the same for every row, or with the same sum for every prompt."""
     of_rule = weighed_by(config.rule) if config.output == "pairs" else "pair"
     weigh_by = of_rule if config.weight_by == "rule" else config.weight_by
     if weigh_by == "pair" or frame.is_empty():

@@ -1,9 +1,9 @@
-"""Pair rules: the ranked candidates of every prompt -> pairs, as positions in one flat frame. No text, no files.
+"""Pair rules: from the ranked candidates of every prompt to pairs, as positions in one flat frame. No text, no files.
 
 A rule is a function `(ranked, config) -> frame` with the columns `chosen` and `rejected`: positions in `ranked.flat`.
-`find` takes it by its name in config/build_pairs.py. A rule never pairs equal rewards. Its result does not depend on
-the order of rows or on threads: candidates are ranked by (prompt_id, reward descending, completion_id), and draws
-depend on (seed, prompt_id) only. docs/pair-rules.md has a section per rule with formula, source and use.
+Its name is in config/build_pairs.py, and `find` returns it. A rule never pairs equal rewards. Its result does not
+depend on the order of rows or on threads: candidates are ranked by (prompt_id, reward descending, completion_id), and
+draws depend on (seed, prompt_id) only. docs/pair-rules.md has a section per rule with formula, source and use.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import polars as pl
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.ids import sample_seed
 
-_RANDOM_REJECTED = 5  # completions that are drawn, the worst of which is rejected (2502.16825)
+_RANDOM_REJECTED = 5  # completions that are drawn; the worst of them is rejected (2502.16825)
 
 
 Rule = Callable[["Ranked", BuildPairsConfig], pl.DataFrame]
@@ -22,9 +22,9 @@ Rule = Callable[["Ranked", BuildPairsConfig], pl.DataFrame]
 
 @dataclass(frozen=True)
 class Ranked:
-    """Candidates, best first within a prompt, prompts one after the other.
+    """Candidates of all prompts, prompt after prompt, best first within a prompt.
 
-    `flat` has one row per candidate: prompt (u32, the prompt's row in `spans`), prompt_id, completion_id, reward,
+    `flat` has one row per candidate: prompt (u32, the row of its prompt in `spans`), prompt_id, completion_id, reward,
     num_tokens, finish_reason. `spans` has one row per prompt: prompt, prompt_id, start (position of its best
     candidate), count, ties (how many candidates share the best reward).
     """
@@ -34,7 +34,7 @@ class Ranked:
 
 
 def rank(candidates: pl.DataFrame) -> Ranked:
-    """Order candidates. Their rows may come in any order; completion ids are unique."""
+    """Rank candidates within their prompts. The rows may come in any order; completion ids are unique."""
     flat = candidates.sort("prompt_id", "reward", "completion_id", descending=[False, True, False]).with_columns(
         prompt=pl.col("prompt_id").rle_id()
     )
@@ -156,7 +156,7 @@ def length_controlled(ranked: Ranked, config: BuildPairsConfig) -> pl.DataFrame:
 
 
 def find(name: str) -> Rule:
-    """The rule of that name."""
+    """The pair rule of this name."""
     return globals()[name.replace("-", "_")]
 
 
@@ -164,8 +164,8 @@ _SIDE = ("completion_id", "reward", "finish_reason", "num_tokens")
 
 
 def pair_frame(ranked: Ranked, pairs: pl.DataFrame) -> pl.DataFrame:
-    """Pairs of positions as key columns: prompt_id, chosen_* and rejected_* (completion_id, reward, finish_reason,
-    num_tokens) and reward_gap."""
+    """Pairs as key columns, from pairs of positions: prompt_id, chosen_* and rejected_* (completion_id, reward,
+    finish_reason, num_tokens), reward_gap."""
     flat = ranked.flat
     columns = {f"{side}_{name}": flat[name].gather(pairs[side]) for side in ("chosen", "rejected") for name in _SIDE}
     return pl.DataFrame({"prompt_id": flat["prompt_id"].gather(pairs["chosen"]), **columns}).with_columns(
@@ -178,7 +178,7 @@ def _positions(ranked: Ranked) -> pl.DataFrame:
 
 
 def _explode(frame: pl.DataFrame, **column: pl.Expr) -> pl.DataFrame:
-    """One row per value of a list column; rows whose list is empty go."""
+    """One row per value of a list column; rows whose list is empty are left out."""
     (name,) = column
     return frame.with_columns(**column).filter(pl.col(name).list.len() > 0).explode(name)
 
@@ -189,7 +189,7 @@ def _with_gap(ranked: Ranked, pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def _above_gap(ranked: Ranked, least: float) -> pl.DataFrame:
-    """Every two completions of a prompt with a gap above 0 and not below `least`: prompt, chosen, rejected, gap."""
+    """All pairs of completions of a prompt whose gap is above 0 and at least `least`: prompt, chosen, rejected, gap."""
     end = pl.col("start") + pl.col("count")
     pairs = _explode(ranked.spans, chosen=pl.int_ranges("start", end, dtype=pl.UInt32))
     pairs = _explode(pairs, rejected=pl.int_ranges(pl.col("chosen") + 1, end, dtype=pl.UInt32))
@@ -205,14 +205,14 @@ def _with_correct(ranked: Ranked, least: float) -> pl.DataFrame:
 
 
 def _first(pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """The first pairs_per_prompt pairs of every prompt, in the order of the rows; 0 for each of them."""
+    """The first pairs_per_prompt pairs of every prompt, in the order of the rows; all pairs where it is 0."""
     if config.pairs_per_prompt:
         pairs = pairs.filter(pl.int_range(pl.len()).over("prompt") < config.pairs_per_prompt)
     return pairs.select("chosen", "rejected")
 
 
 def _drawn(ranked: Ranked, pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.DataFrame:
-    """pairs_per_prompt random pairs of every prompt; each of them for 0, or when there are no more."""
+    """pairs_per_prompt random pairs of every prompt; all pairs where it is 0, or where there are no more."""
     if not config.pairs_per_prompt:
         return pairs.select("chosen", "rejected")
     pairs = pairs.sort("prompt", "chosen", "rejected").with_columns(n=pl.int_range(pl.len()).over("prompt"))
@@ -224,7 +224,8 @@ def _drawn(ranked: Ranked, pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.
 
 
 def _draws(spans: pl.DataFrame, count: pl.Expr, most: int, seed: int) -> pl.DataFrame:
-    """The prompts, once per draw, with the drawn `n`: up to `most` different numbers below `count`."""
+    """The prompts, one row per draw, with the drawn number `n`: up to `most` different numbers below `count` for each
+    prompt."""
     counts = spans.select(count.alias("count"))["count"].to_list()
     prompts = spans["prompt_id"].to_list()
     drawn = [n for p, c in zip(prompts, counts, strict=True) for n in draw(seed, p, c, most)]

@@ -1,4 +1,4 @@
-"""Candidates -> pairs: rule, filters by key columns, filters by content, subset, weights, rows."""
+"""Pairs from candidates: pair rule, filters by key columns, filters by content, subset, weights, rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from prefpipe.stages.build_pairs.partitions import cut
 
 @dataclass(frozen=True)
 class RulePairs:
-    """Pairs that the rule makes in one partition, as key columns, and ledger rows of the prompts without a pair."""
+    """The pairs that the rule makes of one partition, as key columns, and ledger rows of the prompts without a pair."""
 
     pairs: pl.DataFrame
     ledger: pl.DataFrame
@@ -29,7 +29,8 @@ class RulePairs:
 
 @dataclass(frozen=True)
 class FilteredPairs:
-    """Pairs that every filter keeps (key columns), with contents by partition; ledger rows and counts of the others."""
+    """The pairs that every filter keeps (key columns), their contents by partition, and ledger rows and counts of the
+    others."""
 
     pairs: pl.DataFrame
     ledger: pl.DataFrame
@@ -38,7 +39,8 @@ class FilteredPairs:
 
 
 def apply_rule(candidates: pl.DataFrame, config: BuildPairsConfig) -> RulePairs:
-    """Pairs of one partition. A prompt without a pair has its reason in the ledger: too_few, tie or no_pair."""
+    """The rule's pairs of one partition. The ledger has the reason of each prompt without a pair: too_few, tie or
+    no_pair."""
     ranked = pair_rules.rank(candidates)
     pairs = pair_rules.pair_frame(ranked, user_rules.find(config.rule)(ranked, config))
     without = ranked.spans.join(pairs.select("prompt_id").unique(), on="prompt_id", how="anti", maintain_order="left")
@@ -90,13 +92,13 @@ def filter_pairs(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> Filte
 
 
 def build(workspace: Workspace, rule_pairs: Sequence[RulePairs]) -> BuildResult:
-    """Write the pairs that the filters keep, one part per partition, and say what became of the others."""
+    """Write the pairs that the filters keep, one file per partition, and count the others by reason."""
     config = workspace.config
     filtered = filter_pairs(workspace, rule_pairs)
     weighted = with_weights(filtered.pairs, config)
     rich = config.format == "trl" and trl.is_rich(workspace.sources)
     write = partial(_write, config, workspace.run_dir, weighted.height, rich)
-    written = workspace.over_filled(write, weighted, filtered.contents)
+    written = workspace.map_filled(write, weighted, filtered.contents)
     facts, samples = [made for made, _ in written], [sample for _, sample in written]
     totals = {
         "pairs": weighted.height,
@@ -117,7 +119,8 @@ def _write(
     part: pl.DataFrame,
     contents: output_rows.Contents,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Write the pairs of one partition; their facts, and a sample of them among `total`, for the data report."""
+    """Write the pairs of a partition. Returns their `facts` and their part of the `sample` among `total`, for the data
+    report."""
     rows = output_rows.pair_rows(output_rows.sides(part, contents.rows()), contents.of_prompts(), config)
     if config.format == "prefpipe":
         run_dir.write_part("pairs", Pair, number, output_rows.to_table(rows, Pair))
@@ -127,7 +130,7 @@ def _write(
     return data_measures.pair_facts(rows), data_measures.pair_sample(rows, total)
 
 
-_CONTENT_KEYS = (  # what later filters read of the contents: log-probs, and the token that ends each side
+_CONTENT_KEYS = (  # contents that later filters read: log-probs, the last token and the length of each side
     *(f"{side}_{name}" for side in SIDES for name in ("ref_logps", "policy_logps")),
     *(pl.col(f"{side}_token_ids").list.last().alias(f"{side}_last") for side in SIDES),
     *(filters.num_scored(side).alias(f"{side}_length") for side in SIDES),
@@ -137,7 +140,7 @@ _CONTENT_KEYS = (  # what later filters read of the contents: log-probs, and the
 def _by_content(
     config: BuildPairsConfig, columns: Sequence[str], pairs: pl.DataFrame, contents: output_rows.Contents
 ) -> pl.DataFrame:
-    """These columns of the pairs of one partition with the reason of a filter by content, and what later filters
+    """The pairs of a partition with the reason of a filter by content: `columns`, and the contents that later filters
     read."""
     return filters.by_content(output_rows.sides(pairs, contents.rows()), config).select(*columns, *_CONTENT_KEYS)
 

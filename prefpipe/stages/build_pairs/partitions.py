@@ -1,4 +1,4 @@
-"""Rows of several runs, cut into partitions of whole prompts, each small enough for the memory."""
+"""Rows of several runs, cut into partitions of whole prompts that fit into memory one at a time."""
 
 import itertools
 from collections import deque
@@ -17,8 +17,8 @@ Files = Sequence[Sequence[Path]]  # of a dataset, by run
 
 
 def scan(files: Files, row_type: type) -> pl.LazyFrame:
-    """A dataset of several runs, with the number of its run in the column `run`. Columns that older files lack are
-    null."""
+    """The rows of a dataset in several runs, with the number of the run in the column `run`. Columns that older files
+    lack are null."""
     schema = pl.DataFrame(arrow_schema(row_type).empty_table()).schema
     filled = [(number, paths) for number, paths in enumerate(files) if paths]
     return pl.concat(
@@ -34,14 +34,14 @@ def scan(files: Files, row_type: type) -> pl.LazyFrame:
 
 
 def partition_of(count: int, key: str = "prompt_id") -> pl.Expr:
-    """The partition of a row, by its prompt or another key: 0 to count - 1."""
+    """The number of the partition that a row belongs to, by its prompt or another key: 0 to count - 1."""
     return (pl.col(key).hash(0) % count).cast(pl.UInt16)
 
 
 def split(frames: Sequence[pl.LazyFrame], count: int, folder: Path, run: Map = map) -> list[pl.LazyFrame]:
-    """Cut frames of the same columns by their column `partition` (0 to count - 1).
+    """The partitions of frames that have the same columns, by their column `partition` (0 to count - 1).
 
-    One partition is held in memory, several are files in `folder`. Each frame is written by a task, since the
+    One partition is held in memory; several are files in `folder`. Each frame is written by a task, since the
     partitioned sink of polars holds most of a frame in memory.
     """
     if count == 1:
@@ -59,19 +59,19 @@ def sink(frame: pl.LazyFrame, folder: Path) -> None:
 
 
 def parts_of(schema: Mapping[str, pl.DataType], count: int, folder: Path) -> list[pl.LazyFrame]:
-    """The partitions in the folders of `sink` inside `folder`."""
+    """The partitions that `sink` wrote into folders inside `folder`."""
     parts = [sorted(folder.glob(f"*/partition={number}/*")) for number in range(count)]
     return [pl.scan_ipc(files, glob=False) if files else pl.LazyFrame(schema=schema) for files in parts]
 
 
 def cut(frame: pl.DataFrame, count: int) -> list[pl.DataFrame]:
-    """The rows of each partition, of a frame in memory."""
+    """The rows of each partition, from a frame in memory."""
     partition = frame.select(partition_of(count)).to_series()
     return [frame.filter(partition == number) for number in range(count)]
 
 
 def batches(files: Files) -> list[Files]:
-    """The files in batches of up to 128 MiB, by run: what one pass may hold in memory."""
+    """The files in batches of up to 128 MiB, by run: as much as one pass may hold in memory."""
     filled: list[list[list[Path]]] = []
     size = 0
     for number, path in ((number, path) for number, paths in enumerate(files) for path in paths):
@@ -84,7 +84,7 @@ def batches(files: Files) -> list[Files]:
 
 
 def file_and_row(files: Files, wanted: pl.Expr) -> str:
-    """File and row of the last row that `wanted` selects: among copies, the one to remove."""
+    """File and row of the last row that `wanted` selects: of several copies, the one that a user should remove."""
     place = ""
     for path in itertools.chain(*files):
         rows = (

@@ -39,7 +39,7 @@ def dropped_prompts(prompts: pl.LazyFrame, config: BuildPairsConfig) -> pl.DataF
 
 
 def duplicates(prompts: pl.LazyFrame) -> pl.DataFrame:
-    """Prompts whose text is that of another one but for case, spaces and Unicode composition."""
+    """Prompts whose text equals that of another prompt up to case, spaces and Unicode composition."""
     return (
         prompts.select("prompt_id", text=folded(conversation("messages")).hash())
         .group_by("text")
@@ -55,10 +55,11 @@ def duplicates(prompts: pl.LazyFrame) -> pl.DataFrame:
 
 
 def near_duplicates(prompts: pl.DataFrame, similarity: float) -> pl.DataFrame:
-    """Prompts whose word 3-grams have at least this Jaccard `similarity` with those of an earlier prompt that stays.
+    """Prompts whose word 3-grams have a Jaccard similarity of at least `similarity` with those of an earlier prompt
+    that stays.
 
-    `prompts` has prompt_id and text, in order. The similarity is MinHash's estimate from 128 permutations (standard
-    error at most 0.044), for the prompts that locality-sensitive hashing finds near.
+    `prompts` has prompt_id and text, in order. The similarity is estimated by MinHash with 128 permutations (standard
+    error at most 0.044), for the candidates of locality-sensitive hashing.
     """
     index = RMinHashLSH(similarity, _PERMUTATIONS, _BANDS)
     kept: list[tuple[str, RMinHash]] = []

@@ -1,7 +1,7 @@
-"""The reward of every completion: one that the inputs hold or a sum of several, raw or standardised, and its spread.
+"""The reward of every completion, raw or standardised: a reward that the inputs hold, or a sum of several; its spread.
 
-A part is a reward of the sum; its values are the column `part.I` of the keys, and `rated.I` says whether the inputs
-have a row for it. Its term, `term.I`, is what it adds to the sum.
+A part is a reward in the sum. Its values are the column `part.I` of the keys, and `rated.I` says whether the inputs
+have a row for the completion. The term `term.I` is what the part adds to the sum.
 """
 
 import math
@@ -26,8 +26,8 @@ from prefpipe.stages.build_pairs.partitions import Files, file_and_row, scan
 
 @dataclass(frozen=True)
 class Rewards:
-    """The sum, the files of each of its parts by run, and how parts are scaled. `moments`: mean and standard deviation
-    of each part over the run, where it is scaled by them."""
+    """The sum of rewards, the files of each part by run, and how parts are scaled. `moments`: mean and standard
+    deviation of each part over the run, for standardised parts."""
 
     total: RewardSum
     files: Mapping[str, Files]
@@ -36,19 +36,19 @@ class Rewards:
 
     @property
     def is_sum(self) -> bool:
-        """Whether the reward is more than one column as it stands."""
+        """Whether the reward is more than the plain values of one part."""
         return not self.total.is_plain or self.scale != "raw"
 
 
 def chosen_reward(config: BuildPairsConfig) -> RewardSum:
-    """The reward that the settings name, by the names that the inputs hold. Raises UsageError as `parse` does."""
+    """The reward in the settings, as a sum of rewards that the inputs hold. Raises UsageError as `parse` does."""
     return parse(config.reward, sorted({name for run in _runs(config) for name in _names(run)}))
 
 
 def open_rewards(config: BuildPairsConfig) -> Rewards:
-    """Check the files of every part. A run of reward_runs holds one part at least, a run of completions all of them.
+    """The files of every part, checked. A run in reward_runs holds at least one part, a run in completions all of them.
 
-    Raises MissingInputError for a run that lacks them, DataError for a damaged file.
+    Raises MissingInputError for a run without the parts, DataError for a damaged file.
     """
     total, runs = chosen_reward(config), _runs(config)
     held = {run: _names(run) for run in runs}
@@ -66,8 +66,9 @@ def read(files: Files) -> pl.LazyFrame:
 
 
 def join(keys: pl.DataFrame, rated: Sequence[pl.LazyFrame], rewards: Rewards) -> tuple[pl.DataFrame, list[int]]:
-    """`keys` with part.I (a reward, or null) and rated.I (whether there is a row for it), and how many completions each
-    part rates. `rated` comes from `read`, by part. Raises DataError when two rewards of one completion differ."""
+    """`keys` with part.I (a reward, or null) and rated.I (whether there is a row), and the number of completions that
+    each part rates. `rated` comes from `read`, by part. Raises DataError when a completion has two different rewards of
+    a part."""
     counts: list[int] = []
     for number, (frame, files) in enumerate(zip(rated, rewards.files.values(), strict=True)):
         once = _once(frame, files).collect()
@@ -79,7 +80,7 @@ def join(keys: pl.DataFrame, rated: Sequence[pl.LazyFrame], rewards: Rewards) ->
 
 def with_reward(keys: pl.DataFrame, rewards: Rewards) -> pl.DataFrame:
     """`keys` (part.I, prompt_id, completion_id) with the column `reward`, null where a part is null, and the terms of a
-    sum. Raises DataError for a value that is no finite number."""
+    sum. Raises DataError for a value that is not a finite number."""
     for files, part in zip(rewards.files.values(), _parts(rewards), strict=True):
         wrong = keys.filter(pl.col(part).is_not_null() & ~pl.col(part).is_finite())
         if wrong.height:
@@ -103,7 +104,7 @@ def with_reward(keys: pl.DataFrame, rewards: Rewards) -> pl.DataFrame:
 
 
 def why_none(rewards: Rewards) -> pl.Expr:
-    """The detail of the reason no_reward: for a sum, the parts that are null."""
+    """The detail for the reason no_reward: with a sum, the names of the parts that are null."""
     if not rewards.is_sum:
         return pl.lit("the reward is null or missing")
     null = [
@@ -119,19 +120,19 @@ def count_null(keys: pl.DataFrame, rewards: Rewards) -> Counter[str]:
 
 
 def count_rated(keys: pl.DataFrame, rewards: Rewards) -> Counter[str]:
-    """Completions that the inputs have a row for, by part."""
+    """Completions for which the inputs have a row, by part."""
     return Counter({name: int(keys[f"rated.{number}"].sum()) for number, name in enumerate(rewards.files)})
 
 
 def terms_of(candidates: pl.DataFrame, rewards: Rewards) -> pl.DataFrame:
-    """prompt_id, completion_id and the terms of candidates; no columns where the reward is no sum."""
+    """prompt_id, completion_id and terms of candidates; no columns where the reward is not a sum."""
     return candidates.select("prompt_id", "completion_id", *_terms(rewards)) if rewards.is_sum else pl.DataFrame()
 
 
 def check_match(
     rewards: Rewards, completions: Files, num_rewards: Mapping[str, int], num_rated: Mapping[str, int]
 ) -> None:
-    """Raise DataError when a part has more rows, `num_rewards`, than the `num_rated` completions that it rates."""
+    """Raise DataError when a part has more rows (`num_rewards`) than completions that it rates (`num_rated`)."""
     for name, files in rewards.files.items():
         total = num_rewards[name]
         if total == num_rated[name]:
@@ -148,8 +149,12 @@ def check_match(
 
 @dataclass(frozen=True)
 class Spread:
-    """How much a term varies among the candidates: its standard deviation, that around the mean of each prompt, and the
-    share of the latter's square in the sum over all terms; and how many completions have no value of the part."""
+    """How much a term varies among the candidates.
+
+    sd, sd_in_prompt: standard deviation over all candidates, and around the mean of each prompt
+    share: share of the square of sd_in_prompt in its sum over all terms
+    missing: completions without a value of the part
+    """
 
     name: str
     weight: float
@@ -190,7 +195,7 @@ def _runs(config: BuildPairsConfig) -> list[Path]:
 
 
 def _names(run: Path) -> set[str]:
-    """The rewards that a run holds."""
+    """The names of the rewards that a run holds."""
     folder = "rewards/"
     return {n.removeprefix(folder) for n in store.datasets(store.read_manifest(run)) if n.startswith(folder)}
 
@@ -204,13 +209,13 @@ def _terms(rewards: Rewards) -> list[str]:
 
 
 def _by_prompt(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows in order of prompt_id and completion_id, with the number of the prompt: a quick key of windows."""
+    """The rows in order of prompt_id and completion_id, with a number for each prompt, by which windows group fast."""
     return rows.sort("prompt_id", "completion_id").with_columns(prompt=pl.col("prompt_id").rle_id())
 
 
 def _once(rows: pl.LazyFrame, files: Files) -> pl.LazyFrame:
-    """completion_id, reward and rated (true) of rows of these files, once per completion. Raises DataError when two
-    rewards of one differ."""
+    """completion_id, reward and rated (true), once per completion. Raises DataError when two rewards of a completion
+    differ."""
     if len(files) == 1:
         return rows.with_columns(rated=pl.lit(True))  # noqa: FBT003  (a column of true)
     once = rows.group_by("completion_id").agg(pl.col("reward").max(), low=pl.col("reward").min())
@@ -227,7 +232,7 @@ def _once(rows: pl.LazyFrame, files: Files) -> pl.LazyFrame:
 
 
 def _moments(rewards: Rewards) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each part, over the completions that have every part; from exact sums."""
+    """Mean and standard deviation of each part over the completions that have every part. Sums are exact."""
     parts = _parts(rewards)
     frames = [
         _once(read(files), files).select("completion_id", pl.col("reward").alias(part))
@@ -245,7 +250,7 @@ def _moments(rewards: Rewards) -> dict[str, tuple[float, float]]:
 
 
 def _scaled(rewards: Rewards, name: str, value: pl.Expr) -> pl.Expr:
-    """A part as it enters the sum. One that does not vary is 0 where it is standardised."""
+    """The values of a part as they enter the sum. A part without variation is 0 where it is standardised."""
     if rewards.scale == "raw":
         return value
     if rewards.scale == "run":

@@ -48,8 +48,8 @@ _INPUTS = ("completions", "reward_runs", "ref_logps", "policy_logps", "contamina
 
 @dataclass(frozen=True)
 class _Selection:
-    """The candidates by partition (for pairs: what the rule made of them), the ledger and the counts of the others; for
-    a sum of rewards, the spread of its parts."""
+    """The candidates by partition (for pairs: the pairs of the rule), the ledger and counts of the other completions,
+    and for a sum of rewards the spread of its parts."""
 
     candidates: list[pl.DataFrame]
     rule_pairs: list[pairs.RulePairs]
@@ -64,7 +64,7 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
     if not config.completions:
         raise UsageError("no completions given", "pass --completions DIR (a run of prefpipe generate or score)")
     digests = _digests(config) | user_rules.inputs(config)
-    reward_values.chosen_reward(config)  # a name that the inputs lack is refused before OUT is touched
+    reward_values.chosen_reward(config)  # an unknown reward is refused before OUT is touched
     with store.open_run(out, "build-pairs", config, digests, force=force) as run_dir:
         manifest = run_dir.manifest()
         if manifest is None:
@@ -115,7 +115,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
 
 
 def _select(workspace: Workspace) -> _Selection:
-    """Candidates of every partition. For pairs the rule is applied at once, so that only its pairs stay in memory."""
+    """The candidates of every partition. For pairs the rule is applied at once, so that only pairs stay in memory."""
     config, sources = workspace.config, workspace.sources
     dropped_prompts = prompt_filters.dropped_prompts(candidates.prompts(sources), config)
     selected: list[pl.DataFrame] = []
@@ -148,7 +148,7 @@ def _select(workspace: Workspace) -> _Selection:
 def _select_partition(
     dropped_prompts: pl.DataFrame, sources: Sources, config: BuildPairsConfig, keys: pl.LazyFrame
 ) -> tuple[CandidatePartition, list[pairs.RulePairs]]:
-    """One partition: its candidates; for pairs, what the rule makes of them, and no candidates."""
+    """A partition: its candidates, or for pairs the pairs of the rule in place of the candidates."""
     part = candidates.select(keys.collect(), dropped_prompts, sources, config)
     if config.output != "pairs":
         return part, []

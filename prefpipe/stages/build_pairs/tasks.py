@@ -24,10 +24,10 @@ Map = Callable[..., Iterator[Any]]
 
 @contextmanager
 def tasks(workers: int) -> Generator[Map]:
-    """A `map` over `workers` processes, which end with the block and with this process, however it ends; for one worker
-    the builtin. The cores are dealt out to the processes.
+    """A `map` over `workers` processes; with one worker the builtin `map`. The cores are divided among the processes.
 
-    A map raises what its function raises, and PrefpipeError when a process dies.
+    The processes end with the block, and with this process however it ends. The `map` raises what its function raises,
+    and PrefpipeError when a process dies.
     """
     if workers == 1:
         yield map
@@ -61,7 +61,7 @@ def _map(pool: ProcessPoolExecutor, function: Callable[..., R], *arguments: Iter
 
 
 def _begin(parent: int, threads: int) -> None:
-    """Ctrl-C goes to the parent alone, which ends its workers; they never outlive it."""
+    """Leave Ctrl-C to the parent process, which ends its workers, and end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes.death_with_parent(signal.SIGKILL, parent)()
     pa.set_cpu_count(threads)

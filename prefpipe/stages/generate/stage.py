@@ -80,7 +80,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
 
 
 def _reference(config: GenerateConfig, task: Task) -> str | None:
-    """The id of the reference, or None when no log-probs are cached."""
+    """The id of the reference; None when no log-probs are cached."""
     return {"policy": task.policy.id, "base": task.policy.base_id, "none": None}[config.reference]
 
 
@@ -93,7 +93,7 @@ def _datasets(task: Task, reference: str | None) -> list[str]:
 def _parts(
     config: GenerateConfig, task: Task, reference: str | None, rewards: Rewards, shard: SampledShard, engine: Engine
 ) -> list[Part]:
-    """The datasets of one shard. The completions come last, so that a shard with them is whole."""
+    """The datasets of one shard. The completions are written last, so that a shard that has them is whole."""
     completions = [c for prompt in shard.sampled for c in _completions(config, task, prompt)]
     parts = [
         part_of("dropped", Dropped, shard.dropped, shard.rows),
@@ -115,7 +115,7 @@ def _parts(
 
 
 def _completions(config: GenerateConfig, task: Task, sampled: SampledPrompt) -> Iterator[Completion]:
-    """A row for every sample of a prompt."""
+    """The rows of the samples of a prompt."""
     encoded = sampled.encoded
     key = prompt_key(config, task, encoded)
     digests = ids_digests(encoded.token_ids, [s.token_ids for s in sampled.samples])
@@ -138,8 +138,8 @@ def _completions(config: GenerateConfig, task: Task, sampled: SampledPrompt) -> 
 def _token_logps(
     shard: SampledShard, completions: Sequence[Completion], engine: Engine, *, captured: bool
 ) -> list[list[float]]:
-    """Reference log-probs (nats) of the tokens of each completion: those captured while sampling where the policy is
-    the reference, else those of a scoring pass with the adapter off."""
+    """Reference log-probs (nats) of the tokens of each completion: the captured ones where the policy is the reference,
+    else those of a scoring pass with the adapter off."""
     if captured:
         return [sample.token_logps for prompt in shard.sampled for sample in prompt.samples]
     scored = dict(engine.score(map(request_of, completions), adapter=False))
@@ -147,7 +147,8 @@ def _token_logps(
 
 
 def _totals(output: Run, num_shards: int, reward_names: Sequence[str]) -> dict[str, Any]:
-    """Counts over all shards, read column by column: the same whether the run was interrupted or not."""
+    """Counts over all shards. They are read from the files column by column, so that an interruption does not change
+    them."""
     counts = {"prompts": 0, "completions": 0, "tokens": 0}
     for index in range(num_shards):
         part = output.read_part("completions", Completion, index, ["prompt_id", "token_ids"])
@@ -165,7 +166,7 @@ def _rewards(output: Run, num_shards: int, name: str) -> list[float | None]:
 
 
 def _check(config: GenerateConfig, output: Run, task: Task, reference: str, num_shards: int) -> dict[str, Any]:
-    """Score random completions again with the other engine; only shards that hold one of them are read."""
+    """Score random completions again with the other engine. Only shards that hold one of them are read."""
     parts = [output.read_part("ref_logps", RefLogps, index, ["completion_id"]) for index in range(num_shards)]
     names = (name for part in parts for name in part["completion_id"].to_pylist())
     picked = sorted(parity.pick(names, config.check, config.seed))

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from prefpipe.config.engine import SamplingConfig
 from prefpipe.config.evaluate import EvaluateConfig
-from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.errors import DataError, UsageError
 from prefpipe.ids import content_id
@@ -46,7 +46,7 @@ def _held_out(table: EvaluateConfig) -> Iterator[Prompts]:
         yield _prompts(guard.prompts, table.guard_split, 0, table)
 
 
-def _prompts(source: str, split: str, limit: int, table: GenerateConfig | EvaluateConfig) -> Prompts:
+def _prompts(source: str, split: str, limit: int, table: SamplingConfig) -> Prompts:
     prompts, _ = read_prompts(source, split, limit, files.renames(table.column))
     return take_part(prompts, table.part)
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prefpipe.config.base import runtime_fields
-from prefpipe.config.generate import GenerateConfig
+from prefpipe.config.engine import EngineConfig
 from prefpipe.config.iterate import FIXED, IterateConfig
 from prefpipe.config.score import ScoreConfig
 
@@ -16,7 +16,7 @@ from prefpipe.config.score import ScoreConfig
 # cannot change a result what the machine is used for. Rows of a shard are prompts there and rows here.
 _SHARED = (
     *("engine", "chat_template", "chat_template_kwargs", "template_changes", "thinking_marks", "dtype", "check"),
-    *sorted({*runtime_fields(GenerateConfig)} & {*runtime_fields(ScoreConfig)} - {"shard_rows"}),
+    *runtime_fields(EngineConfig),
 )
 
 

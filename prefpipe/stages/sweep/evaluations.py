@@ -1,5 +1,5 @@
-"""Evaluations of the variants beside that of the initial policy, by `prefpipe evaluate` in a process whose engine takes
-one adapter after the other."""
+"""Evaluations of the initial policy and of every variant, by `prefpipe evaluate` in a process whose engine takes one
+adapter after the other."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +21,18 @@ _START = "start"
 
 
 def start(out: Path) -> Path:
-    """Where the evaluation of the initial policy stands."""
+    """The folder with the evaluation of the initial policy."""
     return out / _FOLDER / _START
 
 
 def place(out: Path, variant: Variant) -> Path:
-    """Where the evaluation of a variant stands."""
+    """The folder with the evaluation of a variant."""
     return out / _FOLDER / variant.name
 
 
 def read(config: SweepConfig) -> EvaluateConfig | None:
-    """The settings of an evaluation; None where none is asked for. Raises UsageError where they name a policy or lack
-    prompts or a reward, and as `load` does."""
+    """The settings of the evaluations; None where the sweep names no recipe. Raises UsageError for a recipe that names
+    a policy, or that lacks prompts or a reward, and as `load` does."""
     if not config.evaluate:
         return None
     table = base.load(EvaluateConfig, base.local_path(config.evaluate, "evaluate"), {})
@@ -44,7 +44,7 @@ def read(config: SweepConfig) -> EvaluateConfig | None:
 def run(
     config: SweepConfig, table: EvaluateConfig, variants: Sequence[Variant], out: Path, runner: Runner | None = None
 ) -> None:
-    """Evaluate the initial policy, then every variant against it. `runner` runs a step (by default in a process)."""
+    """Evaluate the initial policy, then every variant against it. `runner` runs a step, by default in a process."""
     lora = {v.config.lora_r for v in variants if v.config.tuning == "lora"}
     engines = Engines(throughout=bool(lora), lora_rank=max(lora, default=0))
     with Processes(engines=engines) as processes:

@@ -1,6 +1,6 @@
-"""What the variants came to: numbers on held-out rows with intervals, the best one, which are not told apart from it.
+"""Results of variants on held-out rows: numbers with intervals, the best variant, and which ones may be as good as it.
 
-Held-out rows and prompts are the same for every variant, so that two of them are compared row by row, by prompt.
+All variants have the same held-out rows and prompts. Two variants are compared on the same rows, paired by prompt.
 """
 
 from collections import defaultdict
@@ -16,14 +16,18 @@ from prefpipe.runs import logs, store
 from prefpipe.schemas import Evaluation, Margin, Measure, from_table
 from prefpipe.statistics import Estimate
 
-Key = tuple[str, int]  # of a row: its id, and the number of its source
+Key = tuple[str, int]  # id of a row, and number of its source
 ByPrompt = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A variant: complete, or stopped after so many steps, or failed and why. `values` are its numbers by name, those
-    without an interval as (value, None, None); `by_prompt` what the metric is the mean of, for paired comparisons."""
+    """The result of a variant.
+
+    state: complete, stopped (after `steps`) or failed (`why`)
+    values: numbers by name, each with its interval, or None for both ends
+    by_prompt: by metric, the values whose mean it is, for paired comparisons
+    """
 
     variant: Variant
     state: str
@@ -34,7 +38,7 @@ class Result:
     by_prompt: Mapping[str, ByPrompt] = field(default_factory=dict[str, ByPrompt])
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest and for other programs."""
+        """The result as an entry of the manifest and of sweep.json."""
         numbers = {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in self.values.items()}
         return {
             "name": self.variant.name,
@@ -47,21 +51,21 @@ class Result:
         }
 
     def rows(self) -> Iterable[Measure]:
-        """Its numbers as rows."""
+        """The numbers as rows of the dataset `measures`."""
         for name, (value, low, high) in self.values.items():
             yield Measure(0, self.policy, self.variant.name, None, None, name, value, low, high)
 
 
 @dataclass(frozen=True)
 class Best:
-    """The variant with the highest value of a metric, and those whose paired difference to it may be 0."""
+    """The variant with the highest value of a metric, and the variants whose paired difference to it may be 0."""
 
     result: Result
     metric: str
     not_told_apart: Sequence[str]
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The best variant as an entry of the manifest."""
         value, low, high = self.result.values[self.metric]
         return {
             "name": self.result.variant.name,
@@ -74,7 +78,7 @@ class Best:
 
     @property
     def sentence(self) -> str:
-        """The verdict in words."""
+        """The best variant in words, with the variants that are not told apart from it."""
         value, low, high = self.result.values[self.metric]
         text = f"best by {self.metric}: {self.result.variant.name}, {value:.4g} [{low:.4g}, {high:.4g}]"
         if not self.not_told_apart:
@@ -84,8 +88,12 @@ class Best:
 
 
 def read(variant: Variant, place: Path, prompts: Mapping[Key, str], evaluation: Path | None, start: Path) -> Result:
-    """The numbers of a variant in `place`. `prompts` has the prompt of every held-out row; `evaluation` and `start` are
-    complete evaluations of the variant and of the initial policy, if they were asked for."""
+    """The result of the variant whose run is in `place`.
+
+    prompts: the prompt of every held-out row
+    evaluation: the complete evaluation of the variant; None where the sweep has no recipe of evaluate
+    start: the evaluation of the initial policy
+    """
     if not (place / "manifest.json").exists():
         lines = held_out(place)
         return Result(variant, "stopped", max((line["step"] + 1 for line in lines), default=0))
@@ -111,8 +119,8 @@ def read(variant: Variant, place: Path, prompts: Mapping[Key, str], evaluation: 
 
 
 def at_step(variant: Variant, place: Path, step: int, metric: str) -> float | None:
-    """The metric of a variant on held-out rows after so many steps; None where it did not come so far. A run that ended
-    before has that of its last evaluation."""
+    """The metric of a variant on held-out rows at a step; None for a run that has not reached it. A run that ended
+    before has the value of its last evaluation."""
     lines = [line for line in held_out(place) if line["step"] + 1 <= step]
     if not lines or (lines[-1]["step"] + 1 < step and not (place / "manifest.json").exists()):
         return None
@@ -123,7 +131,8 @@ def at_step(variant: Variant, place: Path, step: int, metric: str) -> float | No
 
 
 def best(results: Sequence[Result], metric: str) -> Best:
-    """The best variant, the earlier of equal ones. Raises DataError where none has the metric."""
+    """The variant with the highest value of the metric, the first of equal ones. Raises DataError where no variant has
+    a value."""
     rated = [result for result in results if metric in result.values]
     if not rated:
         failed = next((f": {result.variant.name}: {result.why}" for result in results if result.why), "")
@@ -138,12 +147,12 @@ def best(results: Sequence[Result], metric: str) -> Best:
 
 
 def held_out(place: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl with an evaluation."""
+    """The lines of metrics.jsonl that hold an evaluation."""
     return [dict(line) for line in logs.lines(place / "metrics.jsonl") if "eval_loss" in line and "step" in line]
 
 
 def _is_below(result: Result, winner: Result, metric: str) -> bool:
-    """Whether the 95 % interval of the paired difference, by prompt, is above 0."""
+    """Whether a variant is below the best one: the 95 % interval of the difference, paired by prompt, is above 0."""
     ours, theirs = winner.by_prompt[metric], result.by_prompt[metric]
     differences = [[a - b for a, b in zip(ours[p], theirs[p], strict=True)] for p in ours if p in theirs]
     if metric == "margin":
@@ -152,7 +161,7 @@ def _is_below(result: Result, winner: Result, metric: str) -> bool:
 
 
 def _margins(variant: Variant, place: Path, prompts: Mapping[Key, str]) -> dict[str, list[float]]:
-    """h of every held-out row by prompt, in nats: the margins of the run are beta * h."""
+    """The log-ratio margin h (nats) of every held-out row, by prompt. A run stores margins as beta * h."""
     manifest = store.read_manifest(place)
     if "margins" not in store.datasets(manifest):
         return {}
@@ -177,7 +186,8 @@ def _evaluated(run_dir: Path) -> dict[str, Estimate | tuple[float, float | None,
 
 
 def _outcomes(run_dir: Path, start: Path) -> dict[str, list[float]]:
-    """By prompt 1 where the greedy answer has a higher reward than that of the initial policy, 0 for a lower one."""
+    """For each prompt: 1 where the greedy answer has a higher reward than that of the initial policy, 0.5 for an equal,
+    0 for a lower one."""
     ours, theirs = _rewards(run_dir), _rewards(start)
     return {p: [0.5 + 0.5 * ((ours[p] > theirs[p]) - (ours[p] < theirs[p]))] for p in ours if p in theirs}
 

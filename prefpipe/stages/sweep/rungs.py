@@ -1,8 +1,8 @@
-"""Successive halving: after which step a variant pauses, and which variants go on (Jamieson and Talwalkar 2016,
-arXiv:1502.07943, with a factor of 2). Pure.
+"""Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943, with a factor of 2): at which step a variant
+pauses, and which variants go on. Pure.
 
-A variant pauses at an evaluation that it makes anyway, with a checkpoint, and goes on from there: its run is that of
-`train` without a pause, to the byte. Halving costs nothing beside the steps of the variants that stop.
+A variant pauses at an evaluation that its run makes anyway, with a checkpoint, and continues from there. Its files are
+those of `train` without a pause, to the byte. Halving costs only the steps of the variants that stop.
 """
 
 import math
@@ -12,12 +12,12 @@ from prefpipe.errors import UsageError
 
 
 def pauses(shares: Sequence[float], num_steps: int, eval_steps: int) -> list[int]:
-    """For every share of the steps of a run the step of its next evaluation; that of the last one is the end."""
+    """For each share of the steps of a run, the step of the next evaluation, at most the last step."""
     return [min(num_steps, eval_steps * math.ceil(share * num_steps / eval_steps)) for share in shares]
 
 
 def check(shares: Sequence[float], num_steps: int, eval_steps: int) -> None:
-    """Raise UsageError where a rung of a run of so many steps is its end, or that of the rung before."""
+    """Raise UsageError where a pause of a run of this many steps would be its end, or equal the pause before."""
     steps = [*pauses(shares, num_steps, eval_steps), num_steps]
     if len(set(steps)) < len(steps):
         raise UsageError(
@@ -28,8 +28,8 @@ def check(shares: Sequence[float], num_steps: int, eval_steps: int) -> None:
 
 
 def better_half(values: Mapping[str, float | None]) -> list[str]:
-    """The names with the highest values, half of them and rounded up, in the order in which they stand; of equal ones
-    the earlier. A variant without a value (it failed) does not go on."""
+    """The names with the highest values, half of them rounded up, in the order of `values`; of equal values the first.
+    A variant without a value has failed, and does not go on."""
     known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     best = sorted(known, key=lambda name: -known[name])[: math.ceil(len(values) / 2)]
     return [name for name in values if name in best]

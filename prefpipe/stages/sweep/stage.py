@@ -32,7 +32,7 @@ from prefpipe.schemas import Measure, to_table
 from prefpipe.stages.iterate.runners import Runner
 from prefpipe.stages.sweep import evaluations, results, rungs, table, training, workers
 from prefpipe.stages.sweep.results import Result
-from prefpipe.stages.sweep.training import FOLDER, Trained
+from prefpipe.stages.sweep.training import FOLDER, WorkDone
 from prefpipe.stages.train import inputs, loop, mixing, row_files
 from prefpipe.stages.train.inputs import TrainingData
 from prefpipe.stages.train.tally import key_of
@@ -41,7 +41,7 @@ _PLAN = ("grid", "samples", "halving", "metric_for_best_variant", "evaluate")
 
 
 def run(config: SweepConfig, out: Path, *, force: bool, runner: Runner | None = None) -> Manifest:
-    """Train and compare every variant that is not complete. `runner` runs an evaluation (by default in a process)."""
+    """Train and compare every variant that is not complete. `runner` runs an evaluation, by default in a process."""
     config = settled(config, out)
     variants = config.resolved_variants  # 1
     evaluated = evaluations.read(config)
@@ -53,7 +53,7 @@ def run(config: SweepConfig, out: Path, *, force: bool, runner: Runner | None = 
         if manifest is None:
             _save_plan(config, out)
             going_on, done = _train(config, variants, out, data)  # 4
-            _say(run_dir, done, [variant.name for variant in variants])
+            _log_work(run_dir, done, [variant.name for variant in variants])
             complete = [v for v in going_on if (out / FOLDER / v.name / "manifest.json").exists()]
             if evaluated is not None:
                 evaluations.run(config, evaluated, complete, out, runner)  # 5
@@ -82,7 +82,7 @@ def summary(manifest: Manifest, out: Path) -> list[str]:
 
 
 def _check(config: SweepConfig, evaluated: EvaluateConfig | None) -> None:
-    """Raise UsageError where there is nothing to vary, or nothing to compare by."""
+    """Raise UsageError where no setting varies, or where nothing gives the metric for the best variant."""
     metric, kind = config.metric_for_best_variant, config.objective.kind
     if not config.grid:
         raise UsageError("no grid given: nothing varies", "pass --grid beta=0.03,0.1,0.3 (several of them combine)")
@@ -101,8 +101,9 @@ def _check(config: SweepConfig, evaluated: EvaluateConfig | None) -> None:
 
 
 def _rows(config: SweepConfig, variants: Sequence[Variant]) -> TrainingData:
-    """The rows of all variants, read once. Raises what `train` would say of a variant's settings and these rows."""
-    data = inputs.prepare(workers.reading(variants).config)
+    """The rows of all variants, read once. Raises the errors of `train` for the settings of a variant and these
+    rows."""
+    data = inputs.prepare(workers.variant_for_rows(variants).config)
     if not data.rows:
         raise DataError("no row can be trained on", "`prefpipe train` with this recipe says why, row by row")
     for variant in variants:
@@ -114,9 +115,9 @@ def _rows(config: SweepConfig, variants: Sequence[Variant]) -> TrainingData:
 
 def _train(
     config: SweepConfig, variants: Sequence[Variant], out: Path, data: TrainingData
-) -> tuple[Sequence[Variant], Trained]:
-    """Train rung by rung. Returns the variants that were not stopped, and what was done."""
-    done, going_on = Trained(), list(variants)
+) -> tuple[Sequence[Variant], WorkDone]:
+    """Train all variants, from pause to pause. Returns the variants that were not stopped, and the work done."""
+    done, going_on = WorkDone(), list(variants)
     for place in range(len(config.halving) + 1):
         last = {
             v.name: [*rungs.pauses(config.halving, _num_steps(v, data), config.eval_steps), 0][place] for v in going_on
@@ -137,7 +138,8 @@ def _num_steps(variant: Variant, data: TrainingData) -> int:
     return loop.num_steps(mixing.epoch_size(data.rows, variant.config), variant.config)
 
 
-def _say(run_dir: Run, done: Trained, names: Sequence[str]) -> None:
+def _log_work(run_dir: Run, done: WorkDone, names: Sequence[str]) -> None:
+    """Log the work done, in words and in timing.jsonl, and which runs of an earlier grid are not compared."""
     log.info(
         f"{len(names)} variants: base model loaded {_times(done.loads)}, cache audited {_times(done.audits)}, "
         f"memory probed {_times(done.probes)}, reference passes: {done.reference_passes}"
@@ -154,7 +156,7 @@ def _times(count: int) -> str:
 
 
 def _results(
-    variants: Sequence[Variant], out: Path, data: TrainingData, done: Trained, *, evaluated: bool
+    variants: Sequence[Variant], out: Path, data: TrainingData, done: WorkDone, *, evaluated: bool
 ) -> list[Result]:
     prompts = {key_of(row): " ".join(map(str, row.prompt_ids)) for row in data.eval_rows}
     found: list[Result] = []
@@ -184,13 +186,13 @@ def _finish(config: SweepConfig, run_dir: Run, found: Sequence[Result], plan: Ma
 
 
 def _digests(out: Path, found: Sequence[Result]) -> dict[str, str]:
-    """The runs of the complete variants, by their names."""
+    """The digests of the runs of complete variants, by variant."""
     names = [result.variant.name for result in found if result.state == "complete"]
     return {name: store.read_manifest(out / FOLDER / name)["digest"] for name in names}
 
 
 def _holds(out: Path, manifest: Manifest, plan: Mapping[str, Any]) -> bool:
-    """Whether a manifest is that of the sweep that is asked for, whose runs are what they were."""
+    """Whether a manifest belongs to the sweep with these settings, and the runs of its variants are unchanged."""
     if manifest["totals"]["plan"] != plan or not (out / "best.toml").exists():
         return False
     places = {name: out / FOLDER / name for name in manifest["identity"]}
@@ -201,7 +203,7 @@ def _holds(out: Path, manifest: Manifest, plan: Mapping[str, Any]) -> bool:
 
 
 def _save_plan(config: SweepConfig, out: Path) -> None:
-    """Let config.json have the grid of this command, so that it makes the same sweep as a recipe."""
+    """Write the grid of this command into config.json, so that it can be used as a recipe of the same sweep."""
     path = out / "config.json"
     saved = saved_config.read(path, force=False)
     if saved is not None and any(saved["config"].get(name) != dump(config)[name] for name in _PLAN):

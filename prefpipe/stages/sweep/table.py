@@ -29,7 +29,7 @@ Row = Mapping[str, Any]  # `Result.as_json`
 
 
 def lines(variants: Sequence[Row], best: str) -> list[str]:
-    """A row for each variant, the best by its metric first, those without a result last."""
+    """The lines of the table: a row for each variant, the best by its metric first, those without a result last."""
     names = _columns(variants)
     head = ["variant", "steps", *(COLUMNS.get(name, name) for name in names)]
     rows = [[_label(row, best), str(row["steps"]), *(_cell(row, name) for name in names)] for row in variants]
@@ -39,13 +39,13 @@ def lines(variants: Sequence[Row], best: str) -> list[str]:
 
 
 def recipe(best: Best, count: int) -> str:
-    """The settings of the best variant, as `train` takes them."""
+    """A recipe of `train` with the settings of the best variant."""
     head = [f"# The best of {count} variants of a sweep.", f"# {best.sentence}", "# prefpipe train THIS --out DIR"]
     return "\n".join([*head, "", base.to_toml(best.result.variant.config)])
 
 
 def write_page(path: Path, variants: Sequence[Row], best: Mapping[str, Any], sentence: str) -> None:
-    """One HTML file with the plot and the table; a line in the log where the package that draws is missing."""
+    """Write one HTML file with the plot and the table; log where the package for plots is missing."""
     if importlib.util.find_spec("vl_convert") is None:
         log.info(f"no plot: {extras.hint('report')}")
         return
@@ -69,7 +69,7 @@ def write_page(path: Path, variants: Sequence[Row], best: Mapping[str, Any], sen
 
 
 def ordered(results: Sequence[Result], metric: str) -> list[Result]:
-    """Results by the metric, the highest first; those without it behind, in their order."""
+    """Results by the metric, the highest first; those without a value last, in their order."""
     return sorted(results, key=lambda r: (metric not in r.values, -r.values[metric][0] if metric in r.values else 0.0))
 
 
@@ -92,7 +92,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _chart(variants: Sequence[Row], name: str, best: str) -> Markup:
-    """A point for each variant, with its interval, the best one in the accent."""
+    """A plot with a point and an interval for each variant, the best in the accent colour."""
     charts = importlib.import_module("prefpipe.stages.report.charts")  # it needs vl_convert
     values = [
         {"variant": row["name"], "best": row["name"] == best, **row["values"][name]}

@@ -1,6 +1,6 @@
-"""Train variants one after the other in this process: rows, base model, audit and probe are those of the first.
+"""Training of variants one after the other in this process. Rows, base model, audit and probe are shared by all.
 
-Each is a run of `train` in a folder of its own: one that is complete stays as it is, one that was cut goes on.
+Each variant is a run of `train` in a folder of its own. A complete run stays as it is, an interrupted one resumes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from prefpipe.stages.train.session import Paused
 from prefpipe.stages.train.sharing import Shared
 
 FOLDER = "variants"
-_OF_ALL = (StorageError, MissingInputError, IdentityError)  # errors that the next variant would meet as well
+_OF_EVERY_VARIANT = (StorageError, MissingInputError, IdentityError)  # errors that the next variant would meet as well
 
 
 @dataclass
-class Trained:
-    """What a process did: how often it loaded a base model, audited the cache, probed the memory and computed log-probs
-    of a reference; and by the names of variants that failed, why."""
+class WorkDone:
+    """Counts of the work of a process: base models loaded, caches audited, memory probes, passes for reference
+    log-probs. Names of variants that failed, each with the message."""
 
     loads: int = 0
     audits: int = 0
@@ -32,8 +32,8 @@ class Trained:
     reference_passes: int = 0
     failed: dict[str, str] = field(default_factory=dict[str, str])
 
-    def add(self, other: "Trained") -> None:
-        """Count what another process did, or this one on another rung."""
+    def add(self, other: "WorkDone") -> None:
+        """Add the work of another process, or of another rung."""
         self.loads += other.loads
         self.audits += other.audits
         self.probes += other.probes
@@ -42,26 +42,29 @@ class Trained:
 
 
 def train(
-    variants: Sequence[Variant], out: Path, data: TrainingData, until: Mapping[str, int], *, leave_busy: bool = False
-) -> Trained:
-    """Train every variant to its end, or to its step in `until`; with `leave_busy` but for those that another process
-    holds. A variant that fails by itself is noted; an error that concerns all is raised."""
-    shared, done = Shared(data), Trained()
-    _take_values(shared, variants, out)
-    ordered = sorted(variants, key=lambda variant: variant.config.tuning == "full")  # the base is shared before that
+    variants: Sequence[Variant], out: Path, data: TrainingData, until: Mapping[str, int], *, skip_locked: bool = False
+) -> WorkDone:
+    """Train every variant to its end, or to its step in `until`. Variants that another process holds are an error, or
+    left out with `skip_locked`. The failure of a single variant is recorded; an error that every variant would meet is
+    raised."""
+    shared, done = Shared(data), WorkDone()
+    _reuse_reference_logps(shared, variants, out)
+    ordered = sorted(
+        variants, key=lambda variant: variant.config.tuning == "full"
+    )  # full tuning last: it drops the shared base
     for number, variant in enumerate(ordered, 1):
         place, last = out / FOLDER / variant.name, until.get(variant.name, 0)
-        if has_come_to(place, last):
+        if has_reached(place, last):
             continue
         log.info(f"variant {number}/{len(ordered)}: {variant.name}")
         try:
             stage.run(variant.config, place, force=False, shared=shared, until=last)
         except Paused:
             log.info(f"{variant.name} pauses after {last} steps")
-        except _OF_ALL:
+        except _OF_EVERY_VARIANT:
             raise
         except LockedError:
-            if not leave_busy:
+            if not skip_locked:
                 raise
         except PrefpipeError as error:
             log.warn(f"{variant.name} failed: {error.message}")
@@ -71,20 +74,20 @@ def train(
     return done
 
 
-def has_come_to(place: Path, step: int) -> bool:
-    """Whether a run that is not complete has a checkpoint at this step or behind it; never at step 0."""
+def has_reached(place: Path, step: int) -> bool:
+    """Whether an incomplete run has a checkpoint at this step or later; False for step 0."""
     steps = [int(path.name.removeprefix("step-")) for path in (place / "checkpoints").glob("step-*[0-9]")]
     return 0 < step <= max(steps, default=0) and not (place / "manifest.json").exists()
 
 
-def _take_values(shared: Shared, variants: Sequence[Variant], out: Path) -> None:
-    """The reference log-probs that a complete variant computed, for those that are still to come."""
+def _reuse_reference_logps(shared: Shared, variants: Sequence[Variant], out: Path) -> None:
+    """Take the reference log-probs that a complete variant computed for the variants that follow."""
     for variant in variants:
         place = out / FOLDER / variant.name
         if not (place / "manifest.json").exists():
             continue
         try:
             shared.reference.missing = store.read_dataset(place, "ref_logps", RefLogps)
-        except PrefpipeError:  # it has none, or is damaged: the run itself says so
+        except PrefpipeError:  # none were computed, or the file is damaged, which the run itself reports
             continue
         return

@@ -1,9 +1,9 @@
-"""Variants side by side: processes with a GPU each, which take the variants that no other one holds.
+"""Variants trained side by side: processes with a GPU each. A process takes the variants that no other process holds.
 
-    python -m prefpipe.stages.sweep.workers OUT UNTIL      in a process: train the variants of OUT, a sweep
+    python -m prefpipe.stages.sweep.workers OUT UNTIL      such a process, for the sweep in OUT
 
-UNTIL is JSON: by name the step after which a variant pauses; the variants that it names are trained, no others. The
-last line of stdout is JSON of what the process did.
+UNTIL is a JSON object: names of the variants to train, each with the step at which it pauses. The last line of stdout
+is the `WorkDone` of the process as JSON.
 """
 
 import json
@@ -22,14 +22,15 @@ from prefpipe.errors import Interrupted, PrefpipeError, UsageError
 from prefpipe.inference.pool_size import Size, environments
 from prefpipe.runs.settled import settled
 from prefpipe.stages.sweep import training
-from prefpipe.stages.sweep.training import Trained
+from prefpipe.stages.sweep.training import WorkDone
 from prefpipe.stages.train.inputs import prepare
 
 AUTO = "auto"
 
 
 def count(asked: int | str, num_variants: int) -> int:
-    """How many processes train at once. Raises UsageError for more than there are GPUs, where there are any."""
+    """The number of processes that train at once. Raises UsageError for more than there are GPUs, where there are
+    any."""
     gpus = len(machine.visible_gpus())
     if asked == AUTO:
         return max(1, min(gpus, num_variants))
@@ -38,11 +39,11 @@ def count(asked: int | str, num_variants: int) -> int:
     return min(int(asked), num_variants)
 
 
-def run(out: Path, until: Mapping[str, int], number: int) -> Trained:
-    """Train the variants that `until` names in `number` processes, to its end or to its step. Raises the error of the
+def run(out: Path, until: Mapping[str, int], number: int) -> WorkDone:
+    """Train the variants in `until` in `number` processes, each to its end or to its step. Raises the error of the
     first process that failed, with its exit code."""
     gpus = machine.visible_gpus()
-    own = environments(Size(number, gpus_each=1 if gpus else 0, gpus=gpus))
+    with_gpu = environments(Size(number, gpus_each=1 if gpus else 0, gpus=gpus))
     command = processes.python("prefpipe.stages.sweep.workers", str(out), json.dumps(dict(until)))
     running = [
         subprocess.Popen(
@@ -53,42 +54,43 @@ def run(out: Path, until: Mapping[str, int], number: int) -> Trained:
             env={**processes.environment(), **environment},
             preexec_fn=processes.death_with_parent(),
         )
-        for environment in own
+        for environment in with_gpu
     ]
-    done = Trained()
+    done = WorkDone()
     try:
-        said = [process.communicate()[0] for process in running]
+        outputs = [process.communicate()[0] for process in running]
     except BaseException:
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
         raise
-    for process, text in zip(running, said, strict=True):
+    for process, text in zip(running, outputs, strict=True):
         if process.returncode:
             code = process.returncode
             failed = PrefpipeError(f"a worker ended with exit code {code}", "run the same command again: it resumes")
             failed.exit_code = code if code > 0 else 128 - code
             raise failed
-        done.add(Trained(**json.loads(text.splitlines()[-1])))
+        done.add(WorkDone(**json.loads(text.splitlines()[-1])))
     return done
 
 
-def reading(variants: Sequence[Variant]) -> Variant:
-    """The variant by whose settings the rows of all are read: one that needs the reference, if any does."""
+def variant_for_rows(variants: Sequence[Variant]) -> Variant:
+    """The variant with whose settings the rows of all variants are read: one that needs the reference, if there is
+    any."""
     return next((v for v in variants if v.config.objective.needs("reference")), variants[0])
 
 
-def work(out: Path, until: Mapping[str, int]) -> Trained:
-    """What a process does."""
+def work(out: Path, until: Mapping[str, int]) -> WorkDone:
+    """Train variants of the sweep in `out` in this process; see `run`."""
     config = settled(base.load(SweepConfig, out / "config.json", {}), out)
     every = config.resolved_variants
     named = [variant for variant in every if variant.name in until]
-    return training.train(named, out, prepare(reading(every).config), until, leave_busy=True)
+    return training.train(named, out, prepare(variant_for_rows(every).config), until, skip_locked=True)
 
 
 def main() -> int:
-    """Train, and say what was done. Returns the exit code."""
+    """Train, and print the work done. Returns the exit code."""
     out, until = Path(sys.argv[1]), json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -8,7 +8,7 @@ import pytest
 from prefpipe.errors import IdentityError, LockedError, PrefpipeError, StorageError
 from prefpipe.runs import fsio
 from prefpipe.stages.sweep import training
-from prefpipe.stages.sweep.training import Trained
+from prefpipe.stages.sweep.training import WorkDone
 from prefpipe.stages.train.inputs import prepare
 from tests.stages.sweep.cases import config
 
@@ -36,7 +36,7 @@ def test_a_variant_of_another_process_is_left_to_it(tiny_model: Path, pairs: Pat
     sweep = config(tiny_model, pairs, "beta=0.1,0.2")
     data = prepare(sweep.variants[0].config)
     with fsio.lock(tmp_path / "variants" / "beta-0.1"):
-        training.train(sweep.variants, tmp_path, data, {}, leave_busy=True)
+        training.train(sweep.variants, tmp_path, data, {}, skip_locked=True)
         assert told == [("beta-0.2", 0)]
         with pytest.raises(LockedError):
             training.train(sweep.variants, tmp_path, data, {})
@@ -48,7 +48,7 @@ def test_one_that_came_to_its_step_is_not_loaded(tiny_model: Path, pairs: Path, 
     training.train(sweep.variants, tmp_path, prepare(sweep.variants[0].config), {"beta-0.1": 2, "beta-0.2": 2})
     assert told == [("beta-0.2", 2)]
     place = tmp_path / "variants" / "beta-0.1"
-    assert [training.has_come_to(place, step) for step in (0, 2, 3, 4)] == [False, True, True, False]
+    assert [training.has_reached(place, step) for step in (0, 2, 3, 4)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("error", [StorageError, IdentityError, PrefpipeError])
@@ -70,6 +70,6 @@ def test_errors_of_all_are_raised_and_those_of_one_are_noted(
 
 
 def test_counts_add_up() -> None:
-    done = Trained(1, 2, 3, 4, {"a": "x"})
-    done.add(Trained(1, 1, 1, 1, {"b": "y"}))
-    assert done == Trained(2, 3, 4, 5, {"a": "x", "b": "y"})
+    done = WorkDone(1, 2, 3, 4, {"a": "x"})
+    done.add(WorkDone(1, 1, 1, 1, {"b": "y"}))
+    assert done == WorkDone(2, 3, 4, 5, {"a": "x", "b": "y"})

@@ -54,5 +54,5 @@ def test_as_many_as_there_are_gpus(monkeypatch: pytest.MonkeyPatch):
 
 def test_rows_are_read_by_a_variant_that_needs_the_reference(tiny_model: Path, pairs: Path):
     sweep = config(tiny_model, pairs, "loss_type=simpo,sigmoid", beta=0.5)
-    assert workers.reading(sweep.variants).name == "loss_type-sigmoid"
-    assert workers.reading(sweep.variants[:1]).name == "loss_type-simpo"
+    assert workers.variant_for_rows(sweep.variants).name == "loss_type-sigmoid"
+    assert workers.variant_for_rows(sweep.variants[:1]).name == "loss_type-simpo"

@@ -1,4 +1,4 @@
-"""Values as people write them, before a config takes them: dotted names, `~` in a path, true where a number belongs."""
+"""Values as people write them, before a config takes them: dotted names, `~` in a path, true in place of a number."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +9,8 @@ from prefpipe.errors import UsageError
 
 
 def put(values: dict[str, Any], name: str, value: object) -> None:
-    """Write the value of a setting by its dotted name. Raises UsageError where a table of that name is a value."""
+    """Set a setting in nested tables by its dotted name. Raises UsageError where a table of the name holds a plain
+    value."""
     *tables, leaf = name.split(".")
     for table in tables:
         inner = values.setdefault(table, {})
@@ -21,9 +22,9 @@ def put(values: dict[str, Any], name: str, value: object) -> None:
     values[leaf] = value
 
 
-def with_home(values: dict[str, Any], names: Iterable[str]) -> None:
-    """Write the home directory in place of the `~` at the start of these settings, by dotted name: no shell has read a
-    recipe, nor `--model=~/m`."""
+def expand_home(values: dict[str, Any], names: Iterable[str]) -> None:
+    """Replace the `~` at the start of these settings, by dotted name, by the home directory. No shell does this in a
+    recipe or in `--model=~/m`."""
     for name in names:
         *tables, leaf = name.split(".")
         table: Any = values
@@ -34,22 +35,23 @@ def with_home(values: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def expanded(value: Any) -> Any:
-    """A text, or those of a list, with the home directory in place of its `~`; anything else as it is."""
+    """A text, or each text of a list, with the home directory in place of `~` at its start; any other value
+    unchanged."""
     if isinstance(value, list | tuple):
         return [expanded(entry) for entry in value]
     return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111  (a Path would change hf://)
 
 
-def truths_for_numbers(given: Any, read: Any, name: str = "") -> Iterator[str]:
-    """The dotted names of values that were `given` as true or false and `read` as numbers: pydantic takes true for 1,
-    as Python does."""
-    if isinstance(given, bool):
+def booleans_for_numbers(written: Any, read: Any, name: str = "") -> Iterator[str]:
+    """The dotted names of values that the user wrote as true or false and pydantic read as numbers, since it takes true
+    for 1."""
+    if isinstance(written, bool):
         if not isinstance(read, bool) and isinstance(read, int | float):
             yield name
-    elif isinstance(given, Mapping):
-        for key, value in given.items():
+    elif isinstance(written, Mapping):
+        for key, value in written.items():
             inner = read.get(key) if isinstance(read, Mapping) else getattr(read, key, None)
-            yield from truths_for_numbers(value, inner, f"{name}.{key}" if name else key)
-    elif isinstance(given, list | tuple) and isinstance(read, list | tuple):
-        for place, (value, inner) in enumerate(zip(given, read, strict=False)):
-            yield from truths_for_numbers(value, inner, f"{name}.{place}")
+            yield from booleans_for_numbers(value, inner, f"{name}.{key}" if name else key)
+    elif isinstance(written, list | tuple) and isinstance(read, list | tuple):
+        for place, (value, inner) in enumerate(zip(written, read, strict=False)):
+            yield from booleans_for_numbers(value, inner, f"{name}.{place}")

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from prefpipe.config import base, given
+from prefpipe.config import base
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.train import TrainConfig
+from prefpipe.config.values import booleans_for_numbers
 from prefpipe.errors import UsageError
 
 
@@ -32,7 +33,7 @@ def test_truth_values_and_numbers_where_they_belong_are_taken() -> None:
     values = {"merge": True, "use_rslora": False, "seed": 1, "loss_weights": [1], "report_to": []}
     config = base.load(TrainConfig, None, values)
     assert (config.merge, config.seed) == (True, 1)
-    assert not list(given.truths_for_numbers({"a": [True, {"b": True}]}, {"a": [True, {"b": "x"}]}))
+    assert not list(booleans_for_numbers({"a": [True, {"b": True}]}, {"a": [True, {"b": "x"}]}))
 
 
 def test_the_home_directory_stands_for_its_sign_in_paths_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
