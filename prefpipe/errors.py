@@ -24,9 +24,9 @@ class PrefpipeError(Exception):
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[str, str], dict[str, object]]:
         """An error of a worker process comes back whole."""
-        return type(self), (self.message, self.hint)
+        return type(self), (self.message, self.hint), {**self.__dict__, "args": self.args}
 
 
 class UsageError(PrefpipeError):
@@ -71,6 +71,16 @@ class IdentityError(PrefpipeError):
     exit_code = 76
 
 
+def of_process(message: str, hint: str, code: int) -> PrefpipeError:
+    """The error for a process that failed: of the kind that has its exit code, -N for a death by signal N. This process
+    then fails with the same code."""
+    code = 128 - code if code < 0 else code or 1
+    kinds = {kind.exit_code: kind for kind in PrefpipeError.__subclasses__()}
+    error = kinds.get(code, PrefpipeError)(message, hint)
+    error.exit_code = code
+    return error
+
+
 class Interrupted(BaseException):
     """A signal asked the command to stop. What was committed is kept, and the same command resumes.
 
@@ -83,6 +93,9 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
         super().__init__(self.message)
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return type(self), (self.exit_code - 128,)
+
 
 class RowFault(Exception):
     """One row that cannot be used. `reason` is the word of the ledger (docs/datasets.md), `detail` a sentence."""
@@ -91,3 +104,6 @@ class RowFault(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.reason, self.detail)

@@ -21,6 +21,7 @@ from prefpipe import extras, reading
 from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.forward import attention, lora_targets, on_meta
 from prefpipe.forward.architecture import reason
+from prefpipe.forward.loading import silent
 from prefpipe.forward.logps import SCORER_VERSION, causal_model
 from prefpipe.forward.weights import DTYPES, integer_tensors, listed, read_model
 
@@ -163,7 +164,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
     options: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": "cpu"} if first.is_meta else {}
     of_base = list(model.parameters())
     try:
-        with warnings.catch_warnings():
+        with silent(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             options |= {"is_trainable": trainable, "autocast_adapter_dtype": False}
             adapted = PeftModel.from_pretrained(model, directory, **options)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from prefpipe import reading
 from prefpipe.errors import DataError, UsageError
 from prefpipe.forward.architecture import check_architecture, reason
+from prefpipe.forward.loading import silent
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _AGAIN = "fetch or save the model again: what is not read would be random"
@@ -30,22 +30,20 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
     """
     config = read_config(kind, directory)
     attention = config._attn_implementation  # pyright: ignore[reportPrivateUsage]  (no public name)
-    transformers_logging.disable_progress_bar()
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it warns of is an error below
     try:
-        model, report = kind.from_pretrained(
-            directory,
-            config=config,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            attn_implementation=attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, with their names
-            **options,
-        )
+        with silent():
+            model, report = kind.from_pretrained(
+                directory,
+                config=config,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, with their names
+                **options,
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except ImportError as error:
@@ -57,8 +55,6 @@ def read_model(kind: Any, directory: Path, dtype: str, **options: Any) -> Any:
         raise DataError(f"{directory} cannot be read: {reason(error)}", "fetch or save the model again") from error
     except Exception as error:  # whatever its classes raise for the values of a config
         raise UsageError(f"{directory} cannot be loaded: {reason(error)}", "take another model") from error
-    finally:
-        transformers_logging.set_verbosity(before)
     check_report(directory, kind, report)
     check_floats(directory, model)
     return model
@@ -70,7 +66,7 @@ def without_weights(
     """The causal language model of a `read_config`, tied as the config says, made inside `place`, which keeps tensors
     without memory. Raises UsageError, in the words of `refusal`, for values that no model can be built from."""
     try:
-        with place:
+        with silent(), place:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config,
                 dtype=DTYPES[dtype],

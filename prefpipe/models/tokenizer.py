@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from prefpipe.errors import DataError, MissingInputError, PrefpipeError, UsageError
+from prefpipe.forward.loading import silent
 from prefpipe.models import fingerprint
 
 _SAVE = "make one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
@@ -68,16 +69,12 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
 
 def _from_transformers(directory: Path) -> Any:
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # what matters of its warnings is an error here
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with silent():
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever its classes raise for the files of a model
         raise _refusal(directory, error) from error
-    finally:
-        logging.set_verbosity(before)
 
 
 def _refusal(directory: Path, error: Exception) -> PrefpipeError:

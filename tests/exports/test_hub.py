@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from prefpipe.exports.parcel import Item, Parcel
 
 from prefpipe.errors import MissingInputError, StorageError, UsageError
 from prefpipe.exports import hub
-from prefpipe.exports.parcel import Item, Parcel
 from tests.conftest import ROOT
 from tests.exports.stand_in import TOKEN, Hub
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from prefpipe import machine, processes
-from prefpipe.errors import PrefpipeError
+from prefpipe.errors import PrefpipeError, of_process
 
 Runner = Callable[[str, Path, Path], None]  # command, saved config, run directory
 _SHARED = ("evaluate", "generate")  # commands that run in one process when they follow each other
@@ -166,8 +166,6 @@ def _terminate(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> No
 
 
 def _failed(command: str, saved: Path, out: Path, code: int) -> PrefpipeError:
-    failed = PrefpipeError(
-        f"{command} failed with exit code {code}", f"replay it alone: prefpipe {command} {saved} --out {out}"
+    return of_process(
+        f"{command} failed with exit code {code}", f"replay it alone: prefpipe {command} {saved} --out {out}", code
     )
-    failed.exit_code = code if code > 0 else 128 - code if code < 0 else 1
-    return failed

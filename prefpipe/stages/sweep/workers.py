@@ -18,7 +18,7 @@ from prefpipe import log, machine, processes
 from prefpipe.config import base
 from prefpipe.config.grid import Variant
 from prefpipe.config.sweep import SweepConfig
-from prefpipe.errors import Interrupted, PrefpipeError, UsageError
+from prefpipe.errors import Interrupted, PrefpipeError, UsageError, of_process
 from prefpipe.inference.pool_size import Size, environments
 from prefpipe.runs.settled import settled
 from prefpipe.stages.sweep import training
@@ -66,11 +66,8 @@ def run(out: Path, until: Mapping[str, int], number: int) -> WorkDone:
             process.wait()
         raise
     for process, text in zip(running, outputs, strict=True):
-        if process.returncode:
-            code = process.returncode
-            failed = PrefpipeError(f"a worker ended with exit code {code}", "run the same command again: it resumes")
-            failed.exit_code = code if code > 0 else 128 - code
-            raise failed
+        if code := process.returncode:
+            raise of_process(f"a worker ended with exit code {code}", "run the same command again: it resumes", code)
         done.add(WorkDone(**json.loads(text.splitlines()[-1])))
     return done
 
