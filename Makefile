@@ -85,8 +85,8 @@ zoo: setup  ## Every model of docs/models.md, through score and train (`make tes
 check: setup  ## Format, lint, types, layers
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/pyright
-	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	@$(BIN)/pyright & types=$$!; { $(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports; }; layers=$$?; \
+	  wait $$types && exit $$layers
 
 fix: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -167,6 +167,8 @@ def _parsed(path: Path, parse: Callable[[str], T], text: str) -> T:
 def _is_deeper(value: object, depth: int) -> bool:
     level = [value]
     for _ in range(depth + 1):
+        if not level:
+            return False
         inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
         level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
     return bool(level)

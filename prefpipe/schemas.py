@@ -2,8 +2,8 @@
 column is declared here and nowhere else. docs/datasets.md lists the columns."""
 
 import dataclasses
-import typing
-from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
+from functools import cache
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
@@ -249,9 +249,10 @@ class Dropped:
 R = TypeVar("R")
 
 
+@cache
 def arrow_schema(row_type: type) -> pa.Schema:
     """The Arrow schema of a row type, with dataset name and version in its metadata."""
-    hints = typing.get_type_hints(row_type, include_extras=True)
+    hints = get_type_hints(row_type, include_extras=True)
     fields = [_field(f.name, hints[f.name]) for f in dataclasses.fields(row_type)]
     return pa.schema(fields, metadata={DATASET_KEY: row_type.__name__, VERSION_KEY: str(VERSION)})
 
@@ -287,13 +288,13 @@ def _drop_null_extra(value: Any) -> None:
 
 
 def _field(name: str, hint: Any) -> pa.Field:
-    nullable = type(None) in typing.get_args(hint)
+    nullable = type(None) in get_args(hint)
     if nullable:
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        hint = next(a for a in get_args(hint) if a is not type(None))
     return pa.field(name, _data_type(hint), nullable=nullable)
 
 
 def _data_type(hint: Any) -> pa.DataType:
-    if typing.get_origin(hint) is list:
-        return pa.list_(pa.field("element", _data_type(typing.get_args(hint)[0]), nullable=False))
-    return typing.get_args(hint)[1] if typing.get_origin(hint) is Annotated else _TYPES[hint]
+    if get_origin(hint) is list:
+        return pa.list_(pa.field("element", _data_type(get_args(hint)[0]), nullable=False))
+    return get_args(hint)[1] if get_origin(hint) is Annotated else _TYPES[hint]

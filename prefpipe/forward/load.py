@@ -254,6 +254,7 @@ def save_adapter(model: torch.nn.Module, tensors: dict[str, torch.Tensor], direc
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
         config.inference_mode = True
+    model.create_or_update_model_card = lambda *_args, **_named: None  # stages say in README.md what was trained
     model.save_pretrained(str(directory), state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
     # peft writes sets, in another order in every process: the same adapter would have another digest each time.
     path = directory / "adapter_config.json"

@@ -3,8 +3,8 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,13 @@ def _is_inside(name: str) -> bool:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those packages that are installed, by name."""
-    found: dict[str, str] = {}
-    for package in packages:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+    return {package: found for package in packages if (found := _version(package)) is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Read once in a process: it takes milliseconds, and a sweep writes many manifests."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

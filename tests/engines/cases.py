@@ -76,3 +76,9 @@ def over_fake(settings: EngineSettings) -> ScriptedEngine:
         in_flight=1,
         scorer=fake.scorer,
     )
+
+
+def distance(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
+    """Largest difference of one token; the same completions with the same lengths."""
+    assert a.keys() == b.keys()
+    return max(abs(x - y) for key in a for x, y in zip(a[key], b[key], strict=True))

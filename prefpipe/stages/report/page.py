@@ -7,6 +7,7 @@ Templates escape every text. What they take as markup is made here or by Vega.
 import base64
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -30,32 +31,30 @@ LAYOUT = (  # section, its heading, its anchor
 
 def html(subject: Subject, sections: Mapping[str, Any], failures: Mapping[str, str]) -> str:
     """The page of a subject. `sections` has None for one that could not be made, and `failures` says why."""
-    environment = Environment(
-        loader=PackageLoader("prefpipe.stages.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     style, script = _asset("templates/style.css"), _asset("templates/page.js")
     width, height = playground.SIZE
-    return environment.get_template("page.html.jinja").render(
-        layout=LAYOUT,
-        sections=sections,
-        failures=failures,
-        title=shown(subject.root.name, 200),
-        place=shown(str(subject.root.path), 500),
-        policy=_policy(script),
-        style=style,
-        script=script,
-        version=__version__,
-        written=clock.utc_now(),
-        losses=list(playground.curves()["losses"]),
-        tokens=playground.curves()["tokens"],
-        curves=_asset("curves.json"),
-        scales={
-            name: f"{width} {height} {playground.REACH} {low} {high}" for name, (low, high) in playground.FRAMES.items()
-        },
+    return (
+        _templates()
+        .get_template("page.html.jinja")
+        .render(
+            layout=LAYOUT,
+            sections=sections,
+            failures=failures,
+            title=shown(subject.root.name, 200),
+            place=shown(str(subject.root.path), 500),
+            policy=_policy(script),
+            style=style,
+            script=script,
+            version=__version__,
+            written=clock.utc_now(),
+            losses=list(playground.curves()["losses"]),
+            tokens=playground.curves()["tokens"],
+            curves=_asset("curves.json"),
+            scales={
+                name: f"{width} {height} {playground.REACH} {low} {high}"
+                for name, (low, high) in playground.FRAMES.items()
+            },
+        )
     )
 
 
@@ -65,6 +64,18 @@ def _policy(script: str) -> str:
     return (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
+    )
+
+
+@cache
+def _templates() -> Environment:
+    """Compiled once in a process."""
+    return Environment(
+        loader=PackageLoader("prefpipe.stages.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
