@@ -234,12 +234,18 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
     held = filelock.FileLock(directory / ".lock")
     owner = directory / ".owner"
     try:
-        held.acquire(timeout=-1 if wait else _ASKED_S, poll_interval=_ASKED_S / 4)
-    except filelock.Timeout as error:
-        who = read_bytes(owner).decode(errors="replace").strip() if owner.is_file() else "an unknown process"
-        raise LockedError(
-            f"{directory} is being written by {who}", "wait for it to end, or choose another --out"
-        ) from error
+        for tries_left in range(10, -1, -1):
+            try:
+                held.acquire(timeout=-1 if wait else _ASKED_S, poll_interval=_ASKED_S / 4)
+                break
+            except filelock.Timeout as error:
+                who = read_bytes(owner).decode(errors="replace").strip() if owner.is_file() else ""
+                if not who and tries_left:  # it has come just now, and writes it next
+                    continue
+                raise LockedError(
+                    f"{directory} is being written by {who or 'an unknown process'}",
+                    "wait for it to end, or choose another --out",
+                ) from error
     except OSError as error:
         raise StorageError(
             f"cannot lock {directory}: {error.strerror}", "check its permissions, or choose another --out"

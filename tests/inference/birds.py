@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError
+from tests.waiting import until
 
 OF_A_START = ("timing.jsonl", ".owner", "config.json")  # config.json names the number of workers
 
@@ -30,8 +31,9 @@ def pairing(folder: Path, cluster: str = "") -> BuildPairsConfig:
     )  # fmt: skip
 
 
-def doubled(number: int, other: int) -> tuple[int, int, str, str]:
-    """A task: a result, and where and how it came about."""
+def doubled(number: int, other: int, begun: Path) -> tuple[int, int, str, str]:
+    """A task: a result, and where and how it came about. The first one waits for another one, which runs elsewhere."""
+    until(begun.exists) if number == 0 else begun.touch()
     return 2 * number + other, os.getpid(), str(Path.cwd()), os.environ["POLARS_MAX_THREADS"]
 
 

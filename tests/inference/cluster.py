@@ -104,7 +104,7 @@ def run_tasks(folder: Path, cluster: str) -> dict[str, Any]:
             found[name] = [type(error).__name__, error.message, error.hint]
 
     with ray_tasks.tasks(cluster, folder, dict) as run:
-        act("doubled", run, birds.doubled, range(6), range(6))
+        act("doubled", run, birds.doubled, range(6), range(6), [folder / "begun"] * 6)
         act("odd", run, birds.odd, [1, 2])
         act("unseen", ray_tasks._compare_machines, folder / "nowhere", dict)
         act("others", ray_tasks._compare_machines, folder, birds.process)

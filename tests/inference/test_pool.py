@@ -30,6 +30,7 @@ from prefpipe.stages.score import stage as score
 from tests.faults.engines import poisoned
 from tests.inference.birds import contents
 from tests.inference.threads import Dies, Killed, Threads, first_to_say
+from tests.waiting import PATIENCE_S
 
 NUM_PROMPTS, SHARD_ROWS = 14, 2
 
@@ -74,7 +75,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield call
     for thread in (t for backend in started for t in backend.threads):
-        thread.join(timeout=20)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()  # nothing is left running
 
 
@@ -291,7 +292,7 @@ def named(settings: Any) -> Any:
     """An engine with a name that no other has, which samples when the test is over."""
     engine = large(settings)
     engine.scorer = f"scorer {next(NAMES)}"
-    engine.sample = lambda _request: REFUSED.wait(10)
+    engine.sample = lambda _request: REFUSED.wait(PATIENCE_S)
     return engine
 
 

@@ -143,7 +143,7 @@ FILLING = {
 @pytest.mark.parametrize("what", FILLING)
 def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    mebibytes, rests = (4, "n % 500 == 0") if what in ("empty files", "folders") else (24, "n < 20")
+    mebibytes, rests = (4, "n % 500 == 0") if what in ("empty files", "folders") else (24, "True")
     monkeypatch.setattr(code_tests, "_FILES_BYTES", mebibytes << 20)
     peaks: list[float] = []
     measure = folders.used_bytes
@@ -154,13 +154,13 @@ def test_all_files_together_have_a_limit(what: str, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(code_tests, "used_bytes", measured)
     program = (
-        "import os, tempfile, time\nkept = []\n"
-        f"for n in range(20000):\n    {FILLING[what]}\n    time.sleep(0.1 * ({rests}))\nos._exit(0)"
+        "import itertools, os, tempfile, time\nkept = []\n"
+        f"for n in itertools.count():\n    {FILLING[what]}\n    time.sleep(0.1 * ({rests}))"
     )
     scored = rate(program)
     assert (scored.reward, scored.status) == (0.0, "wrong")
     assert f"more than {mebibytes} MiB of files" in (scored.detail or ""), scored
-    assert peaks[-1] == math.inf or mebibytes << 20 < peaks[-1] < 256 << 20
+    assert peaks[-1] == math.inf or mebibytes << 20 < peaks[-1] < 1 << 30
     assert list(tmp_path.iterdir()) == []
 
 

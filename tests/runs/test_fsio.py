@@ -1,6 +1,7 @@
 """Files are whole or absent, directories have one writer, and nothing is overwritten, whatever fails and when."""
 
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -11,6 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -180,6 +182,27 @@ def test_a_second_process_is_refused_and_told_who_holds_the_lock_until_a_kill_9(
         owner.kill()
     with fsio.lock(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / ".owner").read_text()
+
+
+def test_who_has_the_lock_is_asked_again_as_long_as_it_has_not_said_who_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process writes its name when it has the lock; a busy machine may let others look in between."""
+    acquire, owner, tries = filelock.FileLock.acquire, tmp_path / ".owner", list[int]()
+
+    def acquired(self: filelock.FileLock, **options: float) -> object:
+        tries.append(1)
+        if len(tries) == 3:
+            owner.write_text("process 7 on there\n")
+        return acquire(self, **options)
+
+    owner.touch()
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquired)
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(LockedError, match="is being written by process 7 on there"), fsio.lock(tmp_path):
+            pass
+    assert len(tries) == 3
 
 
 def test_the_lock_is_free_after_an_error_inside(tmp_path: Path) -> None:

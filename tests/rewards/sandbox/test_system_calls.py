@@ -107,7 +107,7 @@ USES = {
 
 
 def rate(program: str, tests: str) -> Scored:
-    settings = Code(timeout_seconds=10, memory_mib=1024)
+    settings = Code(timeout_seconds=60, memory_mib=1024)  # a busy machine imports for long
     (scored,) = code(settings)([Answer([], program, tests)])
     return scored
 
