@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from importlib.metadata import version
@@ -128,18 +129,19 @@ def sampled(folder: Path, prompts: int, workers: int, engine: str) -> dict[str, 
     from prefpipe.stages.generate import stage
 
     engines.ENGINES["fake"] = engine
-    marks: list[tuple[float, float]] = []
+    marks: list[tuple[float, float, int]] = []
     plain = filling.write
 
-    def write(run: Any, finished: Any) -> None:
-        plain(run, finished)
-        marks.append((time.process_time(), time.monotonic()))
+    def write(run: Any, whole: Any) -> int:
+        count = plain(run, whole)
+        marks.append((time.process_time(), time.monotonic(), len(whole)))
+        return count
 
     filling.write = write
     with tempfile.TemporaryDirectory(dir=folder) as out:
         stage.run(config(folder, prompts, workers=workers), Path(out) / "g", force=False)
-    completions = (len(marks) - 1) * SHARD_ROWS * NUM_SAMPLES
-    (cpu, wall), (cpu_end, wall_end) = marks[0], marks[-1]
+    completions = sum(shards for _, _, shards in marks[1:]) * SHARD_ROWS * NUM_SAMPLES
+    (cpu, wall, _), (cpu_end, wall_end, _) = marks[0], marks[-1]
     return {"cpu": (cpu_end - cpu) / completions, "wall": (wall_end - wall) / completions}
 
 
@@ -197,8 +199,25 @@ def overhead(folder: Path) -> dict[str, float]:
     return {"share": statistics.median(costs) / cpu}
 
 
+@contextmanager
+def counted_syncs() -> Generator[list[int]]:
+    """The descriptors that are synced in the `with` block, each as often as it is."""
+    plain, seen = os.fsync, list[int]()
+
+    def fsync(descriptor: int) -> None:
+        seen.append(descriptor)
+        plain(descriptor)
+
+    os.fsync = fsync
+    try:
+        yield seen
+    finally:
+        os.fsync = plain
+
+
 def simulated(folder: Path, workers: int, shards: int) -> dict[str, float]:
-    """Completions per second that a driver commits with so many simulated workers, and its CPU for each."""
+    """Completions per second that a driver commits with so many simulated workers, its CPU for each, and how often it
+    syncs a file or a folder for a shard."""
     from prefpipe.inference.inflight import Inflight
     from prefpipe.inference.pool import Workers
     from prefpipe.inference.pool_messages import Done, Noted
@@ -214,12 +233,14 @@ def simulated(folder: Path, workers: int, shards: int) -> dict[str, float]:
         pool = Workers(backend, b"", workers)
         source = ((index, lease.content) for index in range(shards))
         begin, cpu = time.monotonic(), time.process_time()
-        for shard in pool.run(work, source, Inflight.load(run.out), lambda *_: None):
-            write(run, shard)
+        with counted_syncs() as syncs:
+            for whole in pool.run(work, source, Inflight.load(run.out), lambda *_: None):
+                write(run, whole)
         completions = shards * SHARD_ROWS * NUM_SAMPLES
         return {
             "rate": completions / (time.monotonic() - begin),
             "cpu": (time.process_time() - cpu) / completions,
+            "syncs": len(syncs) / shards,
         }
 
 
@@ -261,6 +282,7 @@ def measure(folder: Path, *, quick: bool) -> Iterator[tuple[str, float, str, flo
         found[count] = in_process("simulated", folder, count, max(8, count * 4))
         yield f"simulated workers = {count}: completions per second", found[count]["rate"], "1/s", None, None
         yield f"simulated workers = {count}: CPU of the driver", found[count]["cpu"], "s", None, None
+        yield f"simulated workers = {count}: syncs of a shard", found[count]["syncs"], "1", None, None
     if not quick:
         share = found[counts[-1]]["rate"] * found[predicting(counts)]["cpu"]
         name = (

@@ -209,7 +209,7 @@ def gather(
     force: Annotated[bool, typer.Option("--force", help=flags.FORCE)] = False,  # noqa: FBT002
     verbose: Annotated[bool, typer.Option("--verbose", help=flags.VERBOSE)] = False,  # noqa: FBT002, ARG001
 ) -> None:
-    """Join the runs of all parts (--part I/N) of generate or score into the run that the command makes without it."""
+    """Join the runs of all parts (--part I/N) of generate, score or evaluate into the run that one command makes."""
     target = base.local_path(out, "out")
     _say(*calls.gather([base.local_path(text, "DIR") for text in directories], target, force=force), target)
 

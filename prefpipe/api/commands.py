@@ -44,7 +44,7 @@ def load(directory: Place) -> "Run":
 
 
 def gather(*runs: Place, out: Place, force: bool = False) -> "Run":
-    """Join the runs of all parts (`part="I/N"`) of generate or score into the run that the command makes without it.
+    """Join the runs of all parts (`part="I/N"`) of generate, score or evaluate into the run that one command makes.
 
     Returns the run in `out`. Raises UsageError for runs that are not all parts of one command, MissingInputError for
     one that is not complete, DataError for a damaged one.

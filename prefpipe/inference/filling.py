@@ -88,9 +88,8 @@ def sample_missing(
         tokens = 0
         pool = start(len(missing))
         with log.progress("sampling", expected, "prompts") as advance:
-            for shard in pool.run(work, read(), inflight, advance, last):
-                tokens += shard.count
-                write(run, shard)
+            for whole in pool.run(work, read(), inflight, advance, last):
+                tokens += write(run, whole)
         run.log_timing(event="sampled", tokens=tokens, seconds=round(clock.monotonic() - began, 3))
     for name in datasets:
         run.set_aside_from(name, len(shards))

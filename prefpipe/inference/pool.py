@@ -1,13 +1,13 @@
 """Shards to workers and back: one engine in this process, or several in others.
 
     with open_pool(name, settings, size) as pool:
-        for finished in pool.run(work, shards, inflight, advance):
-            ...  # the driver, which alone holds the run, commits it
+        for whole in pool.run(work, shards, inflight, advance):
+            ...  # the driver, which alone holds the run, commits these shards
 
 Several workers are driven by `pool_driver`.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +31,10 @@ class Pool(Protocol):
 
     def run(
         self, work: Work, shards: Shards, inflight: Inflight, advance: Advance, last_suspect: int = -1
-    ) -> Iterator[Finished]:
-        """Every shard when it is whole, in any order. `last_suspect` is the number of the last shard with a suspect of
-        `inflight` (-1 for none): shards up to it are read at once. Raises PrefpipeError when work fails."""
+    ) -> Iterator[Sequence[Finished]]:
+        """Every shard when it is whole, in any order; those that are whole at the same time come together.
+        `last_suspect` is the number of the last shard with a suspect of `inflight` (-1 for none): shards up to it are
+        read at once. Raises PrefpipeError when work fails."""
         ...
 
 
@@ -87,12 +88,13 @@ class Inline:
 
     def run(
         self, work: Work, shards: Shards, inflight: Inflight, advance: Advance, last_suspect: int = -1
-    ) -> Iterator[Finished]:
+    ) -> Iterator[Sequence[Finished]]:
         """See `Pool`."""
         leases = (Lease(index, content, killers=tuple(inflight.killers)) for index, content in shards)
         with inflight.recording():
             # The engine is None for work that enters none.
-            yield from work.run(leases, self.engine, inflight, advance, last_suspect)  # type: ignore[arg-type]
+            for shard in work.run(leases, self.engine, inflight, advance, last_suspect):  # type: ignore[arg-type]
+                yield [shard]
 
     def take(self, policy: Policy) -> bool:
         """See `warm.Warm`."""

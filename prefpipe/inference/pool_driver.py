@@ -7,7 +7,7 @@ the shards that it had, which go to others; another one starts in its place. Wha
 
 import pickle
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ from prefpipe.models.policy import Policy
 Shards = Iterator[tuple[int, Any]]  # (number, content) of every shard
 _READY_S = 3600.0  # a model of hundreds of GB comes over the network
 _TICK_S = 5.0
+_TOGETHER = 16  # shards that are committed at once: more of them cost no less each
 
 
 class Backend(Protocol):
@@ -80,7 +81,7 @@ class Workers:
 
     def run(
         self, work: Work, shards: Shards, inflight: Inflight, advance: Advance, last_suspect: int = -1
-    ) -> Iterator[Finished]:
+    ) -> Iterator[Sequence[Finished]]:
         """See `pool.Pool`."""
         self._work = pickle.dumps(work)
         for number, worker in self._workers.items():
@@ -93,8 +94,8 @@ class Workers:
         with inflight.recording():
             while queue or any(worker.leases for worker in self._workers.values()):
                 self._assign(queue)
-                for number, event in self._backend.wait(_TICK_S):
-                    yield from self._heard(number, event, queue, work, advance)
+                heard = self._backend.wait(_TICK_S)
+                yield from _together(self._heard(number, event, queue, work, advance) for number, event in heard)
                 self._check_times()
             self._assign(queue)  # nothing is left: those that wait for a shard are told so
 
@@ -135,7 +136,8 @@ class Workers:
                 worker.drains = True
                 self._backend.send(number, Drain())
 
-    def _heard(self, number: int, event: Event, queue: Queue, work: Work, advance: Advance) -> Iterator[Finished]:
+    def _heard(self, number: int, event: Event, queue: Queue, work: Work, advance: Advance) -> Finished | None:
+        """What an event means; the shard that is whole by it."""
         worker = self._workers[number]
         match event:
             case Noted(lines, amount):
@@ -149,12 +151,13 @@ class Workers:
             case Done(shard):
                 lease = worker.leases.pop(shard.index)
                 worker.advanced = max(0.0, worker.advanced - len(work.keys(lease)))
-                yield shard
+                return shard
             case Gone():
                 advance(-worker.advanced)
                 self._gone(number, event, queue, work)
             case _:
                 self._starts(number, event)
+        return None
 
     def _starts(self, number: int, event: Event) -> None:
         """A worker comes up, waits for a shard, or fails."""
@@ -240,3 +243,20 @@ class Workers:
             log.warn(f"worker {number}: {what} after {limit:.0f} s: the others go on without it")
             self._backend.stop(number)
             del self._workers[number]
+
+
+def _together(found: Iterable[Finished | None]) -> Iterator[list[Finished]]:
+    """Whole shards, several at a time where there are several. Those before an error come before it."""
+    whole: list[Finished] = []
+    try:
+        for shard in found:
+            whole += [shard] if shard else []
+            if len(whole) == _TOGETHER:
+                yield whole
+                whole = []
+    except PrefpipeError:
+        if whole:
+            yield whole
+        raise
+    if whole:
+        yield whole

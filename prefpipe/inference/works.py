@@ -18,6 +18,7 @@ from prefpipe.inference.scoring import Values, completion_of, key_of, score_shar
 from prefpipe.log import Advance
 from prefpipe.models.chat import Chat
 from prefpipe.rewards.base import RewardFunction
+from prefpipe.runs import commits
 from prefpipe.runs.store import Run
 from prefpipe.runs.tables import Encoded, encoded
 from prefpipe.schemas import Prompt, to_table
@@ -80,10 +81,11 @@ def part_of(dataset: str, row_type: type[R], rows: list[R], digests: Mapping[str
     return Part(dataset, row_type, encoded(row_type, to_table(row_type, rows), dataset), digests)
 
 
-def write(run: Run, finished: Finished) -> None:
-    """Commit a whole shard."""
-    for one in finished.parts:
-        run.write_part(one.dataset, one.row_type, finished.index, one.file, one.rows)
+def write(run: Run, shards: Sequence[Finished]) -> int:
+    """Commit whole shards. Returns how much work they were."""
+    parts = ((shard.index, part) for shard in shards for part in shard.parts)
+    commits.commit(run.new_part(one.dataset, one.row_type, index, one.file, one.rows) for index, one in parts)
+    return sum(shard.count for shard in shards)
 
 
 @dataclass(frozen=True)

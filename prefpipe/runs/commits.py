@@ -7,30 +7,55 @@ publishes counts when it exists, because it is renamed into place whole.
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefpipe import reading
 from prefpipe.errors import DataError, MissingInputError
-from prefpipe.runs import fsio, links
+from prefpipe.runs import fsio, links, tables
 
 _PUBLISHED = ("adapter", "model", "merged")
 _OTHER = {"input_rows": "its rows are other ones in the input now", "input_before": "rows before it changed"}
 _REPORTS = ("metrics.jsonl", "parity.json", "data_report.json")
 
 
-def commit(part: Path, row_type: type, rows: int, owner: Mapping[str, str]) -> None:
-    """Write the commit record of a file with so many rows: from here on the file counts.
+@dataclass(frozen=True)
+class File:
+    """Rows that are to be a file of a run. `owner` says whose it is: the `fingerprint` of the run, and the `name` of
+    the file in it; digests of the rows may stand beside them."""
 
-    `owner` says whose file it is: the `fingerprint` of the run, and the `name` of the file in it.
-    """
-    record = {"dataset": row_type.__name__, **describe(part), "rows": rows, **owner}
-    fsio.write_text(record_path(part), json.dumps(record) + "\n")
+    part: Path
+    row_type: type
+    table: tables.Content
+    owner: Mapping[str, str]
+
+    def writer(self, record: dict[str, Any]) -> fsio.Writer:
+        """What writes the file, and then puts what its commit record says into `record`."""
+        write = tables.writer(self.part, self.row_type, self.table)
+
+        def call(temporary: Path) -> None:
+            write(temporary)
+            rows = self.table.num_rows
+            record.update({"dataset": self.row_type.__name__, **describe(temporary), "rows": rows, **self.owner})
+
+        return call
+
+
+def commit(files: Iterable[File]) -> None:
+    """Write files and behind them their commit records, with which they count. They wait for the disk together."""
+    data, records = dict[Path, fsio.Writer](), dict[Path, fsio.Writer]()
+    for file in files:
+        record = dict[str, Any]()
+        data[file.part] = file.writer(record)
+        records[record_path(file.part)] = partial(_write_json, record)
+    fsio.write_in_order([data, records])
 
 
 def amend(part: Path, values: Mapping[str, str]) -> None:
     """Change values in the commit record of a file."""
-    fsio.write_text(record_path(part), json.dumps({**_record(part), **values}) + "\n")
+    fsio.write_atomic(record_path(part), partial(_write_json, {**_record(part), **values}))
 
 
 def adopt(source: Path, part: Path, digest: str, owner: Mapping[str, str]) -> None:
@@ -42,7 +67,7 @@ def adopt(source: Path, part: Path, digest: str, owner: Mapping[str, str]) -> No
             f"{source}: {wrong or 'it does not match its digest'}", "run the command of its directory again"
         )
     links.share(source, part)
-    fsio.write_text(record_path(part), json.dumps({**_record(source), **owner}) + "\n")
+    fsio.write_atomic(record_path(part), partial(_write_json, {**_record(source), **owner}))
 
 
 def rows_of(part: Path) -> dict[str, str]:
@@ -89,6 +114,10 @@ def record_mismatch(part: Path, owner: Mapping[str, str], digest: str | None = N
     if others:
         return _OTHER.get(others[0], f"its commit record has another {others[0]}")
     return None if digest in (None, record["blake3"]) else "it does not match its commit record"
+
+
+def _write_json(record: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def _record(part: Path) -> dict[str, Any]:

@@ -11,21 +11,21 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
 
-from prefpipe import log
 from prefpipe.clock import utc_now
 from prefpipe.errors import LockedError, StorageError
 from prefpipe.reading import file_digest, read_bytes
+from prefpipe.runs import syncs
 from prefpipe.runs.storage import storage_errors, utf8
 
 Appender = Callable[[str], None]
+Writer = Callable[[Path], object]  # fills the file of that name
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
-_without_fsync = set[int]()  # devices of which it was said
 _ASKED_S = 0.1  # who only looks whether a directory is held (`prefpipe runs`) is done by then
 _passes: Counter[str] = Counter()  # calls per fault point, while a fault is armed
 
@@ -57,24 +57,38 @@ def make_dirs(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, fsync it, rename it, and fsync the directory.
+def write_atomic(path: Path, write: Writer) -> None:
+    """Write one file, see `write_in_order`."""
+    write_in_order([{path: write}])
 
-    A reader sees the old file or the whole new one, never a part. A failed write leaves no file behind.
+
+def write_in_order(groups: Sequence[Mapping[Path, Writer]]) -> None:
+    """Fill a temporary file beside each path and fsync all of them; then rename those of the first group and fsync
+    their directories, and so on with the next.
+
+    A reader sees an old file or a whole new one, never a part. A file of a later group is there only with those of the
+    groups before, also after a power cut. A failed write leaves no temporary file behind. Many files cost few waits for
+    the disk: one for all contents, and one for the directories of each group.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            fault("write", temporary)
-            _fsync(temporary)
-            fault("rename")
-            os.replace(temporary, path)
-            sync_dir(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for group in groups for path in group}
+    try:
+        for path, write in (file for group in groups for file in group.items()):
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(temporary[path])
+                fault("write", temporary[path])
+        _sync("fsync", temporary)
+        for group in groups:
+            for path in group:
+                with storage_errors(path):
+                    fault("rename")
+                    os.replace(temporary[path], path)
+            folders = {path.parent: path for path in group}
+            _sync("fsync_dir", {path: folder for folder, path in folders.items()})
+    except BaseException:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,7 +114,7 @@ def publish_dir(path: Path, fill: Callable[[Path], object], aside: Path | None =
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 file.chmod(mode)  # safetensors leaves 0600, and a vLLM of another user must read an adapter
                 fault("write", file)
-                _fsync(file)
+                sync_file(file)
             for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
                 sync_dir(folder)
             sync_dir(temporary)
@@ -163,8 +177,7 @@ def remove(path: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Fsync a file, so that appended lines survive a power cut."""
-    with storage_errors(path):
-        _fsync(path)
+    _sync("fsync", {path: path})
 
 
 def truncate(path: Path, size: int) -> None:
@@ -216,12 +229,7 @@ def is_leftover(path: Path) -> bool:
 
 def sync_dir(path: Path) -> None:
     """Fsync a directory, so that renames in it survive a power cut."""
-    fault("fsync_dir")
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _fsync_descriptor(descriptor, path)
-    finally:
-        os.close(descriptor)
+    _sync("fsync_dir", {path: path})
 
 
 @contextmanager
@@ -258,23 +266,12 @@ def lock(directory: Path, *, wait: bool = False) -> Generator[None]:
         held.release()
 
 
-def _fsync(path: Path) -> None:
-    fault("fsync")
-    with path.open("rb") as file:
-        _fsync_descriptor(file.fileno(), path)
-
-
-def _fsync_descriptor(descriptor: int, path: Path) -> None:
-    """Fsync. Of a file system that has no such thing it is said once."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        device = os.fstat(descriptor).st_dev
-        if device not in _without_fsync:
-            log.warn(f"the file system of {path} has no fsync: what a power cut leaves is up to it")
-        _without_fsync.add(device)
+def _sync(point: str, files: Mapping[Path, Path]) -> None:
+    """Fsync files or directories, see `syncs.sync`."""
+    for path in files:
+        with storage_errors(path):
+            fault(point)
+    syncs.sync(files)
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -115,17 +115,20 @@ class Run:
     def write_part(
         self, dataset: str, row_type: type, index: int, table: tables.Content, rows: Mapping[str, str] = NO_ROWS
     ) -> None:
-        """Write and commit one shard of a dataset; `rows` are digests of the rows of an input that it holds, by name.
-        Raises DataError for rows that do not fit the row type."""
+        """Write and commit a shard of a dataset, see `new_part`. Raises DataError for rows that do not fit the type."""
+        commits.commit([self.new_part(dataset, row_type, index, table, rows)])
+
+    def new_part(
+        self, dataset: str, row_type: type, index: int, table: tables.Content, rows: Mapping[str, str] = NO_ROWS
+    ) -> commits.File:
+        """One shard of a dataset for `commits.commit`; `rows` are digests of those rows of an input that it holds."""
         path = self.part(dataset, index)
-        tables.write_table(path, row_type, table)
-        commits.commit(path, row_type, table.num_rows, {**self._owner(path), **rows})
+        return commits.File(path, row_type, table, {**self._owner(path), **rows})
 
     def write_dropped(self, row_type: type, table: pa.Table) -> None:
         """Write and commit the ledger: rows that did not go on, with their reasons."""
         path = self.out / "dropped.parquet"
-        tables.write_table(path, row_type, table)
-        commits.commit(path, row_type, table.num_rows, self._owner(path))
+        commits.commit([commits.File(path, row_type, table, self._owner(path))])
 
     def gather_dropped(self, row_type: type, before: pa.Table) -> int:
         """Write the ledger from `before` and the `dropped` dataset. Returns the number of rows of the latter."""
@@ -226,9 +229,7 @@ def open_run(
 
 def input_digest(path: Path) -> str:
     """The digest of an input: of a run, that of its manifest; of a file, that of its bytes."""
-    if path.is_dir():
-        return read_manifest(path)["digest"]
-    return reading.file_digest(path)
+    return read_manifest(path)["digest"] if path.is_dir() else reading.file_digest(path)
 
 
 def read_manifest(run_dir: Path) -> Manifest:
@@ -248,9 +249,8 @@ def read_dataset(run_dir: Path, dataset: str, row_type: type, columns: list[str]
     Raises MissingInputError without a manifest or dataset, DataError for a damaged file or another schema version.
     """
     manifest = read_manifest(run_dir)
-    return pa.concat_tables(
-        [read_file(run_dir, manifest, name, row_type, columns) for name in part_names(run_dir, manifest, dataset)]
-    )
+    parts = [read_file(run_dir, manifest, name, row_type, columns) for name in part_names(run_dir, manifest, dataset)]
+    return pa.concat_tables(parts)
 
 
 def part_names(run_dir: Path, manifest: Manifest, dataset: str) -> list[str]:

@@ -38,24 +38,24 @@ Content = pa.Table | Encoded  # of a file
 
 
 def encoded(row_type: type, table: pa.Table, name: str) -> Encoded:
-    """Rows of a type as the file that `write_table` writes; raises as it does, by the name of the dataset."""
+    """Rows of a type as the file that a `writer` writes; raises as it does, by the name of the dataset."""
     sink = pa.BufferOutputStream()
     _write(_checked(row_type, table, Path(name)), sink)
     return Encoded(sink.getvalue().to_pybytes(), table.num_rows)
 
 
-def write_table(path: Path, row_type: type, table: Content) -> None:
-    """Write rows of a type, atomically. Raises DataError for other columns, values that do not fit, nulls and NaN."""
+def writer(path: Path, row_type: type, table: Content) -> fsio.Writer:
+    """A function that writes rows of a type into a file. Raises DataError, with the name `path`, for other columns,
+    values that do not fit, nulls and NaN."""
     if isinstance(table, Encoded):
-        fsio.write_atomic(path, lambda temporary: temporary.write_bytes(table.file))
-        return
+        return lambda temporary: temporary.write_bytes(table.file)
     checked = _checked(row_type, table, path)
 
     def write(temporary: Path) -> None:
         with utf8(temporary) as name:
             _write(checked, name)
 
-    fsio.write_atomic(path, write)
+    return write
 
 
 def _write(checked: pa.Table, sink: Path | pa.NativeFile) -> None:

@@ -29,6 +29,7 @@ def test_simulated_workers_take_their_time_and_every_shard_is_committed(scale: M
     found = scale.simulated(tmp_path, 2, 6)
     assert 0 < found["rate"] <= 2 * 4 * 8 / 0.02
     assert found["cpu"] > 0
+    assert 10 < found["syncs"] <= 20  # five files and their records, and ten folders for the shards of one moment
 
 
 def test_a_shard_costs_less_to_carry_than_to_make(scale: ModuleType, tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_every_figure_is_measured_and_drawn(scale: ModuleType, tmp_path: Path, m
     monkeypatch.setitem(engines.ENGINES, "fake", engines.ENGINES["fake"])
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}")
     figures = [{"name": name, "figure": figure} for name, figure, *_ in scale.measure(tmp_path, quick=True)]
-    assert len(figures) == 3 + 2 * 2
+    assert len(figures) == 3 + 3 * 2
     assert all(math.isfinite(f["figure"]) and f["figure"] > 0 for f in figures), json.dumps(figures)
     pytest.importorskip("vl_convert")
     scale.plot(figures, tmp_path / "p.svg")

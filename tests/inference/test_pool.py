@@ -4,6 +4,7 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from prefpipe.errors import DataError, IdentityError, PrefpipeError
 from prefpipe.inference import pool, pool_driver, pool_worker, warm
 from prefpipe.inference.inflight import Inflight
 from prefpipe.inference.pool_messages import Gone, Noted
+from prefpipe.inference.works import Finished
 from prefpipe.runs import store
 from prefpipe.schemas import Completion, RefLogps
 from prefpipe.stages.evaluate import stage as evaluate
@@ -137,6 +139,26 @@ def test_a_worker_says_what_enters_at_once_and_what_has_left_with_its_progress()
     voice.note("done b")
     voice.note("died")
     assert said[1:] == [Noted(("done a",), 1), Noted(("alone b",), 0), Noted(("done b", "died"), 0)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 40])
+def test_shards_that_are_whole_at_the_same_time_are_committed_together(count: int, fails: bool) -> None:
+    """16 at most, in their order; and all of them before the error of a worker."""
+    shards = [Finished(index, (), 1) for index in range(count)]
+
+    def heard() -> Iterator[Finished | None]:
+        for shard in shards:
+            yield from (None, shard)
+        if fails:
+            raise PrefpipeError("a worker ended", "")
+
+    groups: list[list[Finished]] = []
+    with pytest.raises(PrefpipeError) if fails else nullcontext():
+        for group in pool_driver._together(heard()):
+            groups.append(group)  # noqa: PERF402  (an error comes in the middle)
+    assert [len(group) for group in groups] == [16] * (count // 16) + [count % 16] * (count % 16 > 0)
+    assert [shard for group in groups for shard in group] == shards
 
 
 def rows_of(path: Path, rows: list[dict[str, str]]) -> Path:

@@ -1,12 +1,14 @@
 """Commit records: what they say, which files they make count, and what is made again with a damaged one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
 
 from prefpipe.runs import commits
+from prefpipe.runs.tables import Encoded
 from prefpipe.schemas import Reward
 from tests.runs.cases import opened, rewards
 
@@ -31,9 +33,8 @@ def test_a_commit_record_describes_its_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize("record", ["{", "[]", "null", "{}", '{"blake3": 3}', '{"blake3": "0"}'])
 def test_a_damaged_or_wrong_record_matches_nothing(tmp_path: Path, record: str) -> None:
     part = tmp_path / "part-00000.parquet"
-    part.write_bytes(b"rows")
     owner = {"fingerprint": "f", "name": part.name}
-    commits.commit(part, Reward, 1, owner)
+    commits.commit([commits.File(part, Reward, Encoded(b"rows", 1), owner)])
     assert commits.mismatch(part, owner) is None
     (tmp_path / "part-00000.ok.json").write_text(record)
     assert commits.mismatch(part, owner) is not None
@@ -42,14 +43,29 @@ def test_a_damaged_or_wrong_record_matches_nothing(tmp_path: Path, record: str) 
 @pytest.mark.parametrize("key", ["fingerprint", "name"])
 def test_a_record_of_another_run_or_place_is_no_record_here(tmp_path: Path, key: str) -> None:
     part = tmp_path / "part-00000.parquet"
-    part.write_bytes(b"rows")
     owner = {"fingerprint": "f", "name": part.name}
-    commits.commit(part, Reward, 1, {**owner, key: "other"})
+    commits.commit([commits.File(part, Reward, Encoded(b"rows", 1), {**owner, key: "other"})])
     assert commits.mismatch(part, owner) == f"its commit record has another {key}"
     record = json.loads((tmp_path / "part-00000.ok.json").read_text())
     del record[key]
     (tmp_path / "part-00000.ok.json").write_text(json.dumps(record))
     assert commits.mismatch(part, owner) is None  # an older version did not write it
+
+
+def test_files_that_are_committed_together_cost_a_sync_each_and_two_for_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not two for every file: with three shards of two datasets 12 and 4 in place of 24."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with opened(tmp_path) as run:
+        synced.clear()
+        named = [(name, index) for index in range(3) for name in ("rewards/a", "rewards/b")]
+        commits.commit(run.new_part(name, Reward, index, rewards(index, 1.0)) for name, index in named)
+        assert len(synced) == 12 + 4
+        for name, index in named:
+            assert run.has_shard([name], index)
+            assert run.read_part(name, Reward, index).equals(rewards(index, 1.0))
 
 
 def test_files_count_by_record_by_folder_or_by_name(tmp_path: Path) -> None:

@@ -76,6 +76,54 @@ def test_a_failed_write_leaves_the_old_file_or_the_whole_new_one(
             assert path.read_bytes() == survivor.encode()
 
 
+def in_order(folder: Path, shards: int = 2) -> None:
+    """Two datasets, with a record for each file."""
+    parts = [folder / name / f"part-{number}" for number in range(shards) for name in ("a", "b")]
+    groups = [parts, [path.with_suffix(".ok") for path in parts]]
+    fsio.write_in_order([{path: lambda to, text=path.name: to.write_text(text) for path in group} for group in groups])
+
+
+def test_a_file_of_a_later_group_never_stands_without_those_before_whenever_the_power_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the order of calls. What a directory forgets is what was renamed since its last sync, any part of it."""
+    synced, renamed, safe = set[Path](), set[Path](), set[Path]()
+    plain = os.replace
+
+    def fsync(number: int) -> None:
+        path = Path(f"/proc/self/fd/{number}").readlink()
+        synced.add(path)
+        safe.update(file for file in renamed if file.parent == path)
+
+    def replace(temporary: Path, path: Path) -> None:
+        assert temporary in synced  # a name never stands for bytes that are not on the disk
+        if path.suffix == ".ok":
+            assert path.with_suffix("") in safe
+        renamed.add(path)
+        plain(temporary, path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    in_order(tmp_path)
+    assert safe == renamed == {path for path in tmp_path.rglob("part*") if path.is_file()}
+    assert len(safe) == 8
+
+
+@pytest.mark.parametrize(("point", "passes"), [("write", 8), ("fsync", 8), ("rename", 8), ("fsync_dir", 4)])
+def test_of_files_in_order_an_error_leaves_whole_ones_and_no_later_one_without_its_earlier(
+    tmp_path: Path, point: str, passes: int
+) -> None:
+    for number in range(1, passes + 1):
+        folder = tmp_path / str(number)
+        with armed(f"{point}:{number}:eio"), pytest.raises(StorageError):
+            in_order(folder)
+        there = {path for path in folder.rglob("*") if path.is_file()}
+        assert all(path.read_text() == path.name for path in there)
+        assert {path.with_suffix("") for path in there if path.suffix == ".ok"} <= there
+    with armed(f"{point}:{passes + 1}:eio"):
+        in_order(tmp_path / "all")
+
+
 def test_a_full_disk_says_how_much_is_free_and_that_a_rerun_helps(tmp_path: Path) -> None:
     with armed("write:1:enospc"), pytest.raises(StorageError, match=r"no space left.*bytes free") as caught:
         fsio.write_text(tmp_path / "a" / "b", "x")

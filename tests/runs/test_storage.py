@@ -60,29 +60,3 @@ def test_tensors_that_the_kernel_refuses_to_write_leave_nothing(tmp_path: Path, 
             write()
         assert caught.value.exit_code == 74
         assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_fsync_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
-) -> None:
-    def refuse(_descriptor: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    monkeypatch.setattr(fsio, "_without_fsync", set[int]())
-    for name in ("a", "b"):
-        fsio.write_text(tmp_path / name, name)
-        fsio.publish_dir(tmp_path / f"{name}.d", lambda into: (into / "file").touch())
-    assert (tmp_path / "b").read_text() == "b"
-    assert capsys.readouterr().err.count("has no fsync") == 1
-
-
-def test_an_fsync_that_fails_is_no_missing_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_descriptor: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(StorageError, match="Input/output error"):
-        fsio.write_text(tmp_path / "a", "a")
-    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefpipe.errors import DataError
-from prefpipe.runs import store, tables
+from prefpipe.runs import fsio, store, tables
 from prefpipe.schemas import (
     PLAIN_MESSAGE,
     VERSION,
@@ -231,7 +231,7 @@ def test_a_loss_mask_is_a_column_where_a_row_has_one(tmp_path: Path) -> None:
     masked = dataclasses.replace(bare, bank_id="m", loss_mask=[True, False])
     for name, rows in (("bare", [bare]), ("masked", [masked, bare])):
         path = tmp_path / f"{name}.parquet"
-        tables.write_table(path, KlBank, to_table(KlBank, rows))
+        fsio.write_atomic(path, tables.writer(path, KlBank, to_table(KlBank, rows)))
         assert ("loss_mask" in tables.read_parquet(path).column_names) == (name == "masked")
         assert from_table(KlBank, tables.read_table(path, KlBank)) == rows
         assert tables.read_table(path, KlBank, ["loss_mask"]).num_rows == len(rows)

@@ -41,8 +41,8 @@ def fill(
     work = Scoring(_without, _requests, partial(_parts, dataset, reference), adapter=adapter)
     pool = start()
     with log.progress("scoring", None, "sequences") as advance:
-        for shard in pool.run(work, shards, inflight, advance, scoring.last_suspect(inflight)):
-            write(run, shard)
+        for whole in pool.run(work, shards, inflight, advance, scoring.last_suspect(inflight)):
+            write(run, whole)
     inflight.close()
 
 

@@ -14,7 +14,7 @@ from prefpipe.runs import saved_config, store
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import VERSION
 
-_SETTING = {"generate": "prompts", "score": "inputs"}  # of what each command takes its part
+_SETTING = {"generate": "prompts", "score": "inputs", "evaluate": "prompts"}  # of what each command takes its part
 _AGAIN = "make that part again with the settings of the others"
 
 
@@ -72,7 +72,7 @@ def _read(directory: Path) -> Part:
         raise DataError(f"{directory} has no config.json", "make that part again")
     if command not in _SETTING or saved["config"].get("part", "1/1") == "1/1":
         raise UsageError(
-            f"{directory} is no part of a run of generate or score (`{command}` made it)",
+            f"{directory} is no part of a run of generate, score or evaluate (`{command}` made it)",
             "give runs that were made with --part I/N",
         )
     if manifest["fingerprint"] != content_id(saved_config.identity(saved)):

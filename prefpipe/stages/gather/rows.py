@@ -1,4 +1,4 @@
-"""Parts of generate as one run: a shard has rows of every part, since part I/N is every N-th prompt."""
+"""Parts of generate or evaluate as one run: a shard has rows of every part, since part I/N is every N-th prompt."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from itertools import islice
 
 import pyarrow as pa
 
+from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.errors import DataError
 from prefpipe.inference import sampling
@@ -13,16 +14,23 @@ from prefpipe.inference.cutting import fitting_rows
 from prefpipe.inputs import files
 from prefpipe.inputs.prompts import Prompts, read_prompts
 from prefpipe.rewards import rating
-from prefpipe.runs import store
+from prefpipe.runs import commits, store
 from prefpipe.runs.store import Run
-from prefpipe.schemas import Completion, Dropped, Prompt, RefLogps, Reward, arrow_schema
+from prefpipe.schemas import Completion, Dropped, Evaluation, Prompt, RefLogps, Reward, arrow_schema
 from prefpipe.stages.gather.parts import Part
 
-_TYPES: dict[str, type] = {"dropped": Dropped, "prompts": Prompt, "ref_logps": RefLogps, "completions": Completion}
+_TYPES: dict[str, type] = {
+    "dropped": Dropped,
+    "prompts": Prompt,
+    "ref_logps": RefLogps,
+    "completions": Completion,
+    "evaluations": Evaluation,
+}
+Config = GenerateConfig | EvaluateConfig
 _OF_PROMPTS = ("dropped", "prompts")  # datasets with a row for a prompt; the others have one for a completion
 
 
-def prompts_of(config: GenerateConfig) -> Prompts:
+def prompts_of(config: Config) -> Prompts:
     """The prompts of all parts."""
     prompts, _ = read_prompts(config.prompts, config.split, config.limit, files.renames(config.column))
     return prompts
@@ -42,17 +50,16 @@ class Interleaved:
 
     parts: Sequence[Part]
     prompts: Prompts
-    config: GenerateConfig
+    config: Config
 
     def place(self, run: Run) -> None:
         """Write and commit every shard of the run that is not there, from the rows of the parts.
 
         Raises DataError for a damaged file, and for a part whose rows are not those of its prompts.
         """
-        datasets = ["dropped", "prompts", *(["ref_logps"] if self.config.reference != "none" else [])]
-        datasets += [*map(rating.reward_folder, self.config.rewards), "completions"]
+        datasets, num_samples = _datasets(self.config)
         empty = {name: arrow_schema(_type(name)).empty_table() for name in datasets}
-        streams = [_Stream(part, self.config.num_samples, dict(empty)) for part in self.parts]
+        streams = [_Stream(part, datasets[-1], num_samples, dict(empty)) for part in self.parts]
         for index, shard in enumerate(self._shards()):
             prompts = [prompt for _, prompt in shard]
             of_parts = [[prompt.prompt_id for owner, prompt in shard if owner == i] for i in range(len(streams))]
@@ -60,8 +67,8 @@ class Interleaved:
             rows = sampling.rows_of(prompts)
             if not run.has_shard(datasets, index, rows):
                 order = [prompt.prompt_id for prompt in prompts]
-                for name, table in _merged(taken, order, self.config.num_samples).items():
-                    run.write_part(name, _type(name), index, table, rows)
+                whole = _merged(taken, order, datasets[-1], num_samples).items()
+                commits.commit(run.new_part(name, _type(name), index, table, rows) for name, table in whole)
         for stream in streams:
             stream.check_end()
 
@@ -74,16 +81,18 @@ class Interleaved:
 
 @dataclass
 class _Stream:
-    """The rows of a part in their order, by dataset; some of its shards are in memory at a time."""
+    """The rows of a part in their order, by dataset; some of its shards are in memory at a time. `answers` is the
+    dataset with the rows of samples."""
 
     part: Part
+    answers: str
     num_samples: int
     tables: dict[str, pa.Table]
     next_shard: int = 0
 
     def take(self, prompt_ids: Sequence[str]) -> dict[str, pa.Table]:
         """The rows of the next prompts, by dataset. Raises DataError where the part has others."""
-        while sum(self.tables[name].num_rows for name in _OF_PROMPTS) < len(prompt_ids) and self._has_more():
+        while self._num_prompts() < len(prompt_ids) and self._has_more():
             self._load()
         lost = {*self.tables["dropped"]["id"].to_pylist()}
         dropped, kept = ([i for i in prompt_ids if (i in lost) == is_lost] for is_lost in (True, False))
@@ -93,11 +102,11 @@ class _Stream:
             count = counts.get(name, len(kept) * self.num_samples)
             taken[name], self.tables[name] = table.slice(0, count), table.slice(count)
         of_samples = [prompt_id for prompt_id in kept for _ in range(self.num_samples)]
-        completion_ids = taken["completions"]["completion_id"].to_pylist()
+        completion_ids = taken[self.answers]["completion_id"].to_pylist()
         expected = {
             "dropped": ("id", dropped),
             "prompts": ("prompt_id", kept),
-            "completions": ("prompt_id", of_samples),
+            self.answers: ("prompt_id", of_samples),
         }
         for name, table in taken.items():
             column, values = expected.get(name, ("completion_id", completion_ids))
@@ -110,8 +119,11 @@ class _Stream:
         if self._has_more() or any(table.num_rows for table in self.tables.values()):
             raise self._other_rows()
 
+    def _num_prompts(self) -> int:
+        return self.tables["dropped"].num_rows + self.tables[self.answers].num_rows // self.num_samples
+
     def _has_more(self) -> bool:
-        return _file("completions", self.next_shard) in self.part.manifest["files"]
+        return _file(self.answers, self.next_shard) in self.part.manifest["files"]
 
     def _load(self) -> None:
         """Read the next shard."""
@@ -127,13 +139,22 @@ class _Stream:
         )
 
 
-def _merged(taken: Sequence[dict[str, pa.Table]], order: Sequence[str], num_samples: int) -> dict[str, pa.Table]:
+def _datasets(config: Config) -> tuple[list[str], int]:
+    """The datasets whose rows stand in the order of the prompts, that of the samples last; samples of a prompt."""
+    if isinstance(config, EvaluateConfig):
+        return ["dropped", "evaluations"], config.num_samples + 1  # the greedy one
+    logps = ["ref_logps"] if config.reference != "none" else []
+    rewards = map(rating.reward_folder, config.rewards)
+    return ["dropped", "prompts", *logps, *rewards, "completions"], config.num_samples
+
+
+def _merged(
+    taken: Sequence[dict[str, pa.Table]], order: Sequence[str], answers: str, num_samples: int
+) -> dict[str, pa.Table]:
     """The rows of a shard by dataset, in the `order` of its prompts."""
     tables = {name: pa.concat_tables([part[name] for part in taken]) for name in taken[0]}
-    dropped, kept = (
-        {prompt_id: row for row, prompt_id in enumerate(tables[name][key].to_pylist())}
-        for name, key in (("dropped", "id"), ("prompts", "prompt_id"))
-    )
+    lost, answered = tables["dropped"]["id"].to_pylist(), tables[answers]["prompt_id"].to_pylist()[::num_samples]
+    dropped, kept = ({prompt_id: row for row, prompt_id in enumerate(ids)} for ids in (lost, answered))
     merged: dict[str, pa.Table] = {}
     for name, table in tables.items():
         rows, width = (dropped if name == "dropped" else kept), (1 if name in _OF_PROMPTS else num_samples)

@@ -4,8 +4,9 @@
 
 1. Check that the runs are all parts of one command: complete, each once, with the same settings, inputs and versions.
 2. Open DIR as the run of that command.
-3. Put every shard in its place: a shard of score is a file of its part, one of generate has rows of all parts.
-4. The caller runs the command on DIR: every shard is there, so it counts, checks parity and writes the manifest.
+3. Put every shard in its place: a shard of score is a file of its part, one of generate or evaluate has rows of all.
+4. The caller runs the command on DIR: every shard is there, so it counts and writes the manifest. What parts do not
+   share it does itself: the parity check, and what evaluate is asked for beside the answers.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from prefpipe.config.commands import CLASSES
+from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.runs import saved_config, store
 from prefpipe.runs.resume import RowInputs
@@ -35,7 +37,7 @@ def run(directories: Sequence[Path], out: Path, *, force: bool) -> tuple[str, Ba
         {**saved_config.settings(first.directory / "config.json", cls, first.saved["config"]), "part": "1/1"}
     )
     place: Callable[[Run], None]
-    if isinstance(config, GenerateConfig):
+    if isinstance(config, GenerateConfig | EvaluateConfig):
         prompts = rows.prompts_of(config)
         config = config.model_copy(update={"shard_rows": rows.shard_size(found, prompts)})
         place = rows.Interleaved(found, prompts, config).place

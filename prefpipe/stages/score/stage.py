@@ -173,9 +173,8 @@ def _fill(
         ):
             contents = ((shard.index, shard.holding(shard.read())) for shard in chain([first], missing))
             scored = 0
-            for shard in pool.run(work, contents, inflight, advance, scoring.last_suspect(inflight)):
-                write(output, shard)
-                scored += shard.count
+            for whole in pool.run(work, contents, inflight, advance, scoring.last_suspect(inflight)):
+                scored += write(output, whole)
         output.log_timing(event="scored", rows=scored, seconds=round(clock.monotonic() - start, 3))
     inflight.close()
 

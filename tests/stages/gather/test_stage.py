@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 
 from prefpipe.config.build_pairs import BuildPairsConfig
+from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.score import ScoreConfig
 from prefpipe.errors import DataError, UsageError
 from prefpipe.runs import store
 from prefpipe.stages import build_pairs
+from prefpipe.stages.evaluate import stage as evaluate
 from prefpipe.stages.gather import stage as gather
 from prefpipe.stages.generate import stage as generate
 from prefpipe.stages.score import stage as score
 from tests.conftest import Call
 from tests.forge import Forge
 
-RUNS: dict[type, Any] = {GenerateConfig: generate.run, ScoreConfig: score.run}
+RUNS: dict[type, Any] = {GenerateConfig: generate.run, ScoreConfig: score.run, EvaluateConfig: evaluate.run}
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -49,7 +51,7 @@ def sampling(tiny_model: Path, prompts: Path) -> GenerateConfig:
     )  # fmt: skip
 
 
-def parts(config: GenerateConfig | ScoreConfig, folder: Path, count: int) -> list[Path]:
+def parts(config: GenerateConfig | ScoreConfig | EvaluateConfig, folder: Path, count: int) -> list[Path]:
     """The runs of all parts."""
     for number in range(1, count + 1):
         part = config.model_copy(update={"part": f"{number}/{count}"})
@@ -90,6 +92,22 @@ def test_the_parts_of_generate_become_one_run(
     assert contents(tmp_path / "gathered") == contents(tmp_path / "whole")
     again = generate.run(config, tmp_path / "gathered", force=False)
     assert again["digest"] == store.read_manifest(tmp_path / "whole")["digest"]
+
+
+@pytest.mark.parametrize(("count", "guarded", "rewards"), [(2, False, ()), (3, True, ("repetition",))])
+def test_the_parts_of_evaluate_become_one_run(
+    tiny_model: Path, prompts: Path, tmp_path: Path, call: Call, count: int, guarded: bool, rewards: tuple[str, ...]
+) -> None:
+    """Every number and every byte; what is asked for beside the answers is computed where they are gathered."""
+    config = EvaluateConfig(
+        model=str(tiny_model), prompts=str(prompts), engine="fake", reward=("short_sentence", *rewards), split="all",
+        shard_rows=3, num_samples=2, max_prompt_tokens=200, guard=(f"{prompts}:length",) * guarded, guard_split="all",
+    )  # fmt: skip
+    evaluate.run(config, tmp_path / "whole", force=False)
+    ended = call("gather", *parts(config, tmp_path, count), "--out", tmp_path / "gathered")
+    assert ended.code == 0, ended.stderr
+    assert contents(tmp_path / "gathered") == contents(tmp_path / "whole")
+    assert store.read_manifest(tmp_path / "gathered") == store.read_manifest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -209,7 +227,7 @@ def _other(**changes: Any) -> Any:
     [
         (_missing, 2, "no run of part 1/2"),
         (_twice, 2, "part 1/2 is there twice"),
-        (_whole, 2, "is no part of a run of generate or score"),
+        (_whole, 2, "is no part of a run of generate, score or evaluate"),
         (_incomplete, 66, "holds no complete run"),
         (_damaged, 65, "is damaged"),
         (_edited, 65, "are of two runs"),
