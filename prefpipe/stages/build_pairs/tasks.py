@@ -61,7 +61,8 @@ def _map(pool: ProcessPoolExecutor, function: Callable[..., R], *arguments: Iter
 
 
 def _begin(parent: int, threads: int) -> None:
-    """Ctrl-C goes to the parent alone, which ends its workers; they never outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a terminal sends is for the parent alone, which ends its workers; they never outlive it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     processes.death_with_parent(signal.SIGKILL, parent)()
     pa.set_cpu_count(threads)
