@@ -48,8 +48,9 @@ def main() -> None:
     An error is two lines on stderr, `error:` and `hint:`. `--verbose` adds the traceback of an unexpected one.
     """
     signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _stop)
+    for number in (signal.SIGINT, signal.SIGHUP):  # nohup ignores the second
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
     sys.unraisablehook = _dropped
     processes.wait_passively()
     verbose = "--verbose" in sys.argv

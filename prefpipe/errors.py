@@ -8,7 +8,7 @@ PrefpipeError                 1   anything else
   StorageError               74   I/O error, disk full
   LockedError                75   another process holds OUT
   IdentityError              76   cached values belong to another model than the one in use
-  Interrupted           130/143   Ctrl-C / SIGTERM; the same command resumes
+  Interrupted       130/143/129   Ctrl-C / SIGTERM / SIGHUP (the terminal is gone); the same command resumes
 
 RowFault is not in the tree: it concerns one row, which goes to the ledger, and the command goes on.
 """

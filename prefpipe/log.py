@@ -24,6 +24,9 @@ from prefpipe.terminal import bounded, escaped
 
 _PLAIN_EVERY_S = 5.0
 _REMARK_EVERY_S = 30.0
+# Where stderr is closed or full, or its terminal is gone, nobody can be told; the work goes on. Rich makes a SystemExit
+# of a broken pipe.
+_DEAF = (OSError, ValueError, SystemExit)
 
 
 class Advance(Protocol):
@@ -61,8 +64,7 @@ def _text(message: str) -> Text:
 
 
 def _print(text: Text) -> None:
-    # Where stderr is closed or full nobody can be told; the work goes on.
-    with suppress(OSError, ValueError, SystemExit):  # rich makes a SystemExit of a broken pipe
+    with suppress(*_DEAF):
         _console().print(text)
 
 
@@ -76,9 +78,15 @@ def progress(description: str, total: float | None, unit: str) -> Generator[Adva
     if console.quiet:
         yield lambda amount, note="": None  # noqa: ARG005
     elif console.is_terminal or (console.is_jupyter and _has_widgets()):
-        with _bar(console, unit) as bars:
-            task = bars.add_task(description, total=total, note="")
+        bars = _bar(console, unit)
+        task = bars.add_task(description, total=total, note="")
+        with suppress(*_DEAF):
+            bars.start()
+        try:
             yield lambda amount, note="": bars.update(task, advance=amount, note=note)
+        finally:
+            with suppress(*_DEAF):
+                bars.stop()
     else:
         yield from _plain(description, total, unit)
 

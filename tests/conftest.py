@@ -208,7 +208,7 @@ def write(tmp_path: Path) -> Write:
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """`prefpipe ARGUMENTS` in this process: the command line without the start of an interpreter."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def run(*arguments: object) -> Ended:

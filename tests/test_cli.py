@@ -333,6 +333,16 @@ def test_sigterm_inside_code_of_users_stops_too(
     assert "ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["a terminal", "nohup"])
+def test_a_terminal_that_closes_stops_a_command_but_for_nohup(call: Call, before: signal.Handlers) -> None:
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        call("recipes")  # the handlers of a command
+        assert signal.getsignal(signal.SIGHUP) is (before if before is signal.SIG_IGN else command_line._stop)
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
 def test_a_signal_that_falls_into_the_hook_for_lost_ones_comes_again(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,11 @@
 """Words go to stderr: two-line errors, and progress that says rate and remaining time without a terminal."""
 
 import builtins
+import errno
 import re
+import signal
 import sys
+from functools import partial
 from io import StringIO
 from types import ModuleType
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from prefpipe import log
+from prefpipe.errors import Interrupted
 
 
 def test_an_error_is_two_lines(capfd: pytest.CaptureFixture[str]) -> None:
@@ -136,3 +140,32 @@ def test_a_notebook_has_bars_where_there_are_widgets(
     else:
         assert any("sampling: 2/2 prompts" in str(vars(one) or one) for one in shown)
     assert capfd.readouterr().out == ""
+
+
+class Window(StringIO):
+    """A terminal whose window may close."""
+
+    is_closed = False
+
+    def write(self, text: str) -> int:
+        if self.is_closed:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed before", "closed meanwhile"])
+def test_a_bar_on_a_terminal_that_is_gone_hides_no_error(is_closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGHUP in training: the error would be that of the bar."""
+    window = Window()
+    window.is_closed = is_closed
+    monkeypatch.setattr(log, "_console", lambda: Console(file=window, force_terminal=True))
+    monkeypatch.setattr(log, "Progress", partial(log.Progress, auto_refresh=False))  # no thread draws
+
+    def work() -> None:
+        with log.progress("sampling", 3, "prompts") as advance:
+            advance(1)
+            window.is_closed = True
+            raise Interrupted(signal.SIGHUP)
+
+    with pytest.raises(Interrupted):
+        work()

@@ -4,24 +4,29 @@ A stage and its heavy packages are imported by the call that runs it.
 """
 
 import importlib
+import os
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from prefpipe import extras
+from prefpipe import extras, log
+from prefpipe.api import caller
+from prefpipe.api.caller import SETTINGS as SETTINGS
 from prefpipe.config import base
 from prefpipe.config.commands import CLASSES
-from prefpipe.config.plan import PlanConfig
-from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError
+from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
 
 Manifest = dict[str, Any]
 STAGES: dict[str, tuple[type[BaseModel], str]] = {
     name: (cls, f"prefpipe.stages.{name.replace('-', '_')}.stage") for name, cls in CLASSES.items()
 }
-SETTINGS: dict[str, type[BaseModel]] = {**CLASSES, "plan": PlanConfig}
+_TRAIN = ("train", "sweep")
+_training = threading.RLock()
+_first: list[int] = []  # the process of the first call; a fork inherits it
 
 
 def settings(command: str, recipe: Path | None, given: Mapping[str, Any], place: str = base.COMMAND_LINE) -> BaseModel:
@@ -31,7 +36,9 @@ def settings(command: str, recipe: Path | None, given: Mapping[str, Any], place:
 
 def run(command: str, config: BaseModel, out: Path, *, force: bool = False) -> Manifest:
     """Run a command in `out`, or go on where it was stopped. Returns the manifest of the complete run."""
-    return _finished(_stage(command).run, config, out, force=force)
+    refuse_fork()
+    with _one_trains() if command in _TRAIN else nullcontext():
+        return _finished(_stage(command).run, config, out, force=force)
 
 
 def summary(command: str, manifest: Manifest, out: Path) -> list[str]:
@@ -58,7 +65,20 @@ def merge(directory: Path, out: Path, model: str = "") -> str:
 
 def plan(config: BaseModel) -> list[str]:
     """Lines about what a run of train will cost."""
-    return importlib.import_module("prefpipe.stages.train.plan").run(config)
+    with _one_trains():
+        return importlib.import_module("prefpipe.stages.train.plan").run(config)
+
+
+def refuse_fork() -> None:
+    """Raises UsageError in a process that was forked after its parent had worked here: the threads of polars and torch
+    stay behind in a fork, and whoever asks them for something waits for ever."""
+    if not _first:
+        _first.append(os.getpid())
+    if _first[0] != os.getpid():
+        raise UsageError(
+            f"this process is a fork of process {_first[0]}, which called prefpipe before: it would wait for ever",
+            "start it with multiprocessing.get_context('spawn'), or make no call before the fork",
+        )
 
 
 def explained(error: BaseException) -> PrefpipeError | None:
@@ -75,19 +95,34 @@ def explained(error: BaseException) -> PrefpipeError | None:
 
 @contextmanager
 def in_words() -> Generator[None]:
-    """Errors as a caller in Python wants them: always of prefpipe, with the hint in their text; Ctrl-C is Ctrl-C."""
+    """Errors as a caller in Python wants them: always of prefpipe, with the hint in their text and in words of Python;
+    Ctrl-C is Ctrl-C. What the caller draws at random is not touched."""
     try:
-        yield
+        with caller.kept():
+            yield
     except Interrupted as stop:
         raise KeyboardInterrupt(f"{stop.message}; make the same call again: it resumes where it stopped") from stop
     except Exception as error:
         known = error if isinstance(error, PrefpipeError) else explained(error)
         if known is None:
             raise
+        known.message, known.hint = map(caller.in_python, (known.message, known.hint))
         known.args = (f"{known.message}\nhint: {known.hint}",)
         if known is error:
             raise
         raise known from error
+
+
+@contextmanager
+def _one_trains() -> Generator[None]:
+    """One thread trains at a time: new weights and dropout come from the one generator of torch."""
+    if not _training.acquire(blocking=False):
+        log.info("another thread of this process trains: this call goes on when that has ended")
+        _training.acquire()
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 def _stage(command: str) -> Any:

@@ -119,6 +119,7 @@ class Run:
 
     def _files(self, dataset: str) -> list[Path]:
         """The files of a dataset, each as it was committed. Raises as `arrow` does."""
+        calls.refuse_fork()
         if dataset not in self._view.rows:
             raise UsageError(
                 f"{self.path} has no dataset '{dataset}'{suggestion(dataset, self.datasets)}",

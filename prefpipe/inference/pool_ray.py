@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from typing import Any
 
 import ray
@@ -32,7 +33,8 @@ def connect(size: Size) -> Size:
     for a cluster that is not there or too small: Ray would wait for ever."""
     address = size.cluster.removeprefix("ray").removeprefix("://") or "auto"
     if not ray.is_initialized():
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        is_main = threading.current_thread() is threading.main_thread()  # no other one may set handlers, nor does Ray
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
         try:
             ray.init(address, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:

@@ -4,6 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_parts_are_gathered(tiny_model: Path, prompts_file: Path, tmp_path: Path
 
 def test_force_starts_over(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
     sampled(tiny_model, prompts_file, tmp_path / "g")
-    with pytest.raises(UsageError, match=r"seed: 0 there, 1 now\nhint: choose another --out"):
+    with pytest.raises(UsageError, match=r"1 now\nhint: choose another out, or start over with force=True"):
         sampled(tiny_model, prompts_file, tmp_path / "g", seed=1)
     assert sampled(tiny_model, prompts_file, tmp_path / "g", seed=1, force=True).config["seed"] == 1
 
@@ -168,3 +169,26 @@ def test_a_page_and_a_model_are_paths(tiny_model: Path, prompts_file: Path, tmp_
         prefpipe.load("s3://bucket/run")
     with pytest.raises(UsageError, match="no pairs given"):
         prefpipe.plan(model=tiny_model)
+
+
+def test_a_fork_of_a_process_that_has_called_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of polars stay behind in a fork: it would wait for ever."""
+    monkeypatch.setattr(calls, "_first", [1])
+    with pytest.raises(UsageError, match=r"fork of process 1, .*\nhint: start it with .*'spawn'"):
+        prefpipe.build_pairs(completions=tmp_path, reward="length", out=tmp_path / "p")
+
+
+@pytest.mark.parametrize(("command", "is_alone"), [("train", True), ("sweep", True), ("score", False)])
+def test_one_thread_trains_at_a_time(
+    command: str, is_alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stage:
+        @staticmethod
+        def run(config: TrainConfig, out: Path, *, force: bool) -> dict[str, bool]:
+            with ThreadPoolExecutor(1) as other:
+                got = other.submit(calls._training.acquire, blocking=False).result()
+                other.submit(calls._training.release).result() if got else None
+            return {"is_alone": not got}
+
+    monkeypatch.setattr(calls, "_stage", lambda command: Stage)
+    assert calls.run(command, TrainConfig(), tmp_path) == {"is_alone": is_alone}

@@ -61,7 +61,8 @@ def _map(pool: ProcessPoolExecutor, function: Callable[..., R], *arguments: Iter
 
 
 def _begin(parent: int, threads: int) -> None:
-    """Leave Ctrl-C to the parent process, which ends its workers, and end with the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave the signals of a terminal to the parent process, which ends its workers, and end with the parent."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     processes.death_with_parent(signal.SIGKILL, parent)()
     pa.set_cpu_count(threads)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while training: noted at once, obeyed when the step is done and its checkpoint is saved."""
+"""SIGTERM, SIGINT and SIGHUP while training: noted at once, obeyed when the step is done and its checkpoint is saved."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from types import FrameType
 from prefpipe import log
 from prefpipe.errors import Interrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
