@@ -1,4 +1,5 @@
-"""What a user should know of a chat template before a run: what it adds to prompts, how it ends an answer."""
+"""Properties of a chat template that a user should know before a run: text that it adds to prompts, the end of an
+answer."""
 
 from functools import partial
 
@@ -9,7 +10,7 @@ from prefpipe.models.encoding import encode, render
 
 
 def notices(chat: Chat) -> list[str]:
-    """A line for each thing that the template puts into every prompt: a date, a default system message."""
+    """A line for each text that the template adds to every prompt: a date, a default system message."""
     lines: list[str] = []
     if template.prints_date(chat.template):
         lines.append(f"the chat template prints a date, {chat.date}: --template-date fixes it for later runs")
@@ -20,7 +21,8 @@ def notices(chat: Chat) -> list[str]:
 
 
 def check_ends(chat: Chat) -> None:
-    """Log a warning when the template does not end an answer in a token that ends a completion, and what to set."""
+    """Log a warning, with the setting to change, when the template ends an answer without a token that ends a
+    completion."""
     tail = dialogue.after_answer(partial(render, chat))
     if tail is None or chat.eos_token_ids & set(encode(chat, tail)):
         return
