@@ -48,8 +48,7 @@ def cut_name(tokenizer: Mapping[str, Any]) -> str:
 
 
 def tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Text and type of every id below `size`, the number of rows of the embedding; ids without a token get the type
-    unused."""
+    """Text and type of every id below `size`, the rows of the embedding; ids without a token have the type unused."""
     texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
     kinds = dict.fromkeys(texts, _NORMAL)
     for token in tokenizer.get("added_tokens", []):

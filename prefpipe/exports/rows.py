@@ -50,8 +50,7 @@ def export(form: str, directory: Path, out: Path) -> tuple[int, str]:
 
 
 def _shaped(trainer: Trainer, run_dir: Path, manifest: store.Manifest, dataset: str, form: str) -> Iterator[Any]:
-    """The rows in the format of a trainer. Raises DataError after the last row, where some rows cannot be written in
-    it."""
+    """The rows in the format of a trainer. Raises DataError after the last row, where some cannot be written in it."""
     faults: list[str] = []
     count, weighted = 0, 0
     for row in _rows(run_dir, manifest, dataset):

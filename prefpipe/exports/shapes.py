@@ -20,8 +20,7 @@ _INPUT_ROLES, _OUTPUT_ROLES = ("human", "observation"), ("gpt", "function_call")
 
 @dataclass(frozen=True)
 class Trainer:
-    """The format of a trainer: a function for each dataset that it trains on, and the files that it needs beside the
-    rows."""
+    """The format of a trainer: a function for each dataset that it trains on, and its files beside the rows."""
 
     rows: Mapping[str, Callable[[Any], Row]]
     files: Callable[[str], Mapping[str, Any]] = lambda _dataset: {}
@@ -158,8 +157,7 @@ def _sharegpt(message: Message) -> Row:
 
 
 def _function(call: Mapping[str, Any]) -> Row:
-    """Name and arguments of a tool call. Files hold arguments as an object or as JSON text; here they become an
-    object."""
+    """Name and arguments of a tool call. Arguments that are JSON text in the file become an object."""
     function = call.get("function", call)
     arguments = function.get("arguments", {})
     try:

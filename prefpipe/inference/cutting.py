@@ -31,6 +31,5 @@ def shards_of(prompts: Prompts, saved: Mapping[str, Any]) -> tuple[int, range]:
 
 
 def fitting_rows(num_prompts: int) -> int:
-    """The number of prompts in a shard: large enough that commits cost nothing, small enough that a killed run loses
-    little."""
+    """The number of prompts in a shard: enough that commits cost nothing, few enough that a killed run loses little."""
     return min(_MOST_ROWS, max(_FEWEST_ROWS, math.ceil(num_prompts / _SHARDS)))

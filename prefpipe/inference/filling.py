@@ -1,5 +1,4 @@
-"""The sampling that `generate` and `evaluate` share: prompts through engines into committed shards, each sampled
-once."""
+"""The sampling that `generate` and `evaluate` share: prompts through engines into shards, each committed once."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

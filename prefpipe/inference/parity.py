@@ -1,5 +1,4 @@
-"""The difference of two scorers on the same completions. Every cache of log-probs comes with this report,
-parity.json."""
+"""The difference of two scorers on the same completions: parity.json, which comes with every cache of log-probs."""
 
 import hashlib
 import heapq
@@ -27,8 +26,7 @@ class CachedLogps:
 
 
 def pick(completion_ids: Iterable[str], count: int, seed: int) -> set[str]:
-    """`count` random ids, or all ids if there are fewer. Their hashes decide, so that order and sharding do not
-    matter."""
+    """`count` random ids, or all ids if there are fewer. Their hashes decide, not their order or their shards."""
     return set(heapq.nsmallest(count, completion_ids, key=lambda name: _hash(f"{seed}/{name}")))
 
 

@@ -58,8 +58,7 @@ class Task:
     stop_token_ids: tuple[int, ...] = ()
 
     def portable(self) -> "Task":
-        """The task without its prompts and rewards: what a worker needs to tokenise prompts and to make rows of
-        samples."""
+        """The task without prompts and rewards: what a worker needs to tokenise prompts and to make rows of samples."""
         none = replace(self.prompts, kept=b"", copy=None)
         return replace(self, prompts=none, of_all_parts=none, repeated=[], rewards={}, read_state=None)
 
@@ -198,8 +197,7 @@ def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[An
 
 
 def _longest_prompt(config: SamplingConfig, policy: Policy) -> int:
-    """max_prompt_tokens, or less where the prompt, its completion and one more token would exceed the model's
-    context."""
+    """max_prompt_tokens, or less where prompt, completion and one more token would exceed the model's context."""
     context = context_length(policy.directory)
     if context is None:
         return config.max_prompt_tokens

@@ -59,8 +59,7 @@ class Chat:
 
     @cached_property
     def longest_token(self) -> int:
-        """The number of characters of the longest token: a text of n times as many characters has more than n
-        tokens."""
+        """Characters of the longest token: a text of n times as many characters has more than n tokens."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     def said(self, token_ids: Sequence[int], text: str) -> Said:

@@ -46,7 +46,7 @@ def control_tokens(
 
 
 def default_system(render: Render, tokens: Iterable[str]) -> str:
-    """The words that the template writes before the first user turn and not before the second; `tokens` are not
+    """The words that the template writes before the first user turn and not before the second; `tokens` are no
     words."""
     turns = [_user(_FIRST), _assistant(_FIRST), _user(_SECOND)]
     try:

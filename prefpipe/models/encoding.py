@@ -102,8 +102,8 @@ def check_length(prompt_ids: Sequence[int], max_tokens: int) -> None:
 def rendered(
     chat: Chat, messages: Sequence[Message], inputs: str | None, rules: Rules, *, add_generation_prompt: bool
 ) -> Rendered:
-    """The chat template applied to a conversation. Raises RowFault for a conversation that the template refuses or that
-    `rules` forbid."""
+    """The chat template applied to a conversation. Raises RowFault where the template refuses it or `rules` forbid
+    it."""
     if rules.control_tokens == "drop":
         check_control_tokens(chat, messages, inputs)
     tokens: list[str] = []
@@ -119,8 +119,7 @@ def rendered(
 def _marked(
     chat: Chat, messages: Sequence[Message], inputs: str | None
 ) -> tuple[Sequence[Message], str | None, list[str]]:
-    """Messages and inputs with marks in place of the control tokens that they spell, and those tokens (see
-    `escape`)."""
+    """Messages and inputs with marks in place of the control tokens that they spell, and those tokens: see `escape`."""
     parts = [(message, part) for message in messages for part in ("content", "extra")]
     spelled = [*(_spelled(chat, *part) for part in parts), _in_prompts(chat, inputs or "")]
     if not any(spelled):
@@ -158,8 +157,7 @@ def encode_with_mask(chat: Chat, source: Rendered) -> tuple[list[int], list[bool
 
 
 def check_control_tokens(chat: Chat, messages: Sequence[Message], inputs: str | None = None) -> None:
-    """Raise RowFault when a message or a further input of the template spells a control token, which would become that
-    token."""
+    """Raise RowFault when a message or another input of the template spells a control token, which would become one."""
     for message in messages:
         spelled = _spelled(chat, message, "content") or ("extra" in message and _spelled(chat, message, "extra"))
         if spelled:
@@ -197,8 +195,7 @@ def encode(chat: Chat, text: str) -> list[int]:
 
 
 def _spelled(chat: Chat, message: Message, part: str) -> list[str]:
-    """The control tokens that a part of a message spells. In an answer, tokens that open turns of the user are plain
-    words."""
+    """The control tokens that a part of a message spells. Tokens that open turns of the user are words in an answer."""
     tokens = _in_prompts(chat, message.get(part, ""))
     if message["role"] == "assistant":
         tokens = [token for token in tokens if token in chat.answer_control_tokens]

@@ -73,8 +73,7 @@ def _in_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> Enco
 
 
 def _without_separators(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> Encoded:
-    """The ids of the text with a separator after the first character of each token, without the ids of the
-    separators."""
+    """The ids of the text with a separator after the first character of each token, without those of the separators."""
     text = "".join(f"{piece[:1]}{MARK}{piece[1:]}" if is_token else piece for piece, is_token in pieces)
     places = list(accumulate((character != MARK for character in text), initial=0))
     kept = [

@@ -58,8 +58,7 @@ def policy_id(weights: str, adapter: str | None) -> str:
 
 
 def weights_digest(directory: Path) -> str:
-    """blake3 over name, dtype, shape and content of every tensor, and the config. Other shards of the same tensors have
-    the same digest."""
+    """blake3 over name, dtype, shape and content of every tensor, and the config. Shards have no part in it."""
     config = read_json(directory / "config.json")
     kept = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG}
     return _digest(_tensor_files(directory, "model*.safetensors"), kept)
@@ -86,8 +85,7 @@ def text_digest(text: str) -> str:
 
 
 def tokenizer_digest(tokenizer: Mapping[str, Any]) -> str:
-    """The digest of a tokenizer.json without padding and truncation, which a library writes into the file when it uses
-    them."""
+    """The digest of a tokenizer.json without padding and truncation, which libraries write into the file."""
     kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
     return text_digest(canonical_json(kept))
 

@@ -1,5 +1,4 @@
-"""Properties of a chat template that a user should know before a run: text that it adds to prompts, the end of an
-answer."""
+"""What a user should know of a chat template before a run: text that it adds to prompts, the end of an answer."""
 
 from functools import partial
 
@@ -21,7 +20,7 @@ def notices(chat: Chat) -> list[str]:
 
 
 def check_ends(chat: Chat) -> None:
-    """Log a warning, with the setting to change, when the template ends an answer without a token that ends a
+    """Log a warning, with a setting to change, when the template ends answers without a token that ends a
     completion."""
     tail = dialogue.after_answer(partial(render, chat))
     if tail is None or chat.eos_token_ids & set(encode(chat, tail)):

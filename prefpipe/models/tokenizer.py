@@ -139,7 +139,7 @@ def _numbers(values: Iterable[Any]) -> Iterable[int]:
 
 
 def _digest(directory: Path, backend: Tokenizer) -> str:
-    """The digest of tokenizer.json where transformers builds exactly this tokenizer, else the digest of the built
+    """The digest of tokenizer.json where transformers builds exactly this tokenizer, else that of the built
     tokenizer."""
     used = json.loads(backend.to_str())
     path = directory / "tokenizer.json"

@@ -88,8 +88,7 @@ def lost(messages: Sequence[Message], rendered: str) -> tuple[int, str] | None:
 
 
 def lost_input(inputs: Mapping[str, Any], rendered: str) -> str | None:
-    """The name of a tool or the text of a document that is missing in a rendering, and its kind; None where nothing is
-    missing."""
+    """The name of a tool or the text of a document that a rendering lacks, and its kind; None where it has all."""
     tools = [_function(tool).get("name") for tool in _dicts(inputs.get("tools"))]
     documents = [document.get("text") or document.get("contents") for document in _dicts(inputs.get("documents"))]
     squeezed = _squeezed(rendered)

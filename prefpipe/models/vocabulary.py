@@ -33,8 +33,7 @@ def of_tokenizer(tokenizer: Tokenizer) -> Tokens:
 
 
 def name(tokens: Tokens, size: int | None = None) -> str:
-    """The name of a vocabulary. With `size` only ids below it count, so that tokens which are added later do not change
-    the name."""
+    """The name of a vocabulary. With `size` only ids below it count: tokens that are added later have no part."""
     kept = [pair for pair in tokens if size is None or pair[0] < size]
     return f"{kept[-1][0] + 1 if kept else 0}:{fingerprint.text_digest(canonical_json(kept))}"
 
@@ -50,8 +49,7 @@ def recorded(run: Path) -> list[str]:
 
 
 def of_sources(sources: Iterable[str], tokenizer: Tokenizer) -> list[str]:
-    """The names of the vocabularies of several inputs: for a run the recorded names, for a file of text that of the
-    tokenizer."""
+    """The names of the vocabularies of several inputs: those recorded in runs; for a file of text, the tokenizer's."""
     names: list[str] = []
     for source in sources:
         names += recorded(Path(source)) if Path(source).is_dir() else [name(of_tokenizer(tokenizer))]

@@ -108,8 +108,7 @@ def cases(answer: str) -> list[dict[str, str]] | None:
 
 
 def run(settings: Code, program: str, tests: str | None, stdin: str, running: Running) -> ProgramRun:
-    """Run a program once, with tests or with an input, in a temporary folder. `running` holds its process while it
-    runs."""
+    """Run a program once, with tests or with an input, in a temporary folder. `running` holds its process meanwhile."""
     job = {
         "program": program,
         "tests": tests is not None,

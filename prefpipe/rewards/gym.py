@@ -84,8 +84,7 @@ def reasoning_gym(settings: ReasoningGym) -> RewardFunction:
 
 
 def check(place: dict[str, Any], question: str, text: str) -> tuple[float, str]:
-    """(score, the answer that was rated). Raises ValueError when this version of reasoning-gym makes another question
-    there."""
+    """(score, the answer that was rated). Raises ValueError when this reasoning-gym makes another question there."""
     dataset = _dataset(place["task"], place["size"], place["seed"], canonical_json(place.get("config", {})))
     entry = dataset[place["index"]]
     if not question.startswith(entry["question"]):

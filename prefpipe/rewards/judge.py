@@ -67,8 +67,7 @@ def asker(settings: Judge) -> Ask:
 
 
 def pairings(count: int, opponents: int) -> list[tuple[int, int]]:
-    """The places of the completions that are compared, of `count`: all pairs, or in a ring each with the next
-    `opponents`."""
+    """The places of completions to compare, of `count`: all pairs, or in a ring each with the next `opponents`."""
     if opponents == 0 or 2 * opponents >= count - 1:
         return [(i, j) for i in range(count) for j in range(i + 1, count)]
     return [(i, (i + step) % count) for i in range(count) for step in range(1, opponents + 1)]
@@ -98,8 +97,7 @@ def _rate(settings: Judge, ask: Ask, answers: Sequence[Answer]) -> list[Scored]:
 
 
 def compare(settings: Judge, ask: Ask, lefts: Sequence[Answer], rights: Sequence[Answer]) -> list[Comparison]:
-    """Compare each answer of `lefts` with the answer at the same place of `rights`, in both orders. Equal texts tie
-    without a question."""
+    """Compare each of `lefts` with its counterpart in `rights`, in both orders. Equal texts tie without a question."""
     pairs = list(zip(lefts, rights, strict=True))
     asked = [pair for pair in pairs if pair[0].text != pair[1].text]
     questions = [pair_question(settings, a, b) for left, right in asked for a, b in ((left, right), (right, left))]

@@ -1,5 +1,4 @@
-"""Rewards that are computed from the text alone. Filters of build-pairs use `refusal_phrase` and `distinct_ngrams`
-too."""
+"""Rewards that are computed from the text alone. build-pairs uses `refusal_phrase` and `distinct_ngrams` too."""
 
 import re
 from collections.abc import Sequence

@@ -13,8 +13,7 @@ _NONE = "-"
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of the last process of a run in words; "-" for a number that it did not record, such as GPU memory
-    without a GPU."""
+    """The cost of the last process of a run in words; "-" for a number that it did not record."""
 
     time: str
     memory: str

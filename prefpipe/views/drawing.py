@@ -107,8 +107,8 @@ def size(count: int) -> str:
 
 
 def _fact(name: str, value: object, *, whole: bool) -> str | None:
-    """A value of one word for the line of facts; None for a text, and for ids and lists unless the row is shown
-    whole."""
+    """A value of one word for the line of facts; None for a text, and unless the row is shown whole for ids and
+    lists."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) or (isinstance(value, str) and name.endswith(_WORDS)):

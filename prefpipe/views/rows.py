@@ -86,8 +86,7 @@ def selected(run: RunView, query: RowQuery) -> tuple[str, pl.DataFrame]:
 
 
 def scan(run: RunView, dataset: str) -> pl.LazyFrame:
-    """The committed rows of a dataset, also from files of older versions. Raises UsageError where the run has no such
-    dataset."""
+    """The committed rows of a dataset, of older versions too. Raises UsageError where the run has no such dataset."""
     if dataset not in run.rows:
         raise UsageError(
             f"{run.path} has no dataset '{dataset}'{suggestion(dataset, list(run.rows))}",

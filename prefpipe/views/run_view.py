@@ -67,8 +67,8 @@ def view(path: Path) -> RunView:
 
 
 def below(root: Path) -> Iterator[RunView]:
-    """Every run in `root` and below, including runs inside runs, in the order of their paths. A run that cannot be read
-    is listed as damaged."""
+    """Every run in `root` and below, runs inside runs too, in the order of their paths. An unreadable run is
+    damaged."""
     if reading.is_there(root / "config.json"):
         try:
             yield view(root)
