@@ -54,9 +54,10 @@ class EngineConfig(Config):
     """Marks around the reasoning in an answer: those of the model, none, or 'OPENING CLOSING'."""
     special_tokens_in_prompts: rewards.SpecialTokens = "drop"
 
-    engine: Annotated[Literal["vllm", "transformers", "server", "fake"], Heading("Engine, number type and seed")] = (
-        "vllm"
-    )
+    engine: Annotated[
+        Literal["vllm", "transformers", "server", "fake"],
+        Heading("Engine, number type and seed"),
+    ] = "vllm"
     """What samples: vllm, transformers (slower, runs anywhere), server (vLLM or SGLang behind base_urls), fake (canned
     text, for tests)."""
     base_urls: Annotated[

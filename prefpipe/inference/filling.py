@@ -24,9 +24,7 @@ from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, to_table
 
 Start = Callable[[int], Pool]  # number of shards -> engines for them, which start at the first call
-Finish = Callable[
-    [SampledShard, Engine], list[Part]
-]  # whole shard -> its parts, while the engine that sampled it still runs
+Finish = Callable[[SampledShard, Engine], list[Part]]  # whole shard -> its parts; the engine still runs
 
 
 def run_shards(

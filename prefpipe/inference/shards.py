@@ -19,9 +19,7 @@ from prefpipe.log import Advance
 Content = TypeVar("Content")
 Request = TypeVar("Request")
 Result = TypeVar("Result")
-Ask = Callable[
-    [Iterator[Request]], Iterator[tuple[str, Result]]
-]  # (key, answer) in the order in which answers are ready
+Ask = Callable[[Iterator[Request]], Iterator[tuple[str, Result]]]  # (key, answer) in the order of completion
 
 
 @dataclass(frozen=True)

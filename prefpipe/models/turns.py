@@ -10,11 +10,7 @@ from prefpipe.errors import DataError, RowFault
 from prefpipe.schemas import Message
 
 Turn = dict[str, Any]  # a message in the form that a template reads
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # several names of the reasoning; a template reads one of them
+REASONING = ("reasoning_content", "thinking", "reasoning")  # its names; a template reads one of them
 _CONTENT, _ARGUMENT = "\ue0a1", "\ue0a2"  # private characters, which no template contains
 _USER: Turn = {"role": "user", "content": _CONTENT}
 

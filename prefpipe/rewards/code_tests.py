@@ -77,9 +77,7 @@ def code(settings: Code) -> RewardFunction:
             try:
                 return list(pool.map(lambda a: _rate(settings, a, running), answers))
             except BaseException:
-                running.stopped = (
-                    True  # set before running processes are killed: a thread may be about to start another
-                )
+                running.stopped = True  # first of all: a thread may be about to start another process
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in tuple(running):
                     kill(process)

@@ -163,9 +163,7 @@ def _rated(run: RunView) -> RunView:
     rounds = run.totals.get("rounds", ())
     if run.command != "iterate" or not rounds:
         return run
-    best = run.totals.get("best") or {
-        "round": len(rounds) - 1
-    }  # a run of an older version does not name the best round
+    best = run.totals.get("best") or {"round": len(rounds) - 1}  # a run of an older version names no best round
     return run_view.view(run.path / f"round-{best['round']}" / "evaluate")
 
 

@@ -19,13 +19,7 @@ def headline(run: RunView) -> str:
         return _so_far(run)
     try:
         return _COMPLETE.get(run.command, _counts)(run.totals) or _so_far(run)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        StopIteration,
-    ):  # a run that cannot be summed up must not hide all others
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):  # one bad run must not hide the others
         return f"totals that this version does not know; {_so_far(run)}"
 
 
