@@ -159,14 +159,15 @@ def _parsed(path: Path, parse: Callable[[str], T], text: str) -> T:
     except (RecursionError, ValueError) as error:
         what = "brackets nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DataError(f"{path} cannot be read: {what}", "check the file, and mend it") from error
-    if _is_deeper(value, DEPTH):
+    if _is_too_deep(value):
         raise DataError(f"{path} has brackets deeper than {DEPTH}", "check the file: nobody writes this by hand")
     return value
 
 
-def _is_deeper(value: object, depth: int) -> bool:
+def _is_too_deep(value: object) -> bool:
+    """Whether a value has objects or lists inside each other on more than DEPTH levels."""
     level = [value]
-    for _ in range(depth + 1):
+    for _ in range(DEPTH + 1):
         if not level:
             return False
         inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]

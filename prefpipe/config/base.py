@@ -256,8 +256,7 @@ def _sentence(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _written_as_one(location: Sequence[str], value: object) -> str:
-    """The error message for several values of a list that are written as one text, `a,b`; empty for any other
-    problem."""
+    """The error for several values of a list that are written as one text, `a,b`; empty for any other problem."""
     if not location[-1].isdigit() or not isinstance(value, str) or "," not in value:
         return ""
     name = ".".join(location[:-1])

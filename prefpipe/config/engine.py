@@ -5,8 +5,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from prefpipe.config import judge, shared
+from prefpipe.config import judge, rewards, shared
 from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, Config, Heading
+
+_NO_TABLES: dict[str, rewards.Settings] = {}
 
 
 def _check_servers(base_urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
@@ -39,7 +41,7 @@ class EngineConfig(Config):
     model: Annotated[shared.Model, Heading("Model and rows")] = shared.DEFAULT_MODEL
     adapter: shared.Adapter = "none"
 
-    reward_settings: Annotated[shared.RewardSettings, Heading("Rewards")] = shared.NO_TABLES
+    reward_settings: Annotated[rewards.RewardSettings, Heading("Rewards")] = _NO_TABLES
     reward_on: Annotated[Literal["answer", "all"], ADDED] = "answer"
     """What rewards see of a completion: the answer without its reasoning, or all of it."""
 
@@ -50,11 +52,12 @@ class EngineConfig(Config):
     template_changes: shared.TemplateChanges = "drop"
     thinking_marks: Annotated[str, ADDED, Field(pattern=r"^(model|none|\S+ \S+)$")] = "model"
     """Marks around the reasoning in an answer: those of the model, none, or 'OPENING CLOSING'."""
-    special_tokens_in_prompts: shared.SpecialTokens = "drop"
+    special_tokens_in_prompts: rewards.SpecialTokens = "drop"
 
-    engine: Annotated[Literal["vllm", "transformers", "server", "fake"], Heading("Engine, number type and seed")] = (
-        "vllm"
-    )
+    engine: Annotated[
+        Literal["vllm", "transformers", "server", "fake"],
+        Heading("Engine, number type and seed"),
+    ] = "vllm"
     """What samples: vllm, transformers (slower, runs anywhere), server (vLLM or SGLang behind base_urls), fake (canned
     text, for tests)."""
     base_urls: Annotated[
@@ -66,7 +69,7 @@ class EngineConfig(Config):
     key is written nowhere."""
     timeout_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 600.0
     """engine = server: seconds for one completion, from the request to its last byte."""
-    dtype: shared.Dtype = "auto"
+    dtype: rewards.Dtype = "auto"
     seed: shared.Seed = 0
 
     workers: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], RUNTIME, Heading("Machines and memory")] = "auto"

@@ -42,8 +42,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers to draw from: uniformly, or uniformly in the logarithm (`log`). `whole` says that the setting takes
-    integers."""
+    """Numbers to draw from, uniformly or (`log`) uniformly in their logarithm. `whole`: the setting takes integers."""
 
     low: float
     high: float

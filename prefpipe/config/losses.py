@@ -231,7 +231,7 @@ class Objective:
 
 
 def misfits(objective: Objective) -> Iterator[str]:
-    """One sentence for each mistake: losses that do not add up, settings that no loss reads, values that a loss cannot
+    """One sentence for each mistake: losses that do not add up, settings that no loss reads, values that it cannot
     use."""
     losses, settings = objective.names, objective.settings
     if len(objective.weights) != len(losses):
@@ -268,15 +268,13 @@ PROPOSED_CLASS_RATIO = 1.25
 
 
 def in_class_ratio(ratio: float) -> bool:
-    """Whether the ratio of weighted desirable to weighted undesirable rows is in the range that KTO's authors
-    recommend."""
+    """Whether a ratio of weighted desirable to undesirable rows is in the range that KTO's authors recommend."""
     smallest, largest = CLASS_RATIO
     return smallest <= ratio <= largest
 
 
 def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """lambda_D and lambda_U for these numbers of rows (both above 0): one of them is 1, and the weighted ratio is
-    1.25."""
+    """lambda_D and lambda_U for these numbers of rows (both above 0): one is 1, and the weighted ratio becomes 1.25."""
     ratio = desirable / undesirable
     if ratio < PROPOSED_CLASS_RATIO:
         return PROPOSED_CLASS_RATIO / ratio, 1.0

@@ -1,5 +1,4 @@
-"""The type of a setting that takes a known name, or `module:function` for a function of the user, imported when it is
-used."""
+"""The type of a setting that takes a known name, or `module:function`, which is imported when it is used."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -31,8 +30,8 @@ def known(marks: Iterable[object]) -> tuple[str, ...]:
 
 
 def name_or_function(known: Sequence[str]) -> Any:
-    """The type of a setting that takes one of the names in `known`, or `module:function`. The error for any other text
-    is that of a Literal."""
+    """The type of a setting that takes a name in `known` or `module:function`. It refuses other texts as a Literal
+    does."""
     schema = {"anyOf": [{"enum": list(known)}, {"type": "string", "pattern": _FUNCTION}]}
     return Annotated[str, Names(tuple(known)), AfterValidator(partial(_check, known)), WithJsonSchema(schema)]
 

@@ -243,8 +243,7 @@ RewardSettings = Annotated[
 
 
 def settings_of(name: str, tables: Mapping[str, Settings]) -> Any:
-    """The settings of a reward: those of its table, or the defaults of its kind. Raises KeyError for a function of the
-    user."""
+    """The settings of a reward: its table, or the defaults of its kind. Raises KeyError for a user's function."""
     return tables[name] if name in tables else KINDS[name]()
 
 

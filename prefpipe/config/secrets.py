@@ -20,8 +20,7 @@ _QUERY = re.compile(r"(://[^?#\s]*)[?#].*", re.DOTALL)
 
 
 def setting_with_key(settings: BaseModel) -> str | None:
-    """The name of the first setting whose text, or a text in its list, contains something that looks like an API
-    key."""
+    """The name of the first setting whose text, or a text in its list, looks like an API key."""
     for name, value in settings:
         texts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(text, str) and holds_key(text) for text in texts):

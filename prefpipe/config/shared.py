@@ -70,10 +70,6 @@ Column = Annotated[
     Field(description="NAME=COLUMN: a column of a foreign file under the name that docs/datasets.md gives it."),
 ]
 Split = Annotated[str, Field(description="Value of the `split` column whose prompts to use; 'all' for every prompt.")]
-Dtype = rewards.Dtype
-RewardSettings = rewards.RewardSettings
-NO_TABLES: dict[str, rewards.Settings] = {}
-SpecialTokens = rewards.SpecialTokens
 RewardName = Annotated[str, AfterValidator(check_reward)]  # a class declares reward_settings before such a field
 REWARD_CHOICES = f"{', '.join(REWARD_NAMES)}, the name of a table [reward_settings.NAME], or your own 'module:function'"
 Rewards = Annotated[tuple[RewardName, ...], Field(description=f"Rewards for every completion: {REWARD_CHOICES}.")]

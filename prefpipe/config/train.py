@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prefpipe.config import losses, shared
+from prefpipe.config import losses, rewards, shared
 from prefpipe.config.base import ADDED, PATH, REMOTE, RUNTIME, Heading
 from prefpipe.config.losses import LossName, LossSettings, Objective
 
@@ -75,7 +75,7 @@ class TrainConfig(LossSettings):
     overlong: Annotated[Literal["drop", "keep_start"], ADDED] = "drop"
     """A row of a file over max_length: drop it, or keep the start of its completions."""
     chat_template: shared.ChatTemplate = "model"
-    special_tokens_in_prompts: Annotated[shared.SpecialTokens, ADDED] = "drop"
+    special_tokens_in_prompts: Annotated[rewards.SpecialTokens, ADDED] = "drop"
     chat_template_kwargs: shared.TemplateKwargs = "{}"
     template_changes: shared.TemplateChanges = "drop"
     column: shared.Column = ()
@@ -169,7 +169,7 @@ class TrainConfig(LossSettings):
     merge: bool = False
     """Write OUT/merged too: the model with the trained adapter in its weights, for tools that take no adapters."""
 
-    dtype: Annotated[shared.Dtype, Heading("Number type, seed and order")] = "auto"
+    dtype: Annotated[rewards.Dtype, Heading("Number type, seed and order")] = "auto"
     seed: shared.Seed = 0
     train_order: Annotated[Literal["shuffled", "given", "hardness"], ADDED] = "shuffled"
     """Order of the rows: shuffled anew in every epoch (labels keep the proportion of their classes in every step), as

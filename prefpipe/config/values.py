@@ -9,7 +9,7 @@ from prefpipe.errors import UsageError
 
 
 def put(values: dict[str, Any], name: str, value: object) -> None:
-    """Set a setting in nested tables by its dotted name. Raises UsageError where a table of the name holds a plain
+    """Set a setting in nested tables by its dotted name. Raises UsageError where one of these tables is a plain
     value."""
     *tables, leaf = name.split(".")
     for table in tables:
@@ -35,16 +35,14 @@ def expand_home(values: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def expanded(value: Any) -> Any:
-    """A text, or each text of a list, with the home directory in place of `~` at its start; any other value
-    unchanged."""
+    """A text, or each text of a list, with the home directory in place of a first `~`; any other value unchanged."""
     if isinstance(value, list | tuple):
         return [expanded(entry) for entry in value]
     return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111  (a Path would change hf://)
 
 
 def booleans_for_numbers(written: Any, read: Any, name: str = "") -> Iterator[str]:
-    """The dotted names of values that the user wrote as true or false and pydantic read as numbers, since it takes true
-    for 1."""
+    """The dotted names of values that were written as true or false and read as numbers: pydantic takes true for 1."""
     if isinstance(written, bool):
         if not isinstance(read, bool) and isinstance(read, int | float):
             yield name

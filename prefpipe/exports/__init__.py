@@ -1,7 +1,7 @@
 """Ways out of a run: to the hub, and into files that other programs read. Nothing here runs unless a user asks for it.
 
 commands.py        the options of `push` and `export`
-parcel.py          the files of a run that go to a repository, checked
+upload.py          the files of a run that go to a repository, checked
 cards.py           the card of a dataset; the name of a base model in a card; what a card must not show
 rows.py            pairs and labels as JSON lines for another trainer
 shapes.py          the shapes of those rows

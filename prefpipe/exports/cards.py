@@ -1,4 +1,4 @@
-"""Cards of a repository: that of a dataset, the name of a base model in one, and what none may show."""
+"""Cards of repositories: the card of a dataset, the base model that a card names, and text that no card may contain."""
 
 import json
 import re
@@ -19,24 +19,24 @@ _PLACE = re.compile(r"(?<![\w.:/<~-])(?:~?/[\w.+@-](?:[\w.+@ -]*[\w.+@-])?/[\w./
 
 
 def base_of(card: str) -> str:
-    """The base model that a card of prefpipe names; empty where it names none."""
+    """The base model that a card of prefpipe names; empty where the card names none."""
     found = _BASE.search(card)
     return found[1].strip() if found else ""
 
 
 def is_local(base: str) -> bool:
-    """Whether the name of a base model is a place on this machine, and no name of the hub."""
+    """Whether the name of a base model is a path on this machine and not a name of the hub."""
     return Path(base).exists() or HUB_NAME.fullmatch(base) is None
 
 
 def with_base(text: str, old: str, new: str) -> str:
-    """A card, or the config of an adapter, that names another base model."""
+    """The text of a card or of an adapter's config, with `new` in place of the base model `old`."""
     text = text.replace(f"base_model: {old}\n", f"base_model: {new}\n")
     return text.replace(json.dumps(old), json.dumps(new)).replace(f'"{old}"', f'"{new}"')
 
 
 def check_open(name: str, text: str) -> None:
-    """Raise UsageError where a text that goes to a repository shows a key, or where files are on this machine."""
+    """Raise UsageError where a text that goes to a repository contains a key, or a path of this machine."""
     if secrets.holds_key(text):
         raise UsageError(f"{name} holds what looks like a key of an API", "make the run again without it in a setting")
     home = str(Path.home())
@@ -49,8 +49,8 @@ def check_open(name: str, text: str) -> None:
 
 
 def dataset_card(config: BuildPairsConfig, manifest: Mapping[str, Any], folders: list[str]) -> str:
-    """README.md of a dataset of a run of `build-pairs`: one subset for each folder of Parquet files. It holds no time
-    and no path, so that the same run has the same card."""
+    """The README.md of a dataset that `build-pairs` made: one subset for each folder of Parquet files. It contains no
+    time and no path, so that the same run has the same card."""
     subsets = "\n".join(f"- config_name: {folder}\n  data_files: {folder}/*.parquet" for folder in folders)
     totals, identity = manifest["totals"], manifest["identity"]
     rule = config.rule if config.output == "pairs" else config.label_rule if config.output == "labels" else "ranking"

@@ -1,4 +1,4 @@
-"""The commands `push` and `export`: their options. What works is imported by the command that needs it."""
+"""The options of the commands `push` and `export`. Each command imports its module when it runs."""
 
 import importlib
 import re
@@ -32,20 +32,20 @@ def push(
         raise UsageError(f"{target} names no repository", "write hf:OWNER/NAME")
     if public == private:
         raise UsageError("say who may see it: --public or --private", "push sends nothing unless one of them is there")
-    parcel = importlib.import_module("prefpipe.exports.parcel").pack(base.local_path(run_dir, "RUN"), base_model)
+    upload = importlib.import_module("prefpipe.exports.upload").pack(base.local_path(run_dir, "RUN"), base_model)
     size = importlib.import_module("prefpipe.views.drawing").size
     show = terminal.show if dry_run else log.info
-    for item in parcel.items:
-        show(f"  {size(item.size):>8}  {item.name}")
+    for file in upload.files:
+        show(f"  {size(file.size):>8}  {file.name}")
     show(
-        f"{len(parcel.items)} files, {size(parcel.size)}, to the {'private' if private else 'public'} {parcel.kind} "
+        f"{len(upload.files)} files, {size(upload.size)}, to the {'private' if private else 'public'} {upload.kind} "
         f"repository {found[1]}"
     )
     if dry_run:
         show("nothing was sent: leave out --dry-run to send it")
         return
     hub = importlib.import_module("prefpipe.exports.hub")
-    terminal.show(f"pushed       {hub.send(parcel, found[1], private=private, update=update)}")
+    terminal.show(f"pushed       {hub.send(upload, found[1], private=private, update=update)}")
 
 
 def export(

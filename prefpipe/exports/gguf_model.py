@@ -21,25 +21,25 @@ from prefpipe.stages.train import merging, results
 
 # model_type -> the architecture in GGUF. Mistral without a window is a Llama by another name.
 _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-_ROTATED = ("llama", "mistral")  # whose queries and keys lie in GGUF as pairs of neighbours, not of halves
+_ROTATED = ("llama", "mistral")  # architectures for which GGUF stores rotated dimensions as neighbours, not as halves
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _FILE_TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16"}
 _BY_HAND = "merge it and convert it with llama.cpp: docs/exports.md has the commands"
 
 
 def export(directory: Path, out: Path, model: str = "") -> Path:
-    """Write `out`/model.gguf: the adapter in the weights of its base, or the whole model. Returns its path. `model` is
-    the base, where it is not under the name that the run was started with.
+    """Write `out`/model.gguf: the base model with the adapter merged in, or the whole model. Returns its path. `model`
+    names the base model where it is no longer under the name that the run was started with.
 
-    Raises as `results.find` does, MissingInputError without the package gguf, UsageError for an `out` that is there and
-    for an architecture, a tokenizer or a setting that this module does not write.
+    Raises as `results.find` does, MissingInputError without the package gguf, UsageError for an `out` that exists and
+    for an architecture, a tokenizer or a setting that this module cannot write.
     """
     if importlib.util.find_spec("gguf") is None:
         raise MissingInputError("GGUF is written by the package gguf", extras.hint("embedded"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty", "choose an empty or a new --out")
     found = results.find(directory, model)
-    header(found.policy.directory)  # what cannot be written is refused before anything is merged
+    header(found.policy.directory)  # a model that cannot be written is refused before the merge
     gguf_tokens.cut_name(gguf_tokens.load(found.policy.directory))
     with fsio.temporary_dir(out.with_name(f"{out.name}.merged")) as place:
         whole = found.policy.directory
@@ -52,8 +52,8 @@ def export(directory: Path, out: Path, model: str = "") -> Path:
 
 
 def header(directory: Path) -> dict[str, Any]:
-    """What the header says of the architecture, by the names of GGUF (without that of the architecture). Raises
-    UsageError for a model that this module does not write."""
+    """The fields of the header that describe the architecture, by their GGUF names without the prefix of the
+    architecture. Raises UsageError for a model that this module cannot write."""
     config = fingerprint.read_json(directory / "config.json")
     kind = str(config.get("model_type"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -87,7 +87,7 @@ def header(directory: Path) -> dict[str, Any]:
 
 
 def write(directory: Path, target: Path) -> None:
-    """Write a model directory as a GGUF file. Raises UsageError for a tensor that has no name there."""
+    """Write a model directory as a GGUF file. Raises UsageError for a tensor without a GGUF name."""
     import gguf
 
     config, fields = fingerprint.read_json(directory / "config.json"), header(directory)
@@ -119,8 +119,8 @@ def write(directory: Path, target: Path) -> None:
 
 
 def neighbours(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows [heads * head_dim, ...] of queries or keys: dimension i and i + head_dim / 2 of a head, which are rotated
-    together, become neighbours."""
+    """Reorder rows [heads * head_dim, ...] of queries or keys: dimensions i and i + head_dim / 2 of a head, which
+    rotate together, become neighbours."""
     shape = (-1, 2, head_dim // 2, *tensor.shape[1:])
     return tensor.reshape(shape).transpose(1, 2).reshape(tensor.shape).contiguous()
 

@@ -1,6 +1,6 @@
-"""The tokenizer of a model as GGUF holds it, for byte-level BPE whose way to cut text has a name in llama.cpp.
+"""The tokenizer of a model in GGUF: byte-level BPE whose pre-tokenizer has a name in llama.cpp.
 
-A file without the right name makes other tokens of the same text, without a word: any other tokenizer is refused.
+Under a wrong name llama.cpp silently cuts text into other tokens. Therefore any other tokenizer is refused.
 """
 
 import json
@@ -14,7 +14,7 @@ from prefpipe.errors import UsageError
 _MOST_BYTES = 512 << 20
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# The steps of a pre-tokenizer -> the name of the same in llama.cpp.
+# Steps of a pre-tokenizer -> its name in llama.cpp.
 _CUTS: dict[tuple[str, ...], str] = {
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
@@ -33,7 +33,7 @@ def load(directory: Path) -> dict[str, Any]:
 
 
 def cut_name(tokenizer: Mapping[str, Any]) -> str:
-    """The name of the pre-tokenizer in llama.cpp. Raises UsageError for a tokenizer that has none here."""
+    """The name that llama.cpp has for the pre-tokenizer. Raises UsageError for a tokenizer without a known name."""
     model, normalizer = tokenizer["model"], tokenizer.get("normalizer")
     name = _CUTS.get(_steps(tokenizer.get("pre_tokenizer") or {}))
     is_plain = all(not model.get(key) for key in ("unk_token", "dropout", "byte_fallback")) and model.get("merges")
@@ -48,7 +48,7 @@ def cut_name(tokenizer: Mapping[str, Any]) -> str:
 
 
 def tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Text and kind of every id below `size`, the rows of the embedding; ids without a token are unused."""
+    """Text and type of every id below `size`, the rows of the embedding; ids without a token have the type unused."""
     texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
     kinds = dict.fromkeys(texts, _NORMAL)
     for token in tokenizer.get("added_tokens", []):
@@ -59,7 +59,7 @@ def tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int
 
 
 def _steps(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
-    """The steps of a pre-tokenizer by what they do: a regular expression, or a name."""
+    """The steps of a pre-tokenizer, each as its regular expression or its name."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     return tuple(map(_step, steps))
 

@@ -10,13 +10,13 @@ from typing import Any
 from prefpipe import extras
 from prefpipe.config import secrets
 from prefpipe.errors import MissingInputError, PrefpipeError, StorageError, UsageError
-from prefpipe.exports.parcel import Parcel
+from prefpipe.exports.upload import Upload
 
 _ENDED = "nothing is lost here: run the same command again, with --update where the repository was made already"
 
 
-def send(parcel: Parcel, repository: str, *, private: bool, update: bool) -> str:
-    """Put all files of a parcel into a repository, in one commit. Returns the address of the commit.
+def send(upload: Upload, repository: str, *, private: bool, update: bool) -> str:
+    """Put all files of an upload into a repository, in one commit. Returns the address of the commit.
 
     Without `update` the repository (OWNER/NAME) is made, and must not exist; with it, it must, and be private or public
     as `private` says. Raises MissingInputError without the package or a token, UsageError where the hub refuses,
@@ -36,16 +36,16 @@ def send(parcel: Parcel, repository: str, *, private: bool, update: bool) -> str
         disable_progress_bars()
     api = huggingface_hub.HfApi(token=token)
     operations = [
-        huggingface_hub.CommitOperationAdd(item.name, str(item.path) if item.text is None else item.text.encode())
-        for item in parcel.items
+        huggingface_hub.CommitOperationAdd(file.name, str(file.path) if file.text is None else file.text.encode())
+        for file in upload.files
     ]
     try:
         if update:
-            _check_visibility(api, parcel, repository, private=private)
+            _check_visibility(api, upload, repository, private=private)
         else:
-            api.create_repo(repository, repo_type=parcel.kind, private=private)
+            api.create_repo(repository, repo_type=upload.kind, private=private)
         done = api.create_commit(
-            repository, operations, commit_message="Pushed by prefpipe", repo_type=parcel.kind, num_threads=2
+            repository, operations, commit_message="Pushed by prefpipe", repo_type=upload.kind, num_threads=2
         )
     except PrefpipeError:
         raise
@@ -54,8 +54,8 @@ def send(parcel: Parcel, repository: str, *, private: bool, update: bool) -> str
     return str(done.commit_url)
 
 
-def _check_visibility(api: Any, parcel: Parcel, repository: str, *, private: bool) -> None:
-    there = bool(api.repo_info(repository, repo_type=parcel.kind).private)
+def _check_visibility(api: Any, upload: Upload, repository: str, *, private: bool) -> None:
+    there = bool(api.repo_info(repository, repo_type=upload.kind).private)
     if there != private:
         raise UsageError(
             f"{repository} is {'private' if there else 'public'}", f"say so: --{'private' if there else 'public'}"
@@ -63,7 +63,7 @@ def _check_visibility(api: Any, parcel: Parcel, repository: str, *, private: boo
 
 
 def _explained(error: Exception, repository: str, token: str) -> PrefpipeError:
-    """The error of the hub, or of the way there, with what helps."""
+    """The error to raise for an answer of the hub, or for a failure on the way there, with a hint."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
     said = str(getattr(error, "server_message", "") or error).replace(token, "***")
     said = " ".join(str(secrets.masked(said)).split())[:300]

@@ -17,11 +17,11 @@ _BATCH = 4096  # rows in memory as Python objects
 
 
 def export(form: str, directory: Path, out: Path) -> tuple[int, str]:
-    """Write the pairs or the labels of a run into `out`, a new directory: rows.jsonl, and what the trainer wants beside
-    it. Returns how many, and of what.
+    """Write the pairs or labels of a run into `out`, a new directory: rows.jsonl, and further files that the trainer
+    needs. Returns the number of rows, and the name of their dataset.
 
-    Raises UsageError for a run without rows that the trainer can train on and for an `out` that is there, DataError
-    where a row cannot be said in its shape; nothing is written then.
+    Raises UsageError for a run without rows that the trainer can train on and for an `out` that is not empty, DataError
+    where a row cannot be written in the trainer's format; nothing is written then.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty", "choose an empty or a new --out")
@@ -50,7 +50,7 @@ def export(form: str, directory: Path, out: Path) -> tuple[int, str]:
 
 
 def _shaped(trainer: Trainer, run_dir: Path, manifest: store.Manifest, dataset: str, form: str) -> Iterator[Any]:
-    """The rows in the shape of a trainer. Raises DataError behind the last one, where some have none."""
+    """The rows in the format of a trainer. Raises DataError after the last row, where some cannot be written in it."""
     faults: list[str] = []
     count, weighted = 0, 0
     for row in _rows(run_dir, manifest, dataset):

@@ -1,7 +1,7 @@
-"""Pairs and labels as other trainers read them, in the shapes of their documentation (docs/exports.md).
+"""Pairs and labels in the formats that other trainers document (docs/exports.md).
 
-A row that a trainer would read otherwise than it was is refused, with the reason: it drops keys of messages that it
-does not know, and rows whose turns come in an order that it does not expect, without a word.
+These trainers silently drop keys of messages that they do not know, and rows whose turns are in an order that they do
+not expect. A row that would change in this way is refused, with the reason.
 """
 
 import json
@@ -20,7 +20,7 @@ _INPUT_ROLES, _OUTPUT_ROLES = ("human", "observation"), ("gpt", "function_call")
 
 @dataclass(frozen=True)
 class Trainer:
-    """How a trainer reads rows: a function for each dataset that it trains on, and what it wants beside the file."""
+    """The format of a trainer: a function for each dataset that it trains on, and its files beside the rows."""
 
     rows: Mapping[str, Callable[[Any], Row]]
     files: Callable[[str], Mapping[str, Any]] = lambda _dataset: {}
@@ -108,7 +108,7 @@ def _refuse_inputs(template_inputs: str | None, trainer: str) -> None:
 
 
 def _plain(message: Message, trainer: str) -> Row:
-    """A message of role and content."""
+    """A message that has only role and content. Raises RowFault for any other."""
     turn = as_dict(message)
     others = [name for name in turn if name not in ("role", "content")]
     if others:
@@ -119,7 +119,7 @@ def _plain(message: Message, trainer: str) -> Row:
 
 
 def _conversation(prompt: Sequence[Message], template_inputs: str | None) -> Row:
-    """The turns of a prompt in the names of ShareGPT; its system prompt and its tools are columns."""
+    """The turns of a prompt under the names of ShareGPT; system prompt and tools are columns of the row."""
     inputs = json.loads(template_inputs) if template_inputs else {}
     if others := [name for name in inputs if name != "tools"]:
         raise _refused(f"LLaMA-Factory takes no {', '.join(others)} from a row")
@@ -136,7 +136,7 @@ def _conversation(prompt: Sequence[Message], template_inputs: str | None) -> Row
 
 
 def _sharegpt(message: Message) -> Row:
-    """A message as `from` and `value`; tool calls are JSON of name and arguments, a list where there are several."""
+    """A message as `from` and `value`. Tool calls become JSON of name and arguments, a list where there are several."""
     turn = as_dict(message)
     if any(turn.get(name) for name in REASONING):
         raise _refused("LLaMA-Factory has no field for the reasoning of an answer")
@@ -157,7 +157,7 @@ def _sharegpt(message: Message) -> Row:
 
 
 def _function(call: Mapping[str, Any]) -> Row:
-    """Name and arguments of a tool call, the latter as an object; files hold either."""
+    """Name and arguments of a tool call. Arguments that are JSON text in the file become an object."""
     function = call.get("function", call)
     arguments = function.get("arguments", {})
     try:

@@ -14,14 +14,14 @@ from prefpipe.runs import store, trained
 
 _CARD = "README.md"
 _REPORT = "data_report.json"
-_RENAMED = (_CARD, "adapter_config.json", "config.json")  # where the name of the base model stands
-# Texts of a run that may name its settings; tokenizers and templates are those of the base model.
+_RENAMED = (_CARD, "adapter_config.json", "config.json")  # files that contain the name of the base model
+# Text files that may contain settings of the run. Tokenizer and template come from the base model.
 _READ = (*_RENAMED, _REPORT, "prefpipe.json", "generation_config.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
-class Item:
-    """A file by its name in the repository: the bytes of `path`, or a text in place of them."""
+class UploadFile:
+    """A file in a repository: its name there, and its content, which is `text` or else the bytes of `path`."""
 
     name: str
     path: Path
@@ -29,49 +29,50 @@ class Item:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.path.stat().st_size if self.text is None else len(self.text.encode())
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What a repository gets, and of which kind it is."""
+class Upload:
+    """All files that go to a repository, and the kind of the repository."""
 
     kind: Literal["model", "dataset"]
-    items: list[Item]
+    files: list[UploadFile]
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
-        return sum(item.size for item in self.items)
+        """The size of all files in bytes."""
+        return sum(file.size for file in self.files)
 
 
-def pack(directory: Path, base_model: str = "") -> Parcel:
-    """The files of a run of `train` (its adapter or model, or the folder of them that `directory` is), of the best
-    round of `iterate`, or of a run of `build-pairs`. `base_model` is the hub's name of the model under an adapter.
+def pack(directory: Path, base_model: str = "") -> Upload:
+    """The files to upload of a run of `train` (its adapter or model, or the folder `directory` with one of them), of
+    the best round of `iterate`, or of a run of `build-pairs`. `base_model` is the name on the hub of the model under an
+    adapter.
 
-    Raises MissingInputError for an incomplete run, DataError for a damaged one, UsageError for a run with nothing to
-    push, and where a card would show a key or a place on this machine.
+    Raises MissingInputError for an incomplete run, DataError for a damaged run, UsageError for a run with nothing to
+    push, and where a file would show a key or a path of this machine.
     """
     run_dir, folder = trained.place_of(directory)
     manifest = store.read_manifest(run_dir)
     if manifest["command"] == "train":
-        parcel = Parcel("model", _policy(run_dir, manifest, folder, base_model))
+        upload = Upload("model", _policy(run_dir, manifest, folder, base_model))
     elif manifest["command"] == "build-pairs" and not base_model:
-        parcel = Parcel("dataset", _rows(run_dir, manifest))
+        upload = Upload("dataset", _rows(run_dir, manifest))
     elif base_model:
         raise UsageError(f"--base-model = {base_model}: {run_dir} holds no policy", "leave it out")
     else:
         raise UsageError(
             f"{run_dir} is a run of {manifest['command']}", "name a run of `prefpipe train` or `prefpipe build-pairs`"
         )
-    for item in parcel.items:
-        if item.name in _READ:
-            cards.check_open(item.name, reading.read_text(item.path) if item.text is None else item.text)
-    return parcel
+    for file in upload.files:
+        if file.name in _READ:
+            cards.check_open(file.name, reading.read_text(file.path) if file.text is None else file.text)
+    return upload
 
 
-def _policy(run_dir: Path, manifest: Mapping[str, Any], folder: str, base_model: str) -> list[Item]:
+def _policy(run_dir: Path, manifest: Mapping[str, Any], folder: str, base_model: str) -> list[UploadFile]:
     folder = folder or next(f for f in trained.FOLDERS if any(name.startswith(f"{f}/") for name in manifest["files"]))
     names = trained.check_files(run_dir, manifest, folder)
     if not names:
@@ -85,22 +86,26 @@ def _policy(run_dir: Path, manifest: Mapping[str, Any], folder: str, base_model:
             f"the card of {run_dir / folder} names the base model by a place on this machine: {old}",
             "say what others know it by: --base-model OWNER/NAME",
         )
-    items: list[Item] = []
+    files: list[UploadFile] = []
     for name in names:
-        item = Item(name.removeprefix(f"{folder}/"), run_dir / name)
-        if base_model and item.name in _RENAMED:
-            item = replace(item, text=cards.with_base(reading.read_text(item.path), old, base_model))
-        items.append(item)
-    return items
+        file = UploadFile(name.removeprefix(f"{folder}/"), run_dir / name)
+        if base_model and file.name in _RENAMED:
+            file = replace(file, text=cards.with_base(reading.read_text(file.path), old, base_model))
+        files.append(file)
+    return files
 
 
-def _rows(run_dir: Path, manifest: Mapping[str, Any]) -> list[Item]:
-    """The Parquet files of all datasets, the report about them, and a card; what was dropped stays here."""
+def _rows(run_dir: Path, manifest: Mapping[str, Any]) -> list[UploadFile]:
+    """The Parquet files of all datasets except the ledger, the data report, and a card."""
     config = base.load(BuildPairsConfig, run_dir / "config.json", {})
     folders = [f for f in store.datasets(dict(manifest)) if f != "dropped"]
     main = {config.output, "trl"}
     folders.sort(key=lambda folder: folder not in main)
     names = [name for folder in folders for name in trained.check_files(run_dir, manifest, folder)]
     text = cards.dataset_card(config, manifest, folders)
-    report = [Item(_REPORT, run_dir / _REPORT)] if trained.check_files(run_dir, manifest, _REPORT) else []
-    return [Item(_CARD, run_dir / "manifest.json", text), *report, *(Item(name, run_dir / name) for name in names)]
+    report = [UploadFile(_REPORT, run_dir / _REPORT)] if trained.check_files(run_dir, manifest, _REPORT) else []
+    return [
+        UploadFile(_CARD, run_dir / "manifest.json", text),
+        *report,
+        *(UploadFile(name, run_dir / name) for name in names),
+    ]

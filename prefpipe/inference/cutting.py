@@ -1,4 +1,4 @@
-"""How the prompts of a file are cut: into parts for several processes, and into shards to commit one by one."""
+"""Cutting the prompts of a file: into parts for several processes, and into shards that are committed one by one."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def take_part(prompts: Prompts, part: str) -> Prompts:
 
 
 def part_of(part: str) -> tuple[int, int]:
-    """(I, N) of a part I/N. Raises UsageError for a part that does not exist."""
+    """The numbers (I, N) of a part I/N. Raises UsageError for a part that does not exist."""
     number, count = map(int, part.split("/"))
     if number > count:
         raise UsageError(f"part = '{part}': there are only {count} parts", "write I/N with I from 1 to N")
@@ -24,11 +24,12 @@ def part_of(part: str) -> tuple[int, int]:
 
 
 def shards_of(prompts: Prompts, saved: Mapping[str, Any]) -> tuple[int, range]:
-    """How many places a shard has, and the numbers of the shards. A run of an older version has saved no size."""
+    """The number of places in a shard, and the numbers of the shards, from the saved settings of a run. Runs of older
+    versions have saved no size."""
     rows = saved["shard_rows"] or fitting_rows(len(prompts))
     return rows, range(math.ceil(prompts.num_places / rows))
 
 
 def fitting_rows(num_prompts: int) -> int:
-    """Prompts in a shard: enough that commits cost nothing, few enough that little is lost when a run is killed."""
+    """The number of prompts in a shard: enough that commits cost nothing, few enough that a killed run loses little."""
     return min(_MOST_ROWS, max(_FEWEST_ROWS, math.ceil(num_prompts / _SHARDS)))

@@ -1,4 +1,4 @@
-"""The sampling that `generate` and `evaluate` share: prompts -> engines -> committed shards, nothing twice."""
+"""The sampling that `generate` and `evaluate` share: prompts through engines into shards, each committed once."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,15 +23,15 @@ from prefpipe.runs import fsio
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Dropped, to_table
 
-Start = Callable[[int], Pool]  # engines for so many shards, which start at the first call
-Finish = Callable[[SampledShard, Engine], list[Part]]  # the parts of a whole shard; the engine that sampled it runs
+Start = Callable[[int], Pool]  # number of shards -> engines for them, which start at the first call
+Finish = Callable[[SampledShard, Engine], list[Part]]  # whole shard -> its parts; the engine still runs
 
 
 def run_shards(
     run: Run, task: Task, config: SamplingConfig, datasets: Sequence[str], draws: Draws, finish: Finish
 ) -> int:
-    """Sample and commit every shard that lacks one of `datasets`, then the ledger. Returns the number of shards of the
-    run."""
+    """Sample and commit every shard that lacks one of `datasets`, then write the ledger. Returns the number of shards
+    of the run."""
     with engines_on_demand(task, config) as start:
         count = sample_missing(run, task, config, datasets, draws, finish, start)
     gather_ledger(run, len(task.prompts), task.repeated)
@@ -40,7 +40,7 @@ def run_shards(
 
 @contextmanager
 def engines_on_demand(task: Task, config: SamplingConfig) -> Generator[Start]:
-    """A function that starts the engines at its first call; they end with the block."""
+    """A function that starts the engines at its first call. They end with the block."""
     settings = engine_settings(task, config, longest_sequence(task, config))
     started: list[Pool] = []
     with ExitStack() as stack:
@@ -68,7 +68,8 @@ def sample_missing(
 ) -> int:
     """Sample and commit every shard that lacks one of `datasets`. Returns the number of shards of the task.
 
-    `folder` of the run has the record of what is in the engine: a run of several tasks needs one for each.
+    `folder` inside the run holds the record of requests in the engine. A run of several tasks needs one folder for
+    each.
     """
     fsio.make_dirs(run.out / folder)
     inflight = Inflight.load(run.out / folder)
@@ -100,7 +101,7 @@ def sample_missing(
 
 
 def _committed(run: Run, prompts: Prompts, datasets: Sequence[str]) -> set[int]:
-    """The shards that have all `datasets`, of the prompts that stand there now."""
+    """The shards that have all `datasets`, made of the prompts that are in the file now."""
     rows, shards = shards_of(prompts, run.saved)
     started = {index for name in datasets for index in run.parts(name)} & {*shards}
     found = sampling.cut(prompts.places() if started else [], rows, started)
@@ -108,8 +109,8 @@ def _committed(run: Run, prompts: Prompts, datasets: Sequence[str]) -> set[int]:
 
 
 def _check_any(run: Run, shards: Iterable[PromptShard], encode: Encode) -> None:
-    """Raise DataError when no prompt can be sampled, before an engine starts for nothing; the ledger says why. The
-    first prompt that can ends the search."""
+    """Raise DataError when no prompt can be sampled, before an engine starts in vain. The search ends at the first
+    prompt that can be sampled; the ledger has the reasons of the others."""
     dropped: list[Dropped] = []
     for prompt in (p for _, prompts in shards for p in prompts):
         try:

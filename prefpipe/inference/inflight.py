@@ -1,12 +1,12 @@
-"""Which requests were in the engine when it died: the record that finds the one request that kills it.
+"""The record of requests that were in the engine when it died, to find the single request that kills it.
 
-OUT/inflight.log has a line when a request (by its key: that of a prompt to sample, or of a completion to score) enters
-the engine, when it leaves the engine, and when an attempt starts or ends. Requests that were inside when the process or
-the engine died are suspects, and run alone the next time. An engine that fails on a suspect alone convicts it at once;
-a process that vanishes (which may have been anybody's kill -9) convicts it the second time.
+OUT/inflight.log has a line when a request enters the engine, when it leaves the engine, and when an attempt starts or
+ends. A request is named by its key: that of a prompt to sample, or of a completion to score. Requests that were inside
+when the process or the engine died are suspects, and run alone in the next attempt. An engine that fails on a single
+suspect convicts it at once. A process that vanishes, perhaps by a kill -9 of somebody, convicts it the second time.
 
-With several workers (see pool) the driver writes the log: a worker sends its lines, and the driver adds one for each
-request that was inside a worker which died.
+With several workers (see pool) the driver writes the log: a worker sends its lines, and the driver adds a line for each
+request that was inside a worker that died.
 """
 
 from collections import Counter
@@ -23,19 +23,20 @@ from prefpipe.runs.fsio import Appender
 T = TypeVar("T")
 _NAME = "inflight.log"
 _CONVICTED = 2
-# Charges against a request that ran alone, by how the attempt ended. A start that follows no end: the process vanished.
+# Charges against a request that ran alone, by the end of the attempt. At a start without an end before it the process
+# had vanished.
 _ENDS = {"stopped": 0, "start": 1, "died": _CONVICTED}
-# The same for a request inside a worker that ended while the driver went on.
+# Charges against a request inside a worker that ended while the driver went on.
 _LOST = {"vanished": 1, "failed": _CONVICTED}
 
 
 @dataclass
 class Inflight:
-    """Earlier attempts as they stand in the log, and the present one.
+    """The earlier attempts in the log, and the present attempt.
 
     suspects: keys of requests that were inside at a death, in the order in which they entered
-    killers: keys of requests that are convicted; they never run again in this directory
-    inside: keys of the requests that the engine works on now, and whether each is alone
+    killers: keys of convicted requests; they never run again in this directory
+    inside: keys of the requests in the engine now, and whether each is alone
     """
 
     path: Path
@@ -47,7 +48,7 @@ class Inflight:
 
     @classmethod
     def load(cls, out: Path) -> "Inflight":
-        """Read the log of earlier attempts in a run directory."""
+        """The record of a run directory, from its log of earlier attempts."""
         path = out / _NAME
         suspects, charges = _read(path)
         killers = [key for key, count in charges.items() if count >= _CONVICTED]
@@ -55,12 +56,12 @@ class Inflight:
 
     @classmethod
     def relayed(cls, log: Appender, suspects: Iterable[str]) -> "Inflight":
-        """The record of a worker, whose lines go to the driver: it has a driver that knows the earlier attempts."""
+        """The record of a worker. It sends its lines to the driver, which knows the earlier attempts."""
         return cls(Path(_NAME), list(suspects), [], _log=log)
 
     @contextmanager
     def recording(self) -> Generator[None]:
-        """Record an attempt. Any end but the death of the process or of the engine clears the requests inside."""
+        """Record an attempt. Any end except the death of the process or of the engine clears the requests inside."""
         with fsio.appender(self.path) as log:
             self._log = log
             log("start")
@@ -72,18 +73,18 @@ class Inflight:
             log("stopped")
 
     def take(self, key: str, *, alone: bool) -> None:
-        """A request enters the engine."""
+        """Record that a request enters the engine."""
         self.inside[key] = alone
         self._write(f"{'alone' if alone else 'take'} {key}")
 
     def done(self, key: str) -> None:
-        """A request leaves the engine."""
+        """Record that a request leaves the engine."""
         self.inside.pop(key, None)
         self._write(f"done {key}")
 
     def lost(self, keys: Iterable[str], how: str) -> list[str]:
-        """Requests were inside a worker that ended: it `vanished`, or its engine `failed`. Returns those that are
-        convicted by it."""
+        """Record that requests were inside a worker that ended: the worker `vanished`, or its engine `failed`. Returns
+        the requests that are convicted by it."""
         convicted: list[str] = []
         for key in keys:
             self._write(f"{how} {key}")
@@ -97,8 +98,8 @@ class Inflight:
         return convicted
 
     def entering(self, requests: Iterable[tuple[str, T]], *, alone: bool) -> Iterator[T]:
-        """The requests of (key, request), each recorded when the engine takes it. An exception of what reads them is no
-        death of the engine: it is raised as PrefpipeError."""
+        """The requests of (key, request); each is recorded when the engine takes it. An exception of the iterator that
+        reads them is not a death of the engine: it is raised as PrefpipeError."""
         source = iter(requests)
         while True:
             try:
@@ -116,14 +117,14 @@ class Inflight:
             yield request
 
     def died(self) -> None:
-        """The engine failed while it worked on the requests inside."""
+        """Record that the engine failed while it worked on the requests inside."""
         self._write("died")
 
     def watch(self, results: Iterator[T], things: str) -> Iterator[T]:
         """The results of an engine. An exception of the engine is recorded as its death and raised as PrefpipeError; a
         PrefpipeError passes.
 
-        `things` is the word for several requests in the message: prompts, completions.
+        `things` names several requests in messages: prompts, completions.
         """
         while True:
             try:
@@ -142,7 +143,7 @@ class Inflight:
             yield result
 
     def close(self) -> None:
-        """The run is whole. Only the killers stay on record, for the day when a shard must be made again."""
+        """Reduce the log to the killers, once the run is whole: a shard may have to be made again later."""
         if self.killers:
             fsio.write_text(self.path, "".join(f"killer {key}\n" for key in self.killers))
         else:
@@ -154,8 +155,8 @@ class Inflight:
 
 
 def _read(path: Path) -> tuple[dict[str, None], Counter[str]]:
-    """(keys inside at a death, charges by key). A torn last line is ignored."""
-    inside: dict[str, bool] = {}  # key -> whether it was alone
+    """The keys inside at a death, and the charges by key. A torn last line is ignored."""
+    inside: dict[str, bool] = {}  # key -> whether the request was alone
     suspects: dict[str, None] = {}
     charges: Counter[str] = Counter()
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []

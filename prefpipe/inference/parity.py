@@ -1,4 +1,4 @@
-"""How far two scorers differ on the same completions. Every cache of log-probs carries this report, parity.json."""
+"""The difference of two scorers on the same completions: parity.json, which comes with every cache of log-probs."""
 
 import hashlib
 import heapq
@@ -26,17 +26,17 @@ class CachedLogps:
 
 
 def pick(completion_ids: Iterable[str], count: int, seed: int) -> set[str]:
-    """`count` random ids, or every id if there are fewer: by hash, so that order and sharding do not matter."""
+    """`count` random ids, or all ids if there are fewer. Their hashes decide, not their order or their shards."""
     return set(heapq.nsmallest(count, completion_ids, key=lambda name: _hash(f"{seed}/{name}")))
 
 
 def check(
     cached: Sequence[CachedLogps], engine: str, scorer: str, settings: EngineSettings, *, adapter: bool
 ) -> dict[str, Any]:
-    """Score completions again with the other engine and compare; the report for parity.json.
+    """Score completions again with the other engine and compare: the report for parity.json.
 
-    If the second engine is missing or fails, the report says why and the run continues: parity is a check, not an
-    input. `engine` and `scorer` name what computed the cache; `adapter` says whether the adapter was on.
+    If the second engine is missing or fails, the report says why and the run continues: no result depends on parity.
+    `engine` and `scorer` name what computed the cache; `adapter` says whether the adapter was on.
     """
     other = OTHER[engine]
     if not cached:
@@ -63,8 +63,8 @@ def _not_checked(scorer: str, reason: str) -> dict[str, Any]:
 
 
 def compare(cached: Sequence[CachedLogps], fresh: Mapping[str, Sequence[float]], dtype: str) -> dict[str, Any]:
-    """Differences (fresh minus cached, nats) per token and per completion, over everything and by length, and how far
-    they move a margin. `fresh` has the log-probs of the second engine by completion_id.
+    """Differences (fresh minus cached, nats) per token and per completion, in all and by length, and by how much they
+    move a margin. `fresh` has the log-probs of the second engine by completion_id.
 
     A pair's implicit margin is beta * ((logp_c - ref_c) - (logp_r - ref_r)): with independent errors of standard
     deviation s per completion it moves by beta * s * sqrt(2). Thresholds per token are those of the step-0 audit.
@@ -107,7 +107,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
 
 
 def _by_length(deltas: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """Moments of the differences per completion, for each bucket of lengths that has a completion."""
+    """Moments of the differences per completion, for each range of lengths with a completion in it."""
     buckets: list[dict[str, Any]] = []
     for low, high in LENGTH_BUCKETS:
         sums = [sum(completion) for completion in deltas if low < len(completion) <= high]

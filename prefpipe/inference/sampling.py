@@ -1,6 +1,6 @@
-"""Prompts to an engine, and their samples back, shard by shard.
+"""Prompts into an engine and samples out of it, shard by shard.
 
-A prompt is tokenised when the engine asks for the first one of its shard.
+Prompts are tokenised when the engine asks for the first request of their shard.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +19,8 @@ from prefpipe.runs.resume import ROWS
 from prefpipe.schemas import Dropped, Prompt
 
 PromptShard = tuple[int, Sequence[Prompt]]  # number of a shard, its prompts
-Encode = Callable[[Prompt], list[int]]  # token ids of a prompt; raises RowFault when it cannot be sampled
-Draws = Callable[[Prompt], tuple[Draw, ...]]  # the completions to sample for a prompt
+Encode = Callable[[Prompt], list[int]]  # prompt -> its token ids; raises RowFault when it cannot be sampled
+Draws = Callable[[Prompt], tuple[Draw, ...]]  # prompt -> the completions to sample for it
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class SampledPrompt:
-    """A prompt with its samples; `said` has each as text, parted into reasoning and answer."""
+    """A prompt with its samples. `said` has the text of each sample, split into reasoning and answer."""
 
     encoded: EncodedPrompt
     samples: list[Sample]
@@ -42,8 +42,8 @@ class SampledPrompt:
 
 @dataclass(frozen=True)
 class SampledShard:
-    """A whole shard: its prompts in their order with their samples, the prompts that cannot be sampled, and the digest
-    of its prompts for its commit records."""
+    """A whole shard: its prompts in order with their samples, the prompts that cannot be sampled, and the digest of its
+    prompts for the commit records."""
 
     index: int
     sampled: list[SampledPrompt]
@@ -60,8 +60,8 @@ class _EncodedShard:
 
 
 def cut(places: Iterable[Prompt | None], rows: int, wanted: Collection[int]) -> Iterator[PromptShard]:
-    """Prompts in numbered shards of `rows` places, in their order, without places that hold none; only the wanted
-    shards, and one at a time in memory."""
+    """Numbered shards of `rows` places of prompts, in order, without shards that hold no prompt. Only wanted shards are
+    made, and one at a time is in memory."""
     source = iter(places)
     for index in range(max(wanted, default=-1) + 1):
         shard = islice(source, rows)
@@ -73,12 +73,12 @@ def cut(places: Iterable[Prompt | None], rows: int, wanted: Collection[int]) -> 
 
 
 def rows_of(prompts: Iterable[Prompt]) -> dict[str, str]:
-    """The digest of the prompts of a shard: of all that its files depend on beside the settings."""
+    """The digest of the prompts of a shard. Beside the settings, its files depend on nothing else."""
     return {ROWS: content_id([(p.prompt_id, p.split, p.source, p.meta) for p in prompts])}
 
 
 def last_suspect(shards: Iterable[PromptShard], suspects: Collection[str]) -> int:
-    """The number of the last shard with a prompt under suspicion, -1 if there is none."""
+    """The number of the last shard with a suspected prompt, -1 if there is none."""
     if not suspects:
         return -1
     return max((index for index, prompts in shards if any(p.prompt_id in suspects for p in prompts)), default=-1)
@@ -94,9 +94,9 @@ def sample_shards(
     advance: Advance,
     last_suspect: int = -1,
 ) -> Iterator[SampledShard]:
-    """Sample all prompts of some shards; every shard as soon as it is whole.
+    """Sample all prompts of some shards. Each shard is returned as soon as it is whole.
 
-    In memory are the shards under way, and at the start those up to `last_suspect`. Raises PrefpipeError when the
+    In memory are the shards under way, and at the start all shards up to `last_suspect`. Raises PrefpipeError when the
     engine fails, or ends without samples for a prompt.
     """
 
@@ -116,7 +116,7 @@ def sample_shards(
 
 
 def _encoded(index: int, prompts: Sequence[Prompt], encode: Encode) -> _EncodedShard:
-    """A shard whose prompts are tokenised; those that cannot be sampled are set apart."""
+    """A shard with tokenised prompts; those that cannot be sampled stand apart."""
     shard = _EncodedShard(index, rows_of(prompts))
     for prompt in prompts:
         try:
@@ -127,7 +127,7 @@ def _encoded(index: int, prompts: Sequence[Prompt], encode: Encode) -> _EncodedS
 
 
 def _with_texts(prompts: Sequence[EncodedPrompt], samples: dict[str, list[Sample]], chat: Chat) -> list[SampledPrompt]:
-    """Every prompt with its samples; the texts of a shard are decoded in one call."""
+    """Every prompt with its samples and their texts, which are decoded in one call for the shard."""
     texts = iter(chat.decode_all([s.token_ids for p in prompts for s in samples[p.prompt.prompt_id]]))
     return [
         SampledPrompt(p, drawn, [chat.said(s.token_ids, next(texts)) for s in drawn])

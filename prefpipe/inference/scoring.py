@@ -1,5 +1,5 @@
-"""Completions to an engine, and their log-probs back, shard by shard. A completion that crashes the engine twice is
-dropped by the caller."""
+"""Completions into an engine and log-probs out of it, shard by shard. The caller drops a completion that crashes the
+engine twice."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from prefpipe.rows import ref_logps
 from prefpipe.schemas import Completion, RefLogps
 
 Content = TypeVar("Content")
-Values = dict[str, list[float]]  # log-probs (nats) of every scored token, by completion_id
+Values = dict[str, list[float]]  # completion_id -> log-probs (nats) of its scored tokens
 
 
 def request_of(completion: Completion) -> ScoreRequest:
@@ -24,7 +24,7 @@ def request_of(completion: Completion) -> ScoreRequest:
 
 
 def shard_of(index: int, content: Content, requests: Sequence[ScoreRequest]) -> Shard[Content, ScoreRequest]:
-    """A shard of completions. The key of each is INDEX/completion_id: two shards may hold the same completion."""
+    """A shard of completions. Their keys are INDEX/completion_id, since two shards may hold the same completion."""
     keyed = (replace(r, completion_id=key_of(index, r.completion_id)) for r in requests)
     return Shard(index, content, {r.completion_id: r for r in keyed})
 
@@ -38,7 +38,7 @@ def score_shards(
     adapter: bool = True,
     last_suspect: int = -1,
 ) -> Iterator[tuple[Content, Values]]:
-    """Score the completions of all shards; (content, log-probs) of every shard that is whole. Shards up to
+    """Score the completions of all shards: (content, log-probs) of every shard as soon as it is whole. Shards up to
     `last_suspect` are read at once.
 
     Raises PrefpipeError when the engine fails, or ends without log-probs for a completion.
@@ -70,7 +70,7 @@ def rows_of(requests: Iterable[ScoreRequest], values: Values, reference: str, sc
 
 
 def last_suspect(inflight: Inflight) -> int:
-    """The number of the last shard with a completion under suspicion, -1 if there is none."""
+    """The number of the last shard with a suspected completion, -1 if there is none."""
     return max((int(key.partition("/")[0]) for key in inflight.suspects), default=-1)
 
 
@@ -80,5 +80,5 @@ def key_of(index: int, completion_id: str) -> str:
 
 
 def completion_of(key: str) -> str:
-    """The completion_id of a key."""
+    """The completion_id in a key."""
     return key.partition("/")[2]

@@ -19,16 +19,16 @@ from prefpipe.log import Advance
 Content = TypeVar("Content")
 Request = TypeVar("Request")
 Result = TypeVar("Result")
-Ask = Callable[[Iterator[Request]], Iterator[tuple[str, Result]]]  # (key, answer) in the order in which they finish
+Ask = Callable[[Iterator[Request]], Iterator[tuple[str, Result]]]  # (key, answer) in the order of completion
 
 
 @dataclass(frozen=True)
 class Shard(Generic[Content, Request]):
     """Requests whose answers are committed together.
 
-    index: the number of the shard, in rising order
-    content: comes back with the answers
-    requests: by their key in inflight.log, which no other request of the run has
+    index: the number of the shard; shards come with rising numbers
+    content: returned together with the answers
+    requests: by their key in inflight.log, which is unique in the run
     """
 
     index: int
@@ -38,7 +38,7 @@ class Shard(Generic[Content, Request]):
 
 @dataclass
 class _Open(Generic[Content, Result]):
-    """A shard under way: how many answers it lacks, and those that are there."""
+    """A shard under way: the answers so far, and how many are missing."""
 
     content: Content
     lacking: int
@@ -47,13 +47,13 @@ class _Open(Generic[Content, Result]):
 
 @dataclass
 class _Table(Generic[Content, Request, Result]):
-    """All shards under way, by the requests without an answer, and those that are whole."""
+    """All shards under way, by the requests without an answer, and the whole shards."""
 
     open_of: dict[str, _Open[Content, Result]] = field(default_factory=dict[str, _Open[Content, Result]])
     whole: list[_Open[Content, Result]] = field(default_factory=list[_Open[Content, Result]])
 
     def open(self, shards: Iterable[Shard[Content, Request]]) -> Iterator[tuple[str, Request]]:
-        """(key, request) of every shard; a shard is read when its first request is asked for."""
+        """The (key, request) of every shard. A shard is read when its first request is asked for."""
         for shard in shards:
             entry = _Open[Content, Result](shard.content, len(shard.requests))
             self.open_of.update(dict.fromkeys(shard.requests, entry))
@@ -62,7 +62,7 @@ class _Table(Generic[Content, Request, Result]):
             yield from shard.requests.items()
 
     def put(self, key: str, answer: Result) -> None:
-        """The answer to a request."""
+        """Add the answer to a request."""
         entry = self.open_of.pop(key)
         entry.answers[key] = answer
         entry.lacking -= 1
@@ -70,7 +70,7 @@ class _Table(Generic[Content, Request, Result]):
             self.whole.append(entry)
 
     def take_whole(self) -> Iterator[tuple[Content, dict[str, Result]]]:
-        """The shards that have become whole; they leave the table."""
+        """Remove and return the shards that are whole."""
         while self.whole:
             entry = self.whole.pop(0)
             yield entry.content, entry.answers
@@ -85,11 +85,11 @@ def through_engine(
     last_suspect: int,
     things: str,
 ) -> Iterator[tuple[Content, dict[str, Result]]]:
-    """Ask an engine for all requests; (content, answers by key) of every shard, as soon as it is whole.
+    """Ask an engine for all requests: (content, answers by key) of every shard, as soon as it is whole.
 
-    `last_suspect` is the index of the last shard that holds a suspect of `inflight`, -1 if none does: shards up to it
-    are read at once, so that the suspects can run before the others. `things` is the word for several requests in
-    messages. Raises PrefpipeError when the engine fails, or ends without an answer to a request.
+    `last_suspect` is the index of the last shard that holds a suspect of `inflight`, -1 if none does. Shards up to it
+    are read at once, so that suspects can run before the others. `things` names several requests in messages. Raises
+    PrefpipeError when the engine fails, or ends without an answer to a request.
     """
     source = iter(shards)
     table = _Table[Content, Request, Result]()
@@ -113,7 +113,7 @@ def through_engine(
 
 
 def _up_to(source: Iterator[Shard[Content, Request]], last: int) -> Iterator[Shard[Content, Request]]:
-    """The shards from the source up to number `last`: they were under way together when the engine died."""
+    """The shards of the source up to number `last`, which were under way when the engine died."""
     if last < 0:
         return
     for shard in source:

@@ -1,4 +1,4 @@
-"""What `generate` and `evaluate` sample, read and identified; filling does it."""
+"""What `generate` and `evaluate` sample: prompts, policy and rewards, read and identified. `filling` samples them."""
 
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,18 +32,18 @@ from prefpipe.schemas import Dropped, Prompt, to_table
 
 @dataclass(frozen=True)
 class Task:
-    """What a run samples, with which policy, and how the completions are rated.
+    """What a run samples, with which policy, and how completions are rated.
 
     prompts: the prompts of this run
     of_all_parts: the prompts of the runs of all parts
-    repeated: ledger rows of the prompts that the file has more than once
+    repeated: ledger rows of prompts that occur more than once in the file
     policy: the model with its adapter
     chat: its tokenizer and chat template
     rewards: reward functions by name
     inputs: identity of each input, by name, for the fingerprint of the run
     source: the file of the prompts, or the name of their dataset
     read_state: the state of the file before it was read
-    stop_token_ids: token ids that end a completion beside the model's own
+    stop_token_ids: token ids that end a completion beside those of the model
     """
 
     prompts: Prompts
@@ -58,7 +58,7 @@ class Task:
     stop_token_ids: tuple[int, ...] = ()
 
     def portable(self) -> "Task":
-        """The task without its prompts and rewards: what a worker needs to tokenise, and to make rows of samples."""
+        """The task without prompts and rewards: what a worker needs to tokenise prompts and to make rows of samples."""
         none = replace(self.prompts, kept=b"", copy=None)
         return replace(self, prompts=none, of_all_parts=none, repeated=[], rewards={}, read_state=None)
 
@@ -66,7 +66,7 @@ class Task:
 def read_task(config: SamplingConfig, reward_names: Sequence[str]) -> Task:
     """Read and identify everything that sampling needs, before the output directory is touched.
 
-    Raises UsageError without prompts, and whatever prompts, model, chat template or rewards raise.
+    Raises UsageError without prompts, and the errors of reading prompts, model, chat template and rewards.
     """
     if not config.prompts:
         raise UsageError("no prompts given", "pass --prompts FILE (JSONL or Parquet)")
@@ -85,7 +85,7 @@ def read_task(config: SamplingConfig, reward_names: Sequence[str]) -> Task:
 
 
 def read_chat(config: EngineConfig, policy: Policy) -> Chat:
-    """Tokenizer and chat template of a policy, as the settings want them; raises as `load_chat` does."""
+    """Tokenizer and chat template of a policy under the settings. Raises as `load_chat` does."""
     return load_chat(
         policy.directory,
         config.chat_template,
@@ -99,10 +99,11 @@ def read_chat(config: EngineConfig, policy: Policy) -> Chat:
 def open_task(
     out: Path, command: str, config: SamplingConfig, task: Task, *, force: bool
 ) -> Generator[tuple[Run, Task]]:
-    """Hold `out` for this task, see `open_run`; the task comes back as this run cuts its prompts into shards.
+    """Open `out` for this task, see `open_run`. Returns the run, and the task with prompts cut into shards as this run
+    cuts them.
 
-    In an interrupted or complete run whose file was mended since, shards of the same prompts stay. A dataset of the hub
-    has no digest: its name belongs to the run.
+    Where the file of prompts was mended since, shards of unchanged prompts stay. A dataset of the hub has no digest:
+    its name is part of the run's identity.
     """
 
     def digests(saved: Mapping[str, Any]) -> Iterator[str]:
@@ -110,7 +111,7 @@ def open_task(
         return (sampling.rows_of(shard)[ROWS] for _, shard in shards)
 
     by_row = RowInputs([] if hub.is_hub(config.prompts) else ["prompts"], digests)
-    # The size of the first start is saved: a mended file is cut as before.
+    # The size of the first start is saved, so that a mended file is cut as before.
     config = config.model_copy(update={"shard_rows": config.shard_rows or fitting_rows(len(task.prompts))})
     with store.open_run(out, command, config, task.inputs, force=force, by_row=by_row) as run:
         older = not run.records_rows
@@ -119,12 +120,12 @@ def open_task(
 
 
 def longest_sequence(task: Task, config: SamplingConfig) -> int:
-    """The most tokens that prompt and completion have together."""
+    """The largest number of tokens that a prompt and its completion can have together."""
     return _longest_prompt(config, task.policy) + config.max_tokens
 
 
 def gather_ledger(run: Run, num_prompts: int, before: Sequence[Dropped]) -> None:
-    """Write dropped.parquet, from `before` and the prompts that shards dropped."""
+    """Write dropped.parquet: the rows of `before`, and those of the prompts that shards dropped."""
     dropped = run.gather_dropped(Dropped, to_table(Dropped, list(before)))
     if before:
         log.warn(f"rows of prompts left out: {why_dropped(before)}; dropped.parquet has them all")
@@ -135,7 +136,7 @@ def gather_ledger(run: Run, num_prompts: int, before: Sequence[Dropped]) -> None
 def balances(
     run: Run, task: Task, num_shards: int, dataset: str, row_type: type, num_samples: int, folder: str = ""
 ) -> Iterator[Balance]:
-    """What became of the prompts, and of the `num_samples` samples of each that a dataset of `folder` holds."""
+    """The balance of the prompts, and that of the `num_samples` samples of each prompt in a dataset of `folder`."""
     kept, rows, dropped = IdSet(), 0, 0
     num_kept = 0
     for index in range(num_shards):
@@ -169,14 +170,15 @@ def engine_settings(task: Task, config: SamplingConfig, max_model_len: int) -> E
 
 
 def sampled_draws(config: SamplingConfig, indices: range, prompt: Prompt) -> tuple[Draw, ...]:
-    """Completions to sample at the temperature of the run, one for every sample_index in `indices`."""
+    """The completions to sample at the temperature of the run, one for each sample_index in `indices`."""
     return tuple(Draw(k, sample_seed(config.seed, prompt.prompt_id, k), config.temperature) for k in indices)
 
 
 def prompt_key(config: SamplingConfig, task: Task, encoded: EncodedPrompt) -> str:
-    """The key that all completions of a prompt share: its messages and ids, the policy and the settings of sampling.
+    """The key that all completions of a prompt share: its messages and ids, the policy and the sampling settings.
 
-    The id of a completion is a hash of this key and its sample_index: num_samples and order are no part of it.
+    The id of a completion is a hash of this key and its sample_index; num_samples and the order of prompts have no part
+    in it.
     """
     settings = [
         *(config.engine, config.dtype, config.seed, config.temperature, config.top_p, config.top_k, config.min_p),
@@ -186,7 +188,7 @@ def prompt_key(config: SamplingConfig, task: Task, encoded: EncodedPrompt) -> st
 
 
 def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[Answer]:
-    """Every sample as an answer to rate, in the order of `sampled`: the samples of a prompt stand together."""
+    """Every sample as an answer to rate, in the order of `sampled`, so that the samples of a prompt stand together."""
     return [
         answer_of(prompt.encoded.prompt, said, len(sample.token_ids), reward_on)
         for prompt in sampled
@@ -195,7 +197,7 @@ def answers_of(sampled: Sequence[SampledPrompt], reward_on: RewardOn) -> list[An
 
 
 def _longest_prompt(config: SamplingConfig, policy: Policy) -> int:
-    """max_prompt_tokens, or less where prompt, completion and one token more would not fit into the model's context."""
+    """max_prompt_tokens, or less where prompt, completion and one more token would exceed the model's context."""
     context = context_length(policy.directory)
     if context is None:
         return config.max_prompt_tokens

@@ -1,13 +1,13 @@
-"""Engines that outlive a step: the next step of the same process goes on with them, if it asks for the same model and
-settings. Another adapter of the model is taken by engines that run (`Engine.take`).
+"""Engines that outlive a step: the next step of the same process uses them if it asks for the same model and settings.
+A running engine can take another adapter of the model (`Engine.take`).
 
     with warm.shelf(lora_rank=16) as shelf:
         shelf.keep = True  # evaluate leaves its engines open
         ...
-        shelf.keep = False  # generate takes them, and frees them when the last completion is there
+        shelf.keep = False  # generate takes them, and frees them after its last completion
         ...
 
-Without a shelf every step starts and frees engines of its own. What a step writes is the same either way.
+Without a shelf every step starts and frees its engines. Both ways write the same files.
 """
 
 from collections.abc import Callable, Generator
@@ -26,7 +26,7 @@ class Warm(Protocol):
     """Engines with one policy."""
 
     def take(self, policy: Policy) -> bool:
-        """Whether they go on with another adapter of their model."""
+        """Switch the engines to another adapter of their model; whether they could."""
         ...
 
 
@@ -35,8 +35,11 @@ _Warm = TypeVar("_Warm", bound=Warm)
 
 @dataclass
 class Shelf:
-    """Engines that a step has left open, with what they were asked for and their policy. `keep`: whether the running
-    step leaves its engines; `lora_rank`: of the adapters that later steps bring (`EngineSettings`)."""
+    """Engines that a step has left open, with their settings and their policy.
+
+    keep: whether the running step leaves its engines open
+    lora_rank: the largest rank of adapters that later steps bring (`EngineSettings`)
+    """
 
     keep: bool = False
     lora_rank: int = 0
@@ -47,8 +50,8 @@ class Shelf:
     closing: ExitStack = field(default_factory=ExitStack)
 
     def take(self, asked: list[Any], count: int, policy: Policy, stack: ExitStack) -> Any:
-        """The engines that are open, if they are what is asked for and at least `count`: they close with `stack` from
-        now on. Any others close now, and the result is None."""
+        """The open engines, if they have the wanted settings and are at least `count`; from now on `stack` closes them.
+        Otherwise the open engines are closed, and the result is None."""
         found, self.engines = self.engines, None
         closing = stack.enter_context(self.closing.pop_all())
         alike = asked == self.asked and count <= self.count
@@ -58,7 +61,7 @@ class Shelf:
         return None
 
     def put(self, engines: Warm, asked: list[Any], count: int, policy: Policy, stack: ExitStack) -> None:
-        """Leave engines open, with all that `stack` would close."""
+        """Leave engines open, with everything that `stack` would close."""
         self.asked, self.count, self.policy, self.engines, self.closing = asked, count, policy, engines, stack.pop_all()
 
 
@@ -78,8 +81,8 @@ def shelf(lora_rank: int = 0) -> Generator[Shelf]:
 def engines(
     name: str, settings: EngineSettings, count: int, start: Callable[[EngineSettings], AbstractContextManager[_Warm]]
 ) -> Generator[_Warm]:
-    """The engines on the shelf, if they serve; else `count` new ones, which `start` starts with the settings that the
-    shelf asks for."""
+    """The engines on the shelf, if they have the wanted settings; else `count` new ones, started by `start` with the
+    settings that the shelf needs."""
     place = _shelves[-1] if _shelves else None
     policy = settings.policy
     asked = [

@@ -1,4 +1,4 @@
-"""Tokenizer and chat template of a model, as transformers loads them, and token ids back to text.
+"""The tokenizer and chat template of a model, as transformers loads them, and the way from token ids back to text.
 
 transformers is imported when a model is loaded, not with this module.
 """
@@ -54,20 +54,20 @@ class Chat:
     thinking: Marks | None = None
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, without control tokens."""
+        """The text of token ids, without control tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters of the longest token: a text of n times as many has more than n tokens."""
+        """Characters of the longest token: a text of n times as many characters has more than n tokens."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     def said(self, token_ids: Sequence[int], text: str) -> Said:
-        """A completion parted into reasoning and answer; `text` is its `decode`, or as a file has it."""
+        """A completion split into reasoning and answer. `text` is its decoded text, or the text in a file."""
         return thinking.split(token_ids, text, self.thinking, self.decode)
 
     def decode_all(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
-        """`decode` for many at once."""
+        """The texts of many lists of token ids; see `decode`."""
         return self.tokenizer.decode_batch([list(ids) for ids in token_ids], skip_special_tokens=True)
 
 
@@ -143,10 +143,10 @@ def _marks(tokenizer: Tokenizer, setting: str, template_text: str) -> Marks | No
 
 
 def stop_ids(chat: Chat, strings: Sequence[str]) -> list[int]:
-    """The ids of stop strings that are control tokens of the tokenizer.
+    """The ids of stop texts that are control tokens of the tokenizer.
 
-    Raises UsageError for any other text. It can end inside a token: the text would be cut there, and the token ids with
-    their log-probs would go on.
+    Raises UsageError for any other text: it can end inside a token, where the text would be cut, while the token ids
+    and their log-probs would go on.
     """
     known = {token.content: number for number, token in chat.tokenizer.get_added_tokens_decoder().items()}
     for text in strings:

@@ -1,5 +1,5 @@
-"""What a chat template writes around the texts of a conversation, seen by rendering small ones: tokens that open and
-close turns, a system message of its own, the end of an answer."""
+"""What a chat template writes around the texts of a conversation, learnt from renderings of small conversations: tokens
+that open and close turns, a default system message, the end of an answer."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from prefpipe.errors import RowFault
 from prefpipe.schemas import Message
 
-# Private characters as the texts of two turns: no template holds them.
+# The texts of two turns: private characters, which no template contains.
 _FIRST, _SECOND = "\ue0a1", "\ue0a2"
 _ANSWER = "Yes, it is."
 _THOUGHTS = re.compile(r"[^a-z]*(begin|start|end)?_?(of)?_?(think(ing)?|thoughts?|reason(ing)?)[^a-z]*", re.IGNORECASE)
@@ -28,11 +28,12 @@ class Render(Protocol):
 def control_tokens(
     added: Iterable[AddedToken], template: str, render: Render
 ) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The texts of control tokens in prompts, in the order of their ids, and those of them that are control tokens in
-    answers too.
+    """The texts of control tokens in prompts, in the order of their ids, and those among them that are control tokens
+    in answers too.
 
-    Special tokens are both. Any other added token is content, except in prompts where the template sets it around turns
-    of user or system. White space is always content, thinking marks are in answers: there the model writes them.
+    Special tokens are control tokens in both. Any other added token is content, except in prompts where the template
+    writes it around turns of user or system. White space is always content. Thinking marks are content of answers,
+    where the model writes them.
     """
     prompts = _around_prompts(template, render)
     named = [token for token in added if token.content.strip()]
@@ -45,7 +46,8 @@ def control_tokens(
 
 
 def default_system(render: Render, tokens: Iterable[str]) -> str:
-    """The words in front of the first user turn that do not stand in front of the second one; `tokens` are no words."""
+    """The words that the template writes before the first user turn and not before the second; `tokens` are no
+    words."""
     turns = [_user(_FIRST), _assistant(_FIRST), _user(_SECOND)]
     try:
         opening, *_ = render(turns[:1], add_generation_prompt=True).split(_FIRST)
@@ -62,8 +64,8 @@ def default_system(render: Render, tokens: Iterable[str]) -> str:
 
 
 def after_answer(render: Render, *, more: bool = False) -> str | None:
-    """What the template writes behind the last answer of a conversation or, with `more`, between an answer and the next
-    turn; None where it does not show the answer."""
+    """The text that the template writes after the last answer of a conversation, or with `more` between an answer and
+    the next turn. None where the template does not show the answer."""
     turns = [_user("Is it?"), _assistant(_ANSWER), *([_user(_SECOND)] if more else [])]
     try:
         _, answer, tail = render(turns, add_generation_prompt=False).rpartition(_ANSWER)
@@ -73,8 +75,8 @@ def after_answer(render: Render, *, more: bool = False) -> str | None:
 
 
 def _around_prompts(template: str, render: Render) -> str:
-    """What the template writes for turns of system and user and to open an answer, without their texts. A template that
-    refuses every probe is taken as a whole."""
+    """The text that the template writes around turns of system and user and to open an answer, without their content.
+    For a template that refuses every probe it is the whole template."""
     system = Message(role="system", content=_SECOND)
     texts: list[str] = []
     for messages in ([_user(_FIRST)], [system, _user(_FIRST)]):

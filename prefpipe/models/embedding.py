@@ -1,4 +1,4 @@
-"""Does a model have an embedding for every token that its tokenizer writes?"""
+"""Whether a model has an embedding for every token that its tokenizer and template write."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -15,7 +15,7 @@ ADVICE = (
 
 
 def size(directory: Path) -> int | None:
-    """How many token ids a model has, from its config; None when the config does not say."""
+    """The number of token ids that a model has an embedding for, from its config; None when the config does not say."""
     path = directory / "config.json"
     config = fingerprint.read_json(path) if path.is_file() else {}
     nested = config.get("text_config")
@@ -26,7 +26,7 @@ def size(directory: Path) -> int | None:
 def check(directory: Path, tokenizer: Tokenizer, template: str, eos_token_ids: Collection[int]) -> None:
     """Raise DataError when text, the chat template or the end of a completion needs a token without an embedding.
 
-    Special tokens that none of them writes do no harm: Gemma 3 has one behind its embedding, for images.
+    Special tokens that none of these write do no harm: Gemma 3 has such a token, for images.
     """
     known = size(directory)
     if known is None:

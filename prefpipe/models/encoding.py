@@ -1,35 +1,24 @@
-"""From a conversation to token ids, and whether its text is all there.
+"""The token ids of a conversation, and whether they hold all of its text.
 
-A chat template is applied once, when a prompt enters the pipeline; from then on token ids travel.
+A chat template is applied once, when a prompt enters the pipeline. From then on token ids travel.
 """
 
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from prefpipe.config.engine import EngineConfig
+from prefpipe.config.rewards import RewardModel
+from prefpipe.config.train import TrainConfig
 from prefpipe.errors import RowFault
 from prefpipe.models import escape, template, turns
 from prefpipe.models.chat import Chat
 from prefpipe.schemas import Message
 
-_CHARACTERS_PER_TOKEN = 16  # hardly a text has more on average: only then the longest token is looked up
+_CHARACTERS_PER_TOKEN = 16  # few texts have more on average; for those the longest token is looked up
 _SYSTEM = ("system", "developer")
 ASKING = ("user", "tool", "function", "ipython", "observation")  # roles that the assistant answers
-
-
-class RowSettings(Protocol):
-    """Settings of any class with these two fields; see `Rules`."""
-
-    @property
-    def special_tokens_in_prompts(self) -> str:
-        """What becomes of text that spells a control token."""
-        ...
-
-    @property
-    def template_changes(self) -> str:
-        """What becomes of text that the chat template changes."""
-        ...
 
 
 class Rules(NamedTuple):
@@ -44,8 +33,8 @@ class Rules(NamedTuple):
     template_changes: str = "drop"
 
     @classmethod
-    def of(cls, settings: "RowSettings") -> "Rules":
-        """The rules that the settings of a command, or of a reward, name."""
+    def of(cls, settings: EngineConfig | TrainConfig | RewardModel) -> "Rules":
+        """The rules that are set in the settings of a command or of a reward model."""
         return cls(settings.special_tokens_in_prompts, settings.template_changes)
 
 
@@ -53,8 +42,8 @@ DROP = Rules()
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation, in which marks stand for control tokens that its messages spell. `spans` are the
-    parts of it that the template marks as the assistant's (`{% generation %}`)."""
+    """The text of a conversation. Marks stand for control tokens that its messages spell. `spans` are the parts that
+    the template marks as written by the assistant (`{% generation %}`)."""
 
     text: str
     tokens: Sequence[str] = ()
@@ -79,9 +68,9 @@ class Rendered(NamedTuple):
 def encode_prompt(
     chat: Chat, messages: Sequence[Message], inputs: str | None = None, *, max_tokens: int, rules: Rules
 ) -> list[int]:
-    """Token ids of a prompt, up to where the answer begins. Raises RowFault for a prompt that cannot be used.
+    """The token ids of a prompt, up to where the answer begins. Raises RowFault for a prompt that cannot be used.
 
-    `inputs` is JSON of what else the template gets, as in the column template_inputs.
+    `inputs` is JSON of further inputs of the template, as in the column template_inputs.
     """
     source = prompt_text(chat, messages, inputs, rules)
     check_characters(chat, source, max_tokens)
@@ -97,15 +86,15 @@ def prompt_text(chat: Chat, messages: Sequence[Message], inputs: str | None, rul
 
 
 def check_characters(chat: Chat, source: Rendered, max_tokens: int) -> None:
-    """Raise RowFault for a text that cannot have as few as `max_tokens`, before it is tokenised: that takes 120 times
-    the memory of the text."""
+    """Raise RowFault for a text that is too long for `max_tokens` whatever its tokens are. This comes before
+    tokenising, which takes 120 times the memory of the text."""
     count = len(source.text)
     if count > _CHARACTERS_PER_TOKEN * max_tokens and count > chat.longest_token * max_tokens:
         raise RowFault("too_long", f"{count} characters, the most is {max_tokens} tokens")
 
 
 def check_length(prompt_ids: Sequence[int], max_tokens: int) -> None:
-    """Raise RowFault for a prompt of more than `max_tokens`."""
+    """Raise RowFault for a prompt of more than `max_tokens` tokens."""
     if len(prompt_ids) > max_tokens:
         raise RowFault("too_long", f"{len(prompt_ids)} tokens in the prompt, the most is {max_tokens}")
 
@@ -113,7 +102,8 @@ def check_length(prompt_ids: Sequence[int], max_tokens: int) -> None:
 def rendered(
     chat: Chat, messages: Sequence[Message], inputs: str | None, rules: Rules, *, add_generation_prompt: bool
 ) -> Rendered:
-    """The chat template applied to a conversation. Raises RowFault for one that it refuses or that `rules` forbid."""
+    """The chat template applied to a conversation. Raises RowFault where the template refuses it or `rules` forbid
+    it."""
     if rules.control_tokens == "drop":
         check_control_tokens(chat, messages, inputs)
     tokens: list[str] = []
@@ -129,7 +119,7 @@ def rendered(
 def _marked(
     chat: Chat, messages: Sequence[Message], inputs: str | None
 ) -> tuple[Sequence[Message], str | None, list[str]]:
-    """Messages and inputs with marks for the control tokens that they spell, and those tokens (see `escape`)."""
+    """Messages and inputs with marks in place of the control tokens that they spell, and those tokens: see `escape`."""
     parts = [(message, part) for message in messages for part in ("content", "extra")]
     spelled = [*(_spelled(chat, *part) for part in parts), _in_prompts(chat, inputs or "")]
     if not any(spelled):
@@ -151,7 +141,7 @@ def encode_rendered(chat: Chat, source: Rendered) -> list[int]:
 
 
 def encode_with_mask(chat: Chat, source: Rendered) -> tuple[list[int], list[bool]]:
-    """Token ids as `encode_rendered` gives them, and for each whether a character of it is the assistant's."""
+    """Token ids as in `encode_rendered`, and for each id whether it has a character that the assistant wrote."""
     if source.tokens:
         ids, offsets = escape.encode_marked(chat.tokenizer, source.text, source.tokens)
     else:
@@ -167,8 +157,7 @@ def encode_with_mask(chat: Chat, source: Rendered) -> tuple[list[int], list[bool
 
 
 def check_control_tokens(chat: Chat, messages: Sequence[Message], inputs: str | None = None) -> None:
-    """Raise RowFault when a message or a further input of the template spells a control token, which would be tokenised
-    as one."""
+    """Raise RowFault when a message or another input of the template spells a control token, which would become one."""
     for message in messages:
         spelled = _spelled(chat, message, "content") or ("extra" in message and _spelled(chat, message, "extra"))
         if spelled:
@@ -184,7 +173,7 @@ def render(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """The chat template applied to messages. Raises RowFault when it refuses them."""
+    """The chat template applied to messages. Raises RowFault when the template refuses them."""
     return _render(chat, messages, inputs, add_generation_prompt=add_generation_prompt)[0]
 
 
@@ -200,14 +189,13 @@ def _render(
 
 
 def encode(chat: Chat, text: str) -> list[int]:
-    """Token ids of rendered text. None is added: the template has written every control token already."""
+    """Token ids of rendered text. The tokenizer adds none: the template has written every control token already."""
     encodings = chat.tokenizer.encode_batch_fast([text], add_special_tokens=False)  # `encode` also computes offsets
     return encodings[0].ids
 
 
 def _spelled(chat: Chat, message: Message, part: str) -> list[str]:
-    """The control tokens that a part of a message spells. An answer may hold tokens that open turns of the user: they
-    are words of the model there."""
+    """The control tokens that a part of a message spells. Tokens that open turns of the user are words in an answer."""
     tokens = _in_prompts(chat, message.get(part, ""))
     if message["role"] == "assistant":
         tokens = [token for token in tokens if token in chat.answer_control_tokens]

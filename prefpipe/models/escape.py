@@ -1,4 +1,4 @@
-"""Control tokens that a text spells, tokenised as the plain text that they are."""
+"""Control tokens that a text spells, tokenised as plain text."""
 
 import re
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from tokenizers import Tokenizer
 
 from prefpipe.errors import RowFault
 
-Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters that each stands for
-MARK = "\ue0ff"  # a private character, in no template; a text that holds it is refused
+Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the span of characters of each
+MARK = "\ue0ff"  # a private character, which no template contains; a text that contains it is refused
 
 
 def mark(texts: Sequence[str], spelled: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
-    """The texts with a mark and a number in place of every control token that they spell, so that it survives the
-    template, and the tokens by their numbers. `spelled` are the control tokens for each text.
+    """The texts with a mark and a number in place of every control token that they spell, which survive the template;
+    and the tokens by their numbers. `spelled` are the control tokens of each text.
 
-    Raises RowFault when a text holds the mark already.
+    Raises RowFault when a text already contains the mark.
     """
     if any(MARK in text for text in texts):
         raise RowFault("control_tokens", "the text holds the private character that marks control tokens")
@@ -30,7 +30,7 @@ def mark(texts: Sequence[str], spelled: Sequence[Sequence[str]]) -> tuple[list[s
 
 
 def unmarked(marked_text: str, tokens: Sequence[str]) -> str:
-    """The text with its control tokens again in place of their marks."""
+    """The text with its control tokens in place of their marks."""
     pieces = marked_text.split(MARK)
     return "".join(tokens[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces))
 
@@ -73,7 +73,7 @@ def _in_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> Enco
 
 
 def _without_separators(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> Encoded:
-    """Ids of the text with a separator behind the first character of each token, without those of the separators."""
+    """The ids of the text with a separator after the first character of each token, without those of the separators."""
     text = "".join(f"{piece[:1]}{MARK}{piece[1:]}" if is_token else piece for piece, is_token in pieces)
     places = list(accumulate((character != MARK for character in text), initial=0))
     kept = [
@@ -83,7 +83,7 @@ def _without_separators(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]
 
 
 def _same_text(tokenizer: Tokenizer, ids: Sequence[int], others: Sequence[int]) -> bool:
-    """Whether ids decode to the same letters, up to white space and case that the tokenizer itself changes."""
+    """Whether ids decode to the same letters, except for white space and case that the tokenizer itself changes."""
     one, two = tokenizer.decode_batch([list(ids), list(others)], skip_special_tokens=False)
     return "".join(one.split()).casefold() == "".join(two.split()).casefold()
 

@@ -1,4 +1,4 @@
-"""Digests of weights, adapter, tokenizer and chat template. Content decides; names and paths never enter a digest.
+"""Digests of weights, adapter, tokenizer and chat template. They depend on content only, never on names and paths.
 
 A policy is named `weights:HEX` or `weights:HEX+adapter:HEX`, so that an error can say which part differs.
 """
@@ -19,7 +19,7 @@ from prefpipe.errors import DataError, MissingInputError
 from prefpipe.ids import canonical_json
 
 VERSION = 1  # raise it when a function below can return another digest: cached digests of other versions are ignored
-# Fields of a config, and of that of an adapter, that do not change the forward pass.
+# Fields of a model's config and of an adapter's config that do not change the forward pass.
 _IGNORED_CONFIG = {
     "_name_or_path",
     "transformers_version",
@@ -36,12 +36,12 @@ _IGNORED_ADAPTER = {
     "task_type",
     "lora_dropout",
 }
-# Settings of an adapter that peft keeps as sets: it writes them in another order in every process.
+# Settings of an adapter that peft keeps as sets, and writes in another order in every process.
 ADAPTER_SETS = ("target_modules", "target_parameters", "exclude_modules")
 _CHUNK = 8 << 20
-_LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
-_MOST_BYTES = 512 << 20  # of a JSON file; tokenizers of 250,000 tokens have 33 million
-_BITS = {  # of one number, by the dtype in a safetensors header
+_LONGEST_HEADER = 100_000_000  # bytes of a header, the limit of safetensors
+_MOST_BYTES = 512 << 20  # bytes of a JSON file; tokenizers of 250,000 tokens have 33 million
+_BITS = {  # bytes of one number, by the dtype in a safetensors header
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
@@ -58,17 +58,17 @@ def policy_id(weights: str, adapter: str | None) -> str:
 
 
 def weights_digest(directory: Path) -> str:
-    """blake3 over name, dtype, shape and content of every tensor, and the config: re-sharding changes nothing."""
+    """blake3 over name, dtype, shape and content of every tensor, and the config. Shards have no part in it."""
     config = read_json(directory / "config.json")
     kept = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG}
     return _digest(_tensor_files(directory, "model*.safetensors"), kept)
 
 
 def adapter_digest(directory: Path) -> str:
-    """Digest of a LoRA adapter: its tensors and the settings that change what they do."""
+    """The digest of a LoRA adapter: its tensors, and the settings that change their effect."""
     path = directory / "adapter_config.json"
     if not path.is_file():
-        inside = directory / "adapter"  # of a run of train
+        inside = directory / "adapter"  # written by a run of train
         hint = f"give {inside}" if (inside / path.name).is_file() else "give an adapter directory"
         raise MissingInputError(f"{directory} is not a PEFT adapter: no adapter_config.json", hint)
     config = read_json(path)
@@ -85,8 +85,7 @@ def text_digest(text: str) -> str:
 
 
 def tokenizer_digest(tokenizer: Mapping[str, Any]) -> str:
-    """Digest of the content of a tokenizer.json without its padding and truncation, which a library writes back when it
-    uses them."""
+    """The digest of a tokenizer.json without padding and truncation, which libraries write into the file."""
     kept = {k: v for k, v in tokenizer.items() if k not in ("padding", "truncation")}
     return text_digest(canonical_json(kept))
 
@@ -140,7 +139,7 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int], str]]:
 
 
 def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where their bytes begin."""
+    """The description of the tensors in a safetensors file, and the place where their bytes begin."""
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > min(size - 8, _LONGEST_HEADER):

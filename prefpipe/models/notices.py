@@ -1,4 +1,4 @@
-"""What a user should know of a chat template before a run: what it adds to prompts, how it ends an answer."""
+"""What a user should know of a chat template before a run: text that it adds to prompts, the end of an answer."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from prefpipe.models.encoding import encode, render
 
 
 def notices(chat: Chat) -> list[str]:
-    """A line for each thing that the template puts into every prompt: a date, a default system message."""
+    """A line for each text that the template adds to every prompt: a date, a default system message."""
     lines: list[str] = []
     if template.prints_date(chat.template):
         lines.append(f"the chat template prints a date, {chat.date}: --template-date fixes it for later runs")
@@ -20,7 +20,8 @@ def notices(chat: Chat) -> list[str]:
 
 
 def check_ends(chat: Chat) -> None:
-    """Log a warning when the template does not end an answer in a token that ends a completion, and what to set."""
+    """Log a warning, with a setting to change, when the template ends answers without a token that ends a
+    completion."""
     tail = dialogue.after_answer(partial(render, chat))
     if tail is None or chat.eos_token_ids & set(encode(chat, tail)):
         return

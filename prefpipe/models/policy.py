@@ -1,4 +1,4 @@
-"""From the name of a model (directory, hub id, embedded:NAME) and of an adapter to local files with an identity."""
+"""Local files with an identity, from the name of a model (directory, hub id, embedded:NAME) and of an adapter."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ class Embedded:
     sha256: str
 
 
-# What configs call the context: most models, GPT-2, GPT-J, Megrez, Bloom and ChatGLM.
+# Names of the context length in configs: most models, GPT-2, GPT-J, Megrez, Bloom and ChatGLM.
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 # Encoders that count the positions of a text from pad_token_id + 1 on, as RoBERTa does.
 _LATE_POSITIONS = {
@@ -38,8 +38,8 @@ _LATE_POSITIONS = {
 }
 _MOST_LAYERS = 10_000
 _LARGEST = 2**63 - 1
-_LARGE = 64 << 20  # bytes; hashing less is faster than looking a digest up
-# Settings by which peft turns a LoRA adapter into something that depends on the tokens, draws, or changes the base.
+_LARGE = 64 << 20  # bytes; smaller files are hashed faster than a saved digest is looked up
+# Settings with which a LoRA adapter of peft depends on the tokens, is random, or changes the base.
 _OTHER_LORA = (
     *("alora_invocation_tokens", "arrow_config", "monteclora_config", "velora_config", "use_bdlora", "use_qalora"),
     "layer_replication",
@@ -55,7 +55,7 @@ EMBEDDED = {
 
 @dataclass(frozen=True)
 class Policy:
-    """A model on local disk, with or without an adapter. `weights` and `adapter_weights` are digests of the content."""
+    """A model on local disk, with or without an adapter. `weights` and `adapter_weights` are digests of content."""
 
     directory: Path
     adapter: Path | None
@@ -74,10 +74,11 @@ class Policy:
 
 
 def resolve(model: str, adapter: str = "none") -> Policy:
-    """Find the files of a model and an adapter, and digest them.
+    """The files of a model and an adapter, with their digests.
 
-    Raises MissingInputError when something is not there, IdentityError when the adapter belongs to another base,
-    DataError for damaged files, UsageError for a model that needs code of its own and for an adapter that is no LoRA.
+    Raises MissingInputError when a file does not exist, IdentityError when the adapter belongs to another base,
+    DataError for damaged files, UsageError for a model that needs code of its own and for an adapter that is not a LoRA
+    adapter.
     """
     directory = find(model)
     weights = _weights_digest(directory)
@@ -91,8 +92,8 @@ def resolve(model: str, adapter: str = "none") -> Policy:
 
 
 def find(model: str, *, weights: bool = True) -> Path:
-    """The directory of a model, whose config.json is checked. Without `weights` none are fetched from the hub. Raises
-    as `resolve` does."""
+    """The directory of a model, after a check of its config.json. Without `weights` no weights are fetched from the
+    hub. Raises as `resolve` does."""
     directory = _directory(model, weights=weights)
     if not (directory / "config.json").is_file():
         raise MissingInputError(
@@ -105,8 +106,8 @@ def find(model: str, *, weights: bool = True) -> Path:
 
 
 def context_length(directory: Path) -> int | None:
-    """How many tokens a model takes at most, from its config; None when the config does not say. Models with further
-    parts, such as a vision tower, keep the config of their language model in `text_config`."""
+    """The largest number of tokens that a model takes, from its config; None when the config does not say. Models with
+    further parts, such as a vision tower, have the config of their language model in `text_config`."""
     config = fingerprint.read_json(directory / "config.json")
     nested = config.get("text_config")
     tables = [nested, config] if isinstance(nested, dict) else [config]
@@ -124,15 +125,14 @@ def adapter_base_record(weights: str, adapter_weights: str | None = None) -> str
 
 
 def merged_record(base: str, adapter_weights: str, weights: str) -> str:
-    """The text of prefpipe.json in a merged model: the id that `resolve` gives it, and the base and the adapter that
-    its weights are the sum of."""
+    """The text of prefpipe.json in a merged model: the id that `resolve` returns for it, and its base and adapter."""
     parts = {"base": fingerprint.policy_id(base, None), "adapter": adapter_weights}
     return json.dumps({"policy": fingerprint.policy_id(weights, None), "merged_from": parts}, indent=2) + "\n"
 
 
 def _check_code(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse a model with code of its own before anything else reads its directory. Other models are looked at when
-    they are loaded: transformers is slow to import, and not every command needs it."""
+    """Refuse a model that needs its own code before its directory is read further. Other models are checked when they
+    are loaded: transformers is slow to import, and not every command needs it."""
     if config.get("auto_map") and importlib.util.find_spec("transformers") is not None:
         from prefpipe.forward.architecture import check_own_code
 
@@ -140,8 +140,8 @@ def _check_code(directory: Path, config: dict[str, Any]) -> None:
 
 
 def _check_numbers(directory: Path, config: dict[str, Any]) -> None:
-    """Raise DataError for numbers that no model has: transformers would build layers without end. A longest length may
-    be any number: 10^30 stands for none."""
+    """Raise DataError for numbers that no model has, from which transformers would build layers without end. A longest
+    length may be any number: 10^30 stands for no limit."""
     nested = config.get("text_config")
     for name, value in [*config.items(), *(nested.items() if isinstance(nested, dict) else ())]:
         most = _MOST_LAYERS if name.endswith(("layer", "layers")) else _LARGEST
@@ -220,7 +220,7 @@ def _check_record(adapter: Path, weights: str, digest: str) -> None:
 
 
 def weights_bytes(directory: Path) -> int:
-    """Bytes of the weights of a model as they lie on the disk."""
+    """The bytes of the weight files of a model."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: which one a model is used with, and how one turns messages into text.
+"""Chat templates: the choice of the template of a model, and the rendering of messages.
 
 transformers compiles and renders a template, so that the text is the same to the letter.
 """
@@ -58,12 +58,12 @@ def find(directory: Path, of_model: str | Mapping[str, str] | None, choice: str)
 
 
 def prints_date(template: str) -> bool:
-    """Whether a template asks for the time of day, so that its text depends on the day."""
+    """Whether a template reads the clock, so that its text depends on the day."""
     return "strftime_now" in template
 
 
 def marks_assistant(template: str) -> bool:
-    """Whether a template can mark what the assistant says, with `{% generation %}` and `{% endgeneration %}`."""
+    """Whether a template can mark the text of the assistant, with `{% generation %}` and `{% endgeneration %}`."""
     return "endgeneration" in template
 
 
@@ -76,7 +76,7 @@ def render(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """The text of a conversation, as transformers' `apply_chat_template` gives it; see `render_with_spans`."""
+    """The text of a conversation, as transformers' `apply_chat_template` returns it; see `render_with_spans`."""
     return render_with_spans(template, date, messages, tokens, inputs, add_generation_prompt=add_generation_prompt)[0]
 
 

@@ -1,4 +1,4 @@
-"""The reasoning that a model writes before its answer, and the answer alone: what people and rewards compare."""
+"""The reasoning that a model writes before its answer, and the answer without it, which people and rewards compare."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Said(NamedTuple):
 
 
 def pair_of(setting: str, tokens: Collection[str], template: str) -> tuple[str, str] | None:
-    """The marks of a model, from the texts of its added tokens and its chat template; None for one without.
+    """The marks of a model, from the texts of its added tokens and its chat template; None for a model without marks.
 
     `setting` is "model", "none", or the two marks with a space between them.
     """
@@ -47,9 +47,9 @@ def pair_of(setting: str, tokens: Collection[str], template: str) -> tuple[str, 
 
 
 def split(token_ids: Sequence[int], text: str, marks: Marks | None, decode: Decode) -> Said:
-    """Part a completion at its last closing mark; one that opens with reasoning and never closes it has no answer.
+    """Split a completion at its last closing mark. A completion that opens reasoning and never closes it has no answer.
 
-    A mark that is a special token is not in `text`: then the token ids say where it stands.
+    A mark that is a special token is not in `text`; then the token ids show where it stands.
     """
     if marks is None:
         return Said(text)
@@ -69,7 +69,7 @@ def split(token_ids: Sequence[int], text: str, marks: Marks | None, decode: Deco
 
 
 def _behind(token_ids: Sequence[int], closing: tuple[int, ...]) -> int | None:
-    """The place behind the last occurrence of `closing`."""
+    """The place after the last occurrence of `closing`."""
     size = len(closing)
     for end in range(len(token_ids), size - 1, -1):
         if tuple(token_ids[end - size : end]) == closing:
@@ -78,7 +78,7 @@ def _behind(token_ids: Sequence[int], closing: tuple[int, ...]) -> int | None:
 
 
 def _covering(token_ids: Sequence[int], length: int, decode: Decode) -> int:
-    """The fewest tokens whose text has at least `length` characters."""
+    """The smallest number of tokens whose text has at least `length` characters."""
     low, high = 0, len(token_ids)
     while low < high:
         middle = (low + high) // 2

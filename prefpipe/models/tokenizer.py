@@ -1,5 +1,5 @@
-"""A tokenizer, its named tokens, chat templates and end-of-sequence ids, as transformers builds them from the files of
-a model. Code of a model's own never runs."""
+"""A tokenizer with its named tokens, chat templates and end-of-sequence ids, as transformers builds them from the files
+of a model. Code in the model's directory never runs."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from prefpipe.forward.loading import silent
 from prefpipe.models import fingerprint
 
 _SAVE = "make one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-_NO_TEXT_CHANGE = ("padding", "truncation", "post_processor")  # parts that change no id of a text alone
+_NO_TEXT_CHANGE = ("padding", "truncation", "post_processor")  # parts that do not change the ids of a single text
 _PROBE = "a"
 
 
@@ -78,7 +78,7 @@ def _from_transformers(directory: Path) -> Any:
 
 
 def _refusal(directory: Path, error: Exception) -> PrefpipeError:
-    """What is wrong with the files of a tokenizer that transformers refuses."""
+    """The error for files of a tokenizer that transformers refuses."""
     words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if "trust_remote_code" in str(error):
         return UsageError(
@@ -97,7 +97,7 @@ def _refusal(directory: Path, error: Exception) -> PrefpipeError:
 
 
 def _around(backend: Tokenizer) -> tuple[str, str]:
-    """The texts of the tokens that the tokenizer puts before and behind a text."""
+    """The texts of the tokens that the tokenizer puts before and after a text."""
     encoding = backend.encode(_PROBE, add_special_tokens=True)
     added = list(zip(encoding.tokens, encoding.special_tokens_mask, strict=True))
     before = [token for token, _ in takewhile(lambda pair: pair[1], added)]
@@ -106,8 +106,8 @@ def _around(backend: Tokenizer) -> tuple[str, str]:
 
 
 def _eos_ids(directory: Path, of_tokenizer: int | None) -> set[int]:
-    """Every id at which a completion ends. The files are read as they are, so that no id is lost to a class that does
-    not know it; where there is no generation config, transformers makes one of the model config."""
+    """Every id that ends a completion. The files themselves are read, so that no id is lost to a class that does not
+    know it. Where there is no generation config, transformers makes one from the model config."""
     config = _json(directory / "config.json")
     generation = _json(directory / "generation_config.json")
     settings = (generation, config, config.get("text_config"))
@@ -136,7 +136,8 @@ def _numbers(values: Iterable[Any]) -> Iterable[int]:
 
 
 def _digest(directory: Path, backend: Tokenizer) -> str:
-    """The digest of tokenizer.json where transformers builds just that, else of what it builds."""
+    """The digest of tokenizer.json where transformers builds exactly this tokenizer, else that of the built
+    tokenizer."""
     used = json.loads(backend.to_str())
     path = directory / "tokenizer.json"
     if path.is_file():
@@ -147,13 +148,13 @@ def _digest(directory: Path, backend: Tokenizer) -> str:
 
 
 def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two tokenizers give the same ids and texts: all that they may not share is a step that adds nothing."""
+    """Whether two tokenizers produce the same ids and texts. They may differ only in a step that adds nothing."""
     steps = [_steps(one), _steps(other)]
     return steps[0] == steps[1] and _parts(one) == _parts(other)
 
 
 def _steps(settings: Mapping[str, Any]) -> Any:
-    """The post-processor; None for one that puts no token around a text."""
+    """The post-processor; None for a post-processor that puts no token around a text."""
     step = settings.get("post_processor")
     nothing = isinstance(step, Mapping) and step.get("type") == "TemplateProcessing" and not step["special_tokens"]
     return None if nothing else step
@@ -169,5 +170,5 @@ def _parts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The settings in a file; empty where there is none. Raises DataError for a damaged one."""
+    """The settings in a JSON file; empty where the file does not exist. Raises DataError for a damaged file."""
     return fingerprint.read_json(path) if path.is_file() else {}

@@ -1,4 +1,5 @@
-"""A message as a chat template reads it: text or content parts, tool calls, reasoning; and what became of its text."""
+"""A message in the form that a chat template reads (text or content parts, tool calls, reasoning), and a check that the
+template writes its text."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,9 +9,9 @@ from typing import Any
 from prefpipe.errors import DataError, RowFault
 from prefpipe.schemas import Message
 
-Turn = dict[str, Any]  # a message as a template reads it
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; a template reads one of them
-_CONTENT, _ARGUMENT = "\ue0a1", "\ue0a2"  # private characters: no template holds them
+Turn = dict[str, Any]  # a message in the form that a template reads
+REASONING = ("reasoning_content", "thinking", "reasoning")  # its names; a template reads one of them
+_CONTENT, _ARGUMENT = "\ue0a1", "\ue0a2"  # private characters, which no template contains
 _USER: Turn = {"role": "user", "content": _CONTENT}
 
 
@@ -29,9 +30,10 @@ class Shape:
 
 
 def shape_of(template: str, render: Callable[[Sequence[Turn]], str]) -> Shape:
-    """The shape of a template, by rendering small conversations; `render` raises RowFault for what it refuses.
+    """The form that a template reads, from renderings of small conversations; `render` raises RowFault where it refuses
+    one.
 
-    Raises DataError for a template that takes the message of a user and does not write it.
+    Raises DataError for a template that accepts the message of a user and does not write it.
     """
     plain = _rendered(render, [_USER])
     in_parts = not _shows(plain, _CONTENT) and _shows(_rendered(render, [_in_parts(_USER)]), _CONTENT)
@@ -47,26 +49,26 @@ def shape_of(template: str, render: Callable[[Sequence[Turn]], str]) -> Shape:
 
 
 def for_template(messages: Sequence[Message], shape: Shape) -> list[Turn]:
-    """Messages in the form that a template reads."""
+    """The messages in the form that a template reads."""
     return [_turn(message, shape) for message in messages]
 
 
 def extra_of(message: Message) -> Turn:
-    """What a message says beside role and content, by key."""
+    """The keys of a message beside role and content."""
     extra = message.get("extra")
     return json.loads(extra) if extra else {}
 
 
 def as_dict(message: Message) -> Turn:
-    """A message as files hold it: role, content, and the keys of `extra` beside them."""
+    """A message as it stands in a file: role, content, and the keys of `extra` beside them."""
     return {"role": message["role"], "content": message["content"], **extra_of(message)}
 
 
 def lost(messages: Sequence[Message], rendered: str) -> tuple[int, str] | None:
-    """The first message whose text is not in a rendering, as its place and what is lost; None where all is there.
+    """The place of the first message whose text is missing in a rendering, and what is missing; None where nothing is.
 
-    White space may differ, and text may stand as JSON. Checked are content, reasoning, and names of called functions. A
-    text that others hold too must be there as often as all of them have it.
+    White space may differ, and text may stand as JSON. Content, reasoning, and names of called functions are checked. A
+    text that several messages contain must occur as often as in all of them together.
     """
     texts = [(place, name, text) for place, message in enumerate(messages) for name, text in _texts(message)]
     squeezed = ""
@@ -82,7 +84,7 @@ def lost(messages: Sequence[Message], rendered: str) -> tuple[int, str] | None:
 
 
 def lost_input(inputs: Mapping[str, Any], rendered: str) -> str | None:
-    """The name of a tool or the text of a document that is not in a rendering, with what it is; None where all are."""
+    """The name of a tool or the text of a document that a rendering lacks, and its kind; None where it has all."""
     tools = [_function(tool).get("name") for tool in _dicts(inputs.get("tools"))]
     documents = [document.get("text") or document.get("contents") for document in _dicts(inputs.get("documents"))]
     squeezed = _squeezed(rendered)

@@ -1,8 +1,9 @@
-"""Which tokens the ids of a run stand for. Rows travel as token ids, so any model with the same tokens can read them.
+"""The tokens that the ids of a run stand for. Rows travel as token ids, so that any model with the same tokens can read
+them.
 
-A vocabulary is named `SIZE:HEX`: how many ids it has, and the digest of the token of each. How a tokenizer cuts text
-into tokens has no part in it, because the ids exist already. The tokens are those of the tokenizer as transformers
-builds it; older runs were named by tokenizer.json alone, which may lack added tokens.
+A vocabulary is named `SIZE:HEX`: its number of ids, and a digest of the token of each id. How a tokenizer cuts text
+into tokens has no part in it, because the ids exist already. The tokens are those of the tokenizer that transformers
+builds; older runs were named by tokenizer.json alone, which may lack added tokens.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from prefpipe.models import fingerprint
 from prefpipe.models.tokenizer import load_tokenizer
 from prefpipe.runs import store
 
-_FIELD = "vocabularies"  # in the identity of a manifest; older runs do not have it
+_FIELD = "vocabularies"  # key in the identity of a manifest; older runs do not have it
 Tokens = list[tuple[int, str]]
 
 
@@ -32,7 +33,7 @@ def of_tokenizer(tokenizer: Tokenizer) -> Tokens:
 
 
 def name(tokens: Tokens, size: int | None = None) -> str:
-    """The name of a vocabulary. With `size`, only ids below it count: tokens appended later do not change the name."""
+    """The name of a vocabulary. With `size` only ids below it count: tokens that are added later have no part."""
     kept = [pair for pair in tokens if size is None or pair[0] < size]
     return f"{kept[-1][0] + 1 if kept else 0}:{fingerprint.text_digest(canonical_json(kept))}"
 
@@ -43,13 +44,12 @@ def record(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def recorded(run: Path) -> list[str]:
-    """The names of the vocabularies of a complete run; empty for a run that was made before they were recorded."""
+    """The names of the vocabularies of a complete run; empty for a run of a version that did not record them."""
     return store.read_manifest(run)["identity"].get(_FIELD, [])
 
 
 def of_sources(sources: Iterable[str], tokenizer: Tokenizer) -> list[str]:
-    """The names of the vocabularies of several inputs: runs have recorded theirs, files of text get that of the
-    tokenizer that cuts them."""
+    """The names of the vocabularies of several inputs: those recorded in runs; for a file of text, the tokenizer's."""
     names: list[str] = []
     for source in sources:
         names += recorded(Path(source)) if Path(source).is_dir() else [name(of_tokenizer(tokenizer))]
@@ -80,7 +80,7 @@ def check(runs: Sequence[Path], directory: Path) -> None:
 
 
 def _same_ids(tokens: Tokens, theirs: str) -> str:
-    """The name of the tokens at the ids of another vocabulary."""
+    """The name of the tokens at those ids that another vocabulary has."""
     return name(tokens, int(theirs.partition(":")[0]))
 
 

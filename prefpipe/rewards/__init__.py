@@ -35,7 +35,8 @@ _NO_TABLES: Mapping[str, Settings] = MappingProxyType({})
 
 
 def load(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> RewardFunction:
-    """A reward by name: a kind with its defaults, a table of settings, or a user's function as `module:function`.
+    """The reward function of a name: a kind with its defaults, a table of settings, or a user's function
+    `module:function`.
 
     A user's function has TRL's signature for reward functions. Raises UsageError or MissingInputError for a name, file,
     package or model that does not exist, before the run samples anything.
@@ -48,16 +49,16 @@ def load(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> RewardFuncti
 
 
 def identity(name: str, tables: Mapping[str, Settings] = _NO_TABLES) -> str:
-    """What identifies a reward in the fingerprint of a run.
+    """The identity of a reward in the fingerprint of a run.
 
-    Of a kind: its name, the version of its code, the settings that can change a result, and digests of the files and
-    models that it reads. Of a user's function: the bytes of its module.
+    For a kind: its name, the version of its code, the settings that can change a result, and digests of the files and
+    models that it reads. For a user's function: the digest of its module.
     """
     if _has_kind(name, tables):
         settings: BaseModel = settings_of(name, tables)
         values = result_fields(settings)
         kind = values.pop("kind")
-        if values.get("dtype") == "auto":  # behind an endpoint nothing is computed here, whatever this machine is
+        if values.get("dtype") == "auto":  # an endpoint computes elsewhere: the number type of this machine has no part
             values["dtype"] = "bfloat16" if values.get("engine") == "endpoint" else machine.number_type()[0]
         module = _module(kind)
         values |= module.inputs(settings)

@@ -27,20 +27,20 @@ VERSION = 2  # raise it when the reward can change: a run never mixes two versio
 _BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _OUTPUT_BYTES = 1 << 20
 _VERDICT_BYTES = 1 << 16
-_FILES_BYTES = 64 << 20  # of all files together; each has at most sandbox/limits.py's share
+_FILES_BYTES = 64 << 20  # limit of all files together; sandbox/limits.py limits each file
 _WATCH_SECONDS = 0.05
 _SHOWN = 200
 
 
 class Running(set[subprocess.Popen[bytes]]):
-    """The processes under way; once `stopped`, one that starts is killed at once."""
+    """The processes under way. After `stopped` is set, a process that starts is killed at once."""
 
     stopped = False
 
 
 @dataclass(frozen=True)
 class ProgramRun:
-    """How a program ended: status ok, wrong, timeout or crash (of the sandbox), the reason, and what it printed."""
+    """The end of a program: status ok, wrong, timeout or crash (of the sandbox), the reason, and its output."""
 
     status: str
     detail: str | None
@@ -77,7 +77,7 @@ def code(settings: Code) -> RewardFunction:
             try:
                 return list(pool.map(lambda a: _rate(settings, a, running), answers))
             except BaseException:
-                running.stopped = True  # before those that are there are killed: a thread may be about to start one
+                running.stopped = True  # first of all: a thread may be about to start another process
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in tuple(running):
                     kill(process)
@@ -87,7 +87,7 @@ def code(settings: Code) -> RewardFunction:
 
 
 def extract(text: str) -> str:
-    """The last fenced block of Python (or of no language), or the whole text."""
+    """The last fenced block of Python (or of no language), or the whole text where there is none."""
     blocks = _BLOCK.findall(text)
     return blocks[-1] if blocks else text
 
@@ -167,7 +167,7 @@ def _spawn(
 
 
 def _wait(process: subprocess.Popen[bytes], verdict: int, folder: str, deadline: float) -> tuple[str, int | None]:
-    """(verdict, exit code) of the sandbox; ends when its time is over or its files are too many."""
+    """(verdict, exit code) of the sandbox. It is killed when its time is over or its files are too large."""
     received = b""
     while True:
         with contextlib.suppress(BlockingIOError):
@@ -188,7 +188,7 @@ def _wait(process: subprocess.Popen[bytes], verdict: int, folder: str, deadline:
 
 
 def _rate(settings: Code, answer: Answer, running: Running) -> Scored:
-    """The score of one completion. What fails around its program costs this completion, and no other."""
+    """The score of one completion. A failure around its program affects only this completion."""
     try:
         return _rate_program(settings, answer, running)
     except (OSError, ValueError, RecursionError) as error:
@@ -208,7 +208,7 @@ def _rate_program(settings: Code, answer: Answer, running: Running) -> Scored:
 
 
 def _rate_cases(settings: Code, program: str, tests: list[dict[str, str]], running: Running) -> Scored:
-    """The score over every case; without `partial` the first failure ends it."""
+    """The score over all cases; without `partial` the first failure ends the run."""
     passed, first_failure = 0, None
     for number, case in enumerate(tests, start=1):
         scored = _scored(_compare(run(settings, program, None, case["input"], running), case["output"]))

@@ -12,14 +12,14 @@ from prefpipe.errors import StorageError, UsageError
 from prefpipe.http import Answer, Link
 from prefpipe.schemas import Message
 
-_REFUSED = (401, 403, 404)  # the same request never will succeed
-_FORMAT_UNKNOWN = (400, 406, 415, 422, 500, 501)  # what endpoints answer to a response_format that they do not know
+_REFUSED = (401, 403, 404)  # statuses with which a repeated request would fail again
+_FORMAT_UNKNOWN = (400, 406, 415, 422, 500, 501)  # statuses of endpoints that do not know the response_format
 _LOOSER = {"json_schema": ("json_object", "none"), "json_object": ("none",), "none": ()}
 
 
 @dataclass(frozen=True)
 class Question:
-    """Messages to the judge, and the JSON Schema of its answer."""
+    """The messages to the judge, and the JSON Schema of its answer."""
 
     messages: list[Message]
     schema: dict[str, Any]
@@ -36,7 +36,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class _Session:
-    """What the questions of one call share. `accepted` is set once the endpoint has answered one in our format."""
+    """State that the questions of one call share. `accepted`: the endpoint has answered a question in our format."""
 
     link: Link
     settings: Judge
@@ -47,10 +47,10 @@ class _Session:
 def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
     """Replies in the order of the questions.
 
-    A question that times out or fails after the last retry has a reply without a text. Raises UsageError when the
+    A question that times out or fails after the last retry has a reply without text. Raises UsageError when the
     endpoint refuses the request (401, 403, 404) or the format of `structured`, and for an address, a proxy or
-    certificates that cannot be used; StorageError when the endpoint cannot be reached or stays overloaded (429): the
-    run then stops and can resume, instead of filling with missing rewards.
+    certificates that cannot be used. Raises StorageError when the endpoint cannot be reached or stays overloaded (429):
+    the run then stops and can resume, where it would otherwise fill with missing rewards.
     """
     key = api_key.read(settings.api_key_env)
     with http.loop_in_thread() as loop:
@@ -58,7 +58,7 @@ def ask_all(settings: Judge, questions: Sequence[Question]) -> list[Reply]:
 
 
 def body(settings: Judge, question: Question, structured: str) -> dict[str, Any]:
-    """The request, as JSON. `structured`: the format to ask for, as in the settings."""
+    """The request as JSON. `structured` is the setting that says how the endpoint is held to JSON."""
     formats: dict[str, Any] = {
         "json_schema": {
             "type": "json_schema",
@@ -162,7 +162,7 @@ def _reply(answer: Answer, session: _Session) -> Reply:
         return Reply(None, "unparsable", f"the judge's answer is cut at max_tokens = {settings.max_tokens}")
     if not isinstance(text, str) or not text.strip():
         return Reply(None, "unparsable", "the judge's answer is empty")
-    return Reply(key.cut_out_of(text.encode(errors="replace").decode()))  # half of a character fits into no file
+    return Reply(key.cut_out_of(text.encode(errors="replace").decode()))  # a lone surrogate cannot be written to a file
 
 
 def _raise_if_refused(code: int, said: str, settings: Judge, key: api_key.ApiKey) -> None:

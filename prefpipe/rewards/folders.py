@@ -1,4 +1,4 @@
-"""Temporary folders that a program writes to: what they hold, and their removal whatever they hold."""
+"""Temporary folders that a program writes to: the size of their content, and their removal whatever it is."""
 
 import contextlib
 import itertools
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-_ENTRY_BYTES = 4096  # what a name costs, at least
+_ENTRY_BYTES = 4096  # bytes that a name costs, at least
 
 
 @contextlib.contextmanager
@@ -24,8 +24,8 @@ def temporary_folder() -> Generator[str]:
 
 
 def remove_tree(folder: str) -> None:
-    """Remove a folder of any depth. What stands in a folder inside is moved up before that one is removed: neither the
-    stack nor the length of a path sets a limit."""
+    """Remove a folder of any depth. The content of each inner folder is moved up before the folder is removed, so that
+    neither the stack nor the length of a path is a limit."""
     top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     numbers = itertools.count()
     try:
@@ -42,23 +42,24 @@ def remove_tree(folder: str) -> None:
 
 
 def _empty(top: int, name: str, numbers: Iterator[int]) -> None:
-    """Move what stands in the folder `name` of `top` into `top`, under names that nothing has there."""
+    """Move the content of the folder `name` of `top` into `top`, under unused names."""
     os.chmod(name, stat.S_IRWXU, dir_fd=top)
     inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
     try:
         for entry in os.listdir(inner):  # noqa: PTH208
             if stat.S_ISDIR(os.stat(entry, dir_fd=inner, follow_symlinks=False).st_mode):
-                os.chmod(entry, stat.S_IRWXU, dir_fd=inner)  # a folder that nobody may write cannot be moved
+                os.chmod(entry, stat.S_IRWXU, dir_fd=inner)  # a folder without write permission cannot be moved
             os.rename(entry, f"{secrets.token_hex(8)}-{next(numbers)}", src_dir_fd=inner, dst_dir_fd=top)
     finally:
         os.close(inner)
 
 
 def used_bytes(folder: str, process: str) -> float:
-    """Bytes on disk of a folder, and of the files that a process has open and deleted, each name as one block more.
+    """Bytes on disk of a folder, and of deleted files that a process still has open; each name counts as one block
+    more.
 
-    `process` is the number of a process, "" for none. What goes away meanwhile does not count. Infinite when a folder
-    cannot be listed: it may not be read, or its path is too long.
+    `process` is the id of a process, "" for none. Files that vanish meanwhile do not count. Infinite when a folder
+    cannot be listed, because it may not be read or its path is too long.
     """
     total, folders, seen = 0, [folder], set[int]()
     while folders:

@@ -1,7 +1,7 @@
-"""A user's function, `module:function` with the signature of TRL's reward functions.
+"""A user's reward function, `module:function` with the signature of TRL's reward functions.
 
-As a name in `rewards` it is called in this process, with every answer of a shard. As `kind = "function"` it is called
-with one answer at a time, in a process that a time limit kills.
+As a name in `rewards` it is called in this process with all answers of a shard. As `kind = "function"` it is called
+with one answer at a time, in a process that is killed at a time limit.
 """
 
 import json
@@ -19,7 +19,7 @@ from prefpipe.rewards.isolation import isolated
 from prefpipe.user_functions import STOPS, digest, find, never_ends
 
 VERSION = 1  # raise it when the reward can change: a run never mixes two versions
-_ARGUMENTS = {"prompts", "completions", "answer"}  # of every call, beside the further columns of the prompts
+_ARGUMENTS = {"prompts", "completions", "answer"}  # arguments of every call, beside the further columns of the prompts
 
 
 def inputs(settings: Function) -> dict[str, str]:
@@ -28,11 +28,11 @@ def inputs(settings: Function) -> dict[str, str]:
 
 
 def function(settings: Function) -> RewardFunction:
-    """What the user's function returns for each answer alone.
+    """A reward function that calls the user's function with each answer alone.
 
-    An answer on which it takes longer than `timeout_seconds` has no reward and status timeout; one that ends the
-    process has status crash. Other answers are not affected. Raises UsageError or MissingInputError when there is no
-    such function.
+    An answer that takes longer than `timeout_seconds` has no reward and status timeout; an answer that ends the process
+    has status crash. Other answers are not affected. Raises UsageError or MissingInputError when the function does not
+    exist.
     """
     name = _named(settings)
     find(name, elsewhere=True)
@@ -51,7 +51,7 @@ def function(settings: Function) -> RewardFunction:
 
 
 def rate(name: str, answer: dict[str, Any]) -> list[Any]:
-    """[reward, status, detail] of one answer; the processes of `isolated` call this."""
+    """[reward, status, detail] of one answer. The processes of `isolated` call this function."""
     (scored,) = call(find(name), [Answer(**answer)])
     return [scored.reward, scored.status, scored.detail]
 

@@ -84,7 +84,7 @@ def reasoning_gym(settings: ReasoningGym) -> RewardFunction:
 
 
 def check(place: dict[str, Any], question: str, text: str) -> tuple[float, str]:
-    """(score, the answer that was rated). Raises ValueError when this version makes another question at that place."""
+    """(score, the answer that was rated). Raises ValueError when this reasoning-gym makes another question there."""
     dataset = _dataset(place["task"], place["size"], place["seed"], canonical_json(place.get("config", {})))
     entry = dataset[place["index"]]
     if not question.startswith(entry["question"]):
@@ -140,7 +140,7 @@ def _origin(
     task: str, dataset: Any, entry: dict[str, Any], index: int, datasets: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The task that made an entry, with the arguments that make it again. An entry of a mixture has the same index in
-    the dataset of its task, which has another size and seed than the mixture."""
+    the dataset of its task; that dataset has another size and seed than the mixture."""
     if task != "composite":
         return {"task": task, "size": dataset.size, "seed": dataset.seed, "index": index}
     name = entry["metadata"]["source_dataset"]
@@ -156,7 +156,7 @@ def _origin(
 
 
 def _place(meta: str) -> dict[str, Any] | None:
-    """The column `reasoning_gym` of a prompt, or None."""
+    """The column `reasoning_gym` of a prompt; None for a prompt without it."""
     try:
         place = json.loads(meta or "{}").get("reasoning_gym")
     except (ValueError, AttributeError):

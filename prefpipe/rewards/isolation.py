@@ -21,7 +21,7 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THR
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended: with its value and status ok, or without one and status timeout or crash and the reason."""
+    """The end of a call: a value with status ok, or no value with status timeout or crash and the reason."""
 
     value: Any
     status: str
@@ -29,7 +29,7 @@ class Outcome:
 
 
 def num_cores(num_workers: int) -> int:
-    """How many processes the setting `num_workers` asks for: 0 means one per core that this process may use."""
+    """The number of processes for the setting `num_workers`: 0 means one for each core that this process may use."""
     return num_workers or len(os.sched_getaffinity(0))
 
 
@@ -56,7 +56,7 @@ def isolated(
 
 
 def _calls(start: Callable[[], Process], processes: list[Process], arguments: Sequence[Sequence[Any]]) -> list[Outcome]:
-    """The outcomes of calls: a thread for each process sends it one after the other."""
+    """The outcomes of calls. A thread for each process sends it one call after the other."""
     outcomes: dict[int, Outcome] = {}
     waiting = iter(range(len(arguments)))  # shared by the threads: next() of a range is atomic
     stopping = threading.Event()
@@ -78,7 +78,7 @@ def _calls(start: Callable[[], Process], processes: list[Process], arguments: Se
                 done.result()
         except BaseException:
             stopping.set()
-            for process in processes:  # so that no thread waits for one any more
+            for process in processes:  # no thread may wait for a process any more
                 kill(process)
             pool.shutdown()
             _close(processes)

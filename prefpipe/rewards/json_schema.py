@@ -75,7 +75,7 @@ def _validator(settings: JsonSchema) -> Validator:
 
 
 def _payload(text: str) -> str:
-    """The only fenced block, or the whole text."""
+    """The only fenced block of the text, or the whole text."""
     parts = text.split(_FENCE)
     if len(parts) != 3:  # text, the block, text
         return text

@@ -27,16 +27,16 @@ _RATING_SHAPE = '{"reason": "one sentence", "rating": a whole number from 1 (use
 _PAIR_SHAPE = '{"reason": "one sentence", "better": "first", "second" or "tie"}'
 
 Ask = Callable[[Judge, Sequence[Question]], list[Reply]]
-VerdictOrScored = tuple[Any, str] | Scored  # (verdict, reason), or the score of a question without a verdict
+VerdictOrScored = tuple[Any, str] | Scored  # (verdict, reason); for a question without a verdict its score
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of one comparison in both orders.
+    """The result of a comparison in both orders.
 
-    `left_score`: 1, 0.5 or 0 for the left completion, None if an order has no verdict. `picks`: the verdict ("first",
-    "second", "tie" or None) with the left one shown first, then with the right one shown first. `problem`: the score of
-    an order without a verdict.
+    left_score: 1, 0.5 or 0 for the left completion, None if an order has no verdict
+    picks: verdicts ("first", "second", "tie" or None) with the left completion shown first, then with the right one
+    problem: the score of an order without a verdict
     """
 
     left_score: float | None
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def inputs(settings: Judge) -> dict[str, str]:
-    """The content of the model of an engine. A model at an endpoint has only its name, which is a setting."""
+    """The digests of a model in an engine. A model at an endpoint has only its name, which is a setting."""
     return {} if settings.engine == "endpoint" else local_judge.inputs(settings)
 
 
@@ -62,22 +62,22 @@ def judge(settings: Judge, ask: Ask | None = None) -> RewardFunction:
 
 
 def asker(settings: Judge) -> Ask:
-    """What asks the judge: its endpoint, or an engine that starts at the first question."""
+    """The function that asks the judge: at its endpoint, or in an engine that starts at the first question."""
     return ask_all if settings.engine == "endpoint" else local_judge.ask_in_engine(settings)
 
 
 def pairings(count: int, opponents: int) -> list[tuple[int, int]]:
-    """Which of `count` completions meet, by their places: every two, or in a ring each one and the next `opponents`."""
+    """The places of completions to compare, of `count`: all pairs, or in a ring each with the next `opponents`."""
     if opponents == 0 or 2 * opponents >= count - 1:
         return [(i, j) for i in range(count) for j in range(i + 1, count)]
     return [(i, (i + step) % count) for i in range(count) for step in range(1, opponents + 1)]
 
 
 def bias(comparisons: Sequence[Comparison]) -> dict[str, float | int]:
-    """How much the order counts, over `comparisons` with a verdict in both orders.
+    """The influence of the order on `comparisons` that have a verdict in both orders.
 
-    `first`: share of "first" among verdicts that are no tie (0.5 is fair). `changed`: share of comparisons whose winner
-    changed with the order.
+    first: share of "first" among verdicts that are not ties (0.5 is fair)
+    changed: share of comparisons whose winner changed with the order
     """
     whole = [c.picks for c in comparisons if None not in c.picks]
     picked = [p for picks in whole for p in picks if p != "tie"]
@@ -97,8 +97,7 @@ def _rate(settings: Judge, ask: Ask, answers: Sequence[Answer]) -> list[Scored]:
 
 
 def compare(settings: Judge, ask: Ask, lefts: Sequence[Answer], rights: Sequence[Answer]) -> list[Comparison]:
-    """Each of `lefts` against the answer at its place in `rights`, in both orders. Equal texts tie without a
-    question."""
+    """Compare each of `lefts` with its counterpart in `rights`, in both orders. Equal texts tie without a question."""
     pairs = list(zip(lefts, rights, strict=True))
     asked = [pair for pair in pairs if pair[0].text != pair[1].text]
     questions = [pair_question(settings, a, b) for left, right in asked for a, b in ((left, right), (right, left))]
@@ -126,8 +125,9 @@ def _compare(settings: Judge, ask: Ask, answers: Sequence[Answer]) -> list[Score
 
 
 def _groups(answers: Sequence[Answer]) -> list[list[int]]:
-    """Positions of the completions of each prompt. As in the prompt's id, its messages and expected answer identify it:
-    rows of a foreign file that repeat a prompt are completions of one prompt, even with other rows between them."""
+    """Positions of the completions of each prompt. As in the prompt's id, messages and expected answer identify a
+    prompt: rows of a foreign file that repeat a prompt are completions of one prompt, even with other rows between
+    them."""
     groups: dict[str, list[int]] = {}
     for place, answer in enumerate(answers):
         groups.setdefault(content_id(answer.messages, answer.answer), []).append(place)

@@ -12,7 +12,7 @@ VERSION = 1  # raise it when the reward can change: a run never mixes two versio
 
 
 def inputs(_settings: Language) -> dict[str, str]:
-    """The version of the identifier, which brings its model."""
+    """The version of the language identifier, which contains its model."""
     return {"py3langid": version("py3langid")}
 
 

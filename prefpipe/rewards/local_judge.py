@@ -1,4 +1,4 @@
-"""Questions to a judge that runs in an engine on this machine, from a model directory instead of an endpoint."""
+"""A judge that runs in an engine on this machine, from a model directory."""
 
 import contextlib
 import functools
@@ -23,18 +23,19 @@ _OBJECT: dict[str, Any] = {"type": "object"}
 
 
 def inputs(settings: Judge) -> dict[str, str]:
-    """Digests of weights, tokenizer and chat template of the judge: its content, whatever its path."""
+    """Digests of weights, tokenizer and chat template of the judge. Its path has no part."""
     policy = resolve(_name(settings))
     return {"model": policy.id, **load_chat(policy.directory).digests}
 
 
 def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list[Reply]]:
-    """A function that asks the model. The engine starts at its first call and ends when the function is garbage.
+    """A function that asks the model. The engine starts at its first call and ends when the function is
+    garbage-collected.
 
-    vLLM answers under the schema of the question (`structured`); transformers is asked in words only. Control tokens
-    that a completion spells reach the judge as plain text. A question that is too long for `max_prompt_tokens`, or for
-    the context of the model with `max_tokens` behind it, gets no verdict. Raises UsageError when the context has no
-    room for any question.
+    vLLM answers under the schema of the question (`structured`); transformers is asked for JSON in words only. Control
+    tokens in the text of a completion reach the judge as plain text. A question gets no verdict when it exceeds
+    `max_prompt_tokens`, or when `max_tokens` do not fit behind it into the model's context. Raises UsageError when the
+    context has no room for any question.
     """
     directory = resolve(_name(settings)).directory
     chat = load_chat(directory)
@@ -67,10 +68,10 @@ def ask_in_engine(settings: Judge) -> Callable[[Judge, Sequence[Question]], list
 
 
 def shape(settings: Judge, schema: dict[str, Any]) -> dict[str, Any] | None:
-    """The schema that an engine holds the answer to, or None.
+    """The schema that the engine holds the answer to; None for no schema.
 
-    Free texts get a longest length, so that the verdict behind them comes within `max_tokens`. It counts two tokens for
-    a character, which only rare scripts exceed.
+    Free texts get a maximal length, so that the verdict behind them comes within `max_tokens`. A character counts as
+    two tokens, which only rare scripts exceed.
     """
     if settings.structured == "none":
         return None

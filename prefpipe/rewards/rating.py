@@ -12,8 +12,8 @@ from prefpipe.rewards.base import Answer, RewardFunction, Scored
 
 
 def rate(answers: Sequence[Answer], reward: RewardFunction, name: str) -> list[Scored]:
-    """The score of every answer; a reward that is too large is none. Raises DataError when the reward crashes on every
-    one of them."""
+    """The score of every answer. A reward beyond LARGEST_REWARD counts as a crash. Raises DataError when the reward
+    function crashes on every answer."""
     scores = [_bounded(score) for score in reward(answers)] if answers else []
     if scores and all(s.status == "crash" for s in scores):
         raise DataError(
@@ -23,11 +23,10 @@ def rate(answers: Sequence[Answer], reward: RewardFunction, name: str) -> list[S
 
 
 def totals(columns: Mapping[str, Iterable[Sequence[float | None]]]) -> dict[str, Any]:
-    """Of every reward, by its name, the mean (None where nothing is rated) and, where there are such, the number of
-    answers without a rating; from its values in parts. Warns of a reward that rates nothing.
+    """For the manifest: the mean of each reward (None where nothing is rated), and for rewards with unrated answers
+    their number. `columns` has the values of each reward in parts. Warns of a reward that rates nothing.
 
-    Sums are taken part by part: in another order they would round otherwise, and the manifest would have another
-    digest.
+    Sums are taken part by part: another order would round otherwise, and change the digest of the manifest.
     """
     means: dict[str, float | None] = {}
     unrated: dict[str, int] = {}
@@ -45,7 +44,7 @@ def totals(columns: Mapping[str, Iterable[Sequence[float | None]]]) -> dict[str,
 
 
 def summary(totals: Mapping[str, Any]) -> list[str]:
-    """A line for every reward with answers: its mean, and how many it did not rate."""
+    """A line for every reward with answers: its mean, and the number of unrated answers."""
     lines: list[str] = []
     for name, mean in totals["mean_reward"].items():
         unrated = totals.get("unrated", {}).get(name, 0)
@@ -72,5 +71,5 @@ def reward_folder(name: str) -> str:
 def load_rewards(
     names: Sequence[str], tables: Mapping[str, Settings] = MappingProxyType({})
 ) -> tuple[dict[str, RewardFunction], dict[str, str]]:
-    """Reward functions by name, and what identifies each in the fingerprint of a run."""
+    """Reward functions by name, and the identity of each for the fingerprint of a run."""
     return ({n: rewards.load(n, tables) for n in names}, {f"reward {n}": rewards.identity(n, tables) for n in names})

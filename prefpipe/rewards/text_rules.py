@@ -1,4 +1,4 @@
-"""Rewards computed from the text alone. Filters of build-pairs share `refusal_phrase` and `distinct_ngrams`."""
+"""Rewards that are computed from the text alone. build-pairs uses `refusal_phrase` and `distinct_ngrams` too."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from prefpipe.rewards.base import Answer, RewardFunction, Scored, one_by_one
 VERSION = 1  # raise it when a reward below can change: a run never mixes two versions
 FEWEST_WORDS, MOST_WORDS = 5, 10
 _LONG_WORD = 5
-_OPENING = 200  # characters: a refusal comes at once
+_OPENING = 200  # characters; a refusal stands at the beginning
 _REFUSALS = (
     "i can't",
     "i cannot",
@@ -135,14 +135,14 @@ def refusal(settings: Refusal) -> RewardFunction:
 
 
 def refusal_phrase(text: str, further: Sequence[str] = ()) -> str | None:
-    """The phrase of refusal in the first 200 characters of a completion, or None: English ones and `further`, in lower
-    case."""
+    """The phrase of refusal in the first 200 characters of a completion, or None. Searched are English phrases and
+    `further` ones, in lower case."""
     opening = " ".join(text[:_OPENING].lower().replace("\u2019", "'").split())
     return next((phrase for phrase in (*_REFUSALS, *further) if stands_in(phrase, opening)), None)
 
 
 def distinct_ngrams(text: str, n: int) -> tuple[int, int]:
-    """How many different n-grams of lower-case words a text has, and how many in all; 0 of 0 for fewer than n words."""
+    """The number of different n-grams of lower-case words in a text, and of all; (0, 0) for fewer than n words."""
     words = text.lower().split()
     ngrams = list(zip(*(words[i:] for i in range(n)), strict=False))
     return len(set(ngrams)), len(ngrams)
@@ -156,17 +156,17 @@ def window(count: int, shortest: int, longest: int) -> float:
 
 
 def num_words(text: str) -> int:
-    """Words separated by white space."""
+    """The number of words, which white space separates."""
     return len(text.split())
 
 
 def is_one_sentence(text: str) -> bool:
-    """One line, one sentence end, and that is a full stop."""
+    """Whether a text is one line with a single end of a sentence, a full stop."""
     return text.endswith(".") and "\n" not in text and len(_SENTENCE_END.findall(text)) == 1
 
 
 def names(topic: str, text: str) -> bool:
-    """Whether the topic stands in the text, not inside another word, in the singular or with a plural s."""
+    """Whether the text names the topic, not inside another word, in the singular or with a plural s."""
     return bool(topic) and re.search(rf"(?<!\w){re.escape(topic)}(e?s)?(?!\w)", text, re.IGNORECASE) is not None
 
 

@@ -1,4 +1,4 @@
-"""The verdict in what a judge says: a JSON object, often with prose around it. Time is linear in the text."""
+"""The verdict in the answer of a judge: a JSON object, often with prose around it. Time is linear in the text."""
 
 import json
 import re
@@ -12,8 +12,7 @@ Span = tuple[int, int]
 
 
 def find_verdict(text: str, name: str, allowed: Sequence[Any]) -> tuple[Any, str] | None:
-    """(value, reason) of the JSON object in a text that has `name` and begins last; None unless its value is an allowed
-    one."""
+    """(value, reason) of the last JSON object in a text that has the key `name`; None unless its value is allowed."""
     decoder = json.JSONDecoder(strict=False)  # models and grammars leave line breaks inside strings
     for start, end in sorted(objects(text), reverse=True):
         try:

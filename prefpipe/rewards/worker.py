@@ -1,10 +1,9 @@
-"""`python -m prefpipe.rewards.worker MODULE:FUNCTION SECONDS [MODULE...]`: call a function for each line of its input.
+"""`python -m prefpipe.rewards.worker MODULE:FUNCTION SECONDS [MODULE...]`: call a function once for each line of stdin.
 
-A line is JSON: a list of arguments in; value, status (ok, timeout, crash) and detail out. `isolation.py` is the other
-end.
-
-The process imports the modules once, warms up, and leaves the calls to a fork. A fork that hangs is killed; the next
-one costs no import. The process ends when its input ends, so that it never outlives the one that started it.
+A line of stdin is a JSON list of arguments; the line of stdout for it has value, status (ok, timeout, crash) and
+detail. `isolation.py` is the other end. The process imports the modules once, warms up, and leaves the calls to a fork.
+A fork that hangs is killed; the next fork costs no import. The process ends when its input ends, so that it never
+outlives the process that started it.
 """
 
 import contextlib
@@ -23,12 +22,12 @@ from typing import Any, TextIO
 from prefpipe.processes import current_folder
 
 _CHUNK = 1 << 16
-_MEMORY_BYTES = 4 << 30  # of address space, so that a checker that computes 9**9**9 does not fill the machine
+_MEMORY_BYTES = 4 << 30  # bytes of address space: a checker that computes 9**9**9 must not fill the memory
 
 
 @dataclass(frozen=True)
 class Child:
-    """A fork that answers one line after the other."""
+    """A fork that answers lines one after the other."""
 
     pid: int
     questions: int
@@ -36,13 +35,13 @@ class Child:
 
 
 def main() -> None:
-    """Answer every line of standard input until it ends. What the function prints is thrown away."""
+    """Answer every line of standard input. Output of the function is discarded."""
     name, seconds, *further = sys.argv[1:]
     module, _, function_name = name.partition(":")
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     loaded = importlib.import_module(module)
-    with current_folder():  # the further modules, and what they import later, are the user's
+    with current_folder():  # the further modules, and what they import later, are code of the user
         for other in further:
             importlib.import_module(other)
         if hasattr(loaded, "warm_up"):
@@ -66,7 +65,7 @@ def _answer_all(function: Callable[..., Any], seconds: float, results: TextIO) -
 
 
 def answer(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
-    """The function's value, or what it raised."""
+    """The value of the function, or the exception that it raised."""
     try:
         return {"value": function(*arguments), "status": "ok", "detail": None}
     except BaseException as error:  # a checker may even raise SystemExit
@@ -94,7 +93,7 @@ def _fork(function: Callable[..., Any]) -> Child:
 
 
 def _ask(child: Child, line: bytes, deadline: float) -> tuple[str, bool]:
-    """The child's line (empty when it ended or took too long), and whether that came before the deadline."""
+    """The child's line (empty when it ended or took too long), and whether it ended or answered before the deadline."""
     received = b""
     try:
         while line:

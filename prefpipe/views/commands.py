@@ -1,4 +1,4 @@
-"""The commands `show`, `runs` and `compare`: their options. What draws is imported by the command that runs."""
+"""The options of the commands `show`, `runs` and `compare`. The modules that draw are imported when a command runs."""
 
 import importlib
 from pathlib import Path
@@ -25,13 +25,13 @@ def show(
 ) -> None:
     """Show a run, or rows of it, also of one that is going on or was killed."""
     rows, view = _room("rows"), _room("show")
-    question = rows.Question(dataset, row, where, worst, limit)
-    if question != rows.Question():
+    query = rows.RowQuery(dataset, row, where, worst, limit)
+    if query != rows.RowQuery():
         if as_json:
-            for line in view.rows_json(run_dir, question):
+            for line in view.rows_json(run_dir, query):
                 terminal.show(line)
         else:
-            _room("drawing").show(*view.of_rows(run_dir, question))
+            _room("drawing").show(*view.of_rows(run_dir, query))
     elif as_json:
         terminal.show(view.overview_json(run_dir))
     else:

@@ -1,9 +1,9 @@
-"""`prefpipe compare A B [C ...]`: in what runs differ, and whether their results do.
+"""`prefpipe compare A B [C ...]`: how runs differ in settings, inputs, data and results.
 
-1. Read each run; nothing is written but the page of --html.
+1. Read each run; the only file that is written is the page of --html.
 2. Settings and inputs: those that are not the same everywhere.
 3. Data: ids of rows and prompts that each run shares with the first.
-4. Results: the numbers of each, and rewards on the same prompts, paired, with an interval and a p value.
+4. Results: the numbers of each run, and rewards on the same prompts, paired, with an interval and a p value.
 """
 
 import json
@@ -23,12 +23,12 @@ from prefpipe.views import drawing, facts, rows, run_view, settings
 from prefpipe.views.run_view import RunView
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_MOST = 40  # lines of a table: the settings of other commands would fill pages
+_MOST = 40  # lines of a table; runs of different commands differ in pages of settings
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many ids of a column each run has, and how many of the first run's ids each has too."""
+    """For a column of ids: how many ids each run has, and how many of the first run's ids."""
 
     column: str
     counts: list[int]
@@ -37,10 +37,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Pairing:
-    """A reward of a run against that of the first run, on the prompts that both have.
+    """A reward of a run compared with that of the first run, on the prompts that both have.
 
-    `outcomes` counts the prompts on which it is higher, equal and lower; `win_rate` counts half of the equal ones;
-    `difference` is that of the means; `p_value` is of the exact test of wins against losses (`statistics.sign_flip_p`).
+    `outcomes` counts the prompts on which the reward is higher, equal and lower; `win_rate` counts an equal one as
+    half. `difference` is the difference of the means. `p_value` is that of the exact test of wins against losses
+    (`statistics.sign_flip_p`).
     """
 
     reward: str
@@ -53,7 +54,7 @@ class Pairing:
 
 
 def runs_of(paths: Sequence[Path]) -> list[RunView]:
-    """The runs to compare. Raises UsageError for fewer than two, or more than there are letters."""
+    """The runs to compare. Raises UsageError for fewer than two runs, or for more runs than letters."""
     if not 2 <= len(paths) <= len(_LETTERS):
         raise UsageError(
             f"compare takes 2 to {len(_LETTERS)} runs, not {len(paths)}", "prefpipe compare RUN RUN [RUN ...]"
@@ -114,7 +115,7 @@ def as_json(paths: Sequence[Path]) -> str:
 
 
 def overlaps(runs: Sequence[RunView]) -> list[Overlap]:
-    """Of each column of ids that the main datasets of all runs have: the ids of each run that the first has too."""
+    """The overlap with the first run for each column of ids that the main datasets of all runs have."""
     names = [rows.main_dataset(run) for run in runs if run.rows]
     if len(names) < len(runs) or "dropped" in names:
         return []
@@ -130,8 +131,8 @@ def overlaps(runs: Sequence[RunView]) -> list[Overlap]:
 
 
 def paired(first: RunView, other: RunView) -> list[Pairing]:
-    """Rewards of two runs on the prompts that both have, by reward and decoding, one mean for each prompt and run. Of
-    rounds the evaluation of the best one counts."""
+    """Rewards of two runs on the prompts that both have, by reward and decoding, averaged over the answers to each
+    prompt. A run of `iterate` stands for the evaluation of its best round."""
     means = [_means_by_prompt(_rated(run)) for run in (first, other)]
     if any(frame is None for frame in means):
         return []
@@ -158,11 +159,11 @@ def paired(first: RunView, other: RunView) -> list[Pairing]:
 
 
 def _rated(run: RunView) -> RunView:
-    """The run whose answers are rated: of `iterate`, when it is complete, the evaluation of its best round."""
+    """The run whose answers have rewards: for a complete run of `iterate` the evaluation of its best round."""
     rounds = run.totals.get("rounds", ())
     if run.command != "iterate" or not rounds:
         return run
-    best = run.totals.get("best") or {"round": len(rounds) - 1}  # a run of an older version names none
+    best = run.totals.get("best") or {"round": len(rounds) - 1}  # a run of an older version names no best round
     return run_view.view(run.path / f"round-{best['round']}" / "evaluate")
 
 
@@ -189,7 +190,7 @@ def _inputs(runs: Sequence[RunView]) -> dict[str, list[Any]]:
 
 
 def _results(runs: Sequence[RunView]) -> dict[str, list[Any]]:
-    """Numbers that at least two runs have; of lists, such as the checks of the data, there are none."""
+    """Numbers that at least two runs have. Numbers inside lists, such as the checks of the data, are left out."""
     numbers = [{name: value for name, value in settings.flat(run.totals).items() if _is_number(value)} for run in runs]
     names = dict.fromkeys(name for each in numbers for name in each)
     values = {name: [each.get(name) for each in numbers] for name in names}

@@ -1,4 +1,4 @@
-"""What a run cost, by the newest lines of its timing.jsonl: seconds, the peak of its memory, its pace."""
+"""The cost of a run: seconds, peak memory and pace, from the newest lines of its timing.jsonl."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _NONE = "-"
 
 @dataclass(frozen=True)
 class Cost:
-    """The last process of a run in words; "-" for what it did not note, such as the memory of a GPU without one."""
+    """The cost of the last process of a run in words; "-" for a number that it did not record."""
 
     time: str
     memory: str
@@ -21,13 +21,13 @@ class Cost:
     pace: str
 
     def __str__(self) -> str:
-        """In one line."""
+        """The cost in one line."""
         parts = ((self.time, ""), (self.pace, ""), (self.memory, " of memory"), (self.gpu_memory, " of GPU memory"))
         return ", ".join(words + what for words, what in parts if words != _NONE)
 
 
 def of(run_dir: Path) -> Cost | None:
-    """The cost of a run; None where none is noted."""
+    """The cost of a run; None where the run recorded none."""
     lines = logs.tail(run_dir / "timing.jsonl")
     if not lines:
         return None

@@ -1,6 +1,6 @@
 """Runs, rows and comparisons drawn with rich: for a terminal, for a pipe, or as one HTML file.
 
-Every text comes from files, models and users: it is escaped for the terminal before rich gets it, never read as markup.
+All texts come from files, models and users. They are escaped before rich gets them, and never read as markup.
 """
 
 import io
@@ -18,9 +18,9 @@ from rich.text import Text
 from prefpipe import terminal
 from prefpipe.terminal import escaped
 
-_LONGEST_TEXT = 600  # characters of one turn, unless the whole row is asked for
+_LONGEST_TEXT = 600  # characters of one turn, unless the row is shown whole
 _KEPT_TAIL = 120
-_PIPE_WIDTH = 120  # characters of a line where the output is no terminal
+_PIPE_WIDTH = 120  # characters of a line where stdout is not a terminal
 _ROLE_STYLES = {"user": "cyan", "assistant": "green", "system": "magenta", "tool": "yellow"}
 _QUIET = "bright_black"
 _TEXTS = ("text", "thinking", "detail", "answer")  # columns
@@ -30,7 +30,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def show(*parts: RenderableType) -> None:
-    """Print to stdout, with colours on a terminal."""
+    """Print to stdout; with colours on a terminal."""
     console = Console(highlight=False, width=None if _on_terminal() else _PIPE_WIDTH)
     with console.capture() as captured:
         for part in parts:
@@ -39,7 +39,7 @@ def show(*parts: RenderableType) -> None:
 
 
 def html(title: str, *parts: RenderableType) -> str:
-    """The same as one HTML page, without script and without requests."""
+    """The same as one HTML page, without scripts and requests."""
     console = Console(
         record=True,
         file=io.StringIO(),
@@ -62,7 +62,7 @@ def text(value: object, style: str = "") -> Text:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = (), title: str = ""
 ) -> RenderableType:
-    """A table; the columns `right` hold numbers. Long cells break over lines."""
+    """A table. The columns `right` are aligned for numbers. Long cells break over lines."""
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title_justify="left", title_style="bold")
     for index, name in enumerate(head):
         drawn.add_column(text(name), justify="right" if index in set(right) else "left", overflow="fold")
@@ -72,7 +72,7 @@ def table(
 
 
 def named(values: Mapping[str, object]) -> RenderableType:
-    """A line `name  value` for each value."""
+    """One line `name value` for each value."""
     drawn = Table.grid(padding=(0, 2))
     drawn.add_column(style=_QUIET)
     drawn.add_column(overflow="fold")
@@ -84,7 +84,7 @@ def named(values: Mapping[str, object]) -> RenderableType:
 def row(values: Mapping[str, Any], number: int, *, whole: bool) -> RenderableType:
     """A row of a dataset: its id, its numbers, then its texts and conversations.
 
-    The `whole` row has every text at its full length, every id and the lengths of lists of numbers too.
+    With `whole`, texts have their full length, and all ids and the lengths of lists of numbers are shown too.
     """
     (key, value), *others = values.items()
     lines: list[RenderableType] = [Text.assemble((f"#{number}  ", "bold"), (f"{key} ", _QUIET), escaped(str(value)))]
@@ -99,7 +99,7 @@ def row(values: Mapping[str, Any], number: int, *, whole: bool) -> RenderableTyp
 
 
 def size(count: int) -> str:
-    """Bytes with a unit: 512 B, 1.4 MiB."""
+    """A number of bytes with a unit: 512 B, 1.4 MiB."""
     value, unit = float(count), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
@@ -107,7 +107,8 @@ def size(count: int) -> str:
 
 
 def _fact(name: str, value: object, *, whole: bool) -> str | None:
-    """A value of one word for the line of facts; None for texts, and for ids and lists unless the row is whole."""
+    """A value of one word for the line of facts; None for a text, and unless the row is shown whole for ids and
+    lists."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) or (isinstance(value, str) and name.endswith(_WORDS)):
@@ -120,7 +121,7 @@ def _fact(name: str, value: object, *, whole: bool) -> str | None:
 
 
 def _conversation(name: str, value: Any, *, whole: bool) -> RenderableType | None:
-    """A text or the turns of a conversation under the name of its column; None for any other value."""
+    """A text, or the turns of a conversation, below the name of its column; None for any other value."""
     if isinstance(value, str) and value and name in _TEXTS:
         return Text.assemble((escaped(name), _QUIET), "  ", escaped(_cut(value, whole=whole), keep="\n\t"))
     if not (isinstance(value, list) and value):

@@ -1,5 +1,4 @@
-"""A run in a few words: its state, and the numbers that people ask for first. One that is not complete says how far it
-is."""
+"""A run in a few words: its state, and its most important numbers; for an incomplete run its progress."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +12,14 @@ _SHOWN = (("loss", "loss", ".4g"), ("rewards/accuracies", "accuracy", ".3g"), ("
 
 
 def headline(run: RunView) -> str:
-    """The numbers that people ask for first."""
+    """The most important numbers of a run, in one line."""
     if run.problem:
         return run.problem
     if run.state != "complete":
         return _so_far(run)
     try:
         return _COMPLETE.get(run.command, _counts)(run.totals) or _so_far(run)
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):  # one odd run must not hide all others
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):  # one bad run must not hide the others
         return f"totals that this version does not know; {_so_far(run)}"
 
 
@@ -30,7 +29,7 @@ def state(run: RunView) -> str:
 
 
 def age(run: RunView) -> str:
-    """How long ago a run changed, in the largest unit: 3 min, 2 d."""
+    """The time since a file of the run changed, in its largest unit: 3 min, 2 d."""
     seconds = max(0.0, clock.age(run.changed))
     unit, length = next(((unit, length) for unit, length in _SECONDS if seconds >= length), ("s", 1))
     return f"{int(seconds // length)} {unit}"

@@ -1,8 +1,8 @@
 """`prefpipe runs [ROOT]`: every run below a directory.
 
 1. Find the directories with a config.json.
-2. Read each: state, size, age, headline. Nothing is written.
-3. Name the runs that each one was made from, by the digests of its inputs.
+2. Read the state, size, age and headline of each. Nothing is written.
+3. Name the runs whose results are inputs of each run, by their digests.
 """
 
 import json
@@ -16,8 +16,8 @@ from prefpipe.views import drawing, facts, run_view
 from prefpipe.views.run_view import RunView
 
 
-def found(root: Path) -> list[RunView]:
-    """The runs below a directory. Raises MissingInputError where there is none."""
+def runs_below(root: Path) -> list[RunView]:
+    """The runs below a directory. Raises MissingInputError where there is no run."""
     runs = list(run_view.below(root))
     if not runs:
         raise MissingInputError(f"no run below {root}", "name the directory that holds your runs: prefpipe runs DIR")
@@ -26,7 +26,7 @@ def found(root: Path) -> list[RunView]:
 
 def drawn(root: Path) -> RenderableType:
     """The runs as a table."""
-    runs = found(root)
+    runs = runs_below(root)
     rows = [
         (
             _name(run, root),
@@ -44,13 +44,13 @@ def drawn(root: Path) -> RenderableType:
 
 def as_json(root: Path) -> str:
     """The runs as a JSON list."""
-    runs = found(root)
+    runs = runs_below(root)
     rows = [{**facts.as_json(run), "made_from": [str(s.path) for s in made_from(run, runs)]} for run in runs]
     return json.dumps(rows, indent=2)
 
 
 def made_from(run: RunView, runs: Iterable[RunView]) -> list[RunView]:
-    """Those of `runs` whose manifests are inputs of a run, by digest."""
+    """The runs among `runs` that are inputs of a run, by the digests of their manifests."""
     digests = {str(value) for value in run.inputs.values()}
     return [source for source in runs if source.digest and source.digest in digests]
 

@@ -1,6 +1,6 @@
-"""The rows of a dataset of a run as a polars frame: filtered, ordered, cut, with what belongs beside them.
+"""The rows of a dataset of a run as a polars frame: filtered, sorted and limited, with texts from related datasets.
 
-Rows of `completions` get the turns of their prompt and one column for each reward of the run, `margins` the
+Rows of `completions` get the turns of their prompt and a column for each reward of the run, rows of `margins` the
 conversations of their pairs.
 """
 
@@ -17,7 +17,7 @@ from prefpipe.errors import MissingInputError, PrefpipeError, UsageError
 from prefpipe.views import run_view
 from prefpipe.views.run_view import RunView
 
-# The datasets that people come for, in that order; by which column a row is bad, the lower the worse.
+# The datasets by how likely users want to see them; for each the column by which a row is bad, the lower the worse.
 _MAIN = ("pairs", "labels", "groups", "evaluations", "completions", "ref_logps", "margins")
 _WORST = {
     "pairs": "reward_gap",
@@ -32,9 +32,15 @@ _TEXTS = ("prompt", "chosen", "rejected")  # of a pair
 
 
 @dataclass(frozen=True)
-class Question:
-    """Which rows to show: those with the id `row` (or a beginning of it), those for which the SQL condition `where`
-    holds, the `worst` ones, at most `limit` of them."""
+class RowQuery:
+    """Which rows to show.
+
+    dataset: the dataset; empty for the main dataset of the run
+    row: only rows with this id, or whose id begins with it
+    where: only rows for which this SQL condition holds
+    worst: only so many of the worst rows; 0 for all
+    limit: at most so many rows; 0 for all
+    """
 
     dataset: str = ""
     row: str = ""
@@ -44,7 +50,7 @@ class Question:
 
 
 def main_dataset(run: RunView) -> str:
-    """The dataset that people come for. Raises MissingInputError for a run without rows."""
+    """The dataset that users most likely want to see. Raises MissingInputError for a run without rows."""
     found = next((name for name in (*_MAIN, *run.rows) if name in run.rows), None)
     if found is None:
         raise MissingInputError(
@@ -53,34 +59,34 @@ def main_dataset(run: RunView) -> str:
     return found
 
 
-def selected(run: RunView, question: Question) -> tuple[str, pl.DataFrame]:
-    """The name of the dataset, and its rows that `question` asks for.
+def selected(run: RunView, query: RowQuery) -> tuple[str, pl.DataFrame]:
+    """The name of the dataset, and the rows that the query selects.
 
-    Raises UsageError for a condition, a column or a dataset that is not there, MissingInputError for an unknown id.
+    Raises UsageError for an unknown dataset or column and for a wrong condition, MissingInputError for an unknown id.
     """
-    if question.row and not question.dataset:
-        return _found(run, question.row)
-    name = question.dataset or main_dataset(run)
+    if query.row and not query.dataset:
+        return _rows_with_id(run, query.row)
+    name = query.dataset or main_dataset(run)
     frame = scan(run, name)
-    if question.row:
-        frame = frame.filter(_has_id(frame, question.row))
+    if query.row:
+        frame = frame.filter(_has_id(frame, query.row))
     columns = [column for column, kind in frame.collect_schema().items() if not kind.is_nested()]
-    if question.where:
-        with _bad_condition(question.where, columns):
-            frame = frame.filter(pl.sql_expr(question.where))
-    if question.worst:
-        frame = frame.sort(_worst_column(run, name), nulls_last=False, maintain_order=True).head(question.worst)
-    if question.limit:
-        frame = frame.head(question.limit)
-    with _bad_condition(question.where, columns):
+    if query.where:
+        with _bad_condition(query.where, columns):
+            frame = frame.filter(pl.sql_expr(query.where))
+    if query.worst:
+        frame = frame.sort(_worst_column(run, name), nulls_last=False, maintain_order=True).head(query.worst)
+    if query.limit:
+        frame = frame.head(query.limit)
+    with _bad_condition(query.where, columns):
         rows = frame.collect()
-    if question.row and rows.is_empty():
-        raise _unknown_id(run, question.row)
+    if query.row and rows.is_empty():
+        raise _unknown_id(run, query.row)
     return name, rows
 
 
 def scan(run: RunView, dataset: str) -> pl.LazyFrame:
-    """The committed rows of a dataset, of files of older versions too. Raises UsageError where there is none."""
+    """The committed rows of a dataset, of older versions too. Raises UsageError where the run has no such dataset."""
     if dataset not in run.rows:
         raise UsageError(
             f"{run.path} has no dataset '{dataset}'{suggestion(dataset, list(run.rows))}",
@@ -113,16 +119,16 @@ def id_columns(schema: pl.Schema) -> list[str]:
 
 
 def plain(run: RunView, dataset: str) -> pl.LazyFrame:
-    """The committed rows of a dataset as they stand in its files."""
+    """The committed rows of a dataset exactly as its files hold them."""
     files = run_view.parts(run, dataset)
     return pl.concat([pl.scan_parquet(file, glob=False) for file in files], how="diagonal_relaxed")
 
 
 def _with_texts(run: RunView, margins: pl.LazyFrame) -> pl.LazyFrame:
-    """Margins with the conversations of their pairs, as far as the runs that hold the pairs are still there."""
+    """Margins with the conversations of their pairs, where the runs with the pairs still exist."""
     found: list[pl.LazyFrame] = []
     for place in (*run.config.get("pairs", ()), *run.config.get("eval_pairs", ())):
-        with suppress(PrefpipeError, OSError, ValueError):  # a file from elsewhere, or gone
+        with suppress(PrefpipeError, OSError, ValueError):  # the pairs came from a file, or their run is gone
             source = run_view.view(Path(place))
             if "pairs" in source.rows:
                 found.append(plain(source, "pairs").select(*_TEXTS, row_id="pair_id"))
@@ -134,7 +140,7 @@ def _with_texts(run: RunView, margins: pl.LazyFrame) -> pl.LazyFrame:
 
 @contextmanager
 def _bad_condition(condition: str, columns: list[str]) -> Generator[None]:
-    """Turn what polars says to an SQL condition, when it reads or applies it, into an error."""
+    """Raise UsageError in place of polars' error when it parses or applies an SQL condition."""
     try:
         yield
     except pl.exceptions.PolarsError as error:
@@ -150,8 +156,8 @@ def _has_id(frame: pl.LazyFrame, row: str) -> pl.Expr:
     return pl.any_horizontal([pl.col(name).str.starts_with(row) for name in id_columns(frame.collect_schema())])
 
 
-def _found(run: RunView, row: str) -> tuple[str, pl.DataFrame]:
-    """The first dataset that holds an id, in the order in which people come for them, and the rows with that id."""
+def _rows_with_id(run: RunView, row: str) -> tuple[str, pl.DataFrame]:
+    """The first dataset that holds an id, in the order of _MAIN, and its rows with that id."""
     for name in sorted(run.rows, key=lambda n: _MAIN.index(n) if n in _MAIN else len(_MAIN)):
         frame = scan(run, name)
         rows = frame.filter(_has_id(frame, row)).collect()

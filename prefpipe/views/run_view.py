@@ -13,17 +13,20 @@ from prefpipe.runs import commits, logs, manifests, overview, saved_config
 from prefpipe.runs.storage import utf8_directory
 
 _NOT_RUNS = ("quarantine", "checkpoints")
-_INPUT = "input:"  # in front of the names of inputs in the identity of a run
+_INPUT = "input:"  # prefix of the names of inputs in the identity of a run
 
 
 @dataclass(frozen=True)
 class RunView:
     """A run directory as it is now.
 
-    `inputs` maps each input to the digest of its content, `rows` each dataset to its committed rows. `files` are the
-    committed Parquet files, relative to `path`. `totals` holds the counts and metrics of a complete run. `last_step` is
-    the newest line of metrics.jsonl, of `train` only. `changed` is when a file of the run changed last, in seconds
-    since the epoch. `problem` says what is damaged.
+    inputs: digest of the content of each input
+    rows: number of committed rows of each dataset
+    files: the committed Parquet files, relative to `path`
+    totals: counts and metrics of a complete run
+    last_step: the newest line of metrics.jsonl, for `train` only
+    changed: when a file of the run changed last, in seconds since the epoch
+    problem: what is damaged
     """
 
     path: Path
@@ -42,7 +45,7 @@ class RunView:
 
 
 def view(path: Path) -> RunView:
-    """The run in a directory. Raises MissingInputError where there is no such directory, DataError where it holds no
+    """The run in a directory. Raises MissingInputError where the directory does not exist, DataError where it is not a
     run."""
     run = overview.look(path)
     size, changed = _on_disk(path)
@@ -64,8 +67,8 @@ def view(path: Path) -> RunView:
 
 
 def below(root: Path) -> Iterator[RunView]:
-    """Every run in `root` and in its folders, runs inside runs included, in the order of their paths. One that cannot
-    be read is damaged, and not an error."""
+    """Every run in `root` and below, runs inside runs too, in the order of their paths. An unreadable run is
+    damaged."""
     if reading.is_there(root / "config.json"):
         try:
             yield view(root)
@@ -78,7 +81,7 @@ def below(root: Path) -> Iterator[RunView]:
 
 
 def parts(run: RunView, dataset: str) -> list[Path]:
-    """The committed files of a dataset of a run, in order, by names that polars takes."""
+    """The committed files of a dataset of a run, in order, as paths for polars."""
     root = utf8_directory(run.path)
     names = [name for name in run.files if _dataset(name) == dataset]
     gathered = f"{dataset}.parquet"
@@ -86,26 +89,26 @@ def parts(run: RunView, dataset: str) -> list[Path]:
 
 
 def _dataset(name: str) -> str:
-    """The dataset of a file of a run: its folder, or its own name where it lies in none."""
+    """The dataset of a file of a run: the name of its folder, or of the file where it is in none."""
     folder, _, file = name.rpartition("/")
     return folder or file.removesuffix(".parquet")
 
 
 def _rows(path: Path, files: Sequence[str]) -> dict[str, int]:
-    """Committed rows by dataset; of a ledger that is gathered, its shards are not counted again."""
+    """The number of committed rows by dataset. Where a ledger has been gathered, its shards are not counted again."""
     rows: dict[str, int] = {}
     for name in files:
         dataset = _dataset(name)
         if f"{dataset}.parquet" in files and "/" in name:
             continue
-        with suppress(DataError, KeyError, TypeError, ValueError):  # the run makes a damaged record again
+        with suppress(DataError, KeyError, TypeError, ValueError):  # the run itself repairs a damaged record
             count = int(manifests.read_json(commits.record_path(path / name))["rows"])
             rows[dataset] = rows.get(dataset, 0) + count
     return dict(sorted(rows.items()))
 
 
 def _saved_inputs(path: Path) -> dict[str, str]:
-    """The inputs of a run that is not complete."""
+    """The inputs of an incomplete run."""
     try:
         saved = saved_config.read(path / "config.json", force=True)
     except DataError:
@@ -115,11 +118,11 @@ def _saved_inputs(path: Path) -> dict[str, str]:
 
 
 def _on_disk(path: Path) -> tuple[int, float]:
-    """Bytes of a run directory, runs inside it included, and when a file of it changed last."""
+    """The bytes of a run directory, including the runs inside it, and when a file of it changed last."""
     size, changed = 0, 0.0
     with reading.reading(path):
         for file in path.rglob("*"):
-            with suppress(FileNotFoundError):  # a run that is going renames its files
+            with suppress(FileNotFoundError):  # a run that is still going renames its files
                 status = file.lstat()
                 if not stat.S_ISDIR(status.st_mode):
                     size, changed = size + status.st_size, max(changed, status.st_mtime)

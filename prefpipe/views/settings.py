@@ -1,4 +1,4 @@
-"""Settings of runs by dotted name: those that differ from their defaults, and those in which runs differ."""
+"""Settings of runs by dotted name: those that differ from their defaults, and those that differ between runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from prefpipe.config.base import dump
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one level of dotted names."""
+    """Nested tables as a flat mapping of dotted names."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict) and value:
@@ -26,7 +26,7 @@ def changed(cls: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def differing(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The settings in which runs differ: their value in each run, None where a run has no such setting."""
+    """The settings that differ between runs: the value in each run, None where a run has no such setting."""
     every = [flat(settings) for settings in runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     values = {name: [settings.get(name) for settings in every] for name in names}

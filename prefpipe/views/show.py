@@ -1,9 +1,9 @@
-"""`prefpipe show DIR`: what a run is, or rows of it.
+"""`prefpipe show DIR`: a summary of a run, or rows of it.
 
 1. Read the directory; nothing is written, so that the run may be going on.
-2. Without a question about rows: command, state, headline, settings that are not the defaults, inputs, datasets, the
-   ledger by reason, the runs inside.
-3. With one: the rows, as conversations, or as JSON lines.
+2. Without a query: command, state, headline, settings that differ from the defaults, inputs, datasets, the ledger by
+   reason, the runs inside.
+3. With a query: the rows as conversations, or as JSON lines.
 """
 
 import json
@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from prefpipe.config.commands import CLASSES
 from prefpipe.runs import logs
 from prefpipe.views import cost, drawing, facts, rows, run_view, settings
-from prefpipe.views.rows import Question
+from prefpipe.views.rows import RowQuery
 from prefpipe.views.run_view import RunView
 
 _MOST_SHOWN = 20  # rows, unless a limit is given
@@ -24,7 +24,7 @@ _LONGEST = 300  # characters of the value of a setting
 
 
 def overview(path: Path) -> Iterator[RenderableType]:
-    """What a run is."""
+    """The summary of a run."""
     run = run_view.view(path)
     yield drawing.named(
         {
@@ -54,35 +54,35 @@ def overview(path: Path) -> Iterator[RenderableType]:
 
 
 def overview_json(path: Path) -> str:
-    """What a run is, as JSON."""
+    """The summary of a run as JSON."""
     run = run_view.view(path)
     timing = logs.tail(path / "timing.jsonl")
     more = {"config": run.config, "inputs": run.inputs, "totals": run.totals, "timing": timing[-1] if timing else {}}
     return json.dumps(facts.as_json(run) | more, indent=2)
 
 
-def of_rows(path: Path, question: Question) -> Iterator[RenderableType]:
-    """The rows that a question asks for, each with its conversations."""
+def of_rows(path: Path, query: RowQuery) -> Iterator[RenderableType]:
+    """The rows that a query selects, each with its conversations."""
     run = run_view.view(path)
-    limited = bool(question.worst or question.limit or question.row)
-    name, found = rows.selected(run, question)
+    limited = bool(query.worst or query.limit or query.row)
+    name, found = rows.selected(run, query)
     shown = found if limited else found.head(_MOST_SHOWN)
     for number, values in enumerate(shown.iter_rows(named=True), start=1):
-        yield drawing.row(values, number, whole=bool(question.row))
+        yield drawing.row(values, number, whole=bool(query.row))
     total = run.rows[name]
     left_out = "" if shown.height == found.height else "; --limit N shows more"
     yield drawing.text(f"{shown.height:,} of {found.height:,} matching rows, {total:,} {name} in all{left_out}")
 
 
-def rows_json(path: Path, question: Question) -> Iterator[str]:
-    """The rows that a question asks for, each as one line of JSON in ASCII, every column included."""
-    _, found = rows.selected(run_view.view(path), question)
+def rows_json(path: Path, query: RowQuery) -> Iterator[str]:
+    """The rows that a query selects, each as one line of ASCII JSON with every column."""
+    _, found = rows.selected(run_view.view(path), query)
     for values in found.iter_rows(named=True):
         yield json.dumps(values)
 
 
 def _ledger(run: RunView) -> list[tuple[str, str, str]]:
-    """Reasons of the ledger with their counts, the most frequent first, each with its first row."""
+    """The reasons of the ledger with their counts, most frequent first, each with its first row."""
     if not run.rows.get("dropped"):
         return []
     frame = rows.scan(run, "dropped").group_by("reason", maintain_order=True)
@@ -94,7 +94,7 @@ def _ledger(run: RunView) -> list[tuple[str, str, str]]:
 
 
 def _inside(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Runs inside this one, such as the steps of rounds."""
+    """The runs inside this one, such as the steps of rounds."""
     for run in run_view.below(path):
         if run.path != path:
             yield str(run.path.relative_to(path)), run.state, facts.headline(run)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from prefpipe.exports.parcel import Item, Parcel
 
 from prefpipe.errors import MissingInputError, StorageError, UsageError
 from prefpipe.exports import hub
+from prefpipe.exports.upload import Upload, UploadFile
 from tests.conftest import ROOT
 from tests.exports.stand_in import TOKEN, Hub
 
@@ -14,15 +14,18 @@ CARD = "---\ntags: [prefpipe]\n---\n"
 
 
 @pytest.fixture
-def parcel(tmp_path: Path) -> Parcel:
+def upload(tmp_path: Path) -> Upload:
     (tmp_path / "a.safetensors").write_bytes(bytes(range(256)) * 40)
     (tmp_path / "card.md").write_text("another card")
-    items = [Item("README.md", tmp_path / "card.md", CARD), Item("x/a.safetensors", tmp_path / "a.safetensors")]
-    return Parcel("model", items)
+    items = [
+        UploadFile("README.md", tmp_path / "card.md", CARD),
+        UploadFile("x/a.safetensors", tmp_path / "a.safetensors"),
+    ]
+    return Upload("model", items)
 
 
-def test_files_arrive_in_one_commit(standing_in: Hub, parcel: Parcel, tmp_path: Path) -> None:
-    address = hub.send(parcel, "me/policy", private=True, update=False)
+def test_files_arrive_in_one_commit(standing_in: Hub, upload: Upload, tmp_path: Path) -> None:
+    address = hub.send(upload, "me/policy", private=True, update=False)
     (name, repository), *others = standing_in.repositories.items()
     assert (name, others, repository.private, repository.commits) == ("models/me/policy", [], True, 1)
     assert repository.files == {
@@ -32,47 +35,47 @@ def test_files_arrive_in_one_commit(standing_in: Hub, parcel: Parcel, tmp_path: 
     assert address.startswith(standing_in.url)
 
 
-def test_an_old_repository_takes_a_commit_where_it_is_asked_for(standing_in: Hub, parcel: Parcel) -> None:
-    hub.send(parcel, "me/policy", private=True, update=False)
+def test_an_old_repository_takes_a_commit_where_it_is_asked_for(standing_in: Hub, upload: Upload) -> None:
+    hub.send(upload, "me/policy", private=True, update=False)
     with pytest.raises(UsageError, match="me/policy exists already") as error:
-        hub.send(parcel, "me/policy", private=True, update=False)
+        hub.send(upload, "me/policy", private=True, update=False)
     assert "--update" in error.value.hint
     with pytest.raises(UsageError, match="is private"):
-        hub.send(parcel, "me/policy", private=False, update=True)
+        hub.send(upload, "me/policy", private=False, update=True)
     assert standing_in.repositories["models/me/policy"].commits == 1
-    hub.send(parcel, "me/policy", private=True, update=True)
+    hub.send(upload, "me/policy", private=True, update=True)
     assert standing_in.repositories["models/me/policy"].commits == 2
 
 
-def test_what_the_hub_refuses_is_one_error(standing_in: Hub, parcel: Parcel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_refuses_is_one_error(standing_in: Hub, upload: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"may not write to others/policy: .*rights"):
-        hub.send(parcel, "others/policy", private=True, update=False)
+        hub.send(upload, "others/policy", private=True, update=False)
     with pytest.raises(UsageError, match="has no me/nothing"):
-        hub.send(parcel, "me/nothing", private=True, update=True)
+        hub.send(upload, "me/nothing", private=True, update=True)
     standing_in.status = 500
     with pytest.raises(StorageError, match="failed") as failed:
-        hub.send(parcel, "me/policy", private=True, update=False)
+        hub.send(upload, "me/policy", private=True, update=False)
     assert "--update" in failed.value.hint
     monkeypatch.setenv("HF_TOKEN", "another-token")
     with pytest.raises(UsageError, match="does not know the token") as unknown:
-        hub.send(parcel, "me/other", private=True, update=False)
+        hub.send(upload, "me/other", private=True, update=False)
     assert "another-token" not in unknown.value.message
 
 
-def test_without_a_token_nothing_is_asked(standing_in: Hub, parcel: Parcel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_token_nothing_is_asked(standing_in: Hub, upload: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(MissingInputError, match="no token") as error:
-        hub.send(parcel, "me/policy", private=True, update=False)
+        hub.send(upload, "me/policy", private=True, update=False)
     assert "HF_TOKEN" in error.value.hint
     assert standing_in.asked == []
 
 
 def test_without_a_network_there_is_one_error(
-    standing_in: Hub, parcel: Parcel, nobody: str, monkeypatch: pytest.MonkeyPatch
+    standing_in: Hub, upload: Upload, nobody: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
     with pytest.raises(StorageError, match="cannot reach the hub") as error:
-        hub.send(parcel, "me/policy", private=True, update=False)
+        hub.send(upload, "me/policy", private=True, update=False)
     assert TOKEN not in error.value.message
 
 

@@ -29,4 +29,4 @@ def test_a_damaged_run_is_listed_among_the_others(runs: Path, tmp_path: Path) ->
 
 def test_a_directory_without_runs_is_said(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="no run below"):
-        listing.found(tmp_path)
+        listing.runs_below(tmp_path)

@@ -10,12 +10,12 @@ from prefpipe.errors import MissingInputError, UsageError
 from prefpipe.runs import store
 from prefpipe.schemas import Margin, to_table
 from prefpipe.views import rows, run_view
-from prefpipe.views.rows import Question
+from prefpipe.views.rows import RowQuery
 from tests.views.conftest import LETTERS
 
 
-def ask(run_dir: Path, **question: object):
-    return rows.selected(run_view.view(run_dir), Question(**question))  # type: ignore[arg-type]
+def ask(run_dir: Path, **query: object):
+    return rows.selected(run_view.view(run_dir), RowQuery(**query))  # type: ignore[arg-type]
 
 
 def test_completions_have_their_prompt_and_every_reward(runs: Path) -> None:

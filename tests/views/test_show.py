@@ -11,7 +11,7 @@ from rich.console import RenderableType
 
 from prefpipe.errors import MissingInputError
 from prefpipe.views import drawing, show
-from prefpipe.views.rows import Question
+from prefpipe.views.rows import RowQuery
 
 Drawn = Callable[[Iterable[RenderableType]], str]
 
@@ -46,9 +46,9 @@ def test_runs_inside_are_listed(runs: Path, tmp_path: Path, drawn: Drawn) -> Non
 
 
 def test_without_a_limit_twenty_rows_are_shown_and_the_rest_is_counted(runs: Path, drawn: Drawn) -> None:
-    shown = drawn(show.of_rows(runs / "e", Question(dataset="evaluations", where="round = 0")))
+    shown = drawn(show.of_rows(runs / "e", RowQuery(dataset="evaluations", where="round = 0")))
     assert "18 of 18 matching rows" in shown
-    every = list(show.rows_json(runs / "g", Question(dataset="ref_logps")))
+    every = list(show.rows_json(runs / "g", RowQuery(dataset="ref_logps")))
     assert len(every) == 18
     assert json.loads(every[0])["token_logps"]
 
@@ -56,4 +56,4 @@ def test_without_a_limit_twenty_rows_are_shown_and_the_rest_is_counted(runs: Pat
 def test_a_run_without_rows_is_said(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "p", tmp_path / "p", ignore=shutil.ignore_patterns("pairs", "dropped*", "manifest.json"))
     with pytest.raises(MissingInputError, match="no committed rows"):
-        list(show.of_rows(tmp_path / "p", Question(limit=1)))
+        list(show.of_rows(tmp_path / "p", RowQuery(limit=1)))

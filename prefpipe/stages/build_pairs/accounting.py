@@ -11,8 +11,7 @@ from prefpipe.errors import PrefpipeError
 
 @dataclass(frozen=True)
 class Level:
-    """Counts of one kind of rows (completions, prompts, pairs, labels, groups): before, after, and dropped by
-    reason."""
+    """Counts of one kind of rows (completions, prompts, pairs, labels, groups): before, after, dropped by reason."""
 
     came_in: int
     went_out: int
@@ -44,8 +43,8 @@ def count_reasons(ledger: pl.DataFrame) -> dict[str, int]:
 
 
 def check(levels: Mapping[str, Level], ledger_rows: int) -> None:
-    """Raise PrefpipeError when a level lost a row without a reason, or when the ledger does not have the rows that the
-    levels count."""
+    """Raise PrefpipeError when a level lost a row without a reason, or the ledger does not have the rows that levels
+    count."""
     for name, level in levels.items():
         if level.came_in != level.went_out + sum(level.dropped.values()):
             raise _unbalanced(

@@ -50,7 +50,7 @@ class Sources:
 
     @property
     def num_partitions(self) -> int:
-        """The number of partitions with which each has about 400,000 rows, so that its key columns are small beside the
+        """The number of partitions with about 400,000 rows each, so that key columns of one are small beside the
         memory."""
         return 1 + int(scan(self.completions, Completion).select(pl.len()).collect().item()) // _ROWS_PER_PARTITION
 
@@ -59,11 +59,8 @@ class Sources:
 class Workspace:
     """What building pairs, labels and groups share.
 
-    config: the settings
-    sources: the input files
     run_dir: the run directory that the rows are written to
-    num_partitions: how many partitions the rows are cut into
-    folder: where partitions lie when there are several
+    num_partitions, folder: how many partitions the rows are cut into, and where several of them lie
     run: the `map` that works on partitions, in this process or in several
     """
 
@@ -75,8 +72,7 @@ class Workspace:
     run: Map = map
 
     def map_filled(self, task: Callable[..., Any], rows: pl.DataFrame, contents: Sequence[Any]) -> list[Any]:
-        """The results of `task(number, rows, contents)` for each partition that has rows; `number` counts these
-        partitions."""
+        """The results of `task(number, rows, contents)` for each partition that has rows; `number` counts those."""
         parts = zip(cut(rows, self.num_partitions), contents, strict=True)
         filled = [(number, *part) for number, part in enumerate(part for part in parts if part[0].height)]
         return [*self.run(task, *zip(*filled, strict=True))] if filled else []
@@ -181,11 +177,8 @@ def _join(
 
 @dataclass(frozen=True)
 class CandidatePartition:
-    """The candidates of one partition, and counts.
+    """The candidates of one partition (key columns) and the ledger of its other completions, with counts.
 
-    candidates: key columns of the completions that may be paired
-    num_candidates: how many these are
-    ledger: rows of the other completions, with their reasons
     num_in, num_prompts: completions and prompts of the partition
     num_rated, num_null: by part of the reward, completions that have a row, and of these those without a value
     terms: the terms of the reward of each candidate, where it is a sum

@@ -31,7 +31,7 @@ def pair_facts(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def pair_sample(pairs: pl.DataFrame, total: int) -> pl.DataFrame:
-    """The `sample` of pairs: those with the lowest ids. Ids are hashes, so 10,000 of `total` pairs are expected in
+    """The `sample` of pairs: those with the lowest ids, which are hashes; 10,000 of `total` pairs are expected in
     it."""
     limit = min(1.0, _SAMPLE / total) * 16**8
     lowest = pairs.filter(pl.col("pair_id").str.head(8).str.to_integer(base=16) < limit)

@@ -33,8 +33,7 @@ def scale(pairs: pl.DataFrame, config: BuildPairsConfig) -> Scale:
 
 
 def standard_deviation(values: Sequence[float]) -> float:
-    """Population standard deviation, 0 without values. Sums are exact, so that the order of the values does not
-    matter."""
+    """Population standard deviation, 0 without values. Sums are exact: the order of the values does not matter."""
     if not values:
         return 0.0
     mean = math.fsum(values) / len(values)

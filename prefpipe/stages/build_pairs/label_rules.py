@@ -70,8 +70,7 @@ class Balance:
 
 
 def balance(desirable: int, undesirable: int) -> Balance:
-    """The class weights for these numbers of labels; both are 1 where a class is empty or the ratio is in the
-    recommended range."""
+    """The class weights for these numbers of labels; both are 1 where a class is empty or no weight is needed."""
     one_class = not desirable or not undesirable
     if one_class or in_class_ratio(desirable / undesirable):
         return Balance(desirable, undesirable, 1.0, 1.0)
@@ -83,8 +82,7 @@ def _prompt_mean() -> pl.Expr:
 
 
 def _quantiles(candidates: pl.DataFrame, share: float) -> tuple[pl.Expr, pl.Expr]:
-    """Two expressions: whether a reward is in the lower share, and whether in the upper. A reward in both gets no
-    label."""
+    """Whether a reward is in the lower share, and whether in the upper share. A reward in both gets no label."""
     rewards = candidates["reward"]
     low, high = rewards.quantile(share, "lower"), rewards.quantile(1 - share, "higher")
     return pl.col("reward") <= low, pl.col("reward") >= high

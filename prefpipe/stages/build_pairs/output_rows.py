@@ -96,8 +96,7 @@ def fetch(workspace: Workspace, used: pl.DataFrame, name: str) -> list[Contents]
 
 
 def _stored(keys: pl.DataFrame, count: int, path: Path) -> pl.LazyFrame:
-    """The keys to join with batches of files: in memory, or in a file for all tasks where there are several
-    partitions."""
+    """The keys to join with batches of files: in memory, or with several partitions in a file for all tasks."""
     if count == 1:
         return keys.lazy()
     fsio.make_dirs(path.parent)
@@ -208,8 +207,7 @@ def _references(files: Files) -> list[pl.LazyFrame]:
 
 
 def _one_per_completion(frame: pl.LazyFrame) -> pl.DataFrame:
-    """One row per completion. Of several rows (two scorers, or a run that is listed twice) always the same one is
-    kept."""
+    """One row per completion: of several (two scorers, or a run that is listed twice) always the same one."""
     return frame.collect().sort("completion_id", "scorer", "ref_logps").unique("completion_id", keep="first")
 
 

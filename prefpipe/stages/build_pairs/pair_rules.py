@@ -224,8 +224,7 @@ def _drawn(ranked: Ranked, pairs: pl.DataFrame, config: BuildPairsConfig) -> pl.
 
 
 def _draws(spans: pl.DataFrame, count: pl.Expr, most: int, seed: int) -> pl.DataFrame:
-    """The prompts, one row per draw, with the drawn number `n`: up to `most` different numbers below `count` for each
-    prompt."""
+    """One row per prompt and draw, with the drawn number `n`: up to `most` different numbers below `count`."""
     counts = spans.select(count.alias("count"))["count"].to_list()
     prompts = spans["prompt_id"].to_list()
     drawn = [n for p, c in zip(prompts, counts, strict=True) for n in draw(seed, p, c, most)]

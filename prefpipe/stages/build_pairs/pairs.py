@@ -29,8 +29,7 @@ class RulePairs:
 
 @dataclass(frozen=True)
 class FilteredPairs:
-    """The pairs that every filter keeps (key columns), their contents by partition, and ledger rows and counts of the
-    others."""
+    """The pairs that every filter keeps (key columns), contents by partition, ledger rows and counts of the others."""
 
     pairs: pl.DataFrame
     ledger: pl.DataFrame
@@ -39,8 +38,7 @@ class FilteredPairs:
 
 
 def apply_rule(candidates: pl.DataFrame, config: BuildPairsConfig) -> RulePairs:
-    """The rule's pairs of one partition. The ledger has the reason of each prompt without a pair: too_few, tie or
-    no_pair."""
+    """The rule's pairs of one partition. The ledger has prompts without a pair: too_few, tie or no_pair."""
     ranked = pair_rules.rank(candidates)
     pairs = pair_rules.pair_frame(ranked, user_rules.find(config.rule)(ranked, config))
     without = ranked.spans.join(pairs.select("prompt_id").unique(), on="prompt_id", how="anti", maintain_order="left")
@@ -119,8 +117,7 @@ def _write(
     part: pl.DataFrame,
     contents: output_rows.Contents,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Write the pairs of a partition. Returns their `facts` and their part of the `sample` among `total`, for the data
-    report."""
+    """Write the pairs of a partition. Returns their `facts` and their part of the `sample`, for the data report."""
     rows = output_rows.pair_rows(output_rows.sides(part, contents.rows()), contents.of_prompts(), config)
     if config.format == "prefpipe":
         run_dir.write_part("pairs", Pair, number, output_rows.to_table(rows, Pair))

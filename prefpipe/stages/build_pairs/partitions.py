@@ -17,8 +17,8 @@ Files = Sequence[Sequence[Path]]  # of a dataset, by run
 
 
 def scan(files: Files, row_type: type) -> pl.LazyFrame:
-    """The rows of a dataset in several runs, with the number of the run in the column `run`. Columns that older files
-    lack are null."""
+    """The rows of a dataset in several runs, with the number of the run as `run`. Columns that a file lacks are
+    null."""
     schema = pl.DataFrame(arrow_schema(row_type).empty_table()).schema
     filled = [(number, paths) for number, paths in enumerate(files) if paths]
     return pl.concat(

@@ -214,8 +214,8 @@ def _by_prompt(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _once(rows: pl.LazyFrame, files: Files) -> pl.LazyFrame:
-    """completion_id, reward and rated (true), once per completion. Raises DataError when two rewards of a completion
-    differ."""
+    """completion_id, reward and rated (true), once per completion. Raises DataError for two different rewards of
+    one."""
     if len(files) == 1:
         return rows.with_columns(rated=pl.lit(True))  # noqa: FBT003  (a column of true)
     once = rows.group_by("completion_id").agg(pl.col("reward").max(), low=pl.col("reward").min())

@@ -147,8 +147,7 @@ def _token_logps(
 
 
 def _totals(output: Run, num_shards: int, reward_names: Sequence[str]) -> dict[str, Any]:
-    """Counts over all shards. They are read from the files column by column, so that an interruption does not change
-    them."""
+    """Counts over all shards, read from the files column by column, so that an interruption changes nothing."""
     counts = {"prompts": 0, "completions": 0, "tokens": 0}
     for index in range(num_shards):
         part = output.read_part("completions", Completion, index, ["prompt_id", "token_ids"])

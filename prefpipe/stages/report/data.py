@@ -1,5 +1,6 @@
 """What went in? Rows from level to level with the reasons of those left out, the checks of the data, pictures."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,7 @@ def _of_pairs(run: Overview | None) -> list[Chart]:
     columns = ["reward_gap", *(f"{side}_token_ids" for side in _SIDES), *(f"ref_{side}_logps" for side in _SIDES)]
     rows = overview.rows(run, "pairs", Pair, MOST_ROWS, columns)
     pairs = [row | {f"{side}_tokens": max(len(row[f"{side}_token_ids"]), 1) for side in _SIDES} for row in rows.rows]
-    part = _of_all(rows, "pairs")
+    part = f"; the first {number(len(pairs))} of {number(rows.total)} pairs" if len(pairs) < rows.total else ""
     both = {side: charts.SIDES[side] for side in _SIDES}
     found: list[Chart] = []
     gaps = _values(pairs, lambda row: row["reward_gap"], "pairs")
@@ -248,13 +249,9 @@ def _both(values: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{side} {number(sum(of) / len(of))} on average" for side, of in means.items() if of)
 
 
-def _of_all(rows: Rows, kind: str) -> str:
-    return f"; the first {number(len(rows.rows))} of {number(rows.total)} {kind}" if len(rows.rows) < rows.total else ""
-
-
 def _correlation(dots: Sequence[Mapping[str, Any]]) -> float:
-    xs, ys = [dot["x"] for dot in dots], [dot["y"] for dot in dots]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    products = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-    spread = sum((x - mean_x) ** 2 for x in xs) * sum((y - mean_y) ** 2 for y in ys)
-    return products / spread**0.5 if spread else 0.0
+    """Pearson's correlation of x and y; 0 where one of them does not vary."""
+    try:
+        return statistics.correlation([dot["x"] for dot in dots], [dot["y"] for dot in dots])
+    except statistics.StatisticsError:
+        return 0.0

@@ -131,8 +131,8 @@ def at_step(variant: Variant, place: Path, step: int, metric: str) -> float | No
 
 
 def best(results: Sequence[Result], metric: str) -> Best:
-    """The variant with the highest value of the metric, the first of equal ones. Raises DataError where no variant has
-    a value."""
+    """The variant with the highest value of the metric, the first of equal ones. Raises DataError where none has a
+    value."""
     rated = [result for result in results if metric in result.values]
     if not rated:
         failed = next((f": {result.variant.name}: {result.why}" for result in results if result.why), "")

@@ -101,8 +101,7 @@ def _check(config: SweepConfig, evaluated: EvaluateConfig | None) -> None:
 
 
 def _rows(config: SweepConfig, variants: Sequence[Variant]) -> TrainingData:
-    """The rows of all variants, read once. Raises the errors of `train` for the settings of a variant and these
-    rows."""
+    """The rows of all variants, read once. Raises as `train` does for a variant's settings and these rows."""
     data = inputs.prepare(workers.variant_for_rows(variants).config)
     if not data.rows:
         raise DataError("no row can be trained on", "`prefpipe train` with this recipe says why, row by row")

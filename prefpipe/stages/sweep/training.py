@@ -49,9 +49,7 @@ def train(
     raised."""
     shared, done = Shared(data), WorkDone()
     _reuse_reference_logps(shared, variants, out)
-    ordered = sorted(
-        variants, key=lambda variant: variant.config.tuning == "full"
-    )  # full tuning last: it drops the shared base
+    ordered = sorted(variants, key=lambda variant: variant.config.tuning == "full")  # last: it drops the shared base
     for number, variant in enumerate(ordered, 1):
         place, last = out / FOLDER / variant.name, until.get(variant.name, 0)
         if has_reached(place, last):

@@ -29,7 +29,7 @@ AUTO = "auto"
 
 
 def count(asked: int | str, num_variants: int) -> int:
-    """The number of processes that train at once. Raises UsageError for more than there are GPUs, where there are
+    """The number of processes that train at once. Raises UsageError for more than the visible GPUs, if there are
     any."""
     gpus = len(machine.visible_gpus())
     if asked == AUTO:
@@ -73,8 +73,7 @@ def run(out: Path, until: Mapping[str, int], number: int) -> WorkDone:
 
 
 def variant_for_rows(variants: Sequence[Variant]) -> Variant:
-    """The variant with whose settings the rows of all variants are read: one that needs the reference, if there is
-    any."""
+    """The variant with whose settings the rows are read: one that needs the reference, if there is any."""
     return next((v for v in variants if v.config.objective.needs("reference")), variants[0])
 
 
