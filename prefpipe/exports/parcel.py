@@ -10,7 +10,7 @@ from prefpipe.config import base
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import UsageError
 from prefpipe.exports import cards
-from prefpipe.runs import store, trained
+from prefpipe.runs import manifests, store, trained
 
 _CARD = "README.md"
 _REPORT = "data_report.json"
@@ -62,9 +62,7 @@ def pack(directory: Path, base_model: str = "") -> Parcel:
     elif base_model:
         raise UsageError(f"--base-model = {base_model}: {run_dir} holds no policy", "leave it out")
     else:
-        raise UsageError(
-            f"{run_dir} is a run of {manifest['command']}", "name a run of `prefpipe train` or `prefpipe build-pairs`"
-        )
+        raise manifests.other_kind(run_dir, manifest["command"], "train or build-pairs, or of iterate for its best")
     for item in parcel.items:
         if item.name in _READ:
             cards.check_open(item.name, reading.read_text(item.path) if item.text is None else item.text)

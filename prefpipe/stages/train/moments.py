@@ -9,9 +9,9 @@ from pathlib import Path
 
 from prefpipe import log, reading
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, IdentityError, UsageError
+from prefpipe.errors import DataError, IdentityError
 from prefpipe.forward.tensor_files import Stored
-from prefpipe.runs import saved_config, store
+from prefpipe.runs import manifests, saved_config, store
 from prefpipe.runs.store import Manifest
 from prefpipe.stages.train import checkpoint
 from prefpipe.stages.train.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def source(config: TrainConfig) -> Source | None:
     out = Path(config.optimizer_from)
     manifest = store.read_manifest(out)
     if manifest["command"] != "train":
-        raise UsageError(f"{out} is a run of {manifest['command']}", "optimizer_from takes a run of train")
+        raise manifests.other_kind(out, manifest["command"], "train", "--optimizer-from")
     saved = (saved_config.read(out / "config.json", force=False) or {"config": {}})["config"]
     theirs = saved.get("optim", TrainConfig.model_fields["optim"].default)
     if theirs != config.optim:
