@@ -10,7 +10,7 @@ from prefpipe.config import base
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import UsageError
 from prefpipe.exports import cards
-from prefpipe.runs import store, trained
+from prefpipe.runs import manifests, store, trained
 
 _CARD = "README.md"
 _REPORT = "data_report.json"
@@ -63,9 +63,7 @@ def pack(directory: Path, base_model: str = "") -> Upload:
     elif base_model:
         raise UsageError(f"--base-model = {base_model}: {run_dir} holds no policy", "leave it out")
     else:
-        raise UsageError(
-            f"{run_dir} is a run of {manifest['command']}", "name a run of `prefpipe train` or `prefpipe build-pairs`"
-        )
+        raise manifests.other_kind(run_dir, manifest["command"], "train or build-pairs, or of iterate for its best")
     for file in upload.files:
         if file.name in _READ:
             cards.check_open(file.name, reading.read_text(file.path) if file.text is None else file.text)

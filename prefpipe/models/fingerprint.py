@@ -104,9 +104,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def _tensor_files(directory: Path, pattern: str) -> list[Path]:
     files = sorted(directory.glob(pattern))
     if not files:
-        raise MissingInputError(
-            f"{directory} has no weights ({pattern})", "prefpipe reads safetensors only; convert with save_pretrained"
-        )
+        hint = "prefpipe reads safetensors only; convert with save_pretrained"
+        if (directory / "adapter").is_dir():  # a run of train
+            hint = f"it is a run: give its base as --model and {directory / 'adapter'} as --adapter"
+        elif inside := [directory / name for name in ("merged", "model") if (directory / name).is_dir()]:
+            hint = f"give {inside[0]}"
+        raise MissingInputError(f"{directory} has no weights ({pattern})", hint)
     return files
 
 

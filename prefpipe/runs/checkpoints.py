@@ -11,7 +11,7 @@ from typing import Any
 
 from prefpipe import reading
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import DataError, IdentityError, MissingInputError, UsageError
+from prefpipe.errors import DataError, IdentityError, MissingInputError
 from prefpipe.runs import manifests, saved_config, store
 from prefpipe.runs.store import Manifest
 
@@ -48,7 +48,7 @@ def source(out: Path, optim: str) -> Source:
     """
     manifest = store.read_manifest(out)
     if manifest["command"] != "train":
-        raise UsageError(f"{out} is a run of {manifest['command']}", "optimizer_from takes a run of train")
+        raise manifests.other_kind(out, manifest["command"], "train", "--optimizer-from")
     saved = (saved_config.read(out / "config.json", force=False) or {"config": {}})["config"]
     totals = manifest["totals"]
     best = totals.get("best") if saved.get("load_best_model_at_end") else None

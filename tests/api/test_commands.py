@@ -163,7 +163,7 @@ def test_what_ends_a_stage_is_an_error_of_ours(
 
 def test_a_page_and_a_model_are_paths(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> None:
     run = sampled(tiny_model, prompts_file, tmp_path / "g")
-    with pytest.raises(UsageError, match="it has no adapter"):
+    with pytest.raises(UsageError, match="is a run of generate; this command needs a run of train, or of iterate"):
         prefpipe.merge(run, tmp_path / "m")
     with pytest.raises(UsageError, match="is an address"):
         prefpipe.load("s3://bucket/run")

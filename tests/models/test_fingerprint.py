@@ -265,3 +265,14 @@ def test_a_header_that_does_not_fit_its_bytes(tmp_path: Path, old: bytes, new: b
     path.write_bytes(content.replace(old, new))
     with pytest.raises(DataError, match=words):
         fingerprint.weights_digest(directory)
+
+
+@pytest.mark.parametrize(
+    ("folder", "hint"), [("adapter", "{}/adapter as --adapter"), ("model", "give {}/model"), ("", "safetensors only")]
+)
+def test_a_run_in_place_of_a_model_is_told_where_its_policy_is(tmp_path: Path, folder: str, hint: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    with pytest.raises(MissingInputError, match="has no weights") as caught:
+        fingerprint.weights_digest(tmp_path)
+    assert hint.format(tmp_path) in caught.value.hint

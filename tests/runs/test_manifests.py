@@ -57,3 +57,30 @@ def test_what_is_no_json_object_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(DataError, match=r"config\.json is damaged"):
         manifests.read_json(tmp_path / "config.json")
+
+
+def manifest_of(command: str, *files: str) -> dict[str, object]:
+    return {"command": command, "files": dict.fromkeys(files)}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "maker"),
+    [
+        ("pairs", "give a run of `prefpipe build-pairs`; "),
+        ("labels", "give a run of `prefpipe build-pairs --output labels`; "),
+        ("completions", "give a run of `prefpipe generate`, or of `prefpipe score` for a file; "),
+        ("rewards/math", "give a run of `prefpipe generate` or `prefpipe score` with --rewards; "),
+        ("margins", ""),
+    ],
+)
+def test_a_run_that_lacks_a_dataset_is_told_which_run_has_it(dataset: str, maker: str) -> None:
+    error = manifests.lacking(Path("runs/g"), manifest_of("generate", "a/1.parquet", "rewards/b/1.parquet"), dataset)
+    assert error.message == f"runs/g has no dataset '{dataset}': it is a run of generate"
+    assert error.hint == f"{maker}this one has: a, rewards/b"
+
+
+def test_a_run_of_another_command_is_told_what_is_needed() -> None:
+    assert manifests.other_kind(Path("t"), "train", "build-pairs", "--pairs").message == (
+        "t is a run of train; --pairs needs a run of build-pairs"
+    )
+    assert manifests.other_kind(Path("t"), "train", "iterate").message.endswith("; this command needs a run of iterate")

@@ -63,6 +63,8 @@ def run(config: BuildPairsConfig, out: Path, *, force: bool) -> Manifest:
     """Build the rows of `config.output` in `out`. Raises StrictError when `strict` is set and a check warns."""
     if not config.completions:
         raise UsageError("no completions given", "pass --completions DIR (a run of prefpipe generate or score)")
+    for given in map(Path, config.completions):
+        store.part_names(given, store.read_manifest(given), "completions")
     digests = _digests(config) | user_rules.inputs(config)
     reward_values.chosen_reward(config)  # an unknown reward is refused before OUT is touched
     with store.open_run(out, "build-pairs", config, digests, force=force) as run_dir:

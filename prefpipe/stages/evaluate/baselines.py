@@ -1,6 +1,6 @@
 """An earlier evaluation to compare with: what must be equal for a comparison to mean something, and its answers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from prefpipe import log
 from prefpipe.errors import UsageError
 from prefpipe.ids import content_id
 from prefpipe.rewards.base import RewardOn
-from prefpipe.runs import saved_config, store
+from prefpipe.runs import manifests, saved_config, store
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Evaluation
 from prefpipe.stages.evaluate.answers import DATASET
@@ -101,9 +101,7 @@ def read(directory: str, deciding: str, identity: str) -> Baseline:
     """
     manifest = store.read_manifest(Path(directory))
     if manifest["command"] != "evaluate":
-        raise UsageError(
-            f"baseline {directory} is a run of {manifest['command']}", "give a run directory of `prefpipe evaluate`"
-        )
+        raise manifests.other_kind(Path(directory), manifest["command"], "evaluate", "--baseline")
     rewards = {name: value for name, value in manifest["inputs"].items() if name.startswith("reward ")}
     if identity not in rewards.values():
         theirs = ", ".join(f"{name.removeprefix('reward ')} ({value})" for name, value in rewards.items())
@@ -112,6 +110,18 @@ def read(directory: str, deciding: str, identity: str) -> Baseline:
             f"evaluate its policy again with --reward {deciding} and the same settings of it",
         )
     return Baseline(directory, manifest)
+
+
+def check_apart(directories: Sequence[str], out: Path) -> None:
+    """Raise UsageError for a baseline that is this run, or that is there twice: it says nothing about the policy."""
+    places = [Path(directory).resolve() for directory in directories]
+    for number, (directory, place) in enumerate(zip(directories, places, strict=True)):
+        if place == out.resolve():
+            raise UsageError(
+                f"--baseline {directory} is this run itself (--out)", "give an earlier evaluation, or another --out"
+            )
+        if place in places[:number]:
+            raise UsageError(f"--baseline {directory} is there twice", "give each evaluation once")
 
 
 def differences(baseline: Baseline, out: Path) -> dict[str, list[Any]]:

@@ -115,6 +115,7 @@ def _read_beside(config: EvaluateConfig, task: Task, out: Path) -> Beside:
     deciding, *further = config.reward
     functions, _ = load_rewards(further, config.reward_settings)
     identities = {name: rewards.identity(name, config.reward_settings) for name in (deciding, *further)}
+    baselines.check_apart(config.baseline, out)
     compared = [baselines.read(directory, deciding, identities[deciding]) for directory in config.baseline]
     for baseline in compared:
         comparisons.check_shared(baseline, task.prompts)

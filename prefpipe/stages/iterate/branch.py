@@ -11,7 +11,7 @@ from prefpipe.errors import DataError, MissingInputError, UsageError
 from prefpipe.ids import content_id
 from prefpipe.inputs import files
 from prefpipe.models import policy
-from prefpipe.runs import checkpoints, commits, links, store
+from prefpipe.runs import checkpoints, commits, links, manifests, saved_config, store
 from prefpipe.runs.store import Manifest
 from prefpipe.stages.iterate.plan import trained
 
@@ -27,6 +27,9 @@ def digests(config: IterateConfig) -> dict[str, str]:
     if not config.from_run:
         return {}
     source = Path(config.from_run)
+    saved = saved_config.read(source / "config.json", force=False)
+    if saved is not None and saved["command"] != "iterate":
+        raise manifests.other_kind(source, saved["command"], "iterate", "--from-run")
     found: dict[str, str] = {}
     for number in range(config.from_round + 1):
         folder = source / f"round-{number}"

@@ -20,7 +20,7 @@ from prefpipe.models.chat import Chat
 from prefpipe.models.thinking import Said
 from prefpipe.rewards.base import Answer, RewardOn, answer_of
 from prefpipe.rows import PREFERENCES, check_ids, completions_of, key_of
-from prefpipe.runs import store
+from prefpipe.runs import manifests, store
 from prefpipe.runs.store import Manifest
 from prefpipe.schemas import Completion, Dropped, Prompt, Reward, from_table
 from prefpipe.stages.score import imports
@@ -177,7 +177,7 @@ def _of_run(source: Path, reader: Reader) -> Iterator[InputShard]:
         return
     preferences = [name for name in PREFERENCES if name in present]
     if not preferences:
-        raise MissingInputError(f"{source} has nothing to score", f"it has: {', '.join(present) or 'no dataset'}")
+        raise manifests.other_kind(source, manifest["command"], "generate or build-pairs", "--inputs")
     if reader.rated:
         raise MissingInputError(f"{source} holds no completions to rate", "pass the run that its completions come from")
     for dataset in preferences:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP while training: noted at once, obeyed when the step is done and its checkpoint is saved."""
+"""SIGTERM, SIGINT and SIGHUP while training: noted at once, obeyed after the step, when its checkpoint is saved."""
 
 import signal
 import threading

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from prefpipe.config import base
 from prefpipe.config.train import TrainConfig
-from prefpipe.errors import IdentityError, UsageError
+from prefpipe.errors import IdentityError
 from prefpipe.models import policy
 from prefpipe.models.policy import Policy
-from prefpipe.runs import store, trained
+from prefpipe.runs import manifests, store, trained
 from prefpipe.runs.store import Manifest
 
 
@@ -32,9 +32,7 @@ def find(directory: Path, model: str = "") -> Result:
     run_dir, _ = trained.place_of(directory)
     manifest = store.read_manifest(run_dir)
     if manifest["command"] != "train":
-        raise UsageError(
-            f"{run_dir} is a run of {manifest['command']}: it has no adapter", "name a run of `prefpipe train`"
-        )
+        raise manifests.other_kind(run_dir, manifest["command"], "train, or of iterate for its best round")
     config = base.load(TrainConfig, run_dir / "config.json", {"model": model} if model else {})
     folder = "adapter" if config.tuning == "lora" else "model"
     trained.check_files(run_dir, manifest, folder)

@@ -47,6 +47,15 @@ def test_a_run_of_another_command_is_refused(tiny_model: Path, prompts_file: Pat
         baselines.read(str(tmp_path / "g"), "r", IDENTITY)
 
 
+def test_a_run_is_no_baseline_of_itself_nor_twice(tmp_path: Path) -> None:
+    one, other = str(tmp_path / "a"), str(tmp_path / "b")
+    baselines.check_apart([one, other], tmp_path / "c")
+    with pytest.raises(UsageError, match="is this run itself"):
+        baselines.check_apart([other, f"{tmp_path}/x/../a"], tmp_path / "a")
+    with pytest.raises(UsageError, match="is there twice"):
+        baselines.check_apart([one, other, f"{one}/"], tmp_path / "c")
+
+
 def test_a_damaged_baseline_is_refused(tiny_model: Path, write: Write, tmp_path: Path) -> None:
     run(config(tiny_model, prompts_file(write, 3)), tmp_path / "a")
     found = baselines.read(str(tmp_path / "a"), "r", IDENTITY)

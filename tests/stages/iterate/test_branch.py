@@ -132,3 +132,11 @@ def test_rounds_of_another_model_are_not_taken(
     config = make(rounds=3, from_run=str(source), from_round=1).model_copy(update={"model": str(other_model)})
     with pytest.raises(UsageError, match="started from weights"):
         iterate.run(config, tmp_path / "out", force=False, runner=never)
+
+
+def test_rounds_are_not_taken_from_a_run_of_another_command(
+    make: Make, three: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    step = three[0] / "round-1" / "train"
+    with pytest.raises(UsageError, match="is a run of train; --from-run needs a run of iterate"):
+        iterate.run(make(rounds=3, from_run=str(step), from_round=1), tmp_path / "out", force=False, runner=never)
