@@ -7,7 +7,7 @@ out. A model directory, a prompts file and a reward, for the commands of prefpip
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,12 @@ def split() -> dict[str, list[tuple[int, int]]]:
     return {name: list(islice(shuffled, count)) for name, count in SPLITS.items()}
 
 
-def write_prompts(path: Path) -> Path:
-    """Write every sum as a prompt with its answer and its split."""
+def write_prompts(path: Path, counts: Mapping[str, int]) -> Path:
+    """Write the first sums of each split, so many of each, as prompts with their answer and split."""
     lines = [
         {"messages": [{"role": "user", "content": question(s)}], "answer": str(sum(s)), "split": name}
         for name, sums in split().items()
-        for s in sums
+        for s in sums[: counts[name]]
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if not path.exists() or path.read_text() != text:  # another experiment may read it

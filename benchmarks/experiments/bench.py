@@ -70,7 +70,8 @@ class Bench:
     def __init__(self, out: Path, name: str, scale: Scale) -> None:
         self.out, self.scale, self._shared = out / name, scale, out
         self.out.mkdir(parents=True, exist_ok=True)
-        self._prompts = addition.write_prompts(out / "prompts.jsonl")
+        counts = {"train": scale.prompts, "validation": scale.held_out, "heldout": scale.held_out}
+        self._prompts = addition.write_prompts(out / "prompts.jsonl", counts)
         self._arms: dict[str, Arm] = {}
 
     @property

@@ -1,12 +1,15 @@
 """Run by test_forecast as a process alone: the bytes that a rank is predicted to need, and those that it takes at the
-highest point of two steps, counted from before the model is loaded."""
+highest point of two steps, counted from before the model is loaded. Each way to train has a child of its own, which
+shares the imports with the others and nothing else."""
 
+import multiprocessing
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  (children share it)
 
 from prefpipe.config.train import TrainConfig
 from prefpipe.forward import load
@@ -47,7 +50,7 @@ def train(directory: Path, config: TrainConfig) -> None:
         pass
 
 
-def main(directory: Path, warm: Path, tuning: Any, checkpointing: Any) -> None:
+def measure(directory: Path, warm: Path, tuning: Any, checkpointing: Any) -> None:
     """`warm` is a tiny model, whose steps load the code and the buffers of libraries."""
     torch.set_num_threads(1)
     tree = tree_of(pairs()[0])
@@ -62,6 +65,16 @@ def main(directory: Path, warm: Path, tuning: Any, checkpointing: Any) -> None:
     start = process_memory.resident_memory()
     train(directory, config)
     print(need.peak, resident_peak() - start)  # noqa: T201
+
+
+def main(directory: Path, warm: Path, *ways: str) -> None:
+    """A line for each of `ways`, such as `lora/on`, one after the other."""
+    for way in ways:
+        child = multiprocessing.get_context("fork").Process(target=measure, args=(directory, warm, *way.split("/")))
+        child.start()
+        child.join()
+        if child.exitcode:
+            sys.exit(f"{way} ended with {child.exitcode}")
 
 
 if __name__ == "__main__":
