@@ -192,6 +192,8 @@ def steps() -> None:
             _run(command, calls.settings(command, saved, {}), out)
             gc.collect()  # a reward model of this step leaves the memory before that of the next one comes
             print(step["out"], file=answers, flush=True)
+        processes.leave_garbage()
+    processes.end()
 
 
 def write_report(

@@ -1,9 +1,11 @@
 """A Python that prefpipe starts takes no file of the folder a user stands in for one of Python's own modules."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,39 @@ def test_the_command_line_says_how_threads_wait_before_torch_is_loaded() -> None
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=processes.environment()
     )
     assert done.stdout == "False\n"
+
+
+def test_a_process_that_ends_runs_exit_functions_and_clears_nothing_away() -> None:
+    """What is in a buffer is written."""
+    code = """
+import atexit, sys
+from prefpipe import processes
+class Large:
+    def __del__(self): print("cleared away")
+kept = Large()
+atexit.register(print, "exit function")
+print("said", end=" ")
+processes.end()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=processes.environment()
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "said exit function\n", "")
+
+
+def test_before_a_process_ends_nobody_looks_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Circle:
+        pass
+
+    monkeypatch.setattr(gc, "collect", gc.collect)
+    circle = Circle()
+    circle.itself = circle  # type: ignore[attr-defined]
+    left = weakref.ref(circle)
+    del circle
+    try:
+        processes.leave_garbage()
+        assert gc.collect() == gc.collect(0) == 0
+        assert left() is not None
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -78,6 +78,7 @@ def main() -> None:
         _serve(voice, inbox)
     except Exception as error:
         voice.say(_failed(error))
+    processes.end()
 
 
 def _read(connection: Connection, inbox: Inbox) -> None:
@@ -85,7 +86,10 @@ def _read(connection: Connection, inbox: Inbox) -> None:
     process and of all that it started, in the middle of whatever they do."""
     try:
         while True:
-            inbox.put(connection.recv())
+            message = connection.recv()
+            if isinstance(message, Stop):
+                processes.leave_garbage()
+            inbox.put(message)
     except (EOFError, OSError):
         os.killpg(0, signal.SIGKILL)
 

@@ -66,8 +66,11 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._sampling.end()
-        self._training.end()
+        both = (self._sampling, self._training)
+        for process in both:
+            process.dismiss()
+        for process in both:
+            process.end()
 
 
 class _Waiting:
@@ -103,16 +106,20 @@ class _Waiting:
             self.end()
             raise _failed(command, saved, out, code)
 
+    def dismiss(self) -> None:
+        """Tell the process that no step follows."""
+        if self.process is not None:
+            for pipe in (self.process.stdin, self.process.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
     def end(self) -> None:
         """End the process: its memory is free."""
+        self.dismiss()
         process, self.process = self.process, None
-        if process is None:
-            return
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
-        _wait(process)
+        if process is not None:
+            _wait(process)
 
 
 def run_process(command: str, saved: Path, out: Path, launcher: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,19 @@ def test_one_engine_goes_through_all_rounds_and_every_digest_is_that_of_steps_al
     manifest = stage.run(make(rounds=3, keep_engine="always"), tmp_path / "out", force=False)
     assert starts(capfd.readouterr().err) == 1
     assert manifest["identity"] == three[1]["identity"]
+
+
+def test_the_processes_that_wait_end_side_by_side() -> None:
+    """Each takes seconds with vLLM or torch loaded: both hear of it before one is waited for."""
+    calls: list[str] = []
+
+    class Waiting:
+        def __init__(self, name: str) -> None:
+            self.dismiss, self.end = (partial(calls.append, f"{what} {name}") for what in ("dismiss", "end"))
+
+    with Processes() as run:
+        run._sampling, run._training = Waiting("sampling"), Waiting("training")  # type: ignore[assignment]
+    assert calls == ["dismiss sampling", "dismiss training", "end sampling", "end training"]
 
 
 @pytest.mark.slow
