@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP while training: noted at once, obeyed when the step is done and its checkpoint is saved."""
+"""SIGTERM, SIGINT and SIGHUP in training: noted at once, obeyed when the step is done and its checkpoint is there."""
 
 import signal
 import threading
