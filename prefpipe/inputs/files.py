@@ -112,7 +112,16 @@ def _local_rows(path: Path) -> Iterator[ForeignRow]:
     elif path.suffix.lower() in _ARROW:
         yield from _numbered(path, _arrow_batches(path))
     else:
-        raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", _KNOWN)
+        raise UsageError(f"{path}: unknown kind of file '{path.suffix}'", _of_table(path) or _KNOWN)
+
+
+def _of_table(path: Path) -> str:
+    """The command that writes a table of text as JSON lines; empty for any other file."""
+    separator = {".csv": "", ".tsv": ", separator=chr(9)"}.get(path.suffix.lower())
+    if separator is None:
+        return ""
+    read, written = f"read_csv({str(path)!r}{separator})", str(path.with_suffix(".jsonl"))
+    return f'write it as JSON lines first: python -c "import polars; polars.{read}.write_ndjson({written!r})"'
 
 
 def _suffix(path: Path) -> str:

@@ -44,6 +44,13 @@ _LABELS = {
     **dict.fromkeys(("true", "1", "1.0", "yes", "desirable", "good"), True),
     **dict.fromkeys(("false", "0", "0.0", "no", "undesirable", "bad"), False),
 }
+_RENAMED = ("prompt", "chosen", "rejected", "completion", "messages", "label")
+_USES = {  # format -> what reads a file of it
+    "preference": "pairs go to --pairs of `prefpipe train`",
+    "label": "labels go to --labels of `prefpipe train`, with --loss-type kto",
+    "completion": "`prefpipe score --rewards NAME` rates answers, for `prefpipe build-pairs`; --sft imitates them",
+    "list": "`prefpipe score` reads answers with ratings, then `prefpipe build-pairs --reward rating` pairs them",
+}
 _UNRATED = ("", "n/a", "none", "null", "nan")
 
 
@@ -73,16 +80,31 @@ def recognise(columns: Collection[str], where: str) -> str:
     """The format of a file from the names of its columns. Raises DataError that lists them."""
     kind = _kind(columns)
     if kind is None:
-        raise DataError(
-            f"{where}: no known format has the columns {listed(columns)}",
-            "docs/datasets.md lists what is understood: prompt, chosen, rejected for one; --column NAME=COLUMN renames",
-        )
+        raise DataError(f"{where}: no known format has the columns {listed(columns)}", _way_out(columns))
     if kind == "preference" and not {"chosen", "rejected"} <= set(columns):
         raise DataError(
             f"{where}: a column 'chosen' or 'rejected' is missing; there are {listed(columns)}",
             "a preference has both; --column NAME=COLUMN renames a column",
         )
     return kind
+
+
+def other_kind(found: str, kind: str, where: str) -> DataError:
+    """The error for a file of format `found` where `kind` is read, with the option or command that reads it."""
+    return DataError(f"{where}: a row of format '{found}', not '{kind}'", f"{_USES[found]}; docs/datasets.md has more")
+
+
+def _way_out(columns: Collection[str]) -> str:
+    """What to do with columns that are of no known format: names for those that nearly are, or where prompts go."""
+    found = {name: next((c for c in columns if c.lower().startswith(name)), name) for name in _RENAMED}
+    new = {name: column for name, column in found.items() if name not in columns and column != name}
+    if _kind({*columns, *new}) and ("chosen" in new) == ("rejected" in new):
+        return f"rename them: {' '.join(f'--column {name}={column}' for name, column in new.items())}"
+    if {*columns} & {*PROMPTS}:
+        return (
+            "prompts without answers are for `prefpipe generate --prompts`; docs/datasets.md lists what is understood"
+        )
+    return "docs/datasets.md lists what is understood: prompt, chosen, rejected for one; --column NAME=COLUMN renames"
 
 
 def has_ratings(rows: Iterable[Row], kind: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from prefpipe import log
-from prefpipe.errors import DataError, RowFault
+from prefpipe.errors import RowFault
 from prefpipe.ids import common_prefix, content_id, ids_digest, masked_id
 from prefpipe.inputs import answers, formats
 from prefpipe.inputs.files import ForeignRow, rows
@@ -151,7 +151,7 @@ def _read(
     for number, (where, row) in enumerate(source):
         found = formats.recognise(row, where) if number == 0 else kind
         if found != kind:
-            raise DataError(f"{where}: a row of format '{found}', not '{kind}'", "see docs/datasets.md for the columns")
+            raise formats.other_kind(found, kind, where)
         try:
             yield where, convert(tokenise(formats.parse(row, kind), chat, limits))
         except RowFault as fault:

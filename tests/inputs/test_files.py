@@ -246,3 +246,15 @@ def test_the_identity_of_a_folder_is_its_content(tmp_path: Path) -> None:
     assert files.digest(tmp_path / "a") == files.digest(tmp_path / "b")
     (tmp_path / "b" / "x.jsonl").rename(tmp_path / "b" / "y.jsonl")
     assert files.digest(tmp_path / "a") != files.digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a b.csv", ","), ("a.TSV", "\t")])
+def test_a_table_of_text_has_the_command_that_writes_its_rows(tmp_path: Path, name: str, separator: str) -> None:
+    path = tmp_path / name
+    path.write_text(f'prompt{separator}chosen{separator}rejected\n"two\nlines"{separator}"a ""b"""{separator}c\n')
+    with pytest.raises(UsageError, match="unknown kind of file") as caught:
+        list(files.rows(path))
+    exec(caught.value.hint.partition('python -c "')[2].removesuffix('"'))  # noqa: S102  (it is what a user runs)
+    assert [row for _, row in files.rows(path.with_suffix(".jsonl"))] == [
+        {"prompt": "two\nlines", "chosen": 'a "b"', "rejected": "c"}
+    ]

@@ -272,3 +272,27 @@ def test_an_answer_without_text_is_empty_but_a_tool_call_is_an_answer() -> None:
     with pytest.raises(RowFault) as fault:
         formats.parse({"prompt": "Hi", "chosen": " ", "rejected": "no"}, "preference")
     assert fault.value.reason == "empty"
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (("Prompt", "Chosen", "Rejected"), "--column prompt=Prompt --column chosen=Chosen --column rejected=Rejected"),
+        (("prompt", "chosen_text", "rejected_text"), "--column chosen=chosen_text --column rejected=rejected_text"),
+        (("Messages", "id"), "--column messages=Messages"),
+        (("prompt", "chosen_text"), "`prefpipe generate --prompts`"),
+        (("question", "response_j"), "`prefpipe generate --prompts`"),
+        (("title", "text"), "--column NAME=COLUMN renames"),
+        ((), "--column NAME=COLUMN renames"),
+    ],
+)
+def test_columns_of_no_format_have_a_way_out(columns: tuple[str, ...], hint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        formats.recognise(columns, "f, line 1")
+    assert hint in caught.value.hint
+
+
+def test_a_file_of_another_format_is_told_what_reads_it() -> None:
+    error = formats.other_kind("label", "preference", "f, line 1")
+    assert error.message == "f, line 1: a row of format 'label', not 'preference'"
+    assert "--labels of `prefpipe train`" in error.hint

@@ -41,6 +41,24 @@ def summary(totals: Totals, out: Path) -> list[str]:
     return lines
 
 
+def nothing_passes(totals: Totals, pass_reward: float) -> str:
+    """What to look at where answers have rewards above 0 and none of them passes; empty otherwise."""
+    found = [totals[decoding] for decoding in DECODINGS if decoding in totals]
+    best = max((values["mean_reward"] for values in found), default=0.0)
+    if best <= 0 or any(values["pass"] for values in found):
+        return ""
+    return (
+        f"no answer passes: pass_reward is {pass_reward:g}, the mean reward {best:.3g}; where the reward has another "
+        "scale, --pass-reward says what passes"
+    )
+
+
+def notices(totals: Totals, pass_reward: float, places: Mapping[str, str]) -> list[str]:
+    """What the user should look at; `places` as in `failures`."""
+    worse = [f"the policy got worse: {failure}" for failure in failures(totals, places)]
+    return [*filter(None, [nothing_passes(totals, pass_reward)]), *worse]
+
+
 def failures(totals: Totals, places: Mapping[str, str]) -> list[str]:
     """The guards and the text on which the policy got worse than a baseline by more than the interval. `places`: the
     directories of the baselines by the texts that stand for them."""

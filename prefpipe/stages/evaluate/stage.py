@@ -173,6 +173,6 @@ def _totals(
         totals["kl"] = [kl.totals(answered, target) for target in beside.targets]
     if found := benchmarks.totals(answered.run.out):
         totals["benchmarks"] = found
-    for failure in report.failures(totals, beside.places):
-        log.warn(f"the policy got worse: {failure}")
+    for notice in report.notices(totals, config.pass_reward, beside.places):
+        log.warn(notice)
     return totals

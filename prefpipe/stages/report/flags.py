@@ -149,6 +149,6 @@ _CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("Accuracy above 99 % with a loss near 0", "Overfitting: fewer epochs, or label smoothing.", _overfits),
     ("Beta is very low", "The model may drift far from the reference: start with 0.1.", _low_beta),
     ("Pairs of nearly equal answers", "They teach contradictions: leave out small gaps.", _equal_pairs),
-    ("Only some hundred pairs", "It overfits to them: several thousand are usual.", _few_pairs),
+    ("Few pairs", "It overfits to them: several thousand are usual.", _few_pairs),
     ("Chosen answers are longer", "The model may learn length: see check D7 below.", _length),
 )

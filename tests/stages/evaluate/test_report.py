@@ -99,3 +99,20 @@ def test_failures_name_the_guard_and_the_baseline() -> None:
     drops = [{"baseline": "a", "failed": True}, {"baseline": "b", "failed": False}]
     totals = {"guards": [{"prompts": "p", "reward": "r", "drops": drops}], "perplexity": {"text": "t", "drops": drops}}
     assert report.failures(totals, {"a": "runs/a"}) == ["guard p:r against runs/a", "text t against runs/a"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "rewards", "said"),
+    [((0.0, 0.0), (0.18, 0.55), True), ((0.0, 0.1), (0.18, 0.55), False), ((0.0, 0.0), (0.0, 0.0), False)],
+)
+def test_rewards_of_which_none_passes_are_noticed(
+    passes: tuple[float, float], rewards: tuple[float, float], *, said: bool
+) -> None:
+    both = zip(("greedy", "sampled"), passes, rewards, strict=True)
+    totals = {decoding: {"pass": share, "mean_reward": mean} for decoding, share, mean in both}
+    notice = report.nothing_passes(totals, 1.0)
+    assert ("pass_reward is 1, the mean reward 0.55; " in notice, notice == "") == (said, not said)
+
+
+def test_no_answers_are_no_notice() -> None:
+    assert report.nothing_passes({}, 1.0) == ""

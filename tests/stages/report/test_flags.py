@@ -30,7 +30,7 @@ def without(subject: Subject, prefix: str) -> Subject:
 
 
 def test_a_run_that_goes_well_has_one_red_flag_its_size(subject: Subject) -> None:
-    assert [name for name, state in states(subject).items() if state == "red"] == ["Only some hundred pairs"]
+    assert [name for name, state in states(subject).items() if state == "red"] == ["Few pairs"]
     assert "unknown" not in states(subject).values()
 
 
