@@ -9,7 +9,7 @@ H = query heads, G = key/value heads, D = head size of queries and keys, E = hea
 DeepSeek's MLA, else D), T = tokens of the row, R = tokens of one tree or completion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from prefpipe.forward.layout import Span
 
 NAME = "prefpipe_tree"
 KERNEL = varlen.Kernel(varlen_attn)
+# Queries of a block on a CPU, and blocks of a trunk or completion: each adds gradients of all keys that it sees.
+_BLOCK, _MOST_BLOCKS = 128, 8
 
 
 def register() -> None:
@@ -152,29 +154,50 @@ def tree_attention(
     pieces: list[torch.Tensor] = []
     for span in tree_row.spans:
         trunk = slice(span.start, span.start + span.trunk_length)
-        pieces.append(_attend(query, key, value, [trunk], rules))
+        pieces += _attend(query, key, value, [trunk], rules)
         for start, length in span.completions:
             if length:
-                pieces.append(_attend(query, key, value, [trunk, slice(start, start + length)], rules))
+                pieces += _attend(query, key, value, [trunk, slice(start, start + length)], rules)
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: list[slice], rules: _Rules
-) -> torch.Tensor:
-    """Causal attention of the last slice of `context` over all of them, [1, H, R, E]."""
+) -> list[torch.Tensor]:
+    """Causal attention of the last slice of `context` over all of them: pieces [1, H, ., E], one after the other."""
     queries = query[:, :, context[-1]]
     keys, values = (_joined(tensor, context) for tensor in (key, value))
     length, total = queries.shape[2], keys.shape[2]
     if rules.softcap is not None or rules.sinks is not None:
         mask = rules.row.mask(length, total, 1, rules.window, queries.new_empty(0, dtype=torch.float32))
-        return by_products(queries, keys, values, mask, rules.scaling, rules.softcap, rules.sinks)
+        return [by_products(queries, keys, values, mask, rules.scaling, rules.softcap, rules.sinks)]
+    if query.is_cpu and length >= 2 * _BLOCK:
+        return list(_in_blocks(queries, keys, values, rules))
     if rules.repeats == 1 and length == total and (rules.window is None or total <= rules.window):
-        return scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)
-    # The query heads of one key/value group are stacked as extra rows. To repeat keys and values for them would copy
-    # both, and autograd would keep the copies.
+        return [scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)]
+    return [_masked(queries, keys, values, rules)]
+
+
+def _in_blocks(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: _Rules
+) -> Iterator[torch.Tensor]:
+    """`_masked` of some queries at a time, each over the keys that it may see. A CPU computes what a mask hides: of a
+    long trunk about half."""
+    length, total = queries.shape[2], keys.shape[2]
+    block = max(_BLOCK, -(-length // _MOST_BLOCKS))
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        first = 0 if rules.window is None else max(0, total - length + start - rules.window + 1)
+        seen = slice(first, total - length + end)
+        yield _masked(queries[:, :, start:end], keys[:, :, seen], values[:, :, seen], rules)
+
+
+def _masked(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: _Rules) -> torch.Tensor:
+    """Attention under a mask, [1, H, R, E]. The query heads of one key/value group are stacked as extra rows. To repeat
+    keys and values for them would copy both, and autograd would keep the copies."""
+    length, total = queries.shape[2], keys.shape[2]
     folded = queries.reshape(1, keys.shape[1], rules.repeats * length, queries.shape[3])
-    mask = rules.row.mask(length, total, rules.repeats, rules.window, query)
+    mask = rules.row.mask(length, total, rules.repeats, rules.window, queries)
     out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=rules.scaling)
     return out.reshape(*queries.shape[:3], values.shape[3])
 

@@ -53,6 +53,28 @@ def test_equals_masked_attention_in_value_and_gradient(num_completions: int, win
     same_in_value_and_gradient(found, expected, inputs)
 
 
+@pytest.mark.parametrize("window", [None, 40, 300])
+@pytest.mark.parametrize("heads", [HEADS, GROUPS], ids=["grouped", "one for one"])
+def test_long_rows_in_blocks_equal_masked_attention(window: int | None, heads: int):
+    """A trunk of three blocks with a rest, a completion of two and one of none; float64."""
+    layout = flatten([Tree([0] * 270, ([1] * 256, [2] * 9))])
+    count = len(layout.input_ids)
+    query, key, value = inputs = [
+        torch.randn(1, of, count, 4, generator=torch.Generator().manual_seed(of), dtype=torch.float64).requires_grad_()
+        for of in (heads, GROUPS, GROUPS)
+    ]
+    row = Row(layout.spans)
+    found, _ = tree_attention(MODULE, query, key, value, None, tree_row=row, scaling=0.2, sliding_window=window)
+    wide = [t.repeat_interleave(heads // GROUPS, dim=1) for t in (key, value)]
+    expected = scaled_dot_product_attention(query, *wide, attn_mask=visible(layout, window), scale=0.2).transpose(1, 2)
+    assert max(mask.shape[0] for mask in row._masks.values()) == 128 * heads // GROUPS
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(out, inputs, upstream) for out in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_scale_defaults_to_one_over_root_of_the_head_size():
     layout = flatten(trees(2))
     query, key, value = tensors(len(layout.input_ids))
