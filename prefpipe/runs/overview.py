@@ -85,7 +85,7 @@ def look(directory: Path, name: str = "") -> Overview:
     manifest, more = _record(directory / "manifest.json", manifests.read)
     command = manifest.get("command") or saved.get("command")
     if not isinstance(command, str):
-        why = "; ".join(f"{gap.where}: {gap.why}" for gap in gaps) or "it has no config.json"
+        why = "; ".join(f"{gap.where}: {gap.why}" for gap in gaps) or "it has no config.json of a command"
         raise DataError(f"{directory} holds no run of prefpipe: {why}", "name the --out of a command of prefpipe")
     config = saved.get("config")
     return Overview(
