@@ -73,12 +73,19 @@ class Command(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                typed = re.match(r"(\S+) <(.+)>$", record[0])  # what has no metavar, typer calls <str>
-                name = f"{typed[1]} {_TYPES.get(typed[2], '') * (kind == 'Options')}".rstrip() if typed else record[0]
+                name = _shown(record[0], is_option=kind == "Options")
                 groups.setdefault(getattr(parameter, "rich_help_panel", None) or kind, []).append((name, record[1]))
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def _shown(name: str, *, is_option: bool) -> str:
+    """An option with the kind of its value; typer writes <str> behind what has no metavar, arguments too."""
+    typed = re.match(r"(\S+) <(.+)>$", name)
+    if typed is None:
+        return name
+    return f"{typed[1]} {_TYPES.get(typed[2], '')}".rstrip() if is_option else typed[1]
 
 
 class Commands(TyperGroup):
@@ -107,16 +114,19 @@ def mistake(error: typer.TyperException) -> tuple[str, str]:
         return message, f"{_SEVERAL}; {where}" if "extra argument" in message else f"see `{path} --help`"
     word, options = option.lstrip("-"), _options(context.command, context)
     found = other_names.meant(word, options)
-    nearest = f"did you mean {' or '.join(options[name] for name in found)}? " * bool(found)
-    more = ["" if found else _elsewhere(word, context), other_names.note(word, found), where]
-    return f"`{path}` has no option {option}", nearest + "; ".join(filter(None, more))
+    if found:
+        nearest, elsewhere = f"did you mean {' or '.join(options[name] for name in found)}? ", ""
+    else:
+        nearest, elsewhere = "", _elsewhere(word, context)
+    more = "; ".join(filter(None, [elsewhere, other_names.note(word, found), where]))
+    return f"`{path}` has no option {option}", nearest + more
 
 
 def _elsewhere(word: str, context: Any) -> str:
     """Which other commands have an option; empty where none has it."""
     commands = context.find_root().command.commands
     found = [name for name, other in commands.items() if word.replace("-", "_") in _options(other, context)]
-    return f"it is an option of {' and '.join(found)}" * bool(found)
+    return f"it is an option of {' and '.join(found)}" if found else ""
 
 
 def _options(command: Any, context: Any) -> dict[str, str]:

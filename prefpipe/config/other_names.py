@@ -117,8 +117,9 @@ def meant(word: str, names: Iterable[str]) -> list[str]:
 def said(word: str, names: Iterable[str]) -> str:
     """` (did you mean 'x'?)` with a note where one helps, or nothing."""
     found = meant(word, names)
-    clauses = [f"did you mean {' or '.join(map(repr, found))}?" * bool(found), note(word, found)]
-    return f" ({' '.join(filter(None, clauses))})" * any(clauses)
+    nearest = f"did you mean {' or '.join(map(repr, found))}?" if found else ""
+    text = f"{nearest} {note(word, found)}".strip()
+    return f" ({text})" if text else ""
 
 
 def note(word: str, names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from prefpipe import log
 from prefpipe.errors import DataError, RowFault, UsageError
 from prefpipe.exports.shapes import TRAINERS, Trainer
 from prefpipe.rows import PREFERENCES, key_of
-from prefpipe.runs import fsio, store
+from prefpipe.runs import fsio, manifests, store
 from prefpipe.schemas import from_table
 
 _ROWS = "rows.jsonl"
@@ -27,7 +27,7 @@ def export(form: str, directory: Path, out: Path) -> tuple[int, str]:
         raise UsageError(f"{out} is not empty", "choose an empty or a new --out")
     manifest = store.read_manifest(directory)
     trainer = TRAINERS[form]
-    there = store.datasets(manifest)
+    there = manifests.datasets(manifest)
     dataset = next((name for name in trainer.rows if name in there), None)
     if dataset is None:
         raise UsageError(

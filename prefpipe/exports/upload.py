@@ -96,7 +96,7 @@ def _policy(run_dir: Path, manifest: Mapping[str, Any], folder: str, base_model:
 def _rows(run_dir: Path, manifest: Mapping[str, Any]) -> list[UploadFile]:
     """The Parquet files of all datasets except the ledger, the data report, and a card."""
     config = base.load(BuildPairsConfig, run_dir / "config.json", {})
-    folders = [f for f in store.datasets(dict(manifest)) if f != "dropped"]
+    folders = [f for f in manifests.datasets(dict(manifest)) if f != "dropped"]
     main = {config.output, "trl"}
     folders.sort(key=lambda folder: folder not in main)
     names = [name for folder in folders for name in trained.check_files(run_dir, manifest, folder)]

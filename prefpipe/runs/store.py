@@ -261,9 +261,6 @@ def part_names(run_dir: Path, manifest: Manifest, dataset: str) -> list[str]:
     return names
 
 
-datasets = manifests.datasets
-
-
 def scannable_files(run_dir: Path, dataset: str, row_type: type) -> list[Path]:
     """The paths of a dataset, for polars, which verifies no page checksum: digests and schemas are checked first.
 

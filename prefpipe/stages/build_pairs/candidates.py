@@ -16,7 +16,7 @@ import polars as pl
 
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.errors import DataError
-from prefpipe.runs import store
+from prefpipe.runs import manifests, store
 from prefpipe.runs.store import Run
 from prefpipe.schemas import Completion, Prompt, RefLogps, Reward
 from prefpipe.stages.build_pairs import reward_values, texts
@@ -82,7 +82,7 @@ def open_sources(config: BuildPairsConfig) -> Sources:
     """Check every input file. Raises MissingInputError for a missing run or dataset, DataError for a damaged file."""
     runs = [Path(p) for p in config.completions]
     scored = [Path(p) for p in config.ref_logps] or [
-        r for r in runs if "ref_logps" in store.datasets(store.read_manifest(r))
+        r for r in runs if "ref_logps" in manifests.datasets(store.read_manifest(r))
     ]
     return Sources(
         completions=[store.scannable_files(r, "completions", Completion) for r in runs],

@@ -18,7 +18,7 @@ import polars.selectors as cs
 from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.reward_sum import RewardSum, parse
 from prefpipe.errors import DataError
-from prefpipe.runs import store
+from prefpipe.runs import manifests, store
 from prefpipe.schemas import Completion, Reward
 from prefpipe.stages.build_pairs.filters import standard_deviation
 from prefpipe.stages.build_pairs.partitions import Files, file_and_row, scan
@@ -197,7 +197,7 @@ def _runs(config: BuildPairsConfig) -> list[Path]:
 def _names(run: Path) -> set[str]:
     """The names of the rewards that a run holds."""
     folder = "rewards/"
-    return {n.removeprefix(folder) for n in store.datasets(store.read_manifest(run)) if n.startswith(folder)}
+    return {n.removeprefix(folder) for n in manifests.datasets(store.read_manifest(run)) if n.startswith(folder)}
 
 
 def _parts(rewards: Rewards) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from prefpipe import log
 from prefpipe.errors import DataError, UsageError
 from prefpipe.ids import content_id
-from prefpipe.runs import store
+from prefpipe.runs import manifests, store
 from prefpipe.schemas import Label, Message, Pair, Prompt, RankedGroup
 
 # Dataset -> its row type, and the column with the messages of the prompt.
@@ -44,7 +44,7 @@ def check(trained_on: Sequence[str], prompt_sets: Iterable[tuple[str, Iterable[P
 def _trained(run: Path) -> Iterator[str]:
     """What stands for the prompts of a run. Raises UsageError for a run without prompts."""
     manifest = store.read_manifest(run)
-    there = [name for name in _DATASETS if name in store.datasets(manifest)]
+    there = [name for name in _DATASETS if name in manifests.datasets(manifest)]
     if not there:
         raise UsageError(
             f"trained_on = {run}: a run of {manifest['command']} holds no prompts",

@@ -146,7 +146,7 @@ def check_format(source: str, columns: Mapping[str, str]) -> None:
 def check_share(inputs: Sequence[str], share: float) -> None:
     """Raise UsageError when a share is asked for of anything but pairs, labels or groups of runs."""
     for source in inputs if share < 1 else ():
-        if not files.is_run(source) or "completions" in store.datasets(store.read_manifest(Path(source))):
+        if not files.is_run(source) or "completions" in manifests.datasets(store.read_manifest(Path(source))):
             raise UsageError(
                 f"share = {share:g} is drawn from pairs, labels or groups of runs, and {source} is none",
                 "leave --share out, or give a run of build-pairs",
@@ -168,7 +168,7 @@ def _of_file(source: str, reader: Reader) -> Iterator[InputShard]:
 
 def _of_run(source: Path, reader: Reader) -> Iterator[InputShard]:
     manifest = store.read_manifest(source)
-    present = store.datasets(manifest)
+    present = manifests.datasets(manifest)
     if "completions" in present:
         prompts = partial(_prompts, source, manifest, {})
         for name in store.part_names(source, manifest, "completions"):

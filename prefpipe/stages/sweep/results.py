@@ -12,7 +12,7 @@ from typing import Any
 from prefpipe import statistics
 from prefpipe.config.grid import Variant
 from prefpipe.errors import DataError
-from prefpipe.runs import logs, store
+from prefpipe.runs import logs, manifests, store
 from prefpipe.schemas import Evaluation, Margin, Measure, from_table
 from prefpipe.statistics import Estimate
 
@@ -163,7 +163,7 @@ def _is_below(result: Result, winner: Result, metric: str) -> bool:
 def _margins(variant: Variant, place: Path, prompts: Mapping[Key, str]) -> dict[str, list[float]]:
     """The log-ratio margin h (nats) of every held-out row, by prompt. A run stores margins as beta * h."""
     manifest = store.read_manifest(place)
-    if "margins" not in store.datasets(manifest):
+    if "margins" not in manifests.datasets(manifest):
         return {}
     found: dict[str, list[float]] = defaultdict(list)
     rows = from_table(Margin, store.read_dataset(place, "margins", Margin))
