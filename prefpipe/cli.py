@@ -148,9 +148,7 @@ def root(
 def show_config(
     command: Annotated[str, typer.Argument(metavar="COMMAND", help=f"One of: {', '.join(SETTINGS)}.")],
     *,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema of its recipes, for editors.")
-    ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print a JSON Schema of its recipes for editors.")] = False,
 ) -> None:
     """Print a recipe with every setting of a command: its meaning and its default."""
     if command not in SETTINGS:
@@ -289,15 +287,6 @@ _register(
 )
 _recipe_commands.register(app, "Start", flags.Commands, flags.Command)
 _register("Stages", **{name: _stage(name, config) for name, (config, _) in STAGES.items()}, gather=gather)
-_register(
-    "Settings",
-    config=show_config,
-    plan=flags.command(
-        PlanConfig,
-        _plan,
-        "Predict memory, tokens, steps and time of a training run, here or on other GPUs.",
-        hidden={"out", "force"},
-    ),
-)
+_register("Settings", config=show_config, plan=flags.command(PlanConfig, _plan, hidden={"out", "force"}))
 _register("Look", show=show, runs=runs, compare=compare, report=write_report, chat=chat)
 _register("Share", merge=merge, export=export, push=push)

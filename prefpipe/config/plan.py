@@ -9,7 +9,7 @@ from prefpipe.config.train import TrainConfig
 
 
 class PlanConfig(TrainConfig):
-    """Predict memory, tokens, steps and time of a training run."""
+    """Predict memory, tokens, steps and time of a training run, here or on other GPUs."""
 
     HEADINGS: ClassVar[tuple[str, ...]] = ("Machine", *TrainConfig.HEADINGS)
 

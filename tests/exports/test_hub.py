@@ -81,7 +81,7 @@ def test_without_a_network_there_is_one_error(
 
 def test_no_other_module_sends_files() -> None:
     """Nothing uploads by itself: only `push` comes to this module, and only it may make a repository or a commit."""
-    words = ("create_repo", "create_commit", "upload_folder", "upload_file", "push_to_hub", "exports.hub")
+    words = ("create_repo(", "create_commit(", "upload_folder(", "upload_file(", "push_to_hub(", "exports.hub")
     found = {
         str(path.relative_to(ROOT / "prefpipe"))
         for path in (ROOT / "prefpipe").rglob("*.py")

@@ -176,7 +176,8 @@ def test_a_missing_dataset_error_lists_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="no dataset 'pairs'") as caught:
         store.read_dataset(tmp_path, "pairs", Reward)
     assert "rewards/r" in caught.value.hint
-    assert "`generate`" in caught.value.hint
+    assert "it is a run of generate" in caught.value.message
+    assert "give a run of `prefpipe build-pairs`" in caught.value.hint
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:

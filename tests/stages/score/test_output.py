@@ -51,8 +51,8 @@ def written(run: Run) -> list[OutputShard]:
     shards = [OutputShard(i, ("completions", "ref_logps", "rewards/r", "dropped"), shard_rows, ROWS) for i in range(2)]
     rewards = {"r": lambda answers: [Scored(float(answer.text == A)) for answer in answers]}
     second = shard_rows(A, B, written_before=frozenset([A]))
-    write(run, Finished(0, output.parts(rewards, shards[0], shard_rows(A), logps(A)), 1))
-    write(run, Finished(1, output.parts(rewards, shards[1], second, logps(A, B)), 2))
+    write(run, [Finished(0, output.parts(rewards, shards[0], shard_rows(A), logps(A)), 1)])
+    write(run, [Finished(1, output.parts(rewards, shards[1], second, logps(A, B)), 2)])
     return shards
 
 

@@ -221,7 +221,7 @@ def test_the_cheapest_change_that_suffices_is_named(tmp_path: Path, setting: Set
 
 def test_a_step_fits_by_the_rule_of_train():
     """Weights of 10 in 30: of the 20 beside them a step may use 80 %."""
-    need = Need(weights=10, trained=0, optimizer=4, gathered=0, kept=8, passing=4, checkpoint=0)
+    need = Need(weights=10, trained=0, optimizer=4, gathered=0, kept=8, passing=4, checkpoint=0, host_copy=0)
     assert need.peak == 26
     assert need.fits(30)
     assert not need.fits(29.9)
