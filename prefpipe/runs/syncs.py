@@ -9,7 +9,7 @@ from pathlib import Path
 from prefpipe import log
 from prefpipe.runs.storage import storage_errors
 
-_AT_ONCE = 8
+_MOST_AT_ONCE, _FILES_EACH = 8, 5  # threads, and files for which one is worth its start
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _without_fsync = set[int]()  # devices of which it was said
 
@@ -20,10 +20,11 @@ def sync(files: Mapping[Path, Path]) -> None:
     Several at once, because a file system with a journal then commits them together. Of a file system without fsync it
     is said once.
     """
-    if len(files) == 1:
+    at_once = min(len(files) // _FILES_EACH, _MOST_AT_ONCE)
+    if at_once < 2:
         errors = [*map(_error, files.values())]
     else:
-        with ThreadPoolExecutor(_AT_ONCE) as threads:
+        with ThreadPoolExecutor(at_once) as threads:
             errors = [*threads.map(_error, files.values())]
     for (path, file), error in zip(files.items(), errors, strict=True):
         if error is None:
