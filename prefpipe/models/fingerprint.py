@@ -41,7 +41,7 @@ ADAPTER_SETS = ("target_modules", "target_parameters", "exclude_modules")
 _CHUNK = 8 << 20
 _LONGEST_HEADER = 100_000_000  # bytes of a header, the limit of safetensors
 _MOST_BYTES = 512 << 20  # bytes of a JSON file; tokenizers of 250,000 tokens have 33 million
-_BITS = {  # bytes of one number, by the dtype in a safetensors header
+_BITS = {  # of one number, by the dtype in a safetensors header
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
