@@ -25,7 +25,7 @@ from prefpipe.rewards.code_tests import cases, code, extract, inputs
 from prefpipe.rewards.sandbox import limits
 from prefpipe.schemas import Message
 from tests.conftest import ROOT
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import interruption, until
 
 QUESTION = [Message(role="user", content="?")]
 FORGED = """import os
@@ -232,26 +232,19 @@ def test_with_limits_only_time_and_memory_still_hold() -> None:
 
 def test_no_process_is_left_after_an_interrupt() -> None:
     reward = code(Code(timeout_seconds=300, num_workers=2, isolation="limits"))
-    done = threading.Event()
-    before = {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)}
+    before = _sandboxes()
+    with interruption(KeyboardInterrupt()) as interrupt:
 
-    def interrupt() -> None:
-        until(lambda: {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)} - before)
-        os.kill(os.getpid(), 10)
-        done.set()
+        def later() -> None:
+            until(lambda: _sandboxes() - before)
+            interrupt()
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    old = signal.signal(signal.SIGUSR1, stop)
-    try:
-        threading.Thread(target=interrupt).start()
+        thread = threading.Thread(target=later)
+        thread.start()
         with pytest.raises(KeyboardInterrupt):
             reward([Answer(QUESTION, "while True: pass", TESTS)] * 8)
-    finally:
-        done.wait(PATIENCE_S)
-        signal.signal(signal.SIGUSR1, old)
-    until(lambda: {p.name for p in Path("/proc").glob("[0-9]*") if _runs_sandbox(p)} <= before)
+        thread.join()
+    until(lambda: _sandboxes() <= before)
 
 
 def test_a_program_that_starts_after_an_interrupt_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,28 +260,25 @@ def test_a_program_that_starts_after_an_interrupt_is_ended_too(monkeypatch: pyte
         with folder() as name:
             yield name
 
-    def interrupt(*given: Any) -> Any:
-        if not killing.is_set():
-            entered.wait()
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-        ends.append(watch(*given))
-        return ends[-1]
+    with interruption(KeyboardInterrupt()) as interrupt:
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        def interrupting(*given: Any) -> Any:
+            if not killing.is_set():
+                entered.wait()
+                interrupt()
+            ends.append(watch(*given))
+            return ends[-1]
 
-    monkeypatch.setattr(code_tests, "temporary_folder", late)
-    monkeypatch.setattr(code_tests, "_wait", interrupt)
-    monkeypatch.setattr(code_tests, "kill", lambda process: (killing.set(), kill(process)))
-    before = signal.signal(signal.SIGUSR1, stop)
-    try:
+        monkeypatch.setattr(code_tests, "temporary_folder", late)
+        monkeypatch.setattr(code_tests, "_wait", interrupting)
+        monkeypatch.setattr(code_tests, "kill", lambda process: (killing.set(), kill(process)))
         with pytest.raises(KeyboardInterrupt):
-            code(Code(timeout_seconds=20, num_workers=2, isolation="limits"))(
+            code(Code(timeout_seconds=300, num_workers=2, isolation="limits"))(
                 [Answer(QUESTION, "import time; time.sleep(600)", TESTS)] * 2
             )
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    until(lambda: len(ends) == 2)  # an interrupt inside Thread.start leaves a thread that the pool does not wait for
+        until(
+            lambda: len(ends) == 2
+        )  # an interrupt inside Thread.start leaves a thread that the pool does not wait for
     assert ends == [("", -signal.SIGKILL)] * 2
 
 
@@ -320,6 +310,11 @@ def _working_in(folder: Path) -> list[str]:
             if (process / "cwd").readlink() == folder:
                 working.append(process.name)
     return working
+
+
+def _sandboxes() -> set[str]:
+    """The ids of the sandboxes that this process has started."""
+    return {process.name for process in Path("/proc").glob("[0-9]*") if _runs_sandbox(process)}
 
 
 def _runs_sandbox(process: Path) -> bool:

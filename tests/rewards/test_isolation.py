@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import pytest
 from prefpipe.errors import Interrupted
 from prefpipe.rewards import isolation
 from prefpipe.rewards.isolation import Outcome, isolated
-from tests.waiting import until
+from tests.waiting import interruption, until
 
 HERE = "tests.rewards.checkers"
 OWN = os.getpid() / 1e7  # added to time limits: tells our processes from those of another test run
@@ -78,23 +77,17 @@ def test_no_process_outlives_the_function() -> None:
 
 def test_an_interrupt_ends_calls_that_hang() -> None:
     call_all = isolated(f"{HERE}:behave", timeout_seconds=600 + OWN, num_workers=1)
+    with interruption(Interrupted(15)) as interrupt:
 
-    def stop(*_: object) -> None:
-        raise Interrupted(15)
+        def later() -> None:
+            until(lambda: children() - {os.getpid()})  # the call runs, in a fork of the worker
+            interrupt()
 
-    def interrupt() -> None:
-        until(lambda: children() - {os.getpid()})  # the call runs, in a fork of the worker
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    interrupting = threading.Thread(target=interrupt)
-    before = signal.signal(signal.SIGUSR1, stop)
-    try:
-        interrupting.start()
+        thread = threading.Thread(target=later)
+        thread.start()
         with pytest.raises(Interrupted):
             call_all([["hang"], ["fine"]])
-    finally:
-        interrupting.join()
-        signal.signal(signal.SIGUSR1, before)
+        thread.join()
     until(lambda: not children())
 
 

@@ -3,8 +3,6 @@
 import gc
 import gzip
 import json
-import os
-import signal
 import socket
 import threading
 import time
@@ -21,6 +19,7 @@ from prefpipe.errors import Interrupted, StorageError, UsageError
 from prefpipe.rewards.endpoint import Question, Reply, ask_all
 from tests.rewards.server import completion, raw, serving
 from tests.serving import nobody
+from tests.waiting import interruption
 
 QUESTION = [Question([{"role": "user", "content": "?"}], {})]
 FINE = json.dumps(completion("fine")[1]).encode()
@@ -97,19 +96,14 @@ def test_a_slow_look_up_of_the_address_is_under_the_limit_too(monkeypatch: pytes
 
 
 def test_a_signal_does_not_wait_for_the_endpoint() -> None:
-    def stop_now(number: int, _frame: object) -> None:
-        raise Interrupted(number)
+    with interruption(Interrupted(15)) as interrupt:
 
-    def answer(_connection: socket.socket, stop: threading.Event) -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        stop.wait()
+        def answer(_connection: socket.socket, stop: threading.Event) -> None:
+            interrupt()
+            stop.wait()
 
-    before = signal.signal(signal.SIGUSR1, stop_now)
-    try:
         with raw(answer) as place, pytest.raises(Interrupted):
             ask(f"http://{place}/v1", timeout_seconds=600)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize(
