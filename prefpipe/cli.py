@@ -19,9 +19,10 @@ from pydantic import BaseModel
 
 from prefpipe import __version__, flags, log, processes, terminal
 from prefpipe.api import calls
-from prefpipe.api.calls import SETTINGS, STAGES
+from prefpipe.api.calls import STAGES
 from prefpipe.chat.commands import chat
 from prefpipe.config import base
+from prefpipe.config.commands import SETTINGS
 from prefpipe.config.iterate import IterateConfig
 from prefpipe.config.plan import PlanConfig
 from prefpipe.doctor import command as doctors

@@ -11,8 +11,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from prefpipe import cli, flags
-from prefpipe.api import calls
 from prefpipe.config import base
+from prefpipe.config.commands import SETTINGS
 from prefpipe.errors import UsageError
 
 APP = get_command(cli.app)
@@ -126,7 +126,7 @@ def test_every_default_can_be_given_as_a_flag(command: str) -> None:
 def test_the_example_of_a_command_is_one_of_its_command_lines(name: str) -> None:
     words = flags.EXAMPLES[name].split()
     given = {word.removeprefix("--") for word in words if word.startswith("--")} - {"out"}
-    settings = {n.replace("_", "-") for n, _ in base.fields(calls.SETTINGS[name])}
+    settings = {n.replace("_", "-") for n, _ in base.fields(SETTINGS[name])}
     assert given <= settings
     APP.main([name, *words, "--help"], standalone_mode=False)
 

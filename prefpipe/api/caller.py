@@ -8,12 +8,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import BaseModel
+from prefpipe.config.commands import SETTINGS
 
-from prefpipe.config.commands import CLASSES
-from prefpipe.config.plan import PlanConfig
-
-SETTINGS: dict[str, type[BaseModel]] = {**CLASSES, "plan": PlanConfig}
 _FIELDS = {name: field.annotation is bool for cls in SETTINGS.values() for name, field in cls.model_fields.items()}
 _IS_SWITCH = {**_FIELDS, "force": True, "out": False}
 _FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*[a-z0-9])")

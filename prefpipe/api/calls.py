@@ -15,9 +15,8 @@ from pydantic import BaseModel
 
 from prefpipe import extras, log
 from prefpipe.api import caller
-from prefpipe.api.caller import SETTINGS as SETTINGS
 from prefpipe.config import base
-from prefpipe.config.commands import CLASSES
+from prefpipe.config.commands import CLASSES, SETTINGS
 from prefpipe.errors import Interrupted, MissingInputError, PrefpipeError, StorageError, UsageError
 
 Manifest = dict[str, Any]

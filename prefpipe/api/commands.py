@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from prefpipe.api import calls, keywords
 from prefpipe.config import base
+from prefpipe.config.commands import SETTINGS
 from prefpipe.errors import PrefpipeError as PrefpipeError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def plan(recipe: Place | None = None, **settings: Any) -> str:
 
 
 def _config(command: str, recipe: Place | None, given: dict[str, Any]) -> BaseModel:
-    settings = keywords.flags(calls.SETTINGS[command], given, elsewhere=command in _PROCESSES)
+    settings = keywords.flags(SETTINGS[command], given, elsewhere=command in _PROCESSES)
     name = command.replace("-", "_")
     return calls.settings(command, None if recipe is None else _path(recipe), settings, f"prefpipe.{name}()")
 

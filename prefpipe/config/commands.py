@@ -6,6 +6,7 @@ from prefpipe.config.build_pairs import BuildPairsConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig
 from prefpipe.config.iterate import IterateConfig
+from prefpipe.config.plan import PlanConfig
 from prefpipe.config.score import ScoreConfig
 from prefpipe.config.sweep import SweepConfig
 from prefpipe.config.train import TrainConfig
@@ -19,3 +20,4 @@ CLASSES: dict[str, type[BaseModel]] = {
     "iterate": IterateConfig,
     "sweep": SweepConfig,
 }
+SETTINGS: dict[str, type[BaseModel]] = {**CLASSES, "plan": PlanConfig}  # and that of the command without a run

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from prefpipe.cli import SETTINGS, STAGES
+from prefpipe.cli import STAGES
 from prefpipe.config import base
 from prefpipe.config.build_pairs import SUBSETS, BuildPairsConfig, unread
+from prefpipe.config.commands import SETTINGS
 from prefpipe.config.engine import EngineConfig
 from prefpipe.config.evaluate import EvaluateConfig
 from prefpipe.config.generate import GenerateConfig

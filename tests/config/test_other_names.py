@@ -2,8 +2,8 @@
 
 import pytest
 
-from prefpipe.api.calls import SETTINGS
 from prefpipe.config import base, other_names
+from prefpipe.config.commands import SETTINGS
 
 NAMES = {command: [name for name, _ in base.fields(cls)] for command, cls in SETTINGS.items()}
 OPERATIONS = {"out", "force"}
